@@ -1,0 +1,190 @@
+"""Parts of the diffusion Transformer. Module and parameter names are those of the official checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featcache.errors import UserError
+from trainer.models.config import TIME_FREQUENCIES
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part (DiT, Sec. 3.2). x [B, N, D], shift and scale [B, D] -> [B, N, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sin-cos position table, computed in float64, returned as float32 [1, grid * grid, width].
+
+    Tokens are row-major. The first half of the channels encodes the column, the second half the row, each as
+    [sines, cosines] with frequencies 10000^(-i / (width / 4)): the layout of DiT, SiT and MAE.
+    """
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # [grid, D/4]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, D/2]
+    column = axis[None].expand(grid, grid, -1)
+    row = axis[:, None].expand(grid, grid, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, width).float()
+
+
+def sinusoid(t: Tensor, width: int = TIME_FREQUENCIES) -> Tensor:
+    """Sinusoidal features of the time in float32, cosine half first. t [B], any real dtype -> [B, width].
+
+    t is taken as it is, never multiplied by 1000: SiT passes [0, 1], DiT passes steps 0..999.
+    """
+    half = width // 2
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
+    angles = t.float()[:, None] * frequencies  # [B, width / 2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping patches: [B, C, H, W] -> [B, N, D], tokens row-major.
+
+    ``proj`` is a convolution because the official checkpoints store it as one; it is applied as the matrix
+    product it is, which costs the same on every backend and needs no convolution algorithm to be chosen.
+    """
+
+    def __init__(self, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        p = self.patch_size
+        x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, p, p]
+        return F.linear(x.reshape(B, -1, C * p * p), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time t [B] -> [B, D] by sinusoidal features and a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        # Outside autocast: in bfloat16 the features of t in [0, 1] keep 8 bits, so near-by times would
+        # coincide. B rows only, so float32 costs nothing.
+        with torch.autocast(device_type=t.device.type, enabled=False):
+            return self.mlp(sinusoid(t).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels y [B] -> [B, D]; the last row of the table is the null label's (classifier-free guidance)."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    import xformers.ops
+
+    # xformers wants [B, N, H, d]
+    out = xformers.ops.memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, N, D] -> [B, N, D].
+
+    ``qk_norm`` is a LayerNorm over the head's channels with its own scale and offset (what REPA's
+    ``--qk-norm`` gives with the timm release it names).
+
+    Raises:
+        UserError: ``attention='xformers'`` where xformers is not installed.
+    """
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, attention: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
+        if attention == "xformers":
+            try:
+                import xformers.ops  # noqa: F401
+            except ImportError as error:
+                raise UserError(
+                    "attention 'xformers' was asked for, but xformers is not installed.",
+                    remedy="Leave it at 'sdpa' (torch's own fused attention), or: pip install xformers",
+                ) from error
+            self.attend = _xformers_attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each [B, heads, N, d]
+        # A LayerNorm under autocast returns float32; fused attention wants one dtype.
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        x = self.attend(q, k, v).transpose(1, 2).reshape(B, N, D)
+        return self.proj(x)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between, [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero conditioning (DiT, Sec. 3.2): x [B, N, D], c [B, D] -> [B, N, D]."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, *, qk_norm: bool = False, attention: str = "sdpa"
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads, qk_norm=qk_norm, attention=attention)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, mlp_width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
+            6, dim=-1
+        )
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches: x [B, N, D], c [B, D] -> [B, N, p * p * C_out], channel fastest."""
+
+    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def unpatchify(x: Tensor, patch_size: int) -> Tensor:
+    """[B, N, p * p * C], tokens row-major and channel fastest -> [B, C, H, W], square."""
+    B, N, _ = x.shape
+    side = math.isqrt(N)
+    x = x.reshape(B, side, side, patch_size, patch_size, -1).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
+    return x.reshape(B, -1, side * patch_size, side * patch_size)
