@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-# (t' [B], depth) -> hidden state [B, N, D] of the EMA model after block `depth` at time t', same image, same noise,
-# same (already dropped) labels, no gradient; only blocks 1..depth are run.
+# (t' [B], depth) -> hidden state [B, N, D] of the EMA model after block `depth` at time t', same image, same
+# noise, same (already dropped) labels, no gradient; only blocks 1..depth are run.
 Teacher = Callable[[Tensor, int], Tensor]
 
 
@@ -21,8 +22,8 @@ Teacher = Callable[[Tensor, int], Tensor]
 class BackboneInfo:
     """What a method may know of the backbone it is attached to, when it builds its heads.
 
-    ``latent_channels`` and ``latent_size`` describe the latent (C, h, w with h = w = latent_size); the token grid is
-    ``grid`` x ``grid`` with ``grid = latent_size // patch_size``.
+    ``latent_channels`` and ``latent_size`` describe the latent (C, h, w with h = w = latent_size); the token
+    grid is ``grid`` x ``grid`` with ``grid = latent_size // patch_size``.
     """
 
     name: str  # "SiT-B/2"
@@ -71,6 +72,18 @@ class FeatureInfo:
     shape: tuple[int, ...]
 
 
+class MethodConfig(Protocol):
+    """Options of one method: a frozen, keyword-only dataclass that is validated when made."""
+
+    def required(self) -> tuple[str, ...]:
+        """Cached features the method will read; placeholders where the options leave the encoder open."""
+        ...
+
+    def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
+        """The concrete features, given those of a cache. Raises CacheError or UserError."""
+        ...
+
+
 class Alignment(nn.Module):
     """Base of all methods. Subclasses set the attributes in ``__init__`` and implement :meth:`terms`.
 
@@ -78,8 +91,8 @@ class Alignment(nn.Module):
         reads: names of the cached features it wants, e.g. ``("vae/G3", "vae/G4")``.
         taps: block depths (1-based) whose hidden states it wants.
         needs_teacher: whether the trainer must provide :class:`AlignInputs.teacher`.
-        adversary: a discriminator with its own optimiser, or None. The trainer never passes its parameters to the
-            model's optimiser.
+        adversary: a discriminator with its own optimiser, or None. The trainer never passes its parameters to
+            the model's optimiser.
         adversary_every: the discriminator steps once for so many steps of the model.
     """
 
@@ -98,15 +111,15 @@ class Alignment(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define terms()")
 
     def metrics(self, inputs: AlignInputs) -> dict[str, Tensor]:
-        """Unweighted scalars worth logging (e.g. mean cosine to the target). Called at logging steps, no gradient."""
+        """Unweighted scalars worth logging (e.g. mean cosine). Called at logging steps, without gradient."""
         return {}
 
     def active(self, *, step: int, seed: int) -> bool:
-        """Whether alignment is computed at all in this step. A function of (seed, step) alone, so all ranks agree."""
+        """Whether alignment is computed in this step: a function of (seed, step), so all ranks agree."""
         return True
 
     def adversary_loss(self, inputs: AlignInputs) -> Tensor:
-        """Loss of the discriminator on real targets and detached hidden states (only if ``adversary`` is set)."""
+        """The adversary's loss on real targets and detached hidden states (only if ``adversary`` is set)."""
         raise TypeError(f"{type(self).__name__} has no adversary")
 
 

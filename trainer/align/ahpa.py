@@ -1,0 +1,237 @@
+"""AHPA: adaptive hierarchical prior alignment with the frozen VAE encoder's own layers.
+
+Reads groups of VAE encoder layers on the token grid (no external encoder), taps an early block. A
+timestep-conditioned router mixes the layers of each group and weighs the groups; the hidden state is aligned
+with the result. Equation, table and appendix numbers are the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from featcache.errors import UserError
+from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo, cosine_per_token
+from trainer.align.features import GROUPS, require
+from trainer.align.heads import build_head, square_side, tap_depth, to_grid
+from trainer.align.losses import l1, negative_cosine, smooth_l1
+from trainer.align.options import check_choice, check_int, check_real, freeze_tuple
+from trainer.align.router import (
+    AttentionRouter,
+    MlpRouter,
+    Router,
+    RouterWeights,
+    ScheduleRouter,
+    StaticRouter,
+    TableRouter,
+    build_time_embedding,
+)
+
+RouterKind = Literal["mlp", "static", "linear", "table", "attention", "content"]
+TimeEmbedding = Literal["linear", "sinusoidal", "fourier"]
+Head = Literal["conv1", "conv2", "conv3", "conv5", "linear", "mlp3", "mlp5"]
+Loss = Literal["cosine", "l1", "smooth-l1"]
+
+# Table A.9: a quarter of the blocks.
+DEPTHS = {"B": 3, "L": 6, "XL": 7}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AhpaConfig:
+    """Options of AHPA; the defaults are the paper's final configuration (Table A.9, row (l) of Table D.13).
+
+    groups: VAE groups to align with, shallow to deep, any of G1, G2, G3, G4 (Table 2).
+    split: how the layers of two groups of equal width are shared out anew, e.g. ``(2, 6)`` (Table D.14);
+        None: as cached.
+    router: ``mlp``; ``static`` uniform weights; ``linear`` schedule; lookup ``table``; ``attention``;
+        ``content``-adaptive.
+    time_embedding: of the router's t, for ``mlp``, ``attention`` and ``content``.
+    router_depth, router_width, time_width: hidden layers and widths of the router's MLP.
+    bins: rows of the lookup table. prototypes: size of the attention router's bank. fourier_scale: std of the
+        Fourier frequencies. All three are ours: the paper's values are not legible in our copy.
+    head: ``conv<k>`` (k 3x3 convolutions), ``linear``, ``mlp<k>`` (Table D.13).
+    head_width: inner width of deeper heads; None: 2048 for MLPs, the target's width for convolutions (ours).
+    loss: ``cosine`` (Eq. 5), ``l1`` or ``smooth-l1`` (beta 1, ours).
+    weight: lambda.
+    depths: blocks (1-based) to align; empty: 3 for B, 6 for L, 7 for XL, in proportion elsewhere. With
+        several, each has its own head and their losses are averaged (ours; Table 1 says "simultaneously").
+    """
+
+    groups: tuple[str, ...] = ("G3", "G4")
+    split: tuple[int, ...] | None = None
+    router: RouterKind = "mlp"
+    time_embedding: TimeEmbedding = "linear"
+    router_depth: int = 4
+    router_width: int = 256
+    time_width: int = 128
+    bins: int = 10
+    prototypes: int = 16
+    fourier_scale: float = 16.0
+    head: Head = "conv1"
+    head_width: int | None = None
+    loss: Loss = "cosine"
+    weight: float = 1.0
+    depths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        freeze_tuple(self, "ahpa", "groups", str)
+        if not self.groups:
+            raise UserError("ahpa: groups is empty", remedy=f"Name at least one of {', '.join(GROUPS)}.")
+        for group in self.groups:
+            check_choice("ahpa", "groups", group, GROUPS)
+        object.__setattr__(self, "groups", tuple(sorted(self.groups)))
+        if self.split is not None:
+            split = self.split
+            if not isinstance(split, list | tuple) or len(split) != len(self.groups):
+                raise UserError(
+                    f"ahpa: split={split!r} does not give {len(self.groups)} numbers of layers",
+                    remedy="Write e.g. split=[2, 6] with groups=[G3, G4].",
+                )
+            for count in split:
+                check_int("ahpa", "split", count)
+            object.__setattr__(self, "split", tuple(split))
+        check_choice("ahpa", "router", self.router, get_args(RouterKind))
+        check_choice("ahpa", "time_embedding", self.time_embedding, get_args(TimeEmbedding))
+        for option in ("router_depth", "router_width", "time_width", "bins", "prototypes"):
+            check_int("ahpa", option, getattr(self, option))
+        if self.time_width % 2:
+            raise UserError(
+                f"ahpa: time_width={self.time_width} is odd", remedy="Use an even width, e.g. 128."
+            )
+        check_real("ahpa", "fourier_scale", self.fourier_scale, exclude_low=True)
+        check_choice("ahpa", "head", self.head, get_args(Head))
+        if self.head_width is not None:
+            check_int("ahpa", "head_width", self.head_width)
+        check_choice("ahpa", "loss", self.loss, get_args(Loss))
+        check_real("ahpa", "weight", self.weight)
+        freeze_tuple(self, "ahpa", "depths", int)
+        for depth in self.depths:
+            check_int("ahpa", "depths", depth)
+
+    def required(self) -> tuple[str, ...]:
+        return tuple(f"vae/{group}" for group in self.groups)
+
+    def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
+        return require("ahpa", self.required(), available, rank=3)
+
+
+def group_layers(config: AhpaConfig, features: Mapping[str, FeatureInfo]) -> list[list[tuple[str, int]]]:
+    """Layers of each routed group as (feature, index within the feature), shallow to deep.
+
+    Raises:
+        UserError: ``split`` does not add up, or moves layers between groups of different width.
+    """
+    layers = [[(name, i) for i in range(feature.shape[0])] for name, feature in features.items()]
+    if config.split is None:
+        return layers
+    flat = [layer for group in layers for layer in group]
+    widths = {feature.shape[-1] for feature in features.values()}
+    if sum(config.split) != len(flat) or len(widths) > 1:
+        raise UserError(
+            f"ahpa: split={config.split} cannot share out {len(flat)} layers of widths {sorted(widths)}",
+            remedy=f"Give numbers that sum to {len(flat)}, for groups of one width (G3 and G4).",
+        )
+    rest = iter(flat)
+    return [[next(rest) for _ in range(count)] for count in config.split]
+
+
+def build_router(config: AhpaConfig, layers: tuple[int, ...], content_width: int) -> Router:
+    """The router that ``config`` names; ``layers`` per group, ``content_width`` of the hidden state."""
+    if config.router == "static":
+        return StaticRouter(layers)
+    if config.router == "linear":
+        return ScheduleRouter(layers)
+    if config.router == "table":
+        return TableRouter(layers, bins=config.bins)
+    time = build_time_embedding(config.time_embedding, config.time_width, config.fourier_scale)
+    if config.router == "attention":
+        return AttentionRouter(layers, time=time, time_width=config.time_width, prototypes=config.prototypes)
+    return MlpRouter(
+        layers,
+        time=time,
+        time_width=config.time_width,
+        width=config.router_width,
+        depth=config.router_depth,
+        content_width=content_width if config.router == "content" else None,
+    )
+
+
+class Ahpa(Alignment):
+    """``L = -weight * mean cos(head(h), T)``, ``T = concat_g s_g(t) sum_l softmax(a_g(t))_l f_gl`` (Eq. 3-5).
+
+    The router is trained through T; the cached features receive no gradient. The weights multiply inside the
+    sum, ``T_g = sum_l (s_g w_gl) f_gl``, one layer at a time, and accumulate in float32: no float32 copy of
+    all levels ever exists, only T itself ([B, N, 1024]: 1 MiB a sample). Under ``torch.compile`` the sum is
+    unrolled pointwise work, so that the decoding of int8 or fp16 levels, the weights and the reductions of
+    the cosine fuse into passes over the stored bytes; folding the codec's per-token scale into the weights by
+    hand would save nothing more.
+    """
+
+    def __init__(self, config: AhpaConfig, info: BackboneInfo, features: Mapping[str, FeatureInfo]) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = info.grid
+        self.reads = tuple(features)
+        chosen: tuple[int | None, ...] = config.depths or (None,)
+        self.taps = tuple(tap_depth("ahpa", d, DEPTHS, info) for d in chosen)
+        for name, feature in features.items():
+            square_side("ahpa", name, feature.shape[1])
+        self.groups = group_layers(config, features)
+        self.widths = [features[group[0][0]].shape[-1] for group in self.groups]
+        self.router = build_router(config, tuple(len(group) for group in self.groups), info.width)
+        self.heads = nn.ModuleList(
+            build_head(config.head, info.width, sum(self.widths), grid=info.grid, hidden=config.head_width)
+            for _ in self.taps
+        )
+
+    def route(self, inputs: AlignInputs, hidden: Tensor) -> RouterWeights:
+        """Weights for this batch. ``hidden`` [B, N, D] only matters to the content-adaptive router.
+
+        The content is detached (ours): otherwise the backbone could lower the loss by steering the choice of
+        its target.
+        """
+        content = hidden.detach().float().mean(dim=1) if self.config.router == "content" else None
+        return self.router(inputs.t, content)
+
+    def target(self, inputs: AlignInputs, weights: RouterWeights) -> Tensor:
+        """T of Eq. 4: float32 [B, N, sum of the groups' widths], on the backbone's token grid."""
+        parts = []
+        for g, group in enumerate(self.groups):
+            w = weights.intra[g] * weights.inter[:, g : g + 1]  # [B, L]
+            mixed: Tensor | None = None
+            for l, (name, index) in enumerate(group):
+                level = w[:, l, None, None] * inputs.targets[name].detach()[:, index]  # [B, N, C]
+                mixed = level if mixed is None else mixed + level
+            assert mixed is not None
+            parts.append(
+                to_grid(mixed, self.grid)
+            )  # linear, so resampling the mixture is resampling the levels
+        return torch.cat(parts, dim=-1)
+
+    def _distance(self, p: Tensor, y: Tensor) -> Tensor:
+        if self.config.loss == "cosine":
+            return negative_cosine(p, y)
+        return l1(p, y) if self.config.loss == "l1" else smooth_l1(p, y, beta=1.0)
+
+    def terms(self, inputs: AlignInputs) -> dict[str, Tensor]:
+        losses = []
+        y: Tensor | None = None
+        for tap, head in zip(self.taps, self.heads, strict=True):
+            hidden = inputs.hidden[tap]
+            if y is None or self.config.router == "content":
+                y = self.target(inputs, self.route(inputs, hidden))
+            losses.append(self._distance(head(hidden), y))
+        return {self.config.loss: self.config.weight * torch.stack(losses).mean()}
+
+    def metrics(self, inputs: AlignInputs) -> dict[str, Tensor]:
+        hidden = inputs.hidden[self.taps[0]]
+        weights = self.route(inputs, hidden)
+        y = self.target(inputs, weights)
+        values = {"similarity": cosine_per_token(self.heads[0](hidden), y).mean()}
+        for g, name in enumerate(self.config.groups):
+            values[f"router/{name}"] = weights.inter[:, g].mean()
+        return values
