@@ -1,0 +1,6 @@
+"""The store: manifest, zarr and webdataset backends, verification. Imports neither torch nor zarr."""
+
+from featcache.store.manifest import FORMAT_VERSION, DatasetSpec, FeatureSpec, Manifest, Skipped
+from featcache.store.writer import CacheWriter
+
+__all__ = ["FORMAT_VERSION", "CacheWriter", "DatasetSpec", "FeatureSpec", "Manifest", "Skipped"]

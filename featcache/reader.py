@@ -1,0 +1,456 @@
+"""Reading a cache: batches of stored bytes by index, straight into the caller's buffers. No torch, no zarr.
+
+An uncompressed shard holds its samples back to back, so a sample is one `preadv` from a known offset into
+the row of the batch where it belongs; neighbours merge into one call. Threads work because the call lets go
+of the interpreter lock. What is kept in memory is per shard, never per sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from featcache.errors import CacheError
+from featcache.order import epoch_order, sequential_order
+from featcache.store.layout import sample_bytes, shard_name, shard_samples
+from featcache.store.manifest import Manifest
+from featcache.store.root import read_root
+from featcache.store.shards import decompress, read_index
+
+__all__ = ["Cache", "Reader", "epoch_order", "open_cache", "sequential_order"]
+
+_MAX_IOV = 512  # Linux takes 1024 buffers a call
+_LABEL, _KEY = "label", "key"
+
+
+class ShardFile(Protocol):
+    """One open shard of one array. Samples are numbered within the shard."""
+
+    def read_run(self, first: int, buffers: list[memoryview]) -> None:
+        """Fill the buffers with the samples `first`, `first + 1`, ..., one each."""
+
+    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
+        """Fill the buffer with the `part`-th piece of the sample, counted in pieces of the buffer's
+        length.
+        """
+
+
+class Backend(Protocol):
+    """Where shards come from: a zarr directory, a folder of tars, or a remote store."""
+
+    def open_shard(self, array: str, shard: int) -> ShardFile: ...
+
+
+def _read_exactly(fd: int, buffers: list[memoryview], offset: int, where: str) -> None:
+    total = sum(map(len, buffers))
+    while True:
+        got = os.preadv(fd, buffers, offset)
+        if got == total:
+            return
+        if got <= 0:
+            raise CacheError(
+                f"{where} is shorter than its index says",
+                remedy="featcache verify finds and --repair mends it",
+            )
+        offset, total = offset + got, total - got
+        rest = []
+        for buffer in buffers:
+            if got < len(buffer):
+                rest.append(buffer[got:])
+            got = max(0, got - len(buffer))
+        buffers = rest
+
+
+class _ContiguousShard:
+    """Samples back to back from offset 0."""
+
+    __slots__ = ("fd", "length", "where")
+
+    def __init__(self, fd: int, length: int, where: str) -> None:
+        self.fd, self.length, self.where = fd, length, where
+
+    def __del__(self) -> None:
+        # The last user closes: a thread may still read from a shard that the cache of open files has dropped.
+        os.close(self.fd)
+
+    def read_run(self, first: int, buffers: list[memoryview]) -> None:
+        _read_exactly(self.fd, buffers, first * self.length, self.where)
+
+    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
+        _read_exactly(self.fd, [buffer], sample * self.length + part * len(buffer), self.where)
+
+
+class _IndexedShard:
+    """Samples anywhere in the file, compressed or not."""
+
+    def __init__(
+        self,
+        fd: int,
+        offsets: np.ndarray,
+        lengths: np.ndarray,
+        compressor: str | None,
+        sample_bytes: int,
+        where: str,
+    ) -> None:
+        self.fd, self.offsets, self.lengths, self.where = fd, offsets, lengths, where
+        self.compressor, self.sample_bytes = compressor, sample_bytes
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    def _read(self, sample: int, buffer: memoryview) -> None:
+        offset, length = int(self.offsets[sample]), int(self.lengths[sample])
+        if self.compressor is None:
+            _read_exactly(self.fd, [buffer], offset, self.where)
+            return
+        raw = bytearray(length)
+        _read_exactly(self.fd, [memoryview(raw)], offset, self.where)
+        decompress(self.compressor, bytes(raw), np.frombuffer(buffer, np.uint8), self.where)
+
+    def read_run(self, first: int, buffers: list[memoryview]) -> None:
+        for i, buffer in enumerate(buffers):
+            self._read(first + i, buffer)
+
+    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
+        if self.compressor is None:
+            offset = int(self.offsets[sample]) + part * len(buffer)
+            _read_exactly(self.fd, [buffer], offset, self.where)
+            return
+        # Compressed samples decode as a whole; keep one part.
+        whole = memoryview(bytearray(self.sample_bytes))
+        self._read(sample, whole)
+        buffer[:] = whole[part * len(buffer) : (part + 1) * len(buffer)]
+
+
+class ZarrBackend:
+    """Shards of a zarr cache in a directory."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        # Arrays' shards whose index was checked and found contiguous, one byte each: reopening costs one
+        # open().
+        self._contiguous: dict[str, bytearray] = {}
+
+    def open_shard(self, array: str, shard: int) -> ShardFile:
+        manifest = self.manifest
+        dtype, shape = manifest.arrays[array]
+        path = self.path / array / shard_name(shard, len(shape))
+        where = str(path)
+        length = sample_bytes(dtype, shape)
+        known = self._contiguous.setdefault(array, bytearray(manifest.n_shards))
+        try:
+            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CacheError(
+                f"{where} cannot be read: {error.strerror}",
+                remedy="featcache verify names all that is damaged",
+            ) from error
+        try:
+            if known[shard]:
+                return _ContiguousShard(fd, length, where)
+            offsets, lengths = read_index(
+                fd,
+                n=shard_samples(manifest.dataset.count, manifest.shard_size, shard),
+                shard_size=manifest.shard_size,
+                sample_bytes=length if manifest.compressor is None else None,
+                where=where,
+            )
+            if manifest.compressor is None and (offsets == np.arange(len(offsets)) * length).all():
+                known[shard] = 1
+                return _ContiguousShard(fd, length, where)
+            return _IndexedShard(fd, offsets, lengths, manifest.compressor, length, where)
+        except BaseException:
+            os.close(fd)
+            raise
+
+
+def _descriptor_budget() -> int:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(2048, soft // 2))
+
+
+class _OpenShards:
+    """The most recently used open shards, bounded in number."""
+
+    def __init__(self, backend: Backend, limit: int) -> None:
+        self._backend, self._limit = backend, limit
+        self._open: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, array: str, shard: int) -> ShardFile:
+        key = (array, shard)
+        with self._lock:
+            found = self._open.get(key)
+            if found is not None:
+                self._open.move_to_end(key)
+                return found
+        opened = self._backend.open_shard(array, shard)
+        with self._lock:
+            self._open[key] = opened
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return opened
+
+
+class Cache:
+    """An open cache: manifest, labels, keys, readers. Samples are numbered without the skipped slots."""
+
+    def __init__(self, path: str, manifest: Manifest, backend: Backend) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.backend = backend
+        self._skipped = np.array([entry.slot for entry in manifest.skipped], np.int64)
+        # Number of samples before each skipped slot: sample i lies after k skipped slots if k of these are
+        # <= i.
+        self._before = self._skipped - np.arange(len(self._skipped))
+
+    def __len__(self) -> int:
+        return self.manifest.dataset.count - len(self._skipped)
+
+    def __repr__(self) -> str:
+        return f"Cache({self.path!r}, {len(self)} samples, {sorted(self.manifest.features)})"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the dataset and its skipped slots; the same after features are added."""
+        return self.manifest.fingerprint
+
+    def slots(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Slots (int64) of sample indices; raises `CacheError` for an index outside the cache."""
+        indices = np.asarray(indices, np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+            raise CacheError(
+                f"sample {indices.min()} or {indices.max()} is outside the cache's {len(self)} samples"
+            )
+        if not len(self._before):
+            return indices
+        return indices + np.searchsorted(self._before, indices, side="right")
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raise `CacheError` naming those of `names` that the cache lacks."""
+        missing = [name for name in names if name not in self.manifest.features]
+        if missing:
+            have = ", ".join(sorted(self.manifest.features)) or "nothing"
+            raise CacheError(f"the cache {self.path} does not hold {', '.join(missing)} (it holds {have})")
+
+    def labels(self) -> np.ndarray:
+        """Labels int64 `[len(cache)]`, in sample order."""
+        return self._whole(_LABEL)
+
+    def content(self) -> np.ndarray:
+        """First 8 bytes of each source file's SHA-256 as uint64 `[len(cache)]`."""
+        return self._whole("content")
+
+    def _whole(self, name: str) -> np.ndarray:
+        with self.reader([name]) as reader:
+            out = reader.allocate(len(self))
+            reader.read(np.arange(len(self)), out)
+        return out[name]
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Keys (source paths) of the samples `start` to `stop`."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        with self.reader([_KEY]) as reader:
+            out = reader.allocate(max(0, stop - start))
+            reader.read(np.arange(start, stop), out)
+        return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in out[_KEY]]
+
+    def reader(
+        self,
+        features: Sequence[str],
+        *,
+        threads: int | None = None,
+        single_view: bool = False,
+        slots: bool = False,
+    ) -> Reader:
+        """A reader of these features. `threads`: default one a core, at most 8; 0 reads in the calling
+        thread.
+
+        single_view: drop the view axis of flipped caches; `read` then takes the view of each sample and
+        moves only its bytes. slots: indices count slots, skipped ones (zeros, label -1) included.
+        """
+        self.require(features)
+        return Reader(self, features, threads=threads, single_view=single_view, slots=slots)
+
+
+class Reader:
+    """Reads batches of some features. `read` may be called from several threads at once."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        features: Sequence[str],
+        *,
+        threads: int | None = None,
+        single_view: bool = False,
+        slots: bool = False,
+    ) -> None:
+        manifest = cache.manifest
+        self.cache = cache
+        self.features = tuple(dict.fromkeys(features))
+        self.arrays: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._views: dict[str, int] = {}
+        for name in self.features:
+            spec = manifest.features[name]
+            for array, (dtype, shape) in spec.arrays.items():
+                drop = single_view and spec.views > 1
+                self.arrays[array] = (dtype, shape[1:] if drop else shape)
+                self._views[array] = spec.views if drop else 1
+        self._by_slot = slots
+        self._shard_size = manifest.shard_size
+        self._open = _OpenShards(cache.backend, _descriptor_budget())
+        n_threads = min(8, os.cpu_count() or 1) if threads is None else threads
+        self._pool = ThreadPoolExecutor(n_threads, "featcache-read") if n_threads > 1 else None
+        self._n_threads = max(1, n_threads)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    @property
+    def bytes_per_sample(self) -> int:
+        return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
+
+    def allocate(self, batch: int) -> dict[str, np.ndarray]:
+        """Buffers for `batch` samples: array name -> `[batch, *stored_shape]`."""
+        return {name: np.empty((batch, *shape), dtype) for name, (dtype, shape) in self.arrays.items()}
+
+    def read(
+        self,
+        indices: np.ndarray | Sequence[int],
+        out: Mapping[str, np.ndarray],
+        out_offset: int = 0,
+        *,
+        views: np.ndarray | Sequence[int] | None = None,
+    ) -> None:
+        """Fill rows `out_offset`, `out_offset + 1`, ... of each buffer with the stored bytes of the samples.
+
+        `out` holds an array for each name in `arrays`, `[>= out_offset + len(indices), *stored_shape]`,
+        contiguous, of that dtype (numpy views of pinned tensors, say). `views` is for readers with
+        `single_view`: 0 or 1 for each sample, default 0.
+
+        Raises `CacheError` for indices outside the cache, unfit buffers, and missing or damaged shards.
+        """
+        slots = self._slots(indices)
+        n = len(slots)
+        if n == 0:
+            return
+        rows = np.arange(out_offset, out_offset + n)
+        view_of = None if views is None else np.asarray(views, np.int64)
+        if view_of is not None and (len(view_of) != n or view_of.min() < 0 or view_of.max() > 1):
+            raise CacheError(f"views must be {n} numbers, each 0 or 1")
+        # By slot: each shard is looked up once, neighbours merge, and a disk sees rising offsets.
+        order = np.argsort(slots, kind="stable")
+        slots, rows = slots[order], rows[order]
+        shards, firsts = np.divmod(slots, self._shard_size)
+        shard_list, first_list, row_list = shards.tolist(), firsts.tolist(), rows.tolist()
+        part_list = [0] * n if view_of is None else view_of[order].tolist()
+        jobs = []
+        for name, (dtype, shape) in self.arrays.items():
+            flat = self._flat(name, out[name], dtype, shape, out_offset + n)
+            jobs.append((name, flat, sample_bytes(dtype, shape), self._views[name] > 1))
+        if self._pool is None or n == 1:
+            self._read_range(jobs, shard_list, first_list, row_list, part_list, 0, n)
+            return
+        # Cut by samples: all arrays of a sample in one thread, pieces of equal size.
+        pieces = min(self._n_threads, n)
+        bounds = [n * i // pieces for i in range(pieces + 1)]
+        futures = [
+            self._pool.submit(self._read_range, jobs, shard_list, first_list, row_list, part_list, a, b)
+            for a, b in itertools.pairwise(bounds[1:])
+        ]
+        try:
+            self._read_range(jobs, shard_list, first_list, row_list, part_list, bounds[0], bounds[1])
+        finally:
+            # Even after an error no thread may go on writing into the caller's buffers.
+            errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def _slots(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        if not self._by_slot:
+            return self.cache.slots(indices)
+        slots = np.asarray(indices, np.int64)
+        count = self.cache.manifest.dataset.count
+        if slots.size and (slots.min() < 0 or slots.max() >= count):
+            raise CacheError(f"slot {slots.min()} or {slots.max()} is outside the cache's {count} slots")
+        return slots
+
+    def _flat(
+        self, name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], rows: int
+    ) -> memoryview:
+        if (
+            array.dtype != dtype
+            or array.shape[1:] != shape
+            or len(array) < rows
+            or not array.flags.c_contiguous
+        ):
+            raise CacheError(
+                f"the buffer for {name!r} must be contiguous {dtype} [{rows} or more, *{list(shape)}], "
+                f"but is {array.dtype} {list(array.shape)}"
+            )
+        return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+
+    def _read_range(
+        self,
+        jobs: list[tuple[str, memoryview, int, bool]],
+        shards: list[int],
+        firsts: list[int],
+        rows: list[int],
+        parts: list[int],
+        start: int,
+        stop: int,
+    ) -> None:
+        for name, flat, length, select in jobs:
+            i = start
+            shard, file = -1, None
+            while i < stop:
+                if shards[i] != shard:
+                    shard = shards[i]
+                    file = self._open.get(name, shard)
+                assert file is not None
+                row = rows[i] * length
+                if select:
+                    file.read_part(firsts[i], parts[i], flat[row : row + length])
+                    i += 1
+                    continue
+                first = firsts[i]
+                buffers = [flat[row : row + length]]
+                i += 1
+                while (
+                    i < stop
+                    and shards[i] == shard
+                    and firsts[i] == first + len(buffers)
+                    and len(buffers) < _MAX_IOV
+                ):
+                    row = rows[i] * length
+                    buffers.append(flat[row : row + length])
+                    i += 1
+                file.read_run(first, buffers)
+
+
+def open_cache(path: str | os.PathLike[str]) -> Cache:
+    """Open the cache at `path` for reading.
+
+    Raises `CacheError` if there is none, it is unfinished, damaged or of another format version.
+    """
+    directory = Path(path)
+    manifest = read_root(directory)
+    return Cache(str(directory), manifest, ZarrBackend(directory, manifest))

@@ -1,0 +1,204 @@
+"""Every byte that the store puts on a disk goes through here, so that tests can make any single call fail.
+
+A file appears under its final name only when it is complete and on the disk: write `<name>.part`, fsync it,
+rename it, fsync the directory. A crash at any point leaves either nothing, a `.part` file that a rerun
+removes, or the whole file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from featcache.errors import CacheError
+
+PART_SUFFIX = ".part"
+_PIECE_BYTES = 8 << 20
+
+Buffer = bytes | bytearray | memoryview | np.ndarray
+
+
+def _write(fd: int, data: memoryview) -> int:
+    return os.write(fd, data)
+
+
+def _fsync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def _rename(source: Path, target: Path) -> None:
+    source.replace(target)
+
+
+def _bytes_view(buffer: Buffer) -> memoryview:
+    """The buffer as flat bytes, without a copy; a non-contiguous array is a programmer's mistake."""
+    if isinstance(buffer, np.ndarray):
+        assert buffer.flags.c_contiguous
+        return memoryview(buffer.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    return memoryview(buffer).cast("B")
+
+
+def _explain(error: OSError, path: Path) -> CacheError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CacheError(
+            f"the disk is full: {path} could not be written",
+            remedy="free some space and run the same command again: it goes on where it stopped",
+        )
+    return CacheError(
+        f"{path} could not be written: {error.strerror or error}",
+        remedy="put that right and run the same command again: it goes on where it stopped",
+    )
+
+
+def _update_all(digest: hashlib._Hash, views: list[memoryview]) -> None:
+    for view in views:
+        digest.update(view)
+
+
+def fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    """Write all of `data`; the kernel may take less than it is given."""
+    while data:
+        written = _write(fd, data[:_PIECE_BYTES])
+        if written <= 0:
+            raise OSError(errno.EIO, "the device took no bytes")
+        data = data[written:]
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents durably."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
+def atomic_write(path: Path, buffers: Sequence[Buffer], *, hashing: bool = False) -> str:
+    """Write the concatenated `buffers` to `path`, all or nothing, durably.
+
+    Returns the SHA-256 of the bytes in hex if `hashing`, else an empty string. The hash runs in a second
+    thread beside the write (both release the interpreter lock), so it costs nothing where the disk is slower
+    than 1 GB/s.
+
+    Raises `CacheError` if the file cannot be written; nothing is left behind then.
+    """
+    part = path.with_name(path.name + PART_SUFFIX)
+    digest = hashlib.sha256()
+    views = [_bytes_view(buffer) for buffer in buffers]
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            if hashing and sum(view.nbytes for view in views) > _PIECE_BYTES:
+                with ThreadPoolExecutor(1) as pool:
+                    hashed = pool.submit(_update_all, digest, views)
+                    for view in views:
+                        write_all(fd, view)
+                    hashed.result()
+            else:
+                for view in views:
+                    if hashing:
+                        digest.update(view)
+                    write_all(fd, view)
+            _fsync(fd)
+        finally:
+            os.close(fd)
+        _rename(part, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise _explain(error, path) from error
+    return digest.hexdigest() if hashing else ""
+
+
+def remove_file(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all in it; a missing one is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def remove_empty_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """The whole file; raises `CacheError` if it is longer than `limit_bytes` or not a regular file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    with os.fdopen(fd, "rb") as file:
+        try:
+            data = file.read(limit_bytes + 1)
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > limit_bytes:
+        raise CacheError(f"{path} is longer than the {limit_bytes} bytes that such a file may have")
+    return data
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex, read in pieces (constant memory)."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(path: Path) -> int:
+    """A descriptor holding an exclusive lock on the file `path` (created if need be), waiting for it.
+
+    The holder may unlink the file; whoever waited for it then starts over with a new one.
+    """
+    while True:
+        make_directory(path.parent)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # the directory was removed in between
+        except OSError as error:
+            raise _explain(error, path) from error
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            held, current = os.fstat(fd), path.stat()
+        except FileNotFoundError:
+            os.close(fd)
+            continue
+        if (held.st_dev, held.st_ino) == (current.st_dev, current.st_ino):
+            return fd
+        os.close(fd)
+
+
+def try_lock(path: Path) -> int | None:
+    """A descriptor holding an exclusive lock on `path`, or None if another process holds it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd

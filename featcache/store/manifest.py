@@ -1,0 +1,449 @@
+"""The manifest: what a cache holds, of which images, made how. Strictly validated: it may come from anybody.
+
+It lives in the attribute `featcache` of the root group, in the same file as the consolidated metadata, so
+that one rename makes a set of features visible. Its `checksum` covers manifest and consolidated metadata
+together.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+import numpy as np
+
+from featcache.errors import CacheError, UserError
+from featcache.store.layout import (
+    CODECS,
+    COMPRESSORS,
+    RAW_DTYPES,
+    SCALE_SUFFIX,
+    canonical_json,
+    n_shards,
+    sample_bytes,
+    stored_arrays,
+)
+
+FORMAT_VERSION = 1
+MAX_METADATA_BYTES = 256 << 20
+MAX_COUNT = 1 << 40
+MAX_SAMPLE_BYTES = 1 << 32
+MAX_SHARD_SIZE = 1 << 20
+MAX_DEPTH = 24
+
+_COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9_@-]|\.(?!\.))*"
+_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})?\Z")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_RESERVED = {"c", "zarr.json", "SHA256SUMS"}
+
+Json = Any
+
+
+def check_feature_name(name: object) -> str:
+    """`name` if it may name a feature: one or two components of letters, digits and `_ @ - .`; raises
+    `CacheError`.
+
+    It becomes a path inside the cache, so nothing that could leave it (`..`, a leading `/` or `.`) passes.
+    """
+    if (
+        not isinstance(name, str)
+        or len(name) > 128
+        or not _NAME.match(name)
+        or name.endswith((SCALE_SUFFIX, ".part", "."))
+        or not _RESERVED.isdisjoint(name.split("/"))
+    ):
+        raise CacheError(
+            f"{name!r:.200} cannot name a feature: one or two parts (joined by '/') of letters, digits "
+            "and _ @ - . that begin with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """One feature: its decoded per-sample `shape` (without the view axis), how it is stored, where it comes
+    from.
+
+    `dtype` is the decoded numpy dtype: 'float32' but for codec `raw`. `views` is 2 where mirrored copies are
+    stored (a leading axis of every stored sample; view 1 is the mirrored one). `provenance` says encoder,
+    weights (SHA-256 or random seed), layer, preprocessing and versions; only JSON values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    dtype: str = "float32"
+    views: int = 1
+    provenance: Mapping[str, Json] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(
+            self, "provenance", _plain_json(self.provenance, f"provenance of {self.name!r:.150}")
+        )
+        parse_feature(self.to_json())
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Array name -> (numpy dtype, per-sample stored shape, with the view axis where there is one)."""
+        lead = (self.views,) if self.views > 1 else ()
+        stored = stored_arrays(self.codec, self.shape, self.dtype)
+        return {self.name + suffix: (dtype, (*lead, *shape)) for suffix, (dtype, shape) in stored.items()}
+
+    @property
+    def bytes_per_sample(self) -> int:
+        return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "codec": self.codec,
+            "dtype": self.dtype,
+            "views": self.views,
+            "provenance": dict(self.provenance),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """The images behind a cache and everything that decides which pixels an encoder saw, in which slot.
+
+    count: slots, skipped images included. fingerprint: SHA-256 (hex) over the images. preprocessing:
+    resolution, crop, decoder. order_seed: seed of the permutation from source order to slots. vae: name,
+    latent_channels, scaling_factor, shift_factor, downsampling; None if the cache holds no latents. grid:
+    side of the token grid.
+    """
+
+    name: str
+    count: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    preprocessing: Mapping[str, Json] = field(default_factory=dict)
+    order_seed: int = 0
+    flip: bool = False
+    source: str = ""
+    vae: Mapping[str, Json] | None = None
+    grid: int = 16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "preprocessing", _plain_json(self.preprocessing, "preprocessing"))
+        if self.vae is not None:
+            object.__setattr__(self, "vae", _plain_json(self.vae, "vae"))
+        parse_dataset(self.to_json())
+
+    def to_json(self) -> dict[str, Json]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["class_names"] = list(self.class_names)
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A slot without an image (zero-filled, label -1): which, the image's key, and why."""
+
+    slot: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a cache but the features' bytes. `features` holds complete ones only.
+
+    checksums: array name -> SHA-256 of that array's `SHA256SUMS` file. compressor: of every array ('zstd',
+    'blosc' or None). versions: of the software that made the cache.
+    """
+
+    dataset: DatasetSpec
+    shard_size: int
+    features: Mapping[str, FeatureSpec] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    compressor: str | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def n_shards(self) -> int:
+        return n_shards(self.dataset.count, self.shard_size)
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Array name -> (numpy dtype, per-sample stored shape) of all features."""
+        return {name: array for spec in self.features.values() for name, array in spec.arrays.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the samples' identity: dataset and skipped slots. Adding features keeps
+        it.
+        """
+        identity = {"dataset": self.dataset.to_json(), "skipped": [s.slot for s in self.skipped]}
+        return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "dataset": self.dataset.to_json(),
+            "shard_size": self.shard_size,
+            "compressor": self.compressor,
+            "features": {name: self.features[name].to_json() for name in sorted(self.features)},
+            "skipped": [{"slot": s.slot, "key": s.key, "reason": s.reason} for s in self.skipped],
+            "versions": dict(self.versions),
+            "checksums": dict(self.checksums),
+        }
+
+
+# Parsing. Every function takes what json.loads made of unknown bytes and raises CacheError for anything
+# unexpected.
+
+
+def _fail(what: str, expected: str, value: object) -> NoReturn:
+    raise CacheError(f"the cache's metadata is damaged: {what} must be {expected}, but is {value!r:.120}")
+
+
+def load_json(data: bytes, what: str) -> Json:
+    """Strict JSON: no duplicate keys, no NaN, bounded depth. Raises `CacheError`."""
+
+    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(data, object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{what} is not valid JSON: {error!s:.200}") from error
+    _check_depth(value, what)
+    return value
+
+
+def _check_depth(value: Json, what: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return
+    raise CacheError(f"{what} is nested more than {MAX_DEPTH} levels deep")
+
+
+def _plain_json(value: Mapping[str, Json], what: str) -> dict[str, Json]:
+    """`value` as it will read back from JSON (tuples become lists); raises `UserError` if JSON cannot hold
+    it.
+    """
+    try:
+        return json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} cannot be written as JSON: {error}") from error
+
+
+def _object(value: Json, what: str, keys: set[str]) -> dict[str, Json]:
+    if not isinstance(value, dict):
+        _fail(what, "an object", value)
+    if set(value) != keys:
+        odd = sorted(set(value) ^ keys)
+        _fail(what, f"an object with the keys {sorted(keys)}", f"(missing or unknown: {odd})")
+    return value
+
+
+def _integer(value: Json, what: str, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        _fail(what, f"an integer in [{low}, {high}]", value)
+    return value
+
+
+def _string(value: Json, what: str, *, choices: tuple[str, ...] | None = None, max_length: int = 4096) -> str:
+    if (
+        not isinstance(value, str)
+        or len(value) > max_length
+        or (choices is not None and value not in choices)
+    ):
+        _fail(what, f"one of {choices}" if choices else f"a string of at most {max_length} characters", value)
+    if any(0xD800 <= ord(character) < 0xE000 for character in value):
+        _fail(what, "a string without lone surrogates", value)
+    return value
+
+
+def _boolean(value: Json, what: str) -> bool:
+    if type(value) is not bool:
+        _fail(what, "true or false", value)
+    return value
+
+
+def _mapping(value: Json, what: str) -> dict[str, Json]:
+    if not isinstance(value, dict):
+        _fail(what, "an object", value)
+    return value
+
+
+def _sequence(value: Json, what: str, max_length: int) -> list[Json]:
+    if not isinstance(value, list) or len(value) > max_length:
+        _fail(what, f"a list of at most {max_length} items", value)
+    return value
+
+
+def _sha256(value: Json, what: str) -> str:
+    if not isinstance(value, str) or not _SHA256.match(value):
+        _fail(what, "64 hexadecimal digits", value)
+    return value
+
+
+def parse_feature(value: Json) -> dict[str, Json]:
+    """Check one feature's JSON; returns it unchanged."""
+    keys = {"name", "shape", "codec", "dtype", "views", "provenance"}
+    item = _object(value, "a feature", keys)
+    name = check_feature_name(item["name"])
+    shape = [
+        _integer(n, f"shape of {name}", 1, MAX_SAMPLE_BYTES)
+        for n in _sequence(item["shape"], f"shape of {name}", 8)
+    ]
+    codec = _string(item["codec"], f"codec of {name}", choices=CODECS)
+    dtype = _string(
+        item["dtype"],
+        f"dtype of {name}",
+        choices=RAW_DTYPES if codec == "raw" else ("float32",),
+        max_length=16,
+    )
+    views = _integer(item["views"], f"views of {name}", 1, 2)
+    _mapping(item["provenance"], f"provenance of {name}")
+    if math.prod(shape) * views > MAX_SAMPLE_BYTES:
+        _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} values", shape)
+    stored = stored_arrays(codec, tuple(shape), dtype)
+    if any(sample_bytes(d, s) * views > MAX_SAMPLE_BYTES for d, s in stored.values()):
+        _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} bytes a sample", shape)
+    return item
+
+
+def parse_dataset(value: Json) -> dict[str, Json]:
+    """Check a dataset's JSON; returns it unchanged."""
+    item = _object(value, "dataset", {f.name for f in fields(DatasetSpec)})
+    _string(item["name"], "dataset.name")
+    _string(item["source"], "dataset.source")
+    _integer(item["count"], "dataset.count", 1, MAX_COUNT)
+    for name in _sequence(item["class_names"], "dataset.class_names", 1 << 20):
+        _string(name, "a class name")
+    _sha256(item["fingerprint"], "dataset.fingerprint")
+    _mapping(item["preprocessing"], "dataset.preprocessing")
+    _integer(item["order_seed"], "dataset.order_seed", 0, (1 << 63) - 1)
+    _boolean(item["flip"], "dataset.flip")
+    if item["vae"] is not None:
+        _mapping(item["vae"], "dataset.vae")
+    _integer(item["grid"], "dataset.grid", 0, 1 << 16)
+    return item
+
+
+def _feature(value: Json) -> FeatureSpec:
+    item = parse_feature(value)
+    return FeatureSpec(**{**item, "shape": tuple(item["shape"])})
+
+
+def dataset_from_json(value: Json) -> DatasetSpec:
+    """The dataset of a JSON object; raises `CacheError` for anything unexpected."""
+    item = parse_dataset(value)
+    return DatasetSpec(**{**item, "class_names": tuple(item["class_names"])})
+
+
+def feature_from_json(value: Json) -> FeatureSpec:
+    """The feature of a JSON object; raises `CacheError` for anything unexpected."""
+    return _as_cache_error(lambda: _feature(value))
+
+
+def skipped_from_json(value: Json, count: int) -> tuple[Skipped, ...]:
+    """Skipped slots in increasing order; raises `CacheError` for anything unexpected."""
+    skipped = []
+    for entry in _sequence(value, "skipped", count):
+        item = _object(entry, "a skipped slot", {"slot", "key", "reason"})
+        skipped.append(
+            Skipped(
+                slot=_integer(item["slot"], "skipped.slot", 0, count - 1),
+                key=_string(item["key"], "skipped.key"),
+                reason=_string(item["reason"], "skipped.reason"),
+            )
+        )
+    slots = [s.slot for s in skipped]
+    if any(a >= b for a, b in itertools.pairwise(slots)):
+        _fail("skipped", "in increasing order of slots", slots[:8])
+    return tuple(skipped)
+
+
+def check_no_nesting(names: list[str]) -> None:
+    """A zarr array cannot contain another node: no feature may be named like another one's first part."""
+    taken = {array for name in names for array in (name, name + SCALE_SUFFIX)}
+    for name in names:
+        if "/" in name and name.split("/")[0] in taken:
+            raise CacheError(
+                f"features {name.split('/')[0]!r} and {name!r} cannot be in one cache: one contains the other"
+            )
+
+
+def manifest_from_json(value: Json) -> Manifest:
+    """The manifest of a JSON object; raises `CacheError` for anything unexpected."""
+    if isinstance(value, dict) and "format_version" in value and value["format_version"] != FORMAT_VERSION:
+        raise CacheError(
+            f"this cache has format version {value['format_version']!r:.40}; "
+            f"this program reads version {FORMAT_VERSION}",
+            remedy="install the featcache version that wrote it, or build the cache again",
+        )
+    keys = {
+        "format_version",
+        "dataset",
+        "shard_size",
+        "compressor",
+        "features",
+        "skipped",
+        "versions",
+        "checksums",
+    }
+    item = _object(value, "manifest", keys)
+    _integer(item["format_version"], "format_version", FORMAT_VERSION, FORMAT_VERSION)
+    dataset = dataset_from_json(item["dataset"])
+    features: dict[str, FeatureSpec] = {}
+    for name, entry in _mapping(item["features"], "features").items():
+        spec = feature_from_json(entry)
+        if spec.name != name:
+            _fail("features", "keyed by feature name", name)
+        features[name] = spec
+    check_no_nesting(list(features))
+    versions = {
+        _string(k, "versions"): _string(v, "versions")
+        for k, v in _mapping(item["versions"], "versions").items()
+    }
+    if item["compressor"] is not None:
+        _string(item["compressor"], "compressor", choices=COMPRESSORS)
+    manifest = Manifest(
+        dataset=dataset,
+        shard_size=_integer(item["shard_size"], "shard_size", 1, MAX_SHARD_SIZE),
+        features=features,
+        skipped=skipped_from_json(item["skipped"], dataset.count),
+        versions=versions,
+        compressor=item["compressor"],
+        checksums={k: _sha256(v, "a checksum") for k, v in _mapping(item["checksums"], "checksums").items()},
+    )
+    if set(manifest.checksums) != set(manifest.arrays):
+        _fail("checksums", "one for each stored array", sorted(manifest.checksums)[:8])
+    return manifest
+
+
+def _as_cache_error(make: Callable[[], FeatureSpec]) -> FeatureSpec:
+    try:
+        return make()
+    except CacheError:
+        raise
+    except UserError as error:
+        raise CacheError(f"the cache's metadata is damaged: {error.what}") from error

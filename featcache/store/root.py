@@ -1,0 +1,90 @@
+"""The root `zarr.json`: manifest, consolidated metadata and their checksum in one file. Written last, read
+first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import CacheError
+from featcache.store import files
+from featcache.store.layout import ROOT_METADATA, STATE, array_metadata, canonical_json, group_metadata
+from featcache.store.manifest import (
+    MAX_METADATA_BYTES,
+    Manifest,
+    load_json,
+    manifest_from_json,
+)
+
+_MANIFEST, _CHECKSUM = "featcache", "featcache_sha256"
+
+
+def node_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Node path -> zarr metadata document of every array and every group but the root."""
+    nodes: dict[str, dict[str, Any]] = {}
+    for name, spec in manifest.features.items():
+        if "/" in name:
+            nodes[name.split("/")[0]] = group_metadata()
+        for array, (dtype, shape) in spec.arrays.items():
+            nodes[array] = array_metadata(
+                count=manifest.dataset.count,
+                shard_size=manifest.shard_size,
+                sample_shape=shape,
+                dtype=dtype,
+                compressor=manifest.compressor,
+                attributes={"feature": name, "codec": spec.codec},
+            )
+    return dict(sorted(nodes.items()))
+
+
+def root_bytes(manifest: Manifest) -> bytes:
+    """The root document of a manifest: always the same bytes for the same manifest."""
+    content = {
+        "attributes": {_MANIFEST: manifest.to_json()},
+        "consolidated_metadata": {
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": node_metadata(manifest),
+        },
+        "node_type": "group",
+        "zarr_format": 3,
+    }
+    checksum = hashlib.sha256(canonical_json(content)).hexdigest()
+    attributes = {**content["attributes"], _CHECKSUM: checksum}  # type: ignore[dict-item]
+    return canonical_json({**content, "attributes": attributes})
+
+
+def parse_root(data: bytes, where: str) -> Manifest:
+    """The manifest of a root document; raises `CacheError` for anything but what `root_bytes` writes.
+
+    The check is by content, not spelling, so that a file passed through another JSON writer still opens.
+    """
+    document = load_json(data, where)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or _MANIFEST not in attributes:
+        raise CacheError(f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}")
+    manifest = manifest_from_json(attributes[_MANIFEST])
+    if document != load_json(root_bytes(manifest), where):
+        raise CacheError(
+            f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest",
+            remedy="get the file again from where the cache came from; featcache verify names what else is damaged",
+        )
+    return manifest
+
+
+def read_root(path: Path) -> Manifest:
+    """The manifest of the cache in directory `path`; raises `CacheError` if there is none."""
+    root = path / ROOT_METADATA
+    if not root.is_file():
+        if (path / STATE).is_dir():
+            raise CacheError(
+                f"{path} holds an unfinished build and nothing complete yet",
+                remedy="run the same featcache build command again: it goes on where it stopped",
+            )
+        raise CacheError(
+            f"there is no cache at {path}",
+            remedy=f"featcache build --out {path} makes one; featcache ls DIR lists them",
+        )
+    return parse_root(files.read_bounded(root, MAX_METADATA_BYTES), str(root))
