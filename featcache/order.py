@@ -8,6 +8,7 @@ function is ours (a 64-bit finaliser with keys from SHA-256); it is for shufflin
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,13 +108,19 @@ class WindowedOrder(Order):
     seed: int
     epoch: int
 
-    def _at(self, positions: np.ndarray) -> np.ndarray:
+    @functools.cached_property
+    def _layout(self) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in reading order, and where each begins in the stream (the short last shard shifts the
+        rest).
+        """
         n_full, rest = divmod(self.count, self.shard_size)
         n_shards = n_full + (rest > 0)
         shards = permute(np.arange(n_shards), n_shards, _keys("shards", self.seed, self.epoch))
-        # Start of each shard in the stream: the short last shard shifts what comes after it.
         sizes = np.where(shards == n_full, rest, self.shard_size)
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        return shards, np.concatenate([[0], np.cumsum(sizes)])
+
+    def _at(self, positions: np.ndarray) -> np.ndarray:
+        shards, starts = self._layout
         flat = positions.reshape(-1)
         window_starts = starts[:: self.window]
         if window_starts[-1] != self.count:
@@ -142,6 +149,6 @@ def sequential_order(seed: int, epoch: int, count: int, shard_size: int, *, wind
     """The order for spinning disks and remote storage: whole shards, one window after another.
 
     Shards come in random order; `window` of them at a time are shuffled together. Reading it touches each
-    shard once an epoch. Memory is constant in the samples (16 bytes a shard while indexing).
+    shard once an epoch. Memory: 16 bytes a shard.
     """
     return WindowedOrder(count, shard_size, window, seed, epoch)
