@@ -1,0 +1,80 @@
+"""The embedded default: a VAE and a vision transformer small enough to ship with the code.
+
+Both are trained on `featcache.shapes` by `train.py` in this folder, whose figures stand in `figures.json`. They are
+real instances of the classes that the full-size encoders use (`diffusers.AutoencoderKL` with SD-VAE's four-stage
+layout, `timm`'s `VisionTransformer`), so whatever reads a level or a token layer from those reads it from these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from featcache.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
+
+Module = TypeVar("Module", bound="nn.Module")
+
+NAMES: tuple[str, ...] = ("vae", "vit")
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def weights_path(name: str, *, folder: Path = FOLDER) -> Path:
+    """Path of the safetensors file of `name`, "vae" or "vit". Raises `UserError` for another name or no such file."""
+    if name not in NAMES:
+        raise UserError(f"there is no tiny encoder named {name!r}", remedy=f"use one of: {', '.join(NAMES)}")
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"the weights of the tiny {name} are missing: {path} does not exist",
+            remedy="reinstall the package, or train them: python -m featcache.encoders.tiny.train",
+        )
+    return path
+
+
+def weights_sha256(name: str) -> str:
+    """SHA-256 of the stored weights of "vae" or "vit", in hexadecimal. Raises `UserError` for another name."""
+    return hashlib.sha256(weights_path(name).read_bytes()).hexdigest()
+
+
+def load_tiny_vae(*, folder: Path = FOLDER) -> AutoencoderKL:
+    """The tiny VAE in eval mode, float32, frozen: RGB `[B, 3, H, W]` in [-1, 1] => moments at H/8 x W/8.
+
+    Scaled latents `sample * config.scaling_factor` have unit standard deviation over the shapes set.
+    Raises `UserError` if the weights are missing.
+    """
+    from diffusers import AutoencoderKL
+
+    return _fill(AutoencoderKL(**_config("vae", folder)), weights_path("vae", folder=folder))
+
+
+def load_tiny_vit(*, folder: Path = FOLDER) -> VisionTransformer:
+    """The tiny ViT in eval mode, float32, frozen, without a head (`num_classes` 0).
+
+    Input: RGB `[B, 3, H, W]`, [0, 1] normalised by mean 0.5 and std 0.5, sides divisible by 16. `forward_features`
+    returns `[B, 1 + N, D]`: one class token (untrained: the losses saw patch tokens only), then N patch tokens.
+    Raises `UserError` if the weights are missing.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    return _fill(VisionTransformer(**_config("vit", folder)), weights_path("vit", folder=folder))
+
+
+def _config(name: str, folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return config
+
+
+def _fill(module: Module, path: Path) -> Module:
+    from safetensors.torch import load_file
+
+    # Stored as fp16 to halve the download; computed with as fp32.
+    module.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return module.eval().requires_grad_(False)
