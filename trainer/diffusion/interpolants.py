@@ -1,0 +1,109 @@
+"""Paths between data and noise, x_t = alpha(t) z + sigma(t) e with t = 0 data and t = 1 noise (SiT, Eq. 4
+to 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from featcache.errors import UserError
+
+Path = Literal["linear", "cosine"]
+TimeDistribution = Literal["uniform", "lognormal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolant:
+    """A path and its derivatives with respect to t. Each takes and gives a tensor of any shape."""
+
+    alpha: Callable[[Tensor], Tensor]
+    sigma: Callable[[Tensor], Tensor]
+    d_alpha: Callable[[Tensor], Tensor]
+    d_sigma: Callable[[Tensor], Tensor]
+
+
+_QUARTER = math.pi / 2
+
+INTERPOLANTS: dict[str, Interpolant] = {
+    "linear": Interpolant(
+        alpha=lambda t: 1 - t,
+        sigma=lambda t: t,
+        d_alpha=lambda t: -torch.ones_like(t),
+        d_sigma=lambda t: torch.ones_like(t),
+    ),
+    # Variance preserving: alpha^2 + sigma^2 = 1 ("GVP" in SiT, "cosine" in REPA).
+    "cosine": Interpolant(
+        alpha=lambda t: torch.cos(_QUARTER * t),
+        sigma=lambda t: torch.sin(_QUARTER * t),
+        d_alpha=lambda t: -_QUARTER * torch.sin(_QUARTER * t),
+        d_sigma=lambda t: _QUARTER * torch.cos(_QUARTER * t),
+    ),
+}
+
+
+def interpolant(kind: str) -> Interpolant:
+    """The path of that name.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if kind not in INTERPOLANTS:
+        raise UserError(f"Unknown path {kind!r}.", remedy=f"Use one of: {', '.join(INTERPOLANTS)}.")
+    return INTERPOLANTS[kind]
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """t [B] -> [B, 1, ...] with as many axes as x."""
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def interpolate(kind: str, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latent and velocity target (SiT, Eq. 4 and 7).
+
+    Args:
+        z, noise: [B, ...] clean latent and standard normal noise.
+        t: [B] in [0, 1].
+
+    Returns:
+        x_t = alpha z + sigma noise and its time derivative d_alpha z + d_sigma noise, both [B, ...].
+    """
+    path, t = interpolant(kind), _like(t, z)
+    return path.alpha(t) * z + path.sigma(t) * noise, path.d_alpha(t) * z + path.d_sigma(t) * noise
+
+
+def score_from_velocity(kind: str, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """Score of x_t from its velocity (SiT, Eq. 9), [B, ...].
+
+    Solving ``v = d_alpha E[z|x] + d_sigma E[e|x]`` and ``x = alpha E[z|x] + sigma E[e|x]`` for ``E[e|x] =
+    -sigma s`` gives ``s = (alpha v - d_alpha x) / (sigma (d_alpha sigma - alpha d_sigma))``: finite
+    wherever sigma is not zero, also where d_alpha is (the usual form divides by d_alpha first). At t = 0
+    the score is not determined by the velocity; the result is not finite there.
+    """
+    path, t = interpolant(kind), _like(t, x)
+    alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
+    return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
+
+
+def draw_times(distribution: str, kind: str, draws: Tensor) -> Tensor:
+    """Training times [B] in (0, 1) from draws [B].
+
+    ``uniform`` takes U(0, 1) draws and passes them through. ``lognormal`` takes N(0, 1) draws n and gives
+    the time at which sigma(t) / alpha(t) = exp(n), as REPA's code does after EDM: ``sigmoid(n)`` on the
+    linear path, ``2 / pi atan(exp(n))`` on the cosine path.
+
+    Raises:
+        UserError: an unknown distribution or path.
+    """
+    interpolant(kind)
+    if distribution == "uniform":
+        return draws
+    if distribution == "lognormal":
+        return draws.sigmoid() if kind == "linear" else draws.exp().atan() / _QUARTER
+    raise UserError(
+        f"Unknown distribution of training times {distribution!r}.", remedy="Use 'uniform' or 'lognormal'."
+    )

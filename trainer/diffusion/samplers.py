@@ -1,0 +1,154 @@
+"""Samplers for velocity models: from noise at t = 1 to data at t = 0, each one function on one screen.
+
+All take ``(model_fn, x, t_grid)`` first: ``model_fn(x, t) -> velocity`` with x [B, ...] and t a Python
+float (no device read is ever needed to test it), the noise x at ``t_grid[0]``, and a decreasing grid of
+times. The state is kept in ``state_dtype`` (float64, as in REPA's and EDM's samplers; float32 for dopri5,
+as in SiT's), the model is called in the dtype of x, and the sample comes back in it.
+
+Randomness comes in through ``noise(step) -> [B, ...]``, one draw for step 1, 2, ...: see
+:mod:`trainer.diffusion.noise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from featcache.errors import UserError
+from trainer.diffusion.interpolants import interpolant, score_from_velocity
+
+
+class ModelFn(Protocol):
+    """Velocity at (x, t). ``interval_t`` is the time at which a guidance interval is tested, by default t
+    itself."""
+
+    def __call__(self, x: Tensor, t: float, /, *, interval_t: float | None = None) -> Tensor: ...
+
+
+def ode_grid(steps: int) -> list[float]:
+    """``steps`` equal steps from 1 to 0: steps + 1 times.
+
+    Raises:
+        UserError: fewer than one step.
+    """
+    if steps < 1:
+        raise UserError(f"{steps} sampling steps were asked for.", remedy="Use at least 1.")
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+
+
+def sde_grid(steps: int, *, last: float = 0.04) -> list[float]:
+    """REPA's grid for Euler-Maruyama: ``steps`` times from 1 to ``last`` in equal steps, then 0.
+
+    ``steps`` evaluations of the model, of which the last one, from ``last`` to 0, adds no noise.
+
+    Raises:
+        UserError: fewer than two steps, or ``last`` outside (0, 1).
+    """
+    if steps < 2:
+        raise UserError(f"{steps} steps of the SDE sampler were asked for.", remedy="Use at least 2.")
+    if not 0 < last < 1:
+        raise UserError(
+            f"The last step of the SDE starts at t = {last}.", remedy="Use a time in (0, 1): 0.04."
+        )
+    return [*torch.linspace(1, last, steps, dtype=torch.float64).tolist(), 0.0]
+
+
+@torch.no_grad()
+def euler(
+    model_fn: ModelFn, x: Tensor, t_grid: list[float], *, state_dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Euler's method for the probability flow ODE dx = v dt: first order, one evaluation a step. [B, ...]."""
+    state = x.to(state_dtype)
+    for t, t_next in pairwise(t_grid):
+        state = state + (t_next - t) * model_fn(state.to(x.dtype), t).to(state_dtype)
+    return state.to(x.dtype)
+
+
+@torch.no_grad()
+def heun(
+    model_fn: ModelFn,
+    x: Tensor,
+    t_grid: list[float],
+    *,
+    state_dtype: torch.dtype = torch.float64,
+    interval_at: Literal["current", "next"] = "current",
+) -> Tensor:
+    """Heun's method for the probability flow ODE: second order, two evaluations a step, one in the last.
+    [B, ...].
+
+    As in EDM (Alg. 1) and REPA the last step is Euler's. ``interval_at`` says at which time the corrector
+    tests a guidance interval: ``current``, the beginning of the step, as REPA's code does, or ``next``,
+    where it evaluates.
+    """
+    state = x.to(state_dtype)
+    last = len(t_grid) - 1
+    for step, (t, t_next) in enumerate(pairwise(t_grid), start=1):
+        velocity = model_fn(state.to(x.dtype), t).to(state_dtype)
+        euler_state = state + (t_next - t) * velocity
+        if step == last:
+            state = euler_state
+            break
+        tested = t if interval_at == "current" else t_next
+        corrector = model_fn(euler_state.to(x.dtype), t_next, interval_t=tested).to(state_dtype)
+        state = state + (t_next - t) * 0.5 * (velocity + corrector)
+    return state.to(x.dtype)
+
+
+@torch.no_grad()
+def dopri5(
+    model_fn: ModelFn,
+    x: Tensor,
+    t_grid: list[float],
+    *,
+    state_dtype: torch.dtype = torch.float32,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+) -> Tensor:
+    """Adaptive Dormand-Prince 5(4) for the probability flow ODE, by torchdiffeq. [B, ...].
+
+    Only the ends of ``t_grid`` matter; tolerances default to SiT's. Step sizes follow the error over the
+    whole batch, so a sample depends, within the tolerances, on what it is batched with: for byte-identical
+    samples keep the batches.
+    """
+    from torchdiffeq import odeint
+
+    def velocity(t: Tensor, state: Tensor) -> Tensor:
+        return model_fn(state.to(x.dtype), float(t)).to(state_dtype)
+
+    ends = torch.tensor([t_grid[0], t_grid[-1]], dtype=torch.float64, device=x.device)
+    return odeint(velocity, x.to(state_dtype), ends, method="dopri5", rtol=rtol, atol=atol)[-1].to(x.dtype)
+
+
+@torch.no_grad()
+def euler_maruyama(
+    model_fn: ModelFn,
+    x: Tensor,
+    t_grid: list[float],
+    *,
+    noise: Callable[[int], Tensor],
+    path: str = "linear",
+    diffusion: Literal["linear", "sigma"] = "linear",
+    state_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Euler-Maruyama for the reverse SDE dx = (v - w s / 2) dt + sqrt(w) dW (SiT, Eq. 5 and 10). [B, ...].
+
+    In the convention of REPA's code ``w = 2 t`` (``linear``); ``sigma`` is ``w = 2 sigma(t)``, which is
+    SiT's form of that name (there written without the 2 and with noise sqrt(2 w)). They agree on the linear
+    path. The last step of the grid is taken without noise: len(t_grid) - 1 evaluations, len(t_grid) - 2
+    draws ``noise(1), noise(2), ...``.
+    """
+    state = x.to(state_dtype)
+    last = len(t_grid) - 1
+    for step, (t, t_next) in enumerate(pairwise(t_grid), start=1):
+        time = state.new_full((1,) * x.ndim, t)
+        velocity = model_fn(state.to(x.dtype), t).to(state_dtype)
+        score = score_from_velocity(path, velocity, state, time)
+        w = 2 * (time if diffusion == "linear" else interpolant(path).sigma(time))
+        state = state + (t_next - t) * (velocity - 0.5 * w * score)
+        if step < last:
+            state = state + (w * (t - t_next)).sqrt() * noise(step).to(state)
+    return state.to(x.dtype)
