@@ -1,0 +1,73 @@
+"""How both command lines talk: one console, one way to print an error, one way to leave."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from featcache.errors import UserError
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def print_error(error: UserError) -> None:
+    """One short paragraph: what is wrong and why, then what to type."""
+    errors.print(f"[bold red]error:[/bold red] {_plain(error.what)}")
+    if error.remedy:
+        errors.print(_plain(error.remedy))
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def run_app(app: Any) -> int:
+    """Runs a typer application; user errors become a paragraph and exit code 2, Ctrl-C exit code 130.
+
+    With ``FEATCACHE_TRACEBACK=1`` in the environment, errors are raised as they are (for developers).
+    """
+    import click
+
+    if os.environ.get("FEATCACHE_TRACEBACK"):
+        return int(app(standalone_mode=False) or 0)
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except UserError as error:
+        print_error(error)
+        return EXIT_USER_ERROR
+    except click.exceptions.Abort:
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # The reader of a pipe has left (`featcache info | head`): nothing to report, and nothing more to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        print_error(
+            UserError(
+                f"{error.strerror}: {error.filename or 'while writing'}",
+                remedy="Free space or choose another place, then run the same command again: finished work is kept.",
+            )
+        )
+        return EXIT_USER_ERROR
+
+
+def _interrupted() -> int:
+    errors.print("[yellow]interrupted[/yellow]: finished work is kept; the same command continues it.")
+    return EXIT_INTERRUPTED

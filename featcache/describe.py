@@ -1,0 +1,50 @@
+"""What ``featcache info`` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from featcache.build import spec_bytes
+from featcache.console import console
+
+
+def size_text(count_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.3g} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.3g} TB"
+
+
+def print_info(cache: Any) -> None:
+    """Dataset, preprocessing, VAE, then one line a feature with its layout, codec, size and origin."""
+    manifest, dataset = cache.manifest, cache.manifest.dataset
+    console.print(f"[bold]{cache.path}[/bold]   fingerprint {cache.fingerprint[:16]}")
+    console.print(
+        f"{len(cache)} images of {len(dataset.class_names)} classes from {dataset.source}; "
+        f"{dataset.preprocessing['resolution']} px {dataset.preprocessing['crop']}; "
+        f"shards of {manifest.shard_size}; order seed {dataset.order_seed}" + ("; mirrored view" if dataset.flip else "")
+    )
+    if dataset.vae:
+        console.print(
+            f"VAE {dataset.vae['name']}: {dataset.vae['latent_channels']} channels, 1/{dataset.vae['downsampling']} size, "
+            f"scale {dataset.vae['scaling_factor']:g}"
+        )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, justify in (("feature", "left"), ("shape", "left"), ("codec", "left"), ("per image", "right"), ("total", "right"), ("weights", "left")):
+        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name, spec in manifest.features.items():
+        size = spec_bytes(spec)
+        origin = spec.provenance
+        weights = str(origin.get("weights", ""))
+        if weights == "random":
+            weights = f"[yellow]RANDOM, seed {origin.get('seed')}[/yellow]"
+        elif "sha256" in origin:
+            weights += f"  {str(origin['sha256'])[:12]}"
+        shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
+        table.add_row(name, shape, spec.codec if spec.codec != "raw" else spec.dtype, size_text(size), size_text(size * dataset.count), weights)
+    console.print(table)
+    for entry in manifest.skipped:
+        console.print(f"[yellow]skipped[/yellow] {entry.key}: {entry.reason}")

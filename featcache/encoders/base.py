@@ -1,0 +1,112 @@
+"""What an encoder is, where its weights come from, and how they are identified.
+
+Pixels => features. Pixels arrive as uint8 [B, 3, R, R] on the encoder's device, one decoded and cropped image shared
+by all encoders; each encoder does its own scaling, normalisation and resizing. Features leave as float32, raw
+(unnormalised, unscaled).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from featcache.errors import UserError, WeightsUnavailable
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsSource:
+    """Where pretrained weights may come from.
+
+    weights_dir: a folder of files or model folders the user brought; searched first.
+    random_seed: build the architecture with seeded random weights instead (for tests and timing).
+    """
+
+    weights_dir: Path | None = None
+    random_seed: int | None = None
+
+
+class Encoder(Protocol):
+    """One frozen network that yields one or more features per image."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # feature name -> per-sample shape
+    provenance: Mapping[str, Mapping[str, Any]]  # feature name -> JSON-able record for the manifest
+    module: nn.Module
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, 3, R, R] => feature name -> float32 [B, *shape]."""
+        ...
+
+
+def seeded(seed: int, build: Any) -> nn.Module:
+    """Runs ``build()`` under its own random state, so that the same seed gives the same weights anywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of all parameters and persistent buffers, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def unavailable(name: str, hub_id: str, tried: str) -> WeightsUnavailable:
+    """The one offline error: names both ways out."""
+    return WeightsUnavailable(
+        f"weights of {name!r} ({hub_id}) are not on this machine and could not be downloaded ({tried})",
+        remedy=f"Either download {hub_id} on a machine with internet and pass --weights-dir DIR (see docs/offline.md),\n"
+        "or pass --random-weights 0 to try things out with random weights (the cache is marked accordingly).",
+    )
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    """A state dict from ``.safetensors``, or from ``.pt``/``.pth``/``.bin`` without unpickling arbitrary objects.
+
+    Raises:
+        UserError: the file is damaged or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file as load_safetensors
+
+            return load_safetensors(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"cannot read weights from {str(path)!r}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            remedy="Bring the file again, preferably as .safetensors.",
+        ) from error
+    for wrapper in ("state_dict", "model", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(
+            f"{str(path)!r} is not a plain state dict", remedy="Save the tensors alone as .safetensors."
+        )
+    return state
+
+
+def find_weights(directory: Path, stems: tuple[str, ...]) -> Path | None:
+    """First of ``DIR/<stem>.<suffix>`` or ``DIR/<stem>/<usual file>`` that exists."""
+    suffixes = (".safetensors", ".pth", ".pt", ".bin")
+    usual = (
+        "model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "pytorch_model.bin",
+        "open_clip_model.safetensors",
+    )
+    for stem in stems:
+        for candidate in [directory / f"{stem}{s}" for s in suffixes] + [directory / stem / u for u in usual]:
+            if candidate.is_file():
+                return candidate
+    return None

@@ -1,0 +1,145 @@
+"""A picture of a cache: images, and PCA-RGB of every cached level and token layer beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from featcache.errors import UserError
+from featcache.images import BadImage, Source, fingerprint, open_source
+
+THUMB = 128
+MARGIN = 6
+HEADER = 34
+
+
+def source_of(cache: Any, data: str | None) -> Source | None:
+    """The images a cache was made from: regenerated for the embedded set, from ``data`` for a folder; None if unknown.
+
+    Raises:
+        UserError: ``data`` holds other images than the cache.
+    """
+    from featcache.build import sample_order
+
+    dataset = cache.manifest.dataset
+    resolution = int(dataset.preprocessing["resolution"])
+    words = dict(part.split("=") for part in dataset.source.split() if "=" in part)
+    if dataset.source.startswith("shapes "):
+        return open_source(f"shapes:{words['seed']}", resolution=resolution, limit=int(words["count"]))
+    if data is None:
+        return None
+    source = open_source(data, resolution=resolution)
+    order = sample_order(len(source), seed=dataset.order_seed)[: dataset.count]
+    if fingerprint(source, order) != dataset.fingerprint:
+        raise UserError(
+            f"{data} does not hold the images that {cache.path} was made from", remedy="Pass the folder it was built from."
+        )
+    return source
+
+
+def images_of(cache: Any, data: str | None, indices: Sequence[int]) -> np.ndarray:
+    """Pixels uint8 [n, R, R, 3] of some samples: the originals where they are to be had, else decoded latents.
+
+    Raises:
+        UserError: neither the images nor the VAE's weights are here.
+    """
+    from featcache.build import sample_order
+
+    dataset = cache.manifest.dataset
+    source = source_of(cache, data)
+    if source is not None:
+        order = sample_order(len(source), seed=dataset.order_seed)
+        slots = cache.slots(np.asarray(indices))
+        try:
+            return np.stack([source.load(int(order[s]), int(dataset.preprocessing["resolution"]))[0] for s in slots])
+        except BadImage as error:
+            raise UserError(f"{error.what}") from error
+    return _decoded(cache, indices)
+
+
+def _decoded(cache: Any, indices: Sequence[int]) -> np.ndarray:
+    import torch
+
+    from featcache.encoders.base import WeightsSource
+    from featcache.encoders.vae import decode_latents, load_vae
+
+    dataset, spec = cache.manifest.dataset, cache.manifest.features["vae/moments"]
+    random = spec.provenance["seed"] if spec.provenance.get("weights") == "random" else None
+    vae, _ = load_vae(dataset.vae["name"], WeightsSource(random_seed=random))
+    moments = read_feature(cache, "vae/moments", indices)
+    mean = torch.from_numpy(moments[:, : dataset.vae["latent_channels"]])
+    pixels = decode_latents(vae, (mean - dataset.vae["shift_factor"]) * dataset.vae["scaling_factor"])
+    return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def read_feature(cache: Any, name: str, indices: Sequence[int]) -> np.ndarray:
+    """One decoded feature of some samples, float32 [n, *shape] (view 0 of flipped caches)."""
+    import torch
+
+    from featcache.codecs import decode, stored_arrays
+
+    spec = cache.manifest.features[name]
+    with cache.reader([name], single_view=True) as reader:
+        out = reader.allocate(len(indices))
+        reader.read(np.asarray(indices, np.int64), out)
+    stored = {s: torch.from_numpy(out[name + s]) for s in stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)}
+    return decode(spec.codec, stored, tuple(spec.shape)).numpy()
+
+
+def pca_rgb(tokens: np.ndarray) -> np.ndarray:
+    """First three principal components over all tokens of all images as colours. [n, T, C] -> uint8 [n, g, g, 3].
+
+    Components are fitted jointly, so that one colour means one direction in every image; each is stretched between its
+    1st and 99th percentile. The sign of a component is chosen so that its largest loading is positive.
+    """
+    n, T, C = tokens.shape
+    flat = tokens.reshape(-1, C).astype(np.float64)
+    flat -= flat.mean(axis=0)
+    _, vectors = np.linalg.eigh(flat.T @ flat)
+    top = vectors[:, ::-1][:, :3]
+    top = top * np.sign(top[np.abs(top).argmax(axis=0), np.arange(top.shape[1])])
+    scores = flat @ top
+    low, high = np.percentile(scores, [1, 99], axis=0)
+    colours = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
+    side = round(T**0.5)
+    return (colours * 255).round().astype(np.uint8).reshape(n, side, side, 3)
+
+
+def contact_sheet(cache: Any, *, data: str | None = None, count: int = 6) -> Image.Image:
+    """Rows: samples; columns: the image, then PCA-RGB of each cached layer (levels layer by layer, then tokens)."""
+    indices = list(range(min(count, len(cache))))
+    columns: list[tuple[str, np.ndarray]] = [("image", images_of(cache, data, indices))]
+    for name, spec in cache.manifest.features.items():
+        if name.startswith("vae/G"):
+            features = read_feature(cache, name, indices)
+            layers = spec.provenance.get("layers") or [str(i) for i in range(features.shape[1])]
+            columns += [(f"{name[4:]} {layer}", pca_rgb(features[:, i])) for i, layer in enumerate(layers)]
+        elif "@" in name:
+            columns.append((name, pca_rgb(read_feature(cache, name, indices))))
+    labels = cache.labels()[: len(indices)]
+    names = cache.manifest.dataset.class_names
+    width = len(columns) * (THUMB + MARGIN) + MARGIN
+    sheet = Image.new("RGB", (width, HEADER + len(indices) * (THUMB + MARGIN + 14)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=11)
+    for c, (title, pictures) in enumerate(columns):
+        x = MARGIN + c * (THUMB + MARGIN)
+        group, _, layer = title.partition(" ")
+        draw.text((x, 4), group, fill="black", font=font)
+        draw.text((x, 18), layer, fill="#555", font=font)
+        for r, pixels in enumerate(pictures):
+            y = HEADER + r * (THUMB + MARGIN + 14)
+            smooth = Image.Resampling.LANCZOS if c == 0 else Image.Resampling.NEAREST
+            sheet.paste(Image.fromarray(pixels).resize((THUMB, THUMB), smooth), (x, y))
+            if c == 0:
+                draw.text((x, y + THUMB), names[labels[r]][:20], fill="#333", font=font)
+    return sheet
+
+
+def save_sheet(cache: Any, out: Path, *, data: str | None = None, count: int = 6) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(cache, data=data, count=count).save(out)

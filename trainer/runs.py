@@ -1,0 +1,107 @@
+"""Run folders: names, places, and the files in them (imports no torch)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import UserError
+from trainer.config import RunConfig, from_mapping, to_mapping
+
+ROOT = Path("runs")
+
+
+def run_dir(config: RunConfig, root: Path = ROOT) -> Path:
+    """``runs/<name>``; without a name ``<method>-<model>``, numbered if taken."""
+    if config.name:
+        if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+            raise UserError(f"--name {config.name!r} leaves the runs folder", remedy="Type a plain name.")
+        return root / config.name
+    stem = f"{config.method}-{config.model.replace('/', '-')}"
+    candidate, number = root / stem, 2
+    while candidate.exists():
+        candidate, number = root / f"{stem}-{number}", number + 1
+    return candidate
+
+
+def save_config(run: Path, config: RunConfig) -> None:
+    """Writes ``config.yaml``, whole or not at all."""
+    import yaml
+
+    write_text(run / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+
+
+def load_config(run: Path) -> RunConfig:
+    """The resolved configuration of a run.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    from trainer.config import load_recipe
+
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs.")
+    return from_mapping(RunConfig, load_recipe(run / "config.yaml"))
+
+
+def find_runs(root: Path = ROOT) -> list[Path]:
+    """All runs below ``root``, oldest first (by the time of their latest log line or configuration)."""
+
+    def age(run: Path) -> float:
+        return max((run / f).stat().st_mtime for f in ("config.yaml", "log.jsonl") if (run / f).exists())
+
+    return sorted((p.parent for p in root.glob("**/config.yaml")), key=age) if root.is_dir() else []
+
+
+def newest_run(root: Path = ROOT) -> Path:
+    """The run that was active last.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = find_runs(root)
+    if not found:
+        raise UserError("there is no run below ./runs", remedy="Train one first: trainer run --method ahpa")
+    return found[-1]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """A JSON file, or ``default`` if it does not exist.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}", remedy="Remove it and run the command again.") from error
+
+
+def read_log(run: Path) -> Iterator[dict[str, Any]]:
+    """Records of ``log.jsonl``; a torn last line is left out."""
+    path = run / "log.jsonl"
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def truncate_log(run: Path, step: int) -> None:
+    """Drops records after ``step``: a resumed run writes them again."""
+    kept = [json.dumps(record) for record in read_log(run) if record.get("step", 0) <= step]
+    write_text(run / "log.jsonl", "".join(line + "\n" for line in kept))

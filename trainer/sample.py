@@ -1,0 +1,198 @@
+"""From a checkpoint to images: labels, noise, sampler, guidance, decoder, files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.encoders.base import WeightsSource
+from featcache.encoders.vae import decode_latents, load_vae
+from featcache.errors import UserError
+from trainer import checkpoint, runs
+from trainer.config import RunConfig
+from trainer.diffusion import samplers
+from trainer.diffusion.guidance import Guidance, guided
+from trainer.diffusion.noise import noise_stream, sample_noise
+from trainer.models import build_model, load_weights, model_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How images are drawn.
+
+    sampler: ``ode`` (Euler), ``heun``, ``dopri5``, ``sde`` (Euler-Maruyama, the papers' last step without noise).
+    steps: evaluations of the model (Heun: steps of two). guidance: scale, interval and channels.
+    pixels: ``round`` is 127.5 x + 128 clamped (ADM, DiT, SiT); ``truncate`` is 255 (x + 1) / 2 cut off (REPA).
+    seed: together with the sample's index it fixes the sample's noise.
+    """
+
+    sampler: Literal["ode", "heun", "dopri5", "sde"] = "sde"
+    steps: int = 250
+    guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
+    pixels: Literal["round", "truncate"] = "round"
+    seed: int = 0
+    batch_size: int = 64
+
+
+def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: str | None) -> Any:
+    """The VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
+
+    Args:
+        vae: the manifest's ``dataset.vae``. moments: provenance of ``vae/moments``.
+
+    Raises:
+        UserError: the weights found are not those that the cache was made with.
+        WeightsUnavailable: they are not on this machine and there is no hub.
+    """
+    source = WeightsSource(
+        weights_dir=Path(weights_dir) if weights_dir else None,
+        random_seed=moments["seed"] if moments.get("weights") == "random" else None,
+    )
+    module, origin = load_vae(vae["name"], source)
+    if origin["sha256"] != vae["sha256"]:
+        raise UserError(
+            f"the VAE {vae['name']!r} found here ({origin['sha256'][:12]}) is not the one the cache was made with "
+            f"({vae['sha256'][:12]})",
+            remedy="Bring the same weights with --weights-dir.",
+        )
+    return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A checkpoint's averaged weights in a model ready to sample from."""
+
+    path: Path
+    step: int
+    config: RunConfig
+    summary: Mapping[str, Any]  # cache.json
+    model: Any
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.summary["dataset"]["class_names"])
+
+    @property
+    def resolution(self) -> int:
+        return int(self.summary["dataset"]["preprocessing"]["resolution"])
+
+
+def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
+    """The model of a run at ``step`` (None: the latest checkpoint).
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    config = runs.load_config(run)
+    summary = runs.read_json(run / "cache.json", None)
+    if summary is None:
+        raise UserError(f"{run} has no cache.json, so its classes and latents are unknown")
+    at, path = checkpoint.find_checkpoint(run, step)
+    dataset = summary["dataset"]
+    cfg = model_config(
+        config.model,
+        latent_channels=dataset["vae"]["latent_channels"],
+        latent_size=dataset["preprocessing"]["resolution"] // dataset["vae"]["downsampling"],
+        num_classes=len(dataset["class_names"]),
+        qk_norm=config.qk_norm,
+        attention=config.attention,
+    )
+    model = build_model(cfg, device=device).eval().requires_grad_(False)
+    load_weights(model, checkpoint.load_tensors(path, weights, device=device), source=str(path))
+    return LoadedRun(path=run, step=at, config=config, summary=summary, model=model)
+
+
+@torch.inference_mode()
+def draw_latents(
+    model: Any, labels: Tensor, indices: Sequence[int], config: SampleConfig, *, path: str = "linear"
+) -> Tensor:
+    """Scaled latents float32 [B, C, h, w] of the samples ``indices`` with ``labels`` [B].
+
+    Each sample's noise is a function of (config.seed, its index) alone.
+    """
+    cfg = model.cfg
+    device = labels.device
+    shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+    x = sample_noise(config.seed, indices, shape, 0, device=device)
+    model_fn: Any = guided(model, labels, null_label=cfg.num_classes, guidance=config.guidance)
+    if config.sampler == "sde":
+        noise: Callable[[int], Tensor] = noise_stream(config.seed, indices, shape, device=device)
+        return samplers.euler_maruyama(model_fn, x, samplers.sde_grid(config.steps), noise=noise, path=path)
+    method = {"ode": samplers.euler, "heun": samplers.heun, "dopri5": samplers.dopri5}[config.sampler]
+    return method(model_fn, x, samplers.ode_grid(config.steps))
+
+
+def to_uint8(pixels: Tensor, rule: str = "round") -> np.ndarray:
+    """Pixels in [-1, 1], [B, 3, R, R] => uint8 [B, R, R, 3] under one of the two public conventions."""
+    if rule == "round":
+        values = (127.5 * pixels + 128).clamp(0, 255)
+    else:
+        values = (255 * (pixels + 1) / 2).clamp(0, 255)
+    return values.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw_images(
+    model: Any, vae: Any, labels: Tensor, indices: Sequence[int], config: SampleConfig, *, path: str = "linear"
+) -> np.ndarray:
+    """uint8 [B, R, R, 3]."""
+    return to_uint8(decode_latents(vae, draw_latents(model, labels, indices, config, path=path)), config.pixels)
+
+
+def grid_classes(num_classes: int, rows: int = 10) -> list[int]:
+    """Up to ``rows`` classes spread evenly over all of them."""
+    return [int(c) for c in np.linspace(0, num_classes - 1, min(rows, num_classes)).round()]
+
+
+def class_grid(
+    model: Any,
+    vae: Any,
+    *,
+    path: str = "linear",
+    seed: int = 0,
+    columns: int = 8,
+    config: SampleConfig | None = None,
+) -> np.ndarray:
+    """One row a class, the same noise down every column: uint8 [rows * R, columns * R, 3]."""
+    device = next(model.parameters()).device
+    config = config or SampleConfig(sampler="ode", steps=32, seed=seed)
+    rows = [
+        draw_images(model, vae, torch.full((columns,), label, device=device), range(columns), config, path=path)
+        for label in grid_classes(model.cfg.num_classes)
+    ]
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+
+
+def save_png(pixels: np.ndarray, path: Path) -> None:
+    """uint8 [H, W, 3] to a PNG, replaced whole."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(pixels).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def choose_labels(kind: str, count: int, num_classes: int, *, seed: int) -> np.ndarray:
+    """Labels int64 [count]: ``balanced`` (0, 1, 2, ... in turn), ``random`` (uniform, seeded), or a list ``"3,7"`` in turn.
+
+    Raises:
+        UserError: a class outside 0..num_classes-1, or text that is no list.
+    """
+    if kind == "balanced":
+        return np.arange(count) % num_classes
+    if kind == "random":
+        return np.random.Generator(np.random.Philox(key=[seed, 0x1ABE15])).integers(0, num_classes, count)
+    try:
+        chosen = [int(part) for part in kind.split(",")]
+    except ValueError:
+        raise UserError(f"--classes {kind!r} is not a list of classes", remedy="Type balanced, random, or e.g. 207,360,387") from None
+    wrong = [c for c in chosen if not 0 <= c < num_classes]
+    if wrong:
+        raise UserError(f"there is no class {wrong[0]}", remedy=f"Classes are 0 to {num_classes - 1}.")
+    return np.resize(np.array(chosen), count)
