@@ -30,11 +30,39 @@ def _ahpa() -> tuple[type[Any], type[Any]]:
     return AhpaConfig, Ahpa
 
 
+def _sara() -> tuple[type[Any], type[Any]]:
+    from trainer.align.sara import Sara, SaraConfig
+
+    return SaraConfig, Sara
+
+
+def _dya() -> tuple[type[Any], type[Any]]:
+    from trainer.align.dya import Dya, DyaConfig
+
+    return DyaConfig, Dya
+
+
+def _sra() -> tuple[type[Any], type[Any]]:
+    from trainer.align.sra import Sra, SraConfig
+
+    return SraConfig, Sra
+
+
+def _sra2() -> tuple[type[Any], type[Any]]:
+    from trainer.align.sra2 import Sra2, Sra2Config
+
+    return Sra2Config, Sra2
+
+
 # Name -> () -> (options dataclass, Alignment subclass). A new method is one file and one line here.
 METHODS: dict[str, Callable[[], tuple[type[Any], type[Any]]]] = {
     "none": _none,
     "repa": _repa,
+    "sara": _sara,
+    "dya": _dya,
     "ahpa": _ahpa,
+    "sra": _sra,
+    "sra2": _sra2,
 }
 
 

@@ -49,3 +49,18 @@ def normalize_over_space(y: Tensor, gamma: float) -> Tensor:
     y = y.float()
     std, mean = torch.std_mean(y, dim=1, keepdim=True)
     return (y - gamma * mean) / (std + 1e-6)
+
+
+def structure(p: Tensor, y: Tensor, reduction: str) -> Tensor:
+    """``||A(y) - A(p)||_F^2`` with ``A(h)_ij = cos(h_i, h_j)`` over one image's tokens (SARA Eq. 7-8).
+
+    [B, N, C] each -> scalar: the ``'mean'`` or ``'sum'`` over the N x N entries, then the mean over images.
+
+    Both matrices come from one product over 2C channels, ``[p, y] [p, -y]^T = A(p) - A(y)``: under autocast
+    the matrix cores accumulate the difference in float32 and round it once, instead of subtracting two
+    rounded matrices of entries near 1.
+    """
+    p, y = F.normalize(p.float(), dim=-1), F.normalize(y.float(), dim=-1)
+    difference = torch.cat([p, y], dim=-1) @ torch.cat([p, -y], dim=-1).mT  # [B, N, N]
+    squared = difference.float().square()
+    return squared.mean() if reduction == "mean" else squared.sum(dim=(1, 2)).mean()

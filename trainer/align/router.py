@@ -35,8 +35,8 @@ class LinearTime(nn.Module):
 class SinusoidalTime(nn.Module):
     """Cosines and sines at ``width / 2`` geometric frequencies, [B] -> [B, width] (App. D.6).
 
-    The formula is not legible in our copy of the paper. We take DDPM's, frequencies ``10000^(-i / (width/2))``
-    on ``1000 t``: the scale at which the paper's "high-frequency harmonic components" exist.
+    The formula is not legible in our copy. We take DDPM's, ``10000^(-i / (width/2))`` on ``1000 t``, which is
+    the scale at which the paper's "high-frequency harmonic components" exist.
     """
 
     frequencies: Tensor
