@@ -14,162 +14,20 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from featcache.errors import CacheError
 from featcache.order import epoch_order, sequential_order
-from featcache.store.layout import sample_bytes, shard_name, shard_samples
+from featcache.store.backends import Backend, ShardFile, open_backend
+from featcache.store.layout import sample_bytes
 from featcache.store.manifest import Manifest
 from featcache.store.root import read_root
-from featcache.store.shards import decompress, read_index
 
 __all__ = ["Cache", "Reader", "epoch_order", "open_cache", "sequential_order"]
 
 _MAX_IOV = 512  # Linux takes 1024 buffers a call
 _LABEL, _KEY = "label", "key"
-
-
-class ShardFile(Protocol):
-    """One open shard of one array. Samples are numbered within the shard."""
-
-    def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        """Fill the buffers with the samples `first`, `first + 1`, ..., one each."""
-
-    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        """Fill the buffer with the `part`-th piece of the sample, counted in pieces of the buffer's
-        length.
-        """
-
-
-class Backend(Protocol):
-    """Where shards come from: a zarr directory, a folder of tars, or a remote store."""
-
-    def open_shard(self, array: str, shard: int) -> ShardFile: ...
-
-
-def _read_exactly(fd: int, buffers: list[memoryview], offset: int, where: str) -> None:
-    total = sum(map(len, buffers))
-    while True:
-        got = os.preadv(fd, buffers, offset)
-        if got == total:
-            return
-        if got <= 0:
-            raise CacheError(
-                f"{where} is shorter than its index says",
-                remedy="featcache verify finds and --repair mends it",
-            )
-        offset, total = offset + got, total - got
-        rest = []
-        for buffer in buffers:
-            if got < len(buffer):
-                rest.append(buffer[got:])
-            got = max(0, got - len(buffer))
-        buffers = rest
-
-
-class _ContiguousShard:
-    """Samples back to back from offset 0."""
-
-    __slots__ = ("fd", "length", "where")
-
-    def __init__(self, fd: int, length: int, where: str) -> None:
-        self.fd, self.length, self.where = fd, length, where
-
-    def __del__(self) -> None:
-        # The last user closes: a thread may still read from a shard that the cache of open files has dropped.
-        os.close(self.fd)
-
-    def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        _read_exactly(self.fd, buffers, first * self.length, self.where)
-
-    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        _read_exactly(self.fd, [buffer], sample * self.length + part * len(buffer), self.where)
-
-
-class _IndexedShard:
-    """Samples anywhere in the file, compressed or not."""
-
-    def __init__(
-        self,
-        fd: int,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        compressor: str | None,
-        sample_bytes: int,
-        where: str,
-    ) -> None:
-        self.fd, self.offsets, self.lengths, self.where = fd, offsets, lengths, where
-        self.compressor, self.sample_bytes = compressor, sample_bytes
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-    def _read(self, sample: int, buffer: memoryview) -> None:
-        offset, length = int(self.offsets[sample]), int(self.lengths[sample])
-        if self.compressor is None:
-            _read_exactly(self.fd, [buffer], offset, self.where)
-            return
-        raw = bytearray(length)
-        _read_exactly(self.fd, [memoryview(raw)], offset, self.where)
-        decompress(self.compressor, bytes(raw), np.frombuffer(buffer, np.uint8), self.where)
-
-    def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        for i, buffer in enumerate(buffers):
-            self._read(first + i, buffer)
-
-    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        if self.compressor is None:
-            offset = int(self.offsets[sample]) + part * len(buffer)
-            _read_exactly(self.fd, [buffer], offset, self.where)
-            return
-        # Compressed samples decode as a whole; keep one part.
-        whole = memoryview(bytearray(self.sample_bytes))
-        self._read(sample, whole)
-        buffer[:] = whole[part * len(buffer) : (part + 1) * len(buffer)]
-
-
-class ZarrBackend:
-    """Shards of a zarr cache in a directory."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
-        # Arrays' shards whose index was checked and found contiguous, one byte each: reopening costs one
-        # open().
-        self._contiguous: dict[str, bytearray] = {}
-
-    def open_shard(self, array: str, shard: int) -> ShardFile:
-        manifest = self.manifest
-        dtype, shape = manifest.arrays[array]
-        path = self.path / array / shard_name(shard, len(shape))
-        where = str(path)
-        length = sample_bytes(dtype, shape)
-        known = self._contiguous.setdefault(array, bytearray(manifest.n_shards))
-        try:
-            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CacheError(
-                f"{where} cannot be read: {error.strerror}",
-                remedy="featcache verify names all that is damaged",
-            ) from error
-        try:
-            if known[shard]:
-                return _ContiguousShard(fd, length, where)
-            offsets, lengths = read_index(
-                fd,
-                n=shard_samples(manifest.dataset.count, manifest.shard_size, shard),
-                shard_size=manifest.shard_size,
-                sample_bytes=length if manifest.compressor is None else None,
-                where=where,
-            )
-            if manifest.compressor is None and (offsets == np.arange(len(offsets)) * length).all():
-                known[shard] = 1
-                return _ContiguousShard(fd, length, where)
-            return _IndexedShard(fd, offsets, lengths, manifest.compressor, length, where)
-        except BaseException:
-            os.close(fd)
-            raise
 
 
 def _descriptor_budget() -> int:
@@ -453,4 +311,4 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
     """
     directory = Path(path)
     manifest = read_root(directory)
-    return Cache(str(directory), manifest, ZarrBackend(directory, manifest))
+    return Cache(str(directory), manifest, open_backend(directory, manifest))

@@ -19,11 +19,14 @@ SCALE_SUFFIX = ".scale"
 INT4_GROUP = 32
 CODECS = ("raw", "fp32", "fp16", "bf16", "int8", "fp8", "int4")
 COMPRESSORS = ("zstd", "blosc")
+FORMATS = ("zarr", "wds")
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 RAW_DTYPES = ("bool", *_INTEGERS, "float16", "float32", "float64")
 
 ROOT_METADATA = "zarr.json"
+WDS_ROOT = "featcache.json"
+ROOT_NAMES = {"zarr": ROOT_METADATA, "wds": WDS_ROOT}
 CHECKSUMS = "SHA256SUMS"
 STATE = ".featcache"
 

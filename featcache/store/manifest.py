@@ -23,6 +23,7 @@ from featcache.errors import CacheError, UserError
 from featcache.store.layout import (
     CODECS,
     COMPRESSORS,
+    FORMATS,
     RAW_DTYPES,
     SCALE_SUFFIX,
     canonical_json,
@@ -159,8 +160,9 @@ class Skipped:
 class Manifest:
     """Everything about a cache but the features' bytes. `features` holds complete ones only.
 
-    checksums: array name -> SHA-256 of that array's `SHA256SUMS` file. compressor: of every array ('zstd',
-    'blosc' or None). versions: of the software that made the cache.
+    checksums: array name -> SHA-256 of that array's `SHA256SUMS` file (in format 'wds', one file for all
+    arrays). compressor: of every array ('zstd', 'blosc' or None). format: 'zarr' or 'wds'. versions: of the
+    software that made the cache.
     """
 
     dataset: DatasetSpec
@@ -169,6 +171,7 @@ class Manifest:
     skipped: tuple[Skipped, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     compressor: str | None = None
+    format: str = "zarr"
     checksums: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -194,6 +197,7 @@ class Manifest:
             "dataset": self.dataset.to_json(),
             "shard_size": self.shard_size,
             "compressor": self.compressor,
+            "format": self.format,
             "features": {name: self.features[name].to_json() for name in sorted(self.features)},
             "skipped": [{"slot": s.slot, "key": s.key, "reason": s.reason} for s in self.skipped],
             "versions": dict(self.versions),
@@ -400,16 +404,8 @@ def manifest_from_json(value: Json) -> Manifest:
             f"this program reads version {FORMAT_VERSION}",
             remedy="install the featcache version that wrote it, or build the cache again",
         )
-    keys = {
-        "format_version",
-        "dataset",
-        "shard_size",
-        "compressor",
-        "features",
-        "skipped",
-        "versions",
-        "checksums",
-    }
+    keys = {"format_version", "format", "dataset", "shard_size", "compressor", "features", "skipped"}
+    keys |= {"versions", "checksums"}
     item = _object(value, "manifest", keys)
     _integer(item["format_version"], "format_version", FORMAT_VERSION, FORMAT_VERSION)
     dataset = dataset_from_json(item["dataset"])
@@ -433,6 +429,7 @@ def manifest_from_json(value: Json) -> Manifest:
         skipped=skipped_from_json(item["skipped"], dataset.count),
         versions=versions,
         compressor=item["compressor"],
+        format=_string(item["format"], "format", choices=FORMATS),
         checksums={k: _sha256(v, "a checksum") for k, v in _mapping(item["checksums"], "checksums").items()},
     )
     if set(manifest.checksums) != set(manifest.arrays):

@@ -10,7 +10,7 @@ from typing import Any
 
 from featcache.errors import CacheError
 from featcache.store import files
-from featcache.store.layout import ROOT_METADATA, STATE, array_metadata, canonical_json, group_metadata
+from featcache.store.layout import ROOT_NAMES, STATE, array_metadata, canonical_json, group_metadata
 from featcache.store.manifest import (
     MAX_METADATA_BYTES,
     Manifest,
@@ -41,19 +41,19 @@ def node_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 def root_bytes(manifest: Manifest) -> bytes:
     """The root document of a manifest: always the same bytes for the same manifest."""
-    content = {
-        "attributes": {_MANIFEST: manifest.to_json()},
-        "consolidated_metadata": {
-            "kind": "inline",
-            "must_understand": False,
-            "metadata": node_metadata(manifest),
-        },
-        "node_type": "group",
-        "zarr_format": 3,
-    }
-    checksum = hashlib.sha256(canonical_json(content)).hexdigest()
-    attributes = {**content["attributes"], _CHECKSUM: checksum}  # type: ignore[dict-item]
-    return canonical_json({**content, "attributes": attributes})
+    content: dict[str, Any] = {"attributes": {_MANIFEST: manifest.to_json()}}
+    if manifest.format == "zarr":
+        content |= {
+            "consolidated_metadata": {
+                "kind": "inline",
+                "must_understand": False,
+                "metadata": node_metadata(manifest),
+            },
+            "node_type": "group",
+            "zarr_format": 3,
+        }
+    content["attributes"][_CHECKSUM] = hashlib.sha256(canonical_json(content)).hexdigest()
+    return canonical_json(content)
 
 
 def parse_root(data: bytes, where: str) -> Manifest:
@@ -66,18 +66,26 @@ def parse_root(data: bytes, where: str) -> Manifest:
     if not isinstance(attributes, dict) or _MANIFEST not in attributes:
         raise CacheError(f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}")
     manifest = manifest_from_json(attributes[_MANIFEST])
-    if document != load_json(root_bytes(manifest), where):
+    if canonical_json(document) != root_bytes(manifest):
         raise CacheError(
             f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest",
-            remedy="get the file again from where the cache came from; featcache verify names what else is damaged",
+            remedy="get that file again from where the cache came from, or build the cache again",
         )
     return manifest
 
 
+def find_root(path: Path) -> Path | None:
+    """The root document of the cache in directory `path`, if there is one."""
+    for name in ROOT_NAMES.values():
+        if (path / name).is_file():
+            return path / name
+    return None
+
+
 def read_root(path: Path) -> Manifest:
     """The manifest of the cache in directory `path`; raises `CacheError` if there is none."""
-    root = path / ROOT_METADATA
-    if not root.is_file():
+    root = find_root(path)
+    if root is None:
         if (path / STATE).is_dir():
             raise CacheError(
                 f"{path} holds an unfinished build and nothing complete yet",
@@ -87,4 +95,7 @@ def read_root(path: Path) -> Manifest:
             f"there is no cache at {path}",
             remedy=f"featcache build --out {path} makes one; featcache ls DIR lists them",
         )
-    return parse_root(files.read_bounded(root, MAX_METADATA_BYTES), str(root))
+    manifest = parse_root(files.read_bounded(root, MAX_METADATA_BYTES), str(root))
+    if ROOT_NAMES[manifest.format] != root.name:
+        raise CacheError(f"{root} is damaged: it describes a cache of format {manifest.format!r}")
+    return manifest

@@ -16,6 +16,7 @@ the journal. Nothing final depends on time, order or interruptions, so a resumed
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from featcache.store.layout import (
     CHECKSUMS,
     COMPRESSORS,
     ROOT_METADATA,
+    ROOT_NAMES,
     STATE,
     canonical_json,
     index_bytes,
@@ -51,8 +53,9 @@ from featcache.store.manifest import (
     manifest_from_json,
     skipped_from_json,
 )
-from featcache.store.root import node_metadata, read_root, root_bytes
+from featcache.store.root import find_root, node_metadata, read_root, root_bytes
 from featcache.store.shards import encode_shard
+from featcache.store.wds import tar_name
 
 _ENTRY = re.compile(r"(\d{8})\.json\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -72,7 +75,7 @@ def cache_lock(path: Path) -> Iterator[None]:
     try:
         yield
         files.remove_empty_directory(state / "building")
-        if (path / ROOT_METADATA).is_file() and not (state / "building").exists():
+        if find_root(path) is not None and not (state / "building").exists():
             files.remove_file(state / "dataset.json")
         if {entry.name for entry in state.iterdir()} == {"lock"}:
             files.remove_file(state / "lock")
@@ -117,9 +120,12 @@ class CacheWriter:
         shard_size: int,
         resume: bool = True,
         compressor: str | None = None,
+        format: str = "zarr",
         versions: Mapping[str, str] | None = None,
-    ) -> Self:
+    ) -> CacheWriter:
         """A writer for the cache at `path`, new or (with `resume`) one of the same dataset.
+
+        format: 'zarr', or 'wds' for webdataset tars, whose features must all be written by one builder.
 
         Raises `CacheError` if a cache of other images, preprocessing or shard size is there, or if it cannot
         be written.
@@ -129,8 +135,16 @@ class CacheWriter:
             raise CacheError(
                 f"there is no compressor {compressor!r}", remedy=f"use one of {', '.join(COMPRESSORS)}"
             )
+        if format == "wds" and compressor is not None:
+            raise CacheError(
+                "webdataset caches are not compressed", remedy="use the zarr format, or no compressor"
+            )
         wanted = Manifest(
-            dataset=dataset, shard_size=shard_size, compressor=compressor, versions=dict(versions or {})
+            dataset=dataset,
+            shard_size=shard_size,
+            compressor=compressor,
+            format=format,
+            versions=dict(versions or {}),
         )
         manifest_from_json(wanted.to_json())
         _refuse_foreign_directory(path)
@@ -138,33 +152,35 @@ class CacheWriter:
             existing = _existing_manifest(path)
             if existing is None:
                 files.atomic_write(state_directory(path) / "dataset.json", [canonical_json(wanted.to_json())])
-                return cls(path, wanted)
+                return _writer_class(wanted)(path, wanted)
         if not resume:
             raise CacheError(
                 f"there is a cache at {path} already", remedy="choose another --out, or leave --no-resume out"
             )
         require_same_dataset(existing, wanted, path)
-        return cls(path, existing)
+        return _writer_class(existing)(path, existing)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, dataset: DatasetSpec | None = None) -> Self:
+    def open(cls, path: str | os.PathLike[str], *, dataset: DatasetSpec | None = None) -> CacheWriter:
         """A writer that adds features to the cache at `path`.
 
         Raises `CacheError` if there is none, or if `dataset` is given and differs from the cache's.
         """
         path = Path(path)
         existing = None
-        if (path / ROOT_METADATA).is_file() or (state_directory(path) / "dataset.json").is_file():
+        if find_root(path) is not None or (state_directory(path) / "dataset.json").is_file():
             with cache_lock(path):
                 existing = _existing_manifest(path)
         if existing is None:
             raise CacheError(f"there is no cache at {path}", remedy=f"featcache build --out {path} makes one")
         if dataset is not None:
             require_same_dataset(existing, replace(existing, dataset=dataset), path)
-        return cls(path, existing)
+        return _writer_class(existing)(path, existing)
 
     @classmethod
-    def open_for_repair(cls, path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]]) -> Self:
+    def open_for_repair(
+        cls, path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]]
+    ) -> CacheWriter:
         """A writer that may rewrite just these shards (feature -> shard numbers) of complete features.
 
         `write_shard` replaces them; `finish` records the checksums of what was written. Re-encoding on the
@@ -177,6 +193,10 @@ class CacheWriter:
                 raise CacheError(f"there is no complete feature {name!r} to repair in {writer.path}")
             if not all(0 <= n < writer.n_shards for n in numbers):
                 raise CacheError(f"{name!r} has the shards 0 to {writer.n_shards - 1}, not {sorted(numbers)}")
+        if writer._base.format == "wds" and (
+            set(repairs) != set(writer._base.features) or len(set(map(frozenset, repairs.values()))) > 1
+        ):
+            raise CacheError("a tar holds all features: repair the same shards of all of them")
         with cache_lock(writer.path):
             for name in repairs:
                 writer._specs[name] = writer._base.features[name]
@@ -281,16 +301,20 @@ class CacheWriter:
             files.atomic_write(record, [canonical_json(spec.to_json())])
         for leftover in directory.glob("*" + files.PART_SUFFIX):
             files.remove_file(leftover)
-        for array in spec.arrays:
-            files.make_directory(self.path / array)
-            for leftover in (self.path / array).glob("*" + files.PART_SUFFIX):
-                files.remove_file(leftover)
+        self._prepare(spec)
         done = set()
         for entry in directory.iterdir():
             match = _ENTRY.match(entry.name)
             if match and self._shard_is_whole(spec, int(match[1])):
                 done.add(int(match[1]))
         return done
+
+    def _prepare(self, spec: FeatureSpec) -> None:
+        """Make the directories for a feature's shards and clear away half-written ones."""
+        for array in spec.arrays:
+            files.make_directory(self.path / array)
+            for leftover in (self.path / array).glob("*" + files.PART_SUFFIX):
+                files.remove_file(leftover)
 
     def _shard_is_whole(self, spec: FeatureSpec, shard: int) -> bool:
         if shard >= self.n_shards:
@@ -341,20 +365,21 @@ class CacheWriter:
                     f"shard {shard} of {array!r} must be {dtype} {(n, *shape)}, not {got.dtype} {got.shape}"
                 )
         self._written.add(shard)
+        self._store(feature, shard, {feature + suffix: values for suffix, values in arrays.items()})
+
+    def _store(self, feature: str, shard: int, arrays: dict[str, np.ndarray]) -> None:
         checksums = {}
-        for array, (_, shape) in spec.arrays.items():
-            buffers = encode_shard(arrays[array[len(feature) :]], self.shard_size, self._base.compressor)
+        for array, (_, shape) in self._specs[feature].arrays.items():
+            buffers = encode_shard(arrays[array], self.shard_size, self._base.compressor)
             target = self.path / array / shard_name(shard, len(shape))
             checksums[array] = files.atomic_write(target, buffers, hashing=True)
-        entry = {
-            "checksums": checksums,
-            "skipped": [
-                {"slot": s.slot, "key": s.key, "reason": s.reason} for s in self._skipped.get(shard, [])
-            ],
-        }
-        files.atomic_write(
-            building_directory(self.path, feature) / journal_name(shard), [canonical_json(entry)]
-        )
+        self._record(feature, shard, checksums)
+
+    def _record(self, feature: str, shard: int, checksums: dict[str, str]) -> None:
+        """Journal one finished shard of one feature."""
+        skipped = [vars(entry) for entry in self._skipped.get(shard, [])]
+        entry = canonical_json({"checksums": checksums, "skipped": skipped})
+        files.atomic_write(building_directory(self.path, feature) / journal_name(shard), [entry])
         self._done[feature].add(shard)
 
     def finish(self) -> Manifest:
@@ -381,7 +406,7 @@ class CacheWriter:
                 skipped=tuple(skipped[slot] for slot in sorted(skipped)),
                 checksums=dict(sorted(checksums.items())),
             )
-            publish(self.path, manifest, set(self._specs))
+            self._publish(manifest)
             for name in self._specs:
                 files.remove_tree(building_directory(self.path, name))
             self.close()
@@ -390,27 +415,38 @@ class CacheWriter:
 
     def _seal(self, name: str, checksums: dict[str, str]) -> list[Skipped]:
         """Write the checksum files of one feature's arrays; returns its skipped slots."""
-        directory = building_directory(self.path, name)
         spec = self._specs[name]
         repaired = None if self._repairs is None else self._repairs[name]
-        lines: dict[str, list[str]] = {}
-        for array, (_, shape) in spec.arrays.items():
-            lines[array] = (
-                [""] * self.n_shards
-                if repaired is None
-                else read_checksums(self.path, array, self.n_shards, len(shape), self._base.checksums[array])
-            )
+        lines = {
+            array: [""] * self.n_shards if repaired is None else read_checksums(self.path, self._base, array)
+            for array in spec.arrays
+        }
         skipped: list[Skipped] = []
         for shard in range(self.n_shards) if repaired is None else sorted(repaired):
-            entry = _journal_entry(directory / journal_name(shard), spec, self.dataset.count)
-            for array, digest in entry[0].items():
+            digests, entries = self._journaled(spec, shard)
+            for array, digest in digests.items():
                 lines[array][shard] = digest
-            skipped += entry[1]
+            skipped += entries
         for array, (_, shape) in spec.arrays.items():
-            checksums[array] = files.atomic_write(
-                self.path / array / CHECKSUMS, [checksums_text(lines[array], len(shape))], hashing=True
-            )
+            names = [shard_name(shard, len(shape)) for shard in range(self.n_shards)]
+            text = checksums_text(lines[array], names)
+            checksums[array] = files.atomic_write(self.path / array / CHECKSUMS, [text], hashing=True)
         return skipped
+
+    def _journaled(self, spec: FeatureSpec, shard: int) -> tuple[dict[str, str], tuple[Skipped, ...]]:
+        path = building_directory(self.path, spec.name) / journal_name(shard)
+        return journal_entry(path, spec, self.dataset.count)
+
+    def _publish(self, manifest: Manifest) -> None:
+        publish(self.path, manifest, set(self._specs))
+
+
+def _writer_class(manifest: Manifest) -> type[CacheWriter]:
+    if manifest.format == "zarr":
+        return CacheWriter
+    from featcache.store.wds_writer import WdsWriter
+
+    return WdsWriter
 
 
 def publish(path: Path, manifest: Manifest, features: set[str]) -> None:
@@ -418,44 +454,54 @@ def publish(path: Path, manifest: Manifest, features: set[str]) -> None:
     lock.
     """
     nodes = node_metadata(manifest)
-    for name in sorted(features):
+    for name in sorted(features) if manifest.format == "zarr" else ():
         parents = [name.split("/")[0]] if "/" in name else []
         for node in [*parents, *manifest.features[name].arrays]:
             content = canonical_json(nodes[node])
             target = path / node / ROOT_METADATA
             if not target.is_file() or target.read_bytes() != content:
                 files.atomic_write(target, [content])
-    files.atomic_write(path / ROOT_METADATA, [root_bytes(manifest)])
+    files.atomic_write(path / ROOT_NAMES[manifest.format], [root_bytes(manifest)])
 
 
-def checksums_text(digests: Sequence[str], sample_ndim: int) -> bytes:
-    """The `SHA256SUMS` file of an array, as `sha256sum --check` reads it in the array's directory."""
-    return "".join(
-        f"{digest}  {shard_name(shard, sample_ndim)}\n" for shard, digest in enumerate(digests)
-    ).encode("ascii")
+def shard_names(manifest: Manifest, array: str) -> list[str]:
+    """Names of the files that hold an array's shards, relative to where its `SHA256SUMS` is."""
+    if manifest.format == "wds":
+        return [tar_name(shard) for shard in range(manifest.n_shards)]
+    ndim = len(manifest.arrays[array][1])
+    return [shard_name(shard, ndim) for shard in range(manifest.n_shards)]
 
 
-def parse_checksums(data: bytes, n_shards: int, sample_ndim: int, where: str) -> list[str]:
+def checksums_path(manifest: Manifest, array: str) -> str:
+    """Where the `SHA256SUMS` file of an array is, relative to the cache."""
+    return CHECKSUMS if manifest.format == "wds" else f"{array}/{CHECKSUMS}"
+
+
+def checksums_text(digests: Sequence[str], names: Sequence[str]) -> bytes:
+    """A `SHA256SUMS` file, as `sha256sum --check` reads it in its own directory."""
+    return "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)).encode("ascii")
+
+
+def parse_checksums(data: bytes, names: Sequence[str], where: str) -> list[str]:
     """The shards' SHA-256 from a `SHA256SUMS` file; raises `CacheError` unless it is exactly as written."""
     digests = [line[:64] for line in data.decode("ascii", "replace").splitlines()]
-    if (
-        len(digests) != n_shards
-        or not all(map(_SHA256.match, digests))
-        or checksums_text(digests, sample_ndim) != data
-    ):
-        raise CacheError(f"{where} is damaged: it does not list {n_shards} shards and their SHA-256")
+    whole = len(digests) == len(names) and all(map(_SHA256.match, digests))
+    if not whole or checksums_text(digests, names) != data:
+        raise CacheError(f"{where} is damaged: it does not list {len(names)} shards and their SHA-256")
     return digests
 
 
-def read_checksums(path: Path, array: str, n_shards: int, sample_ndim: int, expected: str) -> list[str]:
-    """Read and check an array's `SHA256SUMS` against the manifest."""
-    import hashlib
-
-    where = path / array / CHECKSUMS
-    data = files.read_bounded(where, n_shards * (64 + 2 + 64))
-    if hashlib.sha256(data).hexdigest() != expected:
+def check_checksums(data: bytes, manifest: Manifest, array: str, where: str) -> list[str]:
+    """The shards' SHA-256 from the bytes of an array's `SHA256SUMS`, checked against the manifest."""
+    if hashlib.sha256(data).hexdigest() != manifest.checksums[array]:
         raise CacheError(f"{where} is damaged: it is not the file that the manifest names")
-    return parse_checksums(data, n_shards, sample_ndim, str(where))
+    return parse_checksums(data, shard_names(manifest, array), where)
+
+
+def read_checksums(path: Path, manifest: Manifest, array: str) -> list[str]:
+    """The SHA-256 of an array's shards; raises `CacheError` if the file is missing or damaged."""
+    where = path / checksums_path(manifest, array)
+    return check_checksums(files.read_bounded(where, manifest.n_shards * 160), manifest, array, str(where))
 
 
 def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> None:
@@ -467,7 +513,7 @@ def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> No
         for key in have
         if key not in ("source", "name") and have[key] != want[key]
     ]
-    for key in ("shard_size", "compressor"):
+    for key in ("shard_size", "compressor", "format"):
         if getattr(existing, key) != getattr(wanted, key):
             differences.append(
                 f"{key}: the cache has {getattr(existing, key)}, this build {getattr(wanted, key)}"
@@ -490,7 +536,7 @@ def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> N
         )
 
 
-def _journal_entry(path: Path, spec: FeatureSpec, count: int) -> tuple[dict[str, str], tuple[Skipped, ...]]:
+def journal_entry(path: Path, spec: FeatureSpec, count: int) -> tuple[dict[str, str], tuple[Skipped, ...]]:
     value = load_json(files.read_bounded(path, MAX_METADATA_BYTES), str(path))
     damaged = CacheError(
         f"{path} is damaged",
@@ -507,7 +553,7 @@ def _journal_entry(path: Path, spec: FeatureSpec, count: int) -> tuple[dict[str,
 
 
 def _existing_manifest(path: Path) -> Manifest | None:
-    if (path / ROOT_METADATA).is_file():
+    if find_root(path) is not None:
         return read_root(path)
     record = state_directory(path) / "dataset.json"
     if record.is_file():
@@ -528,10 +574,5 @@ def _unfinished(path: Path) -> list[str]:
 def _refuse_foreign_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CacheError(f"{path} is a file", remedy="choose another --out")
-    if (
-        path.is_dir()
-        and not (path / STATE).is_dir()
-        and not (path / ROOT_METADATA).is_file()
-        and any(path.iterdir())
-    ):
+    if path.is_dir() and not (path / STATE).is_dir() and find_root(path) is None and any(path.iterdir()):
         raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another --out")
