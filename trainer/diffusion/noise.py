@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _PURPOSE = 0x5A3B1E  # keeps these streams apart from every other use of the same seed
@@ -27,18 +29,59 @@ def sample_noise(
     is by convention the initial noise; samplers draw steps 1, 2, ...
     """
     out = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, index in zip(out, indices):
-        # Philox counts up from the first word, so the other three name the stream.
-        bits = np.random.Philox(key=[seed, _PURPOSE], counter=[0, 0, step, index])
-        np.random.Generator(bits).standard_normal(out=row, dtype=np.float32)
-    noise = torch.from_numpy(out)
-    if torch.device(device).type == "cuda":
-        return noise.pin_memory().to(device, non_blocking=True)  # pageable memory would make the copy wait
-    return noise.to(device)
+    _fill(out, seed, indices, step)
+    return _to(torch.from_numpy(out), device)
 
 
 def noise_stream(
-    seed: int, indices: Sequence[int], shape: Sequence[int], *, device: torch.device | str = "cpu"
+    seed: int,
+    indices: Sequence[int],
+    shape: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    threads: int = 4,
 ) -> Callable[[int], Tensor]:
-    """The ``noise(step)`` callable that samplers take, for the samples of one batch."""
-    return lambda step: sample_noise(seed, indices, shape, step, device=device)
+    """The ``noise(step)`` callable that samplers take, for the samples of one batch.
+
+    Gives what :func:`sample_noise` gives. A latent of 4 x 32 x 32 costs about 0.1 ms, so the next step's
+    noise is drawn by ``threads`` threads (numpy releases the interpreter lock) while the model runs the
+    present one.
+    """
+    pool = ThreadPoolExecutor(threads)
+    chunks = [range(i, len(indices), threads) for i in range(min(threads, len(indices)))]
+    pending: dict[int, tuple[NDArray[np.float32], list[Future[None]]]] = {}
+
+    def submit(step: int) -> None:
+        out = np.empty((len(indices), *shape), dtype=np.float32)
+        pending[step] = (
+            out,
+            [
+                pool.submit(_fill, out[c.start :: threads], seed, [indices[i] for i in c], step)
+                for c in chunks
+            ],
+        )
+
+    def noise(step: int) -> Tensor:
+        if step not in pending:
+            pending.clear()
+            submit(step)
+        out, parts = pending.pop(step)
+        submit(step + 1)
+        for part in parts:
+            part.result()
+        return _to(torch.from_numpy(out), device)
+
+    return noise
+
+
+def _fill(out: NDArray[np.float32], seed: int, indices: Sequence[int], step: int) -> None:
+    for row, index in zip(out, indices):
+        # Philox counts up from the first word, so the last two name the stream.
+        bits = np.random.Philox(key=[seed, _PURPOSE], counter=[0, 0, step, index])
+        np.random.Generator(bits).standard_normal(out=row, dtype=np.float32)
+
+
+def _to(noise: Tensor, device: torch.device | str) -> Tensor:
+    if torch.device(device).type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+    return noise.to(device)

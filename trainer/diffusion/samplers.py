@@ -1,9 +1,13 @@
-"""Samplers for velocity models: from noise at t = 1 to data at t = 0, each one function on one screen.
+"""Samplers, each one function on one screen.
 
-All take ``(model_fn, x, t_grid)`` first: ``model_fn(x, t) -> velocity`` with x [B, ...] and t a Python
-float (no device read is ever needed to test it), the noise x at ``t_grid[0]``, and a decreasing grid of
-times. The state is kept in ``state_dtype`` (float64, as in REPA's and EDM's samplers; float32 for dopri5,
-as in SiT's), the model is called in the dtype of x, and the sample comes back in it.
+For velocity models, from noise at t = 1 to data at t = 0: :func:`euler`, :func:`heun`, :func:`dopri5` (ODE)
+and :func:`euler_maruyama` (SDE). All take ``(model_fn, x, t_grid)`` first: ``model_fn(x, t) -> velocity``
+with x [B, ...] and t a Python float (testing it reads nothing back from the device), the noise x at
+``t_grid[0]``, and a decreasing grid of times. For DDPM models: :func:`ddpm` and :func:`ddim`, which take a
+:class:`Schedule` in place of the grid; their t is a step number.
+
+The state is kept in ``state_dtype`` (float64 as in REPA's samplers; float32 for dopri5 as in SiT's, and for
+DDPM and DDIM as in DiT's), the model is called in the dtype of x, and the sample comes back in it.
 
 Randomness comes in through ``noise(step) -> [B, ...]``, one draw for step 1, 2, ...: see
 :mod:`trainer.diffusion.noise`.
@@ -11,6 +15,7 @@ Randomness comes in through ``noise(step) -> [B, ...]``, one draw for step 1, 2,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from trainer.diffusion.ddpm import Schedule
 from trainer.diffusion.interpolants import interpolant, score_from_velocity
 
 
@@ -152,3 +158,67 @@ def euler_maruyama(
         if step < last:
             state = state + (w * (t - t_next)).sqrt() * noise(step).to(state)
     return state.to(x.dtype)
+
+
+@torch.no_grad()
+def ddpm(
+    model_fn: ModelFn,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Callable[[int], Tensor],
+    state_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Ancestral sampling (Ho 2020, Alg. 2) with the model's variance where it is learned. [B, C, ...].
+
+    ``model_fn(x, step)`` predicts [B, 2C, ...] noise and variance values (-1 is the posterior's
+    log-variance, 1 is log beta; Nichol & Dhariwal 2021, Eq. 15) or [B, C, ...] noise, for which the
+    variance is beta (the posterior's of the second step in the first). len(schedule) evaluations; no noise
+    in the last.
+    """
+    state, C = x.to(state_dtype), x.shape[1]
+    for k in reversed(range(len(schedule))):
+        output = model_fn(state.to(x.dtype), float(schedule.steps[k])).to(state_dtype)
+        min_log, max_log = float(schedule.posterior_log_variance[k]), math.log(schedule.beta[k])
+        x0 = _predict_x0(schedule, k, state, output[:, :C])
+        mean = float(schedule.mean_from_x0[k]) * x0 + float(schedule.mean_from_xt[k]) * state
+        if k == 0:
+            return mean.to(x.dtype)
+        values = output[:, C:] if output.shape[1] > C else output.new_ones(())
+        log_variance = min_log + (values + 1) / 2 * (max_log - min_log)
+        state = mean + (0.5 * log_variance).exp() * noise(len(schedule) - k).to(state)
+    raise AssertionError("a schedule has at least one step")
+
+
+@torch.no_grad()
+def ddim(
+    model_fn: ModelFn,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Callable[[int], Tensor] | None = None,
+    eta: float = 0.0,
+    state_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """DDIM (Song 2021, Eq. 12 and 16): deterministic at ``eta`` = 0, the posterior's variance at 1. [B, C,
+    ...].
+
+    ``model_fn`` as for :func:`ddpm`; a learned variance is not used. ``noise`` is needed if ``eta`` is not 0.
+    """
+    assert eta == 0 or noise is not None, "eta > 0 needs noise"
+    state, C = x.to(state_dtype), x.shape[1]
+    for k in reversed(range(len(schedule))):
+        epsilon = model_fn(state.to(x.dtype), float(schedule.steps[k])).to(state_dtype)[:, :C]
+        x0 = _predict_x0(schedule, k, state, epsilon)
+        previous = float(schedule.alpha_bar_prev[k])
+        std = eta * float(schedule.posterior_variance[k]) ** 0.5
+        state = previous**0.5 * x0 + (1 - previous - std**2) ** 0.5 * epsilon
+        if k > 0 and noise is not None and std > 0:
+            state = state + std * noise(len(schedule) - k).to(state)
+    return state.to(x.dtype)
+
+
+def _predict_x0(schedule: Schedule, k: int, x: Tensor, epsilon: Tensor) -> Tensor:
+    """Clean sample implied by the noise predicted at position k (Ho 2020, Eq. 15)."""
+    alpha_bar = float(schedule.alpha_bar[k])
+    return (x - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
