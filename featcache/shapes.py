@@ -1,13 +1,13 @@
 """A procedural, class-labelled image set: ten textured shapes over varied backgrounds.
 
-It stands in for a folder of photographs wherever the project needs real learning signals without a download: tests,
-the demo, and the training of the `tiny` encoders. Image `i` is a function of (seed, i, resolution) alone, so any
-slice of the set can be rendered anywhere, in any order, and gives the same bytes.
+It stands in for a folder of photographs wherever the project needs real learning signals without a
+download: tests, the demo, and the training of the `tiny` encoders. Image `i` is a function of (seed, i,
+resolution) alone, so any slice of the set can be rendered anywhere, in any order, and gives the same bytes.
 
-Everything is defined over continuous coordinates in [-1, 1] (x to the right, y down) and antialiased by one pixel's
-width, so the same image exists at every resolution. The entropy is moderate on purpose: one large figure near the
-centre, strong contrast in lightness against the ground, textures whose period is at least an eighth of the image's
-side. A small diffusion model must be able to learn the set on a CPU in minutes.
+Everything is defined over continuous coordinates in [-1, 1] (x to the right, y down) and antialiased by one
+pixel's width, so the same image exists at every resolution. The entropy is moderate on purpose: one large
+figure near the centre, strong contrast in lightness against the ground, textures whose period is at least
+an eighth of the image's side. A small diffusion model must be able to learn the set on a CPU in minutes.
 """
 
 from __future__ import annotations
@@ -58,17 +58,16 @@ def _triangle(x: Float, y: Float) -> Float:
 
 
 def _star(x: Float, y: Float) -> Float:
-    # Fold the plane into one tenth (between an outer tip and its neighbouring inner corner); there the outline is
-    # the single straight edge that joins the two.
+    # Fold the plane into one tenth (between an outer tip and its neighbouring inner corner); there the
+    # outline is the single straight edge that joins the two.
     outer, inner, tenth = 1.1, 0.5, math.pi / 5
     radius = np.sqrt(x * x + y * y)
     angle = np.abs(np.mod(np.arctan2(x, -y) + np.float32(tenth), np.float32(2 * tenth)) - np.float32(tenth))
     edge_x, edge_y = inner * math.cos(tenth) - outer, inner * math.sin(tenth)
     length = math.hypot(edge_x, edge_y)
     normal_x, normal_y = edge_y / length, -edge_x / length
-    return radius * (np.cos(angle) * np.float32(normal_x) + np.sin(angle) * np.float32(normal_y)) - np.float32(
-        outer * normal_x
-    )
+    across = np.cos(angle) * np.float32(normal_x) + np.sin(angle) * np.float32(normal_y)
+    return (radius * across - np.float32(outer * normal_x)).astype(np.float32)
 
 
 def _ring(x: Float, y: Float) -> Float:
@@ -108,8 +107,9 @@ def _arrow(x: Float, y: Float) -> Float:
     return np.minimum(shaft, head)
 
 
-# Textures: a mixing weight in [0, 1] between the figure's two colours, from the figure's frame (u, v), the signed
-# distance d and a phase. Waves are sharpened by tanh rather than cut, which keeps them free of aliasing.
+# Textures: a mixing weight in [0, 1] between the figure's two colours, from the figure's frame (u, v), the
+# signed distance d and a phase. Waves are sharpened by tanh rather than cut, which keeps them free of
+# aliasing.
 
 
 def _wave(argument: Float) -> Float:
@@ -190,7 +190,11 @@ def _pixel_centres(resolution: int) -> tuple[Float, Float]:
 
 
 _OKLAB_TO_LMS = np.array(
-    [[1.0, 0.3963377774, 0.2158037573], [1.0, -0.1055613458, -0.0638541728], [1.0, -0.0894841775, -1.2914855480]]
+    [
+        [1.0, 0.3963377774, 0.2158037573],
+        [1.0, -0.1055613458, -0.0638541728],
+        [1.0, -0.0894841775, -1.2914855480],
+    ]
 )
 _LMS_TO_RGB = np.array(
     [

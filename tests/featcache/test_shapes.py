@@ -1,4 +1,4 @@
-"""The procedural image set: determinism, balance, independence of resolution, and classes that can be told apart."""
+"""The procedural image set: determinism, balance, independence of resolution, distinct classes."""
 
 import math
 
@@ -63,8 +63,8 @@ def test_a_halved_render_is_the_render_at_half_the_resolution(index):
     halved = large.astype(np.float64).reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
     error = np.abs(halved - small)
     assert label == large_label
-    # Both sample the same continuous image; they differ only along outlines, where a slope of one pixel's width
-    # is averaged differently.
+    # Both sample the same continuous image; they differ only along outlines, where a slope of one pixel's
+    # width is averaged differently.
     assert error.mean() < 1.0
     assert np.quantile(error, 0.9) <= 1.0
 
@@ -140,7 +140,9 @@ def test_bad_arguments_are_user_errors():
 def test_oklch_conversion_inverts(hue):
     # Back through the inverse matrices, written the other way round: sRGB -> linear -> LMS -> Lab.
     lightness, chroma = 0.6, 0.06
-    rgb = shapes._oklch_to_srgb(np.array([lightness]), np.array([chroma]), np.array([hue]))[0].astype(np.float64)
+    rgb = shapes._oklch_to_srgb(np.array([lightness]), np.array([chroma]), np.array([hue]))[0].astype(
+        np.float64
+    )
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     lms = np.cbrt(np.linalg.inv(shapes._LMS_TO_RGB) @ linear)
     lab = np.linalg.inv(shapes._OKLAB_TO_LMS) @ lms

@@ -1,8 +1,9 @@
 """The embedded default: a VAE and a vision transformer small enough to ship with the code.
 
-Both are trained on `featcache.shapes` by `train.py` in this folder, whose figures stand in `figures.json`. They are
-real instances of the classes that the full-size encoders use (`diffusers.AutoencoderKL` with SD-VAE's four-stage
-layout, `timm`'s `VisionTransformer`), so whatever reads a level or a token layer from those reads it from these.
+Both are trained on `featcache.shapes` by `train.py` in this folder, whose figures stand in `figures.json`.
+They are real instances of the classes that the full-size encoders use (`diffusers.AutoencoderKL` with
+SD-VAE's four-stage layout, `timm`'s `VisionTransformer`), so whatever reads a level or a token layer from
+those reads it from these.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from featcache.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from timm.models.vision_transformer import VisionTransformer
     from torch import nn
 
@@ -27,7 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def weights_path(name: str, *, folder: Path = FOLDER) -> Path:
-    """Path of the safetensors file of `name`, "vae" or "vit". Raises `UserError` for another name or no such file."""
+    """Path of the weights of "vae" or "vit". Raises `UserError` for another name or a missing file."""
     if name not in NAMES:
         raise UserError(f"there is no tiny encoder named {name!r}", remedy=f"use one of: {', '.join(NAMES)}")
     path = folder / f"{name}.safetensors"
@@ -40,7 +41,7 @@ def weights_path(name: str, *, folder: Path = FOLDER) -> Path:
 
 
 def weights_sha256(name: str) -> str:
-    """SHA-256 of the stored weights of "vae" or "vit", in hexadecimal. Raises `UserError` for another name."""
+    """SHA-256 of the stored weights of "vae" or "vit", in hexadecimal. Raises as `weights_path` does."""
     return hashlib.sha256(weights_path(name).read_bytes()).hexdigest()
 
 
@@ -50,7 +51,7 @@ def load_tiny_vae(*, folder: Path = FOLDER) -> AutoencoderKL:
     Scaled latents `sample * config.scaling_factor` have unit standard deviation over the shapes set.
     Raises `UserError` if the weights are missing.
     """
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return _fill(AutoencoderKL(**_config("vae", folder)), weights_path("vae", folder=folder))
 
@@ -58,9 +59,10 @@ def load_tiny_vae(*, folder: Path = FOLDER) -> AutoencoderKL:
 def load_tiny_vit(*, folder: Path = FOLDER) -> VisionTransformer:
     """The tiny ViT in eval mode, float32, frozen, without a head (`num_classes` 0).
 
-    Input: RGB `[B, 3, H, W]`, [0, 1] normalised by mean 0.5 and std 0.5, sides divisible by 16. `forward_features`
-    returns `[B, 1 + N, D]`: one class token (untrained: the losses saw patch tokens only), then N patch tokens.
-    Raises `UserError` if the weights are missing.
+    Input: RGB `[B, 3, H, W]`, [0, 1] normalised by mean 0.5 and std 0.5, sides divisible by 16; away from
+    64 px the position table is resampled. `forward_features` returns `[B, 1 + N, D]`: a class token that no
+    loss has seen, then N patch tokens. Trained with labels (classes; coverage and mean colour of each
+    patch). Raises `UserError` if the weights are missing.
     """
     from timm.models.vision_transformer import VisionTransformer
 
