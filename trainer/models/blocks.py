@@ -32,16 +32,17 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     return torch.cat([column, row], dim=-1).reshape(1, grid * grid, width).float()
 
 
+def time_frequencies(count: int = TIME_FREQUENCIES // 2, device: torch.device | None = None) -> Tensor:
+    """Angular frequencies of the time embedding, from 1 down towards 1/10000, float32 [count]."""
+    return torch.exp(-math.log(10000) * torch.arange(count, dtype=torch.float32, device=device) / count)
+
+
 def sinusoid(t: Tensor, width: int = TIME_FREQUENCIES) -> Tensor:
     """Sinusoidal features of the time in float32, cosine half first. t [B], any real dtype -> [B, width].
 
     t is taken as it is, never multiplied by 1000: SiT passes [0, 1], DiT passes steps 0..999.
     """
-    half = width // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
-    angles = t.float()[:, None] * frequencies  # [B, width / 2]
+    angles = t.float()[:, None] * time_frequencies(width // 2, t.device)  # [B, width / 2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

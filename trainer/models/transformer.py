@@ -140,7 +140,20 @@ def load_weights(model: Transformer, state: Mapping[str, Tensor], *, source: str
     Raises:
         UserError: keys missing, unexpected, or of another shape; the message names them.
     """
-    own = dict(model.state_dict(), pos_embed=model.pos_embed)
+    check_fit(model, state, source=source)
+    with torch.no_grad():
+        for key, value in _tensors(model).items():
+            if key in state:
+                value.copy_(state[key])
+
+
+def check_fit(model: Transformer, state: Mapping[str, Tensor], *, source: str = "the weights") -> None:
+    """Check a state dict against a model (which may be on the meta device), key by key.
+
+    Raises:
+        UserError: keys missing, unexpected, or of another shape; the message names them.
+    """
+    own = _tensors(model)
     problems = [f"missing {key}" for key in own if key not in state and key != "pos_embed"]
     problems += [f"unexpected {key}" for key in state if key not in own]
     problems += [
@@ -151,11 +164,11 @@ def load_weights(model: Transformer, state: Mapping[str, Tensor], *, source: str
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(
-            f"{source} does not fit the model ({model.cfg.family}, depth {model.cfg.depth}, width "
-            f"{model.cfg.width}): {shown}.",
+            f"{source} does not fit the model ({model.cfg.family}, depth {model.cfg.depth}, "
+            f"width {model.cfg.width}): {shown}.",
             remedy="Name the model, resolution and number of classes that the weights were trained with.",
         )
-    with torch.no_grad():
-        for key, value in own.items():
-            if key in state:
-                value.copy_(state[key])
+
+
+def _tensors(model: Transformer) -> dict[str, Tensor]:
+    return {**model.state_dict(), "pos_embed": model.pos_embed}
