@@ -104,7 +104,7 @@ def inception_class() -> type[nn.Module]:
         """See `inception_class`."""
 
         def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-            """As usual; an empty dict means random weights that keep the activations' scale (He et al. 2015)."""
+            """As usual; an empty dict means random weights that keep the scale (He et al. 2015)."""
             if state_dict:
                 return super().load_state_dict(state_dict, strict=strict, assign=assign)
             for module in self.modules():
@@ -192,9 +192,10 @@ def _inception_weights(source: WeightsSource) -> dict[str, Tensor]:
         raise WeightsUnavailable(
             f"the weights of Inception v3 ({INCEPTION_FILE}) are not on this machine and could not be"
             f" downloaded ({'; '.join(tried)})",
-            remedy=f"Either fetch {URL_INCEPTION_V3}\non a machine with internet and pass the folder that holds"
-            f" it as --weights-dir DIR (or put it into {cached.parent}),\nor pass --extractor embedded: it ships"
-            " with the project and works offline, but its numbers are not FID.",
+            remedy=f"Either fetch {URL_INCEPTION_V3}\non a machine with internet and pass the folder"
+            f" that holds it as --weights-dir DIR (or put it into {cached.parent}),\n"
+            "or pass --extractor embedded: it ships with the project and works offline, but its numbers"
+            " are not FID.",
         ) from error
     return load_file(cached)
 
@@ -239,6 +240,11 @@ class InceptionExtractor:
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
 
+def _reinitialised(vit: Any) -> Any:
+    vit.init_weights()
+    return vit
+
+
 class EmbeddedExtractor:
     """The tiny ViT that ships with the project: mean patch token, [B, 96].
 
@@ -258,12 +264,11 @@ class EmbeddedExtractor:
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
         from featcache.encoders.tiny import load_tiny_vit
 
-        self._module = load_tiny_vit()
+        self._module: Any = load_tiny_vit()
         prefix = "embedded"
         if source.random_seed is not None:
             prefix = "random-embedded"
-            module = self._module
-            seeded(source.random_seed, lambda: module.init_weights() or module)
+            self._module = seeded(source.random_seed, lambda: _reinitialised(self._module))
         self._patch = int(self._module.patch_embed.patch_size[0])
         self.metric_names = _prefixed(prefix, ("fid", "kid", "precision", "recall"))
         self.feature_dims = {"pool": int(self._module.num_features)}
@@ -373,9 +378,10 @@ def _dinov2_module(source: WeightsSource, create: Callable[..., nn.Module]) -> A
         raise WeightsUnavailable(
             f"the weights of {DINOV2_MODEL} are not on this machine and could not be downloaded"
             f" ({tried}{type(error).__name__})",
-            remedy=f"Either fetch timm/{DINOV2_MODEL} on a machine with internet and pass the folder that holds"
-            f" it, as {DINOV2_MODEL}.safetensors, with --weights-dir DIR,\nor pass --extractor embedded: it ships"
-            " with the project and works offline, but its numbers are not FD-DINOv2.",
+            remedy=f"Either fetch timm/{DINOV2_MODEL} on a machine with internet and pass the folder"
+            f" that holds it, as {DINOV2_MODEL}.safetensors, with --weights-dir DIR,\n"
+            "or pass --extractor embedded: it ships with the project and works offline, but its numbers"
+            " are not FD-DINOv2.",
         ) from error
     return module.eval().requires_grad_(False)
 

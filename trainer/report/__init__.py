@@ -1,0 +1,20 @@
+"""Reports: one self-contained HTML page about one or several runs."""
+
+from trainer.report.charts import Chart, Series
+from trainer.report.data import Column, RunData, load_run
+from trainer.report.page import Figure
+from trainer.report.report import router_chart, write_comparison, write_report
+from trainer.report.table import Published
+
+__all__ = [
+    "Chart",
+    "Column",
+    "Figure",
+    "Published",
+    "RunData",
+    "Series",
+    "load_run",
+    "router_chart",
+    "write_comparison",
+    "write_report",
+]

@@ -1,0 +1,300 @@
+"""Runs => one HTML page: how the samples look, how training went, what was measured, how to do it again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.report.charts import Chart, Series, smoothed_series
+from trainer.report.data import Column, RunData
+from trainer.report.page import Figure, charts_html, escape, figures_html, number, page_html
+from trainer.report.table import (
+    Published,
+    higher_is_better,
+    latest,
+    metric_names,
+    metrics_of,
+    numbers_html,
+    plain,
+    settings_html,
+)
+
+MAX_STRIP_STEPS = 6
+
+
+def write_report(
+    out_html: Path | str,
+    runs: Sequence[RunData],
+    *,
+    title: str,
+    lead: str = "",
+    images: Sequence[Figure] = (),
+    charts: Sequence[Chart] = (),
+    published: Sequence[Published] = (),
+) -> Path:
+    """Write one self-contained page about one or several runs: samples, curves, numbers, settings.
+
+    Args:
+        out_html: the file; written under a temporary name and renamed, folders made as needed.
+        runs: read by `load_run`; the first is the one others are compared with.
+        title: heading.
+        lead: one or two sentences below it.
+        images: pictures beside the runs' own samples (`section="samples"`) or in a section below the curves.
+        charts: further charts, such as `router_chart`.
+        published: figures of papers for the table.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UserError: a picture that cannot be read.
+    """
+    features = [f for f in images if f.section != "samples"]
+    body = [
+        _header(title, lead, runs),
+        _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
+        _section("Curves", charts_html([*_step_charts(runs), *charts])),
+        _section("Numbers", numbers_html(runs, published)),
+        _section("Features", figures_html(features)),
+        _section("How it was sampled and judged", _settings(runs)),
+        _section("Settings to reproduce", _configs(runs)),
+    ]
+    return _write(Path(out_html), page_html(title, "".join(body)))
+
+
+def write_comparison(
+    out_html: Path | str,
+    runs: Sequence[RunData],
+    *,
+    title: str = "Comparison",
+    lead: str = "",
+    images: Sequence[Figure] = (),
+    published: Sequence[Published] = (),
+) -> Path:
+    """Write one self-contained page that puts runs side by side.
+
+    Every curve stands twice: over steps and over time. Samples are compared as strips: one row a run, one
+    column a step that all runs have, always the same tile of the grid, which comes from the same noise.
+
+    Arguments, return value and errors as `write_report`.
+    """
+    body = [
+        _header(title, lead, runs),
+        _section("Same noise, same class, as training goes on", _strips(runs)),
+        _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
+        _section("At equal steps", charts_html(_step_charts(runs))),
+        _section("At equal time", charts_html(_time_charts(runs))),
+        _section("Numbers", numbers_html(runs, published)),
+        _section("How it was sampled and judged", _settings(runs)),
+        _section("Settings to reproduce", _configs(runs)),
+    ]
+    return _write(Path(out_html), page_html(title, "".join(body)))
+
+
+def router_chart(
+    t: Sequence[float] | np.ndarray, weights: Mapping[str, Sequence[float] | np.ndarray], *, title: str
+) -> Chart:
+    """Router weights over the timestep: one line for each level or layer, weights [n] at t [n]."""
+    series = [
+        Series(label=name, x=t, y=w, colour=i, dashed=i >= 8) for i, (name, w) in enumerate(weights.items())
+    ]
+    note = "t = 0 is data, t = 1 is noise. The key shows the weight at the last t."
+    return Chart(title=title, x_label="timestep t", y_label="weight", series=series, note=note)
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section><h2>{escape(heading)}</h2>{content}</section>" if content else ""
+
+
+def _header(title: str, lead: str, runs: Sequence[RunData]) -> str:
+    sentence = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    warnings = dict.fromkeys(str(w) for run in runs for w in latest(run).get("warnings", ()))
+    notes = "".join(f'<p class="warn">{escape(w)}</p>' for w in warnings)
+    return f"<header><h1>{escape(title)}</h1>{sentence}{notes}</header>"
+
+
+def _given(images: Sequence[Figure]) -> list[Figure]:
+    return [f for f in images if f.section == "samples"]
+
+
+def _run_samples(runs: Sequence[RunData]) -> list[Figure]:
+    figures = []
+    for run in runs:
+        if run.samples:
+            step, path = run.samples[-1]
+            figures.append(
+                Figure(
+                    image=path,
+                    title=f"{run.name}, step {number(step)}.",
+                    caption=_sampler_sentence(run),
+                    alt=f"Grid of generated samples of run {run.name} at step {step}",
+                )
+            )
+    return figures
+
+
+def _sampler_sentence(run: RunData) -> str:
+    sampler = latest(run).get("sampler")
+    if not isinstance(sampler, Mapping) or not sampler:
+        return "Generated samples."
+    return "Generated: " + ", ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in sampler.items()) + "."
+
+
+def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
+    """(log key, title, axis label) in reading order, of what any run logged."""
+    keys = dict.fromkeys(k for run in runs for k in run.log)
+    chosen = [("loss", "Loss", "loss")]
+    if any(_differs(run.log.get("loss"), run.log.get("denoise")) for run in runs):
+        chosen.append(("denoise", "Denoising term", "loss"))
+    chosen += [
+        (k, f"Alignment: {k.removeprefix('align/')}", "loss term") for k in keys if k.startswith("align/")
+    ]
+    chosen += [
+        (k, k.removeprefix("metric/"), k.removeprefix("metric/")) for k in keys if k.startswith("metric/")
+    ]
+    chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
+    return [entry for entry in chosen if entry[0] in keys]
+
+
+def _differs(a: Column | None, b: Column | None) -> bool:
+    return b is not None and (
+        a is None or len(a.values) != len(b.values) or not np.allclose(a.values, b.values)
+    )
+
+
+def _evaluated(run: RunData, metric: str) -> Column:
+    """A metric of metrics.json over the checkpoints it was measured at; the last entry of a step counts."""
+    values = {
+        int(e["step"]): float(metrics_of(e)[metric])
+        for e in run.evaluations
+        if metric in metrics_of(e) and e.get("step") is not None
+    }
+    steps = np.array(sorted(values), dtype=np.float64)
+    return Column(steps=steps, time_s=_time_at(run, steps), values=np.array([values[int(s)] for s in steps]))
+
+
+def _time_at(run: RunData, steps: np.ndarray) -> np.ndarray:
+    column = run.log.get("loss")
+    if column is None or not np.isfinite(column.time_s).any():
+        return np.full(len(steps), np.nan)
+    known = np.isfinite(column.time_s)
+    return np.interp(steps, column.steps[known], column.time_s[known], left=np.nan, right=np.nan)
+
+
+def _charts(runs: Sequence[RunData], x_label: str, x_of: Callable[[Column], np.ndarray]) -> list[Chart]:
+    charts = []
+    for key, title, label in _log_keys(runs):
+        series = [
+            smoothed_series(run.name, x_of(run.log[key]), run.log[key].values, colour=i)
+            for i, run in enumerate(runs)
+            if key in run.log
+        ]
+        series = [s for s in series if len(s.y)]
+        if series:
+            note = (
+                "Thin: as logged. Thick: exponential mean." if any(s.raw is not None for s in series) else ""
+            )
+            charts.append(Chart(title=title, x_label=x_label, y_label=label, series=series, note=note))
+    for metric in metric_names(runs):
+        series = []
+        for i, run in enumerate(runs):
+            column = _evaluated(run, metric)
+            x = x_of(column)
+            keep = np.isfinite(x) & np.isfinite(column.values)
+            if keep.any():
+                series.append(
+                    Series(label=run.name, x=x[keep], y=column.values[keep], colour=i, markers=True)
+                )
+        # A single checkpoint is a number, not a curve: the table has it.
+        if any(len(s.x) > 1 for s in series):
+            arrow = "higher is better" if higher_is_better(metric) else "lower is better"
+            charts.append(
+                Chart(
+                    title=metric, x_label=x_label, y_label=metric, series=series, note=f"{metric}: {arrow}."
+                )
+            )
+    return charts
+
+
+def _step_charts(runs: Sequence[RunData]) -> list[Chart]:
+    return _charts(runs, "training step", lambda column: column.steps)
+
+
+def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
+    longest = max(
+        (float(np.nanmax(c.time_s, initial=0)) for run in runs for c in run.log.values()), default=0.0
+    )
+    unit, seconds = ("h", 3600) if longest >= 7200 else ("min", 60) if longest >= 120 else ("s", 1)
+    return _charts(runs, f"training time ({unit})", lambda column: column.time_s / seconds)
+
+
+def _settings(runs: Sequence[RunData]) -> str:
+    return settings_html("Sampler", runs, "sampler") + settings_html("Evaluation", runs, "settings")
+
+
+def _configs(runs: Sequence[RunData]) -> str:
+    parts = []
+    for run in runs:
+        if not run.config_text:
+            continue
+        cache = ", ".join(f"{k} {run.cache[k]}" for k in ("path", "fingerprint") if k in run.cache)
+        parts.append(
+            f"<details><summary>{escape(run.name)}: resolved config</summary>"
+            + (f"<p>Cache: {escape(cache)}</p>" if cache else "")
+            + f"<pre>{escape(run.config_text)}</pre></details>"
+        )
+    return "".join(parts)
+
+
+def _resolution(run: RunData) -> int | None:
+    dataset = run.cache.get("dataset")
+    preprocessing = dataset.get("preprocessing") if isinstance(dataset, Mapping) else None
+    value = preprocessing.get("resolution") if isinstance(preprocessing, Mapping) else None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _first_tile(path: Path, side: int | None) -> np.ndarray:
+    """Top left tile of a grid PNG, or the whole picture if the size of a tile is not known."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    H, W, _ = pixels.shape
+    return pixels[:side, :side] if side and side <= min(H, W) else pixels
+
+
+def _strips(runs: Sequence[RunData]) -> str:
+    common = sorted(set.intersection(*({s for s, _ in run.samples} for run in runs))) if runs else []
+    if not common:
+        return ""
+    if len(common) > MAX_STRIP_STEPS:
+        common = [common[i] for i in np.linspace(0, len(common) - 1, MAX_STRIP_STEPS).round().astype(int)]
+    figures = []
+    for run in runs:
+        paths = dict(run.samples)
+        tiles = [_first_tile(paths[step], _resolution(run)) for step in common]
+        side = max(t.shape[0] for t in tiles)
+        padded = [np.pad(t, ((0, side - t.shape[0]), (0, 4), (0, 0)), constant_values=255) for t in tiles]
+        figures.append(
+            Figure(
+                image=np.concatenate(padded, axis=1),
+                title=f"{run.name}.",
+                caption=f"Steps {', '.join(number(s) for s in common)}, left to right.",
+                alt=f"Samples of run {run.name} from the same noise at steps {', '.join(map(str, common))}",
+                wide=True,
+            )
+        )
+    return figures_html(figures)
