@@ -202,3 +202,8 @@ def try_lock(path: Path) -> int | None:
         os.close(fd)
         return None
     return fd
+
+
+def unlock(fd: int) -> None:
+    """Let go of a lock that `lock` or `try_lock` gave."""
+    os.close(fd)

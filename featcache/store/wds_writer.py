@@ -15,7 +15,7 @@ from featcache.store import files
 from featcache.store.layout import CHECKSUMS, shard_samples
 from featcache.store.manifest import FeatureSpec, Skipped
 from featcache.store.wds import TarLayout, encode_tar, tar_layout, tar_name
-from featcache.store.writer import CacheWriter, checksums_text, read_checksums, shard_names
+from featcache.store.writer import CacheWriter, checksums_text, recorded_checksums, shard_names
 
 
 class WdsWriter(CacheWriter):
@@ -73,7 +73,9 @@ class WdsWriter(CacheWriter):
         array = next(iter(spec.arrays))
         shards = sorted(set(range(self.n_shards)) if self._repairs is None else self._repairs[name])
         lines = (
-            [""] * self.n_shards if self._repairs is None else read_checksums(self.path, self._base, array)
+            [""] * self.n_shards
+            if self._repairs is None
+            else recorded_checksums(self.path, self._base, array)
         )
         skipped: list[Skipped] = []
         for shard in shards:

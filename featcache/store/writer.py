@@ -264,7 +264,7 @@ class CacheWriter:
             current = _existing_manifest(self.path)
             if current is not None:
                 self._base = current
-            others = {name for name in _unfinished(self.path) if name not in {s.name for s in specs}}
+            others = {name for name in unfinished_features(self.path) if name not in {s.name for s in specs}}
             check_no_nesting([*self._base.features, *others, *(s.name for s in specs)])
             for spec in specs:
                 complete = self._base.features.get(spec.name)
@@ -418,7 +418,9 @@ class CacheWriter:
         spec = self._specs[name]
         repaired = None if self._repairs is None else self._repairs[name]
         lines = {
-            array: [""] * self.n_shards if repaired is None else read_checksums(self.path, self._base, array)
+            array: [""] * self.n_shards
+            if repaired is None
+            else recorded_checksums(self.path, self._base, array)
             for array in spec.arrays
         }
         skipped: list[Skipped] = []
@@ -504,6 +506,15 @@ def read_checksums(path: Path, manifest: Manifest, array: str) -> list[str]:
     return check_checksums(files.read_bounded(where, manifest.n_shards * 160), manifest, array, str(where))
 
 
+def recorded_checksums(path: Path, manifest: Manifest, array: str) -> list[str]:
+    """As `read_checksums`, but where that file is damaged itself, the SHA-256 of the shards as they are."""
+    try:
+        return read_checksums(path, manifest, array)
+    except CacheError:
+        folder = (path / checksums_path(manifest, array)).parent
+        return [files.sha256_of(folder / name) for name in shard_names(manifest, array)]
+
+
 def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> None:
     """Raise `CacheError` naming every difference if `wanted` is not what the cache at `path` was made of."""
     have, want = existing.dataset.to_json(), wanted.dataset.to_json()
@@ -561,11 +572,12 @@ def _existing_manifest(path: Path) -> Manifest | None:
     return None
 
 
-def _unfinished(path: Path) -> list[str]:
+def unfinished_features(path: Path) -> list[str]:
+    """Features of which an unfinished build is in the cache's directory."""
     building = state_directory(path) / "building"
     if not building.is_dir():
         return []
-    names = [entry.name.replace("+", "/") for entry in building.iterdir() if (entry / "spec.json").is_file()]
+    names = [entry.name.replace("+", "/") for entry in building.iterdir()]
     for name in names:
         check_feature_name(name)
     return names

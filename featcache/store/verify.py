@@ -1,0 +1,283 @@
+"""Is every byte of a cache what its builder wrote, and do the samples make sense together?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featcache.errors import CacheError
+from featcache.reader import Cache, open_cache
+from featcache.store import files, wds
+from featcache.store.layout import (
+    ROOT_METADATA,
+    ROOT_NAMES,
+    canonical_json,
+    index_bytes,
+    sample_bytes,
+    shard_samples,
+)
+from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
+from featcache.store.root import find_root, node_metadata, parse_root, read_root, root_bytes
+from featcache.store.writer import (
+    cache_lock,
+    check_checksums,
+    checksums_path,
+    checksums_text,
+    shard_names,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing wrong. `feature` and `shard` are set where encoding that shard again would mend it."""
+
+    path: str
+    what: str
+    feature: str | None = None
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `verify` found, and how much it read."""
+
+    path: str
+    problems: tuple[Problem, ...]
+    n_files: int
+    n_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    @property
+    def damaged(self) -> dict[str, list[int]]:
+        """Feature -> numbers of its damaged shards: what `CacheWriter.open_for_repair` takes."""
+        shards: dict[str, set[int]] = {}
+        for problem in self.problems:
+            if problem.feature is not None and problem.shard is not None:
+                shards.setdefault(problem.feature, set()).add(problem.shard)
+        return {name: sorted(numbers) for name, numbers in sorted(shards.items())}
+
+
+@dataclass(frozen=True)
+class ShardFileEntry:
+    """One shard file of a cache as the manifest knows it. `features` are those that it holds (wds: all)."""
+
+    name: str
+    features: tuple[str, ...]
+    array: str
+    shard: int
+    n_bytes: int | None  # None where compressed
+
+
+def shard_files(manifest: Manifest, features: Iterable[str] | None = None) -> Iterator[ShardFileEntry]:
+    """Every shard file of the cache (or of some features), by name relative to the cache."""
+    wanted = set(manifest.features) if features is None else set(features)
+    count, size = manifest.dataset.count, manifest.shard_size
+    if manifest.format == "wds":
+        layout = wds.tar_layout(manifest)
+        array = next(iter(sorted(manifest.arrays)))
+        for shard, name in enumerate(shard_names(manifest, array)):
+            tar_bytes = layout.tar_bytes(shard_samples(count, size, shard))
+            yield ShardFileEntry(name, tuple(sorted(manifest.features)), array, shard, tar_bytes)
+        return
+    for feature in sorted(wanted):
+        for array, (dtype, shape) in manifest.features[feature].arrays.items():
+            length = sample_bytes(dtype, shape)
+            for shard, name in enumerate(shard_names(manifest, array)):
+                whole = shard_samples(count, size, shard) * length + index_bytes(size)
+                n_bytes = whole if manifest.compressor is None else None
+                yield ShardFileEntry(f"{array}/{name}", (feature,), array, shard, n_bytes)
+
+
+def metadata_files(manifest: Manifest) -> dict[str, bytes]:
+    """Name -> exact content of every file that follows from the manifest alone, the root document last."""
+    nodes = node_metadata(manifest) if manifest.format == "zarr" else {}
+    found = {f"{node}/{ROOT_METADATA}": canonical_json(content) for node, content in nodes.items()}
+    found[ROOT_NAMES[manifest.format]] = root_bytes(manifest)
+    return found
+
+
+def verify(
+    path: str | Path,
+    *,
+    features: Sequence[str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped
+    slots.
+
+    features: check only these. threads: default one a core. progress: called with the bytes of each checked
+    file.
+
+    Raises `CacheError` only if there is no cache at `path`; whatever is wrong inside one is in the report.
+    """
+    path = Path(path)
+    root = find_root(path)
+    if root is None:
+        read_root(path)  # raises, saying what is there instead
+        raise AssertionError
+    problems: list[Problem] = []
+    try:
+        data = files.read_bounded(root, MAX_METADATA_BYTES)
+        manifest = parse_root(data, str(root))
+        if ROOT_NAMES[manifest.format] != root.name:
+            raise CacheError(f"it describes a cache of format {manifest.format!r}")
+    except CacheError as error:
+        problem = Problem(path=str(root), what=error.what)
+        return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
+    n_files, n_bytes = 1, len(data)
+    for name, content in metadata_files(manifest).items():
+        n_files += 1
+        n_bytes += len(content)
+        if not _equals(path / name, content):
+            problems.append(Problem(path=str(path / name), what="missing, or not as the manifest says"))
+    recorded = {}
+    for array in sorted(manifest.arrays):
+        if features is not None and not any(array in manifest.features[f].arrays for f in features):
+            continue
+        where = path / checksums_path(manifest, array)
+        try:
+            sums = files.read_bounded(where, manifest.n_shards * 160)
+            n_bytes += len(sums)
+            recorded[array] = check_checksums(sums, manifest, array, str(where))
+        except CacheError as error:
+            problems.append(Problem(path=str(where), what=error.what))
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = {pool.submit(_digest, path / e.name): e for e in shard_files(manifest, features)}
+        for job in as_completed(jobs):
+            entry = jobs[job]
+            digest, length = job.result()
+            n_files += 1
+            n_bytes += length
+            wrong = _shard_problem(entry, digest, length, recorded.get(entry.array))
+            if wrong is not None:
+                where_ = str(path / entry.name)
+                problems += [
+                    Problem(path=where_, what=wrong, feature=name, shard=entry.shard)
+                    for name in entry.features
+                ]
+            if progress is not None:
+                progress(length)
+    problems += _unexpected(path, manifest)
+    if not problems:
+        problems += _inconsistent(open_cache(path), str(path))
+    problems.sort(key=lambda p: (p.path, p.what, p.feature or ""))
+    return Report(path=str(path), problems=tuple(problems), n_files=n_files, n_bytes=n_bytes)
+
+
+def _equals(path: Path, content: bytes) -> bool:
+    try:
+        return files.read_bounded(path, len(content)) == content
+    except CacheError:
+        return False
+
+
+def _digest(path: Path) -> tuple[str | None, int]:
+    try:
+        return files.sha256_of(path), path.stat().st_size
+    except OSError:
+        return None, 0
+
+
+def _shard_problem(
+    entry: ShardFileEntry, digest: str | None, length: int, recorded: list[str] | None
+) -> str | None:
+    if digest is None:
+        return "missing or unreadable"
+    if entry.n_bytes is not None and length != entry.n_bytes:
+        return f"has {length} bytes instead of {entry.n_bytes}"
+    if recorded is not None and digest != recorded[entry.shard]:
+        return "its bytes do not match the recorded SHA-256"
+    return None
+
+
+def _unexpected(path: Path, manifest: Manifest) -> list[Problem]:
+    """Files among the shards that no builder of this cache put there."""
+    if manifest.format == "wds":
+        known = {path / entry.name for entry in shard_files(manifest)}
+        found: Iterable[Path] = path.glob("*.tar*")
+    else:
+        known, candidates = set(), []
+        for array in manifest.arrays:
+            names = {*shard_names(manifest, array), ROOT_METADATA, "SHA256SUMS"}
+            known |= {path / array / name for name in names}
+            if (path / array).is_dir():
+                candidates += [p for p in (path / array).iterdir() if not p.is_dir()]
+        found = candidates
+    return [Problem(path=str(p), what="does not belong here") for p in sorted(set(found) - known)]
+
+
+def _inconsistent(cache: Cache, where: str) -> list[Problem]:
+    """Labels against classes and skipped slots, keys unique and readable. In pieces; 8 bytes a key are
+    kept.
+    """
+    manifest = cache.manifest
+    count, piece = manifest.dataset.count, 1 << 14
+    skipped = np.zeros(0, np.int64) if not manifest.skipped else np.array([s.slot for s in manifest.skipped])
+    problems = []
+    if "label" in manifest.features:
+        n_classes = len(manifest.dataset.class_names)
+        with cache.reader(["label"], slots=True) as reader:
+            for start in range(0, count, piece):
+                out = reader.allocate(min(piece, count - start))
+                reader.read(np.arange(start, start + len(out["label"])), out)
+                labels = out["label"].reshape(len(out["label"]), -1)[:, 0].astype(np.int64)
+                hole = np.isin(np.arange(start, start + len(labels)), skipped)
+                bad = np.flatnonzero((labels < -1) | (labels >= n_classes) | ((labels == -1) != hole))
+                if len(bad):
+                    what = f"label {labels[bad[0]]} in slot {start + bad[0]} ({n_classes} classes"
+                    what += ", skipped)" if hole[bad[0]] else ")"
+                    problems.append(Problem(path=f"{where}/label", what=what))
+    if "key" in manifest.features:
+        hashes = []
+        for start in range(0, len(cache), piece):
+            for key in cache.keys(start, start + piece):
+                hashes.append(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+                if not key or "\ufffd" in key:
+                    problems.append(Problem(path=f"{where}/key", what=f"key {key!r} is empty or not UTF-8"))
+        if len(np.unique(np.array(hashes, np.uint64))) != len(hashes):
+            problems.append(Problem(path=f"{where}/key", what="two samples have the same key"))
+    return problems
+
+
+def repair_metadata(path: str | Path) -> list[str]:
+    """Rewrite those metadata and checksum files that can be had again from the manifest and intact shards.
+
+    Returns the names of the files rewritten. What then remains in `verify(path).damaged` must be encoded
+    again.
+    """
+    path = Path(path)
+    rewritten = []
+    with cache_lock(path):
+        manifest = read_root(path)
+        for name, content in metadata_files(manifest).items():
+            if not _equals(path / name, content):
+                files.make_directory((path / name).parent)
+                files.atomic_write(path / name, [content])
+                rewritten.append(name)
+        for array in sorted(manifest.arrays):
+            name = checksums_path(manifest, array)
+            names = shard_names(manifest, array)
+            folder = (path / name).parent
+            try:
+                check_checksums(
+                    files.read_bounded(path / name, manifest.n_shards * 160), manifest, array, name
+                )
+            except CacheError:
+                digests = [_digest(folder / shard)[0] or "" for shard in names]
+                text = checksums_text(digests, names)
+                if hashlib.sha256(text).hexdigest() == manifest.checksums[array]:
+                    files.atomic_write(path / name, [text])
+                    rewritten.append(name)
+    return rewritten
