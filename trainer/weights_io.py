@@ -95,8 +95,13 @@ def import_official(
     convention = convention or _infer_convention(extra, options, path, doubled)
     if convention == "sit":
         state = reverse_time(_keep_channels(state, config) if doubled else state)
+    elif convention == "dit" or (convention == "sra" and doubled):
+        config = replace(config, family="dit", learn_sigma=doubled)
     elif doubled:
-        config = replace(config, family="dit", learn_sigma=True)
+        raise UserError(
+            f"{path} predicts twice as many channels as its latent has; {convention!r} checkpoints do not.",
+            remedy="Use convention 'sit' or 'dit'.",
+        )
     interpolant = _trained_path(options, path)
     _check_keys(state, config, path)
     step = content.get("steps", content.get("train_steps")) if chosen != "bare" else None
@@ -304,8 +309,8 @@ def _trained_path(options: Mapping[str, Any], path: Path) -> str:
     given, predicted = str(options.get("path_type") or "linear"), str(options.get("prediction") or "v")
     if given.lower() not in names or predicted not in ("v", "velocity"):
         raise UserError(
-            f"{path} was trained with path {given!r} and prediction {predicted!r}; only velocity models on the "
-            "linear and the cosine (GVP) path can be imported."
+            f"{path} was trained with path {given!r} and prediction {predicted!r}; only velocity models on "
+            "the linear and the cosine (GVP) path can be imported."
         )
     return names[given.lower()]
 
