@@ -36,7 +36,7 @@ def run_app(app: Any) -> int:
 
     With ``FEATCACHE_TRACEBACK=1`` in the environment, errors are raised as they are (for developers).
     """
-    import click
+    import typer
 
     if os.environ.get("FEATCACHE_TRACEBACK"):
         return int(app(standalone_mode=False) or 0)
@@ -45,13 +45,8 @@ def run_app(app: Any) -> int:
     except UserError as error:
         print_error(error)
         return EXIT_USER_ERROR
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except KeyboardInterrupt:
-        return _interrupted()
-    except click.ClickException as error:
-        error.show()
-        return EXIT_USER_ERROR
     except BrokenPipeError:
         # The reader of a pipe has left (`featcache info | head`): nothing to report, and nothing more to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,6 +61,13 @@ def run_app(app: Any) -> int:
             )
         )
         return EXIT_USER_ERROR
+    except Exception as error:
+        # Usage errors (unknown options, missing arguments) of typer's parser, whose classes typer does not export.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        return int(getattr(error, "exit_code", EXIT_USER_ERROR))
 
 
 def _interrupted() -> int:

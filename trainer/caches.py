@@ -9,7 +9,7 @@ from typing import Any
 import featcache
 from featcache.errors import CacheError
 from trainer import align
-from trainer.align.base_names import FeatureShape
+from trainer.align.base import FeatureInfo
 from trainer.config import RunConfig
 
 ROOT = Path("caches")

@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -77,6 +78,105 @@ def _newest_config(values: dict[str, Any], overrides: list[str]) -> Any:
 
     saved = to_mapping(load_config(newest_run()))
     return from_mapping(RunConfig, apply_overrides(saved | values, overrides))
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of the run, e.g. runs/ahpa.", show_default=False)],
+    num: Annotated[int, typer.Option(help="How many images.", min=1)] = 64,
+    sampler: Annotated[str, typer.Option(help="ode (Euler), heun, dopri5 or sde (Euler-Maruyama).")] = "sde",
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 250,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
+    interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
+    classes: Annotated[str, typer.Option(help="balanced, random, or a list such as 207,360,387.")] = "balanced",
+    seed: Annotated[int, typer.Option(help="With its index it fixes a sample's noise.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
+    device: Device = "auto",
+    weights_dir: WeightsDir = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: RUN/samples/<settings>]")] = None,
+) -> None:
+    """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
+    from trainer.progress import RichBar
+    from trainer.sampling import SampleRequest, sample_run
+
+    request = SampleRequest(
+        num=num,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        interval=interval,
+        classes=classes,
+        seed=seed,
+        checkpoint=step,
+        batch_size=batch_size,
+        device=device,
+        weights_dir=None if weights_dir is None else str(weights_dir),
+        out=out,
+    )
+    with RichBar("sampling", unit="images") as bar:
+        result = sample_run(run, request, bar)
+    console.print(f"images: [bold]{result.npz}[/bold]   grid: {result.grid}")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(help="Folder of the run. [default: the newest below ./runs]")] = None,
+    num: Annotated[int | None, typer.Option(help="Samples to judge. [default: 50,000; fewer on the CPU]", min=2)] = None,
+    sampler: Annotated[str | None, typer.Option(help="ode, heun, dopri5 or sde. [default: sde; ode on the CPU]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: 250; 32 on the CPU]", min=2)] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
+    interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
+    extractor: Annotated[
+        str, typer.Option(help="inception, dinov2, embedded; auto takes inception where its weights are, else embedded.")
+    ] = "auto",
+    reference: Annotated[
+        str | None, typer.Option(help="Reference images or statistics: npz or folder. [default: the cache's own images]")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Where the cache's images lie. [default: $FEATCACHE_DATA, else ./data/imagenet]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
+    device: Device = "auto",
+    weights_dir: WeightsDir = None,
+) -> None:
+    """Sample a run, compare with reference images, write metrics.json and report.html."""
+    from trainer.evaluation import EvalRequest, evaluate_run
+    from trainer.progress import RichBar
+    from trainer.runs import newest_run
+
+    request = EvalRequest(
+        num=num,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        interval=interval,
+        extractor=extractor,
+        reference=reference,
+        data=data,
+        seed=seed,
+        checkpoint=step,
+        batch_size=batch_size,
+        device=device,
+        weights_dir=None if weights_dir is None else str(weights_dir),
+    )
+    target = run or newest_run()
+    with RichBar("evaluating", unit="images") as bar:
+        result = evaluate_run(target, request, bar)
+    for name, value in result.metrics.items():
+        console.print(f"{name:>24}  {value:.4g}")
+    console.print(f"report: [bold]{result.report}[/bold]")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="HTML file. [default: report.html in the (first) run]")] = None,
+) -> None:
+    """Write the report of one run, or one page with several side by side."""
+    from trainer.evaluation import write_run_report
+
+    console.print(f"report: [bold]{write_run_report(runs, out)}[/bold]")
 
 
 def main() -> None:

@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from featcache.console import console
+
+
+class RichBar:
+    """One named task after another with a rate and the time left."""
+
+    def __init__(self, name: str, *, unit: str) -> None:
+        self._unit = unit
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._name = name
+        self._task: TaskID | None = None
+        self._done, self._start = 0, 0.0
+
+    def __enter__(self) -> RichBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, name: str, total: int, done: int = 0) -> None:
+        if not console.is_terminal:
+            console.print(f"{name}: {total - done} {self._unit}")
+        self._done, self._start = 0, time.monotonic()
+        self._task = self._bar.add_task(name, total=total, completed=done, rate="")
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        if self._task is not None:
+            self._bar.update(self._task, advance=count, rate=f"{rate:.1f} {self._unit}/s")
+
+    def note(self, text: str) -> None:
+        console.print(f"[yellow]note:[/yellow] {text}")
 
 
 class RichWatcher:
@@ -25,7 +69,7 @@ class RichWatcher:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = None
+        self._task: TaskID | None = None
         self._total = 0
 
     def __enter__(self) -> RichWatcher:

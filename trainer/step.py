@@ -19,6 +19,7 @@ from trainer.align.base import AlignInputs, Alignment
 from trainer.diffusion import ddpm
 from trainer.diffusion.interpolants import draw_times, interpolate
 
+DDPM_STEPS = 1000
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of the posterior's log-variance
 
 
@@ -120,6 +121,9 @@ class Objective(nn.Module):
         self._scale, self._shift = scale, shift
         self._path, self._time_sampling, self._label_dropout = path, time_sampling, label_dropout
         self._autocast = autocast
+        if model.cfg.family == "dit":
+            for name, column in ddpm.tables(ddpm.linear_schedule(DDPM_STEPS))._asdict().items():
+                self.register_buffer(f"ddpm_{name}", column.to(next(model.parameters()).device), persistent=False)
         self._teacher = [teacher]  # in a list: not a submodule, so neither saved, trained nor synchronised with this one
 
     def forward(
@@ -138,10 +142,9 @@ class Objective(nn.Module):
         device_type = latent.device.type
 
         if cfg.family == "dit":
-            steps = (draws.time * ddpm.STEPS).long().clamp(max=ddpm.STEPS - 1)
-            t = steps.float() / (ddpm.STEPS - 1)
-            noisy = ddpm.q_sample(latent, steps, draws.noise)
-            times: Tensor = steps
+            times = (draws.time * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)
+            t = times.float() / (DDPM_STEPS - 1)
+            noisy = ddpm.q_sample(self._table(), latent, times, draws.noise)
         else:
             t = draw_times(self._time_sampling, self._path, draws.time)
             noisy, velocity = interpolate(self._path, latent, draws.noise, t)
@@ -150,7 +153,8 @@ class Objective(nn.Module):
             output = self.model(noisy, times, labels, taps=taps)
         prediction = output.prediction.float()
         if cfg.family == "dit":
-            terms = {"denoise": ddpm.ddpm_loss(prediction, latent, noisy, steps, draws.noise).mean()}
+            loss = ddpm.ddpm_loss(prediction, x0=latent, x_t=noisy, noise=draws.noise, t=times, table=self._table())
+            terms = {"denoise": loss.loss.mean()}
         else:
             terms = {"denoise": (prediction - velocity).square().mean()}
         if alignment is None:
@@ -174,6 +178,9 @@ class Objective(nn.Module):
                     measured = {f"metric/{name}": value for name, value in alignment.metrics(inputs).items()}
         return terms, measured, _detached(inputs) if keep else None
 
+    def _table(self) -> ddpm.Tables:
+        return ddpm.Tables(*(getattr(self, f"ddpm_{name}") for name in ddpm.Tables._fields))
+
     def _teach(self, latent: Tensor, noise: Tensor, labels: Tensor) -> Any:
         teacher: Any = self._teacher[0]
         assert teacher is not None, "the method needs a teacher and none was given"
@@ -183,8 +190,8 @@ class Objective(nn.Module):
                 latent.device.type, dtype=self._autocast or torch.bfloat16, enabled=self._autocast is not None
             ):
                 if teacher.cfg.family == "dit":
-                    times = (t * (ddpm.STEPS - 1)).round().long()
-                    noisy = ddpm.q_sample(latent, times, noise)
+                    times = (t * (DDPM_STEPS - 1)).round().long()
+                    noisy = ddpm.q_sample(self._table(), latent, times, noise)
                     return teacher(noisy, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
                 noisy, _ = interpolate(self._path, latent, noise, t)
                 return teacher(noisy, t, labels, taps=(depth,), stop_after=depth).hidden[depth]

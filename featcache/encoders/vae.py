@@ -191,7 +191,8 @@ class VaeEncoder:
                 remedy=f"Type --vae-levels with any of: {','.join(LEVELS)}",
             )
         vae, origin = load_vae(name, weights)
-        self.module = vae.to(device)
+        # channels_last: the layout that convolution kernels want, on CPUs and on tensor cores alike.
+        self.module = vae.to(device, memory_format=torch.channels_last)
         config: Any = vae.config
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.grid = resolution // self.downsampling // 2
@@ -258,7 +259,7 @@ class VaeEncoder:
             m.register_forward_hook(keep(level)) for level, layers in self._kept.items() for _, m in layers
         ]
         try:
-            x = pixels.to(next(self.module.parameters()).dtype) / 127.5 - 1
+            x = (pixels.to(next(self.module.parameters()).dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
             hidden = self.module.encoder(x)
             moments = self.module.quant_conv(hidden) if self.module.quant_conv is not None else hidden
         finally:

@@ -1,0 +1,46 @@
+# Everything runs in .venv, made on first use.  `make` alone lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format eval clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## create .venv and install the project with its development tools
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python 3.11 or newer is needed. Type: make install PYTHON=python3.11"; exit 2; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: install  ## data, cache, two trained models, samples, report: 5 minutes on 2 cores, offline
+	@$(BIN)/python -m pipelines.demo
+
+test: install  ## run the tests (fast set)
+	@$(BIN)/python -m pytest
+
+test-slow: install  ## run the slow tests
+	@$(BIN)/python -m pytest -m slow
+
+lint: install  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: install  ## let ruff put the code in order
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+eval: install  ## judge the newest run (or RUN=runs/name) and write its report
+	@$(BIN)/trainer eval $(RUN) $(ARGS)
+
+clean:  ## remove the demo's runs and caches and the tools' leftovers; data, caches and runs of yours stay
+	rm -rf runs/demo caches/demo build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find featcache trainer pipelines tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample() -> Path:
+    """A folder of real ImageNet JPEGs beside the checkout; tests that need it skip where it is absent."""
+    folder = SHARED / "data" / "imagenet-sample"
+    if not folder.is_dir():
+        pytest.skip(f"real images are not here ({folder})")
+    return folder
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``featcache`` or ``trainer`` as a user types it, in an empty working folder."""
+
+    def call(*words: str, cwd: Path = tmp_path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        program, *rest = words
+        command = [str(Path(sys.executable).with_name(program)), *rest]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return call
