@@ -171,12 +171,12 @@ def test_the_discriminator_tells_real_from_fake_after_a_few_steps():
     module = make("sara", {"head_width": 10, "discriminator_weights": "random"})
     x = inputs_for(module)
     optimizer = torch.optim.AdamW(module.adversary.parameters(), lr=1e-3)
-    before = float(module.adversary_loss(x))
+    before = module.adversary_loss(x).item()
     for _ in range(20):
         optimizer.zero_grad()
         module.adversary_loss(x).backward()
         optimizer.step()
-    assert float(module.adversary_loss(x)) < 0.5 * before
+    assert module.adversary_loss(x).item() < 0.5 * before
 
 
 def test_the_discriminator_is_half_a_resnet18_without_running_statistics():

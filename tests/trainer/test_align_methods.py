@@ -25,14 +25,10 @@ COMPILED = [
     "ahpa router table",
     "ahpa router attention",
     "ahpa router content",
-    "ahpa time sinusoidal",
     "ahpa time fourier",
-    "ahpa head conv2",
     "ahpa full union",
-    "ahpa split 2+6",
     "ahpa several blocks content",
     "sra",
-    "sra cosine",
     "sra2 conv cosine",
 ]
 
@@ -100,7 +96,7 @@ def test_compiles_whole_and_agrees_with_eager(case):
         torch.testing.assert_close(compiled[name], expected[name])
 
 
-@pytest.mark.parametrize("case", ["repa", "dya", "ahpa+sra", "sra2"])
+@pytest.mark.parametrize("case", ["dya", "ahpa+sra"])
 def test_compiles_whole_with_its_backward_pass_under_autocast(case):
     torch._dynamo.reset()
     if case == "ahpa+sra":

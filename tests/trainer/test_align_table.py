@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 from align_cases import CASES, FEATURES, INFO, make
@@ -242,3 +244,12 @@ def test_a_union_of_methods():
 
 def test_every_case_uses_every_method_but_none():
     assert {name for name, _ in CASES.values()} == set(METHODS) - {"none"}
+
+
+@pytest.mark.parametrize("name", [name for name in method_names() if name != "none"])
+def test_documented_options_and_defaults_are_those_of_the_code(name):
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    heading = {"sra2": "## SRA 2"}.get(name, f"## {name}")
+    section = text.split(f"\n{heading}\n")[1].split("\n## ")[0]
+    documented = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, flags=re.MULTILINE))
+    assert documented == {f.name: repr(f.default) for f in dataclasses.fields(config_class(name))}
