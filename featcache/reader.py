@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -141,6 +142,20 @@ class Cache:
         return Reader(self, features, threads=threads, single_view=single_view, slots=slots)
 
 
+class _Plan(NamedTuple):
+    """Runs of samples in order of slots: shard, first sample in it, first row of the batch, length.
+
+    `parts` holds the view of each sample, `starts` where in it each run begins.
+    """
+
+    shards: list[int]
+    firsts: list[int]
+    rows: list[int]
+    counts: list[int]
+    parts: list[int]
+    starts: list[int]
+
+
 class Reader:
     """Reads batches of some features. `read` may be called from several threads at once."""
 
@@ -218,24 +233,35 @@ class Reader:
         order = np.argsort(slots, kind="stable")
         slots, rows = slots[order], rows[order]
         shards, firsts = np.divmod(slots, self._shard_size)
-        shard_list, first_list, row_list = shards.tolist(), firsts.tolist(), rows.tolist()
-        part_list = [0] * n if view_of is None else view_of[order].tolist()
+        parts = np.zeros(n, np.int64) if view_of is None else view_of[order]
+        # Runs: neighbours in the shard that are neighbours in the batch too are read as one.
+        joins = (np.diff(slots) == 1) & (np.diff(rows) == 1) & (np.diff(shards) == 0)
+        starts = np.flatnonzero(np.concatenate([[True], ~joins]))
+        stops = np.append(starts[1:], n)
+        plan = _Plan(
+            shards=shards[starts].tolist(),
+            firsts=firsts[starts].tolist(),
+            rows=rows[starts].tolist(),
+            counts=(stops - starts).tolist(),
+            parts=parts.tolist(),
+            starts=starts.tolist(),
+        )
         jobs = []
         for name, (dtype, shape) in self.arrays.items():
             flat = self._flat(name, out[name], dtype, shape, out_offset + n)
             jobs.append((name, flat, sample_bytes(dtype, shape), self._views[name] > 1))
-        if self._pool is None or n == 1:
-            self._read_range(jobs, shard_list, first_list, row_list, part_list, 0, n)
+        n_runs = len(starts)
+        if self._pool is None or n_runs == 1:
+            self._read_range(jobs, plan, 0, n_runs)
             return
-        # Cut by samples: all arrays of a sample in one thread, pieces of equal size.
-        pieces = min(self._n_threads, n)
-        bounds = [n * i // pieces for i in range(pieces + 1)]
+        # Cut by samples: all arrays of a sample in one thread, pieces of about equal size.
+        cuts = [n * i // self._n_threads for i in range(1, self._n_threads)]
+        bounds = sorted({0, n_runs, *np.searchsorted(starts, cuts).tolist()})
         futures = [
-            self._pool.submit(self._read_range, jobs, shard_list, first_list, row_list, part_list, a, b)
-            for a, b in itertools.pairwise(bounds[1:])
+            self._pool.submit(self._read_range, jobs, plan, a, b) for a, b in itertools.pairwise(bounds[1:])
         ]
         try:
-            self._read_range(jobs, shard_list, first_list, row_list, part_list, bounds[0], bounds[1])
+            self._read_range(jobs, plan, bounds[0], bounds[1])
         finally:
             # Even after an error no thread may go on writing into the caller's buffers.
             errors = [error for future in futures if (error := future.exception()) is not None]
@@ -267,15 +293,10 @@ class Reader:
         return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
     def _read_range(
-        self,
-        jobs: list[tuple[str, memoryview, int, bool]],
-        shards: list[int],
-        firsts: list[int],
-        rows: list[int],
-        parts: list[int],
-        start: int,
-        stop: int,
+        self, jobs: list[tuple[str, memoryview, int, bool]], plan: _Plan, start: int, stop: int
     ) -> None:
+        """Read the runs `start` to `stop` of all arrays."""
+        shards, firsts, rows, counts = plan.shards, plan.firsts, plan.rows, plan.counts
         for name, flat, length, select in jobs:
             i = start
             shard, file = -1, None
@@ -284,22 +305,22 @@ class Reader:
                     shard = shards[i]
                     file = self._open.get(name, shard)
                 assert file is not None
-                row = rows[i] * length
+                first, place = firsts[i], rows[i] * length
                 if select:
-                    file.read_part(firsts[i], parts[i], flat[row : row + length])
+                    for k in range(counts[i]):
+                        part = plan.parts[plan.starts[i] + k]
+                        file.read_part(first + k, part, flat[place : place + length])
+                        place += length
                     i += 1
                     continue
-                first = firsts[i]
-                buffers = [flat[row : row + length]]
+                buffers = [flat[place : place + counts[i] * length]]
+                following = first + counts[i]
                 i += 1
-                while (
-                    i < stop
-                    and shards[i] == shard
-                    and firsts[i] == first + len(buffers)
-                    and len(buffers) < _MAX_IOV
-                ):
-                    row = rows[i] * length
-                    buffers.append(flat[row : row + length])
+                # Runs that follow each other in the shard share a call, wherever in the batch they go.
+                while i < stop and shards[i] == shard and firsts[i] == following and len(buffers) < _MAX_IOV:
+                    place = rows[i] * length
+                    buffers.append(flat[place : place + counts[i] * length])
+                    following += counts[i]
                     i += 1
                 file.read_run(first, buffers)
 

@@ -5,6 +5,7 @@ verification.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,7 @@ class ShardFile(Protocol):
     """One open shard of one array. Samples are numbered within the shard."""
 
     def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        """Fill the buffers with the samples `first`, `first + 1`, ..., one each."""
+        """Fill the buffers, each a whole number of samples long, with samples from `first` on."""
 
     def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
         """Fill the buffer with the `part`-th piece of the sample, counted in pieces of the buffer's
@@ -55,6 +56,13 @@ def _read_exactly(fd: int, buffers: list[memoryview], offset: int, where: str) -
         buffers = rest
 
 
+def _one_by_one(buffers: list[memoryview], length: int) -> Iterator[memoryview]:
+    """The samples' places in buffers that hold several."""
+    for buffer in buffers:
+        for start in range(0, len(buffer), length):
+            yield buffer[start : start + length]
+
+
 class StridedShard:
     """Uncompressed samples at equal distances: sample i begins at `start + i * stride`."""
 
@@ -72,8 +80,9 @@ class StridedShard:
         if self.stride == self.length:
             _read_exactly(self.fd, buffers, offset, self.where)
             return
-        for i, buffer in enumerate(buffers):
-            _read_exactly(self.fd, [buffer], offset + i * self.stride, self.where)
+        for buffer in _one_by_one(buffers, self.length):
+            _read_exactly(self.fd, [buffer], offset, self.where)
+            offset += self.stride
 
     def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
         offset = self.start + sample * self.stride + part * len(buffer)
@@ -108,7 +117,7 @@ class IndexedShard:
         decompress(self.compressor, bytes(raw), np.frombuffer(buffer, np.uint8), self.where)
 
     def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        for i, buffer in enumerate(buffers):
+        for i, buffer in enumerate(_one_by_one(buffers, self.sample_bytes)):
             self._read(first + i, buffer)
 
     def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
