@@ -1,0 +1,61 @@
+"""Draws the pictures of `docs/embedded.md`: a contact sheet of shapes, and reconstructions by the tiny VAE.
+
+python -m featcache.encoders.tiny.pictures --out docs/images
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+
+from featcache import shapes
+from featcache.encoders import tiny
+
+UNSEEN_SET = 5  # not the set that the encoders were trained on
+
+
+def _by_class(per_class: int, resolution: int) -> np.ndarray:
+    """The first images of each class, `[classes, per_class, H, W, 3]` uint8."""
+    images, labels = shapes.render_batch(
+        range(per_class * len(shapes.CLASS_NAMES)), seed=UNSEEN_SET, resolution=resolution
+    )
+    # Every aligned block of ten holds each class once, so a stable sort gives equal groups.
+    return images[np.argsort(labels, kind="stable")].reshape(-1, per_class, resolution, resolution, 3)
+
+
+def _sheet(rows: np.ndarray) -> Image.Image:
+    """Images `[rows, columns, H, W, 3]` side by side."""
+    R, C, H, W, _ = rows.shape
+    return Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(R * H, C * W, 3))
+
+
+def contact_sheet(*, per_class: int = 4, resolution: int = 64) -> Image.Image:
+    """One column per class."""
+    return _sheet(_by_class(per_class, resolution).swapaxes(0, 1))
+
+
+def reconstructions(*, resolution: int = 64) -> Image.Image:
+    """One column per class: an original above its reconstruction."""
+    originals = _by_class(1, resolution)[:, 0]  # [classes, H, W, 3]
+    vae = tiny.load_tiny_vae()
+    with torch.no_grad():
+        pixels = torch.from_numpy(originals).permute(0, 3, 1, 2).float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+    restored = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return _sheet(np.stack([originals, restored]))
+
+
+def main(out: Annotated[Path, typer.Option(help="Folder for the PNG files.")]) -> None:
+    """Write `shapes.png` and `reconstructions.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    contact_sheet().save(out / "shapes.png", optimize=True)
+    reconstructions().save(out / "reconstructions.png", optimize=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
