@@ -388,9 +388,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def moments_of(features: Tensor, *, device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of activations [N, D], by `Moments`."""
+def moments_of(
+    features: Tensor, *, indices: np.ndarray | None = None, device: torch.device | str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] of activations [N, D], or of its rows `indices` [n], by `Moments`."""
     moments = Moments(features.shape[1], device=device)
-    for block in features.split(moments.block_rows):
-        moments.update(block)
+    rows = torch.arange(len(features)) if indices is None else torch.from_numpy(indices)
+    for block in rows.split(moments.block_rows):
+        moments.update(features[block])
     return moments.result()

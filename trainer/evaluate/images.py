@@ -1,0 +1,425 @@
+"""Sets of images to judge or to judge by: uint8 batches, streamed, whatever they are stored in.
+
+Nothing here holds more than a few batches in memory.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from featcache.errors import UserError
+from featcache.images import EXTENSIONS, BadImage, center_crop, decode
+
+T = TypeVar("T")
+
+DECODE_THREADS = 8
+PREFETCHED_BATCHES = 4
+
+
+class ImageSet(Protocol):
+    """A finite, ordered set of square RGB images of one size."""
+
+    @property
+    def description(self) -> str:
+        """What it is, for provenance: names, not absolute paths."""
+        ...
+
+    @property
+    def count(self) -> int | None:
+        """Number of images, None if only reading tells."""
+        ...
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """uint8 [b, R, R, 3], b = `batch_size` but for the last batch.
+
+        Raises:
+            UserError: an image that cannot be read, or is not 8-bit RGB, or of another size than the first.
+        """
+        ...
+
+    def labels(self) -> np.ndarray | None:
+        """Class indices int64 [count], or None if the set has none."""
+        ...
+
+
+def check_batch(images: np.ndarray, resolution: int | None, where: str) -> int:
+    """Side R of a batch [b, R, R, 3]; `UserError` if it is not uint8, square RGB, of `resolution`."""
+    if images.dtype != np.uint8:
+        raise UserError(
+            f"{where} holds {images.dtype} images: metrics are defined on 8-bit images",
+            remedy="Round to 0..255 and store as uint8, as trainer sample does.",
+        )
+    if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
+        raise UserError(
+            f"{where} holds an array of shape {images.shape}, expected square RGB images [N, R, R, 3]",
+            remedy="Store images channels-last, as trainer sample does.",
+        )
+    if resolution is not None and images.shape[1] != resolution:
+        raise UserError(
+            f"{where} holds images of {images.shape[1]} pixels beside images of {resolution}",
+            remedy="Bring all images to one size first: how they are resized changes FID.",
+        )
+    return int(images.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayImages:
+    """Images in memory, uint8 [N, R, R, 3], with optional labels [N]."""
+
+    images: np.ndarray
+    description: str = "array"
+    classes: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """See `ImageSet.batches`."""
+        check_batch(self.images[:1], None, self.description)
+        for start in range(0, len(self.images), batch_size):
+            yield self.images[start : start + batch_size]
+
+    def labels(self) -> np.ndarray | None:
+        """See `ImageSet.labels`."""
+        return self.classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpzImages:
+    """ADM's layout: images in `arr_0`, labels, if any, in `arr_1`. Read in sequence, compressed or not."""
+
+    path: Path
+
+    @property
+    def description(self) -> str:
+        """File name."""
+        return f"npz {self.path.name}"
+
+    @property
+    def count(self) -> int:
+        """Number of images, from the array's header."""
+        return self._header("arr_0")[0][0]
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels, from the array's header.
+
+        Raises:
+            UserError: not square RGB in uint8.
+        """
+        shape, dtype = self._header("arr_0")
+        return check_batch(np.empty((0, *shape[1:]), dtype), None, str(self.path))
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        with open_npz(self.path) as archive, _member(archive, name, self.path) as stream:
+            return _array_header(stream, self.path)
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """See `ImageSet.batches`."""
+        with open_npz(self.path) as archive, _member(archive, "arr_0", self.path) as stream:
+            shape, dtype = _array_header(stream, self.path)
+            # Judged before a byte is read: a wrong dtype would be misread, a wrong shape misallocated.
+            check_batch(np.empty((0, *shape[1:]), dtype), None, str(self.path))
+            image_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+            for start in range(0, shape[0], batch_size):
+                rows = min(batch_size, shape[0] - start)
+                data = stream.read(rows * image_bytes)
+                if len(data) != rows * image_bytes:
+                    raise UserError(
+                        f"{self.path} ends early: {shape[0]} images announced", remedy="Write the file again."
+                    )
+                yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
+
+    def labels(self) -> np.ndarray | None:
+        """See `ImageSet.labels`."""
+        with open_npz(self.path) as archive:
+            if "arr_1.npy" not in archive.namelist():
+                return None
+            with _member(archive, "arr_1", self.path) as stream:
+                labels = np.lib.format.read_array(stream, allow_pickle=False)
+        return labels.astype(np.int64)
+
+
+def open_npz(path: Path) -> zipfile.ZipFile:
+    """The archive behind an npz file; `UserError` if it is none."""
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is not a readable npz file: {error}", remedy="Pass another file, or write it again."
+        ) from error
+
+
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
+    if f"{name}.npy" not in archive.namelist():
+        raise UserError(
+            f"{path} has no array {name!r} (it has {', '.join(archive.namelist())})",
+            remedy="Images belong into arr_0, uint8 [N, R, R, 3]: trainer sample --format npz does so.",
+        )
+    return archive.open(f"{name}.npy")
+
+
+def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} holds no plain numpy array: {error}", remedy="Write it with numpy.savez."
+        ) from error
+    if fortran or dtype.hasobject:
+        raise UserError(
+            f"{path} holds a Fortran-ordered or object array", remedy="Write a plain C-ordered uint8 array."
+        )
+    return shape, dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderImages:
+    """All images below a folder, in sorted order of their paths; the first folder level names classes, if
+    there is one.
+
+    Attributes:
+        resolution: side to which ADM's centre crop brings every image, for folders of real images. None takes
+            images as they are and insists that all have one size, for samples.
+    """
+
+    path: Path
+    resolution: int | None = None
+    files: tuple[Path, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        if not files:
+            raise UserError(
+                f"no images ({', '.join(EXTENSIONS)}) below {self.path}", remedy="Pass another folder."
+            )
+        object.__setattr__(self, "files", tuple(files))
+
+    @property
+    def description(self) -> str:
+        """Folder name."""
+        return f"folder {self.path.resolve().name}"
+
+    @property
+    def count(self) -> int:
+        """Number of files."""
+        return len(self.files)
+
+    def _load(self, file: Path) -> np.ndarray:
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise BadImage(str(file), error.strerror or str(error)) from error
+        image = decode(data, str(file))
+        return center_crop(image, self.resolution) if self.resolution else np.asarray(image)
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """See `ImageSet.batches`."""
+        side: int | None = None
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            for start in range(0, len(self.files), batch_size):
+                files = self.files[start : start + batch_size]
+                images = list(pool.map(self._load, files))
+                for file, image in zip(files, images):
+                    side = check_batch(image[None], side, str(file))
+                yield np.stack(images)
+
+    def labels(self) -> np.ndarray | None:
+        """See `ImageSet.labels`."""
+        folders = [p.relative_to(self.path).parts[0] if p.parent != self.path else None for p in self.files]
+        if None in folders:
+            return None
+        index = {name: i for i, name in enumerate(sorted({f for f in folders if f is not None}))}
+        return np.array([index[f] for f in folders if f is not None], dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarImages:
+    """A WebDataset shard, or several by a brace pattern: `png`, `jpg` or `webp`, and `cls` for labels."""
+
+    pattern: str
+    count: int | None = None
+
+    @property
+    def description(self) -> str:
+        """File name or pattern."""
+        return f"webdataset {Path(self.pattern).name}"
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        import webdataset
+
+        try:
+            yield from webdataset.WebDataset(
+                self.pattern, shardshuffle=False, empty_check=False, handler=webdataset.reraise_exception
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.pattern} cannot be read: {error}", remedy="Write the shard again."
+            ) from error
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """See `ImageSet.batches`."""
+        side: int | None = None
+        images: list[np.ndarray] = []
+        for sample in self._samples():
+            key = sample["__key__"]
+            data = next((sample[s.lstrip(".")] for s in EXTENSIONS if s.lstrip(".") in sample), None)
+            if data is None:
+                raise UserError(
+                    f"{self.pattern} holds no image for sample {key}", remedy="Write png, jpg or webp."
+                )
+            images.append(np.asarray(decode(data, key)))
+            side = check_batch(images[-1][None], side, f"{self.pattern}, {key}")
+            if len(images) == batch_size:
+                yield np.stack(images)
+                images = []
+        if images:
+            yield np.stack(images)
+        if side is None:
+            raise UserError(f"{self.pattern} holds no samples", remedy="Pass another shard.")
+
+    def labels(self) -> np.ndarray | None:
+        """See `ImageSet.labels`; reads the shards once."""
+        found = [sample.get("cls") for sample in self._samples()]
+        labels = [int(label) for label in found if label is not None]
+        return np.array(labels, dtype=np.int64) if labels and len(labels) == len(found) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheImages:
+    """The images that a feature cache was built from, as its encoders saw them (skipped ones left out).
+
+    Attributes:
+        cache: an open cache.
+        data: the folder it was built from; not needed for the embedded set, which is drawn again.
+        limit: judge by the first so many samples of the cache (in its own, shuffled order) only.
+    """
+
+    cache: Any
+    data: str | None = None
+    limit: int | None = None
+
+    @property
+    def description(self) -> str:
+        """Source and fingerprint."""
+        dataset = self.cache.manifest.dataset
+        return f"images of cache {dataset.name} ({dataset.source}, fingerprint {self.cache.fingerprint[:16]})"
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self.cache) if self.limit is None else min(self.limit, len(self.cache))
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """See `ImageSet.batches`.
+
+        Raises:
+            UserError: the images are not here; other than for `featcache inspect`, decoded latents will not
+                do.
+        """
+        from featcache.build import sample_order
+        from featcache.inspect import source_of
+
+        dataset = self.cache.manifest.dataset
+        source = source_of(self.cache, self.data)
+        if source is None:
+            raise UserError(
+                f"the images of the cache {self.cache.path} are needed, and it was built from a folder",
+                remedy="Pass the folder: --data DIR (or saved statistics: --reference FILE.npz).",
+            )
+        resolution = int(dataset.preprocessing["resolution"])
+        order = sample_order(len(source), seed=dataset.order_seed)
+        slots = self.cache.slots(np.arange(self.count))
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            for start in range(0, len(slots), batch_size):
+                rows = [int(i) for i in order[slots[start : start + batch_size]]]
+                yield np.stack(list(pool.map(lambda i: source.load(i, resolution)[0], rows)))
+
+    def labels(self) -> np.ndarray | None:
+        """See `ImageSet.labels`."""
+        return self.cache.labels()[: self.count]
+
+
+def open_images(where: str | Path, *, resolution: int | None = None, data: str | None = None) -> ImageSet:
+    """The image set behind a path: an npz file, a tar shard or pattern, a feature cache, or a folder.
+
+    Args:
+        resolution: for folders, bring every image to this side by ADM's centre crop; None takes them as they
+            are.
+        data: for caches, the folder they were built from.
+
+    Raises:
+        UserError: nothing there, or not a set of images.
+    """
+    text, path = str(where), Path(where)
+    if text.endswith(".tar"):
+        if not path.exists() and not re.search(r"[{*]", text):
+            raise UserError(f"there is no file {text}", remedy="Pass an existing shard.")
+        return TarImages(pattern=text)
+    if not path.exists():
+        raise UserError(
+            f"there is nothing at {text}", remedy="Pass an npz file, a tar shard, a folder or a cache."
+        )
+    if path.suffix == ".npz":
+        return NpzImages(path=path)
+    if (path / "zarr.json").is_file() or (path / "manifest.json").is_file():
+        import featcache
+
+        return CacheImages(cache=featcache.open(path), data=data)
+    if path.is_dir():
+        return FolderImages(path=path, resolution=resolution)
+    raise UserError(
+        f"{text} is not a set of images", remedy="Pass an npz file, a tar shard, a folder or a cache."
+    )
+
+
+def prefetch(items: Iterator[T], *, depth: int = PREFETCHED_BATCHES) -> Iterator[T]:
+    """The same items, made by a thread up to `depth` ahead: decoding overlaps with the network."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[T | None, BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+        finally:
+            getattr(items, "close", lambda: None)()
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()

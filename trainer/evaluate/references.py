@@ -1,0 +1,364 @@
+"""Activation statistics of an image set: computed, saved with their provenance, loaded, told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.errors import UserError
+from trainer.evaluate.extractors import Extractor
+from trainer.evaluate.images import ImageSet, NpzImages, check_batch, open_images, open_npz, prefetch
+from trainer.evaluate.metrics import InceptionScore, Moments
+
+# As many reference images as ADM's own batches hold: precision and recall compare all pairs.
+DEFAULT_KEPT_FEATURES = 10_000
+
+_STORED = ("mu", "sigma", "mu_s", "sigma_s", "pool", "provenance")
+
+# (stage, images done, images in all or None)
+ProgressCallback = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What is known of one image set through one extractor.
+
+    Attributes:
+        mean, covariance: of `pool`, [D] and [D, D], float64, ddof = 1.
+        spatial_mean, spatial_covariance: of `spatial`, or None where the extractor has none.
+        features: `pool` of the first images, float32 [M, D], for precision, recall and KID; None if not kept.
+        logits: class logits of all images, float32 [N, K], only where they were asked for.
+        inception: accumulated Inception score, or None.
+        count: images behind the moments; None if the file does not say (ADM's).
+        resolution: side of the images in pixels; None if the file does not say.
+        provenance: JSON-able: extractor, source, versions.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    spatial_mean: np.ndarray | None = None
+    spatial_covariance: np.ndarray | None = None
+    features: Tensor | None = None
+    spatial_features: Tensor | None = None
+    logits: Tensor | None = None
+    inception: InceptionScore | None = None
+    count: int | None = None
+    resolution: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 that is float32: TF32, on by default in cuDNN, moves FID in the third digit."""
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+
+
+class _Kept:
+    """Rows of activations up to a limit, in CPU memory."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit, self._rows, self._blocks = limit, 0, list[Tensor]()
+
+    def add(self, x: Tensor) -> None:
+        if self._limit is not None:
+            x = x[: max(0, self._limit - self._rows)]
+        if len(x):
+            self._blocks.append(x.to("cpu", torch.float32))
+            self._rows += len(x)
+
+    def result(self) -> Tensor | None:
+        if not self._rows:
+            return None
+        out = torch.empty(self._rows, self._blocks[0].shape[1])
+        start = 0
+        while self._blocks:  # frees each block once copied: the peak is one copy, not two
+            block = self._blocks.pop(0)
+            out[start : start + len(block)] = block
+            start += len(block)
+        return out
+
+
+def compute_statistics(
+    images: ImageSet,
+    extractor: Extractor,
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    keep_features: int | None = DEFAULT_KEPT_FEATURES,
+    keep_all: bool = False,
+    resolution: int | None = None,
+    stage: str = "features",
+    progress: ProgressCallback | None = None,
+) -> Statistics:
+    """Run the extractor over the images once; memory does not grow with their number, but for what is kept.
+
+    Args:
+        images: read in order.
+        batch_size: images a forward pass.
+        limit: stop after so many images.
+        keep_features: `pool` rows kept for precision, recall and KID, 0 for none; 8 KB each with Inception.
+        keep_all: keep `pool`, `spatial` and `logits` of all images, for bootstrap intervals (20 KB an image).
+        resolution: expected side of the images; None takes the first image's.
+        stage: name given to `progress`.
+        progress: called after each batch.
+
+    Raises:
+        UserError: images that cannot be read, of another size or type, or fewer than two.
+    """
+    device = extractor.device
+    # Float64 matrix products: on the network's device where it has them (not on Apple's).
+    moments_device = torch.device("cpu") if device.type == "mps" else device
+    dims = extractor.feature_dims
+    moments = Moments(dims["pool"], device=moments_device)
+    spatial = Moments(dims["spatial"], device=moments_device) if "spatial" in dims else None
+    inception = InceptionScore() if "logits" in dims else None
+    features = _Kept(None if keep_all else keep_features)
+    spatial_features, logits = _Kept(None), _Kept(None)
+    total = images.count if limit is None else min(limit, images.count or limit)
+    done = 0
+    with full_precision():
+        for batch in prefetch(images.batches(batch_size)):
+            resolution = check_batch(batch, resolution, images.description)
+            if limit is not None:
+                batch = batch[: limit - done]
+            pixels = torch.from_numpy(np.array(batch.transpose(0, 3, 1, 2), order="C"))  # [B, 3, R, R]
+            out = extractor.features(pixels)
+            pool, maps, classes = out["pool"], out["spatial"], out["logits"]
+            assert pool is not None
+            moments.update(pool)
+            features.add(pool)
+            if spatial is not None and maps is not None:
+                spatial.update(maps)
+                if keep_all:
+                    spatial_features.add(maps)
+            if inception is not None and classes is not None:
+                inception.update(classes, done)
+                if keep_all:
+                    logits.add(classes)
+            done += len(batch)
+            if progress is not None:
+                progress(stage, done, total)
+            if limit is not None and done >= limit:
+                break
+    if done < 2:
+        raise UserError(
+            f"{images.description} holds {done} images: statistics need at least 2",
+            remedy="Pass more images.",
+        )
+    mean, covariance = moments.result()
+    spatial_mean, spatial_covariance = spatial.result() if spatial is not None else (None, None)
+    return Statistics(
+        mean=mean,
+        covariance=covariance,
+        spatial_mean=spatial_mean,
+        spatial_covariance=spatial_covariance,
+        features=features.result(),
+        spatial_features=spatial_features.result(),
+        logits=logits.result(),
+        inception=inception,
+        count=done,
+        resolution=resolution,
+        provenance={"extractor": extractor.provenance, "source": images.description, "versions": _versions()},
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "timm", "torch-fidelity", "numpy", "pillow")}
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write an npz in ADM's layout (`mu`, `sigma`, `mu_s`, `sigma_s`), plus `pool` and a JSON `provenance`.
+
+    Written under a temporary name and renamed. Float64 moments, float32 features.
+    """
+    arrays: dict[str, np.ndarray] = {"mu": statistics.mean, "sigma": statistics.covariance}
+    if statistics.spatial_mean is not None and statistics.spatial_covariance is not None:
+        arrays |= {"mu_s": statistics.spatial_mean, "sigma_s": statistics.spatial_covariance}
+    if statistics.features is not None:
+        arrays["pool"] = statistics.features.numpy()
+    record = {
+        "format": 1,
+        "count": statistics.count,
+        "resolution": statistics.resolution,
+        **statistics.provenance,
+    }
+    arrays["provenance"] = np.frombuffer(json.dumps(record, sort_keys=True).encode(), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    try:
+        np.savez(temporary, allow_pickle=False, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """Read what `save_statistics` wrote, or the moments of an ADM reference npz (whose provenance is empty).
+
+    Raises:
+        UserError: not an npz, no moments in it, or arrays of other shapes.
+    """
+    with open_npz(path) as archive:
+        names = {n.removesuffix(".npy") for n in archive.namelist()}
+    if not {"mu", "sigma"} <= names:
+        raise UserError(
+            f"{path} holds no statistics (it has {', '.join(sorted(names))})",
+            remedy="Make them: trainer stats IMAGES --out FILE.npz",
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays: dict[str, np.ndarray] = {}
+            for name in _STORED:
+                if name in names:
+                    arrays[name] = file[name]
+        record = json.loads(arrays["provenance"].tobytes()) if "provenance" in arrays else {}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged: {error}", remedy="Make the statistics again: trainer stats"
+        ) from error
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mean in arrays and arrays[covariance].shape != (len(arrays[mean]),) * 2:
+            raise UserError(
+                f"{path}: {covariance} is {arrays[covariance].shape}, {mean} {arrays[mean].shape}"
+            )
+    resolution, count = record.pop("resolution", None), record.pop("count", None)
+    if resolution is None and "arr_0" in names:
+        images = NpzImages(path=path)
+        resolution = images.resolution
+    record.pop("format", None)
+    return Statistics(
+        mean=arrays["mu"].astype(np.float64),
+        covariance=arrays["sigma"].astype(np.float64),
+        spatial_mean=arrays["mu_s"].astype(np.float64) if "mu_s" in arrays else None,
+        spatial_covariance=arrays["sigma_s"].astype(np.float64) if "mu_s" in arrays else None,
+        features=torch.from_numpy(arrays["pool"]) if "pool" in arrays else None,
+        count=count,
+        resolution=resolution,
+        provenance=record,
+    )
+
+
+def reference_statistics(
+    where: str | Path,
+    extractor: Extractor,
+    *,
+    resolution: int,
+    need_features: bool,
+    batch_size: int = 64,
+    data: str | None = None,
+    limit: int | None = None,
+    keep_features: int = DEFAULT_KEPT_FEATURES,
+    progress: ProgressCallback | None = None,
+) -> Statistics:
+    """Statistics to judge by, from whatever `--reference` names.
+
+    - saved statistics: as they are, if they were made with this extractor;
+    - ADM's reference npz: its stored moments for the standard Inception (features from its images); for any
+      other extractor everything from its images;
+    - images (npz, tar, folder, cache): computed. Folders are brought to `resolution` by ADM's centre crop.
+
+    Args:
+        resolution: side of the samples in pixels.
+        need_features: precision, recall or KID was asked for.
+        data: for a cache, the folder it was built from.
+        limit: use only so many reference images.
+
+    Raises:
+        UserError: nothing there; made with another extractor; for another resolution; features needed and not
+            kept.
+    """
+    path = Path(where)
+    stored = None
+    if path.suffix == ".npz" and path.is_file():
+        with open_npz(path) as archive:
+            names = {n.removesuffix(".npy") for n in archive.namelist()}
+        if {"mu", "sigma"} <= names:
+            stored = load_statistics(path)
+            _check_resolution(stored.resolution, resolution, str(where))
+        if stored is not None and "arr_0" not in names:
+            _check_extractor(stored, extractor, str(where))
+            if need_features and stored.features is None:
+                raise UserError(
+                    f"{where} holds moments only; precision, recall and KID need activations",
+                    remedy="Make the statistics with --features 10000, or leave these metrics out.",
+                )
+            return stored
+    images = open_images(where, resolution=resolution, data=data)
+    if stored is not None and extractor.name == "inception" and extractor.is_standard:
+        if not need_features:
+            return stored
+        computed = compute_statistics(
+            images,
+            extractor,
+            batch_size=batch_size,
+            limit=keep_features,
+            keep_features=keep_features,
+            resolution=resolution,
+            stage="reference",
+            progress=progress,
+        )
+        provenance = {**computed.provenance, "moments": "stored in the file"}
+        return Statistics(
+            mean=stored.mean,
+            covariance=stored.covariance,
+            spatial_mean=stored.spatial_mean,
+            spatial_covariance=stored.spatial_covariance,
+            features=computed.features,
+            count=None,
+            resolution=stored.resolution,
+            provenance=provenance,
+        )
+    if isinstance(images, NpzImages):
+        _check_resolution(images.resolution, resolution, str(where))
+    return compute_statistics(
+        images,
+        extractor,
+        batch_size=batch_size,
+        limit=limit,
+        keep_features=keep_features if need_features else 0,
+        resolution=resolution,
+        stage="reference",
+        progress=progress,
+    )
+
+
+def _check_resolution(found: int | None, expected: int, where: str) -> None:
+    if found is not None and found != expected:
+        raise UserError(
+            f"the reference {where} is for images of {found} pixels, the samples have {expected}",
+            remedy="Pass a reference of the samples' resolution; resizing either would change FID.",
+        )
+
+
+def _check_extractor(stored: Statistics, extractor: Extractor, where: str) -> None:
+    made_with = stored.provenance.get("extractor")
+    if made_with is None:
+        if extractor.name == "inception" and extractor.is_standard and stored.mean.shape == (2048,):
+            return
+        raise UserError(
+            f"{where} does not say which extractor made it, and holds no images to judge by",
+            remedy="Pass images, or statistics made by trainer stats with this extractor.",
+        )
+    if dict(made_with) != extractor.provenance:
+        differing = [k for k in extractor.provenance if made_with.get(k) != extractor.provenance[k]]
+        raise UserError(
+            f"{where} was made with another extractor than {extractor.name}"
+            f" (differing: {', '.join(differing)})",
+            remedy=f"Make it again: trainer stats IMAGES --extractor {extractor.name} --out FILE.npz",
+        )
