@@ -34,6 +34,9 @@ class WdsWriter(CacheWriter):
             )
         self._specs = {spec.name: spec for spec in specs}
         super().begin(specs)
+        # A tar is written whole: a shard that only some features have journaled is not done for any.
+        common = set.intersection(*self._done.values())
+        self._done = {name: set(common) for name in self._done}
 
     @functools.cached_property
     def _layout(self) -> TarLayout:
