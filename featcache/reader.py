@@ -28,6 +28,7 @@ from featcache.store.root import read_root
 __all__ = ["Cache", "Reader", "epoch_order", "open_cache", "sequential_order"]
 
 _MAX_IOV = 512  # Linux takes 1024 buffers a call
+_PIECE = 1 << 18
 _LABEL, _KEY = "label", "key"
 
 
@@ -111,10 +112,17 @@ class Cache:
         return self._whole("content")
 
     def _whole(self, name: str) -> np.ndarray:
+        self.require([name])
+        dtype, shape = self.manifest.arrays[name]
+        try:
+            whole = np.empty((len(self), *shape), dtype)
+        except MemoryError as error:
+            raise CacheError(f"{name!r} of {len(self)} samples does not fit into memory") from error
         with self.reader([name]) as reader:
-            out = reader.allocate(len(self))
-            reader.read(np.arange(len(self)), out)
-        return out[name]
+            for start in range(0, len(self), _PIECE):
+                piece = whole[start : start + _PIECE]
+                reader.read(np.arange(start, start + len(piece)), {name: piece})
+        return whole
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Keys (source paths) of the samples `start` to `stop`."""

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -155,7 +156,11 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
         raise CacheError(f"{path} cannot be read: {error.strerror}") from error
     with os.fdopen(fd, "rb") as file:
         try:
-            data = file.read(limit_bytes + 1)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CacheError(f"{path} is not a file")
+            # By its length, not by the limit: read(n) allocates n bytes at once.
+            data = file.read(min(status.st_size, limit_bytes) + 1)
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror}") from error
     if len(data) > limit_bytes:

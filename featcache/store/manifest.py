@@ -33,10 +33,11 @@ from featcache.store.layout import (
 )
 
 FORMAT_VERSION = 1
-MAX_METADATA_BYTES = 256 << 20
+MAX_METADATA_BYTES = 64 << 20
 MAX_COUNT = 1 << 40
 MAX_SAMPLE_BYTES = 1 << 32
 MAX_SHARD_SIZE = 1 << 20
+MAX_SHARDS = 1 << 20
 MAX_DEPTH = 24
 
 _COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9_@-]|\.(?!\.))*"
@@ -222,11 +223,17 @@ def load_json(data: bytes, what: str) -> Json:
             raise ValueError("a key occurs twice")
         return found
 
+    def finite(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text:.20} is too large")
+        return number
+
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        value = json.loads(data, object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(data, object_pairs_hook=unique, parse_constant=constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{what} is not valid JSON: {error!s:.200}") from error
     _check_depth(value, what)
@@ -432,6 +439,8 @@ def manifest_from_json(value: Json) -> Manifest:
         format=_string(item["format"], "format", choices=FORMATS),
         checksums={k: _sha256(v, "a checksum") for k, v in _mapping(item["checksums"], "checksums").items()},
     )
+    if manifest.n_shards > MAX_SHARDS:
+        _fail("shard_size", f"such that there are at most {MAX_SHARDS} shards", manifest.shard_size)
     if set(manifest.checksums) != set(manifest.arrays):
         _fail("checksums", "one for each stored array", sorted(manifest.checksums)[:8])
     return manifest
