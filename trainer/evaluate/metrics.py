@@ -257,8 +257,8 @@ def _radii(x: Tensor, k: int, device: torch.device | str, block_bytes: int) -> T
     """Squared distance of each row of x [N, D] to its k-th nearest other row: [N] on `device`."""
     nearest = torch.full((len(x), k), torch.inf, device=device)
     for rows, columns, distances in _distance_blocks(x, x, device, block_bytes):
-        own = torch.arange(max(rows.start, columns.start), min(rows.stop, columns.stop), device=device)
-        distances[own - rows.start, own - columns.start] = torch.inf
+        if rows == columns:  # a block on the diagonal of the whole matrix: x to itself
+            distances.fill_diagonal_(torch.inf)
         candidates = distances.topk(min(k, distances.shape[1]), dim=1, largest=False).values
         nearest[rows] = torch.cat([nearest[rows], candidates], 1).topk(k, dim=1, largest=False).values
     return nearest[:, -1]
@@ -294,9 +294,9 @@ def manifold_coverage(
             raise ValueError(
                 f"{name} holds {len(features)} rows: a {k}-nearest-neighbour radius needs more than {k}"
             )
-    centre = reference.mean(0, dtype=torch.float64).to(torch.float32)
-    reference = reference.to(torch.float32) - centre
-    samples = samples.to(torch.float32) - centre.to(samples.device)
+    centre = reference.mean(0, dtype=torch.float64)
+    reference = (reference - centre.to(reference)).to(torch.float32)
+    samples = (samples - centre.to(samples)).to(torch.float32)
     reference_radii = _radii(reference, k, device, block_bytes)
     sample_radii = _radii(samples, k, device, block_bytes)
     samples_covered = torch.zeros(len(samples), dtype=torch.bool, device=device)
