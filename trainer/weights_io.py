@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from featcache.errors import UserError
@@ -191,9 +193,10 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}.")
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be read as safetensors: {error}") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, so that the optimiser's state, twice the size of the weights, is never read.
