@@ -430,6 +430,12 @@ def test_scale_one_costs_no_second_evaluation() -> None:
     assert torch.equal(out, model(latent(), torch.tensor([0.5, 0.5]), torch.tensor([1, 2])).prediction)
 
 
+def test_time_keeps_its_precision_beside_a_bfloat16_latent() -> None:
+    model = Recorder()
+    guided(model, torch.tensor([1]), null_label=10)(latent(1).bfloat16(), 501.0)
+    assert model.batches[0][0] == [501.0]
+
+
 @pytest.mark.parametrize(
     "options", [{"low": 0.6, "high": 0.5}, {"low": -0.1}, {"high": 1.1}, {"channels": 0}]
 )

@@ -70,11 +70,12 @@ def guided(
 
     def model_fn(x: Tensor, t: float, *, interval_t: float | None = None) -> Tensor:
         B, C = x.shape[:2]
+        time_dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no steps such as 0.501 or 501
         if not guidance.active((t if interval_t is None else interval_t) / time_range):
-            prediction = model(x, x.new_full((B,), t), labels).prediction
+            prediction = model(x, x.new_full((B,), t, dtype=time_dtype), labels).prediction
             assert prediction is not None
             return prediction
-        prediction = model(torch.cat([x, x]), x.new_full((2 * B,), t), both).prediction
+        prediction = model(torch.cat([x, x]), x.new_full((2 * B,), t, dtype=time_dtype), both).prediction
         assert prediction is not None
         conditional, unconditional = prediction.chunk(2)
         K = C if guidance.channels is None else min(guidance.channels, C)
