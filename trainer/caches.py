@@ -45,12 +45,16 @@ def find_cache(config: RunConfig) -> Any:
     )
 
 
+def available_features(cache: Any) -> dict[str, FeatureInfo]:
+    """Token features and VAE groups of a cache as the methods see them."""
+    features = cache.manifest.features
+    return {n: FeatureInfo(shape=tuple(f.shape)) for n, f in features.items() if n not in ("label", "key", "content")}
+
+
 def missing_features(config: RunConfig, cache: Any) -> None:
     """Raises CacheError if the cache lacks what the configuration's methods read."""
     cache.require(["vae/moments", "label"])
-    available = {
-        name: FeatureInfo(shape=tuple(spec.shape)) for name, spec in cache.manifest.features.items() if len(spec.shape) >= 2
-    }
+    available = available_features(cache)
     for method in config.methods:
         align.resolve(method, config.method_config(method), available)
 

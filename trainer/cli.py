@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from featcache.console import console, run_app
-from featcache.errors import UserError
 
 app = typer.Typer(
     name="trainer",

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from featcache.build import pick_device
 from featcache.errors import CacheError, UserError
 from trainer import align, checkpoint, distributed, runs
-from trainer.align.base import Alignment, BackboneInfo, FeatureInfo
-from trainer.caches import build_command, find_cache
+from trainer.align.base import Alignment, BackboneInfo
+from trainer.caches import available_features, build_command, find_cache
 from trainer.config import RunConfig
 from trainer.data import Batches, stream_indices
 from trainer.log import RunLog
@@ -176,18 +176,9 @@ def build_alignment(config: RunConfig, cache: Any, model_cfg: ModelConfig, *, se
     """The method's module, initialised from its own seed so that the backbone's weights do not depend on it."""
     if not config.methods:
         return None
-    info = BackboneInfo(
-        name=config.model,
-        depth=model_cfg.depth,
-        width=model_cfg.width,
-        patch_size=model_cfg.patch_size,
-        latent_channels=model_cfg.latent_channels,
-        latent_size=model_cfg.latent_size,
-    )
+    info = backbone_info(config.model, model_cfg)
     chosen = [(name, config.method_config(name)) for name in config.methods]
-    available = {
-        name: FeatureInfo(shape=tuple(spec.shape)) for name, spec in cache.manifest.features.items() if len(spec.shape) >= 2
-    }
+    available = available_features(cache)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -195,15 +186,19 @@ def build_alignment(config: RunConfig, cache: Any, model_cfg: ModelConfig, *, se
     except CacheError as error:
         wanted = [f for name, method in chosen for f in align.required_features(name, method)]
         raise CacheError(f"{cache.path}: {error.what}", remedy=build_command(cache, wanted)) from error
-    for name in alignment.reads:
-        tokens = available[name].shape[-2]
-        if name.startswith("vae/moments") or tokens == model_cfg.grid**2:
-            continue
-        raise CacheError(
-            f"{name} in {cache.path} has {tokens} tokens, but {config.model} on these latents has {model_cfg.grid**2}",
-            remedy="Choose a model with patch size 2, whose grid the cache was made for.",
-        )
     return alignment
+
+
+def backbone_info(name: str, cfg: ModelConfig) -> BackboneInfo:
+    """What a method may know of the backbone."""
+    return BackboneInfo(
+        name=name,
+        depth=cfg.depth,
+        width=cfg.width,
+        patch_size=cfg.patch_size,
+        latent_channels=cfg.latent_channels,
+        latent_size=cfg.latent_size,
+    )
 
 
 def cached_feature(cache: Any, name: str) -> CachedFeature:
@@ -246,7 +241,11 @@ def _prepare_run(run: Path, config: RunConfig, cache: Any, parts: Parts, *, resu
             "path": str(cache.path),
             "fingerprint": cache.fingerprint,
             "dataset": dataclasses.asdict(dataset),
-            "features": {n: dict(s.provenance) for n, s in cache.manifest.features.items() if n.startswith("vae/") or "@" in n},
+            "features": {
+                name: {"shape": list(spec.shape), "codec": spec.codec, **spec.provenance}
+                for name, spec in cache.manifest.features.items()
+                if len(spec.shape) >= 2
+            },
         }
         runs.write_text(run / "cache.json", json.dumps(summary, indent=1, default=dict))
         runs.save_config(run, config)

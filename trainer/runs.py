@@ -1,4 +1,4 @@
-"""Run folders: names, places, and the files in them (imports no torch)."""
+"""Run folders: names, places, and the files in them."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def find_runs(root: Path = ROOT) -> list[Path]:
         return max((run / f).stat().st_mtime for f in ("config.yaml", "log.jsonl") if (run / f).exists())
 
     return sorted((p.parent for p in root.glob("**/config.yaml")), key=age) if root.is_dir() else []
+
+
+def display_name(run: Path) -> str:
+    """A run's name as reports show it: its folder's last part, as :func:`trainer.report.data.load_run` does."""
+    return run.name
 
 
 def newest_run(root: Path = ROOT) -> Path:

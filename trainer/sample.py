@@ -19,7 +19,7 @@ from trainer.config import RunConfig
 from trainer.diffusion import samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
-from trainer.models import build_model, load_weights, model_config
+from trainer.models import ModelConfig, build_model, load_weights, model_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +83,22 @@ class LoadedRun:
         return int(self.summary["dataset"]["preprocessing"]["resolution"])
 
 
-def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
-    """The model of a run at ``step`` (None: the latest checkpoint).
+def cache_summary(run: Path) -> dict[str, Any]:
+    """``cache.json`` of a run: path, fingerprint, dataset and features of the cache it was trained on.
 
     Raises:
-        UserError: no such run or checkpoint.
+        UserError: the file is missing.
     """
-    config = runs.load_config(run)
     summary = runs.read_json(run / "cache.json", None)
     if summary is None:
-        raise UserError(f"{run} has no cache.json, so its classes and latents are unknown")
-    at, path = checkpoint.find_checkpoint(run, step)
-    dataset = summary["dataset"]
-    cfg = model_config(
+        raise UserError(f"{run} has no cache.json, so its classes and latents are unknown", remedy="Train it again.")
+    return summary
+
+
+def run_model_config(run: Path, config: RunConfig) -> ModelConfig:
+    """Shape of a run's backbone, from its configuration and the latents it was trained on."""
+    dataset = cache_summary(run)["dataset"]
+    return model_config(
         config.model,
         latent_channels=dataset["vae"]["latent_channels"],
         latent_size=dataset["preprocessing"]["resolution"] // dataset["vae"]["downsampling"],
@@ -103,7 +106,18 @@ def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights
         qk_norm=config.qk_norm,
         attention=config.attention,
     )
-    model = build_model(cfg, device=device).eval().requires_grad_(False)
+
+
+def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
+    """The model of a run at ``step`` (None: the latest checkpoint).
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    config = runs.load_config(run)
+    summary = cache_summary(run)
+    at, path = checkpoint.find_checkpoint(run, step)
+    model = build_model(run_model_config(run, config), device=device).eval().requires_grad_(False)
     load_weights(model, checkpoint.load_tensors(path, weights, device=device), source=str(path))
     return LoadedRun(path=run, step=at, config=config, summary=summary, model=model)
 
