@@ -1,4 +1,4 @@
-"""Thousands of malformed inputs: each is a clear error or harmless; never a crash, a hang or a path outside."""
+"""Thousands of malformed inputs: each a clear error or harmless; never a crash, a hang, a path outside."""
 
 import copy
 import json
@@ -317,7 +317,7 @@ def test_dataset_mutations(draw) -> None:
 @settings(deadline=None, max_examples=300)
 @given(draw=st.data(), codec=st.sampled_from(["int8", "fp8", "int4", "fp16", "bf16"]))
 def test_any_stored_bytes_decode(draw, codec: str) -> None:
-    """Values and scales of any bits (NaN, infinite, negative): a tensor of the right shape, never an exception."""
+    """Values and scales of any bits (NaN, infinite, negative): a tensor of the right shape, no exception."""
     shape = (3, 64)
     stored = {}
     for suffix, (dtype, stored_shape) in stored_arrays(codec, shape).items():
