@@ -1,0 +1,417 @@
+"""The build as a user types it, and as a function: resuming, adding, bad images, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import featcache
+from featcache.build import BuildRequest, build, derived_name, sample_order
+from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
+from featcache.encoders.base import WeightsSource
+from featcache.encoders.tiny import load_tiny_vae
+from featcache.encoders.vae import LEVELS, VaeEncoder, encoder_layers
+from featcache.encoders.vision import VisionEncoder
+from featcache.errors import CacheError, UserError
+from featcache.images import center_crop, open_source
+from featcache.inspect import contact_sheet, images_of, pca_rgb, read_feature
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.images = 0
+
+    def start(self, *, total: int, done: int, note: str) -> None:
+        self.total, self.done = total, done
+
+    def advance(self, images: int) -> None:
+        self.images += images
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def request(out: Path | None, **kw: object) -> BuildRequest:
+    base = BuildRequest(
+        data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=20, batch_size=4, shard_size=8, out=out, workers=2
+    )
+    return replace(base, **kw)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("caches") / "shapes"
+    build(request(path), Silent())
+    return path
+
+
+def tree_digest(path: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(path.rglob("*"))
+        if f.is_file() and f.name != "lock"
+    }
+
+
+def test_tiny_caches_what_every_method_needs(cache_path: Path) -> None:
+    cache = featcache.open(cache_path)
+    assert len(cache) == 20
+    assert {"vae/moments", "vae/G1", "vae/G2", "vae/G3", "vae/G4", "label", "key", "content"} <= set(cache.manifest.features)
+    assert len([f for f in cache.manifest.features if f.startswith("tiny@")]) >= 2
+
+
+def test_stored_features_equal_a_direct_encoding(cache_path: Path) -> None:
+    """Independent path: draw the image again, run diffusers' own encode and hooks of our own, compare."""
+    cache = featcache.open(cache_path)
+    order = sample_order(20, seed=0)
+    source = open_source("shapes", resolution=64, limit=20)
+    indices = [0, 7, 19]
+    pixels = np.stack([source.load(int(order[i]), 64)[0] for i in indices])
+    assert np.array_equal(images_of(cache, None, indices), pixels)
+    assert cache.labels()[indices].tolist() == [source.label(int(order[i])) for i in indices]
+    assert cache.keys(7, 8) == [source.key(int(order[7]))]
+
+    vae = load_tiny_vae()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    seen = {}
+    vae.encoder.mid_block.attentions[0].register_forward_hook(lambda _m, _i, out: seen.update(attn=out))
+    with torch.no_grad():
+        expected = vae.encode(x).latent_dist.parameters.numpy()
+    moments = read_feature(cache, "vae/moments", indices)
+    assert np.abs(moments - expected).max() < 2e-3 * max(1.0, np.abs(expected).max())  # fp16 storage
+
+    grid = seen["attn"].reshape(3, -1, 4, 2, 4, 2).mean(dim=(3, 5))  # bilinear by exactly 2 is a 2x2 mean
+    tokens = grid.flatten(2).transpose(1, 2).numpy()
+    stored = read_feature(cache, "vae/G4", indices)[:, 2]  # down3.res1, mid.res0, mid.attn, mid.res1
+    step = np.abs(tokens).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(stored - tokens) <= 0.51 * step + 1e-4).all()  # int8: half a quantisation step
+
+
+def test_fifteen_layers_are_grouped_as_the_paper_groups_them() -> None:
+    layers = encoder_layers(load_tiny_vae().encoder)
+    by_group = {level: [name for group, name, _ in layers if group == level] for level in LEVELS}
+    assert by_group == {
+        "G1": ["conv_in", "down0.res0", "down0.res1", "down0.downsample"],
+        "G2": ["down1.res0", "down1.res1", "down1.downsample"],
+        "G3": ["down2.res0", "down2.res1", "down2.downsample", "down3.res0"],
+        "G4": ["down3.res1", "mid.res0", "mid.attn", "mid.res1"],
+    }
+
+
+def test_sd_vae_has_the_published_widths() -> None:
+    encoder = VaeEncoder("sd-ft-ema", WeightsSource(random_seed=0), resolution=64, levels=LEVELS)
+    assert {k: v[0] for k, v in encoder.shapes.items() if "G" in k} == {"vae/G1": 4, "vae/G2": 3, "vae/G3": 4, "vae/G4": 4}
+    assert {k: v[2] for k, v in encoder.shapes.items() if "G" in k} == {"vae/G1": 128, "vae/G2": 256, "vae/G3": 512, "vae/G4": 512}
+    features = encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    assert {k: tuple(v.shape[1:]) for k, v in features.items()} == encoder.shapes
+    assert encoder.info["scaling_factor"] == 0.18215
+
+
+def test_dinov2_input_is_normalised_then_resized() -> None:
+    """REPA's preprocessing by an independent formula: (x/255 - mean)/std, then Keys' cubic (a = -0.75) by hand."""
+    encoder = VisionEncoder("dinov2-s", (11,), WeightsSource(random_seed=0), resolution=256)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 256, 256), dtype=np.uint8))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    x = (pixels[0].numpy() / 255.0 - mean[:, None, None]) / std[:, None, None]
+
+    def weights(n_in: int, n_out: int) -> np.ndarray:
+        a, matrix = -0.75, np.zeros((n_out, n_in))
+        for i in range(n_out):
+            centre = (i + 0.5) * n_in / n_out - 0.5
+            base = int(np.floor(centre))
+            for tap in range(base - 1, base + 3):
+                d = abs(centre - tap)
+                w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+                matrix[i, min(max(tap, 0), n_in - 1)] += w
+        return matrix
+
+    w = weights(256, 224)
+    expected = np.einsum("ij,cjk,lk->cil", w, x, w)
+    # PyTorch computes coordinates in float32: half an ulp at 256 px (1.5e-5 px) times a slope of at most 4.5 a pixel, on
+    # two axes.
+    assert np.abs(encoder.prepare(pixels)[0].numpy() - expected).max() < 2 * 2 * 1.5e-5 * 4.5
+
+
+def test_dinov2_layers_and_final_norm() -> None:
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    both = VisionEncoder("dinov2-s", (9, 11), WeightsSource(random_seed=0), resolution=64)
+    last = VisionEncoder("dinov2-s", (9, 11), WeightsSource(random_seed=0), resolution=64, final_norm="last")
+    assert both.shapes == {"dinov2-s@9": (16, 384), "dinov2-s@11": (16, 384)}
+    normed, plain = both(pixels), last(pixels)
+    model = both.module
+    with torch.no_grad():
+        full = model.forward_features(both.prepare(pixels))  # type: ignore[operator]
+    assert torch.allclose(normed["dinov2-s@11"], full[:, model.num_prefix_tokens :], atol=1e-5)
+    assert torch.allclose(plain["dinov2-s@11"], normed["dinov2-s@11"], atol=1e-5)
+    assert torch.allclose(model.norm(plain["dinov2-s@9"]), normed["dinov2-s@9"], atol=1e-5)
+    assert not torch.allclose(plain["dinov2-s@9"], normed["dinov2-s@9"], atol=1e-2)
+
+
+def test_random_weights_are_a_function_of_the_seed_and_marked() -> None:
+    a = VisionEncoder("dinov2-s", (), WeightsSource(random_seed=3), resolution=64)
+    torch.manual_seed(99)
+    b = VisionEncoder("dinov2-s", (), WeightsSource(random_seed=3), resolution=64)
+    c = VisionEncoder("dinov2-s", (), WeightsSource(random_seed=4), resolution=64)
+    origin = [e.provenance["dinov2-s@11"] for e in (a, b, c)]
+    assert origin[0]["sha256"] == origin[1]["sha256"] != origin[2]["sha256"]
+    assert origin[0]["weights"] == "random"
+    assert origin[0]["seed"] == 3
+
+
+def test_weights_dir_is_found_and_loaded(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = VisionEncoder("dinov2-s", (), WeightsSource(random_seed=5), resolution=224).module
+    save_file(model.state_dict(), tmp_path / "dinov2-s.safetensors")
+    loaded = VisionEncoder("dinov2-s", (), WeightsSource(weights_dir=tmp_path), resolution=224)
+    assert torch.equal(loaded.module.blocks[3].attn.qkv.weight, model.blocks[3].attn.qkv.weight)
+    assert loaded.provenance["dinov2-s@11"]["weights"] == "timm/vit_small_patch14_dinov2.lvd142m"
+    (tmp_path / "dinov2-s.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="cannot read weights"):
+        VisionEncoder("dinov2-s", (), WeightsSource(weights_dir=tmp_path), resolution=224)
+
+
+def test_sd_vae_files_under_former_attention_names_load(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from featcache.encoders.vae import load_vae
+
+    vae, _ = load_vae("sd-ft-mse", WeightsSource(random_seed=1))
+    former = {}
+    for key, value in vae.state_dict().items():
+        if "attentions" in key:
+            for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
+                key = key.replace(new, old)
+        former[key] = value
+    assert any(".query." in k for k in former)
+    (tmp_path / "sd-vae-ft-mse").mkdir()
+    save_file(former, tmp_path / "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
+    loaded, origin = load_vae("sd-ft-mse", WeightsSource(weights_dir=tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(vae.state_dict().values(), loaded.state_dict().values()))
+    assert origin["weights"] == "stabilityai/sd-vae-ft-mse"
+
+
+def test_offline_without_weights_names_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.encoders.hub._hub_problem", lambda: "the model hub does not answer: test")
+    monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
+    with pytest.raises(UserError) as caught:
+        VisionEncoder("dinov2-s", (), WeightsSource(), resolution=64)
+    assert "--weights-dir" in str(caught.value)
+    assert "--random-weights" in str(caught.value)
+
+
+def test_build_again_does_nothing(cache_path: Path) -> None:
+    before = tree_digest(cache_path)
+    result = build(request(cache_path), Silent())
+    assert result.encoded == 0
+    assert tree_digest(cache_path) == before
+
+
+def test_adding_features_leaves_the_rest_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "grown"
+    build(request(path, encoders=(), vae="tiny", levels=("G4",)), Silent())
+    before = tree_digest(path)
+    build(request(None, into=path, encoders=(EncoderChoice(name="tiny", layers=(5,)),)), Silent())
+    after = tree_digest(path)
+    assert {k: v for k, v in after.items() if k in before and k != "zarr.json"} == {
+        k: v for k, v in before.items() if k != "zarr.json"
+    }
+    assert "tiny@5" in featcache.open(path).manifest.features
+    with pytest.raises(CacheError, match="64 px"):
+        build(request(None, into=path, resolution=128), Silent())
+    with pytest.raises(CacheError, match="not the images"):
+        build(request(None, into=path, data="shapes:7", encoders=(EncoderChoice(name="tiny", layers=(4,)),)), Silent())
+
+
+def test_a_changed_image_is_noticed_when_features_are_added(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data", 6)
+    path = tmp_path / "cache"
+    build(request(path, data=str(folder), encoders=(), vae="tiny", resolution=32, limit=None), Silent())
+    victim = folder / "b/3.png"
+    with Image.open(victim) as image:
+        flipped = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    size = victim.stat().st_size
+    flipped.save(victim)
+    victim.write_bytes(victim.read_bytes().ljust(size, b"\0")[: max(size, victim.stat().st_size)])
+    if victim.stat().st_size != size:
+        pytest.fail("the changed file must keep its size for this test")
+    with pytest.raises(CacheError, match="changed"):
+        build(
+            request(None, into=path, data=str(folder), encoders=(EncoderChoice(name="tiny"),), limit=None),
+            Silent(),
+        )
+
+
+def image_folder(root: Path, count: int) -> Path:
+    rng = np.random.default_rng(1)
+    for i in range(count):
+        folder = root / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((40, 48, 3), np.uint8)
+        pixels[:] = rng.integers(0, 256, (1, 48, 1))
+        pixels[i : i + 4] = 255
+        Image.fromarray(pixels).save(folder / f"{i}.png", compress_level=0)
+    return root
+
+
+def test_bad_image_fails_by_name_or_is_skipped_and_recorded(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data", 7)
+    bad = folder / "b/broken.jpg"
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((90, 90, 3), np.uint8)).save(buffer, "JPEG")
+    bad.write_bytes(buffer.getvalue()[:300])
+    ask = request(tmp_path / "cache", data=str(folder), encoders=(), vae="tiny", resolution=32, limit=None, shard_size=3, batch_size=2)
+    with pytest.raises(UserError, match=r"b/broken\.jpg"):
+        build(ask, Silent())
+    progress = Silent()
+    result = build(replace(ask, on_bad_image="skip"), progress)
+    assert result.skipped == ("b/broken.jpg",)
+    assert any("b/broken.jpg" in text for text in progress.warnings)
+    cache = featcache.open(tmp_path / "cache")
+    assert len(cache) == 7
+    assert [s.key for s in cache.manifest.skipped] == ["b/broken.jpg"]
+    assert sorted(cache.keys()) == sorted(f"{'ab'[i % 2]}/{i}.png" for i in range(7))
+    for i, key in enumerate(cache.keys()):
+        assert cache.labels()[i] == "ab".index(key[0])
+        with Image.open(folder / key) as image:
+            assert np.array_equal(images_of(cache, str(folder), [i])[0], center_crop(image.convert("RGB"), 32))
+    build(
+        request(None, into=tmp_path / "cache", data=str(folder), encoders=(EncoderChoice(name="tiny"),), limit=None),  # type: ignore[arg-type]
+        Silent(),
+    )
+    assert np.isfinite(read_feature(featcache.open(tmp_path / "cache"), "tiny@5", range(7))).all()
+
+
+def test_flip_caches_the_mirror_image_as_second_view(tmp_path: Path) -> None:
+    build(request(tmp_path / "f", flip=True, limit=4, codecs={"moments": "fp32", "levels": "fp32", "tokens": "fp32"}), Silent())
+    cache = featcache.open(tmp_path / "f")
+    encoder = VisionEncoder("tiny", (5,), WeightsSource(), resolution=64)
+    pixels = torch.from_numpy(images_of(cache, None, range(4))).permute(0, 3, 1, 2)
+    with cache.reader(["tiny@5"]) as reader:
+        out = reader.allocate(4)
+        reader.read(range(4), out)
+    assert out["tiny@5"].shape[1] == 2
+    assert np.allclose(out["tiny@5"][:, 0], encoder(pixels)["tiny@5"].numpy(), atol=1e-4)
+    assert np.allclose(out["tiny@5"][:, 1], encoder(pixels.flip(-1))["tiny@5"].numpy(), atol=1e-4)
+
+
+def test_names_are_derived_from_what_is_built(cache_path: Path) -> None:
+    manifest = featcache.open(cache_path).manifest
+    specs = list(manifest.features.values())
+    assert derived_name(manifest.dataset, specs).startswith("shapes-64-tiny-G1-G2-G3-G4-tiny@")
+
+
+def test_parsing_of_encoders_and_levels() -> None:
+    assert parse_encoders(["dinov2-b@9,11"]) == (EncoderChoice(name="dinov2-b", layers=(9, 11)),)
+    assert parse_encoders(["dinov2-b@9,11,tiny"]) == (EncoderChoice(name="dinov2-b", layers=(9, 11)), EncoderChoice(name="tiny"))
+    assert parse_levels("g3,G4") == ("G3", "G4")
+    for wrong in ("dinov2-b@x", "@3", "tiny,tiny"):
+        with pytest.raises(UserError):
+            parse_encoders([wrong])
+
+
+def test_pca_colours_follow_the_main_direction() -> None:
+    tokens = np.zeros((1, 16, 8))
+    tokens[0, :, 3] = np.arange(16)
+    colours = pca_rgb(tokens)
+    red = colours[0, ..., 0].reshape(-1).astype(int)
+    assert (np.diff(red) >= 0).all()
+    assert red[0] == 0
+    assert red[-1] == 255
+
+
+def test_contact_sheet_shows_every_layer(cache_path: Path) -> None:
+    cache = featcache.open(cache_path)
+    sheet = contact_sheet(cache, count=2)
+    layers = 15 + len([f for f in cache.manifest.features if "@" in f])
+    assert sheet.width > (layers + 1) * 128
+    assert np.asarray(sheet).std() > 10
+
+
+CASES = [
+    (("--data", "nowhere", "--encoder", "tiny"), "nowhere"),
+    (("--data", "shapes", "--encoder", "dinov9"), "dinov2-b"),
+    (("--data", "shapes", "--encoder", "tiny", "--vae-levels", "G7"), "G1,G2,G3,G4"),
+    (("--data", "shapes", "--encoder", "tiny@77"), "no layer 77"),
+    (("--data", "shapes", "--encoder", "tiny", "--resolution", "100"), "multiple of 32"),
+    (("--data", "shapes", "--encoder", "tiny", "--limit", "0"), "--limit"),
+    (("--data", "shapes", "--encoder", "tiny", "--on-bad-image", "ignore"), "fail nor skip"),
+    (("--encoder", "tiny"), "--data"),
+    (("--data", "shapes", "--into", "nocache", "--encoder", "tiny"), "nocache"),
+    (("--data", "shapes", "--encoder", "tiny", "--nonsense"), "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), CASES, ids=[" ".join(c[0]) for c in CASES])
+def test_bad_input_is_one_paragraph_and_exit_code_2(words: tuple[str, ...], expected: str) -> None:
+    import contextlib
+
+    from featcache.cli import app
+    from featcache.console import run_app
+
+    err, out = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["featcache", "build", *words]
+    environment = os.environ.pop("FEATCACHE_DATA", None)
+    try:
+        from featcache import console
+
+        saved, console.errors = console.errors, type(console.errors)(file=err, soft_wrap=True, highlight=False)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run_app(app)
+        console.errors = saved
+    finally:
+        sys.argv = argv
+        if environment is not None:
+            os.environ["FEATCACHE_DATA"] = environment
+    text = err.getvalue()
+    assert code == 2
+    assert expected in text
+    assert "Traceback" not in text
+
+
+def test_ctrl_c_and_kill_leave_a_cache_that_the_same_command_completes(cli: Cli, tmp_path: Path, cache_path: Path) -> None:
+    program = str(Path(sys.executable).with_name("featcache"))
+    words = [program, "build", "--data", "shapes", "--encoder", "tiny", "--limit", "20", "--batch-size", "4", "--shard-size", "8", "--out", "c"]
+    for number in (signal.SIGKILL, signal.SIGINT):
+        shards = tmp_path / "c/vae/moments"
+        before = len(list(shards.glob("c.*")))
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(list(shards.glob("c.*"))) == before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, text = process.communicate(timeout=120)
+        if number == signal.SIGINT and process.returncode:
+            assert process.returncode == 130
+            assert "Traceback" not in text
+    finished = cli(*["featcache", *words[1:]])
+    assert finished.returncode == 0, finished.stderr
+    assert tree_digest(tmp_path / "c") == tree_digest(cache_path)
+
+
+def test_help_is_quick_and_lists_the_commands(cli: Cli) -> None:
+    took = []
+    for program in ("featcache", "trainer"):
+        start = time.monotonic()
+        result = cli(program, "--help")
+        took.append(time.monotonic() - start)
+        assert result.returncode == 0
+        assert "build" in result.stdout or "run" in result.stdout
+    code = "import sys, featcache.cli, trainer.cli; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
