@@ -176,6 +176,7 @@ class Pixels(torch.utils.data.Dataset[Tensor]):
         return self.images[index]
 
 
+@pytest.mark.slow  # torch-fidelity takes the square root of a 2048 x 2048 matrix
 def test_torch_fidelity_itself_reaches_the_same_fid_through_the_registered_name(
     tmp_path: Path, extractor: InceptionExtractor
 ) -> None:

@@ -1,0 +1,423 @@
+"""From images to numbers: image sets, references, `evaluate`, and what bad input gets."""
+
+import json
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featcache.errors import UserError
+from featcache.images import open_source
+from trainer.evaluate.extractors import Extractor, build_extractor
+from trainer.evaluate.images import (
+    ArrayImages,
+    FolderImages,
+    ImageSet,
+    NpzImages,
+    TarImages,
+    open_images,
+    prefetch,
+)
+from trainer.evaluate.judge import evaluate
+from trainer.evaluate.metrics import frechet_distance, manifold_coverage, moments_of
+from trainer.evaluate.references import (
+    compute_statistics,
+    load_statistics,
+    reference_statistics,
+    save_statistics,
+)
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def extractor() -> Extractor:
+    return build_extractor("embedded")
+
+
+@pytest.fixture(scope="module")
+def shapes() -> np.ndarray:
+    """Real images of the embedded set: uint8 [240, 32, 32, 3]."""
+    source = open_source("shapes", resolution=SIDE, limit=240)
+    return np.stack([source.load(i, SIDE)[0] for i in range(240)])
+
+
+@pytest.fixture(scope="module")
+def dark(shapes: np.ndarray) -> np.ndarray:
+    """The second half at half its brightness."""
+    return shapes[120:] // 2
+
+
+def write_npz(path: Path, images: np.ndarray, labels: np.ndarray | None = None, **more: np.ndarray) -> Path:
+    np.savez(path, *([images] if labels is None else [images, labels]), **more)
+    return path
+
+
+def write_folder(path: Path, images: np.ndarray) -> Path:
+    path.mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{index:06d}.png")
+    return path
+
+
+def write_tar(path: Path, images: np.ndarray, labels: np.ndarray | None = None) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for index, image in enumerate(images):
+            buffer = BytesIO()
+            Image.fromarray(image).save(buffer, format="PNG")
+            parts = {"png": buffer.getvalue()}
+            if labels is not None:
+                parts["cls"] = str(labels[index]).encode()
+            for suffix, data in parts.items():
+                info = tarfile.TarInfo(f"{index:06d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+    return path
+
+
+def test_every_kind_of_image_set_yields_the_same_pixels_and_labels(tmp_path: Path, shapes: np.ndarray) -> None:
+    images, labels = shapes[:23], np.arange(23) % 5
+    np.savez_compressed(tmp_path / "packed.npz", images, labels)
+    classes = tmp_path / "classes"
+    for index in range(23):  # one folder a class; files sort by class
+        folder = classes / f"{labels[index]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[index]).save(folder / f"{index:06d}.png")
+    by_class = np.argsort(labels, kind="stable")
+    sets: dict[str, tuple[ImageSet, np.ndarray]] = {
+        "array": (ArrayImages(images=images, classes=labels), np.arange(23)),
+        "npz": (open_images(write_npz(tmp_path / "plain.npz", images, labels)), np.arange(23)),
+        "packed": (open_images(tmp_path / "packed.npz"), np.arange(23)),
+        "tar": (open_images(write_tar(tmp_path / "shard.tar", images, labels)), np.arange(23)),
+        "folder": (open_images(classes), by_class),
+    }
+    for name, (found, order) in sets.items():
+        batches = list(found.batches(5))
+        assert [len(b) for b in batches] == [5, 5, 5, 5, 3], name
+        assert np.array_equal(np.concatenate(batches), images[order]), name
+        assert np.array_equal(found.labels(), labels[order]), name
+        assert found.count in (23, None) and (found.count == 23 or name == "tar")
+
+
+def test_folders_of_real_images_are_cropped_as_adm_does(tmp_path: Path) -> None:
+    from featcache.images import center_crop
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "a").mkdir()
+    sizes = [(50, 90), (200, 70)]
+    originals = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+    for index, image in enumerate(originals):
+        image.save(tmp_path / "a" / f"{index}.png")
+    (batch,) = FolderImages(path=tmp_path, resolution=SIDE).batches(4)
+    assert np.array_equal(batch, np.stack([center_crop(image, SIDE) for image in originals]))
+    with pytest.raises(UserError, match="square RGB"):
+        list(FolderImages(path=tmp_path).batches(4))
+
+
+def test_evaluate_is_the_metrics_on_the_activations(
+    tmp_path: Path, extractor: Extractor, shapes: np.ndarray, dark: np.ndarray
+) -> None:
+    samples = write_npz(tmp_path / "samples.npz", dark)
+    result = evaluate(samples, write_folder(tmp_path / "real", shapes[:120]), extractor, batch_size=50)
+    real, fake = (extractor.features(torch.from_numpy(x).permute(0, 3, 1, 2))["pool"] for x in (shapes[:120], dark))
+    assert real is not None and fake is not None
+    covered = manifold_coverage(real, fake)
+    assert result["metrics"]["embedded-FID"] == pytest.approx(
+        frechet_distance(*moments_of(fake), *moments_of(real)), rel=1e-4
+    )
+    assert result["metrics"]["embedded-Precision"] == pytest.approx(covered.precision, abs=0.01)
+    assert result["metrics"]["embedded-Recall"] == pytest.approx(covered.recall, abs=0.01)
+    assert set(result["metrics"]) == {"embedded-FID", "embedded-KID", "embedded-Precision", "embedded-Recall"}
+    json.dumps(result)
+
+
+def test_better_samples_score_better(extractor: Extractor, shapes: np.ndarray, dark: np.ndarray) -> None:
+    reference = compute_statistics(ArrayImages(images=shapes[:120]), extractor)
+    good = evaluate(ArrayImages(images=shapes[120:]), reference, extractor)["metrics"]
+    bad = evaluate(ArrayImages(images=dark), reference, extractor)["metrics"]
+    assert good["embedded-FID"] < 0.5 * bad["embedded-FID"]
+    assert good["embedded-KID"] < 0.5 * bad["embedded-KID"]
+    assert good["embedded-Precision"] > bad["embedded-Precision"]
+
+
+def test_results_do_not_depend_on_the_batch_size(extractor: Extractor, shapes: np.ndarray, dark: np.ndarray) -> None:
+    reference = compute_statistics(ArrayImages(images=shapes[:120]), extractor)
+    a, b = (evaluate(ArrayImages(images=dark), reference, extractor, batch_size=size)["metrics"] for size in (7, 120))
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_statistics_survive_a_file_and_carry_their_provenance(
+    tmp_path: Path, extractor: Extractor, shapes: np.ndarray
+) -> None:
+    made = compute_statistics(ArrayImages(images=shapes, description="shapes"), extractor, keep_features=50)
+    save_statistics(tmp_path / "deep" / "ref.npz", made)
+    loaded = load_statistics(tmp_path / "deep" / "ref.npz")
+    assert np.array_equal(loaded.mean, made.mean) and np.array_equal(loaded.covariance, made.covariance)
+    assert loaded.features is not None and made.features is not None
+    assert torch.equal(loaded.features, made.features) and loaded.features.shape == (50, 96)
+    assert (loaded.count, loaded.resolution) == (240, SIDE)
+    assert loaded.provenance["extractor"] == extractor.provenance
+    assert loaded.provenance["source"] == "shapes"
+    from_file = evaluate(ArrayImages(images=shapes[:60]), tmp_path / "deep" / "ref.npz", extractor)
+    assert from_file["metrics"] == evaluate(ArrayImages(images=shapes[:60]), made, extractor)["metrics"]
+
+
+def test_statistics_of_another_extractor_or_resolution_are_refused(
+    tmp_path: Path, extractor: Extractor, shapes: np.ndarray
+) -> None:
+    path = tmp_path / "ref.npz"
+    save_statistics(path, compute_statistics(ArrayImages(images=shapes[:20]), extractor))
+    with pytest.raises(UserError, match=r"another extractor.*weights_sha256"):
+        evaluate(ArrayImages(images=shapes[:20]), path, build_extractor("embedded", random_weights=0))
+    large = np.repeat(np.repeat(shapes[:20], 2, 1), 2, 2)
+    with pytest.raises(UserError, match="32 pixels, the samples have 64"):
+        evaluate(ArrayImages(images=large), path, extractor)
+    with pytest.raises(UserError, match="32 pixels, the samples have 64"):
+        evaluate(ArrayImages(images=large), write_npz(tmp_path / "small.npz", shapes[:20]), extractor)
+
+
+def test_adm_references_give_images_to_other_extractors_and_moments_to_inception(
+    tmp_path: Path, extractor: Extractor, shapes: np.ndarray
+) -> None:
+    """An ADM batch with moments that its images do not have: only the standard Inception may use them."""
+    dims = {"mu": 2048, "mu_s": 2023}
+    moments = {n: np.full(d, 7.0) for n, d in dims.items()}
+    moments |= {"sigma": np.eye(2048), "sigma_s": np.eye(2023)}
+    path = write_npz(tmp_path / "adm.npz", shapes[:30], **moments)
+    ours = reference_statistics(path, extractor, resolution=SIDE, need_features=False)
+    expected = compute_statistics(ArrayImages(images=shapes[:30]), extractor)
+    assert np.array_equal(ours.mean, expected.mean)
+    stored = load_statistics(path)
+    assert stored.resolution == SIDE and stored.mean[0] == 7 and stored.spatial_mean is not None
+
+    class StandardInception:
+        name, is_standard = "inception", True
+
+    inception = reference_statistics(path, StandardInception(), resolution=SIDE, need_features=False)  # type: ignore[arg-type]
+    assert inception.mean[0] == 7 and inception.spatial_covariance is not None
+
+
+def test_bootstrap_intervals_hold_the_values(extractor: Extractor, shapes: np.ndarray, dark: np.ndarray) -> None:
+    reference = compute_statistics(ArrayImages(images=shapes[:120]), extractor)
+    mixed = np.concatenate([dark[:60], shapes[180:]])
+    result = evaluate(ArrayImages(images=mixed), reference, extractor, bootstrap=40)
+    assert set(result["intervals"]) == {"embedded-FID", "embedded-Precision", "embedded-Recall"}
+    for name, (low, high) in result["intervals"].items():
+        assert low <= result["metrics"][name] <= high and high > low
+    assert result["details"]["embedded-KID"]["standard_deviation"] > 0
+    again = evaluate(ArrayImages(images=mixed), reference, extractor, bootstrap=40)
+    assert again["intervals"] == result["intervals"]
+
+
+def test_few_samples_are_warned_about_and_embedded_numbers_labelled(extractor: Extractor, shapes: np.ndarray) -> None:
+    result = evaluate(
+        ArrayImages(images=shapes[:60]), compute_statistics(ArrayImages(images=shapes), extractor), extractor
+    )
+    assert any("60 samples is biased" in w for w in result["warnings"])
+    assert any("not FID" in w for w in result["warnings"])
+    assert "FID" not in result["metrics"]
+
+
+def test_fewer_samples_than_asked(extractor: Extractor, shapes: np.ndarray, tmp_path: Path) -> None:
+    reference = compute_statistics(ArrayImages(images=shapes), extractor)
+    with pytest.raises(UserError, match="holds 20 samples, 50 were asked for"):
+        evaluate(ArrayImages(images=shapes[:20]), reference, extractor, count=50)
+    with pytest.raises(UserError, match="holds 20 samples, 50 were asked for"):  # known only after reading
+        evaluate(write_tar(tmp_path / "few.tar", shapes[:20]), reference, extractor, count=50)
+    judged = evaluate(ArrayImages(images=shapes), reference, extractor, count=50)
+    assert judged["settings"]["sample_count"] == 50
+    only = evaluate(ArrayImages(images=shapes[:50]), reference, extractor)
+    assert judged["metrics"] == pytest.approx(only["metrics"], rel=1e-6)
+
+
+def test_labels_are_recorded_or_missed(extractor: Extractor, shapes: np.ndarray) -> None:
+    reference = compute_statistics(ArrayImages(images=shapes), extractor)
+    labelled = ArrayImages(images=shapes[:10], classes=np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2]))
+    result = evaluate(labelled, reference, extractor, metrics=["fid"], require_labels=True)
+    assert result["settings"]["labels"] == {"classes": 3, "fewest": 3, "most": 4}
+    with pytest.raises(UserError, match="holds no labels"):
+        evaluate(ArrayImages(images=shapes[:10]), reference, extractor, require_labels=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.astype(np.float32) / 255, "float32 images"),
+        (lambda x: x.transpose(0, 3, 1, 2), "shape"),
+        (lambda x: x[:, :16], "square RGB"),
+        (lambda x: x[..., 0], "square RGB"),
+    ],
+)
+def test_wrong_type_or_size_is_refused_before_reading(
+    tmp_path: Path, extractor: Extractor, shapes: np.ndarray, make: object, message: str
+) -> None:
+    path = write_npz(tmp_path / "bad.npz", make(shapes[:8]))  # type: ignore[operator]
+    reference = compute_statistics(ArrayImages(images=shapes[:20]), extractor)
+    with pytest.raises(UserError, match=message):
+        evaluate(path, reference, extractor)
+
+
+def test_images_of_mixed_sizes_are_refused_by_name(tmp_path: Path, extractor: Extractor, shapes: np.ndarray) -> None:
+    folder = write_folder(tmp_path / "mixed", shapes[:3])
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "odd.png")
+    reference = compute_statistics(ArrayImages(images=shapes[:20]), extractor)
+    with pytest.raises(UserError, match=r"odd\.png holds images of 64 pixels beside images of 32"):
+        evaluate(folder, reference, extractor)
+
+
+def test_truncated_and_foreign_files(tmp_path: Path, shapes: np.ndarray) -> None:
+    with pytest.raises(UserError, match="there is nothing at"):
+        open_images(tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(UserError, match="not a readable npz"):
+        list(NpzImages(path=tmp_path / "text.npz").batches(4))
+    np.savez(tmp_path / "other.npz", images=shapes[:4])
+    with pytest.raises(UserError, match="has no array 'arr_0'"):
+        list(NpzImages(path=tmp_path / "other.npz").batches(4))
+    np.savez(tmp_path / "objects.npz", np.array([{"a": 1}], dtype=object))
+    with pytest.raises(UserError, match="object"):
+        list(NpzImages(path=tmp_path / "objects.npz").batches(4))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        open_images(tmp_path / "empty")
+    folder = write_folder(tmp_path / "broken", shapes[:2])
+    data = (folder / "000001.png").read_bytes()
+    (folder / "000001.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="000001"):
+        list(FolderImages(path=folder).batches(4))
+    with pytest.raises(UserError, match="holds no statistics"):
+        load_statistics(write_npz(tmp_path / "images.npz", shapes[:4]))
+    with pytest.raises(UserError, match="no samples"):
+        tarfile.open(tmp_path / "empty.tar", "w").close()
+        list(TarImages(pattern=str(tmp_path / "empty.tar")).batches(4))
+
+
+def test_unknown_metrics_and_extractors_list_the_valid_ones(extractor: Extractor, shapes: np.ndarray) -> None:
+    with pytest.raises(UserError, match="inception, embedded, dinov2"):
+        build_extractor("vgg")
+    reference = compute_statistics(ArrayImages(images=shapes[:20]), extractor)
+    for metric in ("inception_score", "nonsense"):
+        with pytest.raises(UserError, match="fid, kid, precision, recall"):
+            evaluate(ArrayImages(images=shapes[:20]), reference, extractor, metrics=[metric])
+
+
+def test_metrics_that_need_activations_say_so(tmp_path: Path, extractor: Extractor, shapes: np.ndarray) -> None:
+    save_statistics(
+        tmp_path / "moments.npz", compute_statistics(ArrayImages(images=shapes), extractor, keep_features=0)
+    )
+    samples = ArrayImages(images=shapes[:20])
+    with pytest.raises(UserError, match="moments only"):
+        evaluate(samples, tmp_path / "moments.npz", extractor)
+    only_fid = evaluate(samples, tmp_path / "moments.npz", extractor, metrics=["fid"])
+    assert list(only_fid["metrics"]) == ["embedded-FID"]
+
+
+def test_prefetch_keeps_order_passes_errors_and_stops() -> None:
+    made: list[int] = []
+
+    def items(stop: int, fail_at: int | None = None):  # type: ignore[no-untyped-def]
+        for i in range(stop):
+            if i == fail_at:
+                raise ValueError("bad item")
+            made.append(i)
+            yield i
+
+    assert list(prefetch(items(50), depth=3)) == list(range(50))
+    with pytest.raises(ValueError, match="bad item"):
+        list(prefetch(items(50, fail_at=4), depth=3))
+    made.clear()
+    stream = prefetch(items(10_000), depth=3)
+    assert next(stream) == 0
+    stream.close()
+    assert len(made) < 10
+
+
+def test_progress_and_times_are_reported(extractor: Extractor, shapes: np.ndarray) -> None:
+    seen: list[tuple[str, int, int | None]] = []
+    result = evaluate(
+        samples := ArrayImages(images=shapes[:50]),
+        compute_statistics(samples, extractor),
+        extractor,
+        batch_size=20,
+        progress=lambda *entry: seen.append(entry),
+    )
+    assert seen == [("samples", 20, 50), ("samples", 40, 50), ("samples", 50, 50)]
+    assert set(result["time_s"]) == {"samples", "reference", "metrics"}
+
+
+@pytest.mark.slow
+def test_inception_end_to_end_with_random_weights(shapes: np.ndarray, dark: np.ndarray) -> None:
+    """All of ADM's metrics through the full-size network."""
+    inception = build_extractor("inception", random_weights=0)
+    reference = compute_statistics(ArrayImages(images=shapes[:24]), inception, batch_size=12)
+    result = evaluate(ArrayImages(images=dark[:24]), reference, inception, batch_size=12)
+    assert set(result["metrics"]) == {
+        f"random-inception-{m}" for m in ("FID", "sFID", "IS", "Precision", "Recall", "KID")
+    }
+    assert all(np.isfinite(v) for v in result["metrics"].values())
+    same = evaluate(ArrayImages(images=shapes[:24]), reference, inception, batch_size=12)["metrics"]
+    assert same["random-inception-FID"] == pytest.approx(0, abs=1e-6 * result["metrics"]["random-inception-FID"] + 1e-9)
+    assert same["random-inception-Precision"] == same["random-inception-Recall"] == 1
+
+
+@pytest.mark.slow
+def test_dinov2_with_random_weights(shapes: np.ndarray) -> None:
+    dinov2 = build_extractor("dinov2", random_weights=0)
+    pool = dinov2.features(torch.from_numpy(shapes[:2]).permute(0, 3, 1, 2))["pool"]
+    assert pool is not None and pool.shape == (2, 1024) and bool(pool.isfinite().all())
+    assert set(dinov2.metric_names.values()) == {
+        "random-dinov2-FID", "random-dinov2-KID", "random-dinov2-Precision", "random-dinov2-Recall",
+    }  # fmt: skip
+
+
+class Silent:
+    """A build's progress, ignored."""
+
+    def start(self, *, total: int, done: int, note: str) -> None: ...
+
+    def advance(self, images: int) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+def build_cache(path: Path, data: str, **options: object) -> Path:
+    """A small cache of the tiny VAE's moments."""
+    from featcache.build import BuildRequest, build
+
+    request = BuildRequest(data=data, vae="tiny", resolution=SIDE, device="cpu", out=path, **options)  # type: ignore[arg-type]
+    return build(request, Silent()).path
+
+
+def test_a_caches_own_images_are_the_ones_it_encoded(tmp_path: Path, extractor: Extractor, shapes: np.ndarray) -> None:
+    path = build_cache(tmp_path / "cache", "shapes", limit=20)
+    images = open_images(path)
+    pixels = np.concatenate(list(images.batches(8)))
+    import featcache
+
+    keys = featcache.open(path).keys()
+    by_key = np.array([int(key.rsplit("/", 1)[1]) for key in keys])
+    assert sorted(by_key) == list(range(20)) and list(by_key) != list(range(20))
+    assert np.array_equal(pixels, shapes[by_key])
+    labels = images.labels()
+    assert labels is not None
+    assert np.array_equal(labels, [open_source("shapes", resolution=SIDE, limit=20).label(i) for i in by_key])
+    result = evaluate(ArrayImages(images=shapes[20:60]), path, extractor)
+    assert result["settings"]["reference_count"] == 20
+    assert result["settings"]["reference"].startswith("images of cache shapes")
+
+
+def test_a_folders_cache_needs_its_folder_and_leaves_skipped_images_out(tmp_path: Path, shapes: np.ndarray) -> None:
+    folder = tmp_path / "data"
+    write_folder(folder / "a", shapes[:5])
+    (folder / "a" / "000002.png").write_bytes(b"not a picture")
+    path = build_cache(tmp_path / "cache", str(folder), on_bad_image="skip")
+    with pytest.raises(UserError, match="built from a folder") as caught:
+        list(open_images(path).batches(8))
+    assert caught.value.remedy is not None and "--data DIR" in caught.value.remedy
+    (batch,) = open_images(path, data=str(folder)).batches(8)
+    kept = {shapes[i].tobytes() for i in (0, 1, 3, 4)}
+    assert {image.tobytes() for image in batch} == kept and len(batch) == 4
