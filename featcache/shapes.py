@@ -91,9 +91,7 @@ def _heart(x: Float, y: Float) -> Float:
 def _crescent(x: Float, y: Float) -> Float:
     x = x - np.float32(0.12)
     bite_x = x - np.float32(0.56)
-    return np.maximum(
-        np.sqrt(x * x + y * y) - np.float32(0.98), np.float32(0.74) - np.sqrt(bite_x * bite_x + y * y)
-    )
+    return np.maximum(np.sqrt(x * x + y * y) - np.float32(0.98), np.float32(0.74) - np.sqrt(bite_x * bite_x + y * y))
 
 
 def _hexagon(x: Float, y: Float) -> Float:

@@ -140,9 +140,7 @@ def test_bad_arguments_are_user_errors():
 def test_oklch_conversion_inverts(hue):
     # Back through the inverse matrices, written the other way round: sRGB -> linear -> LMS -> Lab.
     lightness, chroma = 0.6, 0.06
-    rgb = shapes._oklch_to_srgb(np.array([lightness]), np.array([chroma]), np.array([hue]))[0].astype(
-        np.float64
-    )
+    rgb = shapes._oklch_to_srgb(np.array([lightness]), np.array([chroma]), np.array([hue]))[0].astype(np.float64)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     lms = np.cbrt(np.linalg.inv(shapes._LMS_TO_RGB) @ linear)
     lab = np.linalg.inv(shapes._OKLAB_TO_LMS) @ lms

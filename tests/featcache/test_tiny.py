@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import numpy as np
 import pytest
@@ -192,9 +193,18 @@ def test_recorded_figures_belong_to_the_committed_weights(vae):
     for name, figure in figures.items():
         assert figure["command"].startswith("python -m featcache.encoders.tiny.train --out")
         assert figure["parameters"] * 2 < tiny.weights_path(name).stat().st_size
-    # The set is fixed, so the mean over 64 of its images lies near the recorded one over 1024.
-    mean, _ = train.reconstruction_psnr(vae, resolution=64, n=64)
-    assert mean == pytest.approx(figures["vae"]["psnr_64px_db"], abs=0.5)
+    # A sample of the recorded images: their mean lies within four standard errors of the mean over all.
+    psnr = train.reconstruction_psnr(vae, resolution=64, n=64)
+    standard_error = psnr.std().item() / math.sqrt(len(psnr))
+    assert psnr.mean().item() == pytest.approx(figures["vae"]["psnr_64px_db"], abs=4 * standard_error)
+    assert psnr.min().item() >= figures["vae"]["psnr_64px_lowest_db"] - 0.02
+
+
+@pytest.mark.slow
+def test_recorded_psnr_is_measured_again_exactly(vae):
+    figures = json.loads((tiny.FOLDER / "figures.json").read_text())["vae"]
+    psnr = train.reconstruction_psnr(vae, resolution=64, n=figures["psnr_64px_images"])
+    assert psnr.mean().item() == pytest.approx(figures["psnr_64px_db"], abs=0.02)
 
 
 def test_training_batches_are_deterministic_and_mix_resolutions():
@@ -225,9 +235,7 @@ def test_vae_loss_matches_its_formula():
     prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
     posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     kl = torch.distributions.kl_divergence(posterior, prior).mean().item()
-    expected = (
-        np.abs(e).mean() + train.EDGE_WEIGHT * edges + train.BLUR_WEIGHT * blurred + train.KL_WEIGHT * kl
-    )
+    expected = np.abs(e).mean() + train.EDGE_WEIGHT * edges + train.BLUR_WEIGHT * blurred + train.KL_WEIGHT * kl
     assert train.vae_loss(images, decoded, mean, log_variance).item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -254,8 +262,5 @@ def test_the_script_trains_both_from_scratch(tmp_path):
     train.main(out=tmp_path, vae_steps=60, vit_steps=60)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["vae"]["psnr_64px_db"] > 15
-    assert (
-        figures["vit"]["trained_64px"]["knn_accuracy"]
-        > figures["vit"]["untrained_64px"]["knn_accuracy"] + 0.1
-    )
+    assert figures["vit"]["trained_64px"]["knn_accuracy"] > figures["vit"]["untrained_64px"]["knn_accuracy"] + 0.1
     assert tiny.load_tiny_vae(folder=tmp_path).config["scaling_factor"] == figures["vae"]["scaling_factor"]

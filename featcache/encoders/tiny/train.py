@@ -122,9 +122,7 @@ def _batch(step: int, batch_size: int, *, seed: int) -> tuple[Tensor, Tensor, Te
 
 def _held_out(n: int, resolution: int, *, chunk: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
     for first in range(0, n, chunk):
-        images, _, labels = _images(
-            range(first, min(first + chunk, n)), image_set=HELD_OUT_SET, resolution=resolution
-        )
+        images, _, labels = _images(range(first, min(first + chunk, n)), image_set=HELD_OUT_SET, resolution=resolution)
         yield images, labels
 
 
@@ -168,10 +166,10 @@ def vae_loss(images: Tensor, decoded: Tensor, mean: Tensor, log_variance: Tensor
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKL, *, resolution: int, n: int) -> tuple[float, float]:
-    """Mean and lowest PSNR in dB over `n` held-out images, decoded from the posterior mean.
+def reconstruction_psnr(vae: AutoencoderKL, *, resolution: int, n: int) -> Tensor:
+    """PSNR in dB `[n]` of each of the first `n` held-out images, decoded from the posterior mean.
 
-    Pixels are clipped to their range, which is the peak; the mean is over the images' own PSNRs.
+    Pixels are clipped to their range, which is also the peak.
     """
     device = next(vae.parameters()).device
     values = []
@@ -180,8 +178,7 @@ def reconstruction_psnr(vae: AutoencoderKL, *, resolution: int, n: int) -> tuple
         decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
         squared = ((decoded - images) / 2).square().flatten(1).mean(1)  # [B]
         values.append(-10 * torch.log10(squared))
-    psnr = torch.cat(values)
-    return psnr.mean().item(), psnr.min().item()
+    return torch.cat(values)
 
 
 @torch.no_grad()
@@ -191,9 +188,7 @@ def _latent_std(vae: AutoencoderKL, *, seed: int, n: int = 512) -> float:
     for chunk, first in enumerate(range(0, n, 32)):
         images, _, _ = _images(range(first, first + 32), image_set=TRAIN_SET + 2 * seed, resolution=64)
         posterior = vae.encode(images.to(device)).latent_dist
-        noise = torch.randn(
-            posterior.mean.shape, generator=_generator(seed, _POSTERIOR, 1_000_000_000 + chunk)
-        )
+        noise = torch.randn(posterior.mean.shape, generator=_generator(seed, _POSTERIOR, 1_000_000_000 + chunk))
         latents.append((posterior.mean + posterior.std * noise.to(device)).flatten())
     return torch.cat(latents).std().item()
 
@@ -282,7 +277,7 @@ def train_vae(
         _update_average(average, vae, step)
         progress.advance(task)
         if (step + 1) % 100 == 0:
-            psnr, _ = reconstruction_psnr(average, resolution=64, n=32)
+            psnr = reconstruction_psnr(average, resolution=64, n=32).mean().item()
             note = f"loss {loss.item():.4f}, held-out PSNR {psnr:.2f} dB"
             progress.update(task, note=note)
             progress.console.print(f"VAE step {step + 1}: {note}, {time.monotonic() - started:.0f} s")
@@ -296,9 +291,9 @@ def train_vae(
     nn.Module.to(stored, device)
     figures: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "peak_lr": peak_lr}
     for resolution, n in ((64, 1024), (128, 256)):
-        mean, lowest = reconstruction_psnr(stored, resolution=resolution, n=n)
-        figures[f"psnr_{resolution}px_db"] = round(mean, 2)
-        figures[f"psnr_{resolution}px_lowest_db"] = round(lowest, 2)
+        per_image = reconstruction_psnr(stored, resolution=resolution, n=n)
+        figures[f"psnr_{resolution}px_db"] = round(per_image.mean().item(), 2)
+        figures[f"psnr_{resolution}px_lowest_db"] = round(per_image.min().item(), 2)
         figures[f"psnr_{resolution}px_images"] = n
     figures["scaling_factor"] = stored.config["scaling_factor"]
     return figures | {
@@ -331,9 +326,7 @@ def patch_means(images: Tensor, coverage: Tensor, patch: int) -> Tensor:
 
 
 @torch.no_grad()
-def mean_patch_tokens(
-    vit: VisionTransformer, *, first: int, n: int, resolution: int
-) -> tuple[Tensor, Tensor]:
+def mean_patch_tokens(vit: VisionTransformer, *, first: int, n: int, resolution: int) -> tuple[Tensor, Tensor]:
     """Mean patch tokens `[n, D]` and labels `[n]` of held-out images first ... first + n - 1."""
     device = next(vit.parameters()).device
     features, labels = [], []
