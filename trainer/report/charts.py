@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-WIDTH_INCHES, HEIGHT_INCHES = 4.5, 2.7
+WIDTH_INCHES, HEIGHT_INCHES = 4.6, 2.9
 SERIES_COLOURS = 8
 MAX_POINTS = 600
 FEWEST_TO_SMOOTH = 25
@@ -106,7 +106,7 @@ def render_svg(chart: Chart) -> str:
         "svg.fonttype": "none",
         "svg.hashsalt": chart.title + chart.y_label + chart.x_label,
         "font.family": "sans-serif",
-        "font.size": 9,
+        "font.size": 11,
         "axes.linewidth": 0.6,
         "axes.formatter.useoffset": False,
     }
@@ -118,9 +118,7 @@ def render_svg(chart: Chart) -> str:
             colour = _colour(series.colour)
             x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
             if series.raw is not None:
-                axes.plot(
-                    *_thin(x, np.asarray(series.raw, dtype=float)), color=colour, linewidth=0.6, alpha=0.3
-                )
+                axes.plot(*_thin(x, np.asarray(series.raw, dtype=float)), color=colour, linewidth=0.6, alpha=0.3)
             axes.plot(
                 *_thin(x, y),
                 color=colour,

@@ -129,9 +129,7 @@ def load_run(run_dir: Path | str) -> RunData:
     config_path = path / "config.yaml"
     if not config_path.is_file():
         what = (
-            f"{path} is not a run directory: it has no config.yaml"
-            if path.is_dir()
-            else f"there is no run at {path}"
+            f"{path} is not a run directory: it has no config.yaml" if path.is_dir() else f"there is no run at {path}"
         )
         raise UserError(what, remedy="Pass a directory under ./runs, as made by: trainer run --name NAME")
     config_text = config_path.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ h1{font-size:1.75rem;line-height:1.2;margin:0 0 .4rem;font-weight:650;letter-spa
 h2{font-size:1.15rem;margin:2.75rem 0 .9rem;padding-top:.9rem;border-top:1px solid var(--rule);
   font-weight:650}
 p{margin:.4rem 0;max-width:44rem}
-.lead{color:var(--soft);margin-bottom:1.25rem}
-.warn{color:var(--note)}
+.lead{color:var(--soft);font-size:1.0625rem;margin-bottom:.75rem}
+.warn{color:var(--note);font-size:.9375rem}
+.hint{color:var(--soft);font-size:.875rem;margin:-.4rem 0 1.1rem}
 figure{margin:0;min-width:0;break-inside:avoid}
 figcaption{font-size:.875rem;line-height:1.4;color:var(--soft);margin-top:.45rem}
 figcaption b,.charttitle{color:var(--ink);font-weight:600}
@@ -55,12 +57,16 @@ table{border-collapse:collapse;font-size:.9375rem;font-variant-numeric:tabular-n
 th,td{padding:.3rem 1.25rem .3rem 0;text-align:right;vertical-align:top;
   border-bottom:1px solid var(--grid)}
 th:first-child,td:first-child{text-align:left}
-thead th{border-bottom:1px solid var(--ink);font-weight:600}
+thead td,thead th{border-bottom:1px solid var(--ink);font-weight:600}
 tbody th{font-weight:400}
 tbody tr.group th{padding-top:1rem;color:var(--soft);font-size:.8125rem;border-bottom-color:var(--rule)}
-td small{display:block;color:var(--soft)}
+td small{display:block;color:var(--soft);font-weight:400}
 td.best{font-weight:650}
 td.text{text-align:right;white-space:normal;max-width:16rem;overflow-wrap:anywhere}
+.strips th,.strips td{border:0;padding:.1rem .2rem .1rem 0;vertical-align:middle;text-align:left}
+.strips td{width:8rem;min-width:2.6rem}
+.strips tbody th{padding-right:.6rem;font-size:.875rem}
+.strips .gap td{height:.7rem}
 details{margin:.6rem 0;border-bottom:1px solid var(--grid);padding-bottom:.6rem}
 summary{cursor:pointer}
 pre{font:.8125rem/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--wash);
@@ -69,10 +75,11 @@ pre{font:.8125rem/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;back
   padding-right:.8rem}}
 @media print{:root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#444;--rule:#bbb;--grid:#ddd;
   --wash:#f4f4f4;--note:#6b3a00;--s0:#1a66b0;--s1:#c4541a;--s2:#2a8458;--s3:#8650a6;--s4:#9a7400;
-  --s5:#b3316b;--s6:#23828f;--s7:#555}body{font-size:10pt}main{max-width:none;padding:0}h2{
-  break-after:avoid;margin-top:1.5rem}.charts{grid-template-columns:1fr 1fr}.images{
-  grid-template-columns:1fr 1fr}.scroll{overflow:visible}tr{break-inside:avoid}pre{white-space:pre-wrap;
-  overflow-wrap:anywhere}}
+  --s5:#b3316b;--s6:#23828f;--s7:#555}body{font-size:10pt}main{max-width:none;padding:0}
+  h2{break-after:avoid;margin-top:1.5rem}.charts{grid-template-columns:1fr 1fr}
+  .images{grid-template-columns:repeat(auto-fit,minmax(30%,1fr))}.scroll{overflow:visible}
+  tr{break-inside:avoid}details::details-content{display:block;content-visibility:visible}
+  pre{white-space:pre-wrap;overflow-wrap:anywhere}}
 """
 
 
@@ -123,17 +130,20 @@ def _png(image: Path | np.ndarray) -> tuple[bytes, int, int]:
     return buffer.getvalue(), *picture.size
 
 
-def figure_html(figure: Figure) -> str:
-    """`<figure>` with the picture as a data URI."""
-    data, width, height = _png(figure.image)
-    title = f"<b>{escape(figure.title)}</b> " if figure.title else ""
+def image_html(image: Path | np.ndarray, *, alt: str) -> str:
+    """`<img>` with the picture as a data URI."""
+    data, width, height = _png(image)
     # Grids of small images may grow to their column; larger ones only shrink.
     small = ' class="small"' if width <= 640 else ""
-    return (
-        f'<figure><img{small} width="{width}" height="{height}" alt="{escape(figure.alt)}"'
-        f' src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
-        f"<figcaption>{title}{escape(figure.caption)}</figcaption></figure>"
-    )
+    source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
+    return f'<img{small} width="{width}" height="{height}" alt="{escape(alt)}" src="{source}">'
+
+
+def figure_html(figure: Figure) -> str:
+    """`<figure>` with picture and caption."""
+    title = f"<b>{escape(figure.title)}</b> " if figure.title else ""
+    picture = image_html(figure.image, alt=figure.alt)
+    return f"<figure>{picture}<figcaption>{title}{escape(figure.caption)}</figcaption></figure>"
 
 
 def figures_html(figures: Sequence[Figure]) -> str:
@@ -148,16 +158,31 @@ def figures_html(figures: Sequence[Figure]) -> str:
 
 def number(value: float) -> str:
     """Four significant digits, without exponents in the usual range."""
-    if value != value or value in (float("inf"), float("-inf")):
-        return str(value)
-    if value == int(value) and abs(value) < 1e7:
-        return f"{int(value):,}".replace(",", "\u202f")
-    magnitude = abs(value)
-    if magnitude >= 1000:
-        return f"{value:,.0f}".replace(",", "\u202f")
-    if magnitude < 1e-3:
-        return f"{value:.2e}"
-    return f"{value:.4g}"
+    if not math.isfinite(value):
+        text = str(value)
+    elif value == int(value) and abs(value) < 1e9:
+        text = f"{int(value):,}"
+    elif abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    elif abs(value) < 1e-3:
+        text = f"{value:.2e}"
+    else:
+        text = f"{value:.4g}"
+    return _typeset(text)
+
+
+def measure(value: float) -> str:
+    """A measured value with decimals that line up: 8.10, 123.4, 0.612."""
+    if not math.isfinite(value) or abs(value) >= 1000:
+        return number(value)
+    if 0 < abs(value) < 0.01:
+        return _typeset(f"{value:.2g}")
+    return _typeset(f"{value:.{1 if abs(value) >= 100 else 2 if abs(value) >= 2 else 3}f}")
+
+
+def _typeset(text: str) -> str:
+    """Thin spaces between thousands, a real minus sign."""
+    return text.replace(",", "\u202f").replace("-", "\u2212")
 
 
 def chart_html(chart: Chart) -> str:
@@ -169,7 +194,7 @@ def chart_html(chart: Chart) -> str:
         style = ' class="dashed"' if series.dashed else ""
         keys.append(
             f'<li><i{style} style="border-color:var(--s{series.colour % 8})"></i>{escape(series.label)}'
-            f"<span>{number(float(series.y[-1]))}</span></li>"
+            f"<span>{measure(float(series.y[-1]))}</span></li>"
         )
     note = f"<figcaption>{escape(chart.note)}</figcaption>" if chart.note else ""
     return (

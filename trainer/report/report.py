@@ -11,7 +11,7 @@ from PIL import Image
 
 from trainer.report.charts import Chart, Series, smoothed_series
 from trainer.report.data import Column, RunData
-from trainer.report.page import Figure, charts_html, escape, figures_html, number, page_html
+from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html
 from trainer.report.table import (
     Published,
     higher_is_better,
@@ -23,7 +23,7 @@ from trainer.report.table import (
     settings_html,
 )
 
-MAX_STRIP_STEPS = 6
+MAX_STRIP_STEPS, MAX_STRIP_TILES = 6, 3
 
 
 def write_report(
@@ -57,7 +57,7 @@ def write_report(
     body = [
         _header(title, lead, runs),
         _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
-        _section("Curves", charts_html([*_step_charts(runs), *charts])),
+        _section("Curves", _curves([*_step_charts(runs), *charts])),
         _section("Numbers", numbers_html(runs, published)),
         _section("Features", figures_html(features)),
         _section("How it was sampled and judged", _settings(runs)),
@@ -78,7 +78,7 @@ def write_comparison(
     """Write one self-contained page that puts runs side by side.
 
     Every curve stands twice: over steps and over time. Samples are compared as strips: one row a run, one
-    column a step that all runs have, always the same tile of the grid, which comes from the same noise.
+    column a step that all runs have, always the same tiles of the grids, which come from the same noise.
 
     Arguments, return value and errors as `write_report`.
     """
@@ -86,8 +86,8 @@ def write_comparison(
         _header(title, lead, runs),
         _section("Same noise, same class, as training goes on", _strips(runs)),
         _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
-        _section("At equal steps", charts_html(_step_charts(runs))),
-        _section("At equal time", charts_html(_time_charts(runs))),
+        _section("At equal steps", _curves(_step_charts(runs))),
+        _section("At equal time", _curves(_time_charts(runs))),
         _section("Numbers", numbers_html(runs, published)),
         _section("How it was sampled and judged", _settings(runs)),
         _section("Settings to reproduce", _configs(runs)),
@@ -99,10 +99,8 @@ def router_chart(
     t: Sequence[float] | np.ndarray, weights: Mapping[str, Sequence[float] | np.ndarray], *, title: str
 ) -> Chart:
     """Router weights over the timestep: one line for each level or layer, weights [n] at t [n]."""
-    series = [
-        Series(label=name, x=t, y=w, colour=i, dashed=i >= 8) for i, (name, w) in enumerate(weights.items())
-    ]
-    note = "t = 0 is data, t = 1 is noise. The key shows the weight at the last t."
+    series = [Series(label=name, x=t, y=w, colour=i, dashed=i >= 8) for i, (name, w) in enumerate(weights.items())]
+    note = "t = 0 is data, t = 1 is noise."
     return Chart(title=title, x_label="timestep t", y_label="weight", series=series, note=note)
 
 
@@ -152,7 +150,8 @@ def _sampler_sentence(run: RunData) -> str:
     sampler = latest(run).get("sampler")
     if not isinstance(sampler, Mapping) or not sampler:
         return "Generated samples."
-    return "Generated: " + ", ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in sampler.items()) + "."
+    settings = [plain(v) if k == "name" else f"{k.replace('_', ' ')} {plain(v)}" for k, v in sampler.items()]
+    return f"Generated: {', '.join(settings)}."
 
 
 def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
@@ -161,20 +160,14 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     chosen = [("loss", "Loss", "loss")]
     if any(_differs(run.log.get("loss"), run.log.get("denoise")) for run in runs):
         chosen.append(("denoise", "Denoising term", "loss"))
-    chosen += [
-        (k, f"Alignment: {k.removeprefix('align/')}", "loss term") for k in keys if k.startswith("align/")
-    ]
-    chosen += [
-        (k, k.removeprefix("metric/"), k.removeprefix("metric/")) for k in keys if k.startswith("metric/")
-    ]
+    chosen += [(k, f"Alignment: {k.removeprefix('align/')}", "loss term") for k in keys if k.startswith("align/")]
+    chosen += [(k, k.removeprefix("metric/"), k.removeprefix("metric/")) for k in keys if k.startswith("metric/")]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
     return [entry for entry in chosen if entry[0] in keys]
 
 
 def _differs(a: Column | None, b: Column | None) -> bool:
-    return b is not None and (
-        a is None or len(a.values) != len(b.values) or not np.allclose(a.values, b.values)
-    )
+    return b is not None and (a is None or len(a.values) != len(b.values) or not np.allclose(a.values, b.values))
 
 
 def _evaluated(run: RunData, metric: str) -> Column:
@@ -206,10 +199,7 @@ def _charts(runs: Sequence[RunData], x_label: str, x_of: Callable[[Column], np.n
         ]
         series = [s for s in series if len(s.y)]
         if series:
-            note = (
-                "Thin: as logged. Thick: exponential mean." if any(s.raw is not None for s in series) else ""
-            )
-            charts.append(Chart(title=title, x_label=x_label, y_label=label, series=series, note=note))
+            charts.append(Chart(title=title, x_label=x_label, y_label=label, series=series))
     for metric in metric_names(runs):
         series = []
         for i, run in enumerate(runs):
@@ -217,18 +207,20 @@ def _charts(runs: Sequence[RunData], x_label: str, x_of: Callable[[Column], np.n
             x = x_of(column)
             keep = np.isfinite(x) & np.isfinite(column.values)
             if keep.any():
-                series.append(
-                    Series(label=run.name, x=x[keep], y=column.values[keep], colour=i, markers=True)
-                )
+                series.append(Series(label=run.name, x=x[keep], y=column.values[keep], colour=i, markers=True))
         # A single checkpoint is a number, not a curve: the table has it.
         if any(len(s.x) > 1 for s in series):
             arrow = "higher is better" if higher_is_better(metric) else "lower is better"
-            charts.append(
-                Chart(
-                    title=metric, x_label=x_label, y_label=metric, series=series, note=f"{metric}: {arrow}."
-                )
-            )
+            charts.append(Chart(title=f"{metric} ({arrow})", x_label=x_label, y_label=metric, series=series))
     return charts
+
+
+def _curves(charts: Sequence[Chart]) -> str:
+    smoothed = any(series.raw is not None for chart in charts for series in chart.series)
+    hint = "Numbers beside the names: where each line ends."
+    if smoothed:
+        hint = f"Thin lines: as logged. Thick lines: exponential mean over 4 % of the log. {hint}"
+    return f'<p class="hint">{hint}</p>{charts_html(charts)}' if charts else ""
 
 
 def _step_charts(runs: Sequence[RunData]) -> list[Chart]:
@@ -236,9 +228,7 @@ def _step_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 
 def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
-    longest = max(
-        (float(np.nanmax(c.time_s, initial=0)) for run in runs for c in run.log.values()), default=0.0
-    )
+    longest = max((float(np.nanmax(c.time_s, initial=0)) for run in runs for c in run.log.values()), default=0.0)
     unit, seconds = ("h", 3600) if longest >= 7200 else ("min", 60) if longest >= 120 else ("s", 1)
     return _charts(runs, f"training time ({unit})", lambda column: column.time_s / seconds)
 
@@ -268,33 +258,39 @@ def _resolution(run: RunData) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _first_tile(path: Path, side: int | None) -> np.ndarray:
-    """Top left tile of a grid PNG, or the whole picture if the size of a tile is not known."""
+def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
+    """Tiles down the first column of a grid PNG, or the whole picture if the size of a tile is not known."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     H, W, _ = pixels.shape
-    return pixels[:side, :side] if side and side <= min(H, W) else pixels
+    if side is None or H % side or W % side:
+        return [pixels]
+    return [pixels[top : top + side, :side] for top in range(0, H, side)]
 
 
 def _strips(runs: Sequence[RunData]) -> str:
+    """One table: a column a step that all runs have, a row a run, repeated for a few tiles of the grids."""
     common = sorted(set.intersection(*({s for s, _ in run.samples} for run in runs))) if runs else []
     if not common:
         return ""
     if len(common) > MAX_STRIP_STEPS:
         common = [common[i] for i in np.linspace(0, len(common) - 1, MAX_STRIP_STEPS).round().astype(int)]
-    figures = []
-    for run in runs:
-        paths = dict(run.samples)
-        tiles = [_first_tile(paths[step], _resolution(run)) for step in common]
-        side = max(t.shape[0] for t in tiles)
-        padded = [np.pad(t, ((0, side - t.shape[0]), (0, 4), (0, 0)), constant_values=255) for t in tiles]
-        figures.append(
-            Figure(
-                image=np.concatenate(padded, axis=1),
-                title=f"{run.name}.",
-                caption=f"Steps {', '.join(number(s) for s in common)}, left to right.",
-                alt=f"Samples of run {run.name} from the same noise at steps {', '.join(map(str, common))}",
-                wide=True,
+    grids = [[_tiles(dict(run.samples)[step], _resolution(run)) for step in common] for run in runs]
+    tiles = min(len(grid) for row in grids for grid in row)
+    body = []
+    for tile in np.unique(np.linspace(0, tiles - 1, MAX_STRIP_TILES).round().astype(int)):
+        for run, row in zip(runs, grids):
+            pictures = "".join(
+                f"<td>{image_html(grid[tile], alt=f'{run.name}, step {step}')}</td>" for step, grid in zip(common, row)
             )
-        )
-    return figures_html(figures)
+            body.append(f'<tr><th scope="row">{escape(run.name)}</th>{pictures}</tr>')
+        body.append(f'<tr class="gap"><td colspan="{len(common) + 1}"></td></tr>')
+    head = "".join(f'<th scope="col">{number(step)}</th>' for step in common)
+    noise = "rows of a block start from the same noise and class"
+    if len({str(run.config.get("seed")) for run in runs}) > 1:
+        noise = "the runs have different seeds, so their noise differs"
+    return (
+        f'<p class="hint">One column a training step, one row a run; {noise}.</p>'
+        f'<div class="scroll"><table class="strips"><thead><tr><th scope="col">Step</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body[:-1])}</tbody></table></div>"
+    )

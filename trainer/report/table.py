@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.report.charts import smooth
 from trainer.report.data import Column, RunData
-from trainer.report.page import escape, number
+from trainer.report.page import escape, measure, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,7 @@ def numbers_html(runs: Sequence[RunData], published: Sequence[Published]) -> str
     }
     if names:
         steps = [latest(run).get("step") for run in runs]
-        groups["Evaluation, latest of each metric"].append(
-            Row(label="Evaluated at step", cells=_numbers(steps))
-        )
+        groups["Evaluation, latest of each metric"].append(Row(label="Evaluated at step", cells=_numbers(steps)))
     extra = ["Published"] if published else []
     body = []
     for heading, rows in groups.items():
@@ -131,8 +129,7 @@ def _training_rows(runs: Sequence[RunData]) -> list[Row]:
     labels = {"loss": "Loss", "denoise": "Denoising term"}
     labels |= {k: f"Alignment: {escape(k.removeprefix('align/'))}" for k in terms}
     return [
-        Row(label=label, cells=_numbers([_level(run.log.get(key)) for run in runs]))
-        for key, label in labels.items()
+        Row(label=label, cells=_measures([_level(run.log.get(key)) for run in runs])) for key, label in labels.items()
     ]
 
 
@@ -148,7 +145,7 @@ def _metric_row(runs: Sequence[RunData], metric: str, published: Sequence[Publis
     for p in published:
         if p.metric == metric:
             whose = f" ({p.run})" if p.run and len(runs) > 1 else ""
-            figures.append(f"{number(p.value)}<small>{escape(p.source + whose)}</small>")
+            figures.append(f"{measure(p.value)}<small>{escape(p.source + whose)}</small>")
     arrow, hint = ("&uarr;", "higher") if higher_is_better(metric) else ("&darr;", "lower")
     label = f'{escape(metric)} <span title="{hint} is better">{arrow}</span>'
     return Row(label=label, cells=cells, best=best, published="".join(figures))
@@ -187,6 +184,10 @@ def _numbers(values: Sequence[float | None]) -> list[str | None]:
     return [number(float(v)) if v is not None else None for v in values]
 
 
+def _measures(values: Sequence[float | None]) -> list[str | None]:
+    return [measure(v) if v is not None else None for v in values]
+
+
 def _setting(run: RunData, name: str) -> str | None:
     """A setting of the config, at the top or one level down."""
     for place in [run.config, *(v for v in run.config.values() if isinstance(v, Mapping))]:
@@ -218,8 +219,8 @@ def _latest_metric(run: RunData, metric: str) -> tuple[float, Sequence[float] | 
 
 def _metric_cell(value: float, interval: Sequence[float] | None) -> str:
     if not interval:
-        return number(value)
-    return f"{number(value)}<small>95 %: {number(interval[0])} to {number(interval[1])}</small>"
+        return measure(value)
+    return f"{measure(value)}<small>95 %: {measure(interval[0])} to {measure(interval[1])}</small>"
 
 
 def _flatten(settings: Any, prefix: str = "") -> list[tuple[str, str]]:

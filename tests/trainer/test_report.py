@@ -1,0 +1,365 @@
+"""Reports from made-up run directories: what is read, what is written, and how a browser shows it."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from featcache.errors import UserError
+from trainer.report import (
+    Figure,
+    Published,
+    RunData,
+    load_run,
+    router_chart,
+    write_comparison,
+    write_report,
+)
+from trainer.report.charts import Chart, Series, render_svg, smooth, smoothed_series
+from trainer.report.data import read_log
+from trainer.report.page import number
+from trainer.report.table import higher_is_better
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def grid(seed: int, *, tiles: int = 4, side: int = 32) -> np.ndarray:
+    """A picture of coloured discs, one a tile: uint8 [tiles * side, tiles * side, 3]."""
+    rng = np.random.default_rng(seed)
+    yy, xx = np.mgrid[:side, :side] / side - 0.5
+    rows = []
+    for _ in range(tiles):
+        row = []
+        for _ in range(tiles):
+            inside = (xx**2 + yy**2 < rng.uniform(0.04, 0.2))[..., None]
+            row.append(np.where(inside, rng.integers(0, 256, 3), rng.integers(0, 256, 3)))
+        rows.append(np.concatenate(row, 1))
+    return np.concatenate(rows, 0).astype(np.uint8)
+
+
+def make_run(
+    path: Path, *, method: str = "ahpa", level: float = 0.8, points: int = 200, seconds_a_step: float = 0.5
+) -> Path:
+    """Write a run directory as the trainer does, with made-up contents."""
+    path.mkdir(parents=True)
+    config = {"name": path.name, "method": {"name": method}, "model": "SiT-Ti/2", "seed": 0, "steps": 10 * points}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    dataset = {"name": "shapes", "preprocessing": {"resolution": 32}}
+    (path / "cache.json").write_text(
+        json.dumps({"path": "caches/shapes", "fingerprint": "0f" * 32, "dataset": dataset})
+    )
+    rng = np.random.default_rng(len(path.name))
+    lines = []
+    for step in range(10, 10 * points + 1, 10):
+        denoise = level + 1.2 * math.exp(-step / 300) + rng.normal() * 0.05
+        cosine = -0.6 * (1 - math.exp(-step / 500)) + rng.normal() * 0.02
+        entry = {
+            "step": step,
+            "time_s": step * seconds_a_step,
+            "images_per_s": 100 + rng.normal(),
+            "loss": denoise + (cosine if method != "none" else 0),
+            "denoise": denoise,
+            "lr": 1e-4,
+            "grad_norm": abs(rng.normal()) + 0.3,
+        }
+        if method != "none":
+            entry["align/cosine"] = cosine
+        lines.append(json.dumps(entry))
+    (path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    evaluations = []
+    (path / "samples").mkdir()
+    for index, step in enumerate((500, 1000, 1500, 2000)):
+        Image.fromarray(grid(index)).save(path / "samples" / f"step_{step:07d}.png")
+        value = level * 100 / (index + 1)
+        evaluations.append(
+            {
+                "step": step,
+                "metrics": {"embedded-FID": value, "embedded-Precision": 0.5 + 0.1 * index},
+                "intervals": {"embedded-FID": [value - 1, value + 1]},
+                "settings": {"extractor": {"extractor": "embedded"}, "sample_count": 500},
+                "sampler": {"name": "sde-euler-maruyama", "steps": 50, "guidance": 1.5, "interval": [0, 0.7]},
+                "warnings": ["500 samples: FID is biased upwards below 50,000."],
+            }
+        )
+    (path / "metrics.json").write_text(json.dumps(evaluations))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunData]:
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        load_run(make_run(root / "demo-ahpa")),
+        load_run(make_run(root / "demo-none", method="none", level=0.9, seconds_a_step=0.45)),
+    ]
+
+
+def demo_report(out: Path, runs: list[RunData]) -> Path:
+    """A page with everything a report can hold."""
+    t = np.linspace(0, 1, 50)
+    levels = {
+        f"{g} {name}": (1 + np.sin(3 * t + i)) / 8
+        for i, (g, name) in enumerate(
+            [
+                ("G3", "down2.res0"),
+                ("G3", "down2.res1"),
+                ("G3", "down2.downsample"),
+                ("G3", "down3.res0"),
+                ("G4", "down3.res1"),
+                ("G4", "mid.res0"),
+                ("G4", "mid.attn"),
+                ("G4", "mid.res1"),
+            ]
+        )
+    }
+    return write_report(
+        out,
+        runs,
+        title="AHPA against no alignment",
+        lead="SiT-Ti/2 on 2,000 embedded shapes at 32 pixels, 2,000 steps each, same seed.",
+        images=[
+            Figure(image=grid(99), title="Real images.", caption="Drawn from the cache.", alt="Grid of real images"),
+            Figure(
+                image=np.concatenate([grid(i) for i in range(6)], 1),
+                title="Cached features.",
+                caption="First three principal components as colours: G3, G4, tokens.",
+                alt="Features as colours",
+                section="features",
+                wide=True,
+            ),
+        ],
+        charts=[
+            router_chart(
+                t, {"G3": 1 / (1 + np.exp(5 * t - 2)), "G4": 1 - 1 / (1 + np.exp(5 * t - 2))}, title="Router: groups"
+            ),
+            router_chart(t, levels, title="Router: layers"),
+        ],
+        published=[Published(metric="FID", value=8.1, source="AHPA, Table 3", run=runs[0].name)],
+    )
+
+
+class Page(HTMLParser):
+    """Collects what tests ask about: texts, pictures, links, and whether tags nest."""
+
+    VOID = ("meta", "link", "img", "br", "path", "use", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.pictures: list[dict[str, str | None]] = []
+        self.references: list[str] = []
+        self.scripts = 0
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            self.pictures.append(values)
+        self.scripts += tag == "script" or any(name.startswith("on") for name in values)
+        self.references += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.texts.append(data)
+
+
+def read(path: Path) -> tuple[Page, str]:
+    page = Page(path.read_text(encoding="utf-8"))
+    return page, re.sub(r"[ \n]+", " ", " ".join(page.texts))
+
+
+def test_report_is_one_self_contained_file_without_scripts(tmp_path: Path, runs: list[RunData]) -> None:
+    out = demo_report(tmp_path / "deep" / "report.html", runs)
+    page, text = read(out)
+    assert page.open == []
+    assert page.scripts == 0
+    assert all(r.startswith(("data:", "#")) for r in page.references)
+    assert "url(http" not in out.read_text() and "@import" not in out.read_text()
+    assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+    assert len(page.pictures) == 4 and all(p["alt"] for p in page.pictures)
+    for phrase in ("AHPA against no alignment", "demo-ahpa, step 2\u202f000.", "Alignment: cosine", "Router: layers"):
+        assert phrase in text
+    assert text.index("Samples") < text.index("Curves") < text.index("Numbers") < text.index("Settings to reproduce")
+
+
+def test_numbers_stand_with_their_names_intervals_and_published_figures(tmp_path: Path, runs: list[RunData]) -> None:
+    _, text = read(demo_report(tmp_path / "report.html", runs))
+    assert "embedded-FID ↓ 20.00 95 %: 19.00 to 21.00 22.50" in text
+    assert "embedded-Precision ↑ 0.800" in text
+    assert "FID ↓ not measured not measured 8.10 AHPA, Table 3 (demo-ahpa)" in text
+    assert "they are not FID" in text
+    assert "500 samples: FID is biased upwards below 50,000." in text
+    assert "guidance 1.5, interval 0 to 0.7" in text
+    assert "Method ahpa none" in text
+    expected = np.median(runs[0].log["images_per_s"].values)
+    assert f"Images/s (median) {expected:.4g}" in text
+
+
+def test_better_values_are_marked(tmp_path: Path, runs: list[RunData]) -> None:
+    html = demo_report(tmp_path / "report.html", runs).read_text(encoding="utf-8")
+    assert html.count('class="best"') == 1  # equal precisions: neither is better
+    assert 'class="best">20.00' in html
+    assert higher_is_better("IS") and higher_is_better("embedded-Recall") and higher_is_better("Precision-DINOv2")
+    assert not higher_is_better("FID") and not higher_is_better("sFID") and not higher_is_better("KD-DINOv2")
+
+
+def test_comparison_shows_equal_steps_equal_time_and_strips(tmp_path: Path, runs: list[RunData]) -> None:
+    page, text = read(write_comparison(tmp_path / "compare.html", runs))
+    assert "At equal steps" in text and "At equal time" in text
+    assert text.count("training time (min)") == text.count("training step") - 1 > 3  # the strips' hint says step too
+    assert "from the same noise" in text
+    strips = [p for p in page.pictures if p["width"] == "32"]
+    assert len(strips) == 3 * 2 * 4  # tiles, runs, steps
+    other = RunData(name="other", config={"seed": 1}, samples=runs[0].samples)
+    assert "different seeds" in read(write_comparison(tmp_path / "seeds.html", [runs[0], other]))[1]
+
+
+def test_texts_are_escaped(tmp_path: Path) -> None:
+    nasty = "<script>alert('x')</script>&"
+    run = RunData(
+        name=nasty,
+        config={"method": nasty, "model": nasty},
+        config_text=nasty,
+        evaluations=[{"step": 1, "metrics": {nasty: 1.0}, "sampler": {nasty: nasty}, "warnings": [nasty]}],
+    )
+    page, text = read(write_report(tmp_path / "r.html", [run], title=nasty, lead=nasty))
+    assert page.scripts == 0 and page.open == []
+    assert nasty in text
+
+
+def test_a_run_that_has_only_begun_still_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_text("method: none\n")
+    run = load_run(tmp_path / "new")
+    assert run.steps is None and run.last("loss") is None
+    _, text = read(write_report(tmp_path / "r.html", [run], title="new"))
+    assert "Settings to reproduce" in text and "Curves" not in text
+
+
+def test_log_survives_a_torn_line_and_a_resume(tmp_path: Path) -> None:
+    lines = [{"step": s, "time_s": s / 2, "loss": 10.0 - s, "align/cos": -0.1 * s} for s in (1, 2, 3, 4)]
+    lines += [{"step": 3, "time_s": 2.0, "loss": 70.0}]  # resumed from step 2
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 4, "lo'
+    (tmp_path / "log.jsonl").write_text(text)
+    log = read_log(tmp_path / "log.jsonl")
+    assert log["loss"].steps.tolist() == [1, 2, 3] and log["loss"].values.tolist() == [9, 8, 70]
+    assert log["loss"].time_s.tolist() == [0.5, 1, 2]
+    (tmp_path / "log.jsonl").write_text(text.replace('{"step": 2', '{"stop": 2'))
+    with pytest.raises(UserError, match="line 2 of"):
+        read_log(tmp_path / "log.jsonl")
+
+
+def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no run at"):
+        load_run(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        load_run(tmp_path)
+    path = make_run(tmp_path / "run", points=10)
+    (path / "metrics.json").write_text("[{")
+    with pytest.raises(UserError, match=r"metrics\.json cannot be read"):
+        load_run(path)
+
+
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", points=10)
+    broken = path / "samples" / "step_0002000.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"step_0002000\.png is not an image"):
+        write_report(tmp_path / "r.html", [load_run(path)], title="t")
+
+
+def test_smoothing_is_the_exponential_mean_without_start_up_bias() -> None:
+    values = np.random.default_rng(0).normal(size=40)
+    decay = 1 - 2 / 11
+    out = smooth(values, span=10)
+    for n in (1, 2, 17, 40):
+        weights = decay ** np.arange(n)[::-1]
+        assert out[n - 1] == pytest.approx((weights * values[:n]).sum() / weights.sum())
+    assert smooth(np.full(9, 3.0), span=5) == pytest.approx(np.full(9, 3.0))
+
+
+def test_charts_keep_spikes_and_leave_out_what_is_not_finite() -> None:
+    y = np.ones(20_000)
+    y[[777, 15_001]] = 50, np.nan
+    series = smoothed_series("a", np.arange(20_000.0), y, colour=1)
+    assert len(series.y) == 19_999 and np.isfinite(series.y).all()
+    svg = render_svg(Chart(title="t", x_label="step", y_label="loss (nats)", series=[series]))
+    assert svg.startswith("<svg role=") and "loss (nats)" in svg and "var(--s1)" in svg
+    assert len(svg) < 60_000
+    from trainer.report.charts import _thin
+
+    x, thinned = _thin(np.arange(20_000.0), np.nan_to_num(y, nan=1.0))
+    assert len(x) <= 600 and 50 in thinned and (np.diff(x) > 0).all()
+
+
+def test_charts_on_one_page_do_not_share_ids() -> None:
+    charts = [Chart(title=t, x_label="x", y_label="y", series=[Series(label="a", x=[0, 1], y=[0, 1])]) for t in "ab"]
+    ids = [re.findall(r'id="([^"]+)"', render_svg(chart)) for chart in charts]
+    assert ids[0] and not set(ids[0]) & set(ids[1])
+    assert render_svg(charts[0]) == render_svg(charts[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (8.1, "8.1"),
+        (50000, "50\u202f000"),
+        (-0.25, "\u22120.25"),
+        (1234567.8, "1\u202f234\u202f568"),
+        (0.00012, "1.20e\u221204"),
+        (math.nan, "nan"),
+    ],
+)
+def test_numbers_are_typeset(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def screenshot(page: Path, out: Path, *, width: int, height: int, profile: Path) -> np.ndarray:
+    """What headless Chromium shows: uint8 [height, width, 3]."""
+    assert CHROMIUM is not None
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        " --disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1"
+    )
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", f"--window-size={width},{height}"]
+    subprocess.run([*command, f"--screenshot={out}", page.as_uri()], check=True, capture_output=True, timeout=120)
+    with Image.open(out) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: apt-get install chromium)")
+@pytest.mark.parametrize(("width", "height"), [(1200, 1500), (390, 3500)])
+def test_chromium_shows_samples_and_curves(tmp_path: Path, runs: list[RunData], width: int, height: int) -> None:
+    page = demo_report(tmp_path / "report.html", runs)
+    shown = screenshot(page, tmp_path / "shot.png", width=width, height=height, profile=tmp_path / "profile")
+    assert shown.shape == (height, width, 3)
+
+    def share(colour: tuple[int, int, int]) -> float:
+        return float((np.abs(shown.astype(int) - colour) <= 6).all(-1).mean())
+
+    assert share((252, 252, 251)) > 0.3  # paper
+    assert share((26, 102, 176)) > 0.0003 and share((196, 84, 26)) > 0.0003  # both runs' lines
+    # The first sample grid's background, flat and large, proves that the embedded picture is drawn.
+    tile = tuple(int(v) for v in np.asarray(Image.open(runs[0].samples[-1][1]).convert("RGB"))[0, 0])
+    assert share(tile) > 0.002  # type: ignore[arg-type]
+    # Nothing reaches over the right edge: the margin is paper from top to bottom.
+    assert (np.abs(shown[:, -4:].astype(int) - (252, 252, 251)) <= 6).all()
