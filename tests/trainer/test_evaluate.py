@@ -29,6 +29,7 @@ from trainer.evaluate.references import (
     load_statistics,
     reference_statistics,
     save_statistics,
+    write_statistics,
 )
 
 SIDE = 32
@@ -164,6 +165,19 @@ def test_statistics_survive_a_file_and_carry_their_provenance(
     assert loaded.provenance["source"] == "shapes"
     from_file = evaluate(ArrayImages(images=shapes[:60]), tmp_path / "deep" / "ref.npz", extractor)
     assert from_file["metrics"] == evaluate(ArrayImages(images=shapes[:60]), made, extractor)["metrics"]
+
+
+def test_statistics_are_made_from_any_images_in_one_call(
+    tmp_path: Path, extractor: Extractor, shapes: np.ndarray
+) -> None:
+    folder = write_folder(tmp_path / "real", np.repeat(np.repeat(shapes[:12], 2, 1), 2, 2))
+    made = write_statistics(folder, tmp_path / "ref.npz", extractor, resolution=SIDE, features=5, limit=10)
+    loaded = load_statistics(tmp_path / "ref.npz")
+    assert loaded.features is not None
+    assert (loaded.count, loaded.resolution, len(loaded.features)) == (10, SIDE, 5)
+    assert np.array_equal(loaded.mean, made.mean)
+    with pytest.raises(UserError, match=r"does not end in \.npz"):
+        write_statistics(folder, tmp_path / "ref.pt", extractor)
 
 
 def test_statistics_of_another_extractor_or_resolution_are_refused(

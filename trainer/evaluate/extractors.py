@@ -72,8 +72,7 @@ class Extractor(Protocol):
 def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise UserError(
-            f"an extractor takes uint8 images of shape [B, 3, H, W], got {images.dtype} of"
-            f" {tuple(images.shape)}",
+            f"an extractor takes uint8 images of shape [B, 3, H, W], got {images.dtype} of {tuple(images.shape)}",
             remedy="Convert the images to 8-bit RGB; scale [0, 1] or [-1, 1] floats to 0..255 first.",
         )
 
@@ -292,8 +291,7 @@ class EmbeddedExtractor:
         _, _, H, W = images.shape
         if H % self._patch or W % self._patch:
             raise UserError(
-                f"the embedded extractor cuts images into patches of {self._patch} pixels; {W} x {H} does not"
-                " divide",
+                f"the embedded extractor cuts images into patches of {self._patch} pixels; {W} x {H} does not divide",
                 remedy=f"Use images whose sides are multiples of {self._patch}, or --extractor inception.",
             )
         x = (images.to(self.device, torch.float32) / 255 - 0.5) / 0.5
@@ -326,13 +324,9 @@ class DinoV2Extractor:
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
         import timm
 
-        self._module = _dinov2_module(
-            source, lambda **kw: timm.create_model(DINOV2_MODEL, img_size=224, **kw)
-        )
+        self._module = _dinov2_module(source, lambda **kw: timm.create_model(DINOV2_MODEL, img_size=224, **kw))
         self.is_standard = source.random_seed is None
-        self.metric_names = (
-            dict(DINOV2_NAMES) if self.is_standard else _prefixed("random-dinov2", tuple(DINOV2_NAMES))
-        )
+        self.metric_names = dict(DINOV2_NAMES) if self.is_standard else _prefixed("random-dinov2", tuple(DINOV2_NAMES))
         self.feature_dims = {"pool": 1024}
         self.provenance = {
             "extractor": self.name,

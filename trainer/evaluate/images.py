@@ -176,9 +176,7 @@ def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
     try:
         shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
     except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} holds no plain numpy array: {error}", remedy="Write it with numpy.savez."
-        ) from error
+        raise UserError(f"{path} holds no plain numpy array: {error}", remedy="Write it with numpy.savez.") from error
     if fortran or dtype.hasobject:
         raise UserError(
             f"{path} holds a Fortran-ordered or object array", remedy="Write a plain C-ordered uint8 array."
@@ -203,9 +201,7 @@ class FolderImages:
     def __post_init__(self) -> None:
         files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
         if not files:
-            raise UserError(
-                f"no images ({', '.join(EXTENSIONS)}) below {self.path}", remedy="Pass another folder."
-            )
+            raise UserError(f"no images ({', '.join(EXTENSIONS)}) below {self.path}", remedy="Pass another folder.")
         object.__setattr__(self, "files", tuple(files))
 
     @property
@@ -266,9 +262,7 @@ class TarImages:
                 self.pattern, shardshuffle=False, empty_check=False, handler=webdataset.reraise_exception
             )
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.pattern} cannot be read: {error}", remedy="Write the shard again."
-            ) from error
+            raise UserError(f"{self.pattern} cannot be read: {error}", remedy="Write the shard again.") from error
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """See `ImageSet.batches`."""
@@ -278,9 +272,7 @@ class TarImages:
             key = sample["__key__"]
             data = next((sample[s.lstrip(".")] for s in EXTENSIONS if s.lstrip(".") in sample), None)
             if data is None:
-                raise UserError(
-                    f"{self.pattern} holds no image for sample {key}", remedy="Write png, jpg or webp."
-                )
+                raise UserError(f"{self.pattern} holds no image for sample {key}", remedy="Write png, jpg or webp.")
             images.append(np.asarray(decode(data, key)))
             side = check_batch(images[-1][None], side, f"{self.pattern}, {key}")
             if len(images) == batch_size:
@@ -369,10 +361,12 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
         if not path.exists() and not re.search(r"[{*]", text):
             raise UserError(f"there is no file {text}", remedy="Pass an existing shard.")
         return TarImages(pattern=text)
+    if "://" in text:
+        import featcache
+
+        return CacheImages(cache=featcache.open(text), data=data)
     if not path.exists():
-        raise UserError(
-            f"there is nothing at {text}", remedy="Pass an npz file, a tar shard, a folder or a cache."
-        )
+        raise UserError(f"there is nothing at {text}", remedy="Pass an npz file, a tar shard, a folder or a cache.")
     if path.suffix == ".npz":
         return NpzImages(path=path)
     if (path / "zarr.json").is_file() or (path / "manifest.json").is_file():
@@ -381,9 +375,7 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
         return CacheImages(cache=featcache.open(path), data=data)
     if path.is_dir():
         return FolderImages(path=path, resolution=resolution)
-    raise UserError(
-        f"{text} is not a set of images", remedy="Pass an npz file, a tar shard, a folder or a cache."
-    )
+    raise UserError(f"{text} is not a set of images", remedy="Pass an npz file, a tar shard, a folder or a cache.")
 
 
 def prefetch(items: Iterator[T], *, depth: int = PREFETCHED_BATCHES) -> Iterator[T]:

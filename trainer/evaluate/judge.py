@@ -175,7 +175,7 @@ def _chosen_metrics(metrics: Sequence[str] | None, extractor: Extractor) -> list
 def _too_few(images: ImageSet, found: int, expected: int) -> UserError:
     return UserError(
         f"{images.description} holds {found} samples, {expected} were asked for",
-        remedy=f"Draw the rest (trainer sample resumes), or judge what is there: --count {found}",
+        remedy=f"Draw the rest (trainer sample resumes), or judge what is there: --num {found}",
     )
 
 
@@ -258,9 +258,7 @@ class _Trial:
 
     def fid(self) -> _Measured:
         mine, theirs = self.judged, self.reference
-        return self._frechet(
-            "fid", (mine.mean, mine.covariance), (theirs.mean, theirs.covariance), mine.features
-        )
+        return self._frechet("fid", (mine.mean, mine.covariance), (theirs.mean, theirs.covariance), mine.features)
 
     def sfid(self) -> _Measured:
         mine, theirs = self.judged, self.reference
@@ -285,9 +283,7 @@ class _Trial:
             assert logits is not None
             return inception_score(logits[np.sort(indices)])  # sorted: chunks keep the classes they had
 
-        return _Measured(
-            value=value, interval=self._interval("inception_score", value, self._samples, resampled)
-        )
+        return _Measured(value=value, interval=self._interval("inception_score", value, self._samples, resampled))
 
     @cached_property
     def _coverage(self) -> ManifoldCoverage:

@@ -291,9 +291,7 @@ def manifold_coverage(
         raise ValueError(f"reference has {reference.shape[1]} features, samples have {samples.shape[1]}")
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= k:
-            raise ValueError(
-                f"{name} holds {len(features)} rows: a {k}-nearest-neighbour radius needs more than {k}"
-            )
+            raise ValueError(f"{name} holds {len(features)} rows: a {k}-nearest-neighbour radius needs more than {k}")
     centre = reference.mean(0, dtype=torch.float64)
     reference = (reference - centre.to(reference)).to(torch.float32)
     samples = (samples - centre.to(samples)).to(torch.float32)
@@ -349,9 +347,7 @@ def kid(
     for index in range(subsets):
         rng = np.random.default_rng((seed, index))
         x, y = (
-            features[torch.from_numpy(rng.choice(len(features), subset_size, replace=False))].to(
-                device, torch.float64
-            )
+            features[torch.from_numpy(rng.choice(len(features), subset_size, replace=False))].to(device, torch.float64)
             for features in (reference, samples)
         )
         values.append(float(polynomial_mmd(x, y)))
@@ -378,10 +374,7 @@ def bootstrap_interval(
         Lower and upper end.
     """
     values = np.array(
-        [
-            statistic(np.random.default_rng((seed, index)).integers(0, count, count))
-            for index in range(replicates)
-        ]
+        [statistic(np.random.default_rng((seed, index)).integers(0, count, count)) for index in range(replicates)]
     )
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail]) - values.mean() + estimate

@@ -229,14 +229,10 @@ def load_statistics(path: Path) -> Statistics:
                     arrays[name] = file[name]
         record = json.loads(arrays["provenance"].tobytes()) if "provenance" in arrays else {}
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged: {error}", remedy="Make the statistics again: trainer stats"
-        ) from error
+        raise UserError(f"{path} is damaged: {error}", remedy="Make the statistics again: trainer stats") from error
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if mean in arrays and arrays[covariance].shape != (len(arrays[mean]),) * 2:
-            raise UserError(
-                f"{path}: {covariance} is {arrays[covariance].shape}, {mean} {arrays[mean].shape}"
-            )
+            raise UserError(f"{path}: {covariance} is {arrays[covariance].shape}, {mean} {arrays[mean].shape}")
     resolution, count = record.pop("resolution", None), record.pop("count", None)
     if resolution is None and "arr_0" in names:
         images = NpzImages(path=path)
@@ -252,6 +248,46 @@ def load_statistics(path: Path) -> Statistics:
         resolution=resolution,
         provenance=record,
     )
+
+
+def write_statistics(
+    where: str | Path,
+    out: Path,
+    extractor: Extractor,
+    *,
+    resolution: int | None = None,
+    features: int = DEFAULT_KEPT_FEATURES,
+    limit: int | None = None,
+    batch_size: int = 64,
+    data: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> Statistics:
+    """What `trainer stats` does: images => a file of reference statistics.
+
+    Args:
+        where: anything `open_images` opens.
+        out: npz file to write.
+        resolution: side to which a folder's images are cropped; needed unless they are all of one size.
+        features: activations kept for precision, recall and KID.
+        limit, batch_size, data, progress: as for `reference_statistics`.
+
+    Raises:
+        UserError: as `open_images` and `compute_statistics`; `out` not ending in .npz.
+    """
+    if out.suffix != ".npz":
+        raise UserError(f"{out} does not end in .npz", remedy=f"Type --out {out.with_suffix('.npz')}")
+    images = open_images(where, resolution=resolution, data=data)
+    statistics = compute_statistics(
+        images,
+        extractor,
+        batch_size=batch_size,
+        limit=limit,
+        keep_features=features,
+        stage="reference",
+        progress=progress,
+    )
+    save_statistics(out, statistics)
+    return statistics
 
 
 def reference_statistics(
@@ -358,7 +394,6 @@ def _check_extractor(stored: Statistics, extractor: Extractor, where: str) -> No
     if dict(made_with) != extractor.provenance:
         differing = [k for k in extractor.provenance if made_with.get(k) != extractor.provenance[k]]
         raise UserError(
-            f"{where} was made with another extractor than {extractor.name}"
-            f" (differing: {', '.join(differing)})",
+            f"{where} was made with another extractor than {extractor.name} (differing: {', '.join(differing)})",
             remedy=f"Make it again: trainer stats IMAGES --extractor {extractor.name} --out FILE.npz",
         )
