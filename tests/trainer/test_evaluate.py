@@ -1,7 +1,10 @@
 """From images to numbers: image sets, references, `evaluate`, and what bad input gets."""
 
 import json
+import subprocess
+import sys
 import tarfile
+import textwrap
 from io import BytesIO
 from pathlib import Path
 
@@ -435,3 +438,37 @@ def test_a_folders_cache_needs_its_folder_and_leaves_skipped_images_out(tmp_path
     (batch,) = open_images(path, data=str(folder)).batches(8)
     kept = {shapes[i].tobytes() for i in (0, 1, 3, 4)}
     assert {image.tobytes() for image in batch} == kept and len(batch) == 4
+
+
+def test_memory_does_not_grow_with_the_number_of_samples() -> None:
+    """Peak memory of a fresh process over 480 MB of images that are made as they are read."""
+    script = """
+        import resource, numpy as np, torch
+        from trainer.evaluate.references import compute_statistics
+
+        class Drawn:
+            description, count = "drawn", None
+            def __init__(self, n): self.n = n
+            def labels(self): return None
+            def batches(self, size):
+                for i in range(0, self.n, size):
+                    yield np.random.default_rng(i).integers(0, 256, (size, 128, 128, 3), dtype=np.uint8)
+
+        class Means:
+            name, resolution, is_standard, metric_names = "means", None, False, {"fid": "means-FID"}
+            feature_dims, provenance, device = {"pool": 48}, {}, torch.device("cpu")
+            def features(self, x):
+                pool = torch.nn.functional.adaptive_avg_pool2d(x.float(), 4).flatten(1)
+                return {"pool": pool, "spatial": None, "logits": None}
+
+        def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        compute_statistics(Drawn(320), Means(), batch_size=32, keep_features=100)
+        before = peak()
+        made = compute_statistics(Drawn(9600), Means(), batch_size=32, keep_features=100)
+        assert made.count == 9600 and len(made.features) == 100
+        print(peak() - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * unit < 32 * 2**20
