@@ -89,9 +89,7 @@ class Cache:
         """Slots (int64) of sample indices; raises `CacheError` for an index outside the cache."""
         indices = np.asarray(indices, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
-            raise CacheError(
-                f"sample {indices.min()} or {indices.max()} is outside the cache's {len(self)} samples"
-            )
+            raise CacheError(f"sample {indices.min()} or {indices.max()} is outside the cache's {len(self)} samples")
         if not len(self._before):
             return indices
         return indices + np.searchsorted(self._before, indices, side="right")
@@ -265,9 +263,7 @@ class Reader:
         # Cut by samples: all arrays of a sample in one thread, pieces of about equal size.
         cuts = [n * i // self._n_threads for i in range(1, self._n_threads)]
         bounds = sorted({0, n_runs, *np.searchsorted(starts, cuts).tolist()})
-        futures = [
-            self._pool.submit(self._read_range, jobs, plan, a, b) for a, b in itertools.pairwise(bounds[1:])
-        ]
+        futures = [self._pool.submit(self._read_range, jobs, plan, a, b) for a, b in itertools.pairwise(bounds[1:])]
         try:
             self._read_range(jobs, plan, bounds[0], bounds[1])
         finally:
@@ -285,24 +281,15 @@ class Reader:
             raise CacheError(f"slot {slots.min()} or {slots.max()} is outside the cache's {count} slots")
         return slots
 
-    def _flat(
-        self, name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], rows: int
-    ) -> memoryview:
-        if (
-            array.dtype != dtype
-            or array.shape[1:] != shape
-            or len(array) < rows
-            or not array.flags.c_contiguous
-        ):
+    def _flat(self, name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> memoryview:
+        if array.dtype != dtype or array.shape[1:] != shape or len(array) < rows or not array.flags.c_contiguous:
             raise CacheError(
                 f"the buffer for {name!r} must be contiguous {dtype} [{rows} or more, *{list(shape)}], "
                 f"but is {array.dtype} {list(array.shape)}"
             )
         return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
-    def _read_range(
-        self, jobs: list[tuple[str, memoryview, int, bool]], plan: _Plan, start: int, stop: int
-    ) -> None:
+    def _read_range(self, jobs: list[tuple[str, memoryview, int, bool]], plan: _Plan, start: int, stop: int) -> None:
         """Read the runs `start` to `stop` of all arrays."""
         shards, firsts, rows, counts = plan.shards, plan.firsts, plan.rows, plan.counts
         for name, flat, length, select in jobs:
@@ -333,11 +320,30 @@ class Reader:
                 file.read_run(first, buffers)
 
 
-def open_cache(path: str | os.PathLike[str]) -> Cache:
-    """Open the cache at `path` for reading.
+def open_cache(
+    path: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+) -> Cache:
+    """Open the cache at `path` for reading: a directory, or a URL (s3://, gs://, hf://, http(s)://).
+
+    A remote cache is read through blocks kept in `cache_dir` (default under the user's cache directory), at
+    most `cache_bytes` of them (default 10 GiB).
 
     Raises `CacheError` if there is none, it is unfinished, damaged or of another format version.
     """
+    if "://" in os.fspath(path):
+        from featcache.remote import is_remote, local_path
+
+        if is_remote(path):
+            from featcache.stream import DEFAULT_CACHE_BYTES, open_remote
+
+            limit = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
+            return open_remote(
+                os.fspath(path), cache_dir=None if cache_dir is None else Path(cache_dir), cache_bytes=limit
+            )
+        path = local_path(path)
     directory = Path(path)
     manifest = read_root(directory)
     return Cache(str(directory), manifest, open_backend(directory, manifest))

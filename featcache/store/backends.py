@@ -200,9 +200,7 @@ class WdsBackend:
                 n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
                 wds.check_tar(fd, layout, array, shard * manifest.shard_size, n, where)
                 checked[shard] = 1
-            return StridedShard(
-                fd, layout.data_offset(array), layout.stride, layout.members[array].length, where
-            )
+            return StridedShard(fd, layout.data_offset(array), layout.stride, layout.members[array].length, where)
         except BaseException:
             os.close(fd)
             raise

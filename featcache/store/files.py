@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,6 +130,50 @@ def atomic_write(path: Path, buffers: Sequence[Buffer], *, hashing: bool = False
             part.unlink()
         raise _explain(error, path) from error
     return digest.hexdigest() if hashing else ""
+
+
+class Stream:
+    """A file being written in pieces; see `atomic_stream`."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Buffer) -> None:
+        view = _bytes_view(data)
+        self._digest.update(view)
+        write_all(self._fd, view)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what was written so far."""
+        return self._digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_stream(path: Path) -> Iterator[Stream]:
+    """Write `path` in pieces; it takes its name, durably, when the block ends without an exception.
+
+    Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any other exception.
+    """
+    part = path.with_name(path.name + PART_SUFFIX)
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _explain(error, path) from error
+    try:
+        try:
+            yield Stream(fd)
+            _fsync(fd)
+        finally:
+            os.close(fd)
+        _rename(part, path)
+        fsync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise _explain(error, path) from error
+        raise
 
 
 def remove_file(path: Path) -> None:

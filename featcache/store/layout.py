@@ -42,9 +42,7 @@ def stored_arrays(
     """
     if codec == "raw":
         if dtype not in RAW_DTYPES:
-            raise UserError(
-                f"raw features cannot have dtype {dtype!r}", remedy=f"use one of {', '.join(RAW_DTYPES)}"
-            )
+            raise UserError(f"raw features cannot have dtype {dtype!r}", remedy=f"use one of {', '.join(RAW_DTYPES)}")
         return {"": (np.dtype(dtype), shape)}
     plain = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
     if codec in plain:
@@ -52,9 +50,7 @@ def stored_arrays(
     if codec not in CODECS:
         raise UserError(f"there is no codec {codec!r}", remedy=f"use one of {', '.join(CODECS)}")
     if not shape:
-        raise UserError(
-            f"codec {codec!r} needs a channel axis, but the feature is a scalar", remedy="use fp32 or raw"
-        )
+        raise UserError(f"codec {codec!r} needs a channel axis, but the feature is a scalar", remedy="use fp32 or raw")
     if codec in ("int8", "fp8"):
         values = np.int8 if codec == "int8" else np.uint8
         return {"": (np.dtype(values), shape), SCALE_SUFFIX: (np.dtype(np.float32), shape[:-1])}

@@ -66,9 +66,7 @@ def list_caches(directory: str | Path) -> list[CacheInfo]:
     """Caches in `directory`: itself, or its immediate subdirectories, by name."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise CacheError(
-            f"there is no directory {directory}", remedy="featcache build makes a cache under ./caches"
-        )
+        raise CacheError(f"there is no directory {directory}", remedy="featcache build makes a cache under ./caches")
     if find_root(directory) is not None or (directory / STATE).is_dir():
         return [cache_info(directory)]
     found = [p for p in sorted(directory.iterdir()) if p.is_dir()]
@@ -146,6 +144,7 @@ def collect_garbage(path: str | Path, *, dry_run: bool = False) -> list[tuple[st
         removed += [p for p in sorted(path.rglob("*" + files.PART_SUFFIX)) if not _belongs_to(p, path, live)]
         if manifest is None and not live:
             removed += sorted(path.glob("*.tar"))
+        removed += sorted((state_directory(path) / "push").glob("*.jsonl"))
         result = [(str(p.relative_to(path)), p.stat().st_size) for p in dict.fromkeys(removed)]
         if not dry_run:
             for file in dict.fromkeys(removed):

@@ -87,9 +87,7 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        object.__setattr__(
-            self, "provenance", _plain_json(self.provenance, f"provenance of {self.name!r:.150}")
-        )
+        object.__setattr__(self, "provenance", _plain_json(self.provenance, f"provenance of {self.name!r:.150}"))
         parse_feature(self.to_json())
 
     @functools.cached_property
@@ -280,11 +278,7 @@ def _integer(value: Json, what: str, low: int, high: int) -> int:
 
 
 def _string(value: Json, what: str, *, choices: tuple[str, ...] | None = None, max_length: int = 4096) -> str:
-    if (
-        not isinstance(value, str)
-        or len(value) > max_length
-        or (choices is not None and value not in choices)
-    ):
+    if not isinstance(value, str) or len(value) > max_length or (choices is not None and value not in choices):
         _fail(what, f"one of {choices}" if choices else f"a string of at most {max_length} characters", value)
     if any(0xD800 <= ord(character) < 0xE000 for character in value):
         _fail(what, "a string without lone surrogates", value)
@@ -321,8 +315,7 @@ def parse_feature(value: Json) -> dict[str, Json]:
     item = _object(value, "a feature", keys)
     name = check_feature_name(item["name"])
     shape = [
-        _integer(n, f"shape of {name}", 1, MAX_SAMPLE_BYTES)
-        for n in _sequence(item["shape"], f"shape of {name}", 8)
+        _integer(n, f"shape of {name}", 1, MAX_SAMPLE_BYTES) for n in _sequence(item["shape"], f"shape of {name}", 8)
     ]
     codec = _string(item["codec"], f"codec of {name}", choices=CODECS)
     dtype = _string(
@@ -424,8 +417,7 @@ def manifest_from_json(value: Json) -> Manifest:
         features[name] = spec
     check_no_nesting(list(features))
     versions = {
-        _string(k, "versions"): _string(v, "versions")
-        for k, v in _mapping(item["versions"], "versions").items()
+        _string(k, "versions"): _string(v, "versions") for k, v in _mapping(item["versions"], "versions").items()
     }
     if item["compressor"] is not None:
         _string(item["compressor"], "compressor", choices=COMPRESSORS)

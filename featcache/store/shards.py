@@ -67,9 +67,7 @@ def parse_index(
         or (sample_bytes is not None and (lengths != np.uint64(sample_bytes)).any())
         or (index[n:] != _EMPTY).any()
     ):
-        raise CacheError(
-            f"{where} is damaged: its index points outside the file or at samples of another size"
-        )
+        raise CacheError(f"{where} is damaged: its index points outside the file or at samples of another size")
     return offsets.astype(np.int64), lengths.astype(np.int64)
 
 
@@ -82,9 +80,7 @@ def read_index(
     if file_bytes < length:
         raise CacheError(f"{where} is damaged: it is too short to hold its index")
     raw = os.pread(fd, length, file_bytes - length)
-    return parse_index(
-        raw, n=n, shard_size=shard_size, file_bytes=file_bytes, sample_bytes=sample_bytes, where=where
-    )
+    return parse_index(raw, n=n, shard_size=shard_size, file_bytes=file_bytes, sample_bytes=sample_bytes, where=where)
 
 
 def _numcodec(dtype: np.dtype, compressor: str) -> Any:
@@ -96,9 +92,7 @@ def _numcodec(dtype: np.dtype, compressor: str) -> Any:
     if compressor == "zstd":
         return Zstd(level=settings["level"], checksum=settings["checksum"])
     shuffle = Blosc.SHUFFLE if settings["shuffle"] == "shuffle" else Blosc.NOSHUFFLE
-    return Blosc(
-        cname=settings["cname"], clevel=settings["clevel"], shuffle=shuffle, typesize=settings["typesize"]
-    )
+    return Blosc(cname=settings["cname"], clevel=settings["clevel"], shuffle=shuffle, typesize=settings["typesize"])
 
 
 def decompress(compressor: str, data: bytes, out: np.ndarray, where: str) -> None:

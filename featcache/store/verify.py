@@ -164,8 +164,7 @@ def verify(
             if wrong is not None:
                 where_ = str(path / entry.name)
                 problems += [
-                    Problem(path=where_, what=wrong, feature=name, shard=entry.shard)
-                    for name in entry.features
+                    Problem(path=where_, what=wrong, feature=name, shard=entry.shard) for name in entry.features
                 ]
             if progress is not None:
                 progress(length)
@@ -190,9 +189,7 @@ def _digest(path: Path) -> tuple[str | None, int]:
         return None, 0
 
 
-def _shard_problem(
-    entry: ShardFileEntry, digest: str | None, length: int, recorded: list[str] | None
-) -> str | None:
+def _shard_problem(entry: ShardFileEntry, digest: str | None, length: int, recorded: list[str] | None) -> str | None:
     if digest is None:
         return "missing or unreadable"
     if entry.n_bytes is not None and length != entry.n_bytes:
@@ -271,9 +268,7 @@ def repair_metadata(path: str | Path) -> list[str]:
             names = shard_names(manifest, array)
             folder = (path / name).parent
             try:
-                check_checksums(
-                    files.read_bounded(path / name, manifest.n_shards * 160), manifest, array, name
-                )
+                check_checksums(files.read_bounded(path / name, manifest.n_shards * 160), manifest, array, name)
             except CacheError:
                 digests = [_digest(folder / shard)[0] or "" for shard in names]
                 text = checksums_text(digests, names)

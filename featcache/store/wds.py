@@ -41,9 +41,7 @@ def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     descr = dtype.newbyteorder("<").str
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {dims}, }}"
     length = -(-(10 + len(text) + 1) // 64) * 64
-    return (
-        b"\x93NUMPY\x01\x00" + (length - 10).to_bytes(2, "little") + text.ljust(length - 11).encode() + b"\n"
-    )
+    return b"\x93NUMPY\x01\x00" + (length - 10).to_bytes(2, "little") + text.ljust(length - 11).encode() + b"\n"
 
 
 def tar_header(name: str, length: int) -> bytes:
@@ -86,9 +84,7 @@ def tar_layout(manifest: Manifest) -> TarLayout:
     """
     members, offset = {}, 0
     if manifest.dataset.count > 10**_SLOT_DIGITS:
-        raise CacheError(
-            f"a webdataset cache holds at most {10**_SLOT_DIGITS} samples", remedy="use the zarr format"
-        )
+        raise CacheError(f"a webdataset cache holds at most {10**_SLOT_DIGITS} samples", remedy="use the zarr format")
     for array, (dtype, shape) in sorted(manifest.arrays.items()):
         if len(member_name(0, array)) > 100:
             raise CacheError(f"the name {array!r} is too long for a tar header", remedy="use the zarr format")
@@ -106,8 +102,7 @@ def encode_tar(layout: TarLayout, first_slot: int, arrays: dict[str, np.ndarray]
     """
     buffers: list[Buffer] = []
     little = {
-        name: np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-        for name, values in arrays.items()
+        name: np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")) for name, values in arrays.items()
     }
     n = len(next(iter(little.values())))
     for i in range(n):

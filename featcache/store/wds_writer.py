@@ -75,11 +75,7 @@ class WdsWriter(CacheWriter):
         spec = self._specs[name]
         array = next(iter(spec.arrays))
         shards = sorted(set(range(self.n_shards)) if self._repairs is None else self._repairs[name])
-        lines = (
-            [""] * self.n_shards
-            if self._repairs is None
-            else recorded_checksums(self.path, self._base, array)
-        )
+        lines = [""] * self.n_shards if self._repairs is None else recorded_checksums(self.path, self._base, array)
         skipped: list[Skipped] = []
         for shard in shards:
             digests, entries = self._journaled(spec, shard)

@@ -132,13 +132,9 @@ class CacheWriter:
         """
         path = Path(path)
         if compressor is not None and compressor not in COMPRESSORS:
-            raise CacheError(
-                f"there is no compressor {compressor!r}", remedy=f"use one of {', '.join(COMPRESSORS)}"
-            )
+            raise CacheError(f"there is no compressor {compressor!r}", remedy=f"use one of {', '.join(COMPRESSORS)}")
         if format == "wds" and compressor is not None:
-            raise CacheError(
-                "webdataset caches are not compressed", remedy="use the zarr format, or no compressor"
-            )
+            raise CacheError("webdataset caches are not compressed", remedy="use the zarr format, or no compressor")
         wanted = Manifest(
             dataset=dataset,
             shard_size=shard_size,
@@ -178,9 +174,7 @@ class CacheWriter:
         return _writer_class(existing)(path, existing)
 
     @classmethod
-    def open_for_repair(
-        cls, path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]]
-    ) -> CacheWriter:
+    def open_for_repair(cls, path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]]) -> CacheWriter:
         """A writer that may rewrite just these shards (feature -> shard numbers) of complete features.
 
         `write_shard` replaces them; `finish` records the checksums of what was written. Re-encoding on the
@@ -293,9 +287,7 @@ class CacheWriter:
         directory = building_directory(self.path, spec.name)
         record = directory / "spec.json"
         if record.is_file():
-            earlier = feature_from_json(
-                load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record))
-            )
+            earlier = feature_from_json(load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record)))
             _require_same_feature(earlier, spec, self.path)
         else:
             files.atomic_write(record, [canonical_json(spec.to_json())])
@@ -337,12 +329,14 @@ class CacheWriter:
 
         The caller still writes zeros there and label -1. Recorded durably with each feature's shard.
         """
-        assert shard not in self._written, "skip must come before the shard's first write_shard"
         inside = self.slots(shard)
         skipped = [Skipped(slot=slot, key=key, reason=reason) for slot, key, reason in slots]
         if any(entry.slot not in inside for entry in skipped):
             raise CacheError(f"a skipped slot lies outside shard {shard}, which holds {inside}")
-        self._skipped[shard] = sorted(skipped, key=lambda entry: entry.slot)
+        skipped.sort(key=lambda entry: entry.slot)
+        late = shard in self._written and skipped != self._skipped.get(shard, [])
+        assert not late, "skip must come before the shard's first write_shard"
+        self._skipped[shard] = skipped
 
     def write_shard(self, feature: str, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write one shard of a begun feature durably: suffix ('' or '.scale') -> `[n, *stored_shape]`.
@@ -382,6 +376,17 @@ class CacheWriter:
         files.atomic_write(building_directory(self.path, feature) / journal_name(shard), [entry])
         self._done[feature].add(shard)
 
+    def finished(self, feature: str) -> frozenset[int]:
+        """Shards of a begun feature that are written."""
+        return frozenset(self._done[feature])
+
+    def adopt_shard(self, feature: str, shard: int, checksums: Mapping[str, str]) -> None:
+        """Record a shard whose files are in place already (array -> SHA-256 of its file), fetched and
+        checked.
+        """
+        self._written.add(shard)
+        self._record(feature, shard, dict(checksums))
+
     def finish(self) -> Manifest:
         """Make the begun features visible, all at once, and remove the journal. Returns the new manifest.
 
@@ -418,9 +423,7 @@ class CacheWriter:
         spec = self._specs[name]
         repaired = None if self._repairs is None else self._repairs[name]
         lines = {
-            array: [""] * self.n_shards
-            if repaired is None
-            else recorded_checksums(self.path, self._base, array)
+            array: [""] * self.n_shards if repaired is None else recorded_checksums(self.path, self._base, array)
             for array in spec.arrays
         }
         skipped: list[Skipped] = []
@@ -526,9 +529,7 @@ def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> No
     ]
     for key in ("shard_size", "compressor", "format"):
         if getattr(existing, key) != getattr(wanted, key):
-            differences.append(
-                f"{key}: the cache has {getattr(existing, key)}, this build {getattr(wanted, key)}"
-            )
+            differences.append(f"{key}: the cache has {getattr(existing, key)}, this build {getattr(wanted, key)}")
     if differences:
         raise CacheError(
             f"{path} holds a cache of other images or preprocessing:\n  " + "\n  ".join(differences),

@@ -1,0 +1,488 @@
+"""Push, pull, list and stream against a real S3-protocol server and a real web server whose connections
+break.
+"""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_helpers import COUNT, add, base_features, build, corrupt, expected, moments, tokens, tree
+from web_server import serve
+
+import featcache
+from featcache import remote
+from featcache.errors import CacheError, UserError
+from featcache.order import sequential_order
+from featcache.remote import is_remote, open_destination, open_location, parse_hub_url
+from featcache.share import list_remote, pull, push, subset
+from featcache.store import files
+from featcache.store.manage import collect_garbage
+from featcache.store.verify import verify
+from featcache.stream import BlockCache, open_remote
+
+SKIPPED = (4, 20)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_fsync", lambda fd: None)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("share") / "cache"
+    return build(path, [*base_features(), tokens("dino@9"), moments(name="vae/G3")], skipped=SKIPPED)
+
+
+@pytest.fixture
+def web(source: Path):
+    with serve(source.parent) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    pytest.importorskip("moto")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(url, timeout=1).read()
+            break
+        except OSError:
+            time.sleep(0.1)
+    yield url
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch):
+    """An empty bucket, and the client's view of it."""
+    import boto3
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=s3_server)
+    name = f"bucket-{time.monotonic_ns()}"
+    client.create_bucket(Bucket=name)
+    return name, client
+
+
+def objects(bucket) -> dict[str, bytes]:
+    name, client = bucket
+    listed = client.list_objects_v2(Bucket=name).get("Contents", [])
+    return {o["Key"]: client.get_object(Bucket=name, Key=o["Key"])["Body"].read() for o in listed}
+
+
+# Web
+
+
+def test_pull_over_http(source: Path, web, tmp_path: Path) -> None:
+    seen: list[int] = []
+    done = pull(f"{web.url}/cache", tmp_path / "copy", progress=seen.append)
+    assert tree(tmp_path / "copy") == tree(source)
+    assert sum(seen) == done.n_bytes
+    assert done.n_files_before == 0
+    again = pull(f"{web.url}/cache", tmp_path / "copy")
+    assert (again.n_files, again.n_bytes, again.n_files_before) == (0, 0, done.n_files)
+
+
+@pytest.mark.parametrize("options", [{"compressor": "zstd"}, {"format": "wds"}], ids=str)
+def test_pull_of_other_formats(tmp_path: Path, options) -> None:
+    path = build(tmp_path / "a" / "cache", skipped=SKIPPED, **options)
+    with serve(tmp_path / "a") as web:
+        web.cut_every = 5
+        pull(f"{web.url}/cache", tmp_path / "copy")
+    assert tree(tmp_path / "copy") == tree(path)
+
+
+def test_connections_cut_in_the_middle(source: Path, web, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("featcache.share.PIECE_BYTES", 2000)
+    web.cut_every = 3
+    pull(f"{web.url}/cache", tmp_path / "copy", threads=4)
+    assert tree(tmp_path / "copy") == tree(source)
+    assert web.served > 100
+
+
+def test_a_server_that_dies_and_comes_back(source: Path, web, tmp_path: Path) -> None:
+    url, target = f"{web.url}/cache", tmp_path / "copy"
+    web.cuts["cache/dino@9/c.2.0.0"] = 10**6
+    with pytest.raises(CacheError, match=r"c\.2\.0\.0 failed 6 times(.|\n)*run the same command again"):
+        pull(url, target, threads=1)
+    with pytest.raises(CacheError, match="unfinished"):
+        featcache.open(target)
+    before = web.answers["cache/dino@9/c.0.0.0"]
+    web.cuts.clear()
+    done = pull(url, target, threads=1)
+    assert done.n_files_before > 0
+    assert web.answers["cache/dino@9/c.0.0.0"] == before
+    assert tree(target) == tree(source)
+
+
+def test_killed_pull_resumes(source: Path, web, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    code = f"from featcache.share import pull; pull('{web.url}/cache', {str(target)!r}, threads=1)"
+    rounds = 0
+    for delay in (0.01, 0.03, 0.05, 0.08):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        while process.poll() is None and not (target / ".featcache").exists():
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        rounds += process.wait() == -signal.SIGKILL
+    pull(f"{web.url}/cache", target)
+    assert rounds >= 1
+    assert tree(target) == tree(source)
+
+
+def test_damage_at_the_source_is_refused(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "cache"
+    shutil.copytree(source, path)
+    corrupt(path / "tiny@5" / "c.1.0.0", lambda data: data.__setitem__(7, data[7] ^ 1))
+    with serve(tmp_path / "a") as web:
+        with pytest.raises(CacheError, match=r"tiny@5/c\.1\.0\.0 is damaged"):
+            pull(f"{web.url}/cache", tmp_path / "copy")
+        assert not list((tmp_path / "copy").rglob("*.part"))
+        (path / "tiny@5" / "c.1.0.0").unlink()
+        with pytest.raises(CacheError, match="missing"):
+            pull(f"{web.url}/cache", tmp_path / "copy")
+        corrupt(path / "tiny@5" / "SHA256SUMS", lambda data: data.__setitem__(7, data[7] ^ 1))
+        with pytest.raises(CacheError, match="not the file that the manifest names"):
+            pull(f"{web.url}/cache", tmp_path / "copy2")
+
+
+def test_some_features_then_more(source: Path, web, tmp_path: Path) -> None:
+    url, target = f"{web.url}/cache", tmp_path / "copy"
+    pull(url, target, features=["dino@9"])
+    assert set(featcache.open(target).manifest.features) == {"label", "key", "dino@9"}
+    assert not (target / "vae").exists()
+    pull(url, target, features=["vae/moments", "vae/G3", "tiny@5"])
+    assert tree(target) == tree(source)
+    with pytest.raises(CacheError, match="does not hold mae@3"):
+        pull(url, target, features=["mae@3"])
+
+
+def test_some_samples(source: Path, web, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    pull(f"{web.url}/cache", target, samples=20)
+    cache = featcache.open(target)
+    assert cache.manifest.dataset.count == 32
+    assert len(cache) == 32 - len(SKIPPED)
+    whole = featcache.open(source)
+    assert cache.fingerprint != whole.fingerprint
+    assert cache.manifest.dataset.preprocessing["subset_of"] == whole.manifest.dataset.fingerprint
+    assert cache.labels().tolist() == whole.labels()[: len(cache)].tolist()
+    assert verify(target).ok
+    with pytest.raises(CacheError, match="other images"):
+        pull(f"{web.url}/cache", target)
+    assert subset(whole.manifest, None, 10**9) == whole.manifest
+
+
+def test_http_is_read_only_and_other_schemes_unknown(source: Path, web) -> None:
+    with pytest.raises(UserError, match="can only be read"):
+        push(source, f"{web.url}/new")
+    with pytest.raises(UserError, match="no way to reach ftp"):
+        pull("ftp://host/cache", "x")
+    with pytest.raises(CacheError, match="there is no cache at"):
+        pull(f"{web.url}/nothing", "x")
+
+
+# Local paths
+
+
+def test_push_and_pull_between_directories(source: Path, tmp_path: Path) -> None:
+    push(source, str(tmp_path / "a"))
+    pull(f"file://{tmp_path / 'a'}", tmp_path / "b")
+    assert tree(tmp_path / "b") == tree(source)
+    assert [Path(item.url).name for item in list_remote(str(tmp_path))] == ["a", "b"]
+    assert list_remote(str(source))[0].n_bytes > 50_000
+
+
+# S3
+
+
+def test_push_list_pull_over_s3(source: Path, bucket, tmp_path: Path) -> None:
+    url = f"s3://{bucket[0]}/caches/one"
+    seen: list[int] = []
+    done = push(source, url, progress=seen.append)
+    assert {k.removeprefix("caches/one/"): v for k, v in objects(bucket).items()} == tree(source)
+    assert sum(seen) == done.n_bytes > 0
+    assert not (source / ".featcache").exists()
+    assert [item.url for item in list_remote(f"s3://{bucket[0]}/caches")] == [url]
+    pull(url, tmp_path / "copy")
+    assert tree(tmp_path / "copy") == tree(source)
+    again = push(source, url)
+    assert (again.n_files, again.n_files_before) == (0, done.n_files)
+
+
+def test_root_goes_last_and_nobody_sees_half(source: Path, bucket, monkeypatch) -> None:
+    url = f"s3://{bucket[0]}/cache"
+    order: list[str] = []
+    real_put, real_put_if = remote.ObjectLocation.put, remote.ObjectLocation.put_if
+
+    def put(self, name, content):
+        order.append(name)
+        if len(order) == 9:
+            raise CacheError("the network is gone")
+        with pytest.raises(CacheError, match="no cache at"):
+            pull(url, "nowhere")
+        return real_put(self, name, content)
+
+    def put_if(self, name, content, previous):
+        order.append(name)
+        return real_put_if(self, name, content, previous)
+
+    monkeypatch.setattr(remote.ObjectLocation, "put", put)
+    monkeypatch.setattr(remote.ObjectLocation, "put_if", put_if)
+    with pytest.raises(CacheError, match="network is gone"):
+        push(source, url, threads=1)
+    first = order[:8] + order[9:]
+    assert objects(bucket).keys() == {f"cache/{name}" for name in first}
+    assert collect_garbage(source, dry_run=True)
+    # The rerun sends only what is missing, the root document last of all.
+    order[:] = [""] * 10
+    push(source, url, threads=1)
+    resent = order[10:]
+    assert not set(first) & set(resent)
+    assert resent[-1] == "zarr.json"
+    assert {k.removeprefix("cache/"): v for k, v in objects(bucket).items()} == tree(source)
+
+
+def test_push_more_features_later(source: Path, bucket, tmp_path: Path) -> None:
+    url = f"s3://{bucket[0]}/cache"
+    push(source, url, features=["dino@9"])
+    assert set(list_remote(url)[0].manifest.features) == {"dino@9", "key", "label"}
+    done = push(source, url)
+    assert done.n_files_before == 3 * 4 + 4  # label, key, dino@9 and its scales: four shards each
+    assert {k.removeprefix("cache/"): v for k, v in objects(bucket).items()} == tree(source)
+
+
+def test_two_pushes_at_once_both_arrive(source: Path, bucket, monkeypatch) -> None:
+    """Another push finishes between our look at the root and our replacing it: the result holds both."""
+    url = f"s3://{bucket[0]}/cache"
+    real = remote.ObjectLocation.put_if
+    calls = []
+
+    def put_if(self, name, content, previous):
+        calls.append(name)
+        if len(calls) == 1:
+            push(source, url, features=["vae/moments"])
+        return real(self, name, content, previous)
+
+    monkeypatch.setattr(remote.ObjectLocation, "put_if", put_if)
+    push(source, url, features=["dino@9"])
+    assert set(list_remote(url)[0].manifest.features) == {"dino@9", "vae/moments", "key", "label"}
+    assert len(calls) == 3
+
+
+def test_push_refuses_damage_and_conflicts(source: Path, bucket, tmp_path: Path) -> None:
+    url = f"s3://{bucket[0]}/cache"
+    damaged = tmp_path / "damaged"
+    shutil.copytree(source, damaged)
+    corrupt(damaged / "dino@9" / "c.0.0.0", lambda data: data.__setitem__(0, data[0] ^ 1))
+    with pytest.raises(CacheError, match=r"is damaged(.|\n)*was not sent(.|\n)*--repair"):
+        push(damaged, url)
+    push(source, url)
+    other = build(tmp_path / "other", count=20)
+    with pytest.raises(CacheError, match="other images"):
+        push(other, url)
+    changed = build(tmp_path / "changed", base_features(), skipped=(4, 21))
+    with pytest.raises(CacheError, match="with other bytes"):
+        push(changed, url)
+
+
+def test_what_arrives_damaged_is_noticed(source: Path, bucket, monkeypatch) -> None:
+    real = remote.ObjectLocation.put
+    broken = lambda self, name, content: real(self, name, b"\0" * Path(content).stat().st_size)  # noqa: E731
+    monkeypatch.setattr(remote.ObjectLocation, "put", broken)
+    with pytest.raises(CacheError, match="did not arrive as it was sent"):
+        push(source, f"s3://{bucket[0]}/cache")
+
+
+def test_wrong_credentials_and_missing_bucket(source: Path, bucket) -> None:
+    with pytest.raises(CacheError, match="does not exist or may not be written"):
+        push(source, "s3://no-such-bucket-here/cache")
+    with pytest.raises(UserError):
+        open_destination("s3://")
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("options", [{}, {"compressor": "blosc"}, {"format": "wds"}], ids=str)
+def test_streaming_equals_reading(tmp_path: Path, options) -> None:
+    specs = [*base_features(), tokens("v@1", views=2)]
+    build(tmp_path / "a" / "cache", specs, skipped=SKIPPED, **options)
+    with serve(tmp_path / "a") as web:
+        web.cut_every = 7
+        cache = featcache.open(f"{web.url}/cache", cache_dir=tmp_path / "blocks", cache_bytes=8 << 20)
+        local = featcache.open(tmp_path / "a" / "cache")
+        assert cache.fingerprint == local.fingerprint
+        assert cache.labels().tolist() == local.labels().tolist()
+        assert cache.keys() == local.keys()
+        indices = np.random.default_rng(0).permutation(len(cache))
+        with cache.reader(list(cache.manifest.features), threads=4) as reader:
+            out = reader.allocate(len(cache))
+            reader.read(indices, out)
+        for array in cache.manifest.arrays:
+            assert np.array_equal(out[array], expected(cache.manifest, array, SKIPPED)[cache.slots(indices)]), array
+        with cache.reader(["v@1"], single_view=True) as reader:
+            out = reader.allocate(5)
+            reader.read(indices[:5], out, views=[0, 1, 1, 0, 1])
+            whole = expected(cache.manifest, "v@1", SKIPPED)[cache.slots(indices[:5]), [0, 1, 1, 0, 1]]
+            assert np.array_equal(out["v@1"], whole)
+
+
+def test_stream_over_s3(source: Path, bucket, tmp_path: Path) -> None:
+    push(source, f"s3://{bucket[0]}/cache")
+    cache = featcache.open(f"s3://{bucket[0]}/cache", cache_dir=tmp_path / "blocks")
+    assert cache.labels().tolist() == featcache.open(source).labels().tolist()
+
+
+def stream_blocks(web, directory: Path, limit: int, block: int) -> tuple[featcache.Cache, BlockCache]:
+    cache = open_remote(f"{web.url}/cache", cache_dir=directory.parent / "unused")
+    blocks = BlockCache(open_location(f"{web.url}/cache"), directory, limit, block)
+    cache.backend.blocks = blocks
+    return cache, blocks
+
+
+def directory_bytes(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.iterdir())
+
+
+def test_local_blocks_stay_within_their_bound(source: Path, web, tmp_path: Path) -> None:
+    limit, block = 20 << 10, 2 << 10
+    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block)
+    rng = np.random.default_rng(0)
+    whole = expected(cache.manifest, "tiny@5", SKIPPED)
+    with cache.reader(["tiny@5", "vae/moments"], threads=3) as reader:
+        out = reader.allocate(8)
+        for _ in range(12):
+            indices = rng.integers(0, len(cache), 8)
+            reader.read(indices, out)
+            assert np.array_equal(out["tiny@5"], whole[cache.slots(indices)])
+            assert directory_bytes(tmp_path / "blocks") <= limit + 3 * (block + 4)
+    assert blocks.fetched_bytes > limit
+    # A new process finds them again, within the bound.
+    reopened = BlockCache(open_location(f"{web.url}/cache"), tmp_path / "blocks", 10 << 10, block)
+    assert directory_bytes(tmp_path / "blocks") <= 10 << 10
+    assert reopened.fetched_bytes == 0
+
+
+def test_sequential_order_fetches_every_block_once(source: Path, web, tmp_path: Path) -> None:
+    limit, block = 64 << 10, 4 << 10
+    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block)
+    order = sequential_order(0, 0, len(cache), cache.manifest.shard_size, window=1)
+    with cache.reader(["tiny@5"], threads=0) as reader:
+        out = reader.allocate(8)
+        for start in range(0, len(cache), 8):
+            reader.read(order[start : start + 8], out)
+    size = sum((source / "tiny@5" / f"c.{i}.0.0").stat().st_size for i in range(4))
+    size += sum((source / "tiny@5.scale" / f"c.{i}.0").stat().st_size for i in range(4))
+    assert blocks.fetched_bytes <= size
+
+
+def test_damaged_local_blocks_are_fetched_again(source: Path, web, tmp_path: Path) -> None:
+    directory = tmp_path / "blocks"
+    cache, _ = stream_blocks(web, directory, 1 << 20, 4 << 10)
+    labels = cache.labels()
+    for p in directory.iterdir():
+        corrupt(p, lambda data: data.__setitem__(0, data[0] ^ 0xFF))
+    (directory / "1-2.new").write_bytes(b"left by a dead process")
+    cache, blocks = stream_blocks(web, directory, 1 << 20, 4 << 10)
+    assert cache.labels().tolist() == labels.tolist()
+    assert blocks.fetched_bytes > 0
+    assert not (directory / "1-2.new").exists()
+
+
+def test_streaming_with_a_full_disk_and_a_dead_server(source: Path, web, tmp_path, monkeypatch) -> None:
+    cache, _ = stream_blocks(web, tmp_path / "blocks", 1 << 20, 4 << 10)
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    labels = cache.labels()
+    assert len(labels) == COUNT - len(SKIPPED)
+    web.broken = True
+    reader = cache.reader(["dino@9"])
+    with pytest.raises(CacheError, match="failed 6 times"):
+        reader.read([0], reader.allocate(1))
+
+
+def test_too_small_a_local_cache(web, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="at least"):
+        featcache.open(f"{web.url}/cache", cache_dir=tmp_path, cache_bytes=1000)
+
+
+# The hub's https interface
+
+
+def test_hub_urls(source: Path, monkeypatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    assert parse_hub_url("hf://datasets/me/set@v1/a/b") == ("me/set", "v1", "a/b")
+    assert parse_hub_url("hf://datasets/me/set") == ("me/set", "main", "")
+    for bad in ("hf://models/x/y", "hf://datasets/x", "hf://datasets/a/b/../c"):
+        with pytest.raises(UserError, match="not understood"):
+            parse_hub_url(bad)
+    assert is_remote("hf://datasets/a/b")
+    assert not is_remote("./a")
+    with serve(source.parent) as web:
+        web.prefix = "/datasets/me/set/resolve/main"
+        monkeypatch.setattr(constants, "ENDPOINT", web.url)
+        assert [item.manifest.dataset.count for item in list_remote("hf://datasets/me/set/cache")] == [COUNT]
+        pull("hf://datasets/me/set/cache", tmp_path / "copy")
+    assert tree(tmp_path / "copy") == tree(source)
+
+
+def test_push_to_the_hub_is_one_commit(source: Path, monkeypatch) -> None:
+    """The hub's client is replaced by one that records: what would be committed, and that it is one
+    commit.
+    """
+    import huggingface_hub
+
+    commits = []
+
+    class Api:
+        def create_repo(self, repository, **options):
+            assert (repository, options["repo_type"]) == ("me/set", "dataset")
+
+        def create_commit(self, repository, operations, **options):
+            commits.append({o.path_in_repo: o.path_or_fileobj for o in operations})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr("featcache.share.read_remote_root", lambda place: None)
+    push(source, "hf://datasets/me/set/cache")
+    assert len(commits) == 1
+    sent = {
+        name.removeprefix("cache/"): data if isinstance(data, bytes) else Path(data).read_bytes()
+        for name, data in commits[0].items()
+    }
+    assert sent == tree(source)
+
+
+def test_add_to_a_pulled_cache(source: Path, web, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    pull(f"{web.url}/cache", target, features=["tiny@5"])
+    add(target, [tokens("new@1")], SKIPPED)
+    assert verify(target).ok
