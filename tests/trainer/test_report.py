@@ -208,7 +208,8 @@ def test_numbers_stand_with_their_names_intervals_and_published_figures(tmp_path
     assert "FID ↓ not measured not measured 8.10 AHPA, Table 3 (demo-ahpa)" in text
     assert "they are not FID" in text
     assert "500 samples: FID is biased upwards below 50,000." in text
-    assert "guidance 1.5, interval 0 to 0.7" in text
+    judged = "sde-euler-maruyama, steps 50, guidance 1.5, interval 0 to 0.7."
+    assert f"Judged samples of demo-ahpa and demo-none: {judged}" in text
     assert "Method ahpa none" in text
     expected = np.median(runs[0].log["images_per_s"].values)
     assert f"Images/s (median) {expected:.4g}" in text

@@ -34,6 +34,7 @@ p{margin:.4rem 0;max-width:44rem}
 .lead{color:var(--soft);font-size:1.0625rem;margin-bottom:.75rem}
 .warn{color:var(--note);font-size:.9375rem}
 .hint{color:var(--soft);font-size:.875rem;margin:-.4rem 0 1.1rem}
+.after{font-size:.9375rem;margin-top:.8rem}
 figure{margin:0;min-width:0;break-inside:avoid}
 figcaption{font-size:.875rem;line-height:1.4;color:var(--soft);margin-top:.45rem}
 figcaption b,.charttitle{color:var(--ink);font-weight:600}
@@ -141,7 +142,7 @@ def image_html(image: Path | np.ndarray, *, alt: str) -> str:
 
 def figure_html(figure: Figure) -> str:
     """`<figure>` with picture and caption."""
-    title = f"<b>{escape(figure.title)}</b> " if figure.title else ""
+    title = f"<b>{escape(figure.title.rstrip('.'))}.</b> " if figure.title else ""
     picture = image_html(figure.image, alt=figure.alt)
     return f"<figure>{picture}<figcaption>{title}{escape(figure.caption)}</figcaption></figure>"
 

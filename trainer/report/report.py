@@ -14,12 +14,12 @@ from trainer.report.data import Column, RunData
 from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html
 from trainer.report.table import (
     Published,
+    flatten,
     higher_is_better,
     latest,
     metric_names,
     metrics_of,
     numbers_html,
-    plain,
     settings_html,
 )
 
@@ -58,7 +58,7 @@ def write_report(
         _header(title, lead, runs),
         _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
         _section("Curves", _curves([*_step_charts(runs), *charts])),
-        _section("Numbers", numbers_html(runs, published)),
+        _section("Numbers", numbers_html(runs, published) + _judged_sentences(runs)),
         _section("Features", figures_html(features)),
         _section("How it was sampled and judged", _settings(runs)),
         _section("Settings to reproduce", _configs(runs)),
@@ -88,7 +88,7 @@ def write_comparison(
         _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
         _section("At equal steps", _curves(_step_charts(runs))),
         _section("At equal time", _curves(_time_charts(runs))),
-        _section("Numbers", numbers_html(runs, published)),
+        _section("Numbers", numbers_html(runs, published) + _judged_sentences(runs)),
         _section("How it was sampled and judged", _settings(runs)),
         _section("Settings to reproduce", _configs(runs)),
     ]
@@ -139,19 +139,23 @@ def _run_samples(runs: Sequence[RunData]) -> list[Figure]:
                 Figure(
                     image=path,
                     title=f"{run.name}, step {number(step)}.",
-                    caption=_sampler_sentence(run),
+                    caption="Drawn during training, at this step.",
                     alt=f"Grid of generated samples of run {run.name} at step {step}",
                 )
             )
     return figures
 
 
-def _sampler_sentence(run: RunData) -> str:
-    sampler = latest(run).get("sampler")
-    if not isinstance(sampler, Mapping) or not sampler:
-        return "Generated samples."
-    settings = [plain(v) if k == "name" else f"{k.replace('_', ' ')} {plain(v)}" for k, v in sampler.items()]
-    return f"Generated: {', '.join(settings)}."
+def _judged_sentences(runs: Sequence[RunData]) -> str:
+    """How the judged samples were drawn, once for all runs that did it alike. The grids have settings of their own."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        settings = flatten(latest(run).get("sampler"))
+        parts = [v if k in ("name", "sampler") else f"{k.replace('_', ' ')} {v}" for k, v in settings]
+        if parts:
+            names.setdefault(", ".join(parts), []).append(run.name)
+    lines = [f"Judged samples of {' and '.join(who)}: {how}." for how, who in names.items()]
+    return "".join(f'<p class="after">{escape(line)}</p>' for line in lines)
 
 
 def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:

@@ -94,7 +94,7 @@ def numbers_html(runs: Sequence[RunData], published: Sequence[Published]) -> str
 
 def settings_html(heading: str, runs: Sequence[RunData], key: str) -> str:
     """`key` of the runs' last evaluations, folded away: all settings, since all of them move the numbers."""
-    columns = [dict(_flatten(latest(run).get(key))) for run in runs]
+    columns = [dict(flatten(latest(run).get(key))) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     if not names:
         return ""
@@ -138,7 +138,7 @@ def _metric_row(runs: Sequence[RunData], metric: str, published: Sequence[Publis
     values = [f[0] if f else None for f in found]
     known = [(value, i) for i, value in enumerate(values) if value is not None]
     best = None
-    if len({value for value, _ in known}) > 1:
+    if len({measure(value) for value, _ in known}) > 1:  # a lead that does not show is none
         best = (max if higher_is_better(metric) else min)(known)[1]
     cells = [_metric_cell(*f) if f else "not measured" for f in found]
     figures = []
@@ -174,9 +174,9 @@ def _caveat(names: Sequence[str]) -> str:
     if not substitutes:
         return ""
     return (
-        f"<p>{escape(', '.join(substitutes))}: measured with a network other than the literature's. They rank"
-        " the runs on this page against each other; they are not FID and cannot be compared with published"
-        " numbers.</p>"
+        f'<p class="after">{escape(", ".join(substitutes))}: measured with a network other than the one in the'
+        " literature. They rank the runs on this page against each other; they are not FID and cannot be compared"
+        " with published numbers.</p>"
     )
 
 
@@ -223,13 +223,14 @@ def _metric_cell(value: float, interval: Sequence[float] | None) -> str:
     return f"{measure(value)}<small>95 %: {measure(interval[0])} to {measure(interval[1])}</small>"
 
 
-def _flatten(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (name, text) pairs; names of inner ones after those of outer ones, None left out."""
     if not isinstance(settings, Mapping):
         return []
     rows = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            rows += _flatten(value, f"{prefix}{key}, ")
+            rows += flatten(value, f"{prefix}{key} ")
         elif value is not None:
             rows.append((f"{prefix}{key}", plain(value)))
     return rows
