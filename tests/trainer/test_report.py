@@ -25,7 +25,7 @@ from trainer.report import (
 )
 from trainer.report.charts import Chart, Series, render_svg, smooth, smoothed_series
 from trainer.report.data import read_log
-from trainer.report.page import number
+from trainer.report.page import measure, number
 from trainer.report.table import higher_is_better
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -212,7 +212,7 @@ def test_numbers_stand_with_their_names_intervals_and_published_figures(tmp_path
     assert f"Judged samples of demo-ahpa and demo-none: {judged}" in text
     assert "Method ahpa none" in text
     expected = np.median(runs[0].log["images_per_s"].values)
-    assert f"Images/s (median) {expected:.4g}" in text
+    assert f"Images/s (median) {measure(float(expected))}" in text
 
 
 def test_better_values_are_marked(tmp_path: Path, runs: list[RunData]) -> None:

@@ -119,7 +119,7 @@ def _run_rows(runs: Sequence[RunData]) -> list[Row]:
         Row(label="Steps", cells=_numbers([run.steps for run in runs])),
         Row(
             label="Images/s (median)",
-            cells=_numbers([float(np.nanmedian(c.values)) if c is not None else None for c in speeds]),
+            cells=_measures([float(np.nanmedian(c.values)) if c is not None else None for c in speeds]),
         ),
     ]
 
