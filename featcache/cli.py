@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from featcache import commands
 from featcache.console import console, run_app
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def build(
     weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights, searched before the hub.")] = None,
     random_weights: Annotated[int | None, typer.Option(help="Seed of random encoder weights, to try things out without pretrained ones.")] = None,
     on_bad_image: Annotated[str, typer.Option(help="fail, or skip (recorded in the manifest).")] = "fail",
-    final_norm: Annotated[str, typer.Option(help="Apply the encoder's final norm to all cached layers, or only to the last one.")] = "all",
+    final_norm: Annotated[str, typer.Option(help="Encoder's final norm on: all cached layers, last, none, auto.")] = "auto",
     moments_codec: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
     levels_codec: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, fp8 or int4.")] = "int8",
     tokens_codec: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, fp8 or int4.")] = "int8",
@@ -118,6 +119,9 @@ def inspect(
     target = out or Path(f"{cache.resolve().name}.png")
     save_sheet(opened, target, data=data, count=count)
     console.print(f"picture: [bold]{target}[/bold]")
+
+
+commands.register(app)
 
 
 def main() -> None:

@@ -18,6 +18,27 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
+class ByteBar:
+    """A spinner with what has been done so far and its rate (for work whose total is not known beforehand)."""
+
+    def __init__(self, name: str) -> None:
+        from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+        columns = (SpinnerColumn(), TextColumn(name), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(name, total=None)
+
+    def __enter__(self) -> ByteBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, amount: int) -> None:
+        self._bar.update(self._task, advance=amount)
+
+
 def print_error(error: UserError) -> None:
     """One short paragraph: what is wrong and why, then what to type."""
     errors.print(f"[bold red]error:[/bold red] {_plain(error.what)}")

@@ -1,0 +1,215 @@
+"""The commands around the life of a cache: list, check, share, convert, import, remove. Thin: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featcache.console import ByteBar, console
+from featcache.errors import UserError
+
+CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
+Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. [default: all]")]
+Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
+
+
+def _split(text: str | None) -> list[str] | None:
+    """``"vae/G3,dinov2-b@9,11"`` => names; a bare number is one more layer of the encoder before it."""
+    if text is None:
+        return None
+    names: list[str] = []
+    for part in (p.strip() for p in text.split(",")):
+        if part.isdigit() and names and "@" in names[-1]:
+            names.append(f"{names[-1].split('@')[0]}@{part}")
+        elif part:
+            names.append(part)
+    return names
+
+
+def list_caches(
+    place: Annotated[str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")] = "caches",
+) -> None:
+    """List caches with their features and sizes."""
+    from rich.table import Table
+
+    from featcache.describe import size_text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("cache", "images", "size", "features"):
+        table.add_column(title, no_wrap=title != "features")
+    hidden = ("label", "key", "content")
+    if "://" in place:
+        from featcache.share import list_remote
+
+        for listed in list_remote(place):
+            names = [n for n in listed.manifest.features if n not in hidden]
+            table.add_row(listed.url, str(listed.manifest.dataset.count), size_text(listed.n_bytes), " ".join(names))
+    else:
+        from featcache.store import manage
+
+        for info in manage.list_caches(place):
+            names = [n for n in info.manifest.features if n not in hidden] if info.manifest else []
+            notes = [f"[yellow]unfinished: {' '.join(info.unfinished)}[/yellow]"] if info.unfinished else []
+            notes += [f"[red]{info.problem}[/red]"] if info.problem else []
+            count = str(info.manifest.dataset.count) if info.manifest else "-"
+            table.add_row(str(info.path), count, size_text(info.n_bytes), " ".join([*names, *notes]))
+    if not table.row_count:
+        raise UserError(f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4")
+    console.print(table)
+
+
+def verify(
+    cache: CachePath,
+    features: Features = None,
+    threads: Annotated[int | None, typer.Option(help="[default: one a core]")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Encode damaged shards again from the images.")] = False,
+    data: Annotated[str | None, typer.Option(help="Image folder, for --repair. Default as for build.")] = None,
+    weights_dir: Annotated[Path | None, typer.Option(help="Pretrained weights, for --repair.")] = None,
+    device: Annotated[str, typer.Option(help="For --repair.")] = "auto",
+) -> None:
+    """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
+    from featcache.describe import size_text
+    from featcache.store.verify import repair_metadata
+    from featcache.store.verify import verify as check
+
+    with ByteBar("checking") as bar:
+        report = check(cache, features=_split(features), threads=threads, progress=bar.advance)
+    for problem in report.problems:
+        console.print(f"[red]damaged[/red] {problem}")
+    if report.ok:
+        console.print(f"{cache}: sound ({report.n_files} files, {size_text(report.n_bytes)})")
+        return
+    if not repair:
+        console.print(f"{len(report.problems)} problems; type: featcache verify {cache} --repair")
+        raise typer.Exit(1)
+    from featcache.repair import repair_shards
+
+    for name in repair_metadata(cache):
+        console.print(f"metadata written again: {name}")
+    if report.damaged:
+        repair_shards(cache, report.damaged, data=data, weights_dir=weights_dir, device=device)
+    with ByteBar("checking") as bar:
+        again = check(cache, features=_split(features), threads=threads, progress=bar.advance)
+    for problem in again.problems:
+        console.print(f"[red]still damaged[/red] {problem}")
+    if not again.ok:
+        raise typer.Exit(1)
+    console.print(f"{cache}: repaired and sound")
+
+
+def remove(
+    cache: CachePath,
+    features: Annotated[str | None, typer.Option(help="Features to remove; without it the whole cache.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove features of a cache, or (without --features) the whole cache."""
+    import featcache
+    from featcache.describe import size_text
+    from featcache.store import manage
+    from featcache.store.files import remove_tree
+
+    names = _split(features)
+    what = f"{', '.join(names)} of {cache}" if names else f"the whole cache {cache}"
+    featcache.open(cache)
+    if not yes and not typer.confirm(f"remove {what}?"):
+        raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
+    if names:
+        console.print(f"removed {what}: {size_text(manage.remove_features(cache, names))}")
+    else:
+        remove_tree(cache)
+        console.print(f"removed {what}")
+
+
+def collect_garbage(
+    cache: CachePath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove what dead builds left behind (they can then no longer be continued)."""
+    from featcache.describe import size_text
+    from featcache.store import manage
+
+    removed = manage.collect_garbage(cache, dry_run=dry_run)
+    for name, n_bytes in removed:
+        console.print(f"{'would remove' if dry_run else 'removed'} {name}  {size_text(n_bytes)}")
+    console.print(f"{len(removed)} leftovers, {size_text(sum(n for _, n in removed))}")
+
+
+def push(
+    cache: CachePath,
+    url: Annotated[str, typer.Argument(help="s3://bucket/path, gs://, hf://datasets/owner/name, or a folder.", show_default=False)],
+    features: Features = None,
+    threads: Threads = 8,
+) -> None:
+    """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
+    from featcache import share
+    from featcache.describe import size_text
+
+    with ByteBar("pushing") as bar:
+        done = share.push(cache, url, features=_split(features), threads=threads, progress=bar.advance)
+    console.print(f"{url}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there")
+
+
+def pull(
+    url: Annotated[str, typer.Argument(help="Where the cache is: s3://, gs://, hf://, http(s):// or a folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False)],
+    features: Features = None,
+    samples: Annotated[int | None, typer.Option(help="Only the first so many samples (whole shards).", min=1)] = None,
+    threads: Threads = 8,
+) -> None:
+    """Copy a cache, or a part of one, to this machine; resumable, verified on arrival."""
+    from featcache import share
+    from featcache.describe import size_text
+
+    with ByteBar("pulling") as bar:
+        done = share.pull(url, folder, features=_split(features), samples=samples, threads=threads, progress=bar.advance)
+    console.print(f"{folder}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Cache to read.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Folder of the new cache.", show_default=False)],
+    to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
+    features: Features = None,
+    shard_size: Annotated[int | None, typer.Option(help="Samples a shard of the new cache.", min=1)] = None,
+    compressor: Annotated[str | None, typer.Option(help="zstd or blosc, for zarr. [default: none]")] = None,
+) -> None:
+    """Copy a cache into the other format, bit for bit."""
+    from featcache.convert import convert as run
+
+    if to not in ("zarr", "wds"):
+        raise UserError(f"--to {to!r} is neither zarr nor wds", remedy="Type --to zarr or --to wds.")
+    with ByteBar("converting") as bar:
+        manifest = run(
+            source, target, to=to, features=_split(features), shard_size=shard_size, compressor=compressor, progress=bar.advance
+        )
+    console.print(f"{target}: {manifest.dataset.count} samples as {to}")
+
+
+def import_latents(
+    source: Annotated[Path, typer.Argument(help="Folder of latents.", show_default=False)],
+    layout: Annotated[str, typer.Option("--from", help="Who made them: repa, edm2 or lightningdit.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the new cache. [default: ./caches/<folder>-<layout>]")] = None,
+    vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
+) -> None:
+    """Turn latents that you already have into a cache."""
+    from featcache.importers import ImportRequest
+    from featcache.importers import import_latents as run
+
+    target = out or Path("caches") / f"{source.resolve().name}-{layout}"
+    with ByteBar("importing") as bar:
+        manifest = run(ImportRequest(source=source, out=target, layout=layout, vae=vae), bar.advance)
+    console.print(f"cache: [bold]{target}[/bold]   ({manifest.dataset.count} samples)")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command(name="ls")(list_caches)
+    app.command()(verify)
+    app.command(name="rm")(remove)
+    app.command(name="gc")(collect_garbage)
+    app.command()(push)
+    app.command()(pull)
+    app.command()(convert)
+    app.command(name="import")(import_latents)
