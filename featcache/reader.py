@@ -8,6 +8,7 @@ of the interpreter lock. What is kept in memory is per shard, never per sample.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -20,7 +21,7 @@ import numpy as np
 
 from featcache.errors import CacheError
 from featcache.order import epoch_order, sequential_order
-from featcache.store.backends import Backend, ShardFile, open_backend
+from featcache.store.backends import Backend, ShardFile, StridedShard, open_backend
 from featcache.store.layout import sample_bytes
 from featcache.store.manifest import Manifest
 from featcache.store.root import read_root
@@ -29,6 +30,7 @@ __all__ = ["Cache", "Reader", "epoch_order", "open_cache", "sequential_order"]
 
 _MAX_IOV = 512  # Linux takes 1024 buffers a call
 _PIECE = 1 << 18
+_PAGE_BYTES = 4096
 _LABEL, _KEY = "label", "key"
 
 
@@ -39,11 +41,22 @@ def _descriptor_budget() -> int:
     return max(16, min(2048, soft // 2))
 
 
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    n_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(n_bytes + _PAGE_BYTES, np.uint8)
+    start = -buffer.ctypes.data % _PAGE_BYTES
+    return buffer[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class _OpenShards:
     """The most recently used open shards, bounded in number."""
 
-    def __init__(self, backend: Backend, limit: int) -> None:
-        self._backend, self._limit = backend, limit
+    def __init__(self, backend: Backend, limit: int, mapped: bool = False) -> None:
+        self._backend, self._limit, self._mapped = backend, limit, mapped
         self._open: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -55,6 +68,8 @@ class _OpenShards:
                 self._open.move_to_end(key)
                 return found
         opened = self._backend.open_shard(array, shard)
+        if self._mapped and isinstance(opened, StridedShard):
+            opened.map()
         with self._lock:
             self._open[key] = opened
             while len(self._open) > self._limit:
@@ -137,15 +152,19 @@ class Cache:
         threads: int | None = None,
         single_view: bool = False,
         slots: bool = False,
+        access: str = "auto",
     ) -> Reader:
         """A reader of these features. `threads`: default one a core, at most 8; 0 reads in the calling
         thread.
 
         single_view: drop the view axis of flipped caches; `read` then takes the view of each sample and
-        moves only its bytes. slots: indices count slots, skipped ones (zeros, label -1) included.
+        moves only its bytes. slots: indices count slots, skipped ones (zeros, label -1) included. access:
+        'pread', 'mmap', or 'auto': mapped where the features fit into half the memory. A mapped file that
+        another program cuts short ends the process (SIGBUS): choose 'pread' where that may happen (featcache
+        itself never does it).
         """
         self.require(features)
-        return Reader(self, features, threads=threads, single_view=single_view, slots=slots)
+        return Reader(self, features, threads=threads, single_view=single_view, slots=slots, access=access)
 
 
 class _Plan(NamedTuple):
@@ -162,6 +181,16 @@ class _Plan(NamedTuple):
     starts: list[int]
 
 
+class _Job(NamedTuple):
+    """One array of a batch: its buffer as flat bytes (twice: for the kernel, for copies), bytes a sample."""
+
+    name: str
+    flat: memoryview
+    array: np.ndarray
+    length: int
+    select: bool
+
+
 class Reader:
     """Reads batches of some features. `read` may be called from several threads at once."""
 
@@ -173,6 +202,7 @@ class Reader:
         threads: int | None = None,
         single_view: bool = False,
         slots: bool = False,
+        access: str = "auto",
     ) -> None:
         manifest = cache.manifest
         self.cache = cache
@@ -187,7 +217,14 @@ class Reader:
                 self._views[array] = spec.views if drop else 1
         self._by_slot = slots
         self._shard_size = manifest.shard_size
-        self._open = _OpenShards(cache.backend, _descriptor_budget())
+        if access not in ("auto", "pread", "mmap"):
+            raise CacheError(f"there is no access {access!r}", remedy="use auto, pread or mmap")
+        # Half the budget: a mapping keeps a descriptor of its own.
+        limit = _descriptor_budget() // 2
+        n_files = manifest.n_shards * len(self.arrays)
+        total_bytes = self.bytes_per_sample * manifest.dataset.count
+        fits = total_bytes <= _physical_memory_bytes() // 2 and n_files <= limit
+        self._open = _OpenShards(cache.backend, limit, access == "mmap" or (access == "auto" and fits))
         n_threads = min(8, os.cpu_count() or 1) if threads is None else threads
         self._pool = ThreadPoolExecutor(n_threads, "featcache-read") if n_threads > 1 else None
         self._n_threads = max(1, n_threads)
@@ -208,8 +245,14 @@ class Reader:
         return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
 
     def allocate(self, batch: int) -> dict[str, np.ndarray]:
-        """Buffers for `batch` samples: array name -> `[batch, *stored_shape]`."""
-        return {name: np.empty((batch, *shape), dtype) for name, (dtype, shape) in self.arrays.items()}
+        """Buffers for `batch` samples: array name -> `[batch, *stored_shape]`, beginning at a page's
+        boundary.
+
+        Alignment is worth a factor of two to three: samples lie at multiples of 64 bytes in shards, and
+        copies whose ends differ modulo 64 are slow on current processors. (Pinned tensors are aligned by
+        nature.)
+        """
+        return {name: _aligned((batch, *shape), dtype) for name, (dtype, shape) in self.arrays.items()}
 
     def read(
         self,
@@ -254,8 +297,9 @@ class Reader:
         )
         jobs = []
         for name, (dtype, shape) in self.arrays.items():
-            flat = self._flat(name, out[name], dtype, shape, out_offset + n)
-            jobs.append((name, flat, sample_bytes(dtype, shape), self._views[name] > 1))
+            array = self._flat(name, out[name], dtype, shape, out_offset + n)
+            view = memoryview(array)  # type: ignore[arg-type]
+            jobs.append(_Job(name, view, array, sample_bytes(dtype, shape), self._views[name] > 1))
         n_runs = len(starts)
         if self._pool is None or n_runs == 1:
             self._read_range(jobs, plan, 0, n_runs)
@@ -281,24 +325,25 @@ class Reader:
             raise CacheError(f"slot {slots.min()} or {slots.max()} is outside the cache's {count} slots")
         return slots
 
-    def _flat(self, name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> memoryview:
+    def _flat(self, name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> np.ndarray:
         if array.dtype != dtype or array.shape[1:] != shape or len(array) < rows or not array.flags.c_contiguous:
             raise CacheError(
                 f"the buffer for {name!r} must be contiguous {dtype} [{rows} or more, *{list(shape)}], "
                 f"but is {array.dtype} {list(array.shape)}"
             )
-        return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        return array.reshape(-1).view(np.uint8)
 
-    def _read_range(self, jobs: list[tuple[str, memoryview, int, bool]], plan: _Plan, start: int, stop: int) -> None:
+    def _read_range(self, jobs: list[_Job], plan: _Plan, start: int, stop: int) -> None:
         """Read the runs `start` to `stop` of all arrays."""
         shards, firsts, rows, counts = plan.shards, plan.firsts, plan.rows, plan.counts
-        for name, flat, length, select in jobs:
+        for name, flat, array, length, select in jobs:
             i = start
-            shard, file = -1, None
+            shard, file, mapped = -1, None, None
             while i < stop:
                 if shards[i] != shard:
                     shard = shards[i]
                     file = self._open.get(name, shard)
+                    mapped = file if isinstance(file, StridedShard) and file.mapped is not None else None
                 assert file is not None
                 first, place = firsts[i], rows[i] * length
                 if select:
@@ -308,7 +353,11 @@ class Reader:
                         place += length
                     i += 1
                     continue
-                buffers = [flat[place : place + counts[i] * length]]
+                size = counts[i] * length
+                if mapped is not None and mapped.copy(first, counts[i], array[place : place + size]):
+                    i += 1
+                    continue
+                buffers = [flat[place : place + size]]
                 following = first + counts[i]
                 i += 1
                 # Runs that follow each other in the shard share a call, wherever in the batch they go.

@@ -38,7 +38,7 @@ def path(tmp_path_factory) -> Path:
 def readers(path: Path):
     cache = featcache.open(path)
     features = list(cache.manifest.features)
-    made = {threads: cache.reader(features, threads=threads) for threads in (0, 1, 3)}
+    made = {t: cache.reader(features, threads=t, access=a) for t, a in ((0, "mmap"), (1, "pread"), (3, "auto"))}
     yield cache, made
     for reader in made.values():
         reader.close()
@@ -100,9 +100,7 @@ def test_reads_into_a_torch_tensor(path: Path) -> None:
     tensors = {n: torch.from_numpy(a) for n, a in reader.allocate(3).items()}
     reader.read([5, 4, 3], {name: tensor.numpy() for name, tensor in tensors.items()})
     assert tensors["tiny@5"].dtype == torch.int8
-    assert torch.equal(
-        tensors["tiny@5"][0], torch.from_numpy(expected(reader.cache.manifest, "tiny@5", SKIPPED)[6])
-    )
+    assert torch.equal(tensors["tiny@5"][0], torch.from_numpy(expected(reader.cache.manifest, "tiny@5", SKIPPED)[6]))
 
 
 def test_many_threads_share_a_reader(path: Path, monkeypatch) -> None:
@@ -134,7 +132,7 @@ def test_many_threads_share_a_reader(path: Path, monkeypatch) -> None:
 
 def test_shard_that_shrinks_or_lies(tmp_path: Path) -> None:
     path = build(tmp_path / "cache")
-    reader = featcache.open(path).reader(["vae/moments"], threads=0)
+    reader = featcache.open(path).reader(["vae/moments"], threads=0, access="pread")
     out = reader.allocate(COUNT)
     reader.read(range(COUNT), out)
     # Cut under an open descriptor: what was there is gone.
@@ -250,7 +248,7 @@ def test_neighbours_merge_into_few_calls(path: Path, monkeypatch) -> None:
     calls = []
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: calls.append(real(*a)) or calls[-1])
-    with featcache.open(path).reader(["vae/moments"], threads=0) as reader:
+    with featcache.open(path).reader(["vae/moments"], threads=0, access="pread") as reader:
         out = reader.allocate(46)
         reader.read(np.random.default_rng(0).permutation(46), out)
     # Slots 1..14, 17..31, 32..47, 48: skipped slots and shards divide the runs.

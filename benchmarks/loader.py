@@ -1,0 +1,442 @@
+"""How fast do batches of cached features reach host memory? Ours beside the loaders that people use.
+
+    python benchmarks/loader.py --records repa --out /dev/shm/bench     # 212 KB an image: moments + DINOv2-B
+    tokens python benchmarks/loader.py --records ahpa                          # 1.06 MB: moments + eight VAE
+    layers python benchmarks/loader.py --records repa --cold --write
+
+Every loader holds the same bytes and copies whole batches into the same preallocated buffers, in one
+process. The peers get the layout that suits them best (one blob a sample where they store samples as
+wholes). Rounds are interleaved, so that whatever else the machine does hits all alike; the figure is the
+median of the rounds. The raw memory limit copies the same records from one array in memory, row by row, with
+as many threads as our reader.
+
+`--cold` evicts the files from the page cache before each pass (posix_fadvise; no root needed). `--write`
+compares the cache writer (hashing, fsync and rename included) with writing the same bytes to plain files
+(fsync included).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import featcache
+from featcache.store import CacheWriter, DatasetSpec, FeatureSpec
+from featcache.store.layout import STATE
+
+BATCH = 64
+SAMPLES_A_FILE = 128
+RESULTS = Path(__file__).parent / "results"
+
+Batches = Iterator[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Records:
+    """Synthetic records: every array's stored values, and the same bytes as one blob a sample."""
+
+    specs: list[FeatureSpec]
+    arrays: dict[str, np.ndarray]
+    blobs: np.ndarray
+
+
+def make_records(kind: str, n: int) -> Records:
+    """`n` random records of REPA's or AHPA's size."""
+    specs = [
+        FeatureSpec(name="label", shape=(), codec="raw", dtype="int64"),
+        FeatureSpec(name="vae/moments", shape=(8, 32, 32), codec="fp16"),
+    ]
+    if kind == "repa":
+        specs.append(FeatureSpec(name="dinov2-b@11", shape=(256, 768), codec="int8"))
+    else:
+        specs += [FeatureSpec(name=f"vae/{g}", shape=(4, 256, 512), codec="int8") for g in ("G3", "G4")]
+    rng = np.random.default_rng(0)
+    lengths = {a: int(np.prod(s)) * d.itemsize for spec in specs for a, (d, s) in spec.arrays.items()}
+    blobs = rng.integers(0, 256, (n, sum(lengths.values())), dtype=np.uint8)
+    arrays, start = {}, 0
+    for spec in specs:
+        for array, (dtype, shape) in spec.arrays.items():
+            part = np.ascontiguousarray(blobs[:, start : start + lengths[array]])
+            arrays[array] = part.reshape(-1).view(dtype).reshape(n, *shape)
+            start += lengths[array]
+    return Records(specs, arrays, blobs)
+
+
+def write_cache(path: Path, records: Records, shard_size: int) -> None:
+    n = len(records.blobs)
+    dataset = DatasetSpec(name="bench", count=n, class_names=("a",), fingerprint="0" * 64)
+    with CacheWriter.create(path, dataset, shard_size=shard_size) as writer:
+        writer.begin(records.specs)
+        for shard in writer.pending():
+            slots = writer.slots(shard)
+            for spec in records.specs:
+                parts = {a[len(spec.name) :]: records.arrays[a][slots.start : slots.stop] for a in spec.arrays}
+                writer.write_shard(spec.name, shard, parts)
+        writer.finish()
+
+
+# Each loader: write(folder, records), then open(folder, records) -> read(indices): fills its own batch
+# buffers.
+Reader = Callable[[np.ndarray], None]
+
+
+def batch_buffer(records: Records) -> np.ndarray:
+    """A batch of blobs, page-aligned like our reader's buffers, so that no loader copies at a
+    disadvantage.
+    """
+    length = records.blobs.shape[1]
+    buffer = np.empty(BATCH * length + 4096, np.uint8)
+    start = -buffer.ctypes.data % 4096
+    return buffer[start : start + BATCH * length].reshape(BATCH, length)
+
+
+def raw_memory(records: Records, threads: int) -> Reader:
+    out = batch_buffer(records)
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def copy(rows: list[tuple[int, int]]) -> None:
+        for row, index in rows:
+            out[row] = records.blobs[index]
+
+    def read(indices: np.ndarray) -> None:
+        rows = list(enumerate(indices.tolist()))
+        if pool is None:
+            copy(rows)
+            return
+        cuts = [len(rows) * i // threads for i in range(threads + 1)]
+        list(pool.map(copy, [rows[a:b] for a, b in itertools.pairwise(cuts)]))
+
+    return read
+
+
+def ours(path: Path, records: Records, threads: int) -> Reader:
+    reader = featcache.open(path).reader([spec.name for spec in records.specs], threads=threads)
+    out = reader.allocate(BATCH)
+    return lambda indices: reader.read(indices, out)
+
+
+def zarr_python(path: Path, records: Records) -> Reader:
+    import zarr
+
+    group = zarr.open_group(path, mode="r")
+    arrays = {name: group[name] for name in records.arrays}
+    out = {name: np.empty((BATCH, *a.shape[1:]), a.dtype) for name, a in records.arrays.items()}
+
+    def read(indices: np.ndarray) -> None:
+        for name, array in arrays.items():
+            out[name][: len(indices)] = array.get_orthogonal_selection(indices)
+
+    return read
+
+
+def tensorstore(path: Path, records: Records) -> Reader:
+    import tensorstore as ts
+
+    def open_array(name: str) -> Any:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}}
+        return ts.open(spec, open=True, recheck_cached_data="open").result()
+
+    arrays = {name: open_array(name) for name in records.arrays}
+    out = {name: np.empty((BATCH, *a.shape[1:]), a.dtype) for name, a in records.arrays.items()}
+
+    def read(indices: np.ndarray) -> None:
+        pending = {name: array[indices].read() for name, array in arrays.items()}
+        for name, future in pending.items():
+            out[name][: len(indices)] = future.result()
+
+    return read
+
+
+def write_npy(folder: Path, records: Records) -> None:
+    folder.mkdir(parents=True)
+    for i, blob in enumerate(records.blobs):
+        np.save(folder / f"{i:08d}.npy", blob)
+
+
+def npy_per_image(folder: Path, records: Records) -> Reader:
+    out = batch_buffer(records)
+
+    def read(indices: np.ndarray) -> None:
+        for row, index in enumerate(indices.tolist()):
+            out[row] = np.load(folder / f"{index:08d}.npy")
+
+    return read
+
+
+def write_safetensors(folder: Path, records: Records) -> None:
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    for start in range(0, len(records.blobs), SAMPLES_A_FILE):
+        save_file({"x": records.blobs[start : start + SAMPLES_A_FILE]}, folder / f"{start // SAMPLES_A_FILE:05d}.st")
+
+
+def safetensors_slices(folder: Path, records: Records) -> Reader:
+    from safetensors import safe_open
+
+    slices = [safe_open(path, framework="np").get_slice("x") for path in sorted(folder.glob("*.st"))]
+    out = batch_buffer(records)
+
+    def read(indices: np.ndarray) -> None:
+        for row, index in enumerate(indices.tolist()):
+            file, place = divmod(index, SAMPLES_A_FILE)
+            out[row] = slices[file][place : place + 1][0]
+
+    return read
+
+
+def write_mds(folder: Path, records: Records) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder), columns={"x": "bytes"}) as writer:
+        for blob in records.blobs:
+            writer.write({"x": blob.tobytes()})
+
+
+def mosaicml_mds(folder: Path, records: Records) -> Reader:
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=BATCH)
+    out = batch_buffer(records)
+
+    def read(indices: np.ndarray) -> None:
+        for row, index in enumerate(indices.tolist()):
+            out[row] = np.frombuffer(dataset[index]["x"], np.uint8)
+
+    return read
+
+
+def write_webdataset(folder: Path, records: Records) -> None:
+    import webdataset
+
+    folder.mkdir(parents=True)
+    with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=SAMPLES_A_FILE, verbose=0) as writer:
+        for i, blob in enumerate(records.blobs):
+            writer.write({"__key__": f"{i:08d}", "npy": blob})
+
+
+def webdataset_tar(folder: Path, records: Records) -> Reader:
+    """Streams; it has no random access, so in random order it goes through a shuffle buffer of one tar."""
+    import webdataset
+
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    out = batch_buffer(records)
+
+    def samples() -> Iterator[np.ndarray]:
+        while True:
+            for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
+                yield sample["npy"]
+
+    stream = samples()
+
+    def read(indices: np.ndarray) -> None:
+        for row in range(len(indices)):
+            out[row] = next(stream)
+
+    return read
+
+
+def batches(order: str, n: int, seed: int) -> Batches:
+    indices = np.random.default_rng(seed).permutation(n) if order == "random" else np.arange(n)
+    for start in range(0, n - BATCH + 1, BATCH):
+        yield indices[start : start + BATCH]
+
+
+def rate(read: Reader, order: str, n: int, seed: int, limit_s: float) -> float:
+    """Images a second over one pass, or over as much of it as fits into `limit_s`."""
+    done, start = 0, time.perf_counter()
+    for indices in batches(order, n, seed):
+        read(indices)
+        done += len(indices)
+        if time.perf_counter() - start > limit_s:
+            break
+    return done / (time.perf_counter() - start)
+
+
+def evict(folder: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
+    n, threads = len(records.blobs), args.threads
+    write_cache(work / "cache", records, SAMPLES_A_FILE)
+    write_npy(work / "npy", records)
+    write_safetensors(work / "safetensors", records)
+    write_webdataset(work / "webdataset", records)
+    loaders: dict[str, tuple[Path | None, Callable[[], Reader]]] = {
+        "raw memory x1": (None, lambda: raw_memory(records, 1)),
+        f"raw memory x{threads}": (None, lambda: raw_memory(records, threads)),
+        "featcache x1": (work / "cache", lambda: ours(work / "cache", records, 0)),
+        f"featcache x{threads}": (work / "cache", lambda: ours(work / "cache", records, threads)),
+        "tensorstore": (work / "cache", lambda: tensorstore(work / "cache", records)),
+        "zarr-python": (work / "cache", lambda: zarr_python(work / "cache", records)),
+        "safetensors slices": (work / "safetensors", lambda: safetensors_slices(work / "safetensors", records)),
+        "one .npy per image": (work / "npy", lambda: npy_per_image(work / "npy", records)),
+        "webdataset": (work / "webdataset", lambda: webdataset_tar(work / "webdataset", records)),
+    }
+    try:
+        write_mds(work / "mds", records)
+        loaders["MosaicML streaming"] = (work / "mds", lambda: mosaicml_mds(work / "mds", records))
+    except ImportError as error:
+        print(f"without MosaicML streaming: {error}", file=sys.stderr)
+    readers = {name: make() for name, (_, make) in loaders.items()}
+    conditions = ["warm", "cold"] if args.cold else ["warm"]
+    rates: dict[str, dict[str, list[float]]] = {name: {} for name in loaders}
+    for condition in conditions:
+        for order in ("random", "sequential"):
+            key = f"{condition} {order}"
+            for round_number in range(-1 if condition == "warm" else 0, args.rounds):
+                for name, (folder, make) in loaders.items():
+                    if condition == "cold":
+                        if folder is None:
+                            continue
+                        readers[name] = make()
+                        evict(folder)
+                    found = rate(readers[name], order, n, round_number + 1, args.limit_s)
+                    if round_number >= 0:  # the first pass warms up
+                        rates[name].setdefault(key, []).append(found)
+    return {
+        name: {key: {"median": statistics.median(v), "rounds": v} for key, v in by_key.items()}
+        for name, by_key in rates.items()
+    }
+
+
+def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
+    """Bytes a second of the cache writer and of plain sequential writes of the same bytes, alternating."""
+    total = records.blobs.nbytes
+    found: dict[str, list[float]] = {"plain write + fsync": [], "featcache": []}
+    peak = 0
+    for round_number in range(args.rounds):
+        folder = work / f"plain{round_number}"
+        folder.mkdir()
+        os.sync()
+        start = time.perf_counter()
+        for i, first in enumerate(range(0, len(records.blobs), SAMPLES_A_FILE)):
+            with (folder / str(i)).open("wb", buffering=0) as file:
+                data = memoryview(records.blobs[first : first + SAMPLES_A_FILE].reshape(-1))
+                while data:
+                    data = data[file.write(data[: 8 << 20]) :]
+                os.fsync(file.fileno())
+        found["plain write + fsync"].append(total / (time.perf_counter() - start))
+        shutil.rmtree(folder)
+        os.sync()
+        start = time.perf_counter()
+        write_cache(work / "written", records, SAMPLES_A_FILE)
+        found["featcache"].append(total / (time.perf_counter() - start))
+        assert not (work / "written" / STATE).exists()
+        peak = sum(p.stat().st_size for p in (work / "written").rglob("*") if p.is_file())
+        shutil.rmtree(work / "written")
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return {
+        "bytes_per_s": {name: {"median": medians[name], "rounds": values} for name, values in found.items()},
+        "ratio": medians["featcache"] / medians["plain write + fsync"],
+        "payload_bytes": total,
+        "bytes_on_disk": peak,
+    }
+
+
+def machine() -> dict[str, Any]:
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("numpy", "zarr", "tensorstore", "safetensors", "webdataset", "mosaicml-streaming")
+    return {
+        "cpu": next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines()
+                     if x.startswith("model name")), platform.processor()),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {p: installed(p) for p in packages},
+    }  # fmt: skip
+
+
+def summarise(reading: dict[str, Any], threads: int) -> dict[str, float]:
+    """The ratios that matter, warm and in random order."""
+
+    def of(name: str) -> float:
+        return reading[name]["warm random"]["median"]
+
+    peers = ("safetensors slices", "one .npy per image", "webdataset", "MosaicML streaming")
+    best_peer = max(of(name) for name in peers if name in reading)
+    return {
+        "ours / raw memory, one thread each": of("featcache x1") / of("raw memory x1"),
+        f"ours / raw memory, {threads} threads each": of(f"featcache x{threads}") / of(f"raw memory x{threads}"),
+        "ours, one thread / best of npy, safetensors, MDS, webdataset": of("featcache x1") / best_peer,
+        f"ours, {threads} threads / best of npy, safetensors, MDS, webdataset": of(f"featcache x{threads}") / best_peer,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", choices=("repa", "ahpa"), default="repa")
+    parser.add_argument("--samples", type=int, help="default 2048 (repa) or 512 (ahpa): about half a gigabyte")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--limit-s", type=float, default=1.0, help="longest pass of a slow loader")
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--out", type=Path, help="where the files go (default: a temporary directory)")
+    parser.add_argument("--json", type=Path, help="default benchmarks/results/loader-<records>.json")
+    args = parser.parse_args()
+    records = make_records(args.records, args.samples or (2048 if args.records == "repa" else 512))
+    with tempfile.TemporaryDirectory(dir=args.out, prefix="loader-") as folder:
+        reading = measure_reading(args, records, Path(folder))
+        writing = measure_writing(args, records, Path(folder)) if args.write else None
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "records": {"kind": args.records, "samples": len(records.blobs), "bytes": records.blobs.shape[1]},
+        "images_per_s": reading,
+        "summary": summarise(reading, args.threads),
+        "writing": writing,
+    }
+    columns = sorted({key for by_key in reading.values() for key in by_key}, reverse=True)
+    print(f"images/s, {records.blobs.shape[1]:,} bytes a record, {len(records.blobs)} records")
+    print(f"{'':22}" + "".join(f"{c:>18}" for c in columns))
+    for name, by_key in reading.items():
+        cells = (f"{by_key[c]['median']:>18,.0f}" if c in by_key else f"{'-':>18}" for c in columns)
+        print(f"{name:22}" + "".join(cells))
+    for name, value in result["summary"].items():
+        print(f"{name}: {value:.2f}")
+    if writing is not None:
+        for name, values in writing["bytes_per_s"].items():
+            print(f"{name}: {values['median'] / 1e9:.2f} GB/s")
+        print(f"writing, ours / plain: {writing['ratio']:.2f}")
+    target = args.json or RESULTS / f"loader-{args.records}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"saved {target}")
+
+
+if __name__ == "__main__":
+    main()
