@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.console import console, run_app
+from trainer import commands
 
 app = typer.Typer(
     name="trainer",
@@ -83,7 +84,9 @@ def _newest_config(values: dict[str, Any], overrides: list[str]) -> Any:
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of the run, e.g. runs/ahpa.", show_default=False)],
     num: Annotated[int, typer.Option(help="How many images.", min=1)] = 64,
-    sampler: Annotated[str, typer.Option(help="ode (Euler), heun, dopri5 or sde (Euler-Maruyama).")] = "sde",
+    sampler: Annotated[
+        str | None, typer.Option(help="SiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 250,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
     interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
@@ -122,7 +125,7 @@ def sample(
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run. [default: the newest below ./runs]")] = None,
     num: Annotated[int | None, typer.Option(help="Samples to judge. [default: 50,000; fewer on the CPU]", min=2)] = None,
-    sampler: Annotated[str | None, typer.Option(help="ode, heun, dopri5 or sde. [default: sde; ode on the CPU]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="As for sample. [default: sde or ddpm; ode or ddim on the CPU]")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: 250; 32 on the CPU]", min=2)] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
     interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
@@ -168,6 +171,38 @@ def evaluate(
 
 
 @app.command()
+def analyze(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, e.g. runs/ahpa.", show_default=False)],
+    what: Annotated[
+        str, typer.Option(help="gsnr, gradient-angle, router, cknna, probe, spectrum, selfsim, pca, codec (join with commas), or all.")
+    ] = "all",
+    samples: Annotated[int | None, typer.Option(help="Samples to look at. [default: 10,000; 512 on the CPU]", min=8)] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
+    data: Annotated[str | None, typer.Option(help="Where the cache's images lie, for pictures. [default: decode the latents]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of samples, noise and times.")] = 0,
+    device: Device = "auto",
+    weights_dir: WeightsDir = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for any other option; repeatable.")] = None,
+) -> None:
+    """See why an alignment works: diagnostics as numbers, plots and one page. [dim]Example: trainer analyze runs/ahpa[/dim]"""
+    from trainer.analyze import DIAGNOSTICS
+    from trainer.analyze.config import AnalyzeConfig, parse_what
+    from trainer.config import apply_overrides, from_mapping
+
+    chosen = parse_what(what, tuple(DIAGNOSTICS))
+    values = {"samples": samples, "step": step, "data": data, "seed": seed, "device": device}
+    values |= {"weights_dir": None if weights_dir is None else str(weights_dir)}
+    options = from_mapping(AnalyzeConfig, apply_overrides(values, set_ or []))
+    from trainer.analyze.command import analyze_runs
+    from trainer.progress import RichBar
+
+    with RichBar("analysing", unit="diagnostics") as bar:
+        pages = analyze_runs(runs, chosen, options, bar)
+    for page in pages:
+        console.print(f"page: [bold]{page}[/bold]")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="HTML file. [default: report.html in the (first) run]")] = None,
@@ -176,6 +211,22 @@ def report(
     from trainer.evaluation import write_run_report
 
     console.print(f"report: [bold]{write_run_report(runs, out)}[/bold]")
+
+
+@app.command()
+def recipes(
+    text: Annotated[str, typer.Argument(help="Only those whose file, method, model, title or source contains this.")] = "",
+) -> None:
+    """List the recipes: one for each row of the papers' tables. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
+    from trainer.recipes import list_recipes, listing
+
+    found = list_recipes(text)
+    for line in listing(found):
+        console.print(line, markup=False)
+    console.print(f"{len(found)} recipes   next: trainer run --recipe RECIPE")
+
+
+commands.register(app)
 
 
 def main() -> None:

@@ -142,22 +142,14 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML recipe.
+    """The settings in a YAML recipe, its bases resolved (see :mod:`trainer.recipes`).
 
     Raises:
-        UserError: missing file, not YAML, or not a mapping.
+        UserError: as :func:`trainer.recipes.load_recipe_file`.
     """
-    import yaml
+    from trainer.recipes import load_recipe_file
 
-    if not path.is_file():
-        raise UserError(f"there is no recipe at {str(path)!r}", remedy="Type: trainer recipes   to list them.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, for example 'method: ahpa'")
-    return values
+    return dict(load_recipe_file(path).values)
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
