@@ -37,8 +37,8 @@ trainer eval runs/ahpa-xl2 --sampler ode --data /path/to/imagenet/train
 
 - A row shows the paper's figures, in brackets how its samples were drawn (sampler and evaluations; guidance if any),
   and the options of `trainer eval` that draw them so. No options means the defaults on a GPU: 50,000 samples by the
-  SDE with 250 evaluations, no guidance. For numbers that may stand beside published ones, pass ADM's reference:
-  `--reference VIRTUAL_imagenet256_labeled.npz`.
+  SDE (DiT: DDPM) with 250 evaluations, no guidance. For numbers that may stand beside published ones, pass ADM's
+  reference: `--reference VIRTUAL_imagenet256_labeled.npz`.
 - Rows that differ in their sampling alone train the same model: evaluate one run twice.
 - Any setting can be changed: `trainer run --recipe pipelines/ahpa/xl2.yaml --set steps=1000 --set ahpa.weight=0.5`.
 - One cache serves many rows. Add what another row needs with `featcache build --into CACHE ...`.
