@@ -58,7 +58,9 @@ class BuildRequest:
     weights_dir: Path | None = None
     random_weights: int | None = None
     on_bad_image: str = "fail"
-    final_norm: str = "all"
+    final_norm: str = "auto"
+    precision: str = "auto"
+    compile: bool | None = None
     out: Path | None = None
     into: Path | None = None
     codecs: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_CODECS))
@@ -95,7 +97,9 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     limit = existing.manifest.dataset.count if existing else request.limit
     order = order[:limit]
 
-    encoders: list[Encoder] = _encoders(request, resolution, device, need_vae=existing is None)
+    compute = _compute(request, device)
+    grid = existing.manifest.dataset.grid if existing is not None else None
+    encoders: list[Encoder] = _encoders(request, resolution, compute, grid=grid, need_vae=existing is None)
     dataset = _dataset(request, source, order, resolution, encoders, existing)
     specs = _feature_specs(request, source, order, encoders, with_samples=existing is None)
     if existing is not None:
@@ -119,9 +123,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     holes = frozenset(s.key for s in existing.manifest.skipped) if existing is not None else frozenset()
     known = _known_content(path, len(order)) if existing is not None else None
     done = len(order) - sum(min(shard_size, len(order) - s * shard_size) for s in pending)
-    progress.start(
-        total=len(order), done=done, note=", ".join(n for n in wanted if n not in ("key", "content"))
-    )
+    progress.start(total=len(order), done=done, note=", ".join(n for n in wanted if n not in ("key", "content")))
 
     encoded = 0
     skipped: list[str] = []
@@ -154,9 +156,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
         if writing is not None:
             writing.result()
         writer.finish()
-    return BuildResult(
-        path=path, count=len(order), features=tuple(wanted), skipped=tuple(skipped), encoded=encoded
-    )
+    return BuildResult(path=path, count=len(order), features=tuple(wanted), skipped=tuple(skipped), encoded=encoded)
 
 
 def pick_device(device: str) -> str:
@@ -173,20 +173,26 @@ def pick_device(device: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise UserError(f"unknown device {device!r}", remedy="Type --device cpu, cuda, cuda:1 or auto.")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda, but PyTorch finds no GPU on this machine", remedy="Type --device cpu."
-        )
+        raise UserError("--device cuda, but PyTorch finds no GPU on this machine", remedy="Type --device cpu.")
     return device
 
 
+def _compute(request: BuildRequest, device: str) -> Any:
+    from featcache.encoders.base import Compute
+
+    gpu = device.startswith("cuda")
+    precision = ("tf32" if gpu else "fp32") if request.precision == "auto" else request.precision
+    return Compute(device=device, precision=precision, compile=gpu if request.compile is None else request.compile)
+
+
 def sample_order(count: int, *, seed: int) -> np.ndarray:
-    """Slot -> source index: one seeded permutation, so that shards read in sequence already mix classes. int64 [count]."""
+    """Slot -> source index, int64 [count]: a seeded permutation, so that shards read in sequence mix classes."""
     return np.random.Generator(np.random.Philox(key=[seed, 0x0FDE5])).permutation(count)
 
 
 def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
     """Folder name from what is built, e.g. ``imagenet-256-sd-ft-ema-G3-G4-dinov2-b@11``."""
-    vae = dataset.vae["name"] if dataset.vae else "no-vae"
+    vae = Path(dataset.vae["name"]).name if dataset.vae else "no-vae"
     levels = [s.name.split("/")[1] for s in specs if s.name.startswith("vae/G")]
     tokens: dict[str, list[str]] = {}
     for spec in specs:
@@ -209,13 +215,14 @@ class _Batch:
 
 
 def _check(request: BuildRequest) -> None:
-    from featcache.encoders.vision import ENCODERS
+    from featcache.encoders.custom import is_custom
+    from featcache.encoders.table import ENCODERS
 
     for choice in request.encoders:
-        if choice.name != TINY and choice.name not in ENCODERS:
+        if choice.name != TINY and choice.name not in ENCODERS and not is_custom(choice.name):
             raise UserError(
                 f"unknown encoder {choice.name!r}",
-                remedy=f"Type --encoder with one of: {', '.join((*ENCODERS, TINY))}",
+                remedy=f"Type --encoder with one of: {', '.join((*ENCODERS, TINY))}; or your own: path/to/file.py:name",
             )
     if request.on_bad_image not in ("fail", "skip"):
         raise UserError(
@@ -229,9 +236,7 @@ def _check(request: BuildRequest) -> None:
         if value is not None and value < 1:
             raise UserError(f"{what} {value} is less than 1", remedy=f"Type {what} with a positive number.")
     if request.into is not None and request.out is not None:
-        raise UserError(
-            "--into and --out exclude each other", remedy="--into adds to a cache, --out makes a new one."
-        )
+        raise UserError("--into and --out exclude each other", remedy="--into adds to a cache, --out makes a new one.")
 
 
 def _resolution(request: BuildRequest, existing: Any) -> int:
@@ -246,14 +251,16 @@ def _resolution(request: BuildRequest, existing: Any) -> int:
     resolution = request.resolution or (64 if request.data.split(":")[0] == "shapes" else 256)
     if resolution < 32 or resolution % 32:
         raise UserError(
-            f"--resolution {resolution}: the crop must be a multiple of 32 px, for whole patches of 16 px and 2x2 latents",
+            f"--resolution {resolution}: the crop must be a multiple of 32 px, for whole patches of tokens and latents",
             remedy="Type --resolution 256 (or 64, 128, 512).",
         )
     return resolution
 
 
-def _encoders(request: BuildRequest, resolution: int, device: str, *, need_vae: bool) -> list[Any]:
+def _encoders(request: BuildRequest, resolution: int, compute: Any, *, grid: int | None, need_vae: bool) -> list[Any]:
+    """The encoders that the request names. ``grid``: token grid of an existing cache; else the VAE decides it."""
     from featcache.encoders.base import WeightsSource
+    from featcache.encoders.custom import UserEncoder, is_custom
     from featcache.encoders.vae import LEVELS, VaeEncoder
     from featcache.encoders.vision import VisionEncoder
 
@@ -268,18 +275,15 @@ def _encoders(request: BuildRequest, resolution: int, device: str, *, need_vae: 
     levels = request.levels or (LEVELS if only_tiny and vae == TINY and need_vae else ())
     encoders: list[Any] = []
     if need_vae or levels or request.vae:
-        encoders.append(VaeEncoder(vae, weights, resolution=resolution, levels=levels, device=device))
+        encoders.append(VaeEncoder(vae, weights, resolution=resolution, levels=levels, compute=compute))
+        grid = encoders[0].grid
     for choice in request.encoders:
-        encoders.append(
-            VisionEncoder(
-                choice.name,
-                choice.layers,
-                weights,
-                resolution=resolution,
-                final_norm=request.final_norm,
-                device=device,
-            )
-        )
+        common = {"resolution": resolution, "grid": grid, "compute": compute}
+        if is_custom(choice.name):
+            encoders.append(UserEncoder(choice.name, choice.layers, **common))
+        else:
+            common["final_norm"] = request.final_norm
+            encoders.append(VisionEncoder(choice.name, choice.layers, weights, **common))
     if not encoders:
         raise UserError(
             "nothing to add: neither --encoder nor --vae-levels was given",
@@ -314,7 +318,7 @@ def _dataset(
         flip=existing.manifest.dataset.flip if existing is not None else request.flip,
         source=source.description,
         vae=vae,
-        grid=resolution // 16,
+        grid=existing.manifest.dataset.grid if existing is not None else encoders[0].grid,
     )
 
 
@@ -333,9 +337,7 @@ def _feature_specs(
         longest = max(len(_key_bytes(source.key(int(i)))) for i in order)
         width = -(-longest // KEY_ALIGN) * KEY_ALIGN
         specs += [
-            FeatureSpec(
-                name="label", shape=(), codec="raw", dtype="int64", provenance={"source": "class folder"}
-            ),
+            FeatureSpec(name="label", shape=(), codec="raw", dtype="int64", provenance={"source": "class folder"}),
             FeatureSpec(
                 name="key",
                 shape=(width,),
@@ -405,8 +407,8 @@ def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[A
     cached = existing.manifest.dataset
     if dataset.fingerprint != cached.fingerprint:
         raise CacheError(
-            f"these are not the images that {existing.path} was built from: "
-            f"fingerprint {dataset.fingerprint[:12]} against the manifest's {cached.fingerprint[:12]} ({cached.source})",
+            f"these are not the images that {existing.path} was built from: fingerprint "
+            f"{dataset.fingerprint[:12]} against the manifest's {cached.fingerprint[:12]} ({cached.source})",
             remedy="Pass the same --data, unchanged, or build a new cache with --out.",
         )
     ours = next((e.info for e in encoders if hasattr(e, "info")), None)
@@ -504,9 +506,7 @@ def _allocate(specs: Sequence[FeatureSpec], count: int) -> dict[str, dict[str, n
     for spec in specs:
         lead = (count, spec.views) if spec.views > 1 else (count,)
         arrays = stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)
-        parts[spec.name] = {
-            suffix: np.zeros((*lead, *shape), dtype) for suffix, (dtype, shape) in arrays.items()
-        }
+        parts[spec.name] = {suffix: np.zeros((*lead, *shape), dtype) for suffix, (dtype, shape) in arrays.items()}
     return parts
 
 

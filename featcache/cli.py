@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from featcache import commands
+from featcache.cli_build import build
 from featcache.console import console, run_app
 
 app = typer.Typer(
@@ -28,71 +29,7 @@ Data = Annotated[
 ]
 
 
-@app.command()
-def build(
-    data: Data = None,
-    encoder: Annotated[
-        list[str] | None, typer.Option(help="Encoder, with layers after @: dinov2-b, dinov2-b@9,11, tiny. Repeatable.")
-    ] = None,
-    vae: Annotated[str | None, typer.Option(help="sd-ft-ema (default), sd-ft-mse, or tiny (default with --encoder tiny).")] = None,
-    vae_levels: Annotated[str | None, typer.Option(help="VAE encoder groups to keep, e.g. G3,G4 for AHPA.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Side of the crop in pixels. [default: 256; 64 for shapes]")] = None,
-    limit: Annotated[int | None, typer.Option(help="Encode only so many images, a seeded random choice.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the new cache. [default: ./caches/<name from what is built>]")] = None,
-    into: Annotated[Path | None, typer.Option(help="Existing cache to add features to.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images an encoder sees at once.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
-    weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights, searched before the hub.")] = None,
-    random_weights: Annotated[int | None, typer.Option(help="Seed of random encoder weights, to try things out without pretrained ones.")] = None,
-    on_bad_image: Annotated[str, typer.Option(help="fail, or skip (recorded in the manifest).")] = "fail",
-    final_norm: Annotated[str, typer.Option(help="Encoder's final norm on: all cached layers, last, none, auto.")] = "auto",
-    moments_codec: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
-    levels_codec: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, fp8 or int4.")] = "int8",
-    tokens_codec: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, fp8 or int4.")] = "int8",
-    flip: Annotated[bool, typer.Option("--flip", help="Also cache mirrored copies, as a second view.")] = False,
-    shard_size: Annotated[int | None, typer.Option(help="Samples a shard. [default: by size]")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples' order.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Decoding threads. [default: one a core]")] = None,
-) -> None:
-    """Encode images into a cache, continue a build, or add features (--into).
-
-    [dim]Example: featcache build --encoder dinov2-b --vae-levels G3,G4[/dim]
-    """
-    from featcache.encoders import parse_encoders, parse_levels
-    from featcache.images import find_data
-
-    encoders, levels, data = parse_encoders(encoder or []), parse_levels(vae_levels), find_data(data)
-    from featcache import build as builder
-    from featcache.progress import RichProgress
-
-    request = builder.BuildRequest(
-        data=data,
-        encoders=encoders,
-        vae=vae,
-        levels=levels,
-        resolution=resolution,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        weights_dir=weights_dir,
-        random_weights=random_weights,
-        on_bad_image=on_bad_image,
-        final_norm=final_norm,
-        out=out,
-        into=into,
-        codecs={"moments": moments_codec, "levels": levels_codec, "tokens": tokens_codec},
-        flip=flip,
-        shard_size=shard_size,
-        seed=seed,
-        workers=workers,
-    )
-    with RichProgress() as progress:
-        result = builder.build(request, progress)
-    if not result.encoded:
-        console.print(f"{result.path} is complete already: nothing to encode")
-    if result.skipped:
-        console.print(f"[yellow]skipped {len(result.skipped)} bad images[/yellow], recorded in the manifest")
-    console.print(f"cache: [bold]{result.path}[/bold]   ({result.count - len(result.skipped)} images)   next: featcache info {result.path}")
+app.command()(build)
 
 
 @app.command()

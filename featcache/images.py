@@ -42,9 +42,14 @@ class BadImage(UserError):
 class Source(Protocol):
     """A labelled image set. ``description`` regenerates or names the source in a manifest (no absolute paths)."""
 
-    name: str
-    description: str
-    class_names: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 
@@ -80,9 +85,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC
-    )
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
     H, W, _ = pixels.shape
     top, left = (H - size) // 2, (W - size) // 2
@@ -196,9 +199,7 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
     if data == "shapes" or data.startswith("shapes:"):
         seed = data.partition(":")[2] or "0"
         if not seed.isdigit():
-            raise UserError(
-                f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0"
-            )
+            raise UserError(f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0")
         return ShapesSource(count=limit or 2000, resolution=resolution, seed=int(seed))
     return _open_folder(Path(data))
 
@@ -267,9 +268,7 @@ def fingerprint(source: Source, indices: Sequence[int] | np.ndarray) -> str:
     """
     digest = hashlib.sha256()
     digest.update("\n".join(source.class_names).encode())
-    lines = sorted(
-        f"{source.key(int(i))}\t{source.label(int(i))}\t{source.signature(int(i))}" for i in indices
-    )
+    lines = sorted(f"{source.key(int(i))}\t{source.label(int(i))}\t{source.signature(int(i))}" for i in indices)
     for line in lines:
         digest.update(b"\n" + line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

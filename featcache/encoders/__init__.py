@@ -34,7 +34,7 @@ def parse_encoders(texts: Sequence[str]) -> tuple[EncoderChoice, ...]:
             last = choices.pop()
             choices.append(EncoderChoice(name=last.name, layers=(*last.layers, int(part))))
             continue
-        name, at, layer = part.partition("@")
+        name, at, layer = part.rpartition("@") if ".py:" in part and "@" in part else part.partition("@")
         if not name or (at and not layer.isdigit()):
             raise UserError(
                 f"--encoder {','.join(texts)!r}: {part!r} is not an encoder or a layer",

@@ -7,8 +7,9 @@ by all encoders; each encoder does its own scaling, normalisation and resizing. 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,43 @@ class Encoder(Protocol):
         ...
 
 
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How encoders run: on which device, in which precision (a name of :data:`PRECISIONS`), compiled or not.
+
+    fp32: no TF32 anywhere. tf32: matrix products and convolutions on tensor cores, 10 bits of mantissa. bf16: autocast,
+    weights stay float32. Whatever the precision, pixels are prepared and features handed out in float32.
+    """
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(
+                f"unknown precision {self.precision!r}", remedy=f"Type --precision with one of: {', '.join(PRECISIONS)}"
+            )
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """Where networks run: no gradients, TF32 on or off, bf16 autocast. Restores PyTorch's settings afterwards."""
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16"),
+            ):
+                yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def seeded(seed: int, build: Any) -> nn.Module:
     """Runs ``build()`` under its own random state, so that the same seed gives the same weights anywhere."""
     with torch.random.fork_rng(devices=[]):
@@ -60,11 +98,17 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def unavailable(name: str, hub_id: str, tried: str) -> WeightsUnavailable:
-    """The one offline error: names both ways out."""
+def unavailable(name: str, hub_id: str | None, tried: str, page: str = "") -> WeightsUnavailable:
+    """The one offline error: names both ways out. ``page`` says where weights are that no hub has."""
+    if hub_id is None:
+        what = f"weights of {name!r} are not on this machine, and no hub has them"
+        bring = f"get {page}, name it {name}.pth"
+    else:
+        what = f"weights of {name!r} ({hub_id}) are not on this machine and could not be downloaded ({tried})"
+        bring = f"download {hub_id} on a machine with internet"
     return WeightsUnavailable(
-        f"weights of {name!r} ({hub_id}) are not on this machine and could not be downloaded ({tried})",
-        remedy=f"Either download {hub_id} on a machine with internet and pass --weights-dir DIR (see docs/offline.md),\n"
+        what,
+        remedy=f"Either {bring} and pass --weights-dir DIR (see docs/encoders.md),\n"
         "or pass --random-weights 0 to try things out with random weights (the cache is marked accordingly).",
     )
 
@@ -86,19 +130,17 @@ def load_file(path: Path) -> dict[str, Tensor]:
             f"cannot read weights from {str(path)!r}: {type(error).__name__}: {str(error).splitlines()[0]}",
             remedy="Bring the file again, preferably as .safetensors.",
         ) from error
-    for wrapper in ("state_dict", "model", "teacher"):
+    for wrapper in ("state_dict", "model", "teacher", "encoder"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(
-            f"{str(path)!r} is not a plain state dict", remedy="Save the tensors alone as .safetensors."
-        )
+        raise UserError(f"{str(path)!r} is not a plain state dict", remedy="Save the tensors alone as .safetensors.")
     return state
 
 
 def find_weights(directory: Path, stems: tuple[str, ...]) -> Path | None:
     """First of ``DIR/<stem>.<suffix>`` or ``DIR/<stem>/<usual file>`` that exists."""
-    suffixes = (".safetensors", ".pth", ".pt", ".bin")
+    suffixes = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
     usual = (
         "model.safetensors",
         "diffusion_pytorch_model.safetensors",

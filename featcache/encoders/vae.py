@@ -1,7 +1,8 @@
 """VAE encoders: raw pixels => posterior moments and the activations of the encoder's layers, in one pass.
 
 Moments are stored raw: mean, then log-variance, of the posterior for pixels in [-1, 1]. Drawing and scaling the latent
-is the trainer's business.
+is the trainer's business. VAEs without a posterior (TAESD, DC-AE) give their latent as the mean and a log-variance of
+-30, the value that diffusers clamps to.
 
 Levels (AHPA, Sec. 4.2 and App. A): the outputs of the encoder's layers in order, grouped as for the SD-VAE's 15 layers
 
@@ -11,13 +12,16 @@ Levels (AHPA, Sec. 4.2 and App. A): the outputs of the encoder's layers in order
     down3.res1, mid.res0, mid.attn, mid.res1                          G4
 
 each resampled to the token grid by bilinear interpolation (half-pixel centres, no antialiasing; the paper names the
-method only, so the variant is ours).
+method only, so the variant is ours). VAEs of another layout are grouped by stage: G4 is the last one with the middle
+block, G3 the one before, and so on; stages before the last four belong to no level.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featcache.encoders.base import (
+    Compute,
     WeightsSource,
     find_weights,
     load_file,
@@ -33,88 +38,101 @@ from featcache.encoders.base import (
     weights_sha256,
 )
 from featcache.encoders.hub import HubUnreachable, hub_file
+from featcache.encoders.table import VAES, token_grid
 from featcache.errors import UserError
 
 LEVELS = ("G1", "G2", "G3", "G4")
-
-_SD_CONFIG: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "sample_size": 256,
-    "scaling_factor": 0.18215,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class VaeEntry:
-    """One selectable VAE. ``hub_id`` is None for the embedded one."""
-
-    hub_id: str | None
-    config: Mapping[str, Any] | None
-    note: str
-
-
-VAES: Mapping[str, VaeEntry] = {
-    "sd-ft-ema": VaeEntry(
-        hub_id="stabilityai/sd-vae-ft-ema",
-        config=_SD_CONFIG,
-        note="Stable Diffusion VAE, the papers' default",
-    ),
-    "sd-ft-mse": VaeEntry(
-        hub_id="stabilityai/sd-vae-ft-mse", config=_SD_CONFIG, note="Stable Diffusion VAE, smoother decoder"
-    ),
-    "tiny": VaeEntry(hub_id=None, config=None, note="embedded, trained on the shapes set"),
-}
+LOG_VARIANCE_OF_NONE = -30.0
+MODEL_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "ConsistencyDecoderVAE")
+_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, Any]]:
-    """A frozen ``diffusers.AutoencoderKL`` in eval mode, float32, and where its weights came from.
+    """A frozen VAE of diffusers in eval mode, float32, and where its weights came from.
+
+    Args:
+        name: a key of :data:`featcache.encoders.table.VAES`, or a folder as diffusers saves one (``config.json`` and
+            weights), also one inside ``--weights-dir``.
 
     Raises:
-        UserError: unknown name, or damaged weights.
+        UserError: unknown name, a folder with another class of model, or damaged weights.
         WeightsUnavailable: no weights on this machine and no hub.
     """
-    if name not in VAES:
-        raise UserError(f"unknown VAE {name!r}", remedy=f"Type one of: --vae {' | '.join(VAES)}")
-    entry = VAES[name]
-    if entry.hub_id is None:
+    entry = VAES.get(name)
+    if entry is None:
+        folder = _folder_of(name, weights)
+        vae, origin = _from_folder(folder, weights)
+    elif entry.hub_id is None:
         from featcache.encoders.tiny import load_tiny_vae
 
         vae, origin = load_tiny_vae(), {"weights": "embedded"}
     elif weights.random_seed is not None:
-        vae = seeded(weights.random_seed, lambda: _build(entry.config))
+        vae = seeded(weights.random_seed, lambda: build_vae(entry.model_class, entry.config))
         origin = {"weights": "random", "seed": weights.random_seed}
     else:
-        vae = _build(entry.config)
-        vae.load_state_dict(_modern_keys(_find_state(name, entry.hub_id, weights)))
+        state = _find_state(name, entry.hub_id, weights)
+        vae = _filled(build_vae(entry.model_class, entry.config), state, entry.hub_id)
         origin = {"weights": entry.hub_id}
     vae = vae.eval().requires_grad_(False)
     return vae, {"name": name, **origin, "sha256": weights_sha256(vae)}
 
 
-def _build(config: Mapping[str, Any] | None) -> nn.Module:
-    from diffusers import AutoencoderKL
+def build_vae(model_class: str, config: Mapping[str, Any]) -> nn.Module:
+    """An untrained VAE of one of :data:`MODEL_CLASSES`."""
+    import diffusers
 
-    assert config is not None
-    return AutoencoderKL.from_config(dict(config))
+    return getattr(diffusers, model_class).from_config(dict(config))
+
+
+def _folder_of(name: str, weights: WeightsSource) -> Path:
+    places = [Path(name), *([weights.weights_dir / name] if weights.weights_dir is not None else [])]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise UserError(
+        f"unknown VAE {name!r}: neither a name nor a folder with a config.json",
+        remedy=f"Type one of: --vae {' | '.join(VAES)}, or --vae FOLDER as diffusers saves one",
+    )
+
+
+def _from_folder(folder: Path, weights: WeightsSource) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        model_class = config["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is not the configuration of a diffusers model") from error
+    if model_class not in MODEL_CLASSES:
+        raise UserError(
+            f"{folder} holds a model of class {model_class!r}", remedy=f"A VAE may be of {', '.join(MODEL_CLASSES)}."
+        )
+    if weights.random_seed is not None:
+        vae = seeded(weights.random_seed, lambda: build_vae(model_class, config))
+        return vae, {"weights": "random", "seed": weights.random_seed}
+    found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder} holds no {_FILES[0]}", remedy="Bring the weights, or pass --random-weights 0.")
+    return _filled(build_vae(model_class, config), load_file(found), str(found)), {"weights": "folder"}
+
+
+def _filled(vae: nn.Module, state: dict[str, Tensor], where: str) -> nn.Module:
+    try:
+        vae.load_state_dict(_modern_keys(state))
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"the weights of {where} do not fit a {type(vae).__name__} of its configuration: {first}"
+        ) from error
+    return vae
 
 
 def _find_state(name: str, hub_id: str, weights: WeightsSource) -> dict[str, Tensor]:
     if weights.weights_dir is not None:
-        found = find_weights(
-            weights.weights_dir, (name, hub_id.split("/")[1], hub_id.replace("/", "--"), hub_id)
-        )
+        stems = (name, hub_id.split("/")[1], hub_id.replace("/", "--"), hub_id)
+        found = find_weights(weights.weights_dir, stems)
         if found is not None:
             return load_file(found)
     try:
-        files = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-        return load_file(hub_file(hub_id, files))
+        return load_file(hub_file(hub_id, _FILES))
     except HubUnreachable as error:
         raise unavailable(name, hub_id, str(error)) from error
 
@@ -131,48 +149,111 @@ def _modern_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def encoder_layers(encoder: nn.Module) -> list[tuple[str, str, nn.Module]]:
-    """The encoder's layers in order of computation, as (group, layer name, module).
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of a VAE's encoder whose output may be cached; level is None where it belongs to none."""
 
-    A diffusers ``Encoder`` of the SD-VAE's layout gives the 15 layers of the module docstring. Other depths follow the
-    rule behind it: a stage's output counts until its downsampling; the last stage's first layer still belongs to the
-    group before (it is the transition), the rest of it and the middle block to the last group.
+    level: str | None
+    name: str
+    module: nn.Module
+    width: int
+
+
+def encoder_layers(vae: nn.Module) -> list[Layer]:
+    """The encoder's layers in order of computation with their levels (see the module docstring)."""
+    found = {
+        "AutoencoderKL": _kl_layers,
+        "ConsistencyDecoderVAE": _kl_layers,
+        "AutoencoderTiny": _tiny_layers,
+        "AutoencoderDC": _dc_layers,
+    }[type(vae).__name__](vae.encoder, vae.config)
+    last = max(stage for stage, *_ in found)
+    return [
+        Layer(level=LEVELS[i] if (i := stage - last + len(LEVELS) - 1) >= 0 else None, name=name, module=m, width=width)
+        for stage, name, m, width in found
+    ]
+
+
+_Staged = list[tuple[int, str, nn.Module, int]]  # stage, name, module, width
+
+
+def _kl_layers(encoder: Any, config: Any) -> _Staged:
+    """A stage ends with its downsampling. In SD's layout (four stages, the last two equally wide) the last stage's
+    first layer counts with the stage before, as the paper groups them.
     """
-    stages: Sequence[Any] = encoder.down_blocks
-    if len(stages) != len(LEVELS):
-        raise UserError(
-            f"this VAE has {len(stages)} stages; G1..G4 are defined for four",
-            remedy="Leave --vae-levels out.",
-        )
-    layers: list[tuple[str, str, nn.Module]] = [(LEVELS[0], "conv_in", encoder.conv_in)]
-    for i, stage in enumerate(stages):
+    widths = list(config.block_out_channels)
+    last = len(widths) - 1
+    transition = last == 3 and widths[2] == widths[3]
+    layers: _Staged = [(0, "conv_in", encoder.conv_in, widths[0])]
+    for i, stage in enumerate(encoder.down_blocks):
         for j, resnet in enumerate(stage.resnets):
-            group = LEVELS[i - 1] if i == len(stages) - 1 and j == 0 else LEVELS[i]
-            layers.append((group, f"down{i}.res{j}", resnet))
+            layers.append((i - (transition and i == last and j == 0), f"down{i}.res{j}", resnet, widths[i]))
+            if getattr(stage, "attentions", None):
+                layers.append((i, f"down{i}.attn{j}", stage.attentions[j], widths[i]))
         for sampler in stage.downsamplers or ():
-            layers.append((LEVELS[i], f"down{i}.downsample", sampler))
-    middle: Any = encoder.mid_block
-    layers.append((LEVELS[-1], "mid.res0", middle.resnets[0]))
+            layers.append((i, f"down{i}.downsample", sampler, widths[i]))
+    middle = encoder.mid_block
+    layers.append((last, "mid.res0", middle.resnets[0], widths[last]))
     for j, resnet in enumerate(middle.resnets[1:]):
         if middle.attentions[j] is not None:
-            layers.append((LEVELS[-1], "mid.attn", middle.attentions[j]))
-        layers.append((LEVELS[-1], f"mid.res{j + 1}", resnet))
+            layers.append((last, "mid.attn" + (str(j) if j else ""), middle.attentions[j], widths[last]))
+        layers.append((last, f"mid.res{j + 1}", resnet, widths[last]))
     return layers
+
+
+def _tiny_layers(encoder: Any, config: Any) -> _Staged:
+    """A stage begins with its strided convolution; the last convolution makes the latent and is no layer."""
+    layers: _Staged = []
+    stage = 0
+    for i, module in enumerate(list(encoder.layers)[:-1]):
+        if isinstance(module, nn.Conv2d) and module.stride != (1, 1):
+            stage += 1
+        layers.append((stage, f"layer{i}", module, config.encoder_block_out_channels[stage]))
+    return layers
+
+
+def _dc_layers(encoder: Any, config: Any) -> _Staged:
+    """A stage begins with the downsampling that leads to it, which has its width."""
+    widths = config.encoder_block_out_channels
+    first = 0 if config.encoder_layers_per_block[0] else 1
+    layers: _Staged = [(first, "conv_in", encoder.conv_in, widths[first])]
+    for i, blocks in enumerate(encoder.down_blocks):
+        depth = config.encoder_layers_per_block[i]
+        for j, module in enumerate(blocks):
+            if j < depth:
+                layers.append((i, f"down{i}.block{j}", module, widths[i]))
+            else:
+                layers.append((i + 1, f"down{i}.downsample", module, widths[i + 1]))
+    return layers
+
+
+def downsampling_of(vae: nn.Module) -> int:
+    """Pixels a latent cell spans along one axis."""
+    config: Any = vae.config
+    stages = config.encoder_block_out_channels if isinstance(vae.encoder, _no_kl()) else config.block_out_channels
+    return 2 ** (len(stages) - 1)
+
+
+def _no_kl() -> tuple[type, ...]:
+    from diffusers.models.autoencoders.autoencoder_dc import Encoder
+    from diffusers.models.autoencoders.vae import EncoderTiny
+
+    return (Encoder, EncoderTiny)
 
 
 class VaeEncoder:
     """Posterior moments and, on request, the levels G1..G4 of one VAE.
 
     Args:
-        name: a key of :data:`VAES`.
+        name: a key of :data:`featcache.encoders.table.VAES`, or a folder (see :func:`load_vae`).
         weights: where weights may come from.
-        resolution: side of the pixels, a multiple of 16.
+        resolution: side of the pixels, a multiple of the VAE's downsampling.
         levels: groups to keep, e.g. ``("G3", "G4")``.
-        device: where to run.
+        compute: device, precision, compilation. ``device`` alone is short for ``Compute(device=device)``.
 
     Features:
-        ``vae/moments``: [2C, R/8, R/8] float32.
-        ``vae/Gk``: [L, T, channels] float32, T = (R/16)^2 tokens row-major, one entry a layer in order.
+        ``vae/moments``: [2C, h, w] float32.
+        ``vae/Gk``: [L, T, channels] float32, T = grid^2 tokens row-major, one entry a layer in order.
     """
 
     def __init__(
@@ -183,6 +264,7 @@ class VaeEncoder:
         resolution: int,
         levels: Sequence[str] = (),
         device: str = "cpu",
+        compute: Compute | None = None,
     ) -> None:
         unknown = [level for level in levels if level not in LEVELS]
         if unknown:
@@ -190,89 +272,99 @@ class VaeEncoder:
                 f"unknown VAE level {unknown[0]!r}",
                 remedy=f"Type --vae-levels with any of: {','.join(LEVELS)}",
             )
+        self.compute = compute or Compute(device=device)
         vae, origin = load_vae(name, weights)
-        # channels_last: the layout that convolution kernels want, on CPUs and on tensor cores alike.
-        self.module = vae.to(device, memory_format=torch.channels_last)
         config: Any = vae.config
-        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
-        self.grid = resolution // self.downsampling // 2
-        self.levels = tuple(level for level in LEVELS if level in levels)
+        self.downsampling = downsampling_of(vae)
+        if resolution % self.downsampling:
+            raise UserError(
+                f"--resolution {resolution} is not a multiple of {self.downsampling}, VAE {name!r}'s downsampling",
+                remedy=f"Type a multiple of {self.downsampling}.",
+            )
         latent_size = resolution // self.downsampling
+        self.grid = token_grid(resolution, self.downsampling)
+        self.levels = tuple(level for level in LEVELS if level in levels)
         self.info = {
             "name": name,
             "sha256": origin["sha256"],
             "latent_channels": int(config.latent_channels),
             "scaling_factor": float(config.scaling_factor),
-            "shift_factor": float(config.shift_factor or 0.0),
+            "shift_factor": float(getattr(config, "shift_factor", None) or 0.0),
             "downsampling": self.downsampling,
         }
-        self._kept: dict[str, list[tuple[str, nn.Module]]] = {level: [] for level in self.levels}
-        for group, layer, module in encoder_layers(vae.encoder) if self.levels else []:
-            if group in self._kept:
-                self._kept[group].append((layer, module))
+        # The decoder is not needed and can be the larger part.
+        self._quantise = getattr(vae, "quant_conv", None)
+        parts = [vae.encoder] + ([self._quantise] if self._quantise is not None else [])
+        # channels_last: the layout that convolution kernels want, on CPUs and on tensor cores alike.
+        self.module = nn.ModuleList(parts).to(self.compute.device).to(memory_format=torch.channels_last)
+        self._posterior = type(vae).__name__ in ("AutoencoderKL", "ConsistencyDecoderVAE")
+        record = {**origin, "precision": self.compute.precision}
         self.shapes: dict[str, tuple[int, ...]] = {
             "vae/moments": (2 * config.latent_channels, latent_size, latent_size)
         }
-        self.provenance: dict[str, dict[str, Any]] = {"vae/moments": {**origin, "pixels": "[-1, 1]"}}
-        widths = self._layer_widths(resolution)
-        for level, layers in self._kept.items():
-            channels = {widths[layer] for layer, _ in layers}
-            if len(channels) > 1:
+        self.provenance: dict[str, dict[str, Any]] = {
+            "vae/moments": {**record, "pixels": "[-1, 1]", "posterior": self._posterior}
+        }
+        self._kept: dict[str, list[Tensor]] = {level: [] for level in self.levels}
+        self._describe_levels(name, encoder_layers(vae) if self.levels else [], record)
+        self._run = torch.compile(self._features, dynamic=False) if self.compute.compile else self._features
+
+    def _describe_levels(self, name: str, layers: Sequence[Layer], record: Mapping[str, Any]) -> None:
+        for level in self.levels:
+            members = [layer for layer in layers if layer.level == level]
+            if not members:
+                have = sorted({layer.level for layer in layers if layer.level})
+                raise UserError(f"VAE {name!r} has no level {level}", remedy=f"It has {', '.join(have)}.")
+            widths = {layer.width for layer in members}
+            if len(widths) > 1:
                 raise UserError(
-                    f"the layers of {level} in VAE {name!r} have different widths {sorted(channels)} and cannot share an array",
+                    f"the layers of {level} in VAE {name!r} differ in width {sorted(widths)}: no array can hold them",
                     remedy=f"Leave {level} out of --vae-levels.",
                 )
-            self.shapes[f"vae/{level}"] = (len(layers), self.grid**2, channels.pop())
+            for layer in members:
+                layer.module.register_forward_hook(self._keep(level))
+            self.shapes[f"vae/{level}"] = (len(members), self.grid**2, widths.pop())
             self.provenance[f"vae/{level}"] = {
-                **origin,
-                "layers": [layer for layer, _ in layers],
+                **record,
+                "layers": [layer.name for layer in members],
                 "resampling": "bilinear, half-pixel centres, no antialiasing",
             }
 
-    def _layer_widths(self, resolution: int) -> dict[str, int]:
-        widths: dict[str, int] = {}
-        for layers in self._kept.values():
-            for layer, module in layers:
-                for conv in reversed([m for m in module.modules() if isinstance(m, nn.Conv2d)]):
-                    # The last convolution of a resnet may be its 1x1 shortcut: same width.
-                    widths[layer] = conv.out_channels
-                    break
-                else:
-                    widths[layer] = next(m for m in module.modules() if isinstance(m, nn.Linear)).out_features
-        return widths
+    def _keep(self, level: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            size = (self.grid, self.grid)
+            grid = F.interpolate(output.float(), size=size, mode="bilinear", align_corners=False)
+            self._kept[level].append(grid.flatten(2).transpose(1, 2))  # [B, T, channels]
 
-    @torch.inference_mode()
+        return hook
+
+    def _features(self, pixels: Tensor) -> dict[str, Tensor]:
+        for kept in self._kept.values():
+            kept.clear()
+        x = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        hidden = self.module[0](x)
+        if self._quantise is not None:
+            hidden = self._quantise(hidden)
+        hidden = hidden.float()
+        if not self._posterior:
+            hidden = torch.cat([hidden, torch.full_like(hidden, LOG_VARIANCE_OF_NONE)], dim=1)
+        levels = {f"vae/{level}": torch.stack(kept, dim=1) for level, kept in self._kept.items()}
+        return {"vae/moments": hidden, **levels}
+
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """uint8 [B, 3, R, R] => ``vae/moments`` [B, 2C, h, w] and the levels [B, L, T, channels], float32."""
-        pooled: dict[str, list[Tensor]] = {level: [] for level in self.levels}
-
-        def keep(level: str) -> Any:
-            def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-                grid = F.interpolate(
-                    output.float(), size=(self.grid, self.grid), mode="bilinear", align_corners=False
-                )
-                pooled[level].append(grid.flatten(2).transpose(1, 2))  # [B, T, channels]
-
-            return hook
-
-        handles = [
-            m.register_forward_hook(keep(level)) for level, layers in self._kept.items() for _, m in layers
-        ]
-        try:
-            x = (pixels.to(next(self.module.parameters()).dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-            hidden = self.module.encoder(x)
-            moments = self.module.quant_conv(hidden) if self.module.quant_conv is not None else hidden
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {"vae/moments": moments.float()} | {
-            f"vae/{k}": torch.stack(v, dim=1) for k, v in pooled.items()
-        }
+        with self.compute.scope():
+            features = self._run(pixels)
+        for kept in self._kept.values():
+            kept.clear()
+        return features
 
 
 @torch.inference_mode()
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """Scaled latents [B, C, h, w] => pixels in [-1, 1], float32 [B, 3, R, R]; undoes scale and shift of the VAE."""
     config: Any = vae.config
-    raw = latents.to(next(vae.parameters()).dtype) / config.scaling_factor + (config.shift_factor or 0.0)
-    return vae.decode(raw).sample.float()
+    shift = getattr(config, "shift_factor", None) or 0.0
+    raw = latents.to(next(vae.parameters()).dtype) / config.scaling_factor + shift
+    decode: Any = vae.decode
+    return decode(raw).sample.float()

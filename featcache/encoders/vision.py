@@ -1,13 +1,12 @@
-"""Vision encoders: raw pixels => patch tokens of chosen layers.
+"""Vision encoders: raw pixels => patch tokens of chosen layers (the table of them is :mod:`featcache.encoders.table`).
 
-Preprocessing follows REPA's code: the ADM crop scaled to [0, 1], normalised, *then* resized to the encoder's input
-(bicubic, no antialiasing), so that a 256-px image at input 224 and patch 14 gives 16x16 tokens.
+A crop scaled to [0, 1] is normalised and resized to the encoder's input, in the order that the public code uses for
+each encoder. Patch tokens leave row-major, without class or register tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featcache.encoders.base import (
+    Compute,
     WeightsSource,
     find_weights,
     load_file,
@@ -23,110 +23,139 @@ from featcache.encoders.base import (
     weights_sha256,
 )
 from featcache.encoders.hub import HubUnreachable, hub_file
+from featcache.encoders.keys import to_timm
+from featcache.encoders.table import ENCODERS, HALF, TOKEN_PX, VisionEntry
 from featcache.errors import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FINAL_NORMS = ("auto", "all", "last", "none")
 
 
-@dataclass(frozen=True, kw_only=True)
-class VisionEntry:
-    """One selectable vision encoder.
+def build_vision(entry: VisionEntry, *, input_px: int) -> nn.Module:
+    """The architecture of ``entry`` for square inputs of ``input_px``, weights as timm initialises them."""
+    import timm
 
-    input_per_256: side of the encoder's input in pixels for a 256-px image; scales with the resolution.
-    hub_id: repository with timm-format weights; None for the embedded one.
-    """
-
-    timm_name: str
-    hub_id: str | None
-    patch: int
-    depth: int
-    width: int
-    input_per_256: int
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    default_layers: tuple[int, ...] = ()
-
-
-def _dinov2(size: str, depth: int, width: int) -> VisionEntry:
-    name = f"vit_{size}_patch14_dinov2.lvd142m"
-    return VisionEntry(
-        timm_name=name, hub_id=f"timm/{name}", patch=14, depth=depth, width=width, input_per_256=224
+    return timm.create_model(
+        entry.architecture, pretrained=False, num_classes=0, img_size=input_px, **dict(entry.options)
     )
 
 
-ENCODERS: Mapping[str, VisionEntry] = {
-    "dinov2-s": _dinov2("small", 12, 384),
-    "dinov2-b": _dinov2("base", 12, 768),
-    "dinov2-l": _dinov2("large", 24, 1024),
-    "dinov2-g": _dinov2("giant", 40, 1536),
-}
+def load_vision(name: str, weights: WeightsSource, *, input_px: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A frozen timm vision transformer for square inputs of ``input_px``, and where its weights came from.
 
-
-def load_vision(name: str, weights: WeightsSource, *, input_size: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A frozen timm vision transformer for square inputs of ``input_size`` px, and where its weights came from.
-
-    Position embeddings are resampled to the input's grid by timm, as REPA does.
+    Position tables are resampled to the input's grid by timm (bicubic, antialiased), as REPA does.
 
     Raises:
-        UserError: unknown name, or damaged weights.
+        UserError: damaged weights, or weights of another network.
         WeightsUnavailable: no weights on this machine and no hub.
     """
-    import timm
-
     entry = ENCODERS[name]
-
-    def build() -> nn.Module:
-        return timm.create_model(
-            entry.timm_name.split(".")[0], pretrained=False, num_classes=0, img_size=input_size
-        )
-
     if weights.random_seed is not None:
-        model = seeded(weights.random_seed, build)
+        model = seeded(weights.random_seed, lambda: build_vision(entry, input_px=input_px))
         origin: dict[str, Any] = {"weights": "random", "seed": weights.random_seed}
     else:
-        model = build()
-        state = _find_state(name, entry, weights)
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
+        model = build_vision(entry, input_px=input_px)
+        state = to_timm(_find_state(name, entry, weights), entry.key_format)
         try:
-            model.load_state_dict(checkpoint_filter_fn(state, model))
+            model.load_state_dict(_filtered(state, model))
         except (RuntimeError, KeyError) as error:
             raise UserError(
                 f"the weights found for {name!r} do not fit {entry.timm_name}: {str(error).splitlines()[0]}",
-                remedy=f"Bring the weights of {entry.hub_id} (timm format).",
+                remedy=f"Bring the weights of {entry.hub_id or entry.weights_page}.",
             ) from error
-        origin = {"weights": entry.hub_id}
+        origin = {"weights": entry.hub_id or "file"}
     model = model.eval().requires_grad_(False)
     return model, {"name": name, "timm": entry.timm_name, **origin, "sha256": weights_sha256(model)}
+
+
+def _filtered(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's conversion for the model's family: resampled position tables, other releases' names, no classifier."""
+    import sys
+
+    filtered = sys.modules[type(model).__module__].checkpoint_filter_fn(state, model)
+    return {key: value for key, value in filtered.items() if not key.startswith("head.")}
 
 
 def _find_state(name: str, entry: VisionEntry, weights: WeightsSource) -> dict[str, Tensor]:
     hub_id = entry.hub_id or ""
     if weights.weights_dir is not None:
-        stems = (name, entry.timm_name, entry.timm_name.split(".")[0], hub_id.replace("/", "--"), hub_id)
-        found = find_weights(weights.weights_dir, stems)
+        stems = (name, entry.timm_name, entry.architecture)
+        found = find_weights(weights.weights_dir, (*stems, hub_id.replace("/", "--"), hub_id) if hub_id else stems)
         if found is not None:
             return load_file(found)
+    if not hub_id:
+        raise unavailable(name, None, "", entry.weights_page)
     try:
         return load_file(hub_file(hub_id, ("model.safetensors", "pytorch_model.bin")))
     except HubUnreachable as error:
         raise unavailable(name, hub_id, str(error)) from error
 
 
+def resized(x: Tensor, side: int, mode: str) -> Tensor:
+    """[B, C, H, W] => [B, C, side, side] by PyTorch's interpolation without antialiasing; as is if it has that size."""
+    if x.shape[-1] == side:
+        return x
+    return F.interpolate(x, size=(side, side), mode=mode, align_corners=False)
+
+
+def on_grid(tokens: Tensor, grid: int) -> Tensor:
+    """Tokens [B, T, D] of a square grid => [B, grid^2, D]: bilinear, antialiased when shrinking; as is if they fit."""
+    B, T, D = tokens.shape
+    side = round(T**0.5)
+    if side * side != T:
+        raise UserError(f"an encoder gave {T} tokens an image, which is not a square grid")
+    if side == grid:
+        return tokens
+    maps = tokens.transpose(1, 2).reshape(B, D, side, side)
+    maps = F.interpolate(maps.float(), size=(grid, grid), mode="bilinear", align_corners=False, antialias=True)
+    return maps.flatten(2).transpose(1, 2)  # [B, grid^2, D]
+
+
+class Preparation:
+    """uint8 [B, 3, R, R] => normalised float32 [B, 3, input_px, input_px]."""
+
+    def __init__(
+        self,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        input_px: int,
+        resize_first: bool = False,
+        mode: str = "bicubic",
+        device: str = "cpu",
+    ) -> None:
+        self.input_px, self.resize_first, self.mode = input_px, resize_first, mode
+        self._mean = torch.tensor(tuple(mean), device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(tuple(std), device=device).view(1, 3, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        x = pixels.float() / 255
+        if self.resize_first:
+            return (resized(x, self.input_px, self.mode) - self._mean) / self._std
+        return resized((x - self._mean) / self._std, self.input_px, self.mode)
+
+    def record(self, resolution: int) -> dict[str, Any]:
+        """For the manifest: input size and what was done to get there."""
+        order = "resize, then normalise" if self.resize_first else "normalise, then resize"
+        text = "none" if self.input_px == resolution else f"{order} ({self.mode}, no antialiasing)"
+        return {"input_size": self.input_px, "resize": text}
+
+
 class VisionEncoder:
     """Patch tokens of one vision transformer at one or more layers.
 
     Args:
-        name: a key of :data:`ENCODERS`, or ``tiny``.
+        name: a key of :data:`featcache.encoders.table.ENCODERS`, or ``tiny``.
         layers: block indices counted from 0; empty means the entry's default (the final block).
         weights: where weights may come from.
-        resolution: side of the pixels; the token grid is resolution / 16.
-        final_norm: ``all`` applies the encoder's final norm to every cached layer, ``last`` only to the final block's
-            output (DyA does not say which; default and choice are ours).
-        device: where to run.
+        resolution: side of the pixels.
+        grid: side of the cached token grid; None means resolution / 16, the encoder's own.
+        final_norm: which cached layers go through the encoder's final norm: ``all``, ``last`` (only the final block's),
+            ``none``, or ``auto``: none where the public code applies none, else all (DyA does not say what becomes of
+            an inner layer; the default is ours).
+        compute: device, precision, compilation. ``device`` alone is short for ``Compute(device=device)``.
 
     Features:
-        ``<name>@<layer>``: [T, width] float32, T = (R/16)^2 patch tokens row-major, no class or register tokens.
+        ``<name>@<layer>``: [grid^2, width] float32.
     """
 
     def __init__(
@@ -136,23 +165,38 @@ class VisionEncoder:
         weights: WeightsSource,
         *,
         resolution: int,
-        final_norm: str = "all",
+        grid: int | None = None,
+        final_norm: str = "auto",
         device: str = "cpu",
+        compute: Compute | None = None,
     ) -> None:
-        grid = resolution // 16
+        self.compute = compute or Compute(device=device)
+        self.grid = grid or resolution // TOKEN_PX
+        if final_norm not in FINAL_NORMS:
+            raise UserError(f"unknown --final-norm {final_norm!r}", remedy=f"Type one of: {', '.join(FINAL_NORMS)}.")
+        place = self.compute.device
         if name == "tiny":
             from featcache.encoders.tiny import load_tiny_vit
 
             model: Any = load_tiny_vit()
-            depth, width, input_size = len(model.blocks), model.embed_dim, resolution
-            mean, std, default = (0.5,) * 3, (0.5,) * 3, (depth // 2 - 1, depth - 2, depth - 1)
+            depth, width = len(model.blocks), model.embed_dim
+            default: tuple[int, ...] = (depth // 2 - 1, depth - 2, depth - 1)
+            self.prepare = Preparation(mean=HALF, std=HALF, input_px=resolution, device=place)
             origin: dict[str, Any] = {"name": "tiny", "weights": "embedded", "sha256": weights_sha256(model)}
+            norm_by_default = True
         else:
             entry = ENCODERS[name]
-            depth, width = entry.depth, entry.width
-            input_size = entry.input_per_256 * resolution // 256
-            mean, std, default = entry.mean, entry.std, entry.default_layers or (depth - 1,)
             model, origin = None, {}
+            depth, width, norm_by_default = entry.depth, entry.width, entry.final_norm
+            default = entry.default_layers or (entry.final_layer,)
+            self.prepare = Preparation(
+                mean=entry.mean,
+                std=entry.std,
+                input_px=entry.input_px(resolution),
+                resize_first=entry.resize_first,
+                mode=entry.resize_mode,
+                device=place,
+            )
         self.layers = tuple(sorted(set(layers or default)))
         wrong = [i for i in self.layers if not 0 <= i < depth]
         if wrong:
@@ -161,39 +205,32 @@ class VisionEncoder:
                 remedy=f"Type for example --encoder {name}@{depth - 1}",
             )
         if model is None:
-            model, origin = load_vision(name, weights, input_size=input_size)
-        if final_norm not in ("all", "last"):
-            raise UserError(f"unknown --final-norm {final_norm!r}", remedy="Type all or last.")
-        self.name, self.module, self.input_size = name, model.to(device), input_size
-        self._norm_all, self._last = final_norm == "all", depth - 1
-        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
-        self.shapes = {f"{name}@{i}": (grid * grid, width) for i in self.layers}
-        self.provenance = {
-            f"{name}@{i}": {
-                **origin,
-                "layer": i,
-                "final_norm": self._norm_all or i == self._last,
-                "input_size": input_size,
-                "resize": "none" if input_size == resolution else "normalise, then bicubic, no antialiasing",
-            }
-            for i in self.layers
-        }
+            model, origin = load_vision(name, weights, input_px=self.prepare.input_px)
+        self.name, self.module = name, model.to(place)
+        self._normed = _normed_layers(self.layers, depth, final_norm, norm_by_default)
+        self._run = torch.compile(self._tokens, dynamic=False) if self.compute.compile else self._tokens
+        self.shapes = {f"{name}@{i}": (self.grid**2, width) for i in self.layers}
+        record = {**origin, **self.prepare.record(resolution), "precision": self.compute.precision}
+        self.provenance = {f"{name}@{i}": {**record, "layer": i, "final_norm": i in self._normed} for i in self.layers}
 
-    def prepare(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, R, R] => normalised float32 [B, 3, input, input] (METHODS: normalise, then resize)."""
-        x = (pixels.float() / 255 - self._mean) / self._std
-        if x.shape[-1] != self.input_size:
-            x = F.interpolate(x, size=(self.input_size,) * 2, mode="bicubic", align_corners=False)
-        return x
+    @property
+    def input_size(self) -> int:
+        return self.prepare.input_px
 
-    @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => ``name@layer`` -> float32 [B, T, width]."""
-        x = self.prepare(pixels).to(next(self.module.parameters()).dtype)
-        tokens = self.module.forward_intermediates(
-            x, indices=list(self.layers), norm=self._norm_all, output_fmt="NLC", intermediates_only=True
+    def _tokens(self, x: Tensor) -> list[Tensor]:
+        taken: list[Tensor] = self.module.forward_intermediates(
+            x, indices=list(self.layers), norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
         )
-        if not self._norm_all and self.layers[-1] == self._last:
-            tokens[-1] = self.module.norm(tokens[-1])
-        return {f"{self.name}@{i}": t.float() for i, t in zip(self.layers, tokens)}
+        return [self.module.norm(t) if i in self._normed else t for i, t in zip(self.layers, taken)]
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, 3, R, R] => ``name@layer`` -> float32 [B, grid^2, width]."""
+        with self.compute.scope():
+            tokens = self._run(self.prepare(pixels))
+        return {f"{self.name}@{i}": on_grid(t.float(), self.grid) for i, t in zip(self.layers, tokens)}
+
+
+def _normed_layers(layers: Sequence[int], depth: int, final_norm: str, by_default: bool) -> frozenset[int]:
+    if final_norm == "auto":
+        final_norm = "all" if by_default else "none"
+    return frozenset(i for i in layers if final_norm == "all" or (final_norm == "last" and i == depth - 1))

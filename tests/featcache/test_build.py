@@ -23,7 +23,6 @@ from featcache.build import BuildRequest, build, derived_name, sample_order
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.tiny import load_tiny_vae
-from featcache.encoders.vae import LEVELS, VaeEncoder, encoder_layers
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.images import center_crop, open_source
@@ -72,7 +71,9 @@ def tree_digest(path: Path) -> dict[str, str]:
 def test_tiny_caches_what_every_method_needs(cache_path: Path) -> None:
     cache = featcache.open(cache_path)
     assert len(cache) == 20
-    assert {"vae/moments", "vae/G1", "vae/G2", "vae/G3", "vae/G4", "label", "key", "content"} <= set(cache.manifest.features)
+    assert {"vae/moments", "vae/G1", "vae/G2", "vae/G3", "vae/G4", "label", "key", "content"} <= set(
+        cache.manifest.features
+    )
     assert len([f for f in cache.manifest.features if f.startswith("tiny@")]) >= 2
 
 
@@ -101,119 +102,6 @@ def test_stored_features_equal_a_direct_encoding(cache_path: Path) -> None:
     stored = read_feature(cache, "vae/G4", indices)[:, 2]  # down3.res1, mid.res0, mid.attn, mid.res1
     step = np.abs(tokens).max(axis=-1, keepdims=True) / 127
     assert (np.abs(stored - tokens) <= 0.51 * step + 1e-4).all()  # int8: half a quantisation step
-
-
-def test_fifteen_layers_are_grouped_as_the_paper_groups_them() -> None:
-    layers = encoder_layers(load_tiny_vae().encoder)
-    by_group = {level: [name for group, name, _ in layers if group == level] for level in LEVELS}
-    assert by_group == {
-        "G1": ["conv_in", "down0.res0", "down0.res1", "down0.downsample"],
-        "G2": ["down1.res0", "down1.res1", "down1.downsample"],
-        "G3": ["down2.res0", "down2.res1", "down2.downsample", "down3.res0"],
-        "G4": ["down3.res1", "mid.res0", "mid.attn", "mid.res1"],
-    }
-
-
-def test_sd_vae_has_the_published_widths() -> None:
-    encoder = VaeEncoder("sd-ft-ema", WeightsSource(random_seed=0), resolution=64, levels=LEVELS)
-    assert {k: v[0] for k, v in encoder.shapes.items() if "G" in k} == {"vae/G1": 4, "vae/G2": 3, "vae/G3": 4, "vae/G4": 4}
-    assert {k: v[2] for k, v in encoder.shapes.items() if "G" in k} == {"vae/G1": 128, "vae/G2": 256, "vae/G3": 512, "vae/G4": 512}
-    features = encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    assert {k: tuple(v.shape[1:]) for k, v in features.items()} == encoder.shapes
-    assert encoder.info["scaling_factor"] == 0.18215
-
-
-def test_dinov2_input_is_normalised_then_resized() -> None:
-    """REPA's preprocessing by an independent formula: (x/255 - mean)/std, then Keys' cubic (a = -0.75) by hand."""
-    encoder = VisionEncoder("dinov2-s", (11,), WeightsSource(random_seed=0), resolution=256)
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 256, 256), dtype=np.uint8))
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    x = (pixels[0].numpy() / 255.0 - mean[:, None, None]) / std[:, None, None]
-
-    def weights(n_in: int, n_out: int) -> np.ndarray:
-        a, matrix = -0.75, np.zeros((n_out, n_in))
-        for i in range(n_out):
-            centre = (i + 0.5) * n_in / n_out - 0.5
-            base = int(np.floor(centre))
-            for tap in range(base - 1, base + 3):
-                d = abs(centre - tap)
-                w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-                matrix[i, min(max(tap, 0), n_in - 1)] += w
-        return matrix
-
-    w = weights(256, 224)
-    expected = np.einsum("ij,cjk,lk->cil", w, x, w)
-    # PyTorch computes coordinates in float32: half an ulp at 256 px (1.5e-5 px) times a slope of at most 4.5 a pixel, on
-    # two axes.
-    assert np.abs(encoder.prepare(pixels)[0].numpy() - expected).max() < 2 * 2 * 1.5e-5 * 4.5
-
-
-def test_dinov2_layers_and_final_norm() -> None:
-    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    both = VisionEncoder("dinov2-s", (9, 11), WeightsSource(random_seed=0), resolution=64)
-    last = VisionEncoder("dinov2-s", (9, 11), WeightsSource(random_seed=0), resolution=64, final_norm="last")
-    assert both.shapes == {"dinov2-s@9": (16, 384), "dinov2-s@11": (16, 384)}
-    normed, plain = both(pixels), last(pixels)
-    model = both.module
-    with torch.no_grad():
-        full = model.forward_features(both.prepare(pixels))  # type: ignore[operator]
-    assert torch.allclose(normed["dinov2-s@11"], full[:, model.num_prefix_tokens :], atol=1e-5)
-    assert torch.allclose(plain["dinov2-s@11"], normed["dinov2-s@11"], atol=1e-5)
-    assert torch.allclose(model.norm(plain["dinov2-s@9"]), normed["dinov2-s@9"], atol=1e-5)
-    assert not torch.allclose(plain["dinov2-s@9"], normed["dinov2-s@9"], atol=1e-2)
-
-
-def test_random_weights_are_a_function_of_the_seed_and_marked() -> None:
-    a = VisionEncoder("dinov2-s", (), WeightsSource(random_seed=3), resolution=64)
-    torch.manual_seed(99)
-    b = VisionEncoder("dinov2-s", (), WeightsSource(random_seed=3), resolution=64)
-    c = VisionEncoder("dinov2-s", (), WeightsSource(random_seed=4), resolution=64)
-    origin = [e.provenance["dinov2-s@11"] for e in (a, b, c)]
-    assert origin[0]["sha256"] == origin[1]["sha256"] != origin[2]["sha256"]
-    assert origin[0]["weights"] == "random"
-    assert origin[0]["seed"] == 3
-
-
-def test_weights_dir_is_found_and_loaded(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    model = VisionEncoder("dinov2-s", (), WeightsSource(random_seed=5), resolution=224).module
-    save_file(model.state_dict(), tmp_path / "dinov2-s.safetensors")
-    loaded = VisionEncoder("dinov2-s", (), WeightsSource(weights_dir=tmp_path), resolution=224)
-    assert torch.equal(loaded.module.blocks[3].attn.qkv.weight, model.blocks[3].attn.qkv.weight)
-    assert loaded.provenance["dinov2-s@11"]["weights"] == "timm/vit_small_patch14_dinov2.lvd142m"
-    (tmp_path / "dinov2-s.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match="cannot read weights"):
-        VisionEncoder("dinov2-s", (), WeightsSource(weights_dir=tmp_path), resolution=224)
-
-
-def test_sd_vae_files_under_former_attention_names_load(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from featcache.encoders.vae import load_vae
-
-    vae, _ = load_vae("sd-ft-mse", WeightsSource(random_seed=1))
-    former = {}
-    for key, value in vae.state_dict().items():
-        if "attentions" in key:
-            for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
-                key = key.replace(new, old)
-        former[key] = value
-    assert any(".query." in k for k in former)
-    (tmp_path / "sd-vae-ft-mse").mkdir()
-    save_file(former, tmp_path / "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
-    loaded, origin = load_vae("sd-ft-mse", WeightsSource(weights_dir=tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(vae.state_dict().values(), loaded.state_dict().values()))
-    assert origin["weights"] == "stabilityai/sd-vae-ft-mse"
-
-
-def test_offline_without_weights_names_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcache.encoders.hub._hub_problem", lambda: "the model hub does not answer: test")
-    monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
-    with pytest.raises(UserError) as caught:
-        VisionEncoder("dinov2-s", (), WeightsSource(), resolution=64)
-    assert "--weights-dir" in str(caught.value)
-    assert "--random-weights" in str(caught.value)
 
 
 def test_build_again_does_nothing(cache_path: Path) -> None:
@@ -276,7 +164,16 @@ def test_bad_image_fails_by_name_or_is_skipped_and_recorded(tmp_path: Path) -> N
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((90, 90, 3), np.uint8)).save(buffer, "JPEG")
     bad.write_bytes(buffer.getvalue()[:300])
-    ask = request(tmp_path / "cache", data=str(folder), encoders=(), vae="tiny", resolution=32, limit=None, shard_size=3, batch_size=2)
+    ask = request(
+        tmp_path / "cache",
+        data=str(folder),
+        encoders=(),
+        vae="tiny",
+        resolution=32,
+        limit=None,
+        shard_size=3,
+        batch_size=2,
+    )
     with pytest.raises(UserError, match=r"b/broken\.jpg"):
         build(ask, Silent())
     progress = Silent()
@@ -299,7 +196,10 @@ def test_bad_image_fails_by_name_or_is_skipped_and_recorded(tmp_path: Path) -> N
 
 
 def test_flip_caches_the_mirror_image_as_second_view(tmp_path: Path) -> None:
-    build(request(tmp_path / "f", flip=True, limit=4, codecs={"moments": "fp32", "levels": "fp32", "tokens": "fp32"}), Silent())
+    build(
+        request(tmp_path / "f", flip=True, limit=4, codecs={"moments": "fp32", "levels": "fp32", "tokens": "fp32"}),
+        Silent(),
+    )
     cache = featcache.open(tmp_path / "f")
     encoder = VisionEncoder("tiny", (5,), WeightsSource(), resolution=64)
     pixels = torch.from_numpy(images_of(cache, None, range(4))).permute(0, 3, 1, 2)
@@ -319,7 +219,10 @@ def test_names_are_derived_from_what_is_built(cache_path: Path) -> None:
 
 def test_parsing_of_encoders_and_levels() -> None:
     assert parse_encoders(["dinov2-b@9,11"]) == (EncoderChoice(name="dinov2-b", layers=(9, 11)),)
-    assert parse_encoders(["dinov2-b@9,11,tiny"]) == (EncoderChoice(name="dinov2-b", layers=(9, 11)), EncoderChoice(name="tiny"))
+    assert parse_encoders(["dinov2-b@9,11,tiny"]) == (
+        EncoderChoice(name="dinov2-b", layers=(9, 11)),
+        EncoderChoice(name="tiny"),
+    )
     assert parse_levels("g3,G4") == ("G3", "G4")
     for wrong in ("dinov2-b@x", "@3", "tiny,tiny"):
         with pytest.raises(UserError):
@@ -350,6 +253,11 @@ CASES = [
     (("--data", "shapes", "--encoder", "tiny", "--vae-levels", "G7"), "G1,G2,G3,G4"),
     (("--data", "shapes", "--encoder", "tiny@77"), "no layer 77"),
     (("--data", "shapes", "--encoder", "tiny", "--resolution", "100"), "multiple of 32"),
+    (("--data", "shapes", "--encoder", "tiny", "--resolution", "256x384"), "square"),
+    (("--data", "shapes", "--encoder", "tiny", "--precision", "fp8"), "bf16"),
+    (("--data", "shapes", "--encoder", "tiny", "--final-norm", "some"), "auto, all"),
+    (("--data", "shapes", "--vae", "tiny", "--encoder", "absent.py:net"), "absent.py"),
+    (("--data", "shapes", "--encoder", "tiny", "--vae", "nowhere"), "config.json"),
     (("--data", "shapes", "--encoder", "tiny", "--limit", "0"), "--limit"),
     (("--data", "shapes", "--encoder", "tiny", "--on-bad-image", "ignore"), "fail nor skip"),
     (("--encoder", "tiny"), "--data"),
@@ -385,9 +293,26 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(words: tuple[str, ...], expe
     assert "Traceback" not in text
 
 
-def test_ctrl_c_and_kill_leave_a_cache_that_the_same_command_completes(cli: Cli, tmp_path: Path, cache_path: Path) -> None:
+def test_ctrl_c_and_kill_leave_a_cache_that_the_same_command_completes(
+    cli: Cli, tmp_path: Path, cache_path: Path
+) -> None:
     program = str(Path(sys.executable).with_name("featcache"))
-    words = [program, "build", "--data", "shapes", "--encoder", "tiny", "--limit", "20", "--batch-size", "4", "--shard-size", "8", "--out", "c"]
+    words = [
+        program,
+        "build",
+        "--data",
+        "shapes",
+        "--encoder",
+        "tiny",
+        "--limit",
+        "20",
+        "--batch-size",
+        "4",
+        "--shard-size",
+        "8",
+        "--out",
+        "c",
+    ]
     for number in (signal.SIGKILL, signal.SIGINT):
         shards = tmp_path / "c/vae/moments"
         before = len(list(shards.glob("c.*")))

@@ -1,0 +1,116 @@
+"""The `featcache build` command: parse, call, print; heavy imports are late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featcache.console import console
+from featcache.errors import UserError
+
+_SOURCES = (
+    "Images: a folder (one folder a class), a .tar or .zip, webdataset shards, parquet files, s3:// or hf:// shards, "
+    "or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+)
+_CODECS = "fp32, fp16, bf16, int8, fp8 or int4."
+
+
+def build(
+    data: Annotated[str | None, typer.Option(help=_SOURCES)] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(help="Encoder, with layers after @: dinov2-b, dinov2-b@9,11, tiny, my.py:name. Repeatable."),
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="VAE or folder of one. [default: sd-ft-ema; tiny with --encoder tiny]")
+    ] = None,
+    vae_levels: Annotated[str | None, typer.Option(help="VAE encoder groups to keep, e.g. G3,G4 for AHPA.")] = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="Side of the square crop in pixels. [default: 256; 64 for shapes]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Encode only so many images, a seeded random choice.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the new cache. [default: ./caches/<name from what is built>]")
+    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Existing cache to add features to.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images an encoder sees at once.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="fp32, tf32 or bf16; auto is fp32 on the CPU and tf32 on a GPU.")
+    ] = "auto",
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the encoders. [default: on a GPU]")
+    ] = None,
+    weights_dir: Annotated[
+        Path | None, typer.Option(help="Folder with pretrained weights, searched before the hub.")
+    ] = None,
+    random_weights: Annotated[
+        int | None, typer.Option(help="Seed of random encoder weights, to try things out without pretrained ones.")
+    ] = None,
+    on_bad_image: Annotated[str, typer.Option(help="fail, or skip (recorded in the manifest).")] = "fail",
+    final_norm: Annotated[
+        str, typer.Option(help="Encoder's final norm on: all cached layers, last, none, auto (docs/encoders.md).")
+    ] = "auto",
+    moments_codec: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
+    levels_codec: Annotated[str, typer.Option(help=_CODECS)] = "int8",
+    tokens_codec: Annotated[str, typer.Option(help=_CODECS)] = "int8",
+    flip: Annotated[bool, typer.Option("--flip", help="Also cache mirrored copies, as a second view.")] = False,
+    shard_size: Annotated[int | None, typer.Option(help="Samples a shard. [default: by size]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples' order.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Decoding threads. [default: one a core]")] = None,
+) -> None:
+    """Encode images into a cache, continue a build, or add features (--into).
+
+    [dim]Example: featcache build --encoder dinov2-b --vae-levels G3,G4[/dim]
+    """
+    from featcache.encoders import parse_encoders, parse_levels
+    from featcache.images import find_data
+
+    encoders, levels, data = parse_encoders(encoder or []), parse_levels(vae_levels), find_data(data)
+    side = parse_resolution(resolution)
+    from featcache import build as builder
+    from featcache.progress import RichProgress
+
+    request = builder.BuildRequest(
+        data=data,
+        encoders=encoders,
+        vae=vae,
+        levels=levels,
+        resolution=side,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        compile=compile,
+        weights_dir=weights_dir,
+        random_weights=random_weights,
+        on_bad_image=on_bad_image,
+        final_norm=final_norm,
+        out=out,
+        into=into,
+        codecs={"moments": moments_codec, "levels": levels_codec, "tokens": tokens_codec},
+        flip=flip,
+        shard_size=shard_size,
+        seed=seed,
+        workers=workers,
+    )
+    with RichProgress() as progress:
+        result = builder.build(request, progress)
+    if not result.encoded:
+        console.print(f"{result.path} is complete already: nothing to encode")
+    if result.skipped:
+        console.print(f"[yellow]skipped {len(result.skipped)} bad images[/yellow], recorded in the manifest")
+    images = result.count - len(result.skipped)
+    console.print(f"cache: [bold]{result.path}[/bold]   ({images} images)   next: featcache info {result.path}")
+
+
+def parse_resolution(text: str | None) -> int | None:
+    """``"256"`` => 256. Raises `UserError` for anything but a number, rectangles among them."""
+    if text is None:
+        return None
+    if not text.isdigit():
+        shape = "crops are square, so it is one number" if "x" in text else "it must be a number of pixels"
+        raise UserError(f"--resolution {text}: {shape}", remedy="Type --resolution 256 (or 64, 128, 512).")
+    return int(text)
