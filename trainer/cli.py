@@ -96,6 +96,9 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
     device: Device = "auto",
     weights_dir: WeightsDir = None,
+    format_: Annotated[str, typer.Option("--format", help="npz (ADM's layout), wds (a WebDataset shard) or png.")] = "npz",
+    pixels: Annotated[str, typer.Option(help="round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = "round",
+    guided_channels: Annotated[int | None, typer.Option(help="Guide only the first so many channels. [default: all]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: RUN/samples/<settings>]")] = None,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
@@ -114,11 +117,14 @@ def sample(
         batch_size=batch_size,
         device=device,
         weights_dir=None if weights_dir is None else str(weights_dir),
+        format=format_,
+        pixels=pixels,
+        guided_channels=guided_channels,
         out=out,
     )
     with RichBar("sampling", unit="images") as bar:
         result = sample_run(run, request, bar)
-    console.print(f"images: [bold]{result.npz}[/bold]   grid: {result.grid}")
+    console.print(f"images: [bold]{result.images}[/bold]   grid: {result.grid}")
 
 
 @app.command(name="eval")
@@ -135,6 +141,8 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="Reference images or statistics: npz or folder. [default: the cache's own images]")
     ] = None,
+    metrics: Annotated[str | None, typer.Option(help="fid,sfid,is,precision,recall,kid. [default: all of the extractor]")] = None,
+    bootstrap: Annotated[int, typer.Option(help="Replicates behind 95 % intervals; 0 is none.", min=0)] = 0,
     data: Annotated[str | None, typer.Option(help="Where the cache's images lie. [default: $FEATCACHE_DATA, else ./data/imagenet]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
@@ -161,6 +169,8 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         weights_dir=None if weights_dir is None else str(weights_dir),
+        bootstrap=bootstrap,
+        metrics=tuple(m.strip() for m in metrics.split(",")) if metrics else (),
     )
     target = run or newest_run()
     with RichBar("evaluating", unit="images") as bar:

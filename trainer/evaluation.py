@@ -18,8 +18,9 @@ from trainer.config import RunConfig
 from trainer.models import forward_flops
 from trainer.sampling import Bar, SampleRequest, sample_run
 
-GPU_SAMPLES, GPU_SAMPLER, GPU_STEPS = 50_000, "sde", 250
-CPU_SAMPLES, CPU_SAMPLER, CPU_STEPS = 512, "ode", 32
+GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
+CPU_SAMPLES, CPU_STEPS = 512, 32
+CPU_SAMPLERS = {"sit": "ode", "dit": "ddim"}
 CPU_BUDGET_FLOPS = 20e12  # some minutes on two cores
 REFERENCE_TILES = (4, 8)  # rows, columns
 
@@ -42,6 +43,7 @@ class EvalRequest:
     device: str = "auto"
     weights_dir: str | None = None
     bootstrap: int = 0
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,10 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult:
 
     with torch.inference_mode():
         result = evaluate(
-            drawn.npz,
+            drawn.images,
             reference,
             extractor,
+            metrics=request.metrics or None,
             count=settings.num,
             batch_size=request.batch_size,
             bootstrap=request.bootstrap,
@@ -98,20 +101,21 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult:
 
 def _with_defaults(request: EvalRequest, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
     """The device's defaults where nothing was asked for; on the CPU as many samples as a few minutes allow."""
+    from trainer.sample import run_model_config
+
     on_gpu = device.startswith("cuda")
     steps = request.steps or (GPU_STEPS if on_gpu else CPU_STEPS)
     num = request.num
+    model = run_model_config(run, config)
     if num is None and on_gpu:
         num = GPU_SAMPLES
     elif num is None:
-        from trainer.sample import run_model_config
-
-        cost = forward_flops(run_model_config(run, config)) * steps
+        cost = forward_flops(model) * steps
         num = int(max(8, min(CPU_SAMPLES, CPU_BUDGET_FLOPS // cost)))
         bar.note(f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}")
     return SampleRequest(
         num=num,
-        sampler=request.sampler or (GPU_SAMPLER if on_gpu else CPU_SAMPLER),
+        sampler=request.sampler or (None if on_gpu else CPU_SAMPLERS[model.family]),
         steps=steps,
         guidance=request.guidance,
         interval=request.interval,
@@ -264,7 +268,7 @@ def router_charts(folder: Path, points: int = 101) -> list[Any]:
     if config.methods != ("ahpa",) or not checkpoint.list_checkpoints(folder):
         return []
     from trainer import align
-    from trainer.loop import backbone_info
+    from trainer.parts import backbone_info
 
     summary = runs.read_json(folder / "cache.json", {})
     features = {name: FeatureInfo(shape=tuple(f["shape"])) for name, f in summary["features"].items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +16,48 @@ from featcache.encoders.vae import decode_latents, load_vae
 from featcache.errors import UserError
 from trainer import checkpoint, runs
 from trainer.config import RunConfig
-from trainer.diffusion import samplers
+from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
+from trainer.step import DDPM_STEPS
 from trainer.models import ModelConfig, build_model, load_weights, model_config
+
+
+# Family -> its samplers, the default first.
+SAMPLERS = {"sit": ("sde", "ode", "heun", "dopri5"), "dit": ("ddpm", "ddim")}
+
+
+def check_sampler(family: str, sampler: str | None) -> str:
+    """The sampler to use with a family of backbones; None takes its default.
+
+    Raises:
+        UserError: a sampler that is unknown or belongs to the other family.
+    """
+    valid = SAMPLERS[family]
+    if sampler is None:
+        return valid[0]
+    if sampler not in valid:
+        raise UserError(
+            f"--sampler {sampler!r} does not go with a {'SiT' if family == 'sit' else 'DiT'} model", remedy=f"Type one of: {', '.join(valid)}"
+        )
+    return sampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """How images are drawn.
 
-    sampler: ``ode`` (Euler), ``heun``, ``dopri5``, ``sde`` (Euler-Maruyama, the papers' last step without noise).
-    steps: evaluations of the model (Heun: steps of two). guidance: scale, interval and channels.
+    sampler: for SiT ``ode`` (Euler), ``heun``, ``dopri5``, ``sde`` (Euler-Maruyama, the papers' last step without noise);
+    for DiT ``ddpm`` (ancestral) and ``ddim``.
+    steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own). guidance: scale, interval and channels.
     pixels: ``round`` is 127.5 x + 128 clamped (ADM, DiT, SiT); ``truncate`` is 255 (x + 1) / 2 cut off (REPA).
     seed: together with the sample's index it fixes the sample's noise.
     """
 
-    sampler: Literal["ode", "heun", "dopri5", "sde"] = "sde"
+    sampler: str = "sde"
     steps: int = 250
     guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
-    pixels: Literal["round", "truncate"] = "round"
+    pixels: str = "round"
     seed: int = 0
     batch_size: int = 64
 
@@ -134,9 +156,17 @@ def draw_latents(
     device = labels.device
     shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     x = sample_noise(config.seed, indices, shape, 0, device=device)
-    model_fn: Any = guided(model, labels, null_label=cfg.num_classes, guidance=config.guidance)
+    is_dit = cfg.family == "dit"
+    model_fn: Any = guided(
+        model, labels, null_label=cfg.num_classes, guidance=config.guidance, time_range=DDPM_STEPS - 1 if is_dit else 1.0
+    )
+    noise: Callable[[int], Tensor] = noise_stream(config.seed, indices, shape, device=device)
+    if is_dit:
+        schedule = ddpm.linear_schedule(DDPM_STEPS)
+        if config.sampler == "ddim":
+            return samplers.ddim(model_fn, x, ddpm.respace(schedule, config.steps, spacing="stride"))
+        return samplers.ddpm(model_fn, x, ddpm.respace(schedule, config.steps), noise=noise)
     if config.sampler == "sde":
-        noise: Callable[[int], Tensor] = noise_stream(config.seed, indices, shape, device=device)
         return samplers.euler_maruyama(model_fn, x, samplers.sde_grid(config.steps), noise=noise, path=path)
     method = {"ode": samplers.euler, "heun": samplers.heun, "dopri5": samplers.dopri5}[config.sampler]
     return method(model_fn, x, samplers.ode_grid(config.steps))
@@ -174,7 +204,7 @@ def class_grid(
 ) -> np.ndarray:
     """One row a class, the same noise down every column: uint8 [rows * R, columns * R, 3]."""
     device = next(model.parameters()).device
-    config = config or SampleConfig(sampler="ode", steps=32, seed=seed)
+    config = config or SampleConfig(sampler="ode" if model.cfg.family == "sit" else "ddim", steps=32, seed=seed)
     rows = [
         draw_images(model, vae, torch.full((columns,), label, device=device), range(columns), config, path=path)
         for label in grid_classes(model.cfg.num_classes)
