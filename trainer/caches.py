@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import featcache
 from featcache.errors import CacheError
 from trainer import align
 from trainer.align.base import FeatureInfo
+from trainer.align.features import encoder_layers
 from trainer.config import RunConfig
 
 ROOT = Path("caches")
@@ -27,21 +31,25 @@ def find_cache(config: RunConfig) -> Any:
     found = sorted(
         (p.parent for p in ROOT.glob("*/zarr.json")), key=lambda p: (p / "zarr.json").stat().st_mtime, reverse=True
     )
-    wanted = [name for method in config.methods for name in align.required_features(method, config.method_config(method))]
-    unfit: list[tuple[Any, CacheError]] = []
+    wanted = [
+        name for method in config.methods for name in align.required_features(method, config.method_config(method))
+    ]
+    unfit: list[tuple[Path, Any, CacheError]] = []
     for path in found:
+        cache = None
         try:
             cache = featcache.open(path)
             missing_features(config, cache)
             return cache
         except CacheError as error:
-            unfit.append((path, error))
+            unfit.append((path, cache, error))
     if not unfit:
         raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:\n  {build_line(None, wanted)}")
-    path, error = unfit[0]
+    path, newest, reason = unfit[0]
     raise CacheError(
-        f"none of the {len(unfit)} caches below ./{ROOT} fits --method {config.method}; the newest, {path}: {error.what}",
-        remedy=f"Add what is missing:\n  {build_line(path, wanted)}",
+        f"none of the {len(unfit)} caches below ./{ROOT} fits --method {config.method}; the newest, {path}: "
+        f"{reason.what}",
+        remedy=reason.remedy if newest is None else build_command(newest, wanted),
     )
 
 
@@ -59,13 +67,44 @@ def missing_features(config: RunConfig, cache: Any) -> None:
         align.resolve(method, config.method_config(method), available)
 
 
+def random_features(cache: Any) -> list[str]:
+    """Features that were made with random encoder weights."""
+    return sorted(n for n, f in cache.manifest.features.items() if f.provenance.get("weights") == "random")
+
+
+def sample_keys(cache: Any, indices: np.ndarray) -> list[str]:
+    """Keys (source paths) of the samples ``indices`` [n]."""
+    with cache.reader(["key"]) as reader:
+        out = reader.allocate(len(indices))
+        reader.read(indices, out)
+    return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in out["key"]]
+
+
 def build_command(cache: Any, wanted: Iterable[str]) -> str:
     """The sentence with the ``featcache build`` line that adds features to a cache."""
-    return f"Add what is missing:\n  {build_line(cache.path, wanted)}"
+    wanted = _settle(wanted, cache)
+    words = build_line(cache.path, wanted)
+    source = cache.manifest.dataset.source
+    data = "shapes" if source.startswith("shapes") else shlex.quote(source) if source else "<the same images>"
+    return f"Add what is missing:\n  {words} --data {data}"
+
+
+def _settle(wanted: Iterable[str], cache: Any) -> list[str]:
+    """Open names such as ``<encoder>@<last>`` made definite where the cache holds tokens of exactly one encoder.
+
+    Its deepest cached layer counts as the last, and the texture layer is DyA's 9 of 11 in proportion.
+    """
+    encoders = encoder_layers(cache.manifest.features)
+    if len(encoders) != 1:
+        return list(wanted)
+    ((encoder, layers),) = encoders.items()
+    texture, last = round(9 * layers[-1] / 11), layers[-1]
+    named = (name.replace("<encoder>", encoder).replace("<last>", str(last)) for name in wanted)
+    return [name.replace("<texture>", str(texture)) for name in named]
 
 
 def build_line(cache: str | Path | None, wanted: Iterable[str]) -> str:
-    """``featcache build ...`` for the given feature names; placeholders in angle brackets become the default encoder."""
+    """``featcache build ...`` for feature names; open ones (in angle brackets) become the default encoder's."""
     levels = sorted({name.split("/")[1] for name in wanted if name.startswith("vae/G")})
     layers: dict[str, set[int]] = {}
     for name in wanted:
@@ -85,6 +124,4 @@ def build_line(cache: str | Path | None, wanted: Iterable[str]) -> str:
         words.append(f"--encoder {encoder}" + ("@" + ",".join(map(str, sorted(numbers))) if numbers else ""))
     if levels:
         words.append(f"--vae-levels {','.join(levels)}")
-    if cache is not None:
-        words.append("--data <the same images>")
     return " ".join(words)

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from trainer.distributed import like, local
 
 _NAME = re.compile(r"step_(\d{7,})")
+_REMEDY = "Remove this checkpoint's folder to go on from the one before."
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -59,7 +61,7 @@ def save_checkpoint(
     """Writes one checkpoint atomically and removes all but the ``keep`` latest.
 
     Args:
-        tensors: file stem -> state dict.
+        tensors: file stem -> state dict, in host memory.
         state: JSON-able values for ``state.json``.
     """
     from safetensors.torch import save_file
@@ -67,11 +69,12 @@ def save_checkpoint(
     final = checkpoint_path(run, step)
     if final.exists():
         return final
+    for leftover in (*final.parent.glob(".step_*.partial"), *final.parent.glob(".step_*.removed")):
+        shutil.rmtree(leftover)  # of a process that was killed while it saved
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for stem, values in tensors.items():
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in values.items()}, partial / f"{stem}.safetensors")
+        save_file({k: v.contiguous() for k, v in values.items()}, partial / f"{stem}.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1, sort_keys=True))
     for path in [*partial.iterdir(), partial]:
         _sync(path)
@@ -98,13 +101,37 @@ def load_tensors(checkpoint: Path, stem: str, *, device: str = "cpu") -> dict[st
     try:
         return load_file(path, device=device)
     except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}", remedy=_REMEDY) from error
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return dict(json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {checkpoint / 'state.json'}: {error}", remedy=_REMEDY) from error
+
+
+def load_module(module: torch.nn.Module, checkpoint: Path, stem: str) -> None:
+    """Loads a module's state dict, every key of it.
+
+    Raises:
+        UserError: missing, damaged, or of another module.
+    """
+    try:
+        module.load_state_dict(load_tensors(checkpoint, stem))
+    except RuntimeError as error:
         raise UserError(
-            f"cannot read {path}: {error}", remedy="Remove this checkpoint's folder to go on from the one before."
+            f"{checkpoint / stem}.safetensors does not fit this run: {' '.join(str(error).split())}"
         ) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Adam's state under ``<moment>/<parameter name>``."""
+    """Adam's state under ``<moment>/<parameter name>``; of parameters that had no gradient yet there is none."""
     return {
         f"{moment}/{names[parameter]}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
@@ -124,12 +151,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
         if name not in by_name:
             raise UserError(f"the checkpoint's optimiser knows a parameter {name!r} that this run has not")
         parameter = by_name[name]
-        target = value if moment == "step" and not _fused_on_gpu(optimizer) else value.to(parameter.device)
+        # The step count is a scalar beside the parameter's shards; the moments are laid out as the parameter.
+        target = value.to(local(parameter).device) if moment == "step" else like(value, parameter)
         optimizer.state[parameter][moment] = target.clone()
-
-
-def _fused_on_gpu(optimizer: torch.optim.Optimizer) -> bool:
-    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
 
 
 def _sync(path: Path) -> None:

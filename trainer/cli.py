@@ -61,9 +61,8 @@ def run(
     }
     values = load_recipe(recipe) if recipe is not None else {}
     values |= {key: value for key, value in given.items() if value is not None}
-    config = from_mapping(RunConfig, apply_overrides(values, set_ or []))
-    if resume and config.name is None:
-        config = _newest_config(values, set_ or [])
+    values = apply_overrides(values, set_ or [])
+    config = _resumed_config(values) if resume else from_mapping(RunConfig, values)
     from trainer.loop import train
 
     with RichWatcher() as watcher:
@@ -71,13 +70,13 @@ def run(
     console.print(f"run: [bold]{folder}[/bold]   next: trainer eval {folder}")
 
 
-def _newest_config(values: dict[str, Any], overrides: list[str]) -> Any:
-    """``--resume`` without a name: the newest run's own settings, with what was typed on top."""
-    from trainer.config import RunConfig, apply_overrides, from_mapping, to_mapping
-    from trainer.runs import load_config, newest_run
+def _resumed_config(values: dict[str, Any]) -> Any:
+    """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
+    from trainer.config import RunConfig, from_mapping, to_mapping
+    from trainer.runs import ROOT, load_config, newest_run
 
-    saved = to_mapping(load_config(newest_run()))
-    return from_mapping(RunConfig, apply_overrides(saved | values, overrides))
+    saved = to_mapping(load_config(ROOT / values["name"] if values.get("name") else newest_run()))
+    return from_mapping(RunConfig, saved | values)
 
 
 @app.command()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from typing import Any, Literal, TypeVar
 from featcache.errors import UserError
 
 T = TypeVar("T")
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,9 @@ class RunConfig:
         ema_warmup (min(decay, (1 + step) / (10 + step))).
     Machine:
         precision: ``auto`` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
+        accumulate: micro-batches a step, for batches that do not fit at once. shard: split weights, average and
+        optimiser state over the ranks (FSDP2) instead of keeping a copy on each (DDP); a single rank has nothing to
+        split. None of these three changes more than rounding.
     Bookkeeping:
         log_every, sample_every, checkpoint_every in steps; sample_every 0 draws no grids. keep_checkpoints: how many of
         the latest stay. published: figures of the paper's row, for the report.
@@ -68,6 +75,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: Literal["sdpa", "xformers"] = "sdpa"
     compile: bool | None = None
+    shard: bool = False
     weights_dir: str | None = None
 
     log_every: int = 100
@@ -79,21 +87,50 @@ class RunConfig:
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}, but it must be at least 1", remedy=f"Type --set {key}=1 or more.")
+                raise UserError(
+                    f"{key} is {getattr(self, key)}, but it must be at least 1", remedy=f"Type --set {key}=1 or more."
+                )
+        for key in ("warmup_steps", "sample_every", "align_until", "weight_decay", "seed"):
+            if (getattr(self, key) or 0) < 0:
+                raise UserError(f"{key} is {getattr(self, key)}, but it must not be negative")
+        for key in ("label_dropout", "ema_decay"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"{key} is {getattr(self, key)}, outside [0, 1]")
+        for key in ("lr", "clip"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{key} is {value}, but it must be positive and finite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas are {self.betas}, but each must be in [0, 1)")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts",
                 remedy="Choose accumulate so that it divides batch_size.",
             )
-        for key, low, high in (("label_dropout", 0.0, 1.0), ("ema_decay", 0.0, 1.0)):
-            if not low <= getattr(self, key) <= high:
-                raise UserError(f"{key} is {getattr(self, key)}, outside [{low}, {high}]")
-        if self.lr <= 0:
-            raise UserError(f"lr is {self.lr}, but it must be positive")
-        from trainer.align import config_class
+        if self.shard and self.precision == "fp16":
+            raise UserError(
+                "shard does not go with precision fp16: loss scaling does not cover sharded beside whole gradients",
+                remedy="Type --precision bf16.",
+            )
+        self._check_model()
+        self._check_methods()
 
-        for method in self.methods:
-            config_class(method)  # unknown names are errors here
+    def _check_model(self) -> None:
+        from trainer.models import model_config
+
+        model_config(self.model, latent_channels=4, latent_size=8, num_classes=1)  # unknown names are errors here
+        for key in ("path", "time_sampling"):
+            default = next(f.default for f in dataclasses.fields(self) if f.name == key)
+            if self.model.startswith("DiT") and getattr(self, key) != default:
+                raise UserError(
+                    f"{key} is {getattr(self, key)!r}, but {self.model} trains on DDPM's own steps and schedule",
+                    remedy=f"Leave {key} out, or train {self.model.replace('DiT', 'SiT')}.",
+                )
+
+    def _check_methods(self) -> None:
+        from trainer.align import split_methods
+
+        split_methods(self.method)  # unknown, repeated and contradicting names are errors here
         stray = sorted(set(self.align) - set(self.methods))
         if stray:
             raise UserError(
@@ -138,6 +175,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
             raise UserError(f"{prefix}{key} = {value!r} is not valid: {problem}") from error
+        if isinstance(value, bool) and not isinstance(clean[key], bool):  # True would pass for 1
+            raise UserError(f"{prefix}{key} = {value!r} is not valid: a number is expected")
     return cls(**clean)
 
 
@@ -181,8 +220,17 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 raise UserError(f"--set {override!r}: {parent} is a value, not a group of keys")
             node[parent] = dict(child)
             node = node[parent]
-        node[leaf] = yaml.safe_load(text)
+        try:
+            node[leaf] = number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            problem = " ".join(str(error).split())
+            raise UserError(f"--set {override!r}: the value is not valid YAML: {problem}") from error
     return result
+
+
+def number(value: Any) -> Any:
+    """``1e-4``, which YAML 1.1 takes for text, as the number it looks like; anything else as it is."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cache => device: stored bytes of the right samples, one batch ahead, through pinned buffers.
+"""Cache => device: stored bytes of the right samples, read and copied ahead of the step that uses them.
 
 The order of samples is one infinite stream, the epochs' permutations one after another; batch ``k`` of the run is
 positions ``k * B .. (k + 1) * B`` of it. So the position is a function of the step alone: nothing to save, any number
@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from featcache.reader import epoch_order
 
-RING = 3  # batches being read, waiting, and in use
+RING = 3  # device buffers: one in use, one ready, one being filled
+STAGING = 2  # pinned host buffers: one being copied to the GPU, one being read into
+
+Stored = dict[str, Tensor]
 
 
 def stream_indices(start: int, stop: int, *, count: int, seed: int) -> np.ndarray:
-    """Sample indices at positions ``start..stop`` of the infinite stream over ``count`` samples. int64 [stop - start]."""
+    """Sample indices at positions ``start..stop`` of the infinite stream over ``count`` samples, int64."""
     pieces = []
     while start < stop:
         epoch, offset = divmod(start, count)
@@ -33,25 +37,51 @@ def stream_indices(start: int, stop: int, *, count: int, seed: int) -> np.ndarra
 
 
 def stream_views(start: int, stop: int, *, seed: int) -> np.ndarray:
-    """Which of two cached views (0 as is, 1 mirrored) each position of the stream takes, a fair coin. int64 [stop - start]."""
+    """Which of two cached views (0 as is, 1 mirrored) each position of the stream takes: a fair coin, int64."""
     block, views = 4096, []
     for number in range(start // block, -(-stop // block)):
-        coins = np.random.Generator(np.random.Philox(key=[seed, 0xF11B], counter=[0, 0, 0, number])).integers(0, 2, block)
+        coins = np.random.Generator(np.random.Philox(key=[seed, 0xF11B], counter=[0, 0, 0, number])).integers(
+            0, 2, block
+        )
         views.append(coins[max(0, start - number * block) : stop - number * block])
     return np.concatenate(views) if views else np.empty(0, np.int64)
 
 
-class Batches:
-    """Iterates over (stored arrays on the device, sample indices) from a given step on.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which rows of every global batch one rank takes, micro-batch by micro-batch.
 
-    A background thread fills a ring of (pinned) host buffers; on a GPU the copy runs on a side stream, and a buffer is
-    reused only once its copy has finished.
+    The ranks' parts lie inside each micro-batch, so the micro-batches are the same for any number of ranks.
+    """
+
+    global_batch: int
+    rank: int = 0
+    world_size: int = 1
+    micro_batches: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of one micro-batch on one rank."""
+        return self.global_batch // self.world_size // self.micro_batches
+
+    def slice(self, micro: int) -> slice:
+        """This rank's rows of the global batch in micro-batch ``micro``."""
+        first = (micro * self.world_size + self.rank) * self.rows
+        return slice(first, first + self.rows)
+
+
+class Batches:
+    """Iterates over batches of stored arrays on the device, one micro-batch after another, from a given step on.
+
+    A thread reads ahead. On a GPU it reads into pinned memory and queues the copy on a stream of its own; the
+    consumer's stream waits for the copy, the copy for the step that used its target before, and the host for neither.
+    The tensors of a batch are buffers: valid until the next one is asked for.
 
     Args:
         cache: an open :class:`featcache.reader.Cache`.
-        features: names to read; ``label`` included if wanted.
-        global_batch: samples a step over all ranks; this rank gets its contiguous share.
-        micro_batches: splits the rank's share; the iterator yields each part in turn.
+        features: names to read at every step.
+        extra: names to read only at the steps for which ``wanted`` says so (a method's targets).
+        steps: range of steps to deliver.
     """
 
     def __init__(
@@ -59,102 +89,90 @@ class Batches:
         cache: Any,
         features: Sequence[str],
         *,
-        global_batch: int,
+        share: Share,
         seed: int,
         device: torch.device,
-        start_step: int = 0,
-        stop_step: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batches: int = 1,
+        steps: range,
+        extra: Sequence[str] = (),
+        wanted: Callable[[int], bool] = lambda step: True,
     ) -> None:
-        self._reader = cache.reader(list(features), single_view=True)
-        self._count, self._seed = len(cache), seed
+        self._cache, self._share, self._seed, self._steps, self._wanted = cache, share, seed, steps, wanted
+        self._flipped = cache.manifest.dataset.flip
         self._device, self._cuda = device, device.type == "cuda"
-        self._global, self._rank, self._world, self._micro = global_batch, rank, world_size, micro_batches
-        self._part = global_batch // world_size // micro_batches
-        self._start, self._stop = start_step, stop_step
-        self._free: queue.Queue[int] = queue.Queue()
-        self._full: queue.Queue[tuple[int, np.ndarray] | BaseException | None] = queue.Queue()
-        self._buffers = []
-        for slot in range(RING):
-            host = {name: self._host(dtype, shape) for name, (dtype, shape) in self._reader.arrays.items()}
-            self._buffers.append((host, {name: tensor.numpy() for name, tensor in host.items()}))
-            self._free.put(slot)
-        self._closed = threading.Event()
+        base = list(dict.fromkeys(features))
+        self._readers = {False: cache.reader(base, single_view=True)}
+        self._readers[True] = cache.reader([*base, *extra], single_view=True) if extra else self._readers[False]
+        # Buffers that the consumer has done with, each with the GPU event that says so (None on the CPU).
+        self._free: queue.Queue[tuple[Stored, Any] | None] = queue.Queue()
+        self._full: queue.Queue[tuple[Stored, Stored, Any] | BaseException | None] = queue.Queue()
+        for _ in range(RING):
+            self._free.put((self._buffers(device), None))
         self._thread = threading.Thread(target=self._fill, name="cache-reader", daemon=True)
         self._thread.start()
 
-    def _host(self, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
-        empty = torch.from_numpy(np.empty((self._part, *shape), dtype))
-        return empty.pin_memory() if self._cuda else empty
-
-    def _positions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        step = self._start
-        while self._stop is None or step < self._stop:
-            for micro in range(self._micro):
-                # The ranks' shares lie inside each micro-batch, so any world size sums the same micro-batches.
-                first = step * self._global + (micro * self._world + self._rank) * self._part
-                yield (
-                    stream_indices(first, first + self._part, count=self._count, seed=self._seed),
-                    stream_views(first, first + self._part, seed=self._seed),
-                )
-            step += 1
+    def _buffers(self, device: torch.device, *, pin: bool = False) -> Stored:
+        arrays = self._readers[True].arrays.items()
+        host = {name: torch.from_numpy(np.empty((self._share.rows, *shape), dtype)) for name, (dtype, shape) in arrays}
+        return {name: tensor.pin_memory() if pin else tensor.to(device) for name, tensor in host.items()}
 
     def _fill(self) -> None:
+        """The reading thread: read, queue the copy, hand over."""
         try:
-            for indices, views in self._positions():
-                slot = self._free.get()
-                if self._closed.is_set():
-                    return
-                self._reader.read(indices, self._buffers[slot][1], views=views)
-                self._full.put((slot, indices))
+            copies = torch.cuda.Stream(self._device) if self._cuda else None
+            staging = [self._buffers(self._device, pin=True) for _ in range(STAGING)] if self._cuda else []
+            copied: list[Any] = [None] * STAGING
+            turn = 0
+            for step in self._steps:
+                reader = self._readers[self._wanted(step)]
+                for micro in range(self._share.micro_batches):
+                    if copies is None:
+                        if (slot := self._free.get()) is None:
+                            return
+                        buffers, _ = slot
+                        self._read(reader, step, micro, buffers)
+                        self._full.put((buffers, {name: buffers[name] for name in reader.arrays}, None))
+                        continue
+                    turn = (turn + 1) % STAGING
+                    if copied[turn] is not None:
+                        copied[turn].synchronize()  # this thread may wait: it is ahead
+                    self._read(reader, step, micro, staging[turn])
+                    if (slot := self._free.get()) is None:
+                        return
+                    buffers, used = slot
+                    with torch.cuda.stream(copies):
+                        if used is not None:
+                            copies.wait_event(used)
+                        for name in reader.arrays:
+                            buffers[name].copy_(staging[turn][name], non_blocking=True)
+                        copied[turn] = torch.cuda.Event()
+                        copied[turn].record(copies)
+                    self._full.put((buffers, {name: buffers[name] for name in reader.arrays}, copied[turn]))
             self._full.put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._full.put(error)
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
-        copies = torch.cuda.Stream(self._device) if self._cuda else None
-        ready: tuple[dict[str, Tensor], np.ndarray, Callable[[], None]] | None = self._next(copies)
-        while ready is not None:
-            batch, indices, release = ready
-            if copies is not None:
-                torch.cuda.current_stream(self._device).wait_stream(copies)
-                for tensor in batch.values():
-                    tensor.record_stream(torch.cuda.current_stream(self._device))
-                release()
-                ready = self._next(copies)  # starts the next copy before this batch is used
-                yield batch, indices
-            else:
-                yield batch, indices
-                release()
-                ready = self._next(copies)
+    def _read(self, reader: Any, step: int, micro: int, into: Stored) -> None:
+        rows = self._share.slice(micro)
+        first, stop = step * self._share.global_batch + rows.start, step * self._share.global_batch + rows.stop
+        indices = stream_indices(first, stop, count=len(self._cache), seed=self._seed)
+        views = stream_views(first, stop, seed=self._seed) if self._flipped else None
+        reader.read(indices, {name: into[name].numpy() for name in reader.arrays}, views=views)
 
-    def _next(self, copies: Any) -> tuple[dict[str, Tensor], np.ndarray, Callable[[], None]] | None:
-        item = self._full.get()
-        if item is None:
-            return None
-        if isinstance(item, BaseException):
-            raise item
-        slot, indices = item
-        host, _ = self._buffers[slot]
-        if copies is None:
-            return host, indices, lambda: self._free.put(slot)
-        with torch.cuda.stream(copies):
-            batch = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
-            done = torch.cuda.Event()
-            done.record(copies)
-
-        def release() -> None:
-            # The reader thread must not overwrite a pinned buffer that is still being copied. The copy was queued a
-            # whole step ago, so this does not wait in practice.
-            done.synchronize()
-            self._free.put(slot)
-
-        return batch, indices, release
+    def __iter__(self) -> Iterator[Stored]:
+        while (item := self._full.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            buffers, batch, copied = item
+            if copied is not None:
+                torch.cuda.current_stream(self._device).wait_event(copied)
+            yield batch
+            used = torch.cuda.current_stream(self._device).record_event() if self._cuda else None
+            self._free.put((buffers, used))
 
     def close(self) -> None:
         """Stops the reading thread."""
-        self._closed.set()
-        self._free.put(0)
+        self._free.queue.clear()
+        self._free.put(None)
         self._thread.join(timeout=10)
+        for reader in self._readers.values():
+            reader.close()

@@ -1,14 +1,24 @@
-"""The few distributed calls, no-ops on one process."""
+"""The few distributed calls, no-ops on one process.
+
+Collectives on CPU tensors go through gloo, those on GPU tensors through NCCL: what concerns only the hosts (objects,
+signals, barriers) never touches a GPU.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from featcache.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +31,30 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def device(self, name: str) -> torch.device:
+        """This rank's device: on a machine with several GPUs each rank takes its own."""
+        return torch.device("cuda", self.local_rank) if name == "cuda" else torch.device(name)
+
 
 def join(device: str) -> World:
-    """Joins the process group that ``torchrun`` describes in the environment (nccl on GPUs, gloo on CPUs)."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    """Joins the process group that ``torchrun`` describes in the environment.
+
+    Raises:
+        UserError: several ranks were told to share one GPU (``cuda:N``).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.startswith("cuda:"):
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} ranks cannot share {device}",
+            remedy="Type --device cuda: each rank takes its own GPU.",
+        )
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+        if device == "cuda":
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank)
 
 
 def leave() -> None:
@@ -36,28 +62,144 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """:func:`join` for the length of a block; a group that was there before stays.
+
+    After an error the other ranks are not waited for: torchrun ends them.
+    """
+    ours = not dist.is_initialized()
+    world = join(device)
+    try:
+        yield world
+    except SystemExit:  # all ranks leave together
+        if ours:
+            leave()
+        raise
+    if ours:
+        leave()
+
+
 def barrier() -> None:
+    """Waits until all ranks are here (the hosts, not their GPUs)."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average of a small tensor over all ranks, in place."""
+def from_main(value: T) -> T:
+    """The main rank's ``value``, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a small tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
-        values /= dist.get_world_size()
     return values
 
 
-def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """All-reduces gradients of a small module (a discriminator) in one flat buffer."""
-    if not dist.is_initialized():
-        return
+def min_over_ranks(values: Tensor) -> Tensor:
+    """Minimum of a small tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """All-reduces the gradients of a small module in one flat buffer; parameters without one stay without one."""
     grads = [p.grad for p in parameters if p.grad is not None]
+    if not dist.is_initialized() or not grads:
+        return
     flat = torch.cat([g.reshape(-1) for g in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    offset = 0
-    for grad in grads:
-        grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
-        offset += grad.numel()
+    for grad, mean in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(mean.view_as(grad))
+
+
+class StopSignal:
+    """Lets all ranks stop after the same step when any of them was told to, without touching the GPU.
+
+    Signals reach ranks at different times. Every step the hosts exchange one number in the background and read the
+    answer one step later, so nobody waits and everybody agrees.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[Any, Tensor] | None = None
+
+    def agree(self, number: int) -> int:
+        """The largest signal number that any rank passed: now for one process, in the step before for several."""
+        if not dist.is_initialized():
+            return number
+        known = self.wait()
+        flag = torch.tensor([number], dtype=torch.int32)
+        self._sent = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True), flag)
+        return known
+
+    def wait(self) -> int:
+        """Finishes the exchange under way (before leaving) and gives its result."""
+        if self._sent is None:
+            return 0
+        work, flag = self._sent
+        work.wait()
+        self._sent = None
+        return int(flag)
+
+
+def shard(model: Any, world: World, device: torch.device) -> None:
+    """FSDP2 in place: every block's parameters, and the rest's, are split over the ranks and gathered when needed.
+
+    Nothing stays gathered after a forward pass, so that between steps ``model.parameters()`` are always the shards (an
+    EMA teacher has no backward pass that would free them).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world.size,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (a view); a plain tensor as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor laid out as ``target`` is: on its device, and this rank's part of it if it is sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(local(target).device)
+    if not isinstance(target, DTensor):
+        return value
+    # src_data_rank=None: every rank has read the same file, so each cuts out its own part and nothing is sent.
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors in host memory where ``keep``; sharded ones are put together one at a time, by all ranks."""
+    from torch.distributed.tensor import DTensor
+
+    whole = {}
+    for name, value in tensors.items():
+        full = value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
+        if keep:
+            whole[name] = full.cpu()
+    return whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class RunLog:
             self._wandb = wandb.init(project=project, name=str(run), dir=str(run), resume="allow")
 
     def record(self, values: dict[str, Any]) -> None:
-        """One line; numbers also become scalars at ``values["step"]``."""
+        """One line; numbers also become scalars at ``values["step"]``. NaN and infinity are null: JSON has neither."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         step = values["step"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
 from trainer.config import RunConfig, from_mapping, to_mapping
 
 ROOT = Path("runs")
@@ -27,6 +28,91 @@ def run_dir(config: RunConfig, root: Path = ROOT) -> Path:
     return candidate
 
 
+# What may differ between the two halves of a resumed run: it changes nothing but, at most, the rounding.
+_FREE_KEYS = frozenset(
+    (
+        *(
+            "steps",
+            "cache",
+            "name",
+            "device",
+            "compile",
+            "attention",
+            "accumulate",
+            "shard",
+            "weights_dir",
+            "published",
+        ),
+        *("log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
+    )
+)
+
+
+def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -> None:
+    """Whether a run may write to ``run``: it is a new folder, or, with ``resume``, one of the same settings.
+
+    Raises:
+        UserError: the folder exists already, or was begun with other settings.
+        CacheError: it was trained on other images or other features.
+    """
+    if not (run / "config.yaml").exists():
+        return
+    if not resume:
+        raise UserError(
+            f"{run} exists already",
+            remedy=f"Type --resume to continue it, or --name with another name (it is --name {config.name}).",
+        )
+    saved = load_config(run)
+    for field in dataclasses.fields(RunConfig):
+        theirs, ours = getattr(saved, field.name), getattr(config, field.name)
+        if field.name not in _FREE_KEYS and theirs != ours:
+            raise UserError(
+                f"{run} was started with {field.name} = {theirs!r}, not {ours!r}",
+                remedy="Resume with the same settings, or start another run with --name.",
+            )
+    seen = read_json(run / "cache.json", {})
+    again = f"Pass the cache it was started with: --cache {seen.get('path')}"
+    if seen.get("fingerprint") != cache.fingerprint:
+        raise CacheError(
+            f"{run} was trained on a cache with fingerprint {seen.get('fingerprint', '?')[:12]}, "
+            f"but {cache.path} has {cache.fingerprint[:12]}",
+            remedy=again,
+        )
+    now = _plain(_features(cache))
+    for name, feature in seen.get("features", {}).items():
+        if name in now and now[name] != feature:
+            raise CacheError(
+                f"{name} in {cache.path} is not what {run} was trained on: it was made in another way", remedy=again
+            )
+
+
+def open_folder(run: Path, config: RunConfig, cache: Any, start: int, *, main: bool) -> None:
+    """Writes what describes the run before its first step, and cuts the log back to ``start``. Only where ``main``."""
+    if not main:
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    summary = {
+        "path": str(cache.path),
+        "fingerprint": cache.fingerprint,
+        "dataset": cache.manifest.dataset.to_json(),
+        "features": _features(cache),
+    }
+    write_text(run / "cache.json", json.dumps(_plain(summary), indent=1))
+    save_config(run, config)
+    truncate_log(run, start)
+
+
+def _features(cache: Any) -> dict[str, Any]:
+    """Shape, codec and provenance of a cache's tokens, groups and latents."""
+    features = cache.manifest.features.items()
+    return {n: {"shape": list(f.shape), "codec": f.codec, **f.provenance} for n, f in features if len(f.shape) >= 2}
+
+
+def _plain(values: Any) -> Any:
+    """As JSON gives it back: mappings as dicts, tuples as lists."""
+    return json.loads(json.dumps(values, default=dict))
+
+
 def save_config(run: Path, config: RunConfig) -> None:
     """Writes ``config.yaml``, whole or not at all."""
     import yaml
@@ -43,7 +129,9 @@ def load_config(run: Path) -> RunConfig:
     from trainer.config import load_recipe
 
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs.")
+        raise UserError(
+            f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs."
+        )
     return from_mapping(RunConfig, load_recipe(run / "config.yaml"))
 
 
@@ -74,9 +162,12 @@ def newest_run(root: Path = ROOT) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small file atomically."""
+    """Replaces a small file atomically and durably."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -107,6 +198,6 @@ def read_log(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate_log(run: Path, step: int) -> None:
-    """Drops records after ``step``: a resumed run writes them again."""
+    """Drops records after ``step`` (a resumed run writes them again) and a torn last line."""
     kept = [json.dumps(record) for record in read_log(run) if record.get("step", 0) <= step]
     write_text(run / "log.jsonl", "".join(line + "\n" for line in kept))

@@ -7,17 +7,20 @@ the same numbers for the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featcache.codecs import decode, stored_arrays
-from trainer.align.base import AlignInputs, Alignment
+from trainer.align.base import AlignInputs, Alignment, Teacher
 from trainer.diffusion import ddpm
 from trainer.diffusion.interpolants import draw_times, interpolate
+from trainer.distributed import is_sharded, local, sum_over_ranks
+from trainer.seeds import derive_seed
 
 DDPM_STEPS = 1000
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of the posterior's log-variance
@@ -36,8 +39,8 @@ class Draws:
     drop: Tensor
     align: Tensor
 
-    def rows(self, start: int, stop: int) -> Draws:
-        return Draws(**{name: getattr(self, name)[start:stop] for name in self.__dataclass_fields__})
+    def rows(self, rows: slice) -> Draws:
+        return Draws(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
 
 
 def draw(
@@ -45,9 +48,9 @@ def draw(
 ) -> Draws:
     """All random numbers of one global batch: a function of (seed, step) on a given kind of device.
 
-    Always the same draws in the same order, whatever the method needs, so that methods can be compared sample by sample.
+    Always the same draws in the same order, whatever the method needs: methods can be compared sample by sample.
     """
-    generator = torch.Generator(device).manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % (1 << 63))
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, "draws", step))
 
     def uniform() -> Tensor:
         return torch.rand(batch, generator=generator, device=device)
@@ -96,9 +99,10 @@ class Objective(nn.Module):
         model: the backbone being trained.
         alignment: the method's heads and loss, or None.
         features: name -> layout, for ``vae/moments`` and all that the method reads.
-        teacher: EMA model for methods that need one; kept out of this module's parameters.
+        scale, shift: of the latent, see :func:`sample_posterior`.
         path, time_sampling, label_dropout: see :class:`trainer.config.RunConfig`.
         autocast: dtype of autocast, or None for float32.
+        teacher: EMA model for methods that need one; kept out of this module's parameters.
     """
 
     def __init__(
@@ -120,81 +124,119 @@ class Objective(nn.Module):
         self._features = dict(features)
         self._scale, self._shift = scale, shift
         self._path, self._time_sampling, self._label_dropout = path, time_sampling, label_dropout
-        self._autocast = autocast
+        self._dtype = autocast
         if model.cfg.family == "dit":
             for name, column in ddpm.tables(ddpm.linear_schedule(DDPM_STEPS))._asdict().items():
-                self.register_buffer(f"ddpm_{name}", column.to(next(model.parameters()).device), persistent=False)
-        self._teacher = [teacher]  # in a list: not a submodule, so neither saved, trained nor synchronised with this one
+                self.register_buffer(f"ddpm_{name}", column, persistent=False)
+        self._teacher = [
+            teacher
+        ]  # in a list: not a submodule, so neither saved, trained nor synchronised with this one
 
     def forward(
-        self, batch: Mapping[str, Tensor], draws: Draws, *, aligned: bool = True, metrics: bool = False, keep: bool = False
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], AlignInputs | None]:
-        """Loss terms by name, metrics by name (if asked for), and the method's inputs, detached (if ``keep``).
+        self, batch: Mapping[str, Tensor], draws: Draws, *, aligned: bool = True, keep: bool = False
+    ) -> tuple[dict[str, Tensor], AlignInputs | None]:
+        """Loss terms by name, and the method's inputs without their gradients (if ``keep``).
 
         ``denoise`` is the diffusion loss; ``align/<term>`` are the method's weighted terms. Their sum is the loss.
         """
-        cfg = self.model.cfg
+        alignment = self.alignment if aligned else None
         moments = self._features["vae/moments"].decode(batch, torch.float32)
         latent = sample_posterior(moments, draws.posterior, scale=self._scale, shift=self._shift)
-        labels = torch.where(draws.drop < self._label_dropout, cfg.num_classes, batch["label"])
-        alignment = self.alignment if aligned else None
-        taps = alignment.taps if alignment is not None else ()
-        device_type = latent.device.type
-
-        if cfg.family == "dit":
-            times = (draws.time * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)
-            t = times.float() / (DDPM_STEPS - 1)
-            noisy = ddpm.q_sample(self._table(), latent, times, draws.noise)
-        else:
-            t = draw_times(self._time_sampling, self._path, draws.time)
-            noisy, velocity = interpolate(self._path, latent, draws.noise, t)
-            times = t
-        with torch.autocast(device_type, dtype=self._autocast or torch.bfloat16, enabled=self._autocast is not None):
-            output = self.model(noisy, times, labels, taps=taps)
+        t, times = self._times(draws)
+        noisy = self._noisy(latent, draws.noise, times)
+        with self._autocast():
+            output = self.model(
+                noisy, times, self._labels(batch, draws), taps=alignment.taps if alignment is not None else ()
+            )
         prediction = output.prediction.float()
-        if cfg.family == "dit":
+        if self.model.cfg.family == "dit":
             loss = ddpm.ddpm_loss(prediction, x0=latent, x_t=noisy, noise=draws.noise, t=times, table=self._table())
             terms = {"denoise": loss.loss.mean()}
         else:
+            _, velocity = interpolate(self._path, latent, draws.noise, t)
             terms = {"denoise": (prediction - velocity).square().mean()}
         if alignment is None:
-            return terms, {}, None
+            return terms, None
 
-        target_dtype = self._autocast or torch.float32
         inputs = AlignInputs(
             hidden=output.hidden,
             t=t,
-            targets={name: self._features[name].decode(batch, target_dtype) for name in alignment.reads},
+            targets={
+                name: self._features[name].decode(batch, self._dtype or torch.float32) for name in alignment.reads
+            },
             time_embedding=output.time_embedding,
             latent=latent,
             uniform=draws.align,
-            teacher=self._teach(latent, draws.noise, labels) if alignment.needs_teacher else None,
+            teacher=self._teach(latent, batch, draws) if alignment.needs_teacher else None,
         )
-        with torch.autocast(device_type, dtype=target_dtype, enabled=self._autocast is not None):
+        with self._autocast():
             terms |= {f"align/{name}": value for name, value in alignment.terms(inputs).items()}
-            measured = {}
-            if metrics:
-                with torch.no_grad():
-                    measured = {f"metric/{name}": value for name, value in alignment.metrics(inputs).items()}
-        return terms, measured, _detached(inputs) if keep else None
+        return terms, _detached(inputs) if keep else None
+
+    @torch.no_grad()
+    def measure(self, inputs: AlignInputs, batch: Mapping[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+        """The method's metrics, ``metric/<name>``, on what :meth:`forward` kept of the same batch.
+
+        Apart from the compiled step, because it is only done when a line is logged.
+        """
+        assert self.alignment is not None
+        if self.alignment.needs_teacher:
+            inputs = replace(inputs, teacher=self._teach(inputs.latent, batch, draws))
+        with self._autocast():
+            return {f"metric/{name}": value for name, value in self.alignment.metrics(inputs).items()}
+
+    def adversary_loss(self, inputs: AlignInputs) -> Tensor:
+        """The discriminator's loss on what :meth:`forward` kept.
+
+        In bfloat16 under autocast as the model; with fp16 in float32, for its gradients have no loss scaling.
+        """
+        assert self.alignment is not None
+        with self._autocast(enabled=self._dtype is torch.bfloat16):
+            if self._dtype is torch.float16:
+                inputs = replace(
+                    inputs,
+                    hidden={depth: h.float() for depth, h in inputs.hidden.items()},
+                    targets={name: y.float() for name, y in inputs.targets.items()},
+                )
+            return self.alignment.adversary_loss(inputs)
+
+    def _autocast(self, *, enabled: bool = True) -> torch.autocast:
+        device_type = next(self.model.parameters()).device.type
+        return torch.autocast(
+            device_type, dtype=self._dtype or torch.bfloat16, enabled=enabled and self._dtype is not None
+        )
+
+    def _labels(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """Labels with a share replaced by the null label, int64 [B]."""
+        return torch.where(draws.drop < self._label_dropout, self.model.cfg.num_classes, batch["label"])
+
+    def _times(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """t in [0, 1] as the methods see it and the model's own time (DDPM steps for DiT), [B] each."""
+        if self.model.cfg.family == "dit":
+            steps = (draws.time * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)
+            return steps.float() / (DDPM_STEPS - 1), steps
+        t = draw_times(self._time_sampling, self._path, draws.time)
+        return t, t
+
+    def _noisy(self, latent: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        if self.model.cfg.family == "dit":
+            return ddpm.q_sample(self._table(), latent, times, noise)
+        return interpolate(self._path, latent, noise, times)[0]
 
     def _table(self) -> ddpm.Tables:
         return ddpm.Tables(*(getattr(self, f"ddpm_{name}") for name in ddpm.Tables._fields))
 
-    def _teach(self, latent: Tensor, noise: Tensor, labels: Tensor) -> Any:
+    def _teach(self, latent: Tensor, batch: Mapping[str, Tensor], draws: Draws) -> Teacher:
+        """The EMA model on this batch: same latent, noise and (already dropped) labels; the method chooses the time."""
         teacher: Any = self._teacher[0]
         assert teacher is not None, "the method needs a teacher and none was given"
+        labels = self._labels(batch, draws)
 
         def hidden(t: Tensor, depth: int) -> Tensor:
-            with torch.no_grad(), torch.autocast(
-                latent.device.type, dtype=self._autocast or torch.bfloat16, enabled=self._autocast is not None
-            ):
-                if teacher.cfg.family == "dit":
-                    times = (t * (DDPM_STEPS - 1)).round().long()
-                    noisy = ddpm.q_sample(self._table(), latent, times, noise)
-                    return teacher(noisy, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
-                noisy, _ = interpolate(self._path, latent, noise, t)
-                return teacher(noisy, t, labels, taps=(depth,), stop_after=depth).hidden[depth]
+            times = (t * (DDPM_STEPS - 1)).round().long() if teacher.cfg.family == "dit" else t
+            with torch.no_grad(), self._autocast():
+                noisy = self._noisy(latent, draws.noise, times)
+                return teacher(noisy, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
 
         return hidden
 
@@ -211,9 +253,27 @@ def _detached(inputs: AlignInputs) -> AlignInputs:
 
 
 @torch.no_grad()
+def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) -> Tensor:
+    """Scales all gradients so that their joint L2 norm is at most ``max_norm``; returns the norm before, a scalar.
+
+    Norms are taken group by group and joined by ``hypot``, so that groups without a gradient leave the others' rounding
+    untouched. Sharded gradients count with all their shards. Nothing is read back to the host.
+    """
+    gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
+    norms = []
+    for grads in filter(None, gradients):
+        norm = nn.utils.get_total_norm([local(g) for g in grads], foreach=True)
+        norms.append(sum_over_ranks(norm.square()).sqrt() if is_sharded(grads[0]) else norm)
+    total = functools.reduce(torch.hypot, norms)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(g) for grads in gradients for g in grads], scale)
+    return total
+
+
+@torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """``ema = decay * ema + (1 - decay) * model`` over parameters, in a handful of fused kernels; buffers are not averaged."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1.0 - decay)
+    """``ema = decay * ema + (1 - decay) * model`` over parameters, in a few fused kernels; buffers are left alone."""
+    torch._foreach_lerp_([local(p) for p in ema.parameters()], [local(p) for p in model.parameters()], 1.0 - decay)
 
 
 def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:
