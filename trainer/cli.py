@@ -61,8 +61,7 @@ def run(
     }
     values = load_recipe(recipe) if recipe is not None else {}
     values |= {key: value for key, value in given.items() if value is not None}
-    values = apply_overrides(values, set_ or [])
-    config = _resumed_config(values) if resume else from_mapping(RunConfig, values)
+    config = _resumed_config(values, set_ or []) if resume else from_mapping(RunConfig, apply_overrides(values, set_ or []))
     from trainer.loop import train
 
     with RichWatcher() as watcher:
@@ -70,13 +69,14 @@ def run(
     console.print(f"run: [bold]{folder}[/bold]   next: trainer eval {folder}")
 
 
-def _resumed_config(values: dict[str, Any]) -> Any:
+def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
     """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
-    from trainer.config import RunConfig, from_mapping, to_mapping
+    from trainer.config import RunConfig, apply_overrides, from_mapping, to_mapping
     from trainer.runs import ROOT, load_config, newest_run
 
-    saved = to_mapping(load_config(ROOT / values["name"] if values.get("name") else newest_run()))
-    return from_mapping(RunConfig, saved | values)
+    name = apply_overrides(values, overrides).get("name")
+    saved = to_mapping(load_config(ROOT / name if name else newest_run()))
+    return from_mapping(RunConfig, apply_overrides(saved | values, overrides))
 
 
 @app.command()
