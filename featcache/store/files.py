@@ -94,42 +94,105 @@ def make_directory(path: Path) -> None:
         raise _explain(error, path) from error
 
 
-def atomic_write(path: Path, buffers: Sequence[Buffer], *, hashing: bool = False) -> str:
-    """Write the concatenated `buffers` to `path`, all or nothing, durably.
+def atomic_write(path: Path, buffers: Sequence[Buffer], *, hashing: bool = False, durable: bool = True) -> str:
+    """Write the concatenated `buffers` to `path`, all or nothing. Not `durable`: a power loss may leave it
+    damaged.
 
-    Returns the SHA-256 of the bytes in hex if `hashing`, else an empty string. The hash runs in a second
-    thread beside the write (both release the interpreter lock), so it costs nothing where the disk is slower
-    than 1 GB/s.
+    Returns the SHA-256 of the bytes in hex if `hashing`, else an empty string.
 
     Raises `CacheError` if the file cannot be written; nothing is left behind then.
     """
-    part = path.with_name(path.name + PART_SUFFIX)
-    digest = hashlib.sha256()
-    views = [_bytes_view(buffer) for buffer in buffers]
-    try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    group = Group()
+    digest = group.write(path, buffers, hashing=hashing)
+    group.commit(durable=durable)
+    return digest
+
+
+class Group:
+    """Files that become visible and durable together, at `commit`.
+
+    A disk needs some milliseconds to confirm an fsync, whatever its size, and confirms several in a row
+    sooner than each by itself: so small files are written as they come and confirmed in groups.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[int, Path, Path]] = []
+        self.n_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def write(self, path: Path, buffers: Sequence[Buffer], *, hashing: bool = True) -> str:
+        """Write `<path>.part`; returns the SHA-256 (hex) of the bytes, empty unless `hashing`.
+
+        The hash runs in a second thread beside the write (both release the interpreter lock), so it costs
+        nothing where the disk is slower than 1 GB/s.
+
+        Raises `CacheError` if it cannot be written; that file is removed then.
+        """
+        part = path.with_name(path.name + PART_SUFFIX)
+        digest = hashlib.sha256()
+        views = [_bytes_view(buffer) for buffer in buffers]
+        n_bytes = sum(view.nbytes for view in views)
+        fd = -1
         try:
-            if hashing and sum(view.nbytes for view in views) > _PIECE_BYTES:
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            if hashing and n_bytes > _PIECE_BYTES:
                 with ThreadPoolExecutor(1) as pool:
                     hashed = pool.submit(_update_all, digest, views)
                     for view in views:
                         write_all(fd, view)
                     hashed.result()
             else:
+                if hashing:
+                    _update_all(digest, views)
                 for view in views:
-                    if hashing:
-                        digest.update(view)
                     write_all(fd, view)
-            _fsync(fd)
+        except BaseException as error:
+            if fd >= 0:
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                part.unlink()
+            if isinstance(error, OSError):
+                raise _explain(error, path) from error
+            raise
+        self._open.append((fd, part, path))
+        self.n_bytes += n_bytes
+        return digest.hexdigest() if hashing else ""
+
+    def commit(self, *, durable: bool = True) -> None:
+        """fsync every file, give each its name, fsync their directories.
+
+        Raises `CacheError` if any of that fails; files of the group may then have their names or be gone.
+        """
+        entries, self._open, self.n_bytes = self._open, [], 0
+        path = Path()
+        try:
+            if durable:
+                for fd, _, target in entries:
+                    path = target
+                    _fsync(fd)
+            for _, part, path in entries:
+                _rename(part, path)
+            if durable:
+                for path in dict.fromkeys(target.parent for _, _, target in entries):
+                    fsync_directory(path)
+        except OSError as error:
+            for _, part, _ in entries:
+                with contextlib.suppress(OSError):
+                    part.unlink()
+            raise _explain(error, path) from error
         finally:
+            for fd, _, _ in entries:
+                os.close(fd)
+
+    def abandon(self) -> None:
+        """Remove what is not committed."""
+        for fd, part, _ in self._open:
             os.close(fd)
-        _rename(part, path)
-        fsync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise _explain(error, path) from error
-    return digest.hexdigest() if hashing else ""
+            with contextlib.suppress(OSError):
+                part.unlink()
+        self._open, self.n_bytes = [], 0
 
 
 class Stream:

@@ -67,9 +67,9 @@ class WdsWriter(CacheWriter):
             return
         del self._collected[shard]
         buffers = encode_tar(self._layout, shard * self.shard_size, collected)
-        digest = files.atomic_write(self.path / tar_name(shard), buffers, hashing=True)
-        for name, spec in self._specs.items():
-            self._record(name, shard, dict.fromkeys(spec.arrays, digest))
+        digest = self._group.write(self.path / tar_name(shard), buffers)
+        specs = self._specs.items()
+        self._written_to_group([(name, shard, dict.fromkeys(spec.arrays, digest)) for name, spec in specs])
 
     def _seal(self, name: str, checksums: dict[str, str]) -> list[Skipped]:
         spec = self._specs[name]
@@ -85,6 +85,6 @@ class WdsWriter(CacheWriter):
         if name != max(self._specs):
             return skipped
         # All features share the tars; the last one writes their checksums.
-        digest = files.atomic_write(self.path / CHECKSUMS, [checksums_text(lines, names)], hashing=True)
+        digest = self._group.write(self.path / CHECKSUMS, [checksums_text(lines, names)])
         checksums |= {array: digest for spec in self._specs.values() for array in spec.arrays}
         return skipped

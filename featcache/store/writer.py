@@ -19,10 +19,11 @@ import contextlib
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -56,6 +57,11 @@ from featcache.store.manifest import (
 from featcache.store.root import find_root, node_metadata, read_root, root_bytes
 from featcache.store.shards import encode_shard
 from featcache.store.wds import tar_name
+
+# When a group of shards is made durable: whichever comes first.
+GROUP_S = 1.0
+GROUP_BYTES = 1 << 30
+GROUP_FILES = 128
 
 _ENTRY = re.compile(r"(\d{8})\.json\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -108,6 +114,9 @@ class CacheWriter:
         self._skipped: dict[int, list[Skipped]] = {}
         self._written: set[int] = set()
         self._repairs: dict[str, set[int]] | None = None
+        self._group = files.Group()
+        self._unrecorded: list[tuple[str, int, dict[str, str]]] = []
+        self._last_commit_s = time.monotonic()
 
     # Opening
 
@@ -202,11 +211,24 @@ class CacheWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # An error is on its way already; what cannot be kept will be written anew.
+        with contextlib.suppress(CacheError):
+            self.commit()
+        self._release()
 
     def close(self) -> None:
         """Let go of the begun features without finishing them; what is written stays."""
+        try:
+            self.commit()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._group.abandon()
         for fd in self._locks.values():
             os.close(fd)
         self._locks.clear()
@@ -298,7 +320,9 @@ class CacheWriter:
         for entry in directory.iterdir():
             match = _ENTRY.match(entry.name)
             if match and self._shard_is_whole(spec, int(match[1])):
-                done.add(int(match[1]))
+                with contextlib.suppress(CacheError):
+                    journal_entry(entry, spec, self.dataset.count)
+                    done.add(int(match[1]))
         return done
 
     def _prepare(self, spec: FeatureSpec) -> None:
@@ -339,9 +363,12 @@ class CacheWriter:
         self._skipped[shard] = skipped
 
     def write_shard(self, feature: str, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write one shard of a begun feature durably: suffix ('' or '.scale') -> `[n, *stored_shape]`.
+        """Write one shard of a begun feature: suffix ('' or '.scale') -> `[n, *stored_shape]`.
 
         `n` is the number of slots in the shard. Writing a finished shard again does nothing.
+
+        It is durable and journaled with the next `commit`, a second or two later; a build that is killed
+        before writes it again.
 
         Raises `CacheError` for arrays of another shape or dtype and when the disk refuses; the shard then
         counts as not written and nothing half-written is left.
@@ -366,14 +393,43 @@ class CacheWriter:
         for array, (_, shape) in self._specs[feature].arrays.items():
             buffers = encode_shard(arrays[array], self.shard_size, self._base.compressor)
             target = self.path / array / shard_name(shard, len(shape))
-            checksums[array] = files.atomic_write(target, buffers, hashing=True)
-        self._record(feature, shard, checksums)
+            checksums[array] = self._group.write(target, buffers)
+        self._written_to_group([(feature, shard, checksums)])
+
+    def _written_to_group(self, shards: list[tuple[str, int, dict[str, str]]]) -> None:
+        """Note shards whose files are in the group; commit it when it is large or old enough."""
+        self._unrecorded += shards
+        for feature, shard, _ in shards:
+            self._done[feature].add(shard)
+        old = time.monotonic() - self._last_commit_s > GROUP_S
+        if old or self._group.n_bytes >= GROUP_BYTES or len(self._group) >= GROUP_FILES:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make every shard written so far durable and journal it.
+
+        Happens by itself every second or two and in `finish` and `close`. Raises `CacheError` if the disk
+        refuses; the shards of the group are pending again then.
+        """
+        shards, self._unrecorded = self._unrecorded, []
+        try:
+            self._group.commit()
+            while shards:
+                self._record(*shards[0])
+                del shards[0]
+        finally:
+            self._last_commit_s = time.monotonic()
+            for feature, shard, _ in shards:
+                self._done[feature].discard(shard)
 
     def _record(self, feature: str, shard: int, checksums: dict[str, str]) -> None:
         """Journal one finished shard of one feature."""
         skipped = [vars(entry) for entry in self._skipped.get(shard, [])]
         entry = canonical_json({"checksums": checksums, "skipped": skipped})
-        files.atomic_write(building_directory(self.path, feature) / journal_name(shard), [entry])
+        # After its shards are durable, and not itself: a lost or damaged entry only means writing a shard
+        # again.
+        target = building_directory(self.path, feature) / journal_name(shard)
+        files.atomic_write(target, [entry], durable=False)
         self._done[feature].add(shard)
 
     def finished(self, feature: str) -> frozenset[int]:
@@ -392,6 +448,7 @@ class CacheWriter:
 
         Raises `CacheError` if a shard is missing.
         """
+        self.commit()
         missing = self.pending()
         if missing:
             raise CacheError(
@@ -414,7 +471,7 @@ class CacheWriter:
             self._publish(manifest)
             for name in self._specs:
                 files.remove_tree(building_directory(self.path, name))
-            self.close()
+            self._release()
         self._base = manifest
         return manifest
 
@@ -435,7 +492,7 @@ class CacheWriter:
         for array, (_, shape) in spec.arrays.items():
             names = [shard_name(shard, len(shape)) for shard in range(self.n_shards)]
             text = checksums_text(lines[array], names)
-            checksums[array] = files.atomic_write(self.path / array / CHECKSUMS, [text], hashing=True)
+            checksums[array] = self._group.write(self.path / array / CHECKSUMS, [text])
         return skipped
 
     def _journaled(self, spec: FeatureSpec, shard: int) -> tuple[dict[str, str], tuple[Skipped, ...]]:
@@ -443,7 +500,7 @@ class CacheWriter:
         return journal_entry(path, spec, self.dataset.count)
 
     def _publish(self, manifest: Manifest) -> None:
-        publish(self.path, manifest, set(self._specs))
+        publish(self.path, manifest, set(self._specs), self._group)
 
 
 def _writer_class(manifest: Manifest) -> type[CacheWriter]:
@@ -454,18 +511,22 @@ def _writer_class(manifest: Manifest) -> type[CacheWriter]:
     return WdsWriter
 
 
-def publish(path: Path, manifest: Manifest, features: set[str]) -> None:
-    """Write the nodes' metadata of `features`, then, last, the root document. The caller holds the cache's
-    lock.
+def publish(path: Path, manifest: Manifest, features: set[str], group: files.Group | None = None) -> None:
+    """Write the nodes' metadata of `features` with whatever is in `group`, and then, last, the root document.
+
+    The caller holds the cache's lock.
     """
-    nodes = node_metadata(manifest)
-    for name in sorted(features) if manifest.format == "zarr" else ():
+    group = files.Group() if group is None else group
+    content: dict[Path, dict[str, Any]] = {}
+    nodes = node_metadata(manifest) if manifest.format == "zarr" else {}
+    for name in sorted(features) if nodes else ():
         parents = [name.split("/")[0]] if "/" in name else []
-        for node in [*parents, *manifest.features[name].arrays]:
-            content = canonical_json(nodes[node])
-            target = path / node / ROOT_METADATA
-            if not target.is_file() or target.read_bytes() != content:
-                files.atomic_write(target, [content])
+        content |= {path / node / ROOT_METADATA: nodes[node] for node in (*parents, *manifest.features[name].arrays)}
+    for target, node in content.items():
+        document = canonical_json(node)
+        if not target.is_file() or target.read_bytes() != document:
+            group.write(target, [document], hashing=False)
+    group.commit()
     files.atomic_write(path / ROOT_NAMES[manifest.format], [root_bytes(manifest)])
 
 

@@ -7,9 +7,13 @@ import sys
 
 from store_helpers import add, base_features, build, tokens
 
+from featcache.store import writer
+
 SKIPPED = (3, 40)
 
 if __name__ == "__main__":
+    # Commit every shard or two, so that a kill finds a build half-way.
+    writer.GROUP_S = 0.01
     path, count, shard_size, *names = sys.argv[1:]
     if names:
         add(path, [tokens(name) for name in names], SKIPPED)
