@@ -17,15 +17,17 @@ from featcache.errors import UserError
 
 CACHE = Path("caches/demo")
 RUNS = Path("runs/demo")
-METHODS = ("none", "ahpa")
+STEPS = 1100
 
-# A small SiT learns the ten shapes in some hundred steps at a high rate; the papers' settings are in the recipes.
+# A small SiT learns the ten shapes in about a thousand small steps at a high rate; the papers' settings are in the recipes.
 BUILD = f"featcache build --data shapes --encoder tiny --limit 2000 --batch-size 64 --out {CACHE}"
 TRAIN = (
-    f"trainer run --method {{method}} --name demo/{{method}} --cache {CACHE} --model SiT-Ti/2 --steps 600 --batch-size 64 --lr 3e-3 "
-    "--set warmup_steps=50 --set ema_decay=0.99 --set ema_warmup=true --set sample_every=300 --set log_every=20 --resume"
+    f"trainer run --method {{method}} --name demo/{{method}} --cache {CACHE} --model SiT-Ti/2 --steps {STEPS} --batch-size 32 "
+    "--lr 2e-3 --set warmup_steps=50 --set betas=[0.9,0.95] --set time_sampling=lognormal --set ema_decay=0.995 "
+    f"--set ema_warmup=true --set sample_every={STEPS // 2} --set log_every=25 --resume"
 )
-EVAL = "trainer eval runs/demo/{method} --num 256 --sampler ode --steps 25 --guidance 2"
+METHODS = {"none": "", "ahpa": f" --set ahpa.weight=0.5 --set align_until={STEPS // 2}"}
+EVAL = "trainer eval runs/demo/{method} --num 256 --sampler ode --steps 25 --guidance 2.5"
 
 
 def run_all(commands: list[str]) -> None:
@@ -87,7 +89,7 @@ def main() -> int:
 
     try:
         timed("cache", [BUILD])
-        timed("training", [TRAIN.format(method=m) for m in METHODS])
+        timed("training", [TRAIN.format(method=m) + extra for m, extra in METHODS.items()])
         timed("evaluation", [EVAL.format(method=m) for m in METHODS])
     except UserError as error:
         from featcache.console import print_error

@@ -1,0 +1,196 @@
+"""Many samples: the same bytes whatever the batch, the ranks or where the job was cut; the files that come out."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featcache.build import BuildRequest, build
+from featcache.encoders import EncoderChoice
+from featcache.errors import UserError
+from trainer import sampling
+from trainer.config import RunConfig
+from trainer.loop import train
+from trainer.sample import SampleConfig, check_sampler, choose_labels, draw_latents, load_run, to_uint8
+from trainer.sampling import SampleRequest, sample_run
+
+
+class Quiet:
+    """Watcher, bar and progress at once, saying nothing."""
+
+    def start(self, **_: object) -> None: ...
+
+    def advance(self, *_: object) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def begin(self, name: str, total: int, done: int = 0) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def runs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache and two short runs, SiT and DiT."""
+    root = tmp_path_factory.mktemp("sampling")
+    cache = root / "caches/shapes"
+    ask = BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny", layers=(5,)),), vae="tiny", limit=24, out=cache)
+    build(replace(ask, resolution=32), Quiet())
+    for name, model in (("sit", "SiT-Ti/2"), ("dit", "DiT-Ti/2")):
+        config = RunConfig(model=model, cache=str(cache), name=name, steps=2, batch_size=4, device="cpu", sample_every=0, lr=1e-2)
+        train(config, resume=False, watcher=Quiet(), root=root / "runs")
+    return root / "runs"
+
+
+def request(**kw: object) -> SampleRequest:
+    return replace(SampleRequest(num=21, sampler="sde", steps=3, device="cpu", batch_size=8), **kw)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "BLOCK", 8)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_batch_size_changes_no_byte(runs_root: Path, tmp_path: Path) -> None:
+    one = sample_run(runs_root / "sit", request(out=tmp_path / "a", batch_size=8), Quiet()).images.read_bytes()
+    two = sample_run(runs_root / "sit", request(out=tmp_path / "b", batch_size=32), Quiet()).images.read_bytes()
+    assert one == two
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_fewer_samples_are_the_first_of_more(runs_root: Path, tmp_path: Path) -> None:
+    few = np.load(sample_run(runs_root / "sit", request(num=5, out=tmp_path / "a"), Quiet()).images)
+    more = np.load(sample_run(runs_root / "sit", request(num=21, out=tmp_path / "b"), Quiet()).images)
+    assert few["arr_0"].shape == (5, 32, 32, 3)
+    assert np.array_equal(few["arr_0"], more["arr_0"][:5])
+    assert np.array_equal(more["arr_1"], np.arange(21) % 10)
+    assert not np.array_equal(more["arr_0"][0], more["arr_0"][10])  # same class, other noise
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_cut_job_goes_on_where_it_stopped(runs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sample_run(runs_root / "sit", request(out=tmp_path / "whole"), Quiet()).images.read_bytes()
+    saved, calls = sampling._save_block, []
+
+    def dies(path: Path, pixels: np.ndarray) -> None:
+        calls.append(path.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        saved(path, pixels)
+
+    monkeypatch.setattr(sampling, "_save_block", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sample_run(runs_root / "sit", request(out=tmp_path / "cut"), Quiet())
+    again = sample_run(runs_root / "sit", request(out=tmp_path / "cut"), Quiet())
+    assert calls == ["000000.npy", "000001.npy", "000001.npy", "000002.npy"]
+    assert again.images.read_bytes() == whole
+
+
+def test_two_ranks_and_a_killed_job_give_the_same_bytes(runs_root: Path, tmp_path: Path) -> None:
+    words = [str(Path(__file__).with_name("sample_two_ranks.py")), str(runs_root / "sit")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, *words, str(tmp_path / "one")], check=True, env=environment, cwd=root)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29712"]
+    subprocess.run([*torchrun, *words, str(tmp_path / "two")], check=True, env=environment, cwd=root)
+    killed = subprocess.Popen([sys.executable, *words, str(tmp_path / "killed")], env=environment, cwd=root)
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "killed").glob("blocks/0*.npy")) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    subprocess.run([sys.executable, *words, str(tmp_path / "killed")], check=True, env=environment, cwd=root)
+    bytes_of = [(tmp_path / name / "samples_21.npz").read_bytes() for name in ("one", "two", "killed")]
+    assert bytes_of[0] == bytes_of[1] == bytes_of[2]
+
+
+def test_formats_hold_the_same_pixels(runs_root: Path, tmp_path: Path) -> None:
+    made = {f: sample_run(runs_root / "sit", request(num=5, out=tmp_path / f, format=f), Quiet()) for f in ("npz", "wds", "png")}
+    arrays = np.load(made["npz"].images, allow_pickle=False)
+    with tarfile.open(made["wds"].images) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+    for i in range(5):
+        pixels = arrays["arr_0"][i]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(members[f"{i:06d}.png"]))), pixels)
+        assert int(members[f"{i:06d}.cls"]) == arrays["arr_1"][i]
+        with Image.open(made["png"].images / f"{i:04d}" / f"{i:06d}.png") as image:
+            assert np.array_equal(np.asarray(image), pixels)
+    assert all(result.grid.is_file() for result in made.values())
+
+
+def test_dit_samples_with_ddpm_and_ddim_and_refuses_an_ode(runs_root: Path, tmp_path: Path) -> None:
+    for sampler in ("ddpm", "ddim"):
+        result = sample_run(runs_root / "dit", request(num=3, sampler=sampler, guidance=2.0, out=tmp_path / sampler), Quiet())
+        assert np.load(result.images)["arr_0"].shape == (3, 32, 32, 3)
+    with pytest.raises(UserError, match="DiT"):
+        sample_run(runs_root / "dit", request(sampler="ode"), Quiet())
+    assert check_sampler("dit", None) == "ddpm"
+    assert check_sampler("sit", None) == "sde"
+
+
+def test_no_guidance_equals_scale_one_and_guidance_changes_samples(runs_root: Path) -> None:
+    from trainer.diffusion.guidance import Guidance
+
+    model = load_run(runs_root / "sit").model
+    labels = torch.tensor([1, 2])
+    plain = SampleConfig(sampler="ode", steps=3)
+    strong = replace(plain, guidance=Guidance(scale=4.0))
+    outside = replace(plain, guidance=Guidance(scale=4.0, low=0.0, high=0.0))
+    a, b, c = (draw_latents(model, labels, [0, 1], config) for config in (plain, strong, outside))
+    assert not torch.equal(a, b)
+    assert torch.equal(a, c)
+
+
+def test_pixel_rules_are_the_public_ones() -> None:
+    # A quarter grey level above level k of ADM's rule is a quarter below level k of REPA's.
+    levels = torch.arange(-3, 259, dtype=torch.float64)
+    values = ((levels + 0.25 - 128) / 127.5).float().reshape(1, 1, 1, -1).expand(1, 3, 1, -1)
+    expected = levels.clamp(0, 255).numpy().astype(np.uint8)
+    assert np.array_equal(to_uint8(values, "round")[0, 0, :, 1], expected)
+    below = (levels - 1).clamp(0, 255).numpy().astype(np.uint8)
+    assert np.array_equal(to_uint8(values, "truncate")[0, 0, :, 2], below)
+
+
+def test_labels() -> None:
+    assert choose_labels("balanced", 12, 5, seed=0).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
+    assert choose_labels("3,1", 5, 5, seed=0).tolist() == [3, 1, 3, 1, 3]
+    random = choose_labels("random", 5000, 5, seed=0)
+    assert np.array_equal(random, choose_labels("random", 5000, 5, seed=0))
+    assert not np.array_equal(random, choose_labels("random", 5000, 5, seed=1))
+    assert np.abs(np.bincount(random, minlength=5) - 1000).max() < 5 * np.sqrt(5000 * 0.2 * 0.8)
+    for wrong in ("7", "x", "-1"):
+        with pytest.raises(UserError):
+            choose_labels(wrong, 3, 5, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"interval": "0"}, {"interval": "0.9,0.1"}, {"format": "gif"}, {"pixels": "x"}, {"checkpoint": 99}, {"sampler": "magic"}]
+)
+def test_wrong_settings_are_explained(runs_root: Path, change: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        sample_run(runs_root / "sit", request(out=tmp_path / "x", **change), Quiet())
+    assert not (tmp_path / "x").exists()
+
+
+def test_command_line(runs_root: Path, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    ok = cli("trainer", "sample", str(runs_root / "sit"), "--num", "2", "--steps", "2", "--device", "cpu")
+    assert ok.returncode == 0, ok.stderr
+    assert "samples_2.npz" in ok.stdout
+    bad = cli("trainer", "sample", str(runs_root / "nothing"))
+    assert bad.returncode == 2
+    assert "nothing" in bad.stderr
+    assert "Traceback" not in bad.stderr
