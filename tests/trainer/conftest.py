@@ -1,0 +1,44 @@
+"""A tiny cache, built once, and a model size to train on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from featcache.build import BuildRequest, build
+from featcache.encoders import EncoderChoice
+from tiny_runs import add_nano
+from trainer.models.config import SIZES
+
+
+class _Quiet:
+    def start(self, *, total: int, done: int, note: str) -> None: ...
+
+    def advance(self, images: int) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two dozen embedded images with moments, all VAE groups and three layers of the tiny encoder."""
+    path = tmp_path_factory.mktemp("caches") / "shapes"
+    build(
+        BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=24, batch_size=8, shard_size=8, out=path),
+        _Quiet(),
+    )
+    return path
+
+
+@pytest.fixture
+def nano() -> Iterator[None]:
+    """The model size ``Nano`` and one thread, for the length of a test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    add_nano()
+    yield
+    SIZES.pop("Nano", None)
+    torch.set_num_threads(threads)
