@@ -1,0 +1,107 @@
+"""What ``trainer analyze`` can be asked for. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from featcache.errors import UserError
+from trainer.align.options import suggest
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig:
+    """Options of all diagnostics.
+
+    What and where:
+        step: checkpoint (None: the latest).
+        weights: of diagnostics that look at representations: ``ema``, which is what samples are drawn with, ``model``,
+        or ``auto``: ``ema``, unless a tenth of it or more is still the initialisation (a short run with a slow
+        average). Diagnostics of gradients always take ``model``: the alignment heads were trained with it.
+        labels: given to the model by diagnostics of representations: ``null`` or ``given``; a given label would tell
+        the probe the class (ours, the papers do not say).
+        block: depth (1-based) to look at (None: the first that the method taps; without a method REPA's share, a third
+        of the blocks).
+    Samples:
+        samples: for representations (None: 10,000 on a GPU, 512 on the CPU). gradient_samples: for gradients; as
+        many again are used to fit probe heads. images: in picture strips. times: timesteps at which representations
+        are looked at. bins: of [0, 1] for gradients. seed: of the choice of samples, noise and times. batch_size:
+        samples at once.
+    Estimators:
+        gsnr: ``plugin`` or ``unbiased``. wrt: G-SNR with respect to the ``hidden`` state or the ``block``'s
+        parameters. cknna, cka, k: see :mod:`trainer.analyze.kernels`. normalize: ``none`` or ``l2``, of pooled
+        features before the comparison. against: cached features to compare hidden states with (empty: all). pairs:
+        further pairs, each ``"a,b"`` of cached features or ``block3:0.5`` (block 3 at t = 0.5).
+        checkpoints: how many of a run's checkpoints the gradient angle is followed over, evenly chosen.
+        probe_epochs, probe_batch (None: 16,384, at most an eighth of the training part), probe_folds (None: 4 below
+        2,000 samples, else 1: one quarter held out). spectrum_top: singular values counted. spectrum_centred: whether
+        the mean is removed first. patch: row-major index of the reference patch (None: the token that stands out most).
+    """
+
+    step: int | None = None
+    weights: Literal["auto", "ema", "model"] = "auto"
+    labels: Literal["null", "given"] = "null"
+    block: int | None = None
+
+    samples: int | None = None
+    gradient_samples: int = 128
+    images: int = 3
+    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    bins: int = 10
+    seed: int = 0
+    batch_size: int = 32
+
+    gsnr: Literal["plugin", "unbiased"] = "plugin"
+    wrt: Literal["hidden", "block"] = "hidden"
+    cknna: Literal["unbiased", "biased", "paper"] = "unbiased"
+    cka: Literal["biased", "unbiased"] = "biased"
+    k: int = 10
+    normalize: Literal["none", "l2"] = "none"
+    against: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    checkpoints: int = 6
+    probe_epochs: int = 90
+    probe_batch: int | None = None
+    probe_folds: int | None = None
+    spectrum_top: int = 50
+    spectrum_centred: bool = True
+    patch: int | None = None
+
+    device: str = "auto"
+    data: str | None = None
+    weights_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        least = {"gradient_samples": 2, "images": 1, "bins": 1, "batch_size": 1, "k": 1, "checkpoints": 1}
+        least |= {"probe_epochs": 1, "spectrum_top": 1, "seed": 0}
+        least |= {"block": 1, "samples": 8, "probe_batch": 1, "probe_folds": 1, "patch": 0}
+        for key, low in least.items():
+            value = getattr(self, key)
+            if value is not None and value < low:
+                raise UserError(
+                    f"{key} is {value}, but it must be at least {low}", remedy=f"Type --set {key}={low} or more."
+                )
+        if not self.times or any(not 0 < t < 1 for t in self.times):
+            raise UserError(
+                f"times are {list(self.times)}, but they must lie between 0 (data) and 1 (noise)",
+                remedy="Type for example: --set 'times=[0.1,0.5,0.9]'",
+            )
+        object.__setattr__(self, "times", tuple(sorted(set(self.times))))
+
+
+def parse_what(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """``"gsnr,router"`` or ``"all"`` => names, in the order of ``known``.
+
+    Raises:
+        UserError: a name that is not known.
+    """
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        if name not in (*known, "all"):
+            raise UserError(
+                f"there is no diagnostic {name!r}",
+                remedy=f"{suggest(name, known)}Use any of: {', '.join(known)}, or all.",
+            )
+    if not names:
+        raise UserError("--what is empty", remedy=f"Use any of: {', '.join(known)}, or all.")
+    return known if "all" in names else tuple(name for name in known if name in names)

@@ -1,0 +1,103 @@
+"""Plots as files: SVG and PNG with fixed colours and a legend, for papers and slides. The page draws its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.analyze.result import Matrix, Strips
+from trainer.report.charts import Chart
+
+COLOURS = ("#1a66b0", "#c4541a", "#2a8458", "#8650a6", "#9a7400", "#b3316b", "#23828f", "#6a6f76")
+SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "analysis", "font.size": 10, "axes.linewidth": 0.6}
+
+
+def save(drawing: Chart | Strips | Matrix, stem: Path) -> list[Path]:
+    """Write ``stem.svg`` and ``stem.png`` (150 dots an inch)."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        if isinstance(drawing, Chart):
+            _chart(figure, drawing)
+        elif isinstance(drawing, Matrix):
+            _matrix(figure, drawing)
+        else:
+            _strips(figure, drawing)
+        paths = []
+        for kind in ("svg", "png"):
+            path = stem.with_suffix(f".{kind}")
+            metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+            figure.savefig(path, dpi=150, metadata=metadata)
+            paths.append(path)
+    return paths
+
+
+def _chart(figure: Any, chart: Chart) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    figure.set_size_inches(5.6, 3.6)
+    axes = figure.add_subplot()
+    for series in chart.series:
+        axes.plot(
+            np.asarray(series.x, dtype=float),
+            np.asarray(series.y, dtype=float),
+            label=series.label,
+            color=COLOURS[series.colour % len(COLOURS)],
+            linestyle=(0, (4, 2)) if series.dashed else "-",
+            linewidth=1.5,
+            marker="o" if series.markers else None,
+            markersize=3.5,
+        )
+    if chart.log_y:
+        axes.set_yscale("log")
+    axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    axes.grid(True, axis="y", color="#e4e6e8", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8.5)
+
+
+def _matrix(figure: Any, matrix: Matrix) -> None:
+    R, C = matrix.values.shape
+    figure.set_size_inches(2.2 + 0.95 * C, 1.2 + 0.36 * R)
+    axes = figure.add_subplot()
+    shown = axes.imshow(matrix.values, vmin=matrix.low, vmax=matrix.high, cmap="Blues", aspect="auto")
+    for r in range(R):
+        for c in range(C):
+            if np.isfinite(matrix.values[r, c]):
+                dark = matrix.values[r, c] > (matrix.low + 2 * matrix.high) / 3
+                text = f"{matrix.values[r, c]:.{matrix.decimals}f}"
+                axes.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axes.set_xticks(range(C), matrix.columns, fontsize=8, rotation=30 if C > 6 else 0)
+    axes.set_yticks(range(R), matrix.rows, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(matrix.title, loc="left", fontsize=11, fontweight="bold")
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+
+
+def _strips(figure: Any, strips: Strips) -> None:
+    R, C = len(strips.rows), len(strips.columns)
+    figure.set_size_inches(0.9 + 1.0 * C, 0.6 + 1.02 * R)
+    figure.suptitle(strips.title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    grid = figure.subplots(R, C, squeeze=False)
+    for r in range(R):
+        for c in range(C):
+            axes, picture = grid[r, c], strips.cells[r][c]
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+            if picture is not None:
+                axes.imshow(picture, interpolation="none")
+            if r == 0:
+                axes.set_title(strips.columns[c].replace(", ", "\n"), fontsize=8)
+            if c == 0:
+                axes.set_ylabel(strips.rows[r], fontsize=8, rotation=0, ha="right", va="center")

@@ -1,0 +1,166 @@
+"""Gradients as objects of study: per-sample gradients, their moments, angles between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from featcache.errors import UserError
+
+GsnrEstimator = Literal["plugin", "unbiased"]
+
+
+class GradientMoments:
+    """Running mean and total variance of per-sample gradients, which need not be in memory together.
+
+    Keeps their float64 sum [P] and the sum of their squared norms.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None
+        self._squares = 0.0
+
+    def add(self, gradients: Tensor) -> None:
+        """One chunk of per-sample gradients [b, P]."""
+        g = gradients.double()
+        self._sum = g.sum(dim=0) if self._sum is None else self._sum + g.sum(dim=0)
+        self._squares += float(g.square().sum())
+        self.count += len(g)
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 [P]."""
+        assert self._sum is not None, "no gradients were added"
+        return self._sum / self.count
+
+    @property
+    def squared_mean(self) -> float:
+        """``||mean_i g_i||^2``."""
+        return float(self.mean.square().sum())
+
+    @property
+    def trace(self) -> float:
+        """Trace of the sample covariance, with n - 1 in the denominator; never negative."""
+        return max(self._squares - self.count * self.squared_mean, 0.0) / (self.count - 1)
+
+
+def gsnr(moments: GradientMoments, estimator: GsnrEstimator = "plugin") -> float:
+    """Gradient signal-to-noise ratio ``||E g||^2 / tr Cov g`` (AHPA, Sec. 3 and Eq. 6), dimensionless.
+
+    ``plugin`` puts the sample mean and the sample covariance (ddof 1) in place of the true ones, as the paper does. It
+    is too large by 1/n on average, n the number of samples, because ``E ||mean||^2 = ||E g||^2 + tr Cov g / n``:
+    gradients without any common direction get 1/n and not 0. ``unbiased`` (ours) estimates the numerator without bias,
+    ``||mean||^2 - tr Cov / n``, and so is ``plugin - 1/n``; it may come out negative. Its ratio is consistent, but the
+    ratio of two unbiased estimates is not itself free of bias.
+
+    Raises:
+        UserError: fewer than two samples, or an unknown estimator.
+    """
+    if estimator not in get_args(GsnrEstimator):
+        raise UserError(
+            f"there is no G-SNR estimator {estimator!r}", remedy=f"Use one of: {', '.join(get_args(GsnrEstimator))}."
+        )
+    if moments.count < 2:
+        raise UserError("G-SNR needs the gradients of at least 2 samples", remedy="Use more samples.")
+    trace = moments.trace
+    if trace == 0:
+        return math.inf if moments.squared_mean else math.nan
+    ratio = moments.squared_mean / trace
+    return ratio if estimator == "plugin" else ratio - 1 / moments.count
+
+
+Loss = Callable[[Mapping[int, Tensor], Any], Tensor]
+
+
+def hidden_gradients(loss: Loss, hidden: Mapping[int, Tensor], sample: Any) -> dict[int, Tensor]:
+    """Per-sample gradients of ``loss`` with respect to hidden states, by ``vmap(grad)``.
+
+    Args:
+        loss: (depth -> [N, D] of one sample, pytree of that sample's other tensors) -> scalar.
+        hidden: depth -> [B, N, D].
+        sample: pytree of tensors with B in front.
+
+    Returns:
+        depth -> [B, N, D].
+    """
+    with _plain_attention():
+        return vmap(grad(loss))(dict(hidden), sample)
+
+
+def block_gradients(
+    loss: Loss, block: torch.nn.Module, depth: int, x: Tensor, c: Tensor, hidden: Mapping[int, Tensor], sample: Any
+) -> Tensor:
+    """Per-sample gradients of ``loss`` with respect to one block's parameters, through that block's output alone.
+
+    Args:
+        block: called as block(x [1, N, D], c [1, D]); depth: where its output stands in ``hidden``.
+        x, c: the block's inputs [B, N, D] and [B, D].
+
+    Returns:
+        [B, P], parameters flattened in the order of ``named_parameters``.
+    """
+    parameters = {name: p.detach() for name, p in block.named_parameters()}
+
+    def through(p: dict[str, Tensor], x: Tensor, c: Tensor, hidden: dict[int, Tensor], sample: Any) -> Tensor:
+        out = functional_call(block, p, (x[None], c[None]))[0]
+        return loss(hidden | {depth: out}, sample)
+
+    with _plain_attention():
+        found = vmap(grad(through), in_dims=(None, 0, 0, 0, 0))(parameters, x, c, dict(hidden), sample)
+    return torch.cat([g.flatten(1) for g in found.values()], dim=1)
+
+
+def _plain_attention() -> Any:
+    # The fused kernels have no batching rule for their backward pass; the plain formula is differentiated as it is.
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Cosine between two gradients given as lists of tensors, in float64; NaN if either is zero."""
+    dot = sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    norms = math.sqrt(
+        sum(float(x.double().square().sum()) for x in a) * sum(float(y.double().square().sum()) for y in b)
+    )
+    return dot / norms if norms else math.nan
+
+
+def degrees(cos: float) -> float:
+    """Angle of a cosine, 0 to 180 degrees."""
+    return math.degrees(math.acos(min(max(cos, -1.0), 1.0))) if math.isfinite(cos) else math.nan
+
+
+class RidgeHead:
+    """Linear map with offset fitted by ridge regression, from sums that are added up chunk by chunk in float64.
+
+    ``min_W ||X W + b - Y||^2 + a ||W||^2`` with ``a = strength`` times the mean variance of X times the rows.
+    """
+
+    def __init__(self, strength: float = 1e-3) -> None:
+        self.strength = strength
+        self._rows = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows [m, D] and their targets [m, C]."""
+        x, y = x.double(), y.double()
+        new = [x.T @ x, x.T @ y, x.sum(dim=0), y.sum(dim=0)]
+        self._sums = new if not self._sums else [s.add_(n) for s, n in zip(self._sums, new)]
+        self._rows += len(x)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Weights [D, C] and offset [C], float32."""
+        xx, xy, x, y = self._sums
+        mean_x, mean_y = x / self._rows, y / self._rows
+        xx = xx - self._rows * torch.outer(mean_x, mean_x)
+        xy = xy - self._rows * torch.outer(mean_x, mean_y)
+        ridge = self.strength * xx.diagonal().mean() + 1e-12
+        weight = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)
+        return weight.float(), (mean_y - mean_x @ weight).float()

@@ -1,0 +1,170 @@
+"""G-SNR of alignment gradients by timestep bin and target (AHPA, Sec. 3, Fig. 2, App. E)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from trainer.analyze.gradients import GradientMoments, block_gradients, gsnr, hidden_gradients
+from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
+from trainer.analyze.result import Plot, Result
+from trainer.analyze.subject import Subject
+from trainer.report.charts import Chart, Series
+
+
+def measure(subject: Subject) -> dict[str, list[GradientMoments]]:
+    """Target -> moments of the per-sample gradients in each timestep bin.
+
+    Gradients are with respect to the hidden state after the tapped block(s), or with ``wrt="block"`` to the parameters
+    of block ``subject.block`` through its output. Every bin sees the same samples and the same noise.
+    """
+    options, targets = subject.options, subject.target_names()
+    heads = fit_heads(subject, targets)
+    losses: dict[str, Any] = {name: head_loss(subject.block, *head) for name, head in heads.items()}
+    if subject.alignment is not None:
+        losses[OWN] = own_loss(subject)
+    moments = {name: [GradientMoments() for _ in range(options.bins)] for name in losses}
+    by_block = options.wrt == "block"
+    for index in range(options.bins):
+        for rows in subject.chunks(split(subject).measured):
+            t = subject.times_in_bin(rows, index, options.bins)
+            state = subject.state(rows, t, taps(subject), targets=True)
+            x, c = subject.block_input(rows, t) if by_block else (None, None)
+            for name, loss in losses.items():
+                sample = own_sample(subject, state) if name == OWN else subject.target(name, rows, state)
+                if by_block:
+                    assert x is not None and c is not None
+                    block = subject.model.blocks[subject.block - 1]
+                    found = block_gradients(loss, block, subject.block, x, c, state.hidden, sample)
+                else:
+                    depths = (
+                        subject.alignment.taps if name == OWN and subject.alignment is not None else (subject.block,)
+                    )
+                    by_depth = hidden_gradients(loss, {d: state.hidden[d] for d in depths}, sample)
+                    found = _flat(by_depth)
+                moments[name][index].add(found)
+    return moments
+
+
+def _flat(by_depth: dict[int, Any]) -> Any:
+    import torch
+
+    return torch.cat([g.flatten(1) for g in by_depth.values()], dim=1)
+
+
+def run(subject: Subject) -> Result:
+    """Measure, draw, and say which target guides most consistently."""
+    options = subject.options
+    moments = measure(subject)
+    centres = (np.arange(options.bins) + 0.5) / options.bins
+    values = {name: np.array([gsnr(m, options.gsnr) for m in bins]) for name, bins in moments.items()}
+    n = moments["latent"][0].count
+    rows = [
+        {
+            "target": name,
+            "t_low": i / options.bins,
+            "t_high": (i + 1) / options.bins,
+            "gsnr_plugin": gsnr(m, "plugin"),
+            "gsnr_unbiased": gsnr(m, "unbiased"),
+            "squared_mean": m.squared_mean,
+            "trace_covariance": m.trace,
+            "samples": m.count,
+        }
+        for name, bins in moments.items()
+        for i, m in enumerate(bins)
+    ]
+    means = {name: float(np.nanmean(v)) for name, v in values.items()}
+    where = "the parameters of" if options.wrt == "block" else "the hidden state after"
+    y_label = f"G-SNR ({options.gsnr} estimate)"
+    floor = Series(
+        label=f"no common direction (1/{n})", x=centres, y=np.full(len(centres), 1 / n), colour=7, dashed=True
+    )
+    floors = [floor] if options.gsnr == "plugin" else []
+    plots = [
+        _plot(
+            "gsnr_levels",
+            "VAE levels",
+            {k: values[k] for k in [*subject.levels, "latent", "mixture"] if k in values},
+            centres,
+            y_label,
+            floors,
+            "Look for the level whose line is highest at each t: in AHPA Fig. 2b the deep group leads at high noise "
+            "and the "
+            "middle one as t falls to 0, and a router that follows the leader keeps the whole trajectory high (Fig. "
+            "2c).",
+        )
+    ]
+    if subject.token_features:
+        plots.append(
+            _plot(
+                "gsnr_tokens",
+                "Encoder layers",
+                {k: values[k] for k in subject.token_features},
+                centres,
+                y_label,
+                floors,
+                "Look for a fall towards t = 0: a static target that stops guiding where details are made, as AHPA "
+                "Fig. 2a shows "
+                "for REPA and SRA 2.",
+            )
+        )
+    if OWN in values:
+        mine = Series(label="own loss", x=centres, y=values[OWN], colour=0, markers=True)
+        plots.insert(
+            0,
+            Plot(
+                name="gsnr_own",
+                headline=mine,
+                drawing=Chart(
+                    title=f"The run's own loss ({subject.config.method})",
+                    x_label="timestep t (0 = data, 1 = noise)",
+                    y_label=y_label,
+                    series=[mine, *floors],
+                    note="Look for a line that stays up over all t: guidance that points the same way for different "
+                    "images "
+                    "(AHPA Fig. 2c and Table 7); at the dashed line, gradients of different images have nothing in "
+                    "common.",
+                ),
+            ),
+        )
+    best = max((k for k in means if k != OWN), key=lambda k: means[k])
+    own = f"The run's own loss has a mean G-SNR of {means[OWN]:.3f} over t. " if OWN in means else ""
+    return Result(
+        what="gsnr",
+        title="Gradient signal-to-noise ratio",
+        question="Do the alignment gradients of different images agree with each other, and at which noise levels?",
+        finding=f"{own}Of the targets probed with a fitted linear head, {best} is the most consistent (mean "
+        f"{means[best]:.3f}).",
+        plots=plots,
+        rows=rows,
+        settings={
+            "estimator": options.gsnr,
+            "formula": "||mean g||^2 / tr(sample covariance, ddof 1); unbiased = plugin - 1/n",
+            "gradients with respect to": f"{where} block {subject.block}",
+            "samples measured": n,
+            "samples to fit heads": split(subject).fitted,
+            "timestep bins": options.bins,
+            "weights": subject.weights,
+            "heads": "own loss: as trained; every other target: linear, ridge-fitted on other samples",
+        },
+    )
+
+
+def _plot(
+    name: str,
+    title: str,
+    values: dict[str, np.ndarray],
+    centres: np.ndarray,
+    y_label: str,
+    floors: list[Series],
+    note: str,
+) -> Plot:
+    series = [
+        Series(label=k, x=centres, y=v, colour=i % 7, dashed=i >= 7, markers=True)
+        for i, (k, v) in enumerate(values.items())
+    ]
+    x_label = "timestep t (0 = data, 1 = noise)"
+    return Plot(
+        name=name, drawing=Chart(title=title, x_label=x_label, y_label=y_label, series=[*series, *floors], note=note)
+    )

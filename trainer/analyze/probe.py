@@ -1,0 +1,231 @@
+"""Linear probing of hidden states by block and timestep (REPA, Fig. 2a, 3a, 7; SRA, Fig. 2 right; REPA App. C.1)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.errors import UserError
+from trainer.analyze.result import NotApplicable, Plot, Result
+from trainer.analyze.subject import Subject
+from trainer.report.charts import Chart, Series
+
+TOGETHER_BYTES = 256 << 20
+
+
+def folds_of(count: int, folds: int, *, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(training, held-out) indices. ``folds=1`` holds out one quarter; otherwise each sample is held out once.
+
+    Raises:
+        UserError: more folds than samples.
+    """
+    if folds > count:
+        raise UserError(f"{count} samples cannot make {folds} folds", remedy="Use fewer folds or more samples.")
+    order = np.random.Generator(np.random.Philox(key=[seed, 0x9B0BE])).permutation(count)
+    parts = np.array_split(order, max(folds, 4) if folds == 1 else folds)
+    chosen = parts[:1] if folds == 1 else parts
+    return [(np.setdiff1d(order, held), np.sort(held)) for held in chosen]
+
+
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    *,
+    classes: int,
+    epochs: int = 90,
+    batch: int = 16_384,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> Tensor:
+    """Classes predicted by a linear classifier behind a parameter-free batch norm. int64 [F, m].
+
+    REPA App. C.1 (after Chen et al. 2024): Adam, learning rate 1e-3 with cosine decay, 90 epochs, batch 16,384. Several
+    probes of one shape are trained at once, each on its own features, none touching another. Normalisation uses the
+    training set's mean and variance instead of each batch's: with the papers' large batches the two agree, and small
+    sets do not suffer (ours). The classifier starts at zero (ours): the result depends on the order of samples alone.
+
+    Args:
+        train: [F, n, D]; train_labels: int64 [F, n]; test: [F, m, D].
+    """
+    F, n, D = train.shape
+    mean, std = train.mean(dim=1, keepdim=True), train.std(dim=1, keepdim=True, correction=0)
+    scale = (std.square() + 1e-5).rsqrt()  # batch norm's epsilon
+    weight = torch.zeros(F, D, classes, device=train.device, requires_grad=True)
+    bias = torch.zeros(F, 1, classes, device=train.device, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=lr)
+    per_epoch = -(-n // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator).to(train.device)
+        for rows in order.split(batch):
+            x = (train[:, rows] - mean) * scale  # [F, b, D]
+            logits = torch.baddbmm(bias, x, weight)  # [F, b, classes]
+            # Summed over probes, so that each one's gradient is that of its own mean loss.
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), train_labels[:, rows].flatten()) * F
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        return torch.baddbmm(bias, (test - mean) * scale, weight).argmax(dim=-1)
+
+
+def probe_accuracy(
+    features: Tensor, labels: Tensor, *, classes: int, folds: int, epochs: int, batch: int | None, seed: int
+) -> tuple[list[float], int]:
+    """Top-1 accuracy in [0, 1] of each representation on held-out samples, and how many were held out.
+
+    Representations are probed together as long as their training sets take less than ``TOGETHER_BYTES``.
+
+    Args:
+        features: [R, n, D]. labels: int64 [n]. folds: see :func:`folds_of`.
+        batch: None takes 16,384, but at most an eighth of the training set (ours, for small sets).
+    """
+    _, n, D = features.shape
+    parts = folds_of(n, folds, seed=seed)
+    # Folds train together, so all get the size of the smallest; held-out sets are padded and cut again.
+    size, longest = min(len(train) for train, _ in parts), max(len(held) for _, held in parts)
+    train = torch.stack([torch.from_numpy(rows[:size]) for rows, _ in parts]).to(features.device)  # [F, size]
+    held = torch.stack([torch.from_numpy(np.resize(rows, longest)) for _, rows in parts]).to(features.device)
+    real = torch.stack([torch.arange(longest) < len(rows) for _, rows in parts]).to(features.device)
+    F = len(parts)
+    together = max(1, TOGETHER_BYTES // (4 * F * size * D))
+    hits: list[float] = []
+    for some in features.float().split(together):
+        r = len(some)
+        predicted = linear_probe(
+            some[:, train].flatten(0, 1),
+            labels[train].repeat(r, 1),
+            some[:, held].flatten(0, 1),
+            classes=classes,
+            epochs=epochs,
+            batch=batch or min(16_384, max(1, size // 8)),
+            seed=seed,
+        ).reshape(r, F, longest)
+        hits += ((predicted == labels[held]) & real).sum(dim=(1, 2)).tolist()
+    tested = int(real.sum())
+    return [h / tested for h in hits], tested
+
+
+def run(subject: Subject) -> Result:
+    """Accuracy of a probe on every block at every time, and on the cached features for comparison."""
+    options, classes = subject.options, len(subject.class_names)
+    present, counts = np.unique(subject.labels.cpu().numpy(), return_counts=True)
+    if classes < 2 or len(present) < 2:
+        raise NotApplicable(
+            "the samples belong to one class: there is nothing to tell apart", remedy="Use more samples."
+        )
+    n = len(subject.indices)
+    folds = options.probe_folds or (4 if n < 2000 else 1)
+
+    rows: list[dict[str, Any]] = []
+
+    def record(names: list[tuple[str, int | str, float | str]], features: Tensor) -> list[float]:
+        found, tested = probe_accuracy(
+            features,
+            subject.labels,
+            classes=classes,
+            folds=folds,
+            epochs=options.probe_epochs,
+            batch=options.probe_batch,
+            seed=options.seed,
+        )
+        for (name, block, t), value in zip(names, found):
+            rows.append(
+                {
+                    "representation": name,
+                    "block": block,
+                    "t": t,
+                    "accuracy_percent": 100 * value,
+                    "standard_error_percent": 100 * math.sqrt(value * (1 - value) / tested),
+                    "held_out": tested,
+                }
+            )
+        return [100 * value for value in found]
+
+    depths = range(1, subject.depth + 1)
+    values = np.array([record([(f"block{d}:{t:g}", d, t) for d in depths], subject.pooled(t)) for t in options.times])
+    references = {
+        name: record([(name, "", "")], subject.pooled_feature(name)[None])[0] for name in _references(subject)
+    }
+    chance = 100 * counts.max() / counts.sum()
+    blocks = np.arange(1, subject.depth + 1)
+    lines = [
+        Series(label=f"t = {t:g}", x=blocks, y=values[i], colour=i % 7, markers=True)
+        for i, t in enumerate(options.times)
+    ]
+    flat = [
+        ("most frequent class", chance, 7),
+        *((name, value, 5 + i) for i, (name, value) in enumerate(references.items())),
+    ]
+    best = values.max(axis=1)
+    over_t = Series(label="best block", x=options.times, y=best, colour=0, markers=True)
+    tested = rows[0]["held_out"]
+    error = max(row["standard_error_percent"] for row in rows)
+
+    def level(x: Any) -> list[Series]:
+        return [Series(label=label, x=x, y=np.full(len(x), v), colour=c % 8, dashed=True) for label, v, c in flat]
+
+    plots = [
+        Plot(
+            name="probe_over_blocks",
+            headline=lines[len(lines) // 2],
+            drawing=Chart(
+                title="By block",
+                x_label="block",
+                y_label="top-1 accuracy (%)",
+                series=[*lines, *level(blocks)],
+                note="Look for the block where classes are easiest to read and the gap to the encoder's line: REPA "
+                "Fig. 2a, 3a; SRA "
+                f"Fig. 2 (right). Standard error up to {error:.1f} points.",
+            ),
+        ),
+        Plot(
+            name="probe_over_t",
+            drawing=Chart(
+                title="Best block, by timestep",
+                x_label="timestep t (0 = data, 1 = noise)",
+                y_label="top-1 accuracy (%)",
+                series=[over_t, *level(options.times)],
+                note="Look for how fast meaning is lost in noise; alignment lifts the whole line in REPA Fig. 7 "
+                "(left) and SRA Fig. 7b.",
+            ),
+        ),
+    ]
+    top = np.unravel_index(values.argmax(), values.shape)
+    reference = "; ".join(f"{name} reaches {value:.1f} %" for name, value in references.items())
+    return Result(
+        what="probe",
+        title="Linear probing",
+        question="Where in the network, and at which noise level, can the class be read off linearly?",
+        finding=f"Block {top[1] + 1} at t = {options.times[top[0]]:g} reads best: {values[top]:.1f} % (chance "
+        f"{chance:.1f} %"
+        f"{'; ' + reference if reference else ''}).",
+        plots=plots,
+        rows=rows,
+        settings={
+            "probe": "mean over tokens, parameter-free batch norm, linear layer, Adam 1e-3 with cosine decay",
+            "epochs": options.probe_epochs,
+            "batch size": options.probe_batch or "16,384, at most an eighth of the training part",
+            "folds": folds if folds > 1 else "one quarter held out",
+            "held-out predictions": tested,
+            "labels": "the model gets the null label"
+            if not subject.labelled
+            else "the model gets the true label, which gives the class away",
+            "weights": subject.weights,
+        },
+    )
+
+
+def _references(subject: Subject) -> list[str]:
+    """The deepest cached layer of each encoder, and the deepest VAE group."""
+    last: dict[str, str] = {}
+    for name in sorted(subject.token_features, key=lambda n: int(n.split("@")[1])):
+        last[name.split("@")[0]] = name
+    return [*list(last.values())[:1], *subject.levels[-1:]]

@@ -1,0 +1,162 @@
+"""What AHPA's router and DyA's temporal module have learned to weigh at each timestep (AHPA, Fig. 5; DyA, Eq. 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trainer.align.ahpa import Ahpa
+from trainer.align.dya import Dya
+from trainer.analyze.result import NotApplicable, Plot, Result
+from trainer.analyze.subject import Subject
+from trainer.report.charts import Chart, Series
+from trainer.step import DDPM_STEPS
+
+POINTS = 101
+X_LABEL = "timestep t (0 = data, 1 = noise)"
+
+
+@torch.no_grad()
+def router_weights(subject: Subject, method: Ahpa, t: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Weights within each group [T, L_g] and between the groups [T, G] at times [T].
+
+    The content-adaptive router also looks at the hidden state: its weights are means over one batch of samples.
+    """
+    if method.config.router != "content":
+        weights = method.router(t)
+        return list(weights.intra), weights.inter
+    rows = next(subject.chunks())
+    parts = [subject.state(rows, float(at), method.taps) for at in t]
+    found = [method.route(state, state.hidden[method.taps[0]]) for state in parts]
+    intra = [torch.stack([w.intra[g].mean(dim=0) for w in found]) for g in range(len(method.groups))]
+    return intra, torch.stack([w.inter.mean(dim=0) for w in found])
+
+
+@torch.no_grad()
+def xi(subject: Subject, method: Dya, t: Tensor) -> Tensor:
+    """Strength of the texture term at times [T], in (0, 1)."""
+    times = (t * (DDPM_STEPS - 1)).round().long() if subject.cfg.family == "dit" else t
+    return method.xi(subject.model.t_embedder(times))
+
+
+def run(subject: Subject) -> Result:
+    """Curves over t of everything in the run that weighs targets by t."""
+    plots: list[Plot] = []
+    rows: list[dict[str, object]] = []
+    findings: list[str] = []
+    for method in subject.methods.values():
+        if isinstance(method, Ahpa):
+            _ahpa(subject, method, plots, rows, findings)
+        elif isinstance(method, Dya):
+            _dya(subject, method, plots, rows, findings)
+    if not plots:
+        raise NotApplicable(
+            f"{subject.run} ({subject.config.method}) has neither a router nor a temporal module",
+            remedy="Analyse a run of ahpa or dya.",
+        )
+    return Result(
+        what="router",
+        title="Learned weights over time",
+        question="Which target does the run listen to at which noise level?",
+        finding=" ".join(findings),
+        plots=plots,
+        rows=rows,
+        settings={"weights": subject.weights, "step": subject.step, "points in t": POINTS},
+    )
+
+
+def _times(count: int, device: str) -> Tensor:
+    return torch.linspace(0, 1, count, device=device)
+
+
+def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list, findings: list[str]) -> None:
+    t = _times(11 if method.config.router == "content" else POINTS, subject.device)
+    intra, inter = router_weights(subject, method, t)
+    x = t.cpu().numpy()
+    names = [group[0][0].split("/")[1] for group in method.groups]
+    if len(set(names)) < len(names):  # a split that cuts one cached group in two
+        names = [f"group {g + 1}" for g in range(len(names))]
+    between = {name: inter[:, g].cpu().numpy() for g, name in enumerate(names)}
+    series = [Series(label=k, x=x, y=v, colour=i) for i, (k, v) in enumerate(between.items())]
+    uniform = 1 / len(names)
+    plots.append(
+        Plot(
+            name="router_groups",
+            headline=series[-1],
+            drawing=Chart(
+                title="Between groups",
+                x_label=X_LABEL,
+                y_label="weight (sums to 1)",
+                series=series,
+                note="Look for a crossing: in AHPA Fig. 5 (left) the deep group leads at high noise and hands over "
+                "to the middle "
+                f"group as t falls; flat lines at {uniform:.2g} mean that the router has not moved from its uniform "
+                "start.",
+            ),
+        )
+    )
+    for g, (name, weights) in enumerate(zip(names, intra)):
+        layers = _layer_names(subject, method, g)
+        lines = [Series(label=layer, x=x, y=weights[:, l].cpu().numpy(), colour=l) for l, layer in enumerate(layers)]
+        plots.append(
+            Plot(
+                name=f"router_{name}".replace(" ", "_"),
+                drawing=Chart(
+                    title=f"Within {name}, shallow to deep",
+                    x_label=X_LABEL,
+                    y_label="weight (sums to 1)",
+                    series=lines,
+                    note="Look for shallower layers gaining as t falls to 0, the fine calibration of AHPA Fig. 5 "
+                    "(middle, right).",
+                ),
+            )
+        )
+        rows += [
+            {"t": float(at), "quantity": f"{name}/{layer}", "weight": float(weights[i, l])}
+            for i, at in enumerate(x)
+            for l, layer in enumerate(layers)
+        ]
+    rows += [
+        {"t": float(at), "quantity": name, "weight": float(w[i])}
+        for name, w in between.items()
+        for i, at in enumerate(x)
+    ]
+    deep, low, high = names[-1], between[names[-1]][0], between[names[-1]][-1]
+    moved = max(float(abs(w - uniform).max()) for w in between.values())
+    findings.append(
+        f"The deep group {deep} gets {low:.3f} of the weight at t = 0 and {high:.3f} at t = 1 "
+        f"(largest distance from uniform between groups: {moved:.3f})."
+    )
+
+
+def _layer_names(subject: Subject, method: Ahpa, group: int) -> list[str]:
+    names = []
+    for feature, index in method.groups[group]:
+        layers = subject.cache.manifest.features[feature].provenance.get("layers")
+        names.append(str(layers[index]) if layers else f"{feature}[{index}]")
+    return names
+
+
+def _dya(subject: Subject, method: Dya, plots: list[Plot], rows: list, findings: list[str]) -> None:
+    t = _times(POINTS, subject.device)
+    values, x = xi(subject, method, t).cpu().numpy(), t.cpu().numpy()
+    line = Series(label=f"xi(t): weight of {method.texture}", x=x, y=values, colour=0)
+    plots.append(
+        Plot(
+            name="router_xi",
+            headline=line,
+            drawing=Chart(
+                title="DyA's temporal module",
+                x_label=X_LABEL,
+                y_label="xi(t), in (0, 1)",
+                series=[line],
+                note="Look for where the texture layer is switched down: DyA (Eq. 5 and 6) weighs it by xi(t) so "
+                "that texture "
+                "guides where it helps; a flat line means that time plays no part, and the start is 0.5 at all t.",
+            ),
+        )
+    )
+    rows += [{"t": float(a), "quantity": "xi", "weight": float(v)} for a, v in zip(x, values)]
+    findings.append(
+        f"xi(t), the weight of the texture target, runs from {values[0]:.3f} at t = 0 to {values[-1]:.3f} at t = 1."
+    )

@@ -1,0 +1,328 @@
+"""One checkpoint of a run made ready to be looked into: model, alignment, cached features, samples and their noise.
+
+Everything is computed in float32. A sample's noise, posterior draw and times are functions of (seed, its index in the
+cache) alone, so diagnostics, checkpoints and runs see the same noisy images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import featcache
+from featcache.errors import CacheError, UserError
+from featcache.inspect import read_feature
+from trainer import checkpoint, runs, sample
+from trainer.align.ahpa import Ahpa
+from trainer.align.base import AlignInputs, Alignment
+from trainer.align.combined import Combined
+from trainer.align.heads import to_grid
+from trainer.align.repa import DEPTHS
+from trainer.align.sra2 import patchify
+from trainer.analyze.config import AnalyzeConfig
+from trainer.config import RunConfig
+from trainer.diffusion import ddpm
+from trainer.diffusion.interpolants import interpolate
+from trainer.diffusion.noise import sample_noise
+from trainer.models import build_model, load_weights
+from trainer.parts import backbone_info, build_alignment, cached_feature
+from trainer.step import DDPM_STEPS, Objective, ema_decay_at, sample_posterior
+
+_POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
+_KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnostics
+
+
+def open_cache(run: Path) -> Any:
+    """The cache that a run was trained on.
+
+    Raises:
+        CacheError: it is gone, or another one lies in its place.
+    """
+    summary = sample.cache_summary(run)
+    try:
+        cache = featcache.open(summary["path"])
+    except UserError as error:
+        raise CacheError(
+            f"the cache of {run} cannot be opened: {error.what}",
+            remedy="Run the command in the folder where the run was trained, or bring the cache back.",
+        ) from error
+    if cache.fingerprint != summary["fingerprint"]:
+        raise CacheError(
+            f"{summary['path']} is not the cache that {run} was trained on", remedy="Bring that cache back."
+        )
+    return cache
+
+
+class Subject:
+    """See the module.
+
+    gradients: for diagnostics of gradients: the trained weights and the true labels, as in a training step without
+        label dropout. Otherwise ``options.weights`` and ``options.labels``.
+    """
+
+    def __init__(
+        self, run: Path, options: AnalyzeConfig, *, device: str, gradients: bool, step: int | None = None
+    ) -> None:
+        at, _ = checkpoint.find_checkpoint(run, step if step is not None else options.step)
+        weights = "model" if gradients else options.weights
+        if weights == "auto":
+            weights = "ema" if initial_share(runs.load_config(run), at) < 0.1 else "model"
+        loaded = sample.load_run(run, step=at, device=device, weights=weights)
+        self.run, self.step, self.config, self.options = run, loaded.step, loaded.config, options
+        self.device, self.weights = device, weights
+        self.model: Any = loaded.model
+        self.cfg = loaded.model.cfg
+        self.cache = open_cache(run)
+        self.info = backbone_info(loaded.config.model, self.cfg)
+        self.alignment = self._load_alignment()
+        self._teacher: Any = None
+        self.block = options.block or self._default_block()
+        if self.block > self.cfg.depth:
+            raise UserError(
+                f"block {self.block} was asked for, and {self.config.model} has {self.cfg.depth} blocks",
+                remedy=f"Choose 1 to {self.cfg.depth}.",
+            )
+        count = options.samples or (10_000 if device.startswith("cuda") else 512)
+        self.indices = choose(len(self.cache), count, seed=options.seed)
+        # Diagnostics of gradients see what training sees; elsewhere a given label would tell the class.
+        self.labelled = gradients or options.labels == "given"
+        self.labels = torch.from_numpy(self.cache.labels()[self.indices].astype(np.int64)).to(device)
+        self.class_names = tuple(self.cache.manifest.dataset.class_names)
+        self._table = ddpm.tables(ddpm.linear_schedule(DDPM_STEPS), device) if self.cfg.family == "dit" else None
+        self._pooled: dict[float, Tensor] = {}
+
+    def _load_alignment(self) -> Alignment | None:
+        alignment = build_alignment(self.config, self.cache, self.cfg)
+        if alignment is None:
+            return None
+        _, path = checkpoint.find_checkpoint(self.run, self.step)
+        alignment.load_state_dict(checkpoint.load_tensors(path, "alignment"))
+        return alignment.to(self.device).eval().requires_grad_(False)
+
+    def _default_block(self) -> int:
+        if self.alignment is not None and self.alignment.taps:
+            return self.alignment.taps[0]
+        return max(1, round(DEPTHS["B"] / 12 * self.cfg.depth))
+
+    @property
+    def methods(self) -> dict[str, Alignment]:
+        """The run's methods by name; empty without alignment."""
+        if isinstance(self.alignment, Combined):
+            return self.alignment.parts
+        return {} if self.alignment is None else {self.config.method: self.alignment}
+
+    @property
+    def depth(self) -> int:
+        return self.cfg.depth
+
+    @property
+    def token_features(self) -> list[str]:
+        """Cached encoder layers, e.g. ``tiny@5``."""
+        return sorted(n for n in self.cache.manifest.features if "@" in n)
+
+    @property
+    def levels(self) -> list[str]:
+        """Cached VAE groups, e.g. ``vae/G3``."""
+        return sorted(n for n in self.cache.manifest.features if n.startswith("vae/G"))
+
+    def chunks(self, count: int | None = None, start: int = 0) -> Iterator[slice]:
+        """Slices of the chosen samples from ``start``, ``count`` in all (None: the rest)."""
+        stop = len(self.indices) if count is None else min(start + count, len(self.indices))
+        for first in range(start, stop, self.options.batch_size):
+            yield slice(first, min(first + self.options.batch_size, stop))
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        """One cached feature, decoded: float32 [b, *shape]."""
+        return torch.from_numpy(read_feature(self.cache, name, self.indices[rows].tolist())).to(self.device)
+
+    def _normal(self, rows: slice, stream: int, shape: Sequence[int]) -> Tensor:
+        return sample_noise(self.options.seed, self.indices[rows].tolist(), shape, stream, device=self.device)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        return (self.cfg.latent_channels, self.cfg.latent_size, self.cfg.latent_size)
+
+    def conditioning(self, rows: slice) -> Tensor:
+        """Labels the model is given: int64 [b], the null label unless ``labelled``."""
+        labels = self.labels[rows]
+        return labels if self.labelled else torch.full_like(labels, self.cfg.num_classes)
+
+    def latent(self, rows: slice) -> Tensor:
+        """Clean, scaled latents drawn from the posterior, [b, C, h, w]."""
+        vae = self.cache.manifest.dataset.vae
+        moments, draw = self.read("vae/moments", rows), self.posterior(rows)
+        return sample_posterior(moments, draw, scale=vae["scaling_factor"], shift=vae["shift_factor"])
+
+    def posterior(self, rows: slice) -> Tensor:
+        """The normal draws behind :meth:`latent`, [b, C, h, w]."""
+        return self._normal(rows, _POSTERIOR, self._latent_shape)
+
+    def noise(self, rows: slice) -> Tensor:
+        return self._normal(rows, _NOISE, self._latent_shape)
+
+    def uniform(self, rows: slice, stream: int = _ALIGN) -> Tensor:
+        """U(0, 1), [b]."""
+        return torch.special.ndtr(self._normal(rows, stream, (1,))[:, 0])
+
+    def times_in_bin(self, rows: slice, index: int, bins: int) -> Tensor:
+        """A time in bin ``index`` of [0, 1] for each sample, the same place within every bin. [b]."""
+        return (index + self.uniform(rows, _TIME)) / bins
+
+    def noisy(self, latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents at t in [0, 1] and the time as the backbone takes it."""
+        if self._table is not None:
+            times = (t * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)
+            return ddpm.q_sample(self._table, latent, times, noise), times
+        return interpolate(self.config.path, latent, noise, t)[0], t
+
+    @torch.no_grad()
+    def hidden(self, rows: slice, t: Tensor | float, depths: Sequence[int]) -> Mapping[int, Tensor]:
+        """Hidden states [b, N, D] after the blocks ``depths``."""
+        return self.state(rows, t, depths).hidden
+
+    @torch.no_grad()
+    def state(
+        self, rows: slice, t: Tensor | float, depths: Sequence[int] | None = None, *, targets: bool = False
+    ) -> AlignInputs:
+        """Everything an alignment loss may look at (``targets``: the features it reads, too)."""
+        labels = self.conditioning(rows)
+        if not isinstance(t, Tensor):
+            t = torch.full((len(labels),), t, device=self.device)
+        latent, noise = self.latent(rows), self.noise(rows)
+        x, times = self.noisy(latent, noise, t)
+        taps = self.alignment.taps if depths is None and self.alignment is not None else tuple(depths or ())
+        output = self.model(x, times, labels, taps=taps, stop_after=max(taps, default=1))
+        reads = self.alignment.reads if targets and self.alignment is not None else ()
+        return AlignInputs(
+            hidden=output.hidden,
+            t=t,
+            targets={name: self.read(name, rows) for name in reads},
+            time_embedding=output.time_embedding,
+            latent=latent,
+            uniform=self.uniform(rows),
+            teacher=self._teach(latent, noise, labels),
+        )
+
+    def _teach(self, latent: Tensor, noise: Tensor, labels: Tensor) -> Callable[[Tensor, int], Tensor] | None:
+        if self.alignment is None or not self.alignment.needs_teacher:
+            return None
+        teacher = self._ema()
+
+        def hidden(t: Tensor, depth: int) -> Tensor:
+            with torch.no_grad():
+                x, times = self.noisy(latent, noise, t)
+                return teacher(x, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
+
+        return hidden
+
+    def _ema(self) -> Any:
+        if self._teacher is None:
+            _, path = checkpoint.find_checkpoint(self.run, self.step)
+            model = build_model(self.cfg, device=self.device).eval().requires_grad_(False)
+            load_weights(model, checkpoint.load_tensors(path, "ema", device=self.device), source=str(path))
+            self._teacher = model
+        return self._teacher
+
+    @torch.no_grad()
+    def block_input(self, rows: slice, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What block ``self.block`` is called with: tokens [b, N, D] and conditioning [b, D]."""
+        x, times = self.noisy(self.latent(rows), self.noise(rows), t)
+        before, labels = self.block - 1, self.conditioning(rows)
+        embedding = self.model.t_embedder(times) + self.model.y_embedder(labels)
+        if before == 0:
+            return self.model.x_embedder(x) + self.model.pos_embed, embedding
+        return self.model(x, times, labels, taps=(before,), stop_after=before).hidden[before], embedding
+
+    def objective(self) -> Objective:
+        """The run's training objective in float32 without label dropout; its ``draws.time`` is t itself."""
+        reads = ("vae/moments", *(self.alignment.reads if self.alignment is not None else ()))
+        vae = self.cache.manifest.dataset.vae
+        return Objective(
+            self.model,
+            self.alignment,
+            {name: cached_feature(self.cache, name) for name in reads},
+            scale=vae["scaling_factor"],
+            shift=vae["shift_factor"],
+            path=self.config.path,
+            time_sampling="uniform",
+            label_dropout=0.0,
+            autocast=None,
+            teacher=self._ema() if self.alignment is not None and self.alignment.needs_teacher else None,
+        )
+
+    def stored(self, names: Sequence[str], rows: slice) -> dict[str, Tensor]:
+        """A batch of stored bytes as the objective takes it."""
+        with self.cache.reader(list(names), single_view=True) as reader:
+            out = reader.allocate(rows.stop - rows.start)
+            reader.read(self.indices[rows], out)
+        return {name: torch.from_numpy(array).to(self.device) for name, array in out.items()}
+
+    def target(self, name: str, rows: slice, state: AlignInputs) -> Tensor:
+        """A target on the backbone's token grid, [b, N, C].
+
+        ``latent``: the patchified clean latent. ``vae/Gk``: the mean of the group's layers. ``<encoder>@<layer>``: its
+        tokens. ``mixture``: what AHPA's router makes of its levels at the state's t.
+        """
+        if name == "latent":
+            return patchify(state.latent, self.cfg.patch_size)
+        if name == "mixture":
+            method = next(m for m in self.methods.values() if isinstance(m, Ahpa))
+            return method.target(state, method.route(state, state.hidden[method.taps[0]]))
+        tokens = self.read(name, rows)
+        return to_grid(tokens.mean(dim=1) if name.startswith("vae/") else tokens, self.info.grid)
+
+    def target_names(self) -> list[str]:
+        """All targets of :meth:`target` that this run and its cache have."""
+        mixture = ["mixture"] if any(isinstance(m, Ahpa) for m in self.methods.values()) else []
+        return [*self.levels, *self.token_features, "latent", *mixture]
+
+    @torch.no_grad()
+    def pooled(self, t: float) -> Tensor:
+        """Hidden states of all blocks averaged over tokens: float32 [depth, n, D]. Gathered once for all diagnostics
+        where that takes less than 1 GiB."""
+        if t in self._pooled:
+            return self._pooled[t]
+        depths = range(1, self.depth + 1)
+        out = torch.empty(self.depth, len(self.indices), self.cfg.width, device=self.device)
+        for rows in self.chunks():
+            for depth, h in self.hidden(rows, t, depths).items():
+                out[depth - 1, rows] = h.mean(dim=1)
+        if out.numel() * 4 * len(self.options.times) < _KEEP_BYTES:
+            self._pooled[t] = out
+        return out
+
+    def pooled_feature(self, name: str) -> Tensor:
+        """A cached feature averaged over tokens (the deepest layer of a VAE group), float32 [n, C]."""
+        parts = []
+        for rows in self.chunks():
+            feature = self.read(name, rows)
+            parts.append((feature[:, -1] if name.startswith("vae/") else feature).mean(dim=1))
+        return torch.cat(parts)
+
+
+def initial_share(config: RunConfig, step: int) -> float:
+    """How much of the averaged weights still is their initialisation: the product of all decays so far."""
+    share = 1.0
+    for done in range(step):
+        share *= ema_decay_at(done, config.ema_decay, warmup=config.ema_warmup)
+        if share < 1e-6:
+            return 0.0
+    return share
+
+
+def choose(total: int, count: int, *, seed: int) -> np.ndarray:
+    """``count`` of ``total`` samples (all, if there are fewer), without repetition, in random order. int64."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0xA7A1]))
+    return generator.permutation(total)[: min(count, total)].astype(np.int64)
+
+
+def pixels_of(subject: Subject, rows: slice) -> np.ndarray:
+    """The samples' images, uint8 [b, R, R, 3]."""
+    from featcache.inspect import images_of
+
+    return images_of(subject.cache, subject.options.data, subject.indices[rows].tolist())
