@@ -175,7 +175,8 @@ def _embed(svg: str, chart: Chart) -> str:
     svg = svg.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
     svg = re.sub(r"#0300([0-9a-f]{2})", lambda m: f"var(--s{int(m[1], 16)})", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    # Coordinates need no more than two decimals; the text between the tags keeps all of its own.
+    svg = re.sub(r"<[^>]*>", lambda m: re.sub(r"(\d\.\d\d)\d+", r"\1", m[0]), svg)
     svg = re.sub(r"\s+", " ", svg)
     label = html.escape(f"{chart.title}: {chart.y_label} over {chart.x_label}", quote=True)
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{label}" ', svg, count=1)
