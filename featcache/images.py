@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,11 @@ class Source(Protocol):
         """Cheap identity of the sample's bytes (file size, or generator parameters) that enters the fingerprint."""
         ...
 
-    def load(self, index: int, resolution: int) -> tuple[np.ndarray, int]:
+    def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:
         """Pixels after the crop, uint8 [R, R, 3], and the first 8 bytes of the SHA-256 of the sample as stored.
+
+        Args:
+            decoder: a key of :data:`featcache.decoders.DECODERS`.
 
         Raises:
             BadImage: the file cannot be decoded.
@@ -110,8 +114,26 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
+class EncodedSource:
+    """What sources of encoded files share: reading gives bytes, loading decodes and crops them."""
+
+    def key(self, index: int) -> str:
+        raise AssertionError("a source defines its keys")
+
+    def read(self, index: int) -> bytes:
+        """The sample's file as stored. Raises `BadImage` if it cannot be read."""
+        raise AssertionError("a source defines its reading")
+
+    def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:
+        """As :meth:`Source.load`."""
+        from featcache.decoders import DECODERS
+
+        data = self.read(index)
+        return DECODERS[decoder](data, self.key(index), resolution), content_hash(data)
+
+
 @dataclass(frozen=True, kw_only=True)
-class FolderSource:
+class FolderSource(EncodedSource):
     """One folder per class, sorted; keys are paths below the root with forward slashes."""
 
     root: Path
@@ -136,13 +158,12 @@ class FolderSource:
     def signature(self, index: int) -> str:
         return str((self.root / self.files[index]).stat().st_size)
 
-    def load(self, index: int, resolution: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int) -> bytes:
         key = self.files[index]
         try:
-            data = (self.root / key).read_bytes()
+            return (self.root / key).read_bytes()
         except OSError as error:
             raise BadImage(key, error.strerror or str(error)) from error
-        return center_crop(decode(data, key), resolution), content_hash(data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +199,7 @@ class ShapesSource:
     def signature(self, index: int) -> str:
         return f"{self.seed}:{index}"
 
-    def load(self, index: int, resolution: int) -> tuple[np.ndarray, int]:
+    def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:
         from featcache.shapes import render
 
         pixels, _ = render(index, seed=self.seed, resolution=resolution)
@@ -186,7 +207,10 @@ class ShapesSource:
 
 
 def open_source(data: str, *, resolution: int, limit: int | None = None) -> Source:
-    """The source that ``--data`` names: ``shapes``, ``shapes:SEED``, or a folder with one folder per class.
+    """The source that ``--data`` names: ``shapes``, ``shapes:SEED``, a folder with one folder per class, or archives.
+
+    Archives are ``.tar``, ``.zip`` and ``.parquet`` files, folders of them, and patterns of webdataset shards
+    (``data/train-{0000..0146}.tar``, also behind ``s3://`` and ``hf://``): see docs/sources.md.
 
     Args:
         data: what the user typed.
@@ -201,7 +225,34 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
         if not seed.isdigit():
             raise UserError(f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0")
         return ShapesSource(count=limit or 2000, resolution=resolution, seed=int(seed))
-    return _open_folder(Path(data))
+    return _open_files(data)
+
+
+def _open_files(data: str) -> Source:
+    from featcache.remote import is_remote
+
+    stem = data.rstrip("/").rpartition("/")[2]
+    pattern = is_remote(data) or "{" in data or "*" in data
+    path = Path(data)
+    if pattern or (path.is_file() and path.suffix.lower() in (".tar", ".zip", ".parquet")):
+        if data.lower().endswith(".parquet"):
+            from featcache.sources.parquet import open_parquet
+
+            return open_parquet(data, name=stem.removesuffix(".parquet"))
+        from featcache.sources.archives import find_places, open_archives
+
+        return open_archives(find_places(data), name=re.sub(r"\.(tar|zip)$", "", stem))
+    if path.is_dir():
+        held = {file.suffix.lower() for file in path.iterdir() if file.is_file()}
+        if not any(child.is_dir() for child in path.iterdir()) and held & {".tar", ".zip", ".parquet"}:
+            from featcache.sources.archives import find_places, open_archives
+            from featcache.sources.parquet import open_parquet
+
+            if ".parquet" in held:
+                return open_parquet(str(path / "*.parquet"), name=path.resolve().name)
+            kind = ".tar" if ".tar" in held else ".zip"
+            return open_archives(find_places(str(path / f"*{kind}")), name=path.resolve().name, folder=True)
+    return _open_folder(path)
 
 
 def _open_folder(root: Path) -> FolderSource:
@@ -213,8 +264,8 @@ def _open_folder(root: Path) -> FolderSource:
         )
     if not root.is_dir():
         raise UserError(
-            f"{str(root)!r} is a file, not a folder of images",
-            remedy="Pass --data DIR, one folder per class.",
+            f"{str(root)!r} is neither a folder of images nor a .tar, .zip or .parquet file",
+            remedy="Pass --data DIR, one folder per class, or an archive (docs/sources.md).",
         )
     found: list[str] = []
     for folder, subfolders, names in os.walk(root, followlinks=True):

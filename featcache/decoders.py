@@ -1,0 +1,95 @@
+"""Encoded image => cropped pixels: the exact way and faster ones.
+
+``pil`` is the reference, byte for byte what the public preprocessing gives. ``turbo`` lets libjpeg-turbo halve a large
+JPEG while it decodes (scaled inverse DCT), where the exact crop decodes it whole and halves it with a box filter; the
+last resize is the same bicubic. ``nvjpeg`` decodes on the GPU's engine and crops as ``pil`` does. Files that are no RGB
+JPEG go the exact way under either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from PIL import Image
+
+from featcache.errors import UserError
+from featcache.images import BadImage, center_crop, decode
+
+Decoder = Callable[[bytes, str, int], np.ndarray]
+
+
+def decode_pil(data: bytes, key: str, resolution: int) -> np.ndarray:
+    """The exact crop: uint8 [R, R, 3]. Raises `BadImage`."""
+    return center_crop(decode(data, key), resolution)
+
+
+def _is_colour_jpeg(data: bytes) -> bool:
+    """Whether libjpeg-turbo may decode it: three components, YCbCr."""
+    import simplejpeg
+
+    if data[:3] != b"\xff\xd8\xff":
+        return False
+    try:
+        _, _, colourspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return False
+    return colourspace == "YCbCr"
+
+
+def decode_turbo(data: bytes, key: str, resolution: int) -> np.ndarray:
+    """Halved during decoding as often as the exact crop would halve: uint8 [R, R, 3]. Raises `BadImage`."""
+    import simplejpeg
+
+    if not _is_colour_jpeg(data):
+        return decode_pil(data, key, resolution)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    halvings = 0
+    while min(width, height) >> halvings >= 2 * resolution and halvings < 3:
+        halvings += 1
+    try:
+        # min_height asks for the smallest scaled size that is not below it.
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=False, min_height=height >> halvings, min_width=width >> halvings, min_factor=1
+        )
+    except ValueError as error:
+        raise BadImage(key, str(error)) from error
+    return center_crop(Image.fromarray(pixels), resolution)
+
+
+def decode_nvjpeg(data: bytes, key: str, resolution: int) -> np.ndarray:
+    """Decoded by nvJPEG: uint8 [R, R, 3]. Raises `BadImage`."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    if not _is_colour_jpeg(data):
+        return decode_pil(data, key, resolution)
+    try:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, device="cuda")
+    except RuntimeError as error:
+        raise BadImage(key, str(error).splitlines()[0]) from error
+    return center_crop(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), resolution)
+
+
+DECODERS: Mapping[str, Decoder] = {"pil": decode_pil, "turbo": decode_turbo, "nvjpeg": decode_nvjpeg}
+
+
+def check_decoder(name: str) -> None:
+    """Raises `UserError` if there is no such decoder or this machine cannot run it."""
+    if name not in DECODERS:
+        raise UserError(f"unknown decoder {name!r}", remedy=f"Type --decode with one of: {', '.join(DECODERS)}.")
+    if name == "pil":
+        return
+    try:
+        import simplejpeg  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--decode {name} needs simplejpeg, which is not installed",
+            remedy="pip install 'featcache-trainer[turbo]', or leave --decode out.",
+        ) from error
+    if name == "nvjpeg":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--decode nvjpeg needs a GPU", remedy="Type --decode turbo, or leave it out.")

@@ -1,0 +1,284 @@
+"""Archives and parquet files give the samples that a folder of the same files gives."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from web_server import serve
+
+import featcache
+from featcache.build import BuildRequest, build
+from featcache.errors import UserError
+from featcache.images import BadImage, Source, fingerprint, open_source
+from featcache.sources.archives import _expanded, index_folder
+
+CLASSES = {"n01": 3, "n02": 2, "n03": 4}
+
+
+@pytest.fixture(autouse=True)
+def own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEATCACHE_INDEX", str(tmp_path / "index"))
+    return tmp_path / "index"
+
+
+def jpeg(seed: int, width: int = 50, height: int = 40) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    for c, (name, count) in enumerate(CLASSES.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f"{name}_{i}.JPEG").write_bytes(jpeg(10 * c + i))
+    return root
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def tar_bytes(files: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in files.items():
+            add(tar, name, data)
+    return buffer.getvalue()
+
+
+def class_files(folder: Path, name: str) -> dict[str, bytes]:
+    # In another order than the sorted one, as tars have.
+    return {p.name: p.read_bytes() for p in sorted((folder / name).iterdir(), reverse=True)}
+
+
+def imagenet_tar(folder: Path, target: Path) -> str:
+    inner = {f"{name}.tar": tar_bytes(class_files(folder, name)) for name in reversed(CLASSES)}
+    (target / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(inner))
+    return str(target / "ILSVRC2012_img_train.tar")
+
+
+def folder_of_class_tars(folder: Path, target: Path) -> str:
+    (target / "train").mkdir()
+    for name in CLASSES:
+        (target / f"train/{name}.tar").write_bytes(tar_bytes(class_files(folder, name)))
+    return str(target / "train")
+
+
+def packed_folder(folder: Path, target: Path) -> str:
+    long = "a_rather_long_name_of_a_folder/" * 5  # over the 100 characters of a plain header
+    files = {f"{long}{p.relative_to(folder).as_posix()}": p.read_bytes() for p in folder.rglob("*.JPEG")}
+    (target / "packed.tar").write_bytes(tar_bytes(files, tarfile.PAX_FORMAT))
+    return str(target / "packed.tar")
+
+
+def zipped(folder: Path, target: Path) -> str:
+    with zipfile.ZipFile(target / "packed.zip", "w") as archive:
+        for i, file in enumerate(sorted(folder.rglob("*.JPEG"))):
+            packing = zipfile.ZIP_DEFLATED if i % 2 else zipfile.ZIP_STORED
+            archive.write(file, f"train/{file.relative_to(folder).as_posix()}", packing)
+        archive.writestr("train/readme.txt", "no image")
+        archive.writestr("__MACOSX/train/n01/._n01_0.txt", "no image")
+    return str(target / "packed.zip")
+
+
+PACKINGS: dict[str, Callable[[Path, Path], str]] = {
+    "imagenet": imagenet_tar,
+    "class tars": folder_of_class_tars,
+    "tar": packed_folder,
+    "zip": zipped,
+}
+
+
+def samples(source: Source) -> list[tuple[str, int, bytes, int]]:
+    loaded = [source.load(i, 32) for i in range(len(source))]
+    return [(source.key(i), source.label(i), p.tobytes(), c) for i, (p, c) in enumerate(loaded)]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_archive_is_the_folder_it_was_made_of(folder: Path, tmp_path: Path, packing: str) -> None:
+    plain = open_source(str(folder), resolution=32)
+    packed = open_source(PACKINGS[packing](folder, tmp_path), resolution=32)
+    assert packed.class_names == plain.class_names == tuple(CLASSES)
+    assert samples(packed) == samples(plain)
+    if packing != "zip":  # a deflated member's size is not its file's
+        assert fingerprint(packed, range(9)) == fingerprint(plain, range(9))
+
+
+def wds_shards(folder: Path, target: Path, label: str = "cls") -> str:
+    files = sorted(folder.rglob("*.JPEG"), key=lambda p: p.stem[::-1])
+    for shard in range(2):
+        members = {}
+        for file in files[shard::2]:
+            number = sorted(CLASSES).index(file.parent.name)
+            members[f"{file.stem}.jpg"] = file.read_bytes()
+            if label == "cls":
+                members[f"{file.stem}.cls"] = str(number).encode()
+            elif label == "json":
+                members[f"{file.stem}.json"] = json.dumps({"label": number, "width": 3}).encode()
+        (target / f"set-{shard:04d}.tar").write_bytes(tar_bytes(members))
+    return str(target / "set-{0000..0001}.tar")
+
+
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_webdataset_shards(folder: Path, tmp_path: Path, label: str) -> None:
+    source = open_source(wds_shards(folder, tmp_path, label), resolution=32)
+    plain = open_source(str(folder), resolution=32)
+    assert source.class_names == ("0", "1", "2")
+    expected = {Path(k).stem: (label, pixels, content) for k, label, pixels, content in samples(plain)}
+    got = {Path(k).stem: (label, pixels, content) for k, label, pixels, content in samples(source)}
+    assert got == expected
+    with pytest.raises(UserError, match=r"neither \.cls nor"):
+        open_source(wds_shards(folder, tmp_path, "none").replace("{0000..0001}", "*"), resolution=32)
+    (tmp_path / "gap.tar").write_bytes(tar_bytes({"a.jpg": jpeg(0), "a.cls": b"1", "b.jpg": jpeg(1), "c.cls": b"0"}))
+    with pytest.raises(UserError, match="sample 'b'"):
+        open_source(str(tmp_path / "gap.tar"), resolution=32)
+
+
+def test_shards_behind_a_url_are_read_by_range(folder: Path, tmp_path: Path) -> None:
+    pattern = wds_shards(folder, tmp_path)
+    with serve(tmp_path) as server:
+        source = open_source(f"{server.url}/set-{{0000..0001}}.tar", resolution=32)
+        assert samples(source) == samples(open_source(pattern, resolution=32))
+
+
+def parquet_files(folder: Path, target: Path, *, names: bool = True) -> str:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(folder.rglob("*.JPEG"))
+    (target / "hub").mkdir()
+    for part, chosen in enumerate((files[:5], files[5:])):
+        images = [{"bytes": f.read_bytes(), "path": f.name} for f in chosen]
+        labels = [sorted(CLASSES).index(f.parent.name) for f in chosen]
+        table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
+        if names:
+            info = {"info": {"features": {"label": {"names": list(CLASSES), "_type": "ClassLabel"}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+        pq.write_table(table, target / f"hub/train-{part:05d}-of-00002.parquet", row_group_size=2)
+    return str(target / "hub")
+
+
+def test_parquet_files_of_the_hub(folder: Path, tmp_path: Path) -> None:
+    source = open_source(parquet_files(folder, tmp_path), resolution=32)
+    plain = samples(open_source(str(folder), resolution=32))
+    assert source.class_names == tuple(CLASSES)
+    got = samples(source)
+    assert [s[1:] for s in got] == [s[1:] for s in plain]
+    assert len({s[0] for s in got}) == 9
+    assert fingerprint(source, range(9)) == fingerprint(open_source(str(tmp_path / "hub"), resolution=32), range(9))
+
+
+def test_a_cache_built_from_the_tar_equals_one_built_from_the_folder(folder: Path, tmp_path: Path) -> None:
+    class Silent:
+        def start(self, **_: object) -> None: ...
+        def advance(self, *_: object) -> None: ...
+        def warn(self, *_: object) -> None: ...
+
+    caches = []
+    for data in (str(folder), imagenet_tar(folder, tmp_path)):
+        out = tmp_path / f"cache{len(caches)}"
+        build(
+            BuildRequest(data=data, vae="tiny", resolution=32, batch_size=4, shard_size=4, out=out, workers=2),
+            Silent(),  # type: ignore[arg-type]
+        )
+        caches.append(featcache.open(out))
+    arrays = [p.relative_to(caches[0].path) for p in Path(caches[0].path).rglob("c.*")]
+    assert len(arrays) >= 3
+    for array in arrays:
+        assert (caches[0].path / array).read_bytes() == (caches[1].path / array).read_bytes()
+    assert caches[0].manifest.dataset.fingerprint == caches[1].manifest.dataset.fingerprint
+
+
+def test_the_index_is_kept_and_a_changed_archive_is_indexed_again(
+    folder: Path, tmp_path: Path, own_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = imagenet_tar(folder, tmp_path)
+    first = samples(open_source(path, resolution=32))
+    assert index_folder() == own_index
+    (kept,) = own_index.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("featcache.sources.archives._index", lambda *_: pytest.fail("indexed again"))
+        assert samples(open_source(path, resolution=32)) == first
+    kept.write_bytes(kept.read_bytes()[:-30])
+    assert samples(open_source(path, resolution=32)) == first
+    (folder / "n01/n01_9.JPEG").write_bytes(jpeg(99))
+    imagenet_tar(folder, tmp_path)
+    os.utime(path, ns=(1, 1))
+    assert len(open_source(path, resolution=32)) == len(first) + 1
+
+
+def test_an_image_cut_out_of_an_archive_is_bad_by_name(folder: Path, tmp_path: Path) -> None:
+    (folder / "n02/n02_0.JPEG").write_bytes(jpeg(1)[:120])
+    source = open_source(imagenet_tar(folder, tmp_path), resolution=32)
+    index = [source.key(i) for i in range(9)].index("n02/n02_0.JPEG")
+    with pytest.raises(BadImage, match=r"n02/n02_0\.JPEG"):
+        source.load(index, 32)
+
+
+def test_unusable_archives_are_explained(folder: Path, tmp_path: Path) -> None:
+    whole = Path(imagenet_tar(folder, tmp_path)).read_bytes()
+    cases = {
+        "short.tar": (whole[: len(whole) // 2 + 100], "not a whole tar|unexpected end|holds"),
+        "empty.tar": (tar_bytes({"a.txt": b"x"}), "no images"),
+        "flat.zip": (b"", "not a whole zip"),
+    }
+    for name, (data, message) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            open_source(str(tmp_path / name), resolution=32)
+    with pytest.raises(UserError, match="no archive"):
+        open_source(str(tmp_path / "absent-{00..01}.tar"), resolution=32)
+    with zipfile.ZipFile(tmp_path / "nofolder.zip", "w") as archive:
+        archive.writestr("a.jpg", jpeg(0))
+    with pytest.raises(UserError, match="no class folder"):
+        open_source(str(tmp_path / "nofolder.zip"), resolution=32)
+
+
+def test_brace_patterns() -> None:
+    assert _expanded("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert _expanded("{x,y}/{1..2}") == ["x/1", "x/2", "y/1", "y/2"]
+    assert _expanded("plain.tar") == ["plain.tar"]
+    with pytest.raises(UserError, match="not a range"):
+        _expanded("a-{0..x}.tar")
+
+
+def test_turbo_is_exact_where_it_does_not_scale_and_near_where_it_does(imagenet_sample: Path) -> None:
+    from featcache.decoders import decode_pil, decode_turbo
+
+    for file in sorted(imagenet_sample.rglob("*.JPEG"))[::12]:
+        data = file.read_bytes()
+        with Image.open(file) as image:
+            small = min(image.size) < 512
+        exact, fast = decode_pil(data, "x", 256).astype(int), decode_turbo(data, "x", 256).astype(int)
+        assert fast.shape == exact.shape
+        if small:
+            assert np.abs(exact - fast).max() <= 1
+        else:
+            assert 10 * np.log10(255**2 / np.mean((exact - fast) ** 2)) > 30
+
+
+def test_turbo_decodes_other_formats_the_exact_way() -> None:
+    from featcache.decoders import decode_pil, decode_turbo
+
+    noise = Image.fromarray(np.random.default_rng(3).integers(0, 256, (90, 80, 3), dtype=np.uint8))
+    for kind, mode in (("PNG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("WEBP", "RGB")):
+        buffer = io.BytesIO()
+        noise.convert(mode).save(buffer, kind)
+        assert np.array_equal(decode_turbo(buffer.getvalue(), "x", 32), decode_pil(buffer.getvalue(), "x", 32))
+    with pytest.raises(BadImage, match=r"x\.jpg"):
+        decode_turbo(jpeg(0, 300, 300)[:600], "x.jpg", 32)
