@@ -88,7 +88,9 @@ class RichWatcher:
         if shown and not console.is_terminal:
             console.print(f"step {step}/{self._total}  {_line(shown)}")
         if self._task is not None:
-            self._bar.update(self._task, completed=step, **({"shown": _line(shown)} if shown else {}))
+            self._bar.update(self._task, completed=step)
+            if shown:
+                self._bar.update(self._task, shown=_line(shown))
 
     def warn(self, text: str) -> None:
         console.print(f"[yellow]note:[/yellow] {text}")

@@ -147,7 +147,7 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         todo = [k for k in range(-(-request.num // BLOCK)) if not _block_path(blocks, k).exists()]
         bar.begin("sampling", request.num, done=request.num - sum(_block_count(request.num, k) for k in todo))
         for k in todo[world.rank :: world.size]:
-            pixels = [images for images in _draw_block(loaded, vae, labels, k, request, config, device, bar)]
+            pixels = list(_draw_block(loaded, vae, labels, k, request, config, device, bar))
             _save_block(_block_path(blocks, k), np.concatenate(pixels)[: _block_count(request.num, k)])
         distributed.barrier()
         if world.is_main:

@@ -1,0 +1,156 @@
+"""From a run to metrics.json and report.html, as functions and as typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from featcache.build import BuildRequest, build
+from featcache.encoders import EncoderChoice
+from featcache.errors import UserError
+from trainer import runs
+from trainer.config import RunConfig
+from trainer.evaluation import EvalRequest, evaluate_run, router_charts, write_run_report
+from trainer.exchange import export_checkpoint, import_checkpoint
+from trainer.loop import train
+from trainer.models import build_model
+from trainer.sample import load_run, run_model_config
+
+
+class Quiet:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def start(self, **_: object) -> None: ...
+
+    def advance(self, *_: object) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def begin(self, name: str, total: int, done: int = 0) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache and a short AHPA run."""
+    root = tmp_path_factory.mktemp("evaluation")
+    ask = BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny"),), resolution=32, limit=40, out=root / "caches/shapes")
+    build(ask, Quiet())
+    config = RunConfig(
+        method="ahpa", model="SiT-Ti/2", cache=str(ask.out), name="a", steps=3, batch_size=4, device="cpu", sample_every=3, log_every=1
+    )
+    train(config, resume=False, watcher=Quiet(), root=root / "runs")
+    return root
+
+
+ASK = EvalRequest(num=16, sampler="ode", steps=2, extractor="embedded", device="cpu")
+
+
+def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
+    run = root / "runs/a"
+    result = evaluate_run(run, ASK, Quiet())
+    assert all(name.startswith("embedded-") for name in result.metrics)
+    assert result.metrics["embedded-FID"] > 0
+    (entry,) = json.loads((run / "metrics.json").read_text())
+    assert entry["step"] == 3
+    assert entry["sampler"]["sampler"] == "ode"
+    assert entry["metrics"] == dict(result.metrics)
+    again = evaluate_run(run, ASK, Quiet())
+    assert again.metrics == result.metrics
+    assert len(json.loads((run / "metrics.json").read_text())) == 1, "the same evaluation replaces itself"
+    evaluate_run(run, replace(ASK, seed=1), Quiet())
+    assert len(json.loads((run / "metrics.json").read_text())) == 2
+    page = result.report.read_text()
+    for expected in ("embedded-FID", "Real images", "What the cache holds", "Router weights between groups", "<svg", "data:image/png"):
+        assert expected in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+
+
+def test_auto_falls_back_to_the_embedded_extractor_and_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featcache.errors import WeightsUnavailable
+    from trainer.evaluate import extractors
+    from trainer.evaluation import choose_extractor
+
+    def missing(**_: object) -> object:
+        raise WeightsUnavailable("no Inception weights", remedy="bring them")
+
+    monkeypatch.setitem(extractors.EXTRACTORS, "inception", missing)
+    bar = Quiet()
+    assert choose_extractor("auto", None, "cpu", bar).name == "embedded"
+    assert any("not FID" in note for note in bar.notes)
+    with pytest.raises(WeightsUnavailable):
+        choose_extractor("inception", None, "cpu", bar)
+
+
+def test_router_curves_are_the_checkpoints_own(root: Path) -> None:
+    charts = router_charts(root / "runs/a")
+    assert len(charts) == 3
+    for chart in charts:
+        total = np.sum([np.asarray(series.y) for series in chart.series], axis=0)
+        assert np.allclose(total, 1, atol=1e-5)
+
+
+def test_report_survives_a_cache_that_is_gone(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "runs/b"
+    shutil.copytree(root / "runs/a", copy)
+    summary = json.loads((copy / "cache.json").read_text())
+    (copy / "cache.json").write_text(json.dumps(summary | {"path": str(tmp_path / "gone")}))
+    assert write_run_report([copy]).is_file()
+    with pytest.raises(UserError, match="no longer there"):
+        evaluate_run(copy, ASK, Quiet())
+
+
+def test_the_newest_run_is_the_one_active_last(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run"):
+        runs.newest_run(tmp_path)
+    import os
+
+    for i, name in enumerate(("old", "nested/new")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("method: none\n")
+        os.utime(tmp_path / name / "config.yaml", (1000 + i, 1000 + i))
+    assert runs.newest_run(tmp_path) == tmp_path / "nested/new"
+    (tmp_path / "old/log.jsonl").write_text("")
+    assert runs.newest_run(tmp_path) == tmp_path / "old"
+
+
+def test_export_then_import_keeps_the_function(root: Path, tmp_path: Path) -> None:
+    out = export_checkpoint(root / "runs/a", tmp_path / "weights.pt", convention="repa", step=None)
+    assert set(torch.load(out, weights_only=True)) >= {"ema", "model"}
+    run = import_checkpoint(out, name="back", weights="ema", convention=None, root=tmp_path / "runs")
+    ours, theirs = load_run(root / "runs/a").model, load_run(run).model
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *(ours.cfg.latent_channels, ours.cfg.latent_size, ours.cfg.latent_size), generator=generator)
+    t, y = torch.tensor([0.2, 0.9]), torch.tensor([1, 10])
+    with torch.no_grad():
+        assert torch.allclose(ours(x, t, y).prediction, theirs(x, t, y).prediction, atol=1e-6)
+    assert build_model(run_model_config(run, runs.load_config(run))).cfg == theirs.cfg
+    with pytest.raises(UserError, match="exists"):
+        import_checkpoint(out, name="back", weights="ema", convention=None, root=tmp_path / "runs")
+
+
+def test_as_typed(root: Path, cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    nothing = cli("trainer", "eval", "--device", "cpu")
+    assert nothing.returncode == 2
+    assert "trainer run --method ahpa" in nothing.stderr
+    assert "Traceback" not in nothing.stderr
+    words = ["--num", "8", "--steps", "2", "--extractor", "embedded", "--device", "cpu", "--metrics", "fid"]
+    done = cli("trainer", "eval", *words, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "embedded-FID" in done.stdout
+    assert "embedded-KID" not in done.stdout
+    assert (root / "runs/a/report.html").is_file()
+    page = cli("trainer", "compare", "runs/a", "runs/a", "--out", str(tmp_path / "both.html"), cwd=root)
+    assert page.returncode == 0, page.stderr
+    assert (tmp_path / "both.html").is_file()
