@@ -21,6 +21,15 @@ def imagenet_sample() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def papers() -> Path:
+    """A folder with the papers' text (``ahpa.txt`` and so on) beside the checkout; skips where it is absent."""
+    folder = SHARED / "papers"
+    if not folder.is_dir():
+        pytest.skip(f"the papers' text is not here ({folder})")
+    return folder
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``featcache`` or ``trainer`` as a user types it, in an empty working folder."""

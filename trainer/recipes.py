@@ -22,6 +22,7 @@ from trainer.config import RunConfig, from_mapping
 
 RECIPE_KEYS = ("base", "title", "build")
 _OWN_KEYS = ("base", "title", "published")  # of one file alone
+PAPER_RESOLUTION = 256  # where a build line says nothing
 METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
 
 # Tables by paper, as our copies of the papers number them. SRA's have lost their captions; its text calls the
@@ -326,14 +327,14 @@ def _published(values: Any, file: Path) -> Published:
 class BuildLine:
     """What a ``featcache build`` line makes.
 
-    features: beside keys and content hashes. encoders, vae: names as typed (None: the default VAE), unchecked. options:
-    every parameter of the command.
+    features: beside keys and content hashes. encoders, vae: names as typed (None: the default VAE), unchecked.
+    resolution: side of the crop in pixels.
     """
 
     features: tuple[str, ...]
     encoders: tuple[str, ...]
     vae: str | None
-    options: Mapping[str, Any]
+    resolution: int
 
 
 def parse_build(line: str) -> BuildLine:
@@ -345,6 +346,7 @@ def parse_build(line: str) -> BuildLine:
     import typer
 
     from featcache.cli import app
+    from featcache.cli_build import parse_resolution
     from featcache.encoders import parse_encoders, parse_levels
 
     words = shlex.split(line)
@@ -364,5 +366,8 @@ def parse_build(line: str) -> BuildLine:
             raise UserError(f"{line!r} leaves the layers of {choice.name} open", remedy="Write them, e.g. dinov2-b@11.")
         features += [f"{choice.name}@{layer}" for layer in choice.layers]
     return BuildLine(
-        features=tuple(features), encoders=tuple(c.name for c in encoders), vae=options["vae"], options=options
+        features=tuple(features),
+        encoders=tuple(c.name for c in encoders),
+        vae=options["vae"],
+        resolution=parse_resolution(options["resolution"]) or PAPER_RESOLUTION,
     )

@@ -1,0 +1,385 @@
+"""All methods on the embedded set, several seeds each: embedded-FID against steps and against training time.
+
+    python -m pipelines.experiments.methods_on_shapes --seeds 3 --steps 3000 --out experiments/methods
+
+One model size, one cache, the papers' options but a small set and a high learning rate. Seeds are the outer loop and
+methods the inner one, so that a machine that slows down slows all methods down. Interrupted, the same command goes
+on; more seeds or methods may be added later. It writes ``results.json`` (every evaluation, and what was set),
+``summary.json`` (means and standard errors over seeds) and ``methods.svg`` / ``methods.png``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featcache.console import console, run_app
+from featcache.errors import UserError
+
+# Name -> method and its options; where nothing is said, the method's defaults (the papers' choices).
+METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "none": ("none", {}),
+    "repa": ("repa", {}),
+    "irepa": ("repa", {"head": "conv", "spatial_gamma": 0.6, "weight": 1.0}),
+    "sara": ("sara", {"discriminator_weights": "random"}),  # the same with and without a network
+    "dya": ("dya", {}),
+    "ahpa": ("ahpa", {}),
+    "sra": ("sra", {}),
+    "sra2": ("sra2", {}),
+}
+NAMES = {
+    "none": "vanilla",
+    "repa": "REPA",
+    "irepa": "iREPA",
+    "sara": "SARA",
+    "dya": "DyA",
+    "ahpa": "AHPA",
+    "sra": "SRA",
+    "sra2": "SRA 2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all runs of an experiment have in common. Changing any of it needs another folder.
+
+    model, steps, batch_size, lr: of training (warm-up over the first 50th of the steps). points: evaluations, evenly
+    over the steps. images: size of the set. samples, sampling_steps: of an evaluation, drawn by the ODE sampler without
+    guidance. device: cpu, cuda or auto.
+    """
+
+    model: str = "SiT-Ti/2"
+    steps: int = 3000
+    batch_size: int = 64
+    lr: float = 2e-3
+    points: int = 5
+    images: int = 4000
+    samples: int = 1000
+    sampling_steps: int = 25
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "points", "images", "samples", "sampling_steps"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}, but it must be at least 1")
+        if self.steps % self.points:
+            raise UserError(
+                f"{self.steps} steps cannot be evaluated at {self.points} evenly spaced points",
+                remedy="Choose --points so that it divides --steps.",
+            )
+
+    @property
+    def interval(self) -> int:
+        """Steps between evaluations."""
+        return self.steps // self.points
+
+    @property
+    def log_every(self) -> int:
+        """The largest number of steps up to 50 that meets every evaluation."""
+        return next(n for n in range(min(50, self.interval), 0, -1) if self.interval % n == 0)
+
+
+def run_experiment(settings: Settings, *, methods: Sequence[str], seeds: int, out: Path) -> Path:
+    """Trains and judges what is missing, then draws the figure; returns its path.
+
+    Raises:
+        UserError: an unknown method, or ``out`` holds an experiment with other settings.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(f"there is no method {method!r} here", remedy=f"Methods: {', '.join(METHODS)}")
+    results = _open_results(out / "results.json", settings)
+    cache = _build_cache(settings, out / "cache")
+    judge = _Judge(cache, settings)
+    for seed in range(seeds):
+        for method in methods:
+            run = out / "runs" / f"{method}-{seed}"
+            done = {e["step"] for e in results["evaluations"] if (e["method"], e["seed"]) == (method, seed)}
+            todo = [
+                step for step in range(settings.interval, settings.steps + 1, settings.interval) if step not in done
+            ]
+            if not todo:
+                continue
+            console.print(f"[bold]{NAMES[method]}, seed {seed}[/bold]")
+            _train(settings, method=method, seed=seed, cache=cache, run=run)
+            times = _training_times(run)
+            for step in todo:
+                entry = {
+                    "method": method,
+                    "seed": seed,
+                    "step": step,
+                    "time_s": times[step],
+                    "metrics": judge(run, step),
+                }
+                results["evaluations"].append(entry)
+                _write_json(out / "results.json", results)
+            _drop_checkpoints(run, before=settings.steps)
+    summary = summarise(results["evaluations"])
+    _write_json(out / "summary.json", summary)
+    return draw(summary, settings, out)
+
+
+def _open_results(path: Path, settings: Settings) -> dict[str, Any]:
+    import torch
+
+    if path.is_file():
+        results: dict[str, Any] = json.loads(path.read_text())
+        if results["settings"] != asdict(settings):
+            changed = [k for k, v in asdict(settings).items() if results["settings"].get(k) != v]
+            raise UserError(
+                f"{path.parent} holds an experiment with another {', '.join(changed)}",
+                remedy="Type the same settings to go on with it, or choose another --out.",
+            )
+        return results
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.platform()}
+    return {"settings": asdict(settings), "machine": machine, "torch": torch.__version__, "evaluations": []}
+
+
+def _build_cache(settings: Settings, path: Path) -> Path:
+    from featcache.build import BuildRequest, build
+    from featcache.encoders import parse_encoders
+    from featcache.progress import RichProgress
+
+    request = BuildRequest(
+        data="shapes",
+        encoders=parse_encoders(["tiny"]),
+        limit=settings.images,
+        batch_size=64,
+        device=settings.device,
+        out=path,
+    )
+    with RichProgress() as progress:
+        return build(request, progress).path
+
+
+def _train(settings: Settings, *, method: str, seed: int, cache: Path, run: Path) -> None:
+    from trainer.config import RunConfig
+    from trainer.loop import train
+    from trainer.progress import RichWatcher
+
+    name, options = METHODS[method]
+    config = RunConfig(
+        method=name,
+        align={name: options} if options else {},
+        model=settings.model,
+        cache=str(cache),
+        name=run.name,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        warmup_steps=settings.steps // 50,
+        ema_decay=0.99,
+        ema_warmup=True,
+        seed=seed,
+        device=settings.device,
+        log_every=settings.log_every,
+        sample_every=0,
+        checkpoint_every=settings.interval,
+        keep_checkpoints=settings.points,
+    )
+    with RichWatcher() as watcher:
+        train(config, resume=(run / "config.yaml").exists(), watcher=watcher, root=run.parent)
+
+
+class _Judge:
+    """Draws samples of a checkpoint and measures them with the embedded extractor; the reference is measured once."""
+
+    def __init__(self, cache: Path, settings: Settings) -> None:
+        import featcache
+        from featcache.build import pick_device
+        from trainer.evaluate.extractors import build_extractor
+        from trainer.evaluate.references import reference_statistics
+
+        self._settings = settings
+        self._extractor = build_extractor("embedded", device=pick_device(settings.device))
+        resolution = featcache.open(cache).manifest.dataset.preprocessing["resolution"]
+        self._reference = reference_statistics(cache, self._extractor, resolution=resolution, need_features=True)
+
+    def __call__(self, run: Path, step: int) -> dict[str, float]:
+        import torch
+
+        from trainer.evaluate.judge import evaluate
+        from trainer.progress import RichBar
+        from trainer.sampling import SampleRequest, sample_run
+
+        folder = run / "samples" / f"judged_{step:07d}"
+        request = SampleRequest(
+            num=self._settings.samples,
+            sampler="ode",
+            steps=self._settings.sampling_steps,
+            checkpoint=step,
+            device=self._settings.device,
+            out=folder,
+        )
+        with RichBar("sampling", unit="images") as bar:
+            drawn = sample_run(run, request, bar)
+        with torch.inference_mode():
+            judged = evaluate(drawn.images, self._reference, self._extractor)
+        drawn.images.unlink()  # the grid beside it stays
+        return {name: float(value) for name, value in judged["metrics"].items()}
+
+
+def _training_times(run: Path) -> dict[int, float]:
+    """Seconds of training, without saving and sampling, up to each logged step."""
+    from trainer.runs import read_log
+
+    return {record["step"]: record["time_s"] for record in read_log(run)}
+
+
+def _drop_checkpoints(run: Path, *, before: int) -> None:
+    """Judged checkpoints but the last: 8 methods with 3 seeds would fill gigabytes."""
+    from trainer.checkpoint import list_checkpoints
+
+    for step, path in list_checkpoints(run):
+        if step < before:
+            shutil.rmtree(path)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    from trainer.runs import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=1))
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and its standard error, ``s / sqrt(n)`` with the sample's deviation s; no error of a single value."""
+    listed = list(values)
+    error = statistics.stdev(listed) / math.sqrt(len(listed)) if len(listed) > 1 else None
+    return statistics.fmean(listed), error
+
+
+def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Curves and end points by method, over the seeds that have all of a method's points.
+
+    ``curves``: per method and step the number of seeds, and mean and standard error of time and of each metric.
+    ``equal_time``: each metric at the time at which the fastest finished run ended, between two evaluations by linear
+    interpolation over each run's own training time.
+    """
+    runs: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for entry in evaluations:
+        runs.setdefault(entry["method"], {}).setdefault(entry["seed"], []).append(entry)
+    last = max((e["step"] for e in evaluations), default=0)
+    for by_seed in runs.values():
+        for seed, entries in list(by_seed.items()):
+            entries.sort(key=lambda e: e["step"])
+            if entries[-1]["step"] < last:
+                del by_seed[seed]
+    finished = {method: by_seed for method, by_seed in runs.items() if by_seed}
+    budget = min((e[-1]["time_s"] for by_seed in finished.values() for e in by_seed.values()), default=0.0)
+    summary: dict[str, Any] = {"last_step": last, "budget_s": budget, "curves": {}, "equal_time": {}}
+    for method, by_seed in finished.items():
+        curve = []
+        for rows in zip(*by_seed.values(), strict=True):
+            assert len({row["step"] for row in rows}) == 1
+            time_s, time_error = mean_and_error(row["time_s"] for row in rows)
+            point: dict[str, Any] = {"step": rows[0]["step"], "seeds": len(rows), "time_s": time_s}
+            point["time_s_error"] = time_error
+            for metric in rows[0]["metrics"]:
+                point[metric], point[f"{metric}_error"] = mean_and_error(row["metrics"][metric] for row in rows)
+            curve.append(point)
+        summary["curves"][method] = curve
+        summary["equal_time"][method] = {}
+        for metric in next(iter(by_seed.values()))[0]["metrics"]:
+            mean, error = mean_and_error(_at_time(entries, metric, budget) for entries in by_seed.values())
+            summary["equal_time"][method] |= {metric: mean, f"{metric}_error": error}
+    return summary
+
+
+def _at_time(entries: Sequence[Mapping[str, Any]], metric: str, time_s: float) -> float:
+    import numpy as np
+
+    return float(np.interp(time_s, [e["time_s"] for e in entries], [e["metrics"][metric] for e in entries]))
+
+
+def draw(summary: Mapping[str, Any], settings: Settings, out: Path, *, metric: str = "embedded-FID") -> Path:
+    """The figure: the metric against steps (left) and against training time (right), bars of one standard error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    seeds = {point["seeds"] for curve in summary["curves"].values() for point in curve}
+    count = str(*seeds) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    for number, (method, curve) in enumerate(summary["curves"].items()):
+        errors = [point[f"{metric}_error"] or 0.0 for point in curve]
+        style = {
+            "color": f"C{number}",
+            "marker": "osD^vPX*"[number % 8],
+            "markersize": 5,
+            "capsize": 3,
+            "linewidth": 1.3,
+        }
+        values = [point[metric] for point in curve]
+        by_step.errorbar([p["step"] for p in curve], values, yerr=errors, label=NAMES[method], **style)
+        times = [point["time_s"] for point in curve]
+        spread = [point["time_s_error"] or 0.0 for point in curve]
+        by_time.errorbar(times, values, yerr=errors, xerr=spread, label=NAMES[method], **style)
+    by_time.axvline(summary["budget_s"], color="0.6", linewidth=0.8, linestyle=":")
+    by_step.set(xlabel="training steps", ylabel=f"{metric} of {settings.samples:,} samples", yscale="log")
+    by_time.set(xlabel="training time (s), without saving and sampling")
+    by_step.legend(ncols=2, frameon=False)
+    for axes in (by_step, by_time):
+        axes.grid(alpha=0.25, which="both")
+    bars = "mean and standard error over" if max(seeds) > 1 else "no error bars:"
+    figure.suptitle(f"{settings.model} on the embedded set, batch {settings.batch_size}, {bars} {count} seed(s)")
+    for suffix in ("svg", "png"):
+        figure.savefig(out / f"methods.{suffix}", dpi=150)
+    plt.close(figure)
+    return out / "methods.svg"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_DEFAULT = Settings()
+
+
+@app.command()
+def main(
+    methods: Annotated[str, typer.Option(help="Joined by commas.")] = ",".join(METHODS),
+    seeds: Annotated[int, typer.Option(help="Runs of each method, seeds 0, 1, ...", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder to write to and to continue from.")] = Path("experiments/methods"),
+    model: Annotated[str, typer.Option(help="Backbone.")] = _DEFAULT.model,
+    steps: Annotated[int, typer.Option(help="Training steps of every run.")] = _DEFAULT.steps,
+    points: Annotated[int, typer.Option(help="Evaluations, evenly over the steps.")] = _DEFAULT.points,
+    batch_size: Annotated[int, typer.Option(help="Batch size.")] = _DEFAULT.batch_size,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = _DEFAULT.lr,
+    images: Annotated[int, typer.Option(help="Images of the embedded set.")] = _DEFAULT.images,
+    samples: Annotated[int, typer.Option(help="Samples of an evaluation.", min=2)] = _DEFAULT.samples,
+    sampling_steps: Annotated[int, typer.Option(help="Steps of the ODE sampler.")] = _DEFAULT.sampling_steps,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = _DEFAULT.device,
+) -> None:
+    """Train every method on the embedded set, judge its checkpoints, and plot embedded-FID against steps and time."""
+    settings = Settings(
+        model=model,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        points=points,
+        images=images,
+        samples=samples,
+        sampling_steps=sampling_steps,
+        device=device,
+    )
+    figure = run_experiment(settings, methods=[m.strip() for m in methods.split(",")], seeds=seeds, out=out)
+    for method, values in json.loads((out / "summary.json").read_text())["equal_time"].items():
+        error = values["embedded-FID_error"]
+        shown = f"{values['embedded-FID']:.3g}" + (f" +- {error:.2g}" if error is not None else "")
+        console.print(f"{NAMES[method]:>8}  embedded-FID at equal time {shown}")
+    console.print(f"figure: [bold]{figure}[/bold]")
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(app))

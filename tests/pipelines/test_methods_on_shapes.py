@@ -1,0 +1,86 @@
+"""The experiment on the embedded set: its statistics against closed forms, and a tiny run of it that is interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featcache.errors import UserError
+from pipelines.experiments import methods_on_shapes as experiment
+from pipelines.experiments.methods_on_shapes import METHODS, NAMES, Settings, mean_and_error, run_experiment, summarise
+from trainer.config import RunConfig
+
+
+def entry(method: str, seed: int, step: int, time_s: float, fid: float) -> dict[str, object]:
+    return {"method": method, "seed": seed, "step": step, "time_s": time_s, "metrics": {"embedded-FID": fid}}
+
+
+def test_every_method_has_a_valid_configuration() -> None:
+    assert set(METHODS) == set(NAMES)
+    for method, options in METHODS.values():
+        config = RunConfig(method=method, align={method: options} if options else {})
+        assert config.methods == (() if method == "none" else (method,))
+
+
+def test_mean_and_standard_error() -> None:
+    assert mean_and_error([2.0]) == (2.0, None)
+    mean, error = mean_and_error([1.0, 2.0, 6.0])
+    assert mean == 3.0
+    assert error == pytest.approx(math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2 / 3))
+
+
+def test_summary_averages_over_seeds_and_interpolates_to_equal_time() -> None:
+    fast = [
+        entry("none", s, step, step / 10, fid)
+        for s, fids in ((0, (40, 20)), (1, (44, 24)))
+        for step, fid in zip((100, 200), fids)
+    ]
+    slow = [entry("sra", 0, 200, 40.0, 10.0), entry("sra", 0, 100, 16.0, 30.0)]  # in any order
+    summary = summarise([*fast, *slow, entry("sra", 1, 100, 17.0, 31.0)])  # seed 1 has not finished
+    assert summary["last_step"] == 200 and summary["budget_s"] == 20.0
+    none, sra = summary["curves"]["none"], summary["curves"]["sra"]
+    assert [(p["step"], p["seeds"], p["embedded-FID"]) for p in none] == [(100, 2, 42.0), (200, 2, 22.0)]
+    assert none[0]["embedded-FID_error"] == pytest.approx(2.0)
+    assert [(p["step"], p["seeds"], p["embedded-FID_error"]) for p in sra] == [(100, 1, None), (200, 1, None)]
+    assert summary["equal_time"]["none"]["embedded-FID"] == 22.0
+    # 20 s lies a sixth of the way from 16 s to 40 s.
+    assert summary["equal_time"]["sra"]["embedded-FID"] == pytest.approx(30 - 20 / 6)
+
+
+def test_points_must_divide_steps() -> None:
+    with pytest.raises(UserError, match="evenly spaced"):
+        Settings(steps=100, points=3)
+    for steps, points, expected in ((3000, 5, 50), (20, 2, 10), (202, 2, 1), (140, 2, 35)):
+        settings = Settings(steps=steps, points=points)
+        assert settings.log_every == expected and settings.interval % settings.log_every == 0
+
+
+def test_experiment_runs_continues_and_refuses_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(steps=4, points=2, batch_size=4, images=16, samples=8, sampling_steps=2, device="cpu")
+    figure = run_experiment(settings, methods=["none"], seeds=1, out=tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(e["method"], e["seed"], e["step"]) for e in results["evaluations"]] == [("none", 0, 2), ("none", 0, 4)]
+    assert all(math.isfinite(e["metrics"]["embedded-FID"]) for e in results["evaluations"])
+    assert 0 < results["evaluations"][0]["time_s"] < results["evaluations"][1]["time_s"]
+    assert figure.read_text().lstrip().startswith("<?xml") and (tmp_path / "methods.png").stat().st_size > 10_000
+    assert [p.name for p in (tmp_path / "runs/none-0/checkpoints").iterdir()] == ["step_0000004"]
+
+    train = experiment._train
+
+    def only_new(settings: Settings, *, method: str, **places: Any) -> None:
+        assert method == "sra2", "a finished run was trained again"
+        train(settings, method=method, **places)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "_train", only_new)
+        run_experiment(settings, methods=["none", "sra2"], seeds=1, out=tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["curves"]) == ["none", "sra2"]
+    with pytest.raises(UserError, match="another lr"):
+        run_experiment(Settings(**{**results["settings"], "lr": 1e-3}), methods=["none"], seeds=1, out=tmp_path)
+    with pytest.raises(UserError, match="no method 'rep'"):
+        run_experiment(settings, methods=["rep"], seeds=1, out=tmp_path)
