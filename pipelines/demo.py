@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 from featcache.console import console
 from featcache.errors import UserError
 
@@ -75,6 +77,30 @@ def run_all(commands: list[str]) -> None:
             raise UserError(f"this command failed (exit code {code}): {command}", remedy="Type it alone to see why.")
 
 
+def draw_picture(out: Path, columns: int = 6) -> None:
+    """Real images and both runs' guided samples side by side, one row a class."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    import featcache
+    from featcache.inspect import images_of
+
+    cache = featcache.open(CACHE)
+    labels = cache.labels()
+    side = int(cache.manifest.dataset.preprocessing["resolution"])
+    rows = [images_of(cache, None, np.flatnonzero(labels == c)[:columns].tolist()) for c in range(len(cache.manifest.dataset.class_names))]
+    panels = {"real": np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)}
+    for method in METHODS:
+        (grid,) = (RUNS / method / "samples").glob("*-cfg*/grid.png")
+        with Image.open(grid) as image:
+            panels[f"samples, {method}"] = np.asarray(image)[:, : columns * side]
+    width, height = columns * side, panels["real"].shape[0]
+    sheet = Image.new("RGB", (len(panels) * (width + 12) - 12, height + 22), "white")
+    for i, (title, pixels) in enumerate(panels.items()):
+        ImageDraw.Draw(sheet).text((i * (width + 12), 2), title, fill="black", font=ImageFont.load_default(size=14))
+        sheet.paste(Image.fromarray(pixels), (i * (width + 12), 22))
+    sheet.save(out, quality=88)
+
+
 def main() -> int:
     """Builds, trains, samples, judges and reports; returns the exit code."""
     from trainer.evaluation import write_run_report
@@ -106,6 +132,7 @@ def main() -> int:
         lead="Both runs start from the same weights and see the same images, noise and timesteps; the second also aligns an early "
         "block with routed VAE levels from the cache. The numbers use the embedded extractor and are not FID.",
     )
+    draw_picture(RUNS / "samples.jpg")
     console.print(f"{', '.join(stages)}; {time.monotonic() - started:.0f} s in all")
     console.print(f"report: [bold]{report.resolve()}[/bold]   (open it in a browser)")
     return 0
