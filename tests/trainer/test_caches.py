@@ -1,0 +1,108 @@
+"""Which cache a run takes, and the command that adds what it lacks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+from tiny_runs import Listener, settings
+
+import featcache
+from featcache.errors import CacheError
+from featcache.store.manage import remove_features
+from trainer.caches import build_line, find_cache, sample_keys
+from trainer.loop import train
+
+
+def without(cache: Path, target: Path, *names: str) -> Path:
+    """A copy of a cache without some features."""
+    shutil.copytree(cache, target)
+    remove_features(target, list(names))
+    return target
+
+
+def build_words(error: CacheError) -> list[str]:
+    """The command that an error ends with."""
+    assert error.remedy is not None
+    (line,) = re.findall(r"^\s*(featcache build .*)$", error.remedy, flags=re.M)
+    return shlex.split(line)
+
+
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize(
+    ("method", "removed", "expected"),
+    [
+        ("ahpa", ("vae/G3",), ["--vae-levels", "G3,G4"]),
+        ("repa", ("tiny@2", "tiny@4", "tiny@5"), ["--encoder", "dinov2-b"]),
+        ("dya", ("tiny@4", "tiny@2"), ["--encoder", "tiny@4,5"]),
+    ],
+)
+def test_a_missing_feature_is_named_with_the_command_that_adds_it(
+    shapes_cache: Path, tmp_path: Path, method: str, removed: tuple[str, ...], expected: list[str]
+) -> None:
+    cache = without(shapes_cache, tmp_path / "less", *removed)
+    with pytest.raises(CacheError) as error:
+        train(settings(cache, method), resume=False, watcher=Listener(), root=tmp_path / "runs")
+    words = build_words(error.value)
+    assert words[:4] == ["featcache", "build", "--into", str(cache)]
+    assert words[4:6] == expected
+    assert words[-2:] == ["--data", "shapes"]
+    assert not (tmp_path / "runs" / "run").exists(), "a run that cannot start leaves nothing behind"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nano")
+def test_the_printed_command_works(
+    shapes_cache: Path, tmp_path: Path, cli: Callable[..., CompletedProcess[str]]
+) -> None:
+    cache = without(shapes_cache, tmp_path / "less", "vae/G3")
+    run = settings(cache, "ahpa")
+    with pytest.raises(CacheError) as error:
+        train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
+    done = cli(*build_words(error.value))
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(featcache.open(cache).labels(), featcache.open(shapes_cache).labels())
+    train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
+
+
+def test_the_newest_fitting_cache_is_found(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(settings("none named", "ahpa", model="SiT-Ti/2"), cache=None)
+    with pytest.raises(CacheError, match="no cache below") as error:
+        find_cache(config)
+    assert build_words(error.value) == ["featcache", "build", "--vae-levels", "G3,G4"]
+    Path("caches").mkdir()
+    shutil.copytree(shapes_cache, "caches/old")
+    without(shapes_cache, Path("caches/new"), "vae/G4")
+    for age, name in enumerate(("new", "old")):
+        os.utime(f"caches/{name}/zarr.json", (2_000_000_000 - age, 2_000_000_000 - age))
+    assert find_cache(config).path == "caches/old"
+    shutil.rmtree("caches/old")
+    with pytest.raises(CacheError, match="none of the 1 caches") as error:
+        find_cache(config)
+    assert build_words(error.value)[2:4] == ["--into", "caches/new"]
+
+
+def test_build_lines_name_encoders_with_their_layers_once() -> None:
+    wanted = ["dinov2-b@9", "dinov2-b@11", "vae/G4", "vae/G3", "clip-l@23"]
+    assert build_line("caches/x", wanted) == (
+        "featcache build --into caches/x --encoder dinov2-b@9,11 --encoder clip-l@23 --vae-levels G3,G4"
+    )
+    assert build_line(None, ["<encoder>@<last>"]) == "featcache build --encoder dinov2-b"
+    assert build_line(None, ["<encoder>@<texture>", "<encoder>@<last>"]) == "featcache build --encoder dinov2-b@9,11"
+
+
+def test_keys_of_any_samples(shapes_cache: Path) -> None:
+    cache = featcache.open(shapes_cache)
+    every = cache.keys()
+    assert sample_keys(cache, np.array([5, 0, 23, 5])) == [every[5], every[0], every[23], every[5]]
