@@ -41,6 +41,8 @@ trainer eval runs/ahpa-xl2 --sampler ode --data /path/to/imagenet/train
   reference: `--reference VIRTUAL_imagenet256_labeled.npz`.
 - Rows that differ in their sampling alone train the same model: evaluate one run twice.
 - Any setting can be changed: `trainer run --recipe pipelines/ahpa/xl2.yaml --set steps=1000 --set ahpa.weight=0.5`.
+- Rows at 512 px and with other VAEs refuse a cache of another kind; the others take the newest that holds what the
+  method reads. With several data sets or resolutions below `./caches`, pass `--cache`.
 - One cache serves many rows. Add what another row needs with `featcache build --into CACHE ...`.
 - A recipe holds only what is particular to it; `base:` names the file it starts from (`_base/` holds the methods').
 - "–" stands where the paper shows no figure, or our copy of it has lost it; the file then says which.

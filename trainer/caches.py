@@ -20,6 +20,26 @@ ROOT = Path("caches")
 DEFAULT_ENCODER = "dinov2-b"
 
 
+class WrongCache(CacheError):
+    """A cache of another resolution or VAE: adding features to it would not help."""
+
+
+def check_made_with(config: RunConfig, cache: Any) -> None:
+    """Raises WrongCache if the configuration asks for a resolution or VAE that is not the cache's."""
+    dataset = cache.manifest.dataset
+    asked = {"resolution": config.resolution, "vae": config.vae}
+    found = {"resolution": dataset.preprocessing.get("resolution"), "vae": (dataset.vae or {}).get("name")}
+    for key, value in asked.items():
+        if value is not None and value != found[key]:
+            methods = ((method, config.method_config(method)) for method in config.methods)
+            wanted = [name for method, options in methods for name in align.required_features(method, options)]
+            line = build_line(None, wanted, resolution=config.resolution, vae=config.vae)
+            raise WrongCache(
+                f"{cache.path} was made with {key} {found[key]}, and the run asks for {value}",
+                remedy=f"Build one that fits:\n  {line}\nor train on what there is: --set {key}=null",
+            )
+
+
 def find_cache(config: RunConfig) -> Any:
     """The cache that the configuration names, else the newest complete one below ``./caches`` that fits the method.
 
@@ -27,7 +47,9 @@ def find_cache(config: RunConfig) -> Any:
         CacheError: none there, or none that fits; the error ends with the command that builds it.
     """
     if config.cache is not None:
-        return featcache.open(config.cache)
+        named = featcache.open(config.cache)
+        check_made_with(config, named)
+        return named
     found = sorted(
         (p.parent for p in ROOT.glob("*/zarr.json")), key=lambda p: (p / "zarr.json").stat().st_mtime, reverse=True
     )
@@ -44,12 +66,13 @@ def find_cache(config: RunConfig) -> Any:
         except CacheError as error:
             unfit.append((path, cache, error))
     if not unfit:
-        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:\n  {build_line(None, wanted)}")
+        line = build_line(None, wanted, resolution=config.resolution, vae=config.vae)
+        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:\n  {line}")
     path, newest, reason = unfit[0]
     raise CacheError(
         f"none of the {len(unfit)} caches below ./{ROOT} fits --method {config.method}; the newest, {path}: "
         f"{reason.what}",
-        remedy=reason.remedy if newest is None else build_command(newest, wanted),
+        remedy=reason.remedy if newest is None or isinstance(reason, WrongCache) else build_command(newest, wanted),
     )
 
 
@@ -60,7 +83,8 @@ def available_features(cache: Any) -> dict[str, FeatureInfo]:
 
 
 def missing_features(config: RunConfig, cache: Any) -> None:
-    """Raises CacheError if the cache lacks what the configuration's methods read."""
+    """Raises CacheError if the cache is of the wrong kind or lacks what the configuration's methods read."""
+    check_made_with(config, cache)
     cache.require(["vae/moments", "label"])
     available = available_features(cache)
     for method in config.methods:
@@ -103,7 +127,9 @@ def _settle(wanted: Iterable[str], cache: Any) -> list[str]:
     return [name.replace("<texture>", str(texture)) for name in named]
 
 
-def build_line(cache: str | Path | None, wanted: Iterable[str]) -> str:
+def build_line(
+    cache: str | Path | None, wanted: Iterable[str], *, resolution: int | None = None, vae: str | None = None
+) -> str:
     """``featcache build ...`` for feature names; open ones (in angle brackets) become the default encoder's."""
     levels = sorted({name.split("/")[1] for name in wanted if name.startswith("vae/G")})
     layers: dict[str, set[int]] = {}
@@ -120,6 +146,10 @@ def build_line(cache: str | Path | None, wanted: Iterable[str]) -> str:
     words = ["featcache build"]
     if cache is not None:
         words.append(f"--into {cache}")
+    if resolution is not None:
+        words.append(f"--resolution {resolution}")
+    if vae is not None:
+        words.append(f"--vae {vae}")
     for encoder, numbers in layers.items():
         words.append(f"--encoder {encoder}" + ("@" + ",".join(map(str, sorted(numbers))) if numbers else ""))
     if levels:

@@ -31,6 +31,7 @@ class RunConfig:
         align: options of each method by its name, e.g. ``{"ahpa": {"router": "lookup"}}``.
         align_until: step from which alignment is switched off (HASTE); None: never.
         model: backbone, e.g. ``SiT-XL/2``. cache: path or URL of the feature cache. name: folder below ``runs``.
+        resolution, vae: side in pixels and VAE (``sd-ft-ema``) that the cache must have been made with; None: any.
     Objective:
         path: interpolant of SiT. time_sampling: how t is drawn. label_dropout: share of null labels.
     Optimisation (AdamW):
@@ -52,6 +53,8 @@ class RunConfig:
     align_until: int | None = None
     model: str = "SiT-B/2"
     cache: str | None = None
+    resolution: int | None = None
+    vae: str | None = None
     name: str | None = None
 
     path: Literal["linear", "cosine"] = "linear"

@@ -314,7 +314,10 @@ def draw(summary: Mapping[str, Any], settings: Settings, out: Path, *, metric: s
     seeds = {point["seeds"] for curve in summary["curves"].values() for point in curve}
     count = str(*seeds) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    for number, (method, curve) in enumerate(summary["curves"].items()):
+    for number, method in enumerate(METHODS):  # a method keeps its colour whichever others are there
+        curve = summary["curves"].get(method)
+        if curve is None:
+            continue
         errors = [point[f"{metric}_error"] or 0.0 for point in curve]
         style = {
             "color": f"C{number}",
@@ -334,8 +337,8 @@ def draw(summary: Mapping[str, Any], settings: Settings, out: Path, *, metric: s
     by_step.legend(ncols=2, frameon=False)
     for axes in (by_step, by_time):
         axes.grid(alpha=0.25, which="both")
-    bars = "mean and standard error over" if max(seeds) > 1 else "no error bars:"
-    figure.suptitle(f"{settings.model} on the embedded set, batch {settings.batch_size}, {bars} {count} seed(s)")
+    bars = f"mean and standard error over {count} seeds" if max(seeds) > 1 else "one seed"
+    figure.suptitle(f"{settings.model} on the embedded set, batch {settings.batch_size}, {bars}")
     for suffix in ("svg", "png"):
         figure.savefig(out / f"methods.{suffix}", dpi=150)
     plt.close(figure)

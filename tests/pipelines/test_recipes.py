@@ -72,6 +72,8 @@ def test_recipe_fits_its_model_method_and_cache(recipe: Recipe) -> None:
     line = parse_build(recipe.build)
     assert set(line.encoders) <= set(ENCODERS)
     assert line.vae is None or line.vae in VAES
+    # What the run asks of its cache is what the line builds, so that no other cache is taken by mistake.
+    assert (config.resolution or 256, config.vae) == (line.resolution, line.vae)
     available = cache_features(recipe)
     chosen = [(name, config.method_config(name)) for name in config.methods]
     wanted = {f for name, options in chosen for f in align.required_features(name, options)}
@@ -350,3 +352,10 @@ def test_a_recipe_trains(cli: Callable[..., subprocess.CompletedProcess[str]], t
     assert saved["align"]["ahpa"]["depths"] == [2] and saved["align"]["ahpa"]["head"] == "conv1"
     records = [json.loads(line) for line in (tmp_path / "runs/small/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2] and all("align/cosine" in r for r in records)
+
+    done = cli("trainer", "run", "--recipe", "pipelines/repa/xl2-512-80ep.yaml", "--cache", "caches/small")
+    assert done.returncode == 2 and "was made with resolution 64, and the run asks for 512" in done.stderr
+    assert "featcache build --resolution 512 --encoder dinov2-b@11\n" in done.stderr and "Traceback" not in done.stderr
+    done = cli("trainer", "run", "--recipe", "pipelines/none/xl2-512.yaml")
+    assert done.returncode == 2 and "none of the 1 caches below ./caches fits" in done.stderr
+    assert "featcache build --resolution 512\n" in done.stderr and "--into" not in done.stderr
