@@ -8,9 +8,11 @@ import re
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 
 from featcache.encoders.table import ENCODERS, VAES
@@ -185,6 +187,20 @@ def test_index_is_up_to_date() -> None:
 
 
 def test_eval_options_draw_samples_as_the_paper_did() -> None:
+    from trainer.cli import app
+    from trainer.sample import SAMPLERS
+
+    command: Any = typer.main.get_command(app)
+    for recipe in PUBLISHED:
+        assert recipe.published is not None and recipe.published.sampling is not None
+        sampling = recipe.published.sampling
+        given = command.commands["eval"].make_context("eval", ["runs/x", *sampling.eval_options().split()]).params
+        family = recipe.model[:3].lower()
+        if sampling.sampler is not None:
+            assert (given["sampler"] or SAMPLERS[family][0]) == sampling.sampler
+        assert given["guidance"] == (sampling.guidance or 1)
+        assert [float(bound) for bound in given["interval"].split(",")] == list(sampling.interval)
+
     published = load_recipe_file("repa/xl2-4m-interval").published
     assert published is not None and published.sampling is not None
     assert published.sampling.eval_options() == "--guidance 1.8 --interval 0,0.7"
