@@ -97,14 +97,15 @@ def run(subject: Subject) -> Result:
     main = _main_target(subject, names)
     j = names.index(main)
     plots = [*_plots(subject, names, main, found, measure.k), _matrix(names, among)]
+    aligned = f" (block {subject.block} was aligned)" if subject.alignment is not None else ""
     best = np.unravel_index(np.nanargmax(found["cknna"][:, :, j]), shape[:2])
     return Result(
         what="cknna",
         title="Alignment of representations",
         question="How alike are the geometry of the model's hidden states and that of the cached features?",
-        finding=f"CKNNA with {main} peaks at {found['cknna'][(*best, j)]:.3f}, after block {best[1] + 1} at t = "
-        f"{times[best[0]]:g}; "
-        f"by chance, mutual k-NN would be {measure.k / (len(subject.indices) - 1):.3f}.",
+        finding=f"CKNNA with {main} peaks at {found['cknna'][(*best, j)]:.3f}, after block {best[1] + 1} at "
+        f"t = {times[best[0]]:g}{aligned}; mutual k-NN is {found['mutual_knn'][(*best, j)]:.3f} there, "
+        f"{measure.k / (len(subject.indices) - 1):.3f} would be chance.",
         plots=plots,
         rows=rows,
         settings={
@@ -122,13 +123,21 @@ def run(subject: Subject) -> Result:
 def _main_target(subject: Subject, names: list[str]) -> str:
     """The deepest feature the run aligned with, else the deepest encoder layer, else the last."""
     reads = [n for n in (subject.alignment.reads if subject.alignment is not None else ()) if n in names]
-    return (reads or [n for n in names if "@" in n] or names)[-1]
+    return reads[-1] if reads else _deepest(names)
+
+
+def _deepest(names: list[str]) -> str:
+    return ([n for n in names if "@" in n] or names)[-1]
 
 
 def _plots(subject: Subject, names: list[str], main: str, found: dict[str, np.ndarray], k: int) -> list[Plot]:
     times, blocks = subject.options.times, np.arange(1, subject.depth + 1)
     j, middle = names.index(main), len(times) // 2
-    tap = f" The run aligned block {subject.block}." if subject.alignment is not None else ""
+    # Runs of different methods are compared by one target, whatever each was aligned with.
+    yardstick = _deepest(names)
+    shared = Series(
+        label="CKNNA", x=blocks, y=found["cknna"][middle, :, names.index(yardstick)], colour=0, markers=True
+    )
     by_block = [
         Series(label=f"t = {t:g}", x=blocks, y=found["cknna"][i, :, j], colour=i % 7, markers=True)
         for i, t in enumerate(times)
@@ -147,7 +156,8 @@ def _plots(subject: Subject, names: list[str], main: str, found: dict[str, np.nd
     return [
         Plot(
             name="cknna_over_blocks",
-            headline=by_block[middle],
+            headline=shared,
+            headline_title=f"with {yardstick}, at t = {times[middle]:g}",
             drawing=Chart(
                 title=f"With {main}, by block",
                 x_label="block",
@@ -155,7 +165,7 @@ def _plots(subject: Subject, names: list[str], main: str, found: dict[str, np.nd
                 series=by_block,
                 note="Look for the block where alignment peaks and whether it falls off behind it, as REPA Fig. 3b "
                 "shows "
-                f"(Fig. 2b without alignment).{tap}",
+                "(Fig. 2b without alignment).",
             ),
         ),
         Plot(

@@ -116,6 +116,7 @@ def run(subject: Subject) -> Result:
             Plot(
                 name="gsnr_own",
                 headline=mine,
+                headline_title="each run's own loss",
                 drawing=Chart(
                     title=f"The run's own loss ({subject.config.method})",
                     x_label="timestep t (0 = data, 1 = noise)",

@@ -144,7 +144,7 @@ def comparison_page(title: str, lead: str, by_run: Mapping[str, Sequence[Result]
                 line = dataclasses.replace(
                     plot.headline, label=f"{run}: {plot.headline.label}", colour=i % 8, dashed=i >= 8
                 )
-                heading = f"{result.title}: {plot.drawing.title}"
+                heading = f"{result.title}: {plot.headline_title or plot.drawing.title}"
                 base = charts.get(plot.name) or dataclasses.replace(plot.drawing, title=heading, series=[])
                 charts[plot.name] = dataclasses.replace(base, series=[*base.series, line])
     shown = [chart_html(c) for c in charts.values() if len(c.series) > 1]

@@ -176,14 +176,14 @@ def run(subject: Subject) -> Result:
         Plot(
             name="probe_over_blocks",
             headline=lines[len(lines) // 2],
+            headline_title="by block",
             drawing=Chart(
                 title="By block",
                 x_label="block",
                 y_label="top-1 accuracy (%)",
                 series=[*lines, *level(blocks)],
                 note="Look for the block where classes are easiest to read and the gap to the encoder's line: REPA "
-                "Fig. 2a, 3a; SRA "
-                f"Fig. 2 (right). Standard error up to {error:.1f} points.",
+                "Fig. 2a, 3a; SRA Fig. 2 (right).",
             ),
         ),
         Plot(
@@ -204,9 +204,8 @@ def run(subject: Subject) -> Result:
         what="probe",
         title="Linear probing",
         question="Where in the network, and at which noise level, can the class be read off linearly?",
-        finding=f"Block {top[1] + 1} at t = {options.times[top[0]]:g} reads best: {values[top]:.1f} % (chance "
-        f"{chance:.1f} %"
-        f"{'; ' + reference if reference else ''}).",
+        finding=f"Block {top[1] + 1} at t = {options.times[top[0]]:g} reads best: {values[top]:.1f} % (the most frequent "
+        f"class is {chance:.1f} % of the samples{'; ' + reference if reference else ''}; standard errors up to {error:.1f}).",
         plots=plots,
         rows=rows,
         settings={

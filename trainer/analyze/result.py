@@ -46,12 +46,14 @@ class Matrix:
 class Plot:
     """One picture. name: file stem; the drawing's note is the sentence that stands under it.
 
-    headline: the one line by which runs are compared where several are analysed.
+    headline: the one line by which runs are compared where several are analysed; it must mean the same in every run.
+    headline_title: what it shows.
     """
 
     name: str
     drawing: Chart | Strips | Matrix
     headline: Series | None = None
+    headline_title: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

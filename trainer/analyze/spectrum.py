@@ -69,6 +69,7 @@ def run(subject: Subject) -> Result:
             Plot(
                 name="spectrum_energy",
                 headline=curves[len(shown) // 2],
+                headline_title="the aligned block",
                 drawing=Chart(
                     title="Energy in the first singular values",
                     x_label="number of singular values",

@@ -6,6 +6,7 @@ cache) alone, so diagnostics, checkpoints and runs see the same noisy images.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ class Subject:
         self._pooled: dict[float, Tensor] = {}
 
     def _load_alignment(self) -> Alignment | None:
-        alignment = build_alignment(self.config, self.cache, self.cfg)
+        with warnings.catch_warnings():  # heads that warn of random weights get the trained ones below
+            warnings.simplefilter("ignore")
+            alignment = build_alignment(self.config, self.cache, self.cfg)
         if alignment is None:
             return None
         _, path = checkpoint.find_checkpoint(self.run, self.step)

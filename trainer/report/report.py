@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -61,6 +62,7 @@ def write_report(
         _section("Numbers", numbers_html(runs, published) + _judged_sentences(runs)),
         _section("Features", figures_html(features)),
         _section("How it was sampled and judged", _settings(runs)),
+        _section("Diagnostics", _diagnostics(Path(out_html), runs)),
         _section("Settings to reproduce", _configs(runs)),
     ]
     return _write(Path(out_html), page_html(title, "".join(body)))
@@ -90,6 +92,7 @@ def write_comparison(
         _section("At equal time", _curves(_time_charts(runs))),
         _section("Numbers", numbers_html(runs, published) + _judged_sentences(runs)),
         _section("How it was sampled and judged", _settings(runs)),
+        _section("Diagnostics", _diagnostics(Path(out_html), runs)),
         _section("Settings to reproduce", _configs(runs)),
     ]
     return _write(Path(out_html), page_html(title, "".join(body)))
@@ -239,6 +242,18 @@ def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 def _settings(runs: Sequence[RunData]) -> str:
     return settings_html("Sampler", runs, "sampler") + settings_html("Evaluation", runs, "settings")
+
+
+def _diagnostics(out_html: Path, runs: Sequence[RunData]) -> str:
+    """Links to the runs' diagnostics pages, where there are some."""
+    items = []
+    for run in runs:
+        page = run.path / "analysis" / "index.html" if run.path is not None else None
+        if page is not None and page.is_file():
+            # Percent-encoded, so that a run may be named as it likes.
+            link = quote(os.path.relpath(page, out_html.parent))
+            items.append(f'<p><a href="{escape(link)}">Diagnostics of {escape(run.name)}</a></p>')
+    return "".join(items)
 
 
 def _configs(runs: Sequence[RunData]) -> str:
