@@ -29,7 +29,9 @@ def _split(text: str | None) -> list[str] | None:
 
 
 def list_caches(
-    place: Annotated[str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")] = "caches",
+    place: Annotated[
+        str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")
+    ] = "caches",
 ) -> None:
     """List caches with their features and sizes."""
     from rich.table import Table
@@ -56,7 +58,9 @@ def list_caches(
             count = str(info.manifest.dataset.count) if info.manifest else "-"
             table.add_row(str(info.path), count, size_text(info.n_bytes), " ".join([*names, *notes]))
     if not table.row_count:
-        raise UserError(f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4")
+        raise UserError(
+            f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
+        )
     console.print(table)
 
 
@@ -138,7 +142,9 @@ def collect_garbage(
 
 def push(
     cache: CachePath,
-    url: Annotated[str, typer.Argument(help="s3://bucket/path, gs://, hf://datasets/owner/name, or a folder.", show_default=False)],
+    url: Annotated[
+        str, typer.Argument(help="s3://bucket/path, gs://, hf://datasets/owner/name, or a folder.", show_default=False)
+    ],
     features: Features = None,
     threads: Threads = 8,
 ) -> None:
@@ -152,7 +158,9 @@ def push(
 
 
 def pull(
-    url: Annotated[str, typer.Argument(help="Where the cache is: s3://, gs://, hf://, http(s):// or a folder.", show_default=False)],
+    url: Annotated[
+        str, typer.Argument(help="Where the cache is: s3://, gs://, hf://, http(s):// or a folder.", show_default=False)
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False)],
     features: Features = None,
     samples: Annotated[int | None, typer.Option(help="Only the first so many samples (whole shards).", min=1)] = None,
@@ -163,8 +171,12 @@ def pull(
     from featcache.describe import size_text
 
     with ByteBar("pulling") as bar:
-        done = share.pull(url, folder, features=_split(features), samples=samples, threads=threads, progress=bar.advance)
-    console.print(f"{folder}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there")
+        done = share.pull(
+            url, folder, features=_split(features), samples=samples, threads=threads, progress=bar.advance
+        )
+    console.print(
+        f"{folder}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
+    )
 
 
 def convert(
@@ -182,7 +194,13 @@ def convert(
         raise UserError(f"--to {to!r} is neither zarr nor wds", remedy="Type --to zarr or --to wds.")
     with ByteBar("converting") as bar:
         manifest = run(
-            source, target, to=to, features=_split(features), shard_size=shard_size, compressor=compressor, progress=bar.advance
+            source,
+            target,
+            to=to,
+            features=_split(features),
+            shard_size=shard_size,
+            compressor=compressor,
+            progress=bar.advance,
         )
     console.print(f"{target}: {manifest.dataset.count} samples as {to}")
 
@@ -190,7 +208,9 @@ def convert(
 def import_latents(
     source: Annotated[Path, typer.Argument(help="Folder of latents.", show_default=False)],
     layout: Annotated[str, typer.Option("--from", help="Who made them: repa, edm2 or lightningdit.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the new cache. [default: ./caches/<folder>-<layout>]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the new cache. [default: ./caches/<folder>-<layout>]")
+    ] = None,
     vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
 ) -> None:
     """Turn latents that you already have into a cache."""

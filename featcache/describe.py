@@ -25,7 +25,8 @@ def print_info(cache: Any) -> None:
     console.print(
         f"{len(cache)} images of {len(dataset.class_names)} classes from {dataset.source}; "
         f"{dataset.preprocessing['resolution']} px {dataset.preprocessing['crop']}; "
-        f"shards of {manifest.shard_size}; order seed {dataset.order_seed}" + ("; mirrored view" if dataset.flip else "")
+        f"shards of {manifest.shard_size}; order seed {dataset.order_seed}"
+        + ("; mirrored view" if dataset.flip else "")
     )
     if dataset.vae:
         console.print(
@@ -33,7 +34,14 @@ def print_info(cache: Any) -> None:
             f"scale {dataset.vae['scaling_factor']:g}"
         )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (("feature", "left"), ("shape", "left"), ("codec", "left"), ("per image", "right"), ("total", "right"), ("weights", "left")):
+    for title, justify in (
+        ("feature", "left"),
+        ("shape", "left"),
+        ("codec", "left"),
+        ("per image", "right"),
+        ("total", "right"),
+        ("weights", "left"),
+    ):
         table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name, spec in manifest.features.items():
         size = spec_bytes(spec)
@@ -44,7 +52,14 @@ def print_info(cache: Any) -> None:
         elif "sha256" in origin:
             weights += f"  {str(origin['sha256'])[:12]}"
         shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
-        table.add_row(name, shape, spec.codec if spec.codec != "raw" else spec.dtype, size_text(size), size_text(size * dataset.count), weights)
+        table.add_row(
+            name,
+            shape,
+            spec.codec if spec.codec != "raw" else spec.dtype,
+            size_text(size),
+            size_text(size * dataset.count),
+            weights,
+        )
     console.print(table)
     for entry in manifest.skipped:
         console.print(f"[yellow]skipped[/yellow] {entry.key}: {entry.reason}")

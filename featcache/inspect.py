@@ -36,7 +36,8 @@ def source_of(cache: Any, data: str | None) -> Source | None:
     order = sample_order(len(source), seed=dataset.order_seed)[: dataset.count]
     if fingerprint(source, order) != dataset.fingerprint:
         raise UserError(
-            f"{data} does not hold the images that {cache.path} was made from", remedy="Pass the folder it was built from."
+            f"{data} does not hold the images that {cache.path} was made from",
+            remedy="Pass the folder it was built from.",
         )
     return source
 

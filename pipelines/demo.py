@@ -93,7 +93,10 @@ def draw_picture(out: Path, columns: int = 6) -> None:
     cache = featcache.open(CACHE)
     labels = cache.labels()
     side = int(cache.manifest.dataset.preprocessing["resolution"])
-    rows = [images_of(cache, None, np.flatnonzero(labels == c)[:columns].tolist()) for c in range(len(cache.manifest.dataset.class_names))]
+    rows = [
+        images_of(cache, None, np.flatnonzero(labels == c)[:columns].tolist())
+        for c in range(len(cache.manifest.dataset.class_names))
+    ]
     panels = {"real": np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)}
     for method in METHODS:
         (grid,) = (RUNS / method / "samples").glob("*-cfg*/grid.png")

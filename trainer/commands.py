@@ -26,7 +26,10 @@ def import_(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="File to write, e.g. weights.pt.", show_default=False)],
-    to: Annotated[str | None, typer.Option(help="Whose code is to load it: repa, sra, sit or dit. [default: repa, or dit for DiT]")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Whose code is to load it: repa, sra, sit or dit. [default: repa, or dit for DiT]"),
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
 ) -> None:
     """Write a run's averaged weights as a checkpoint that the public code loads."""

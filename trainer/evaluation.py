@@ -94,7 +94,12 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult:
     for warning in result["warnings"]:
         bar.note(warning)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
-    entry = {"step": drawn.loaded.step, "sampler": sampler, "date": datetime.now(UTC).isoformat(timespec="seconds"), **result}
+    entry = {
+        "step": drawn.loaded.step,
+        "sampler": sampler,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **result,
+    }
     _append_metrics(run / "metrics.json", entry)
     return EvalResult(metrics=result["metrics"], report=write_run_report([run]))
 
@@ -112,7 +117,9 @@ def _with_defaults(request: EvalRequest, run: Path, config: RunConfig, device: s
     elif num is None:
         cost = forward_flops(model) * steps
         num = int(max(8, min(CPU_SAMPLES, CPU_BUDGET_FLOPS // cost)))
-        bar.note(f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}")
+        bar.note(
+            f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}"
+        )
     return SampleRequest(
         num=num,
         sampler=request.sampler or (None if on_gpu else CPU_SAMPLERS[model.family]),
@@ -174,14 +181,20 @@ def _append_metrics(path: Path, entry: dict[str, Any]) -> None:
     """Adds an evaluation, replacing an earlier one of the same checkpoint with the same settings."""
 
     def identity(e: Mapping[str, Any]) -> tuple[Any, ...]:
-        return e.get("step"), json.dumps(e.get("sampler"), sort_keys=True), json.dumps(e.get("settings"), sort_keys=True)
+        return (
+            e.get("step"),
+            json.dumps(e.get("sampler"), sort_keys=True),
+            json.dumps(e.get("settings"), sort_keys=True),
+        )
 
     entry = json.loads(json.dumps(entry))
     kept = [e for e in runs.read_json(path, []) if identity(e) != identity(entry)]
     runs.write_text(path, json.dumps([*kept, entry], indent=1))
 
 
-def write_run_report(folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = "") -> Path:
+def write_run_report(
+    folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = ""
+) -> Path:
     """The report of one run, or one page with several side by side.
 
     Raises:
@@ -200,7 +213,8 @@ def write_run_report(folders: Sequence[Path], out: Path | None = None, *, title:
     return write_report(
         out or folders[0] / "report.html",
         data,
-        title=title or " and ".join(str(f.relative_to(runs.ROOT)) if f.is_relative_to(runs.ROOT) else f.name for f in folders),
+        title=title
+        or " and ".join(str(f.relative_to(runs.ROOT)) if f.is_relative_to(runs.ROOT) else f.name for f in folders),
         lead=lead,
         images=images,
         charts=charts,
@@ -317,6 +331,11 @@ def _published(folders: Sequence[Path]) -> list[Any]:
         published = runs.load_config(folder).published
         for metric, value in published.get("metrics", {}).items():
             found.append(
-                Published(metric=metric, value=float(value), source=str(published.get("source", "")), run=runs.display_name(folder))
+                Published(
+                    metric=metric,
+                    value=float(value),
+                    source=str(published.get("source", "")),
+                    run=runs.display_name(folder),
+                )
             )
     return found

@@ -15,7 +15,9 @@ _VAE = {"name": "sd-ft-ema", "sha256": None, "scaling_factor": 0.18215, "shift_f
 CONVENTIONS = ("repa", "sra", "sit", "dit")
 
 
-def import_checkpoint(path: Path, *, name: str | None, weights: str, convention: str | None, root: Path = runs.ROOT) -> Path:
+def import_checkpoint(
+    path: Path, *, name: str | None, weights: str, convention: str | None, root: Path = runs.ROOT
+) -> Path:
     """A run folder, ready for ``trainer sample`` and ``trainer eval``, from an official checkpoint.
 
     Args:
@@ -55,11 +57,20 @@ def import_checkpoint(path: Path, *, name: str | None, weights: str, convention:
         "preprocessing": {"resolution": cfg.latent_size * 8},
         "vae": {**_VAE, "latent_channels": cfg.latent_channels},
     }
-    features = {"vae/moments": {"shape": [2 * cfg.latent_channels, cfg.latent_size, cfg.latent_size], "weights": "unknown"}}
+    features = {
+        "vae/moments": {"shape": [2 * cfg.latent_channels, cfg.latent_size, cfg.latent_size], "weights": "unknown"}
+    }
     run.mkdir(parents=True)
-    runs.write_text(run / "cache.json", json.dumps({"path": "", "fingerprint": "", "dataset": dataset, "features": features}, indent=1))
+    runs.write_text(
+        run / "cache.json",
+        json.dumps({"path": "", "fingerprint": "", "dataset": dataset, "features": features}, indent=1),
+    )
     runs.save_config(run, config)
-    state = {"model": imported.name, "method": "none", "imported": {"file": path.name, "convention": imported.convention, "weights": imported.weights}}
+    state = {
+        "model": imported.name,
+        "method": "none",
+        "imported": {"file": path.name, "convention": imported.convention, "weights": imported.weights},
+    }
     checkpoint.save_checkpoint(run, imported.step or 0, {"ema": imported.state}, state, keep=1)
     return run
 

@@ -19,9 +19,8 @@ from trainer.config import RunConfig
 from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
-from trainer.step import DDPM_STEPS
 from trainer.models import ModelConfig, build_model, load_weights, model_config
-
+from trainer.step import DDPM_STEPS
 
 # Family -> its samplers, the default first.
 SAMPLERS = {"sit": ("sde", "ode", "heun", "dopri5"), "dit": ("ddpm", "ddim")}
@@ -38,7 +37,8 @@ def check_sampler(family: str, sampler: str | None) -> str:
         return valid[0]
     if sampler not in valid:
         raise UserError(
-            f"--sampler {sampler!r} does not go with a {'SiT' if family == 'sit' else 'DiT'} model", remedy=f"Type one of: {', '.join(valid)}"
+            f"--sampler {sampler!r} does not go with a {'SiT' if family == 'sit' else 'DiT'} model",
+            remedy=f"Type one of: {', '.join(valid)}",
         )
     return sampler
 
@@ -158,7 +158,11 @@ def draw_latents(
     x = sample_noise(config.seed, indices, shape, 0, device=device)
     is_dit = cfg.family == "dit"
     model_fn: Any = guided(
-        model, labels, null_label=cfg.num_classes, guidance=config.guidance, time_range=DDPM_STEPS - 1 if is_dit else 1.0
+        model,
+        labels,
+        null_label=cfg.num_classes,
+        guidance=config.guidance,
+        time_range=DDPM_STEPS - 1 if is_dit else 1.0,
     )
     noise: Callable[[int], Tensor] = noise_stream(config.seed, indices, shape, device=device)
     if is_dit:
@@ -235,7 +239,9 @@ def choose_labels(kind: str, count: int, num_classes: int, *, seed: int) -> np.n
     try:
         chosen = [int(part) for part in kind.split(",")]
     except ValueError:
-        raise UserError(f"--classes {kind!r} is not a list of classes", remedy="Type balanced, random, or e.g. 207,360,387") from None
+        raise UserError(
+            f"--classes {kind!r} is not a list of classes", remedy="Type balanced, random, or e.g. 207,360,387"
+        ) from None
     wrong = [c for c in chosen if not 0 <= c < num_classes]
     if wrong:
         raise UserError(f"there is no class {wrong[0]}", remedy=f"Classes are 0 to {num_classes - 1}.")

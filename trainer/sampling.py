@@ -83,7 +83,9 @@ class SampleRequest:
         try:
             low, high = (float(part) for part in self.interval.split(","))
         except ValueError:
-            raise UserError(f"--interval {self.interval!r} is not LOW,HIGH", remedy="Type for example --interval 0,0.7") from None
+            raise UserError(
+                f"--interval {self.interval!r} is not LOW,HIGH", remedy="Type for example --interval 0,0.7"
+            ) from None
         return SampleConfig(
             sampler=check_sampler(family, self.sampler),
             steps=self.steps,
@@ -139,7 +141,11 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
     blocks = folder / "blocks"
     images = folder / (f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format])
     grid = folder / "grid.png"
-    settings = {**{k: v for k, v in asdict(config).items() if k != "batch_size"}, "num": request.num, "classes": request.classes}
+    settings = {
+        **{k: v for k, v in asdict(config).items() if k != "batch_size"},
+        "num": request.num,
+        "classes": request.classes,
+    }
     if not images.exists():
         if world.is_main:
             _prepare(blocks, settings)
@@ -192,7 +198,9 @@ def _draw_block(
     first, count = number * BLOCK, _block_count(request.num, number)
     for start in range(first, first + count, unit):
         indices = np.arange(start, min(start + unit, first + BLOCK))
-        wanted = torch.from_numpy(labels[np.minimum(indices, len(labels) - 1)]).to(device)  # the last group is filled up
+        wanted = torch.from_numpy(labels[np.minimum(indices, len(labels) - 1)]).to(
+            device
+        )  # the last group is filled up
         yield draw_images(loaded.model, vae, wanted, indices.tolist(), config, path=loaded.config.path)
         bar.advance(min(len(indices), first + count - start))
 

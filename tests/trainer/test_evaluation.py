@@ -45,10 +45,20 @@ class Quiet:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a cache and a short AHPA run."""
     root = tmp_path_factory.mktemp("evaluation")
-    ask = BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny"),), resolution=32, limit=40, out=root / "caches/shapes")
+    ask = BuildRequest(
+        data="shapes", encoders=(EncoderChoice(name="tiny"),), resolution=32, limit=40, out=root / "caches/shapes"
+    )
     build(ask, Quiet())
     config = RunConfig(
-        method="ahpa", model="SiT-Ti/2", cache=str(ask.out), name="a", steps=3, batch_size=4, device="cpu", sample_every=3, log_every=1
+        method="ahpa",
+        model="SiT-Ti/2",
+        cache=str(ask.out),
+        name="a",
+        steps=3,
+        batch_size=4,
+        device="cpu",
+        sample_every=3,
+        log_every=1,
     )
     train(config, resume=False, watcher=Quiet(), root=root / "runs")
     return root
@@ -72,9 +82,18 @@ def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     evaluate_run(run, replace(ASK, seed=1), Quiet())
     assert len(json.loads((run / "metrics.json").read_text())) == 2
     page = result.report.read_text()
-    for expected in ("embedded-FID", "Real images", "What the cache holds", "Router weights between groups", "<svg", "data:image/png"):
+    for expected in (
+        "embedded-FID",
+        "Real images",
+        "What the cache holds",
+        "Router weights between groups",
+        "<svg",
+        "data:image/png",
+    ):
         assert expected in page
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
 
 
 def test_auto_falls_back_to_the_embedded_extractor_and_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

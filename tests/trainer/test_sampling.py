@@ -47,10 +47,14 @@ def runs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a cache and two short runs, SiT and DiT."""
     root = tmp_path_factory.mktemp("sampling")
     cache = root / "caches/shapes"
-    ask = BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny", layers=(5,)),), vae="tiny", limit=24, out=cache)
+    ask = BuildRequest(
+        data="shapes", encoders=(EncoderChoice(name="tiny", layers=(5,)),), vae="tiny", limit=24, out=cache
+    )
     build(replace(ask, resolution=32), Quiet())
     for name, model in (("sit", "SiT-Ti/2"), ("dit", "DiT-Ti/2")):
-        config = RunConfig(model=model, cache=str(cache), name=name, steps=2, batch_size=4, device="cpu", sample_every=0, lr=1e-2)
+        config = RunConfig(
+            model=model, cache=str(cache), name=name, steps=2, batch_size=4, device="cpu", sample_every=0, lr=1e-2
+        )
         train(config, resume=False, watcher=Quiet(), root=root / "runs")
     return root / "runs"
 
@@ -109,7 +113,9 @@ def test_two_ranks_and_a_killed_job_give_the_same_bytes(runs_root: Path, tmp_pat
     subprocess.run([*torchrun, *words, str(tmp_path / "two")], check=True, env=environment, cwd=root)
     killed = subprocess.Popen([sys.executable, *words, str(tmp_path / "killed")], env=environment, cwd=root)
     deadline = time.monotonic() + 100
-    while not list((tmp_path / "killed").glob("blocks/0*.npy")) and killed.poll() is None and time.monotonic() < deadline:
+    while (
+        not list((tmp_path / "killed").glob("blocks/0*.npy")) and killed.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -119,7 +125,10 @@ def test_two_ranks_and_a_killed_job_give_the_same_bytes(runs_root: Path, tmp_pat
 
 
 def test_formats_hold_the_same_pixels(runs_root: Path, tmp_path: Path) -> None:
-    made = {f: sample_run(runs_root / "sit", request(num=5, out=tmp_path / f, format=f), Quiet()) for f in ("npz", "wds", "png")}
+    made = {
+        f: sample_run(runs_root / "sit", request(num=5, out=tmp_path / f, format=f), Quiet())
+        for f in ("npz", "wds", "png")
+    }
     arrays = np.load(made["npz"].images, allow_pickle=False)
     with tarfile.open(made["wds"].images) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
@@ -134,7 +143,9 @@ def test_formats_hold_the_same_pixels(runs_root: Path, tmp_path: Path) -> None:
 
 def test_dit_samples_with_ddpm_and_ddim_and_refuses_an_ode(runs_root: Path, tmp_path: Path) -> None:
     for sampler in ("ddpm", "ddim"):
-        result = sample_run(runs_root / "dit", request(num=3, sampler=sampler, guidance=2.0, out=tmp_path / sampler), Quiet())
+        result = sample_run(
+            runs_root / "dit", request(num=3, sampler=sampler, guidance=2.0, out=tmp_path / sampler), Quiet()
+        )
         assert np.load(result.images)["arr_0"].shape == (3, 32, 32, 3)
     with pytest.raises(UserError, match="DiT"):
         sample_run(runs_root / "dit", request(sampler="ode"), Quiet())
@@ -178,7 +189,15 @@ def test_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"interval": "0"}, {"interval": "0.9,0.1"}, {"format": "gif"}, {"pixels": "x"}, {"checkpoint": 99}, {"sampler": "magic"}]
+    "change",
+    [
+        {"interval": "0"},
+        {"interval": "0.9,0.1"},
+        {"format": "gif"},
+        {"pixels": "x"},
+        {"checkpoint": 99},
+        {"sampler": "magic"},
+    ],
 )
 def test_wrong_settings_are_explained(runs_root: Path, change: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(UserError):
