@@ -1,25 +1,25 @@
-"""One pass over the images: read, crop, encode, quantise, write; resumable by shard.
+"""One pass over the images: read, crop, encode, quantise, write; resumable by shard, divided among workers.
 
-Batches never span shards and a bad image keeps its place as zeros, so every batch has the same composition however
-often the build was interrupted: the bytes of a resumed cache equal those of an uninterrupted one.
+What is built is planned here, alike in every worker; :mod:`featcache.pipeline` does it and :mod:`featcache.workers`
+divides it. The bytes of a cache do not depend on how often the build was interrupted nor on how many workers shared it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from featcache.decoders import check_decoder
 from featcache.encoders import TINY, EncoderChoice
 from featcache.errors import CacheError, UserError
-from featcache.images import CROP_NAME, BadImage, Source, fingerprint, open_source
+from featcache.images import CROP_NAME, Source, fingerprint, open_source
+from featcache.pipeline import Meter, Stage, Work, key_bytes, run_shards
 from featcache.store import CacheWriter
 from featcache.store.layout import recommended_shard_size, stored_arrays
 from featcache.store.manifest import DatasetSpec, FeatureSpec
@@ -68,6 +68,9 @@ class BuildRequest:
     shard_size: int | None = None
     seed: int = 0
     workers: int | None = None
+    decode: str | None = None
+    engine: str = "local"
+    ray_workers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,86 +80,138 @@ class BuildResult:
     features: tuple[str, ...]
     skipped: tuple[str, ...]
     encoded: int
+    first: bool = True  # whether this process speaks for all of them (rank 0)
+    stages: Mapping[str, Stage] = field(default_factory=dict)
 
 
-def build(request: BuildRequest, progress: Progress) -> BuildResult:
-    """Builds or continues a cache, or adds features to one (``into``).
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A request with its source and encoders opened: what every worker derives alike before anything is written."""
+
+    request: BuildRequest
+    path: Path
+    dataset: DatasetSpec
+    specs: tuple[FeatureSpec, ...]
+    existing: Any
+    work: Work
+
+
+def prepare(request: BuildRequest, *, device: str) -> Plan:
+    """Opens the source and loads the encoders onto ``device``. Writes nothing.
 
     Raises:
-        UserError: bad input of any kind; whatever shards were written stay, and the same call continues.
+        UserError: bad input of any kind.
     """
     import featcache
     from featcache.encoders.base import Encoder
 
-    _check(request)
-    device = pick_device(request.device)
     existing = featcache.open(request.into) if request.into is not None else None
     resolution = _resolution(request, existing)
+    decoder = _decoder(request, existing)
     source = open_source(request.data, resolution=resolution, limit=request.limit)
     order = sample_order(len(source), seed=existing.manifest.dataset.order_seed if existing else request.seed)
-    limit = existing.manifest.dataset.count if existing else request.limit
-    order = order[:limit]
+    order = order[: existing.manifest.dataset.count if existing else request.limit]
 
     compute = _compute(request, device)
     grid = existing.manifest.dataset.grid if existing is not None else None
     encoders: list[Encoder] = _encoders(request, resolution, compute, grid=grid, need_vae=existing is None)
-    dataset = _dataset(request, source, order, resolution, encoders, existing)
+    dataset = _dataset(request, source, order, resolution, decoder, encoders, existing)
     specs = _feature_specs(request, source, order, encoders, with_samples=existing is None)
     if existing is not None:
         _check_same_images(existing, dataset, encoders)
         specs = [spec for spec in specs if spec.name not in existing.manifest.features]
     path = request.into or request.out or Path("caches") / derived_name(dataset, specs)
-
-    shard_size = request.shard_size or _shard_size(specs, len(order))
-    writer = (
-        CacheWriter.open(path)
-        if existing is not None
-        else CacheWriter.create(path, dataset, shard_size=shard_size, versions=_versions())
-    )
-    writer.begin(specs)
-    shard_size = writer.shard_size
-    pending = writer.pending()
-    _check_disk(path, specs, samples=min(len(order), len(pending) * shard_size))
-
     wanted = {spec.name: spec for spec in specs}
-    todo = [e for e in encoders if any(name in wanted for name in e.shapes)]
-    holes = frozenset(s.key for s in existing.manifest.skipped) if existing is not None else frozenset()
-    known = _known_content(path, len(order)) if existing is not None else None
-    done = len(order) - sum(min(shard_size, len(order) - s * shard_size) for s in pending)
-    progress.start(total=len(order), done=done, note=", ".join(n for n in wanted if n not in ("key", "content")))
+    work = Work(
+        source=source,
+        order=order,
+        resolution=resolution,
+        shard_size=existing.manifest.shard_size if existing is not None else _shard_size(request, specs, len(order)),
+        batch_size=request.batch_size,
+        specs=wanted,
+        encoders=[e for e in encoders if any(name in wanted for name in e.shapes)],
+        device=device,
+        pad_batches=compute.compile,
+        decoder=decoder,
+        flip=request.flip,
+        skip_bad=request.on_bad_image == "skip" and existing is None,
+        holes=frozenset(s.key for s in existing.manifest.skipped) if existing is not None else frozenset(),
+        known=_known_content(path, len(order)) if existing is not None else None,
+        threads=request.workers or min(16, max(1, os.cpu_count() or 1)),
+    )
+    return Plan(request=request, path=path, dataset=dataset, specs=tuple(specs), existing=existing, work=work)
 
-    encoded = 0
-    skipped: list[str] = []
-    workers = request.workers or min(16, max(1, os.cpu_count() or 1))
-    with writer, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as disk:
-        decoded = _decoded_batches(source, order, pending, shard_size, resolution, request, holes, pool)
-        writing: Future[None] | None = None
-        for shard in pending:
-            slots = np.arange(shard * shard_size, min((shard + 1) * shard_size, len(order)))
-            parts = _allocate(specs, len(slots))
-            bad: list[tuple[int, str, str]] = []
-            filled = 0
-            while filled < len(slots):
-                batch = next(decoded)
-                _check_content(source, batch, known)
-                n = len(batch.slots)
-                rows = slice(filled, filled + n)
-                _encode_batch(batch, todo, wanted, parts, rows, device, request.flip)
-                _fill_samples(source, order, batch, parts, rows)
-                bad += [(int(slot), key, reason) for slot, key, reason in batch.bad if key not in holes]
-                filled += n
-                encoded += n
-                progress.advance(n)
-            for _, key, reason in bad:
-                progress.warn(f"skipped {key}: {reason}")
-                skipped.append(key)
-            if writing is not None:
-                writing.result()
-            writing = disk.submit(_write, writer, shard, parts, bad)
-        if writing is not None:
-            writing.result()
-        writer.finish()
-    return BuildResult(path=path, count=len(order), features=tuple(wanted), skipped=tuple(skipped), encoded=encoded)
+
+def lead(plan: Plan) -> CacheWriter:
+    """The writer that holds the features' locks until it finishes them, with enough room on the disk.
+
+    Raises:
+        CacheError: the cache is of other images, or somebody else builds one of the features.
+        UserError: the disk is too small.
+    """
+    if plan.existing is not None:
+        writer = CacheWriter.open(plan.path)
+    else:
+        writer = CacheWriter.create(plan.path, plan.dataset, shard_size=plan.work.shard_size, versions=_versions())
+    writer.begin(plan.specs)
+    count = len(plan.work.order)
+    _check_disk(plan.path, plan.specs, samples=min(count, len(writer.pending()) * writer.shard_size))
+    return writer
+
+
+def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = None) -> BuildResult:
+    """Builds or continues a cache, or adds features to one (``into``).
+
+    Under torchrun every rank calls it; the ranks divide the shards, and rank 0 finishes the cache. ``meter`` is told how
+    fast the stages are while it goes on.
+
+    Raises:
+        UserError: bad input of any kind; whatever shards were written stay, and the same call continues.
+    """
+    from featcache.workers import Ranks, build_on_ray
+
+    _check(request)
+    if request.engine == "ray":
+        return build_on_ray(request, progress, meter or Meter())
+    meter = meter or Meter()
+    with Ranks.of_environment() as ranks:
+        plan = prepare(request, device=ranks.device(pick_device(request.device)))
+        work = plan.work
+        writer = lead(plan) if ranks.rank == 0 else None
+        pending = ranks.from_first(writer.pending() if writer is not None else [])
+        mine = pending[ranks.rank :: ranks.size]
+        with writer or CacheWriter.join(plan.path, plan.specs) as shard_writer:
+            total = sum(len(work.slots(shard)) for shard in mine)
+            done = len(work.order) - sum(len(work.slots(shard)) for shard in pending) if ranks.size == 1 else 0
+            progress.start(total=done + total, done=done, note=features_note(work.specs) + ranks.note())
+            run_shards(work, mine, shard_writer, meter=meter, advance=progress.advance, warn=progress.warn)
+            ranks.wait()
+            if writer is not None:
+                writer.refresh()
+                skipped = finish(plan, writer)
+            else:
+                skipped = ()
+            ranks.wait()
+    return BuildResult(
+        path=plan.path,
+        count=len(work.order),
+        features=tuple(work.specs),
+        skipped=skipped,
+        encoded=total,
+        first=ranks.rank == 0,
+        stages=meter.stages,
+    )
+
+
+def finish(plan: Plan, writer: CacheWriter) -> tuple[str, ...]:
+    """Makes the features visible. Returns the keys of the images that this build left out."""
+    before = {entry.slot for entry in plan.existing.manifest.skipped} if plan.existing is not None else set()
+    return tuple(entry.key for entry in writer.finish().skipped if entry.slot not in before)
+
+
+def features_note(specs: Mapping[str, FeatureSpec]) -> str:
+    """The features that a build writes, in a line."""
+    return ", ".join(name for name in specs if name not in ("key", "content"))
 
 
 def pick_device(device: str) -> str:
@@ -206,14 +261,6 @@ def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
     return "-".join(parts) + ("-flip" if dataset.flip else "")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    slots: np.ndarray
-    pixels: np.ndarray  # uint8 [n, R, R, 3]; zeros where bad
-    content: np.ndarray  # uint64 [n]
-    bad: list[tuple[int, str, str]]  # slot, key, reason
-
-
 def _check(request: BuildRequest) -> None:
     from featcache.encoders.custom import is_custom
     from featcache.encoders.table import ENCODERS
@@ -228,6 +275,8 @@ def _check(request: BuildRequest) -> None:
         raise UserError(
             f"--on-bad-image {request.on_bad_image!r} is neither fail nor skip", remedy="Type one of the two."
         )
+    if request.engine not in ("local", "ray"):
+        raise UserError(f"unknown engine {request.engine!r}", remedy="Type --engine local or ray.")
     for what, value in (
         ("--limit", request.limit),
         ("--batch-size", request.batch_size),
@@ -255,6 +304,19 @@ def _resolution(request: BuildRequest, existing: Any) -> int:
             remedy="Type --resolution 256 (or 64, 128, 512).",
         )
     return resolution
+
+
+def _decoder(request: BuildRequest, existing: Any) -> str:
+    """The decoder asked for, which must be that of the cache to add to."""
+    cached = str(existing.manifest.dataset.preprocessing.get("decode", "pil")) if existing is not None else None
+    decoder = request.decode or cached or "pil"
+    if cached is not None and decoder != cached:
+        raise CacheError(
+            f"{request.into} was decoded by {cached!r}, so features from {decoder!r} cannot join it",
+            remedy=f"Leave --decode out (or type {cached}), or build a new cache with --out.",
+        )
+    check_decoder(decoder)
+    return decoder
 
 
 def _encoders(request: BuildRequest, resolution: int, compute: Any, *, grid: int | None, need_vae: bool) -> list[Any]:
@@ -297,6 +359,7 @@ def _dataset(
     source: Source,
     order: np.ndarray,
     resolution: int,
+    decoder: str,
     encoders: Sequence[Any],
     existing: Any,
 ) -> DatasetSpec:
@@ -311,7 +374,7 @@ def _dataset(
         preprocessing={
             "resolution": resolution,
             "crop": CROP_NAME,
-            "decode": "pil",
+            "decode": decoder,
             "available": len(source),
         },
         order_seed=existing.manifest.dataset.order_seed if existing is not None else request.seed,
@@ -334,7 +397,7 @@ def _feature_specs(
     views = 2 if request.flip else 1
     specs = []
     if with_samples:
-        longest = max(len(_key_bytes(source.key(int(i)))) for i in order)
+        longest = max(len(key_bytes(source.key(int(i)))) for i in order)
         width = -(-longest // KEY_ALIGN) * KEY_ALIGN
         specs += [
             FeatureSpec(name="label", shape=(), codec="raw", dtype="int64", provenance={"source": "class folder"}),
@@ -374,12 +437,10 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("torch", "timm", "diffusers", "pillow", "numpy")}
 
 
-def _key_bytes(key: str) -> bytes:
-    return key.encode("utf-8", "surrogateescape")
-
-
-def _shard_size(specs: Sequence[FeatureSpec], count: int) -> int:
+def _shard_size(request: BuildRequest, specs: Sequence[FeatureSpec], count: int) -> int:
     """By bytes for big sets; for small ones about sixteen shards, so that an interrupted build loses little."""
+    if request.shard_size:
+        return request.shard_size
     by_bytes = recommended_shard_size(max(spec_bytes(spec) for spec in specs))
     return max(1, min(by_bytes, max(16, -(-count // 16))))
 
@@ -431,137 +492,3 @@ def _known_content(path: Path, count: int) -> np.ndarray | None:
     out = reader.allocate(count)
     reader.read(np.arange(count), out)
     return out["content"]
-
-
-def _check_content(source: Source, batch: _Batch, known: np.ndarray | None) -> None:
-    if known is None:
-        return
-    bad = {slot for slot, _, _ in batch.bad}
-    for slot, content in zip(batch.slots, batch.content):
-        if int(slot) not in bad and known[slot] != content:
-            raise CacheError(
-                f"the image in slot {slot} is not the one this cache was built from (its bytes have changed)",
-                remedy="Pass the original --data, or build a new cache with --out.",
-            )
-
-
-def _decoded_batches(
-    source: Source,
-    order: np.ndarray,
-    pending: Sequence[int],
-    shard_size: int,
-    resolution: int,
-    request: BuildRequest,
-    holes: frozenset[str],
-    pool: ThreadPoolExecutor,
-) -> Iterator[_Batch]:
-    """Batches in order of slots, decoded a few batches ahead by the pool's threads (PIL releases the GIL)."""
-
-    def load(slot: int) -> tuple[np.ndarray, int] | BadImage:
-        index = int(order[slot])
-        if source.key(index) in holes:
-            return BadImage(source.key(index), "skipped when the cache was built")
-        try:
-            return source.load(index, resolution)
-        except BadImage as error:
-            if request.on_bad_image == "fail" or request.into is not None:
-                raise
-            return error
-
-    def plan() -> Iterator[np.ndarray]:
-        for shard in pending:
-            end = min((shard + 1) * shard_size, len(order))
-            for first in range(shard * shard_size, end, request.batch_size):
-                yield np.arange(first, min(first + request.batch_size, end))
-
-    ahead: deque[tuple[np.ndarray, list[Future[Any]]]] = deque()
-    batches = plan()
-    try:
-        for _ in range(3):
-            if (slots := next(batches, None)) is not None:
-                ahead.append((slots, [pool.submit(load, int(s)) for s in slots]))
-        while ahead:
-            slots, futures = ahead.popleft()
-            pixels = np.zeros((len(slots), resolution, resolution, 3), np.uint8)
-            content = np.zeros(len(slots), np.uint64)
-            bad = []
-            for i, (slot, future) in enumerate(zip(slots, futures)):
-                loaded = future.result()
-                if isinstance(loaded, BadImage):
-                    bad.append((int(slot), loaded.key, loaded.reason))
-                else:
-                    pixels[i], content[i] = loaded
-            yield _Batch(slots=slots, pixels=pixels, content=content, bad=bad)
-            if (slots := next(batches, None)) is not None:
-                ahead.append((slots, [pool.submit(load, int(s)) for s in slots]))
-    finally:
-        for _, futures in ahead:
-            for future in futures:
-                future.cancel()
-
-
-def _allocate(specs: Sequence[FeatureSpec], count: int) -> dict[str, dict[str, np.ndarray]]:
-    """Zeroed stored arrays of one shard: feature -> suffix -> [count, (views), *shape]."""
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    for spec in specs:
-        lead = (count, spec.views) if spec.views > 1 else (count,)
-        arrays = stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)
-        parts[spec.name] = {suffix: np.zeros((*lead, *shape), dtype) for suffix, (dtype, shape) in arrays.items()}
-    return parts
-
-
-def _encode_batch(
-    batch: _Batch,
-    encoders: Sequence[Any],
-    wanted: Mapping[str, FeatureSpec],
-    parts: dict[str, dict[str, np.ndarray]],
-    rows: slice,
-    device: str,
-    flip: bool,
-) -> None:
-    import torch
-
-    from featcache.codecs import encode, numpy_view
-
-    pixels = torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2)  # [n, 3, R, R]
-    first = int(batch.slots[0])
-    bad = [slot - first for slot, _, _ in batch.bad]
-    for view in (0, 1) if flip else (0,):
-        seen = pixels.flip(-1) if view else pixels
-        for encoder in encoders:
-            for name, feature in encoder(seen).items():
-                if name not in wanted:
-                    continue
-                for suffix, stored in encode(wanted[name].codec, feature).items():
-                    array = numpy_view(stored)
-                    if bad:
-                        array = array.copy()
-                        array[bad] = 0
-                    target = parts[name][suffix][rows]
-                    if flip:
-                        target[:, view] = array
-                    else:
-                        target[...] = array
-
-
-def _fill_samples(
-    source: Source, order: np.ndarray, batch: _Batch, parts: dict[str, dict[str, np.ndarray]], rows: slice
-) -> None:
-    if "label" not in parts:
-        return
-    bad = {slot for slot, _, _ in batch.bad}
-    for row, slot in enumerate(batch.slots, start=rows.start):
-        index = int(order[slot])
-        parts["label"][""][row] = -1 if int(slot) in bad else source.label(index)
-        key = _key_bytes(source.key(index))
-        parts["key"][""][row, : len(key)] = np.frombuffer(key, np.uint8)
-    parts["content"][""][rows] = batch.content
-
-
-def _write(
-    writer: CacheWriter, shard: int, parts: dict[str, dict[str, np.ndarray]], bad: list[tuple[int, str, str]]
-) -> None:
-    if bad:
-        writer.skip(shard, bad)
-    for feature, arrays in parts.items():
-        writer.write_shard(feature, shard, arrays)

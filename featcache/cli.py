@@ -64,3 +64,7 @@ commands.register(app)
 def main() -> None:
     """Entry point of the ``featcache`` command."""
     sys.exit(run_app(app))
+
+
+if __name__ == "__main__":
+    main()

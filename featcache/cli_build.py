@@ -60,6 +60,16 @@ def build(
     shard_size: Annotated[int | None, typer.Option(help="Samples a shard. [default: by size]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples' order.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Decoding threads. [default: one a core]")] = None,
+    decode: Annotated[
+        str | None, typer.Option(help="pil (exact, default), turbo or nvjpeg (faster; docs/sources.md).")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local (also under torchrun), or ray (docs/clusters.md).")] = "local",
+    ray_workers: Annotated[
+        int | None, typer.Option(help="Ray actors. [default: one a GPU of the cluster, or a core]")
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print what each stage can do, and what fast decoding changes.")
+    ] = False,
 ) -> None:
     """Encode images into a cache, continue a build, or add features (--into).
 
@@ -71,7 +81,8 @@ def build(
     encoders, levels, data = parse_encoders(encoder or []), parse_levels(vae_levels), find_data(data)
     side = parse_resolution(resolution)
     from featcache import build as builder
-    from featcache.progress import RichProgress
+    from featcache.pipeline import Meter
+    from featcache.progress import RichProgress, stage_table
 
     request = builder.BuildRequest(
         data=data,
@@ -95,9 +106,17 @@ def build(
         shard_size=shard_size,
         seed=seed,
         workers=workers,
+        decode=decode,
+        engine=engine,
+        ray_workers=ray_workers,
     )
-    with RichProgress() as progress:
-        result = builder.build(request, progress)
+    meter = Meter()
+    with RichProgress(meter) as progress:
+        result = builder.build(request, progress, meter=meter)
+    if profile and result.encoded:
+        console.print(stage_table(result.stages))
+    if not result.first:
+        return
     if not result.encoded:
         console.print(f"{result.path} is complete already: nothing to encode")
     if result.skipped:

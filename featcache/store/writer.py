@@ -208,6 +208,42 @@ class CacheWriter:
         writer._repairs = repairs
         return writer
 
+    @classmethod
+    def join(cls, path: str | os.PathLike[str], specs: Sequence[FeatureSpec]) -> CacheWriter:
+        """A writer beside another process's that has begun `specs`: it writes shards, the other one finishes.
+
+        It takes no locks; whoever began the features divides the shards among those who join and calls
+        `refresh` when they are done.
+
+        Raises `CacheError` if a feature is not being built, or is being built otherwise than `specs` says.
+        """
+        path = Path(path)
+        existing = _existing_manifest(path)
+        if existing is None:
+            raise CacheError(f"no build of {path} is under way")
+        if existing.format != "zarr":
+            raise CacheError("several processes cannot write one webdataset cache", remedy="use the zarr format")
+        writer = cls(path, existing)
+        for spec in specs:
+            complete = existing.features.get(spec.name)
+            record = building_directory(path, spec.name) / "spec.json"
+            if complete is None and not record.is_file():
+                raise CacheError(f"no build of {spec.name!r} of {path} is under way")
+            begun = complete or feature_from_json(
+                load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record))
+            )
+            _require_same_feature(begun, spec, path)
+            writer._specs[spec.name] = spec
+            whole = set(range(writer.n_shards))
+            writer._done[spec.name] = whole if complete is not None else writer._journaled_shards(spec)
+        return writer
+
+    def refresh(self) -> None:
+        """Take note of the shards that writers who joined have finished."""
+        for name, spec in self._specs.items():
+            if name in self._locks:
+                self._done[name] = self._journaled_shards(spec)
+
     def __enter__(self) -> Self:
         return self
 
@@ -316,8 +352,12 @@ class CacheWriter:
         for leftover in directory.glob("*" + files.PART_SUFFIX):
             files.remove_file(leftover)
         self._prepare(spec)
+        return self._journaled_shards(spec)
+
+    def _journaled_shards(self, spec: FeatureSpec) -> set[int]:
+        """Shards of a feature under way that are journaled and whole."""
         done = set()
-        for entry in directory.iterdir():
+        for entry in building_directory(self.path, spec.name).iterdir():
             match = _ENTRY.match(entry.name)
             if match and self._shard_is_whole(spec, int(match[1])):
                 with contextlib.suppress(CacheError):

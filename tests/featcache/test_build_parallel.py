@@ -1,0 +1,270 @@
+"""Builds divided among processes give the bytes of a single one, whoever is killed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import featcache
+from featcache.build import BuildRequest, build, lead, prepare
+from featcache.encoders import EncoderChoice
+from featcache.errors import CacheError, UserError
+from featcache.pipeline import Meter, Stage, run_shards
+from featcache.store import CacheWriter
+
+WORDS = ["--data", "shapes", "--encoder", "tiny", "--limit", "96", "--batch-size", "4", "--shard-size", "8"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+class Silent:
+    def start(self, *, total: int, done: int, note: str) -> None: ...
+
+    def advance(self, images: int) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+def request(out: Path, **changes: object) -> BuildRequest:
+    base = BuildRequest(
+        data="shapes",
+        encoders=(EncoderChoice(name="tiny"),),
+        limit=24,
+        batch_size=4,
+        shard_size=4,
+        out=out,
+        workers=1,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def tree_digest(path: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(path.rglob("*"))
+        if f.is_file() and f.name != "lock"
+    }
+
+
+def nothing(*_: object) -> None:
+    return
+
+
+def test_shards_written_by_several_writers_are_those_of_one(tmp_path: Path) -> None:
+    build(request(tmp_path / "one"), Silent())
+    plan = prepare(request(tmp_path / "many"), device="cpu")
+    with lead(plan) as leader:
+        assert leader.pending() == [0, 1, 2, 3, 4, 5]
+        for rank in (1, 0):
+            with CacheWriter.join(plan.path, plan.specs) as writer:
+                shards = leader.pending()[rank::2]
+                run_shards(plan.work, shards, writer, meter=Meter(), advance=nothing, warn=nothing)
+        leader.refresh()
+        assert leader.pending() == []
+        leader.finish()
+    assert tree_digest(tmp_path / "many") == tree_digest(tmp_path / "one")
+
+
+def test_joining_needs_a_build_of_the_same_features(tmp_path: Path) -> None:
+    plan = prepare(request(tmp_path / "c"), device="cpu")
+    with pytest.raises(CacheError, match="no build"):
+        CacheWriter.join(plan.path, plan.specs)
+    with lead(plan):
+        other = [replace(spec, provenance={"weights": "others"}) for spec in plan.specs]
+        with pytest.raises(CacheError, match="provenance"):
+            CacheWriter.join(plan.path, other)
+        with pytest.raises(CacheError, match="at this moment"):
+            lead(plan)
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    plan = prepare(request(tmp_path / "c", encoders=(), vae="tiny"), device="cpu")
+    broken = plan.work.encoders[0].module[0].conv_in.bias
+    broken[0] = float("nan")
+    with (
+        lead(plan) as writer,
+        pytest.raises(UserError, match=r"vae/moments has values that are not finite"),
+    ):
+        run_shards(plan.work, writer.pending(), writer, meter=Meter(), advance=nothing, warn=nothing)
+    assert not list((tmp_path / "c").rglob("c.0.*"))
+
+
+def test_padding_batches_changes_no_shape_and_no_label(tmp_path: Path) -> None:
+    """What compiled encoders do on the last batch of a shard: one size of batch, the rest cut off."""
+    from dataclasses import replace as changed
+
+    build(request(tmp_path / "one", batch_size=3), Silent())
+    plan = prepare(request(tmp_path / "padded", batch_size=3), device="cpu")
+    sizes = set()
+    encoder = plan.work.encoders[0]
+
+    class Watched:
+        info, shapes = encoder.info, encoder.shapes
+
+        def __call__(self, pixels: object) -> object:
+            sizes.add(len(pixels))  # type: ignore[arg-type]
+            return encoder(pixels)
+
+    work = changed(plan.work, pad_batches=True, encoders=[Watched(), *plan.work.encoders[1:]])
+    with lead(plan) as writer:
+        run_shards(work, writer.pending(), writer, meter=Meter(), advance=nothing, warn=nothing)
+        writer.finish()
+    assert sizes == {3}
+    one, padded = featcache.open(tmp_path / "one"), featcache.open(tmp_path / "padded")
+    assert np.array_equal(one.labels(), padded.labels())
+    from featcache.inspect import read_feature
+
+    for name in ("vae/moments", "tiny@5"):
+        a, b = read_feature(one, name, range(24)), read_feature(padded, name, range(24))
+        # Another batch size may round differently: a step of int8, an ulp of fp16.
+        assert np.abs(a - b).max() <= np.abs(a).max() / 100
+
+
+def test_rates_of_stages_and_workers_add_up() -> None:
+    meter = Meter()
+    meter.add("decode", 2.0, 10, lanes=4)
+    meter.add("decode", 2.0, 10, lanes=4)
+    meter.add("write", 0.5, 20)
+    assert meter.stages["decode"].images_per_s == pytest.approx(20)
+    assert meter.slowest() == "decode"
+    meter.merge({"decode": Stage(4, 4.0, 20), "encode x": Stage(1, 2.0, 20)})
+    assert meter.stages["decode"].images_per_s == pytest.approx(40)
+    assert meter.slowest() == "encode x"
+
+
+def test_the_build_reports_every_stage(tmp_path: Path) -> None:
+    result = build(request(tmp_path / "c"), Silent())
+    assert {"decode", "upload", "encode tiny", "quantise", "copy", "write"} == set(result.stages)
+    assert result.stages["decode"].images == result.stages["write"].images == 24
+    assert all(stage.busy_s > 0 for stage in result.stages.values())
+
+
+def featcache_command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "featcache.cli", "build", *words]
+
+
+def torchrun(*words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, "-m", "featcache.cli", "build", *words]
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=540, check=False)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    place = tmp_path_factory.mktemp("single")
+    result = run(featcache_command(*WORDS, "--out", "c"), place)
+    assert result.returncode == 0, result.stderr
+    return tree_digest(place / "c")
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = task.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(task.parent.name))
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    below = children(pid)
+    return below + [grand for child in below for grand in descendants(child)]
+
+
+def kill_when_under_way(process: subprocess.Popen[str], shards: Path, victims: str) -> bool:
+    """SIGKILL once the first shards are there: a worker ('worker') or everything ('driver'). False: it was too late."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list(shards.glob("c.*"))) >= 2:
+            chosen = find_victims(process.pid, victims)
+            for pid in chosen:
+                os.kill(pid, signal.SIGKILL)
+            return bool(chosen)
+        time.sleep(0.01)
+    return False
+
+
+def find_victims(pid: int, victims: str) -> list[int]:
+    below = descendants(pid)
+    if victims == "driver":
+        return [pid, *below]
+    named = []
+    for child in below:
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"_Actor" in words or (b"featcache.cli" in words and b"torch.distributed" not in words):
+            named.append(child)
+    return named[-1:]
+
+
+@pytest.mark.slow
+def test_two_torchrun_ranks_give_the_bytes_of_one_process(tmp_path: Path, expected: dict[str, str]) -> None:
+    result = run(torchrun(*WORDS, "--out", "c"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("cache:") == 1
+    assert tree_digest(tmp_path / "c") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", ["worker", "driver"])
+def test_killed_torchrun_builds_are_finished_by_a_rerun(tmp_path: Path, expected: dict[str, str], victims: str) -> None:
+    command = torchrun(*WORDS, "--out", "c")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+    )
+    killed = kill_when_under_way(process, tmp_path / "c/vae/moments", victims)
+    assert process.wait(timeout=240) != 0
+    assert killed
+    assert not (tmp_path / "c/zarr.json").exists()
+    before = len(list((tmp_path / "c/vae/moments").glob("c.*[0-9]")))
+    assert before >= 2
+    again = run(command, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert tree_digest(tmp_path / "c") == expected
+
+
+@pytest.mark.slow
+def test_two_ray_workers_give_the_bytes_of_one_process(tmp_path: Path, expected: dict[str, str]) -> None:
+    pytest.importorskip("ray")
+    result = run(featcache_command(*WORDS, "--out", "c", "--engine", "ray", "--ray-workers", "2"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert tree_digest(tmp_path / "c") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", ["worker", "driver"])
+def test_killed_ray_workers_and_drivers(tmp_path: Path, expected: dict[str, str], victims: str) -> None:
+    """A worker's shards are tried again within the same run; after the driver's death a rerun finishes."""
+    pytest.importorskip("ray")
+    command = featcache_command(*WORDS, "--out", "c", "--engine", "ray", "--ray-workers", "2")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    killed = kill_when_under_way(process, tmp_path / "c/vae/moments", victims)
+    text, _ = process.communicate(timeout=400)
+    assert killed
+    if victims == "worker":
+        assert process.returncode == 0, text
+        assert "tried again" in text
+    else:
+        assert process.returncode != 0
+        assert not (tmp_path / "c/zarr.json").exists()
+        again = run(command, tmp_path)
+        assert again.returncode == 0, again.stderr
+    assert tree_digest(tmp_path / "c") == expected
