@@ -9,7 +9,7 @@ import numpy as np
 from trainer.analyze.gradients import GradientMoments, block_gradients, gsnr, hidden_gradients
 from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
 from trainer.analyze.result import Plot, Result
-from trainer.analyze.subject import Subject
+from trainer.analyze.subject import MIXTURE, Subject
 from trainer.report.charts import Chart, Series
 
 
@@ -85,7 +85,7 @@ def run(subject: Subject) -> Result:
         _plot(
             "gsnr_levels",
             "VAE levels",
-            {k: values[k] for k in [*subject.levels, "latent", "mixture"] if k in values},
+            {k: values[k] for k in [*subject.levels, "latent", MIXTURE] if k in values},
             centres,
             y_label,
             floors,

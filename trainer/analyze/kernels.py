@@ -176,7 +176,9 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int = 10, chunk: int = 1024) -> float
 
 
 def cka(x: Tensor, y: Tensor, *, estimator: CkaEstimator = "biased") -> float:
-    """Linear centered kernel alignment of [n, D] and [n, E] (Kornblith et al. 2019; REPA, Eq. 21-22).
+    """Linear centered kernel alignment of [n, D] and [n, E] (Kornblith et al. 2019; REPA, Eq. 21).
+
+    REPA's Eq. 22, as printed, centres kernels by row only; we centre both ways, as Kornblith et al. do.
 
     Computed in feature space, O(n D E): with centred features ``tr(K H L H) = ||X^T Y||_F^2``, and all terms of the
     unbiased HSIC follow from it and the squared norms of the samples.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from trainer.align.base import AlignInputs, cosine_per_token
 from trainer.analyze.gradients import Loss, RidgeHead
-from trainer.analyze.subject import Subject
+from trainer.analyze.subject import MIXTURE, Subject
 
 OWN = "own loss"
 
@@ -45,10 +45,10 @@ def fit_heads(subject: Subject, targets: list[str]) -> dict[str, tuple[Tensor, T
     for rows in subject.chunks(sizes.fitted, start=sizes.measured):
         fixed: dict[str, Tensor] = {}
         for index in range(bins):
-            state = subject.state(rows, subject.times_in_bin(rows, index, bins), depths, targets="mixture" in targets)
+            state = subject.state(rows, subject.times_in_bin(rows, index, bins), depths, targets=MIXTURE in targets)
             hidden = state.hidden[subject.block].flatten(0, 1)  # [b * N, D]
             for name in targets:
-                if name == "mixture" or name not in fixed:  # the mixture alone depends on t
+                if name == MIXTURE or name not in fixed:  # the mixture alone depends on t
                     fixed[name] = F.normalize(subject.target(name, rows, state).flatten(0, 1).float(), dim=-1)
                 heads[name].add(hidden, fixed[name])
     return {name: head.solve() for name, head in heads.items()}

@@ -35,6 +35,7 @@ from trainer.parts import backbone_info, build_alignment, cached_feature
 from trainer.step import DDPM_STEPS, Objective, ema_decay_at, sample_posterior
 
 _POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
+MIXTURE = "router's mixture"
 _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnostics
 
 
@@ -269,11 +270,11 @@ class Subject:
         """A target on the backbone's token grid, [b, N, C].
 
         ``latent``: the patchified clean latent. ``vae/Gk``: the mean of the group's layers. ``<encoder>@<layer>``: its
-        tokens. ``mixture``: what AHPA's router makes of its levels at the state's t.
+        tokens. ``router's mixture``: what AHPA's router makes of its levels at the state's t.
         """
         if name == "latent":
             return patchify(state.latent, self.cfg.patch_size)
-        if name == "mixture":
+        if name == MIXTURE:
             method = next(m for m in self.methods.values() if isinstance(m, Ahpa))
             return method.target(state, method.route(state, state.hidden[method.taps[0]]))
         tokens = self.read(name, rows)
@@ -281,7 +282,7 @@ class Subject:
 
     def target_names(self) -> list[str]:
         """All targets of :meth:`target` that this run and its cache have."""
-        mixture = ["mixture"] if any(isinstance(m, Ahpa) for m in self.methods.values()) else []
+        mixture = [MIXTURE] if any(isinstance(m, Ahpa) for m in self.methods.values()) else []
         return [*self.levels, *self.token_features, "latent", *mixture]
 
     @torch.no_grad()

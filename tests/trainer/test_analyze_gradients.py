@@ -1,0 +1,148 @@
+"""G-SNR on gradients of known mean and covariance; per-sample gradients against one backward pass a sample."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from featcache.errors import UserError
+from trainer.analyze.gradients import (
+    GradientMoments,
+    RidgeHead,
+    block_gradients,
+    cosine,
+    degrees,
+    gsnr,
+    hidden_gradients,
+)
+from trainer.models.blocks import Block
+
+
+def moments_of(gradients: torch.Tensor, chunk: int) -> GradientMoments:
+    moments = GradientMoments()
+    for part in gradients.split(chunk):
+        moments.add(part)
+    return moments
+
+
+def gaussian(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n draws from a Gaussian, its mean and its covariance."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64)
+    root = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    return mean + torch.randn(n, 4, generator=generator, dtype=torch.float64) @ root.T, mean, root @ root.T
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_gsnr_is_equation_6(chunk: int) -> None:
+    g, _, _ = gaussian(50)
+    numpy = g.numpy()
+    expected = np.sum(numpy.mean(axis=0) ** 2) / np.trace(np.cov(numpy.T, ddof=1))
+    moments = moments_of(g, chunk)
+    assert gsnr(moments) == pytest.approx(expected, rel=1e-10)
+    assert gsnr(moments, "unbiased") == pytest.approx(expected - 1 / 50, rel=1e-10)
+    assert moments.trace == pytest.approx(np.trace(np.cov(numpy.T)), rel=1e-10)
+
+
+def test_gsnr_approaches_the_true_ratio() -> None:
+    g, mean, covariance = gaussian(200_000)
+    true = float(mean.square().sum() / covariance.trace())
+    assert gsnr(moments_of(g, 50_000)) == pytest.approx(true, rel=0.02)
+
+
+def test_bias_of_the_numerator() -> None:
+    """Over many small batches, ||mean||^2 averages ||mu||^2 + tr(Cov) / n, and the corrected numerator ||mu||^2."""
+    n, batches = 8, 20_000
+    g, mean, covariance = gaussian(n * batches)
+    plain = corrected = 0.0
+    for batch in g.reshape(batches, n, 4)[:4000]:
+        moments = moments_of(batch, n)
+        plain += moments.squared_mean / 4000
+        corrected += (moments.squared_mean - moments.trace / n) / 4000
+    signal, noise = float(mean.square().sum()), float(covariance.trace())
+    # Standard error of ||mean||^2 over 4,000 batches: 2 sqrt(mu' Cov mu / n) / sqrt(4000) and smaller terms.
+    error = 4 * 2 * math.sqrt(float(mean @ covariance @ mean) / n / 4000)
+    assert plain == pytest.approx(signal + noise / n, abs=error)
+    assert corrected == pytest.approx(signal, abs=error)
+    assert abs(plain - signal) > 2 * error  # the test can tell the two apart
+
+
+def test_gsnr_ends() -> None:
+    same = torch.ones(5, 3)
+    assert gsnr(moments_of(same, 2)) == math.inf
+    assert math.isnan(gsnr(moments_of(0 * same, 2)))
+    opposite = torch.stack([torch.ones(3), -torch.ones(3)])
+    assert gsnr(moments_of(opposite, 1)) == 0
+    assert gsnr(moments_of(opposite, 1), "unbiased") == pytest.approx(-0.5)
+    with pytest.raises(UserError, match="at least 2"):
+        gsnr(moments_of(same[:1], 1))
+    with pytest.raises(UserError, match="no G-SNR estimator"):
+        gsnr(moments_of(same, 1), "best")  # type: ignore[arg-type]
+
+
+def test_scale_changes_nothing() -> None:
+    g, _, _ = gaussian(30)
+    assert gsnr(moments_of(1000 * g, 8)) == pytest.approx(gsnr(moments_of(g, 8)), rel=1e-12)
+
+
+def loss(hidden: dict[int, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    return ((hidden[2] - target).square().sum(dim=-1) + hidden[3].sum(dim=-1).sin()).mean()
+
+
+def test_hidden_gradients_are_those_of_single_samples() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = {d: torch.randn(3, 4, 5, generator=generator) for d in (2, 3)}
+    target = torch.randn(3, 4, 5, generator=generator)
+    found = hidden_gradients(loss, hidden, target)
+    for i in range(3):
+        leaves = {d: h[i].clone().requires_grad_() for d, h in hidden.items()}
+        loss(leaves, target[i]).backward()
+        for d, leaf in leaves.items():
+            torch.testing.assert_close(found[d][i], leaf.grad)
+
+
+def test_block_gradients_are_those_of_single_samples() -> None:
+    generator = torch.Generator().manual_seed(2)
+    torch.manual_seed(0)
+    block = Block(8, 2, 16)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=generator)
+    x, c = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    target = torch.randn(3, 4, 8, generator=generator)
+    others = {3: torch.randn(3, 4, 8, generator=generator), 2: torch.zeros(3, 4, 8)}
+    found = block_gradients(loss, block, 2, x, c, others, target)
+    for i in range(3):
+        block.zero_grad()
+        loss({3: others[3][i], 2: block(x[i : i + 1], c[i : i + 1])[0]}, target[i]).backward()
+        expected = torch.cat([p.grad.flatten() for p in block.parameters() if p.grad is not None])
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cosine_and_angle() -> None:
+    a, b = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([0.0, 2.0]), torch.tensor([[2.0]])]
+    assert cosine(a, b) == pytest.approx(8 / (5 * math.sqrt(8)))
+    assert cosine(a, [-2 * x for x in a]) == pytest.approx(-1)
+    assert math.isnan(cosine(a, [0 * x for x in a]))
+    assert degrees(0.5) == pytest.approx(60)
+    assert degrees(-1 - 1e-12) == 180
+
+
+def test_ridge_head_is_the_closed_form() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(40, 5, generator=generator, dtype=torch.float64) + 2
+    y = x @ torch.randn(5, 3, generator=generator, dtype=torch.float64) + 1
+    y = y + 0.1 * torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    head = RidgeHead(0.01)
+    for rows in torch.arange(40).split(9):
+        head.add(x[rows], y[rows])
+    weight, offset = head.solve()
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    ridge = 0.01 * xc.square().sum(0).mean()
+    # The same problem as least squares with the penalty as extra rows.
+    stacked = torch.cat([xc, ridge.sqrt() * torch.eye(5, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(stacked, torch.cat([yc, torch.zeros(5, 3, dtype=torch.float64)])).solution
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(offset.double(), y.mean(0) - x.mean(0) @ expected, rtol=1e-5, atol=1e-5)
