@@ -4,11 +4,11 @@
     tokens python benchmarks/loader.py --records ahpa                          # 1.06 MB: moments + eight VAE
     layers python benchmarks/loader.py --records repa --cold --write
 
-Every loader holds the same bytes and copies whole batches into the same preallocated buffers, in one
-process. The peers get the layout that suits them best (one blob a sample where they store samples as
-wholes). Rounds are interleaved, so that whatever else the machine does hits all alike; the figure is the
-median of the rounds. The raw memory limit copies the same records from one array in memory, row by row, with
-as many threads as our reader.
+Every loader holds the same values and copies whole batches into preallocated, page-aligned buffers, in one
+process. Features keep their own arrays, columns or members, as a trainer wants them; only one-file-per-image
+stores a sample as a single blob, which suits it best. Rounds are interleaved, so that whatever else the
+machine does hits all alike; the figure is the median of the rounds. The raw memory limit copies the same
+records from one array in memory, row by row, with as many threads as our reader.
 
 `--cold` evicts the files from the page cache before each pass (posix_fadvise; no root needed). `--write`
 compares the cache writer (hashing, fsync and rename included) with writing the same bytes to plain files
@@ -39,7 +39,7 @@ import numpy as np
 
 import featcache
 from featcache.store import CacheWriter, DatasetSpec, FeatureSpec
-from featcache.store.layout import STATE
+from featcache.store.layout import STATE, recommended_shard_size
 
 BATCH = 64
 SAMPLES_A_FILE = 128
@@ -137,7 +137,7 @@ def zarr_python(path: Path, records: Records) -> Reader:
 
     group = zarr.open_group(path, mode="r")
     arrays = {name: group[name] for name in records.arrays}
-    out = {name: np.empty((BATCH, *a.shape[1:]), a.dtype) for name, a in records.arrays.items()}
+    out = array_buffers(records)
 
     def read(indices: np.ndarray) -> None:
         for name, array in arrays.items():
@@ -154,7 +154,7 @@ def tensorstore(path: Path, records: Records) -> Reader:
         return ts.open(spec, open=True, recheck_cached_data="open").result()
 
     arrays = {name: open_array(name) for name in records.arrays}
-    out = {name: np.empty((BATCH, *a.shape[1:]), a.dtype) for name, a in records.arrays.items()}
+    out = array_buffers(records)
 
     def read(indices: np.ndarray) -> None:
         pending = {name: array[indices].read() for name, array in arrays.items()}
@@ -180,24 +180,38 @@ def npy_per_image(folder: Path, records: Records) -> Reader:
     return read
 
 
+def array_buffers(records: Records) -> dict[str, np.ndarray]:
+    """A batch's page-aligned buffer for each array."""
+    found = {}
+    for name, values in records.arrays.items():
+        n_bytes = BATCH * values[0].nbytes
+        buffer = np.empty(n_bytes + 4096, np.uint8)
+        start = -buffer.ctypes.data % 4096
+        found[name] = buffer[start : start + n_bytes].view(values.dtype).reshape(BATCH, *values.shape[1:])
+    return found
+
+
 def write_safetensors(folder: Path, records: Records) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
-    for start in range(0, len(records.blobs), SAMPLES_A_FILE):
-        save_file({"x": records.blobs[start : start + SAMPLES_A_FILE]}, folder / f"{start // SAMPLES_A_FILE:05d}.st")
+    for file, start in enumerate(range(0, len(records.blobs), SAMPLES_A_FILE)):
+        part = {name: values[start : start + SAMPLES_A_FILE] for name, values in records.arrays.items()}
+        save_file(part, folder / f"{file:05d}.st")
 
 
 def safetensors_slices(folder: Path, records: Records) -> Reader:
     from safetensors import safe_open
 
-    slices = [safe_open(path, framework="np").get_slice("x") for path in sorted(folder.glob("*.st"))]
-    out = batch_buffer(records)
+    files = [safe_open(path, framework="np") for path in sorted(folder.glob("*.st"))]
+    slices = {name: [file.get_slice(name) for file in files] for name in records.arrays}
+    out = array_buffers(records)
 
     def read(indices: np.ndarray) -> None:
         for row, index in enumerate(indices.tolist()):
             file, place = divmod(index, SAMPLES_A_FILE)
-            out[row] = slices[file][place : place + 1][0]
+            for name, buffer in out.items():
+                buffer[row] = slices[name][file][place : place + 1][0]
 
     return read
 
@@ -205,9 +219,11 @@ def safetensors_slices(folder: Path, records: Records) -> Reader:
 def write_mds(folder: Path, records: Records) -> None:
     from streaming import MDSWriter
 
-    with MDSWriter(out=str(folder), columns={"x": "bytes"}) as writer:
-        for blob in records.blobs:
-            writer.write({"x": blob.tobytes()})
+    columns = {n.replace("/", "."): "ndarray" if v.ndim > 1 else "int" for n, v in records.arrays.items()}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for i in range(len(records.blobs)):
+            row = {name.replace("/", "."): values[i] for name, values in records.arrays.items()}
+            writer.write({name: value if value.ndim else int(value) for name, value in row.items()})
 
 
 def mosaicml_mds(folder: Path, records: Records) -> Reader:
@@ -216,11 +232,13 @@ def mosaicml_mds(folder: Path, records: Records) -> Reader:
 
     clean_stale_shared_memory()
     dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=BATCH)
-    out = batch_buffer(records)
+    out = array_buffers(records)
 
     def read(indices: np.ndarray) -> None:
         for row, index in enumerate(indices.tolist()):
-            out[row] = np.frombuffer(dataset[index]["x"], np.uint8)
+            sample = dataset[index]
+            for name, buffer in out.items():
+                buffer[row] = sample[name.replace("/", ".")]
 
     return read
 
@@ -230,27 +248,31 @@ def write_webdataset(folder: Path, records: Records) -> None:
 
     folder.mkdir(parents=True)
     with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=SAMPLES_A_FILE, verbose=0) as writer:
-        for i, blob in enumerate(records.blobs):
-            writer.write({"__key__": f"{i:08d}", "npy": blob})
+        for i in range(len(records.blobs)):
+            members = {f"{name.replace('/', '+')}.npy": np.asarray(v[i]) for name, v in records.arrays.items()}
+            writer.write({"__key__": f"{i:08d}", **members})
 
 
 def webdataset_tar(folder: Path, records: Records) -> Reader:
-    """Streams; it has no random access, so in random order it goes through a shuffle buffer of one tar."""
+    """Streams; it has no random access, so its figure is the same stream in either order."""
     import webdataset
 
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-    out = batch_buffer(records)
+    out = array_buffers(records)
+    # webdataset lower-cases member names.
+    members = {name: f"{name.replace('/', '+')}.npy".lower() for name in records.arrays}
 
-    def samples() -> Iterator[np.ndarray]:
+    def samples() -> Iterator[dict[str, Any]]:
         while True:
-            for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
-                yield sample["npy"]
+            yield from webdataset.WebDataset(urls, shardshuffle=False).decode()
 
     stream = samples()
 
     def read(indices: np.ndarray) -> None:
         for row in range(len(indices)):
-            out[row] = next(stream)
+            sample = next(stream)
+            for name, buffer in out.items():
+                buffer[row] = sample[members[name]]
 
     return read
 
@@ -329,6 +351,7 @@ def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> d
 def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
     """Bytes a second of the cache writer and of plain sequential writes of the same bytes, alternating."""
     total = records.blobs.nbytes
+    shard_size = recommended_shard_size(max(spec.bytes_per_sample for spec in records.specs))
     found: dict[str, list[float]] = {"plain write + fsync": [], "featcache": []}
     peak = 0
     for round_number in range(args.rounds):
@@ -336,9 +359,9 @@ def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> d
         folder.mkdir()
         os.sync()
         start = time.perf_counter()
-        for i, first in enumerate(range(0, len(records.blobs), SAMPLES_A_FILE)):
+        for i, first in enumerate(range(0, len(records.blobs), shard_size)):
             with (folder / str(i)).open("wb", buffering=0) as file:
-                data = memoryview(records.blobs[first : first + SAMPLES_A_FILE].reshape(-1))
+                data = memoryview(records.blobs[first : first + shard_size].reshape(-1))
                 while data:
                     data = data[file.write(data[: 8 << 20]) :]
                 os.fsync(file.fileno())
@@ -346,7 +369,7 @@ def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> d
         shutil.rmtree(folder)
         os.sync()
         start = time.perf_counter()
-        write_cache(work / "written", records, SAMPLES_A_FILE)
+        write_cache(work / "written", records, shard_size)
         found["featcache"].append(total / (time.perf_counter() - start))
         assert not (work / "written" / STATE).exists()
         peak = sum(p.stat().st_size for p in (work / "written").rglob("*") if p.is_file())
@@ -404,13 +427,19 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=1.0, help="longest pass of a slow loader")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write-samples", type=int, help="default four times --samples")
     parser.add_argument("--out", type=Path, help="where the files go (default: a temporary directory)")
     parser.add_argument("--json", type=Path, help="default benchmarks/results/loader-<records>.json")
     args = parser.parse_args()
     records = make_records(args.records, args.samples or (2048 if args.records == "repa" else 512))
     with tempfile.TemporaryDirectory(dir=args.out, prefix="loader-") as folder:
         reading = measure_reading(args, records, Path(folder))
-        writing = measure_writing(args, records, Path(folder)) if args.write else None
+    writing = None
+    if args.write:
+        # More than one commit's worth, so that the fixed cost of finishing a cache does not decide.
+        larger = make_records(args.records, args.write_samples or 4 * len(records.blobs))
+        with tempfile.TemporaryDirectory(dir=args.out, prefix="writer-") as folder:
+            writing = measure_writing(args, larger, Path(folder))
     result = {
         "command": "python " + " ".join(sys.argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -85,6 +85,8 @@ def tar_layout(manifest: Manifest) -> TarLayout:
     members, offset = {}, 0
     if manifest.dataset.count > 10**_SLOT_DIGITS:
         raise CacheError(f"a webdataset cache holds at most {10**_SLOT_DIGITS} samples", remedy="use the zarr format")
+    if len({name.lower() for name in manifest.arrays}) < len(manifest.arrays):
+        raise CacheError("two features differ only in case, which webdataset cannot tell apart", remedy="use zarr")
     for array, (dtype, shape) in sorted(manifest.arrays.items()):
         if len(member_name(0, array)) > 100:
             raise CacheError(f"the name {array!r} is too long for a tar header", remedy="use the zarr format")
