@@ -37,6 +37,8 @@ class ShardWriter(Protocol):
 
     def write_shard(self, feature: str, shard: int, arrays: Mapping[str, np.ndarray]) -> None: ...
 
+    def commit(self) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -117,7 +119,7 @@ def run_shards(
     advance: Callable[[int], None],
     warn: Callable[[str], None],
 ) -> list[int]:
-    """Encodes and writes ``shards``, in order. Returns them.
+    """Encodes and writes ``shards``, in order; they are durable when it returns. Returns them.
 
     Args:
         advance: called with the number of images whenever a batch is encoded.
@@ -148,6 +150,7 @@ def run_shards(
                 writing.append(disk.submit(_write, writer, part, device.finisher(), meter))
             while writing:
                 writing.popleft().result()
+            disk.submit(writer.commit).result()
         finally:
             batches.close()
             for future in writing:

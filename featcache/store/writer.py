@@ -240,6 +240,7 @@ class CacheWriter:
 
     def refresh(self) -> None:
         """Take note of the shards that writers who joined have finished."""
+        self.commit()
         for name, spec in self._specs.items():
             if name in self._locks:
                 self._done[name] = self._journaled_shards(spec)
