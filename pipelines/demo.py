@@ -46,7 +46,9 @@ def run_all(commands: list[str]) -> None:
     """
     for command in commands:
         console.print(f"[bold]$ {command}[/bold]")
-    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    cores = os.cpu_count() or 1
+    # Alone, a command leaves one core to its decoding threads: OpenMP's barriers spin, and suffer when cores are short.
+    threads = max(1, cores // len(commands) if len(commands) > 1 else cores - 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     bin_folder = Path(sys.executable).parent
     processes = []
