@@ -73,9 +73,7 @@ def test_the_printed_command_works(
     train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
 
 
-def test_the_newest_fitting_cache_is_found(
-    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_newest_fitting_cache_is_found(shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = replace(settings("none named", "ahpa", model="SiT-Ti/2"), cache=None)
     with pytest.raises(CacheError, match="no cache below") as error:

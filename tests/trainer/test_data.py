@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 def test_the_stream_is_the_same_however_it_is_cut(count: int, seed: int, cuts: list[int]) -> None:
     cuts = sorted(cuts)
     whole = stream_indices(cuts[0], cuts[-1], count=count, seed=seed)
-    pieces = [stream_indices(a, b, count=count, seed=seed) for a, b in zip(cuts, cuts[1:])]
+    pieces = [stream_indices(a, b, count=count, seed=seed) for a, b in itertools.pairwise(cuts)]
     assert np.array_equal(whole, np.concatenate(pieces))
 
 

@@ -81,7 +81,13 @@ def test_changed_settings_are_refused_and_harmless_ones_are_not(shapes_cache: Pa
     with pytest.raises(UserError, match="exists already") as error:
         run(settings(shapes_cache, "repa", steps=4), tmp_path)
     assert error.value.remedy is not None and "--resume" in error.value.remedy
-    for changed in ({"lr": 2e-3}, {"batch_size": 8}, {"seed": 1}, {"clip": 2.0}, {"align": {"repa": {"head_width": 32}}}):
+    for changed in (
+        {"lr": 2e-3},
+        {"batch_size": 8},
+        {"seed": 1},
+        {"clip": 2.0},
+        {"align": {"repa": {"head_width": 32}}},
+    ):
         with pytest.raises(UserError, match=next(iter(changed))):
             run(settings(shapes_cache, "repa", steps=4, **changed), tmp_path, resume=True)
     with pytest.raises(UserError, match="method"):

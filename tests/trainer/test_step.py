@@ -192,7 +192,9 @@ class Spy(nn.Module):
         self.cfg, self.zero = cfg, nn.Parameter(torch.zeros(()))
         self.calls: list[dict[str, Any]] = []
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, taps: tuple[int, ...] = (), stop_after: int | None = None) -> Any:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, *, taps: tuple[int, ...] = (), stop_after: int | None = None
+    ) -> Any:
         from trainer.models.transformer import ModelOutput
 
         self.calls.append({"x": x, "t": t, "y": y, "taps": taps, "stop_after": stop_after})
@@ -276,7 +278,8 @@ def test_a_step_without_alignment_computes_none_of_it(shapes_cache: Path) -> Non
 
 @pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize(
-    "method", ["none", "sra", *(pytest.param(m, marks=pytest.mark.slow) for m in ("repa", "sara", "dya", "ahpa", "sra2"))]
+    "method",
+    ["none", "sra", *(pytest.param(m, marks=pytest.mark.slow) for m in ("repa", "sara", "dya", "ahpa", "sra2"))],
 )
 def test_the_step_compiles_as_one_region(shapes_cache: Path, method: str) -> None:
     """Without a graph break, and with the same numbers (checked without the slow code generator)."""
@@ -287,7 +290,9 @@ def test_the_step_compiles_as_one_region(shapes_cache: Path, method: str) -> Non
     torch.compiler.reset()
     compiled = torch.compile(parts.objective, fullgraph=True, dynamic=False, backend="eager")
     terms, kept = compiled(batch, draws, keep=method != "none")
-    assert {k: v.item() for k, v in terms.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+    assert {k: v.item() for k, v in terms.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-5
+    )
     if method != "none":
         measured = parts.objective.measure(kept, batch, draws)
         assert measured and all(np.isfinite(v.item()) for v in measured.values())

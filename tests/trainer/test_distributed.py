@@ -1,0 +1,193 @@
+"""Two ranks over gloo on the CPU: the same run as one rank's, to rounding, replicated (DDP) or sharded (FSDP2)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import Listener, add_nano, checkpoint_files, log_of, losses, settings
+
+from featcache.errors import UserError
+from trainer.config import to_mapping
+from trainer.distributed import World, join
+from trainer.loop import train
+
+METHODS = ("none", "ahpa", "dya", "sara", "sra")
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What two ranks did in one launch."""
+
+    root: Path
+    cache: Path
+    ranks: tuple[dict[str, Any], dict[str, Any]]
+
+
+def changes(name: str) -> dict[str, Any]:
+    """Settings of the job of that name beyond its method."""
+    values: dict[str, Any] = {"steps": STEPS, "clip": 0.5}
+    if "-sharded" in name:
+        values["shard"] = True
+    if "-accumulated" in name:
+        values["accumulate"] = 2
+    if "-drawn" in name:
+        values["sample_every"] = STEPS
+    return values
+
+
+JOBS = (*METHODS, "ahpa-sharded", "sra-sharded")
+MORE_JOBS = ("sara-accumulated", "none-sharded", "sara-sharded", "dya-sharded-accumulated", "repa-sharded-drawn")
+EVERY_JOB = [
+    *((name, "two_ranks") for name in JOBS),
+    *(pytest.param(name, "more_of_two_ranks", marks=pytest.mark.slow) for name in MORE_JOBS),
+]
+
+
+def launch(jobs: list[dict[str, Any]], root: Path, seen: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    seen.mkdir()
+    (seen / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("two_ranks.py")
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(seen / "jobs.json"), str(root), str(seen)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((seen / f"rank{rank}.json").read_text()) for rank in range(2))
+    return first, second
+
+
+def plain(cache: Path, job: str, **kw: Any) -> dict[str, Any]:
+    """A job's settings as the ranks get them."""
+    add_nano()
+    return to_mapping(settings(cache, job.split("-")[0], **{**changes(job), "name": job, **kw}))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("two-ranks")
+    jobs: list[dict[str, Any]] = [{"name": name, "settings": plain(shapes_cache, name)} for name in JOBS]
+    stopped = plain(shapes_cache, "ahpa-sharded", name="stopped")
+    jobs += [
+        {"name": "unnamed", "settings": plain(shapes_cache, "none", name=None, steps=1)},
+        {"name": "uneven", "settings": plain(shapes_cache, "none", name="uneven", batch_size=3)},
+        {"name": "diverged", "settings": plain(shapes_cache, "none", name="diverged", lr=1e30, log_every=3)},
+        {"name": "stopped", "settings": {**stopped, "steps": 50}, "signal_rank": 1, "signal_step": 3},
+        {"name": "stopped-again", "settings": stopped, "resume": True},
+    ]
+    return Outcome(folder / "runs", shapes_cache, launch(jobs, folder / "runs", folder / "seen"))
+
+
+@pytest.fixture(scope="module")
+def more_of_two_ranks(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("more-of-two-ranks")
+    jobs = [{"name": name, "settings": plain(shapes_cache, name)} for name in MORE_JOBS]
+    return Outcome(folder / "runs", shapes_cache, launch(jobs, folder / "runs", folder / "seen"))
+
+
+def alone(outcome: Outcome, name: str, root: Path, **kw: Any) -> Path:
+    """The same run on one rank."""
+    config = settings(outcome.cache, name.split("-")[0], **{**changes(name), "name": name, **kw})
+    return train(config, resume=False, watcher=Listener(), root=root)
+
+
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize(("name", "fixture"), EVERY_JOB)
+def test_two_ranks_follow_the_curve_of_one(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, fixture: str
+) -> None:
+    """Losses, gradient norms and the method's own numbers at every step; the order of the sums is all that differs."""
+    ranks: Outcome = request.getfixturevalue(fixture)
+    one, two = log_of(alone(ranks, name, tmp_path)), log_of(ranks.root / name)
+    for a, b in zip(one, two, strict=True):
+        numbers = [k for k in a if k not in ("time_s", "images_per_s")]
+        assert {k: b[k] for k in numbers} == pytest.approx({k: a[k] for k in numbers}, rel=2e-4, abs=2e-5)
+    assert max(r["grad_norm"] for r in one) > 0.5, "clipping must have acted"
+
+
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize("method", ["ahpa", "sra"])
+def test_sharded_checkpoints_are_laid_out_as_whole_ones(two_ranks: Outcome, method: str) -> None:
+    whole = checkpoint_files(two_ranks.root / method, STEPS)
+    sharded = checkpoint_files(two_ranks.root / f"{method}-sharded", STEPS)
+    assert whole.keys() == sharded.keys()
+    for stem, tensors in whole.items():
+        assert tensors.keys() == sharded[stem].keys()
+        for key, value in tensors.items():
+            other = sharded[stem][key]
+            assert (other.shape, other.dtype) == (value.shape, value.dtype), key
+    assert all(torch.allclose(v, sharded["ema"][k], atol=2e-3) for k, v in whole["ema"].items())
+
+
+@pytest.mark.usefixtures("nano")
+def test_a_sharded_run_goes_on_alone(two_ranks: Outcome, tmp_path: Path) -> None:
+    """From its checkpoint, on one rank, and equal to the run that was alone from the start."""
+    import shutil
+
+    shutil.copytree(two_ranks.root / "ahpa-sharded", tmp_path / "ahpa-sharded")
+    config = settings(two_ranks.cache, "ahpa", **{**changes("ahpa"), "name": "ahpa-sharded", "steps": STEPS + 3})
+    train(config, resume=True, watcher=Listener(), root=tmp_path)
+    expected = losses(alone(two_ranks, "ahpa", tmp_path, steps=STEPS + 3))
+    assert losses(tmp_path / "ahpa-sharded") == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.usefixtures("nano")
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(two_ranks: Outcome, tmp_path: Path) -> None:
+    """Rank 1 is told in step 3 (the fourth); what it says is known to both one step later. Resuming then goes on."""
+    assert [seen["stopped"]["exit"] for seen in two_ranks.ranks] == [128 + 15] * 2
+    assert two_ranks.ranks[0]["stopped"]["told"] == 5
+    assert two_ranks.ranks[0]["stopped-again"]["told"] == STEPS
+    expected = losses(alone(two_ranks, "ahpa", tmp_path))
+    assert losses(two_ranks.root / "stopped") == pytest.approx(expected, rel=2e-4)
+
+
+def test_all_ranks_learn_of_a_flag_in_the_same_round(two_ranks: Outcome) -> None:
+    assert [seen["flags"] for seen in two_ranks.ranks] == [[0, 0, 0, 0, 15, 0, 0]] * 2
+
+
+def test_gradients_are_averaged_and_missing_ones_stay_missing(two_ranks: Outcome) -> None:
+    assert [seen["averaged"] for seen in two_ranks.ranks] == [[[1.5, 3.0], None, [15.0, 0.0]]] * 2
+
+
+def test_the_main_rank_decides(two_ranks: Outcome) -> None:
+    assert [seen["from_main"] for seen in two_ranks.ranks] == [{"rank": 0}] * 2
+    folders = [seen["unnamed"]["folder"] for seen in two_ranks.ranks]
+    assert folders[0] == folders[1] and Path(folders[0]).is_dir()
+    assert two_ranks.ranks[1]["none"]["told"] == 0, "only the main rank reports"
+
+
+def test_errors_reach_every_rank(two_ranks: Outcome) -> None:
+    for seen in two_ranks.ranks:
+        assert "batch_size 3 cannot be shared by 2 ranks" in seen["uneven"]["error"]
+        assert "not finite in step 1" in seen["diverged"]["error"]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_draws_its_grids(more_of_two_ranks: Outcome) -> None:
+    assert (more_of_two_ranks.root / "repa-sharded-drawn" / "samples" / f"step_{STEPS:07d}.png").is_file()
+
+
+def test_ranks_cannot_share_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="cannot share cuda:0"):
+        join("cuda:0")
+
+
+def test_devices_of_ranks() -> None:
+    world = World(rank=5, size=8, local_rank=1)
+    assert world.device("cuda") == torch.device("cuda", 1)
+    assert world.device("cuda:3") == torch.device("cuda", 3)
+    assert world.device("cpu") == torch.device("cpu")
+    assert not world.is_main

@@ -1,0 +1,79 @@
+"""What the ranks of test_distributed.py do: several runs, one after another, in one process group.
+
+Arguments: a JSON file with a list of {"name", "settings", ...}, a folder for the runs, a folder for what each rank saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_runs import Listener, add_nano
+
+import trainer.loop
+from featcache.errors import UserError
+from trainer.config import RunConfig, from_mapping
+from trainer.distributed import StopSignal, average_gradients, from_main, join
+
+
+def signalling(step: int) -> Any:
+    """A training step after which this process gets a SIGTERM once, at the given step."""
+    real = trainer.loop.train_step
+
+    def train_step(job: Any, stream: Any, at: int, *args: Any, **kw: Any) -> Any:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(job, stream, at, *args, **kw)
+
+    return train_step
+
+
+def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
+    real = trainer.loop.train_step
+    if job.get("signal_rank") == rank:
+        trainer.loop.train_step = signalling(job["signal_step"])
+    listener = Listener()
+    try:
+        config = from_mapping(RunConfig, job["settings"])
+        folder = trainer.loop.train(config, resume=job.get("resume", False), watcher=listener, root=root)
+        return {"folder": str(folder), "told": listener.done}
+    except SystemExit as leaving:
+        return {"exit": leaving.code, "told": listener.done}
+    except UserError as error:
+        return {"error": error.what}
+    finally:
+        trainer.loop.train_step = real
+
+
+def flags(rank: int) -> list[int]:
+    """Rank 1 raises its flag in round 3 only."""
+    signals = StopSignal()
+    seen = [signals.agree(15 if rank == 1 and k == 3 else 0) for k in range(6)]
+    return [*seen, signals.wait()]
+
+
+def averaged(rank: int) -> list[Any]:
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.tensor([1.0, 2.0]) * (rank + 1)
+    parameters[2].grad = torch.tensor([10.0, 0.0]) * (rank + 1)
+    average_gradients(parameters)
+    return [p.grad if p.grad is None else p.grad.tolist() for p in parameters]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    add_nano()
+    jobs, root, seen = (Path(word) for word in sys.argv[1:])
+    world = join("cpu")
+    report: dict[str, Any] = {job["name"]: run(job, root, world.rank) for job in json.loads(jobs.read_text())}
+    report["flags"], report["averaged"] = flags(world.rank), averaged(world.rank)
+    report["from_main"] = from_main({"rank": world.rank})
+    (seen / f"rank{world.rank}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
