@@ -70,10 +70,11 @@ class Subject:
     def __init__(
         self, run: Path, options: AnalyzeConfig, *, device: str, gradients: bool, step: int | None = None
     ) -> None:
+        config = runs.load_config(run)
         at, _ = checkpoint.find_checkpoint(run, step if step is not None else options.step)
         weights = "model" if gradients else options.weights
         if weights == "auto":
-            weights = "ema" if initial_share(runs.load_config(run), at) < 0.1 else "model"
+            weights = "ema" if initial_share(config, at) < 0.1 else "model"
         loaded = sample.load_run(run, step=at, device=device, weights=weights)
         self.run, self.step, self.config, self.options = run, loaded.step, loaded.config, options
         self.device, self.weights = device, weights

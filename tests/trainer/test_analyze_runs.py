@@ -1,0 +1,282 @@
+"""Diagnostics of real, tiny runs: gathering, files, pages, comparison, the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import Listener, add_nano, settings
+
+from featcache.errors import CacheError, UserError
+from trainer.align.base import cosine_per_token
+from trainer.analyze import DIAGNOSTICS
+from trainer.analyze.angle import shared_gradients
+from trainer.analyze.command import analyze_runs
+from trainer.analyze.config import AnalyzeConfig
+from trainer.analyze.gradients import cosine, gsnr
+from trainer.analyze.gsnr import measure
+from trainer.analyze.probes import OWN, own_loss, own_sample
+from trainer.analyze.result import NotApplicable
+from trainer.analyze.subject import MIXTURE, Subject
+from trainer.loop import train
+from trainer.models.config import SIZES
+
+METHODS = ("none", "ahpa", "dya", "sra", "sara", "ahpa+repa")
+
+
+class Bar:
+    def begin(self, name: str, total: int, done: int = 0) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def options(**kw: Any) -> AnalyzeConfig:
+    values: dict[str, Any] = {"device": "cpu", "gradient_samples": 6, "bins": 2, "times": (0.3, 0.7), "batch_size": 5}
+    return AnalyzeConfig(**(values | {"probe_epochs": 2, "images": 2, "k": 3} | kw))
+
+
+@pytest.fixture(scope="module")
+def runs_root(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Four-step runs of several methods, checkpoints at steps 2 and 4; a DiT among them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    add_nano()
+    root = tmp_path_factory.mktemp("analyze") / "runs"
+    for method in METHODS:
+        # Discriminator weights cannot be fetched here, which is what the warning says.
+        config = settings(shapes_cache, method, name=method, steps=4, checkpoint_every=2)
+        train(config, resume=False, watcher=Listener(), root=root)
+    dit = settings(shapes_cache, "repa", name="dit", model="DiT-Nano/2", steps=2)
+    train(dit, resume=False, watcher=Listener(), root=root)
+    yield root
+    SIZES.pop("Nano", None)
+    torch.set_num_threads(threads)
+
+
+def subject(run: Path, *, gradients: bool = True, **kw: Any) -> Subject:
+    return Subject(run, options(**kw), device="cpu", gradients=gradients)
+
+
+class _Page(HTMLParser):
+    """Headings, captions and everything a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.captions = self.sections = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.captions += tag == "figcaption"
+        self.sections += tag == "section"
+        self.fetched += [v or "" for k, v in attrs if k == "src" or (tag == "link" and k == "href")]
+
+
+def test_all_of_a_run(runs_root: Path) -> None:
+    (page,) = analyze_runs([runs_root / "ahpa"], list(DIAGNOSTICS), options(), Bar())
+    folder = page.parent
+    assert page == runs_root / "ahpa" / "analysis" / "index.html"
+    text = page.read_text()
+    parsed = _Page(text)
+    assert all(source.startswith("data:") for source in parsed.fetched)
+    assert parsed.sections == 1 + len(DIAGNOSTICS)
+    assert "is left out" not in text
+    for what in DIAGNOSTICS:
+        assert f'id="{what}"' in text
+        document = json.loads((folder / f"{what}.json").read_text())
+        with (folder / f"{what}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(document["rows"]) > 0
+        assert list(rows[0]) == list(document["rows"][0])
+        assert document["run"] == {"name": "ahpa", "step": 4, "method": "ahpa", "model": "SiT-Nano/2"}
+    drawings = sorted(p.stem for p in folder.glob("*.svg"))
+    assert drawings == sorted(p.stem for p in folder.glob("*.png"))
+    assert len(drawings) >= 15
+    for path in folder.glob("*.png"):
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).std() > 1, path  # something is drawn
+    for stem in ("gsnr_own", "angle_over_t", "router_groups", "cknna_over_blocks", "probe_over_blocks", "codec_over_t"):
+        svg = (folder / f"{stem}.svg").read_text()
+        assert "timestep t" in svg or "block" in svg  # labelled axes, as text
+
+
+def test_what_does_not_apply_is_left_out_or_refused(runs_root: Path) -> None:
+    (page,) = analyze_runs([runs_root / "none"], ["gradient-angle", "router", "spectrum"], options(), Bar())
+    text = page.read_text()
+    assert "gradient-angle is left out" in text and "router is left out" in text and 'id="spectrum"' in text
+    with pytest.raises(NotApplicable, match="neither a router"):
+        analyze_runs([runs_root / "none"], ["router"], options(), Bar())
+
+
+def test_comparison_has_one_line_a_run(runs_root: Path) -> None:
+    runs = [runs_root / "ahpa", runs_root / "none"]
+    pages = analyze_runs(runs, ["gsnr", "cknna"], options(times=(0.5,), against=("tiny@5", "vae/G4")), Bar())
+    assert pages[0] == runs[0] / "analysis" / "comparison.html" and len(pages) == 3
+    text = pages[0].read_text()
+    assert "ahpa: CKNNA" in text and "none: CKNNA" in text
+    # One yardstick, whatever each run was aligned with; a line that only one run has is no comparison.
+    assert "with tiny@5" in text and "ahpa: own loss" not in text
+    with pytest.raises(UserError, match="twice"):
+        analyze_runs([runs[0], runs[0]], ["cknna"], options(), Bar())
+
+
+@pytest.mark.parametrize("wrt", ["hidden", "block"])
+def test_gsnr_of_the_own_loss_is_that_of_single_backward_passes(runs_root: Path, wrt: str) -> None:
+    at = subject(runs_root / "dya", wrt=wrt, batch_size=3)
+    found = measure(at)
+    assert OWN in found and MIXTURE not in found
+    block = at.model.blocks[at.block - 1]
+    for index in range(2):
+        gradients = []
+        for i in range(6):
+            rows = slice(i, i + 1)
+            t = at.times_in_bin(rows, index, 2)
+            state = at.state(rows, t, targets=True)
+            assert at.alignment is not None
+            if wrt == "hidden":
+                leaf = state.hidden[at.block].requires_grad_()
+                sum(at.alignment.terms(state).values()).backward()  # type: ignore[union-attr]
+                gradients.append(leaf.grad.flatten())  # type: ignore[union-attr]
+            else:
+                block.requires_grad_(True)
+                block.zero_grad()
+                out = block(*at.block_input(rows, t))
+                torch.testing.assert_close(out.detach(), state.hidden[at.block], rtol=1e-4, atol=1e-5)
+                state.hidden[at.block] = out  # type: ignore[index]
+                sum(at.alignment.terms(state).values()).backward()  # type: ignore[union-attr]
+                gradients.append(torch.cat([p.grad.flatten() for p in block.parameters()]))  # type: ignore[union-attr]
+                block.requires_grad_(False)
+        g = torch.stack(gradients).double().numpy()
+        trace = sum(np.var(g[:, p], ddof=1) for p in range(g.shape[1]))
+        assert gsnr(found[OWN][index]) == pytest.approx((g.mean(axis=0) ** 2).sum() / trace, rel=1e-3)
+
+
+def test_batch_size_changes_no_number(runs_root: Path) -> None:
+    one, two = (measure(subject(runs_root / "ahpa", batch_size=b)) for b in (2, 6))
+    assert MIXTURE in one
+    for name in one:
+        for a, b in zip(one[name], two[name]):
+            assert gsnr(a) == pytest.approx(gsnr(b), rel=1e-3), name
+
+
+@pytest.mark.parametrize("method", ["sra", "sara", "ahpa+repa", "dit"])
+def test_gsnr_works_for_every_kind_of_method(runs_root: Path, method: str) -> None:
+    at = subject(runs_root / method)
+    values = [gsnr(m) for m in measure(at)[OWN]]
+    assert all(np.isfinite(values)) and min(values) > 0
+    # The batched per-sample losses are the method's own: their mean is the loss of the batch.
+    assert at.alignment is not None
+    rows = slice(0, 4)
+    state = at.state(rows, at.times_in_bin(rows, 0, 2), targets=True)
+    batched = torch.func.vmap(own_loss(at))(dict(state.hidden), own_sample(at, state))
+    torch.testing.assert_close(batched.mean(), torch.stack(list(at.alignment.terms(state).values())).sum())
+
+
+def test_angle_is_that_of_one_backward_pass_over_all(runs_root: Path) -> None:
+    at = subject(runs_root / "ahpa", batch_size=4)
+    at.model.requires_grad_(True)
+    denoise, align, shared = shared_gradients(at, 1, 2, 6)
+    whole = subject(runs_root / "ahpa", batch_size=6)
+    whole.model.requires_grad_(True)
+    again = shared_gradients(whole, 1, 2, 6)
+    assert cosine(denoise, align) == pytest.approx(cosine(*again[:2]), rel=1e-3)
+    # Both losses by hand, at block 1..tap and the embedders.
+    rows = slice(0, 6)
+    t = whole.times_in_bin(rows, 1, 2)
+    latent, noise = whole.latent(rows), whole.noise(rows)
+    tap = whole.alignment.taps[0]  # type: ignore[union-attr]
+    reads = {n: whole.read(n, rows) for n in whole.alignment.reads}  # type: ignore[union-attr]
+    x = (1 - t[:, None, None, None]) * latent + t[:, None, None, None] * noise
+    out = whole.model(x, t, whole.labels[rows], taps=(tap,))
+    method: Any = whole.alignment
+    weights = method.router(t)
+    parts = [
+        weights.inter[:, g, None, None] * (weights.intra[g][:, :, None, None] * y).sum(dim=1)
+        for g, y in enumerate(reads.values())
+    ]
+    losses = [
+        (out.prediction - (noise - latent)).square().mean(),
+        -cosine_per_token(method.heads[0](out.hidden[tap]), torch.cat(parts, dim=-1)).mean(),
+    ]
+    parameters = list(whole.model.parameters())
+    found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+    both = [(d, a) for d, a in zip(*found) if d is not None and a is not None]
+    expected = cosine([d for d, _ in both], [a for _, a in both])
+    assert cosine(*again[:2]) == pytest.approx(expected, rel=1e-3)
+    assert shared == sum(d.numel() for d, _ in both)
+
+
+def test_representations_see_no_label(runs_root: Path) -> None:
+    hidden = subject(runs_root / "none", gradients=False, weights="model")
+    given = subject(runs_root / "none", gradients=False, weights="model", labels="given")
+    rows = slice(0, 4)
+    assert (hidden.conditioning(rows) == hidden.cfg.num_classes).all()
+    assert (given.conditioning(rows) == given.labels[rows]).all()
+    assert subject(runs_root / "none").labelled
+    a, b = (s.hidden(rows, 0.5, (1,))[1] for s in (hidden, given))
+    assert not torch.allclose(a, b)
+
+
+def test_pooled_states_are_means_over_tokens(runs_root: Path) -> None:
+    at = subject(runs_root / "dit", gradients=False, samples=11)
+    pooled = at.pooled(0.3)
+    assert pooled.shape == (4, 11, 48)
+    rows = slice(5, 10)
+    torch.testing.assert_close(pooled[2, rows], at.hidden(rows, 0.3, (3,))[3].mean(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_bad_input(runs_root: Path, tmp_path: Path) -> None:
+    def run(path: Path, what: str, **kw: Any) -> None:
+        analyze_runs([path], [what], options(**kw), Bar())
+
+    with pytest.raises(UserError, match="not a run"):
+        run(tmp_path, "cknna")
+    with pytest.raises(UserError, match="no checkpoint at step 3"):
+        run(runs_root / "none", "cknna", step=3)
+    with pytest.raises(UserError, match="4 blocks"):
+        run(runs_root / "none", "cknna", block=9)
+    with pytest.raises(UserError, match="neither a cached feature"):
+        run(runs_root / "none", "cknna", against=("dinov2-b@11",))
+    with pytest.raises(UserError, match="patch 99"):
+        run(runs_root / "none", "selfsim", patch=99)
+    summary = runs_root / "none" / "cache.json"
+    saved = summary.read_text()
+    summary.write_text(json.dumps(json.loads(saved) | {"path": str(tmp_path / "gone")}))
+    try:
+        with pytest.raises(CacheError, match="cannot be opened"):
+            run(runs_root / "none", "cknna")
+    finally:
+        summary.write_text(saved)
+
+
+def test_pairs_of_representations(runs_root: Path) -> None:
+    asked = options(pairs=("block2:0.5,tiny@5", "vae/G3, vae/G4"), against=("tiny@5",))
+    analyze_runs([runs_root / "dya"], ["cknna"], asked, Bar())
+    rows = json.loads((runs_root / "dya/analysis/cknna.json").read_text())["rows"]
+    found = {(row["a"], row["b"]): row for row in rows}
+    assert {("block2:0.5", "tiny@5"), ("vae/G3", "vae/G4"), ("block4:0.7", "tiny@5")} <= found.keys()
+    assert 0 < found["vae/G3", "vae/G4"]["cka"] <= 1
+
+
+def test_command(cli: Callable[..., subprocess.CompletedProcess[str]], shapes_cache: Path, tmp_path: Path) -> None:
+    config = settings(shapes_cache, "none", name="typed", steps=2, model="SiT-Ti/8")
+    train(config, resume=False, watcher=Listener(), root=tmp_path / "runs")
+    words = ("trainer", "analyze", "runs/typed", "--what", "spectrum,router", "--samples", "8", "--set", "times=[0.5]")
+    done = cli(*words)
+    assert done.returncode == 0, done.stderr
+    assert "runs/typed/analysis/index.html" in done.stdout.replace("\n", "")
+    assert (tmp_path / "runs/typed/analysis/spectrum.csv").is_file()
+    wrong = cli("trainer", "analyze", "runs/typed", "--what", "spectra")
+    assert wrong.returncode == 2
+    assert "no diagnostic 'spectra'" in wrong.stderr + wrong.stdout and "Traceback" not in wrong.stderr
