@@ -89,9 +89,7 @@ class _Files:
             except zipfile.BadZipFile as error:
                 raise UserError(f"{path} is neither a folder nor a zip archive") from error
         elif not path.is_dir():
-            raise UserError(
-                f"there is nothing at {path}", remedy="give the folder (or .zip) with the latents"
-            )
+            raise UserError(f"there is nothing at {path}", remedy="give the folder (or .zip) with the latents")
 
     def names(self, suffix: str) -> list[str]:
         if self.archive is not None:
@@ -121,17 +119,13 @@ class _NpyLatents:
         self._files = _Files(path)
         self._names = self._files.names(".npy")
         if not self._names:
-            raise UserError(
-                f"{path} holds no .npy files", remedy=f"give the folder that --from {layout} means"
-            )
+            raise UserError(f"{path} holds no .npy files", remedy=f"give the folder that --from {layout} means")
         try:
             listed = json.loads(self._files.read("dataset.json", _MAX_JSON_BYTES))["labels"]
             by_name = {str(name): int(label) for name, label in listed}
             self.labels = np.array([by_name[name] for name in self._names], np.int64)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"dataset.json in {path} does not give each .npy file its label ({error!r})"
-            ) from error
+            raise UserError(f"dataset.json in {path} does not give each .npy file its label ({error!r})") from error
         first = self._values(0)
         if first.ndim != 3 or len(first) % 2:
             raise UserError(f"{path}: {self._names[0]} has shape {first.shape}, not [2C, h, w]")
@@ -184,9 +178,7 @@ class _SafetensorsLatents:
     def __init__(self, path: Path, layout: str, vae_name: str | None) -> None:
         self._paths = sorted(path.glob("*.safetensors")) if path.is_dir() else []
         if not self._paths:
-            raise UserError(
-                f"{path} holds no .safetensors files", remedy=f"give the folder that --from {layout} means"
-            )
+            raise UserError(f"{path} holds no .safetensors files", remedy=f"give the folder that --from {layout} means")
         labels: list[np.ndarray] = []
         self._starts = [0]
         self._shape: list[int] = []
@@ -246,9 +238,7 @@ class _SafetensorsLatents:
     def read(self, index: int) -> np.ndarray:
         path, row = self._place(index)
         tensors = _cached_safetensors(path)
-        means = [
-            tensors.get_slice(name)[row : row + 1].float().numpy() for name in ("latents", "latents_flip")
-        ]
+        means = [tensors.get_slice(name)[row : row + 1].float().numpy() for name in ("latents", "latents_flip")]
         mean = np.concatenate(means)  # [2, C, h, w]
         return np.concatenate([mean, np.full_like(mean, LOG_VARIANCE_RANGE[0])], axis=1)
 

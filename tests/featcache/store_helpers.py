@@ -32,9 +32,7 @@ def moments(**changes) -> FeatureSpec:
 
 def tokens(name: str = "tiny@5", **changes) -> FeatureSpec:
     provenance = {"encoder": name, "weights": "0" * 64}
-    return FeatureSpec(
-        **{"name": name, "shape": (16, 32), "codec": "int8", "provenance": provenance, **changes}
-    )
+    return FeatureSpec(**{"name": name, "shape": (16, 32), "codec": "int8", "provenance": provenance, **changes})
 
 
 def base_features() -> list[FeatureSpec]:

@@ -15,9 +15,7 @@ LOSSY = ("fp16", "bf16", "int8", "fp8", "int4")
 def tokens(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     # Heavy tails, as real encoder tokens have.
-    return (
-        scale * torch.randn(shape, generator=generator) * (1 + torch.randn(shape, generator=generator) ** 2)
-    )
+    return scale * torch.randn(shape, generator=generator) * (1 + torch.randn(shape, generator=generator) ** 2)
 
 
 def fp8_values() -> np.ndarray:
@@ -114,9 +112,7 @@ def test_error_bounds(codec: str, seed: int, exponent: int) -> None:
     peak = x.double().abs().amax(-1, keepdim=True)
     # Largest error relative to the token's (group's) largest value: half a step of each format, plus the
     # smallest number that the format or its float16 scale can hold.
-    step = {"fp16": 2**-11, "bf16": 2**-8, "int8": 0.51 / 127, "fp8": 16.1 / 448, "int4": 0.51 / 7 + 2e-3}[
-        codec
-    ]
+    step = {"fp16": 2**-11, "bf16": 2**-8, "int8": 0.51 / 127, "fp8": 16.1 / 448, "int4": 0.51 / 7 + 2e-3}[codec]
     floor = {"int4": 7 * 2**-24, "fp16": 2**-24}.get(codec, 1e-37)
     assert (error <= step * peak + floor).all()
 
@@ -137,9 +133,7 @@ def test_decode_compiles_to_the_same_values() -> None:
     x = tokens(5, 2, 4, 64)
     for codec in ("int8", "fp8", "int4", "bf16"):
         stored = encode(codec, x)
-        compiled = torch.compile(
-            lambda s, c=codec: decode(c, s, (4, 64)), backend="aot_eager", fullgraph=True
-        )
+        compiled = torch.compile(lambda s, c=codec: decode(c, s, (4, 64)), backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(stored), decode(codec, stored, (4, 64)))
 
 

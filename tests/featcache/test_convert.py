@@ -100,9 +100,7 @@ def read_all(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def test_repa(tmp_path: Path) -> None:
     values, labels = repa_like(tmp_path / "data" / "vae-sd")
-    request = ImportRequest(
-        source=tmp_path / "data", out=tmp_path / "cache", layout="repa", codec="fp32", shard_size=5
-    )
+    request = ImportRequest(source=tmp_path / "data", out=tmp_path / "cache", layout="repa", codec="fp32", shard_size=5)
     manifest = import_latents(request)
     moments, got_labels, keys = read_all(tmp_path / "cache")
     which = [int(key[-12:-4]) for key in keys]
@@ -160,9 +158,7 @@ def test_lightningdit(tmp_path: Path, with_stats: bool) -> None:
     if with_stats:
         stats = {"mean": torch.full((1, 6, 1, 1), 0.5), "std": torch.full((1, 6, 1, 1), 2.0)}
         torch.save(stats, folder / "latents_stats.pt")
-    request = ImportRequest(
-        source=folder, out=tmp_path / "cache", layout="lightningdit", codec="fp32", shard_size=3
-    )
+    request = ImportRequest(source=folder, out=tmp_path / "cache", layout="lightningdit", codec="fp32", shard_size=3)
     manifest = import_latents(request)
     moments, got_labels, keys = read_all(tmp_path / "cache")
     which = [int(key.split(":")[1]) + (5 if "shard001" in key else 0) for key in keys]

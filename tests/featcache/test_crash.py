@@ -132,9 +132,7 @@ def test_every_call_may_fail(tmp_path: Path, monkeypatch, primitive: str, error:
     for fail_at in range(1, total + 1):
         path = tmp_path / f"cache{fail_at}"
         faults.calls, faults.fail_at = 0, fail_at
-        with pytest.raises(
-            CacheError, match="disk is full" if error == errno.ENOSPC else "could not be written"
-        ):
+        with pytest.raises(CacheError, match="disk is full" if error == errno.ENOSPC else "could not be written"):
             build(path, specs, **options)
         assert not list(path.rglob("*" + files.PART_SUFFIX))
         with contextlib.suppress(CacheError):
@@ -170,9 +168,7 @@ def test_short_writes(tmp_path: Path, monkeypatch) -> None:
     assert tree(build(tmp_path / "cache")) == whole
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"compressor": "zstd"}, {"format": "wds"}], ids=["zarr", "zstd", "wds"]
-)
+@pytest.mark.parametrize("options", [{}, {"compressor": "zstd"}, {"format": "wds"}], ids=["zarr", "zstd", "wds"])
 def test_verify_finds_every_bit_flip(tmp_path: Path, options) -> None:
     """200 random bits over all bytes of the cache, metadata and checksum files included."""
     path = build(tmp_path / "cache", skipped=SKIPPED, **options)

@@ -39,13 +39,9 @@ LEAVES = (
     | st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308])
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20)
-    | st.sampled_from(
-        ["..", "../../etc/passwd", "/etc/passwd", "label", "a/../../b", "raw", "object", "|O", "\ud800"]
-    )
+    | st.sampled_from(["..", "../../etc/passwd", "/etc/passwd", "label", "a/../../b", "raw", "object", "|O", "\ud800"])
 )
-JSON = st.recursive(
-    LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3)
-)
+JSON = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,9 +164,7 @@ def test_damaged_root_file(path: Path, position: int, byte: int, cut: bool) -> N
     assert root_bytes(manifest) == (path / "zarr.json").read_bytes()
 
 
-INDEX_VALUES = st.integers(0, 2**64 - 1) | st.sampled_from(
-    [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 2, 1024]
-)
+INDEX_VALUES = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 2, 1024])
 
 
 @FUZZ
@@ -204,9 +198,7 @@ def test_arbitrary_indices(raw: bytes) -> None:
         parse_index(raw, n=1, shard_size=4, file_bytes=1000, sample_bytes=8, where="it")
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"compressor": "zstd"}, {"compressor": "blosc"}, {"format": "wds"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"compressor": "zstd"}, {"compressor": "blosc"}, {"format": "wds"}], ids=str)
 def test_damaged_shard_files(tmp_path: Path, options) -> None:
     """Reading through any damaged shard or tar: an error, or as many bytes as asked for."""
     path = build(tmp_path / "cache", base_features()[2:], **options)
@@ -279,9 +271,7 @@ def test_journal_mutations(tmp_path: Path) -> None:
     spec = tokens()
     with CacheWriter.create(tmp_path / "cache", dataset(), shard_size=SHARD_SIZE) as writer:
         writer.begin([spec])
-        arrays = {
-            s: np.zeros((16, *shape), dtype) for s, (dtype, shape) in stored_arrays("int8", (16, 32)).items()
-        }
+        arrays = {s: np.zeros((16, *shape), dtype) for s, (dtype, shape) in stored_arrays("int8", (16, 32)).items()}
         writer.skip(0, [(3, "key", "reason")])
         writer.write_shard("tiny@5", 0, arrays)
     entry_path = next((tmp_path / "cache").rglob("00000000.json"))

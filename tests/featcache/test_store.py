@@ -96,8 +96,7 @@ def test_interrupted_build_resumes_to_the_same_bytes(tmp_path: Path, options) ->
             shard = writer.pending()[0]
             for spec in specs:
                 arrays = {
-                    a[len(spec.name) :]: values(a, d, s, writer.slots(shard))
-                    for a, (d, s) in spec.arrays.items()
+                    a[len(spec.name) :]: values(a, d, s, writer.slots(shard)) for a, (d, s) in spec.arrays.items()
                 }
                 writer.write_shard(spec.name, shard, arrays)
         with pytest.raises(CacheError, match="unfinished"):
@@ -206,9 +205,7 @@ def test_opens_with_zarr_and_tensorstore(tmp_path: Path) -> None:
             group = zarr.open_group(path, mode="r", use_consolidated=consolidated)
             for array in manifest.arrays:
                 assert np.array_equal(group[array][:], expected(manifest, array, [3])), (name, array)
-        members = {
-            key for key, _ in zarr.open_group(path, mode="r", use_consolidated=False).members(max_depth=None)
-        }
+        members = {key for key, _ in zarr.open_group(path, mode="r", use_consolidated=False).members(max_depth=None)}
         assert members == {*manifest.arrays, "vae"}
         for array in manifest.arrays:
             store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / array)}}
@@ -247,9 +244,7 @@ def test_a_store_written_by_zarr_reads_alike(tmp_path: Path) -> None:
 
 def test_checksum_files_are_what_sha256sum_reads(zarr_cache: Path) -> None:
     for folder in ("label", "vae/moments", "tiny@5.scale"):
-        done = subprocess.run(
-            ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=zarr_cache / folder, check=False
-        )
+        done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=zarr_cache / folder, check=False)
         assert done.returncode == 0
 
 
@@ -267,9 +262,7 @@ def test_features_added_later_equal_features_built_at_once(tmp_path: Path) -> No
 
 
 def test_require_names_what_is_missing(zarr_cache: Path) -> None:
-    with pytest.raises(
-        CacheError, match=r"does not hold dino@9, vae/G3 \(it holds key, label, tiny@5, vae/moments\)"
-    ):
+    with pytest.raises(CacheError, match=r"does not hold dino@9, vae/G3 \(it holds key, label, tiny@5, vae/moments\)"):
         featcache.open(zarr_cache).require(["label", "dino@9", "vae/G3"])
 
 
