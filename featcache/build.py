@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,8 +96,14 @@ class Plan:
     work: Work
 
 
-def prepare(request: BuildRequest, *, device: str) -> Plan:
+SAMPLE_FEATURES = ("label", "key", "content")
+
+
+def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) -> Plan:
     """Opens the source and loads the encoders onto ``device``. Writes nothing.
+
+    Args:
+        again: complete features of the cache ``request.into`` to make once more, as they are recorded (for repairs).
 
     Raises:
         UserError: bad input of any kind.
@@ -114,12 +120,20 @@ def prepare(request: BuildRequest, *, device: str) -> Plan:
 
     compute = _compute(request, device)
     grid = existing.manifest.dataset.grid if existing is not None else None
-    encoders: list[Encoder] = _encoders(request, resolution, compute, grid=grid, need_vae=existing is None)
+    encoders: list[Encoder] = []
+    if not again or set(again) - set(SAMPLE_FEATURES):
+        encoders = _encoders(request, resolution, compute, grid=grid, need_vae=existing is None)
     dataset = _dataset(request, source, order, resolution, decoder, encoders, existing)
-    specs = _feature_specs(request, source, order, encoders, with_samples=existing is None)
     if existing is not None:
         _check_same_images(existing, dataset, encoders)
-        specs = [spec for spec in specs if spec.name not in existing.manifest.features]
+    if existing is not None and again:
+        specs = [existing.manifest.features[name] for name in again]
+        _check_same_weights(specs, encoders)
+    else:
+        flipped = request if existing is None else replace(request, flip=dataset.flip)
+        specs = _feature_specs(flipped, source, order, encoders, with_samples=existing is None)
+        if existing is not None:
+            specs = [spec for spec in specs if spec.name not in existing.manifest.features]
     path = request.into or request.out or Path("caches") / derived_name(dataset, specs)
     wanted = {spec.name: spec for spec in specs}
     work = Work(
@@ -133,10 +147,10 @@ def prepare(request: BuildRequest, *, device: str) -> Plan:
         device=device,
         pad_batches=compute.compile,
         decoder=decoder,
-        flip=request.flip,
+        flip=dataset.flip,
         skip_bad=request.on_bad_image == "skip" and existing is None,
         holes=frozenset(s.key for s in existing.manifest.skipped) if existing is not None else frozenset(),
-        known=_known_content(path, len(order)) if existing is not None else None,
+        known=_known_content(path, len(order)) if existing is not None and "content" not in again else None,
         threads=request.workers or min(16, max(1, os.cpu_count() or 1)),
     )
     return Plan(request=request, path=path, dataset=dataset, specs=tuple(specs), existing=existing, work=work)
@@ -479,6 +493,18 @@ def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[A
             f"but this build would use {ours['name']!r} ({ours['sha256'][:12]})",
             remedy=f"Type --vae {cached.vae['name']} with the same weights, or build a new cache with --out.",
         )
+
+
+def _check_same_weights(specs: Sequence[FeatureSpec], encoders: Sequence[Any]) -> None:
+    """Features made again must come from the weights that are recorded."""
+    found = {name: origin for encoder in encoders for name, origin in encoder.provenance.items()}
+    for spec in specs:
+        recorded, ours = spec.provenance.get("sha256"), found.get(spec.name, {}).get("sha256")
+        if recorded != ours:
+            raise CacheError(
+                f"{spec.name} was made with weights {str(recorded)[:12]}, but those found here are {str(ours)[:12]}",
+                remedy="Bring the same weights with --weights-dir.",
+            )
 
 
 def _known_content(path: Path, count: int) -> np.ndarray | None:

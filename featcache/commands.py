@@ -93,7 +93,12 @@ def verify(
     for name in repair_metadata(cache):
         console.print(f"metadata written again: {name}")
     if report.damaged:
-        repair_shards(cache, report.damaged, data=data, weights_dir=weights_dir, device=device)
+        from featcache.progress import RichProgress
+
+        with RichProgress() as progress:
+            repair_shards(
+                cache, report.damaged, data=data, weights_dir=weights_dir, device=device, progress=progress
+            )
     with ByteBar("checking") as bar:
         again = check(cache, features=_split(features), threads=threads, progress=bar.advance)
     for problem in again.problems:

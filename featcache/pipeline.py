@@ -265,15 +265,16 @@ class _Part:
         work, rows = self.work, slice(self.filled, self.filled + len(batch.slots))
         self.filled = rows.stop
         self.bad += [entry for entry in batch.bad if entry[1] not in work.holes]
-        if "label" not in self.arrays:
-            return
         bad = {slot for slot, _, _ in batch.bad}
         for row, slot in enumerate(batch.slots, start=rows.start):
             index = int(work.order[slot])
-            self.arrays["label"][""][row] = -1 if int(slot) in bad else work.source.label(index)
-            key = key_bytes(work.source.key(index))
-            self.arrays["key"][""][row, : len(key)] = np.frombuffer(key, np.uint8)
-        self.arrays["content"][""][rows] = batch.content
+            if "label" in self.arrays:
+                self.arrays["label"][""][row] = -1 if int(slot) in bad else work.source.label(index)
+            if "key" in self.arrays:
+                key = key_bytes(work.source.key(index))
+                self.arrays["key"][""][row, : len(key)] = np.frombuffer(key, np.uint8)
+        if "content" in self.arrays:
+            self.arrays["content"][""][rows] = batch.content
 
 
 def key_bytes(key: str) -> bytes:
@@ -304,6 +305,7 @@ class _Device:
             blank = pixels.new_zeros((work.batch_size - n, *pixels.shape[1:]))
             pixels = torch.cat([pixels, blank])
         self.clock.mark("upload", n)
+        images = n  # of the quantising and copying stages: once a batch, however many features
         for encoder in work.encoders:
             views = [encoder(pixels.flip(-1) if mirrored else pixels) for mirrored in ((0, 1) if work.flip else (0,))]
             self.clock.mark(f"encode {encoder_name(encoder)}", n)
@@ -314,12 +316,13 @@ class _Device:
                 for view in views:
                     for suffix, tensor in self._quantised(name, view[name][:n], bad).items():
                         stored.setdefault(suffix, []).append(tensor)
-                self.clock.mark("quantise", n)
+                self.clock.mark("quantise", images)
                 for suffix, tensors in stored.items():
                     tensor = torch.stack(tensors, dim=1) if work.flip else tensors[0]
                     flat = tensor.contiguous().view(torch.uint8).reshape(n, -1)  # [n, bytes of a sample]
                     part.bytes[name, suffix][rows].copy_(flat, non_blocking=True)
-                self.clock.mark("copy", n)
+                self.clock.mark("copy", images)
+                images = 0
 
     def _quantised(self, name: str, feature: Any, bad: list[int]) -> dict[str, Any]:
         import torch
