@@ -55,6 +55,7 @@ def linear_probe(
     F, n, D = train.shape
     mean, std = train.mean(dim=1, keepdim=True), train.std(dim=1, keepdim=True, correction=0)
     scale = (std.square() + 1e-5).rsqrt()  # batch norm's epsilon
+    train = (train - mean) * scale
     weight = torch.zeros(F, D, classes, device=train.device, requires_grad=True)
     bias = torch.zeros(F, 1, classes, device=train.device, requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], lr=lr)
@@ -64,8 +65,7 @@ def linear_probe(
     for _ in range(epochs):
         order = torch.randperm(n, generator=generator).to(train.device)
         for rows in order.split(batch):
-            x = (train[:, rows] - mean) * scale  # [F, b, D]
-            logits = torch.baddbmm(bias, x, weight)  # [F, b, classes]
+            logits = torch.baddbmm(bias, train[:, rows], weight)  # [F, b, classes]
             # Summed over probes, so that each one's gradient is that of its own mean loss.
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), train_labels[:, rows].flatten()) * F
             optimizer.zero_grad()
