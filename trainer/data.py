@@ -118,6 +118,8 @@ class Batches:
     def _fill(self) -> None:
         """The reading thread: read, queue the copy, hand over."""
         try:
+            if self._cuda:
+                torch.cuda.set_device(self._device)  # a thread of its own starts on the first GPU
             copies = torch.cuda.Stream(self._device) if self._cuda else None
             staging = [self._buffers(self._device, pin=True) for _ in range(STAGING)] if self._cuda else []
             copied: list[Any] = [None] * STAGING

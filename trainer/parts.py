@@ -54,10 +54,15 @@ class Parts:
         return self.alignment is not None and self.adversary is not None and step % self.alignment.adversary_every == 0
 
 
-def assemble(config: RunConfig, cache: Any, device: torch.device, world: World) -> Parts:
+def assemble(
+    config: RunConfig, cache: Any, device: torch.device, world: World, *, backbone: tuple[Any, Any] | None = None
+) -> Parts:
     """Builds everything from a configuration and a cache.
 
     The backbone's initial weights are a function of the seed alone, whatever the method.
+
+    Args:
+        backbone: model and average to use instead of new ones, for comparing methods on one.
 
     Raises:
         CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
@@ -68,8 +73,12 @@ def assemble(config: RunConfig, cache: Any, device: torch.device, world: World) 
     sharded = config.shard and world.size > 1
     compiled = config.compile if config.compile is not None else device.type == "cuda"
     # A model that is to be sharded never lies whole on a device: its blocks move there one by one.
-    model: Any = build_model(model_cfg, seed=derive_seed(config.seed, "backbone"), device="cpu" if sharded else device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    if backbone is None:
+        model: Any = build_model(
+            model_cfg, seed=derive_seed(config.seed, "backbone"), device="cpu" if sharded else device
+        )
+        backbone = model, copy.deepcopy(model).eval().requires_grad_(False)
+    model, ema = backbone
     alignment = build_alignment(config, cache, model_cfg)
     if sharded:
         for module in (model, ema):
