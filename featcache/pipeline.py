@@ -357,7 +357,7 @@ class _Device:
 
 def encoder_name(encoder: Any) -> str:
     """What a stage of the build calls an encoder."""
-    return encoder.info["name"] if hasattr(encoder, "info") else encoder.name
+    return f"vae {encoder.info['name']}" if hasattr(encoder, "info") else encoder.name
 
 
 class _CpuClock:

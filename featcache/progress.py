@@ -59,7 +59,7 @@ class RichProgress:
         self._done += images
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self._done - self._since) / elapsed
-        text = f"{rate:.1f} images/s{_bottleneck(self._meter)}"
+        text = f"{rate:.3g} images/s{_bottleneck(self._meter)}"
         if self._task is not None:
             self._bar.update(self._task, completed=self._done, rate=text)
         if not console.is_terminal and time.monotonic() - self._said > PLAIN_EVERY_S:
@@ -75,7 +75,7 @@ def _bottleneck(meter: Meter) -> str:
     slowest = meter.slowest()
     if slowest is None:
         return ""
-    return f" (slowest: {slowest}, {meter.stages[slowest].images_per_s:.0f}/s)"
+    return f" (slowest: {slowest}, {meter.stages[slowest].images_per_s:.3g}/s)"
 
 
 def stage_table(stages: Mapping[str, Stage]) -> Table:
@@ -85,5 +85,5 @@ def stage_table(stages: Mapping[str, Stage]) -> Table:
         table.add_column(title, justify="left" if title == "stage" else "right")
     for name, stage in sorted(stages.items(), key=lambda item: item[1].images_per_s):
         milliseconds = 1000 * stage.busy_s / max(1, stage.images)
-        table.add_row(name, f"{stage.images_per_s:.1f}", f"{milliseconds:.2f}", str(stage.lanes), str(stage.images))
+        table.add_row(name, f"{stage.images_per_s:.4g}", f"{milliseconds:.4g}", str(stage.lanes), str(stage.images))
     return table

@@ -142,7 +142,7 @@ def test_rates_of_stages_and_workers_add_up() -> None:
 
 def test_the_build_reports_every_stage(tmp_path: Path) -> None:
     result = build(request(tmp_path / "c"), Silent())
-    assert {"decode", "upload", "encode tiny", "quantise", "copy", "write"} == set(result.stages)
+    assert {"decode", "upload", "encode vae tiny", "encode tiny", "quantise", "copy", "write"} == set(result.stages)
     assert result.stages["decode"].images == result.stages["write"].images == 24
     assert all(stage.busy_s > 0 for stage in result.stages.values())
 

@@ -282,3 +282,35 @@ def test_turbo_decodes_other_formats_the_exact_way() -> None:
         assert np.array_equal(decode_turbo(buffer.getvalue(), "x", 32), decode_pil(buffer.getvalue(), "x", 32))
     with pytest.raises(BadImage, match=r"x\.jpg"):
         decode_turbo(jpeg(0, 300, 300)[:600], "x.jpg", 32)
+
+
+def test_difference_of_decoders_on_known_errors() -> None:
+    from featcache.decoders import difference
+
+    class Two:
+        def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:
+            if index == 2:
+                raise BadImage("bad", "for the test")
+            pixels = np.full((4, 4, 3), 100, np.uint8)
+            return (pixels if decoder == "pil" else pixels + np.uint8(4 * index)), 0
+
+    found = difference(Two(), [0, 1, 2], 4, "turbo")  # type: ignore[arg-type]
+    assert (found.images, found.mean, found.largest) == (2, 2.0, 4)
+    assert found.psnr_db == pytest.approx(10 * np.log10(255**2 / 8))
+
+
+def test_profile_prints_stages_and_the_decoders_difference(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featcache.cli import app
+    from featcache.console import run_app
+
+    words = ["featcache", "build", "--data", str(folder), "--vae", "tiny", "--resolution", "32", "--profile"]
+    monkeypatch.setattr("sys.argv", [*words, "--decode", "turbo", "--out", str(tmp_path / "c")])
+    assert run_app(app) == 0
+    text = capsys.readouterr().out
+    assert "encode vae tiny" in text
+    assert "--decode turbo against pil on 9 images" in text
+    assert featcache.open(tmp_path / "c").manifest.dataset.preprocessing["decode"] == "turbo"
+    monkeypatch.setattr("sys.argv", [*words, "--decode", "pil", "--into", str(tmp_path / "c"), "--encoder", "tiny"])
+    assert run_app(app) == 2
