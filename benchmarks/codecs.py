@@ -22,27 +22,11 @@ import torch
 from loader import machine
 
 import featcache
-from featcache.codecs import CODECS, decode, encode, stored_arrays
+from featcache.codecs import CODECS
 from featcache.errors import UserError
-from featcache.store.layout import sample_bytes
+from featcache.fidelity import fidelity
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def fidelity(codec: str, x: torch.Tensor) -> dict[str, float]:
-    """Figures of one codec on features `x` `[B, *shape]` float32."""
-    shape = tuple(x.shape[1:])
-    y = decode(codec, encode(codec, x), shape).double().flatten(0, -2)
-    x = x.double().flatten(0, -2)  # [tokens, C]
-    keep = x.norm(dim=-1) > 0
-    cosine = torch.nn.functional.cosine_similarity(x[keep], y[keep], dim=-1)
-    stored = stored_arrays(codec, shape)
-    return {
-        "bytes_per_image": sum(sample_bytes(dtype, s) for dtype, s in stored.values()),
-        "mean_cosine": float(cosine.mean()),
-        "worst_cosine": float(cosine.min()),
-        "relative_error": float((x - y).norm() / x.norm()),
-    }
 
 
 def main() -> None:

@@ -44,7 +44,8 @@ class BuildRequest:
     """Everything that ``featcache build`` was asked for, already parsed.
 
     data: folder or embedded set; out: where the cache goes (None: ``./caches/<derived name>``); into: an existing cache
-    to add features to. codecs: storage codec for "moments", "levels" and "tokens".
+    to add features to. codecs: storage codec for "moments", "levels" and "tokens". format: ``zarr`` or ``wds``
+    (webdataset). compressor: ``zstd`` or ``blosc`` for zarr, None stores plainly.
     """
 
     data: str
@@ -71,6 +72,8 @@ class BuildRequest:
     decode: str | None = None
     engine: str = "local"
     ray_workers: int | None = None
+    format: str = "zarr"
+    compressor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +169,14 @@ def lead(plan: Plan) -> CacheWriter:
     if plan.existing is not None:
         writer = CacheWriter.open(plan.path)
     else:
-        writer = CacheWriter.create(plan.path, plan.dataset, shard_size=plan.work.shard_size, versions=_versions())
+        writer = CacheWriter.create(
+            plan.path,
+            plan.dataset,
+            shard_size=plan.work.shard_size,
+            format=plan.request.format,
+            compressor=plan.request.compressor,
+            versions=_versions(),
+        )
     writer.begin(plan.specs)
     count = len(plan.work.order)
     _check_disk(plan.path, plan.specs, samples=min(count, len(writer.pending()) * writer.shard_size))

@@ -228,8 +228,55 @@ def import_latents(
     console.print(f"cache: [bold]{target}[/bold]   ({manifest.dataset.count} samples)")
 
 
+def plan(
+    data: Annotated[str | None, typer.Option(help="Images, as for build.")] = None,
+    encoder: Annotated[list[str] | None, typer.Option(help="As for build.")] = None,
+    vae: Annotated[str | None, typer.Option(help="As for build.")] = None,
+    vae_levels: Annotated[str | None, typer.Option(help="As for build.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="[default: 256; 64 for shapes]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the cache would lie.")] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="With mirrored copies.")] = False,
+    moments_codec: Annotated[str, typer.Option(help="As for build.")] = "fp16",
+    levels_codec: Annotated[str, typer.Option(help="As for build.")] = "int8",
+    tokens_codec: Annotated[str, typer.Option(help="As for build.")] = "int8",
+    steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.")] = 2.0,
+    batch: Annotated[int, typer.Option(help="Training batch to plan reading for.")] = 256,
+    measure: Annotated[bool, typer.Option("--measure", help="Encode a few real images: rates and each codec's fidelity.")] = False,
+    images: Annotated[int, typer.Option(help="How many images --measure encodes.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
+    weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights.")] = None,
+    random_weights: Annotated[int | None, typer.Option(help="Seed of random encoder weights.")] = None,
+) -> None:
+    """What a build will cost: bytes, reading speed needed, encoding time, disk; with --measure also codec fidelity."""
+    from featcache.encoders import parse_encoders, parse_levels
+    from featcache.images import find_data
+
+    encoders, levels, found = parse_encoders(encoder or []), parse_levels(vae_levels), find_data(data)
+    from featcache.build import BuildRequest
+    from featcache.plan import estimate, print_estimate
+
+    request = BuildRequest(
+        data=found,
+        encoders=encoders,
+        vae=vae,
+        levels=levels,
+        resolution=resolution,
+        limit=limit,
+        out=out,
+        flip=flip,
+        codecs={"moments": moments_codec, "levels": levels_codec, "tokens": tokens_codec},
+        device=device,
+        weights_dir=weights_dir,
+        random_weights=random_weights,
+    )
+    planned = estimate(request, measure=images if measure else 0)
+    print_estimate(planned, steps_per_s=steps_per_s, batch=batch, random=not measure or random_weights is not None)
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands to the application."""
+    app.command()(plan)
     app.command(name="ls")(list_caches)
     app.command()(verify)
     app.command(name="rm")(remove)

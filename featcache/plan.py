@@ -1,0 +1,159 @@
+"""What a build will cost, before any work: bytes, bandwidth, time, and (measured) what each codec loses."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.build import SAMPLE_FEATURES, BuildRequest, pick_device, prepare, spec_bytes
+from featcache.codecs import CODECS, encode
+from featcache.errors import UserError
+from featcache.fidelity import fidelity
+from featcache.store.manifest import FeatureSpec
+
+PROBE_IMAGES = 2  # for the encoders' rate, after one warm-up of the same size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One planned build.
+
+    specs: features to be made. count: images. free_bytes: on the disk that the cache would lie on. rates: stage ->
+    images/s on this machine, measured. fidelity: feature -> codec -> figures of :func:`featcache.fidelity.fidelity`.
+    """
+
+    path: Path
+    specs: tuple[FeatureSpec, ...]
+    count: int
+    free_bytes: int
+    rates: Mapping[str, float]
+    fidelity: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+
+    @property
+    def bytes_per_image(self) -> int:
+        return sum(spec_bytes(spec) for spec in self.specs)
+
+    @property
+    def seconds(self) -> float:
+        """Encoding time: the encoders one after the other; decoding and writing go on beside them."""
+        encoders = [rate for stage, rate in self.rates.items() if stage.startswith("encode")]
+        slowest = min([rate for stage, rate in self.rates.items() if not stage.startswith("encode")], default=float("inf"))
+        return self.count * max(sum(1 / rate for rate in encoders), 1 / slowest)
+
+
+def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
+    """Plans a build. Rates come from a few probe images; with ``measure`` > 0 from so many real ones, which also give
+    each codec's fidelity.
+
+    Without ``measure`` the encoders run with random weights where real ones are not to be had: sizes and speed are the same.
+
+    Raises:
+        UserError: bad input of any kind, as for a build.
+    """
+    seed = request.random_weights
+    if not measure and seed is None and request.weights_dir is None:
+        request = replace(request, random_weights=0)
+    plan = prepare(request, device=pick_device(request.device))
+    work = plan.work
+    R = work.resolution
+    rates: dict[str, float] = {}
+    if measure:
+        chosen = [int(i) for i in work.order[: min(measure, len(work.order))]]
+        start = time.perf_counter()
+        pixels = np.stack([work.source.load(i, R, work.decoder)[0] for i in chosen])
+        rates["decode (1 thread)"] = len(chosen) / (time.perf_counter() - start)
+    else:
+        pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, R, R, 3), dtype=np.uint8)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(work.device)
+    features: dict[str, torch.Tensor] = {}
+    for encoder in work.encoders:
+        encoder(images[:PROBE_IMAGES])  # warm-up: memory, kernels, compilation
+        start = time.perf_counter()
+        for first in range(0, len(images), request.batch_size):
+            for name, feature in encoder(images[first : first + request.batch_size]).items():
+                if name in work.specs:
+                    kept = feature.float().cpu()
+                    features[name] = torch.cat([features[name], kept]) if name in features else kept
+        rates[f"encode {'vae' if hasattr(encoder, 'info') else encoder.name}"] = len(images) / (time.perf_counter() - start)
+    start = time.perf_counter()
+    for name, feature in features.items():
+        encode(work.specs[name].codec, feature)
+    rates["quantise"] = len(images) / max(time.perf_counter() - start, 1e-9)
+    parent = plan.path
+    while not parent.exists():
+        parent = parent.parent
+    return Estimate(
+        path=plan.path,
+        specs=tuple(plan.specs),
+        count=len(work.order),
+        free_bytes=shutil.disk_usage(parent).free,
+        rates=rates,
+        fidelity={name: _fidelities(feature) for name, feature in features.items()} if measure else {},
+    )
+
+
+def _fidelities(feature: torch.Tensor) -> dict[str, dict[str, float]]:
+    found = {}
+    for codec in CODECS:
+        if codec == "raw":
+            continue
+        try:
+            found[codec] = fidelity(codec, feature)
+        except UserError:
+            continue  # int4 needs channels in groups of 32
+    return found
+
+
+def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bool) -> None:
+    """The table that ``featcache plan`` shows."""
+    from rich.table import Table
+
+    from featcache.console import console
+    from featcache.describe import size_text
+
+    def table(*titles: str) -> Any:
+        made = Table(box=None, pad_edge=False, header_style="bold")
+        for i, title in enumerate(titles):
+            made.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
+        return made
+
+    sizes = table("feature", "shape", "codec", "per image", "total")
+    for spec in plan.specs:
+        shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
+        one = spec_bytes(spec)
+        sizes.add_row(spec.name, shape, spec.codec if spec.codec != "raw" else spec.dtype, size_text(one), size_text(one * plan.count))
+    total = plan.bytes_per_image * plan.count
+    sizes.add_row("[bold]all[/bold]", "", "", size_text(plan.bytes_per_image), f"[bold]{size_text(total)}[/bold]")
+    console.print(sizes)
+    views = max(spec.views for spec in plan.specs)
+    read = sum(spec_bytes(spec) // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
+    console.print(
+        f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {read * steps_per_s * batch / 1e9:.3g} GB/s"
+        + (" (one of the two views)" if views > 1 else "")
+    )
+    fits = "fits" if total < plan.free_bytes else "[red]does not fit[/red]"
+    console.print(f"{plan.path}: {size_text(plan.free_bytes)} free on its disk, {fits}")
+    rates = table("stage", "images/s")
+    for stage, rate in plan.rates.items():
+        rates.add_row(stage, f"{rate:.3g}")
+    console.print(rates)
+    hours, minutes = divmod(round(plan.seconds / 60), 60)
+    console.print(f"{plan.count} images in about {hours} h {minutes} min on this machine's device" + (" (timed with random weights)" if random else ""))
+    for name, codecs in plan.fidelity.items():
+        losses = table(name, "per image", "mean cosine", "worst cosine", "relative error")
+        for codec, row in codecs.items():
+            losses.add_row(
+                codec,
+                size_text(row["bytes_per_image"]),
+                f"{row['mean_cosine']:.6f}",
+                f"{row['worst_cosine']:.6f}",
+                f"{row['relative_error']:.2e}",
+            )
+        console.print(losses)
