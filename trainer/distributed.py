@@ -6,7 +6,9 @@ signals, barriers) never touches a GPU.
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +60,13 @@ def join(device: str) -> World:
 
 
 def leave() -> None:
+    """Leaves the process group. Whatever was trained in it must be out of use by now.
+
+    Wrapped and sharded models are cycles of objects that hold on to the group. Left to the end of the process, they let
+    its threads run into an interpreter that is gone, and the process aborts after all its work is done.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -72,7 +80,8 @@ def joined(device: str) -> Iterator[World]:
     world = join(device)
     try:
         yield world
-    except SystemExit:  # all ranks leave together
+    except SystemExit as leaving:  # all ranks leave together
+        traceback.clear_frames(leaving.__traceback__)  # which hold what was trained
         if ours:
             leave()
         raise

@@ -78,28 +78,25 @@ def train(config: RunConfig, *, resume: bool, watcher: Watcher, root: Path = run
     """
     device_name = pick_device(config.device)
     with distributed.joined(device_name) as world:
-        device = _prepare_device(world.device(device_name))
-        share = _share(config, world)
-        cache = find_cache(config)
-        run, config = _resolve(config, cache, device, root)
-        runs.check_resumable(run, config, cache, resume=resume)
-        parts = assemble(config, cache, device, world)
-        start, trained_s = _restore(parts, run)
-        job = Job(
-            config=config,
-            cache=cache,
-            run=run,
-            parts=parts,
-            world=world,
-            device=device,
-            share=share,
-            watcher=watcher if world.is_main else Silent(),
-        )
-        _announce(job, start)
-        if start < config.steps:
-            runs.open_folder(run, config, cache, start, main=world.is_main)
-            with _stop_on_signals() as caught, _logging(job, start) as log:
-                _loop(job, log, caught, start=start, trained_s=trained_s)
+        return _train(config, resume, watcher if world.is_main else Silent(), root, world, world.device(device_name))
+
+
+def _train(config: RunConfig, resume: bool, watcher: Watcher, root: Path, world: World, device: torch.device) -> Path:
+    _prepare_device(device)
+    share = _share(config, world)
+    cache = find_cache(config)
+    run, config = _resolve(config, cache, device, root)
+    runs.check_resumable(run, config, cache, resume=resume)
+    parts = assemble(config, cache, device, world)
+    start, trained_s = _restore(parts, run)
+    job = Job(
+        config=config, cache=cache, run=run, parts=parts, world=world, device=device, share=share, watcher=watcher
+    )
+    _announce(job, start)
+    if start < config.steps:
+        runs.open_folder(run, config, cache, start, main=world.is_main)
+        with _stop_on_signals() as caught, _logging(job, start) as log:
+            _loop(job, log, caught, start=start, trained_s=trained_s)
     return run
 
 
@@ -303,11 +300,10 @@ def _check_finite(job: Job, step: int | None) -> None:
     )
 
 
-def _prepare_device(device: torch.device) -> torch.device:
+def _prepare_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    return device
 
 
 def _share(config: RunConfig, world: World) -> Share:

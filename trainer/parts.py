@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,11 +151,17 @@ def _wrapped(
         # What does not require gradients now is left out of the averaging: the discriminator has a step of its own.
         for parameter in adversary:
             parameter.requires_grad_(False)
-        forward = nn.parallel.DistributedDataParallel(
+        wrap = nn.parallel.DistributedDataParallel
+        # The buffers are constants. The option was renamed in PyTorch, and the old name warns.
+        known = inspect.signature(wrap).parameters
+        constant_buffers: Any = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
+        forward = wrap(
             objective,
             device_ids=[device.index] if device.type == "cuda" else None,
             find_unused_parameters=objective.alignment is not None,  # steps without alignment leave its heads out
-            broadcast_buffers=False,
+            **constant_buffers,
             gradient_as_bucket_view=True,
         )
         for parameter in adversary:

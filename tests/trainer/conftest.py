@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import add_nano
 
 from featcache.build import BuildRequest, build
 from featcache.encoders import EncoderChoice
-from tiny_runs import add_nano
 from trainer.models.config import SIZES
 
 
@@ -27,7 +27,9 @@ def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two dozen embedded images with moments, all VAE groups and three layers of the tiny encoder."""
     path = tmp_path_factory.mktemp("caches") / "shapes"
     build(
-        BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=24, batch_size=8, shard_size=8, out=path),
+        BuildRequest(
+            data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=24, batch_size=8, shard_size=8, out=path
+        ),
         _Quiet(),
     )
     return path

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tiny_runs import Listener, add_nano
 
 import trainer.loop
 from featcache.errors import UserError
 from trainer.config import RunConfig, from_mapping
-from trainer.distributed import StopSignal, average_gradients, from_main, join
+from trainer.distributed import StopSignal, average_gradients, from_main, join, leave
 
 
 def signalling(step: int) -> Any:
@@ -76,4 +75,4 @@ if __name__ == "__main__":
     report["flags"], report["averaged"] = flags(world.rank), averaged(world.rank)
     report["from_main"] = from_main({"rank": world.rank})
     (seen / f"rank{world.rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    leave()
