@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from featcache.errors import UserError
 from featcache.pipeline import Meter, Stage, run_shards
@@ -22,7 +23,6 @@ from featcache.store import CacheWriter
 if TYPE_CHECKING:
     from featcache.build import BuildRequest, BuildResult, Progress
 
-T = TypeVar("T")
 
 MAX_WAIT = timedelta(days=14)  # the first rank to be done waits for the last
 SHARDS_A_CALL = 8
@@ -102,7 +102,9 @@ class _Answer:
 class _Actor:
     """One worker of a Ray cluster: encoders loaded once, then any shards."""
 
-    def __init__(self, request: BuildRequest, device: str) -> None:
+    def __init__(self, request: BuildRequest, device: str, folder: str) -> None:
+        # Where the user typed the command, so that relative paths mean what they meant there.
+        os.chdir(folder)
         self._request, self._device = request, device
         self._plan: Any = None
 
@@ -155,10 +157,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
     try:
         request, device = _settled(request, ray.cluster_resources())
         plan = prepare(request, device="cpu")
-        # Actors run in folders of their own.
-        path = plan.path.resolve()
-        out, into = (path, None) if request.into is None else (None, path)
-        request = replace(request, engine="local", data=_absolute(request.data), out=out, into=into)
+        request = replace(request, engine="local", out=None if request.into else plan.path)
         with lead(plan) as writer:
             pending = writer.pending()
             total = len(plan.work.order)
@@ -167,7 +166,13 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
             resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             remote: Any = ray.remote
             make = remote(max_restarts=0, **resources)(_Actor)
-            _run_calls(pending, lambda: make.remote(request, device), request.ray_workers or 1, meter, progress)
+            _run_calls(
+                pending,
+                lambda: make.remote(request, device, str(Path.cwd())),
+                request.ray_workers or 1,
+                meter,
+                progress,
+            )
             writer.refresh()
             skipped = finish(plan, writer)
     finally:
@@ -198,13 +203,6 @@ def _settled(request: BuildRequest, resources: dict[str, float]) -> tuple[BuildR
         workers=request.workers or (None if gpu else 1),
     )
     return settled, device
-
-
-def _absolute(data: str) -> str:
-    """``data`` as seen from any folder."""
-    from featcache.remote import is_remote
-
-    return data if data.split(":")[0] == "shapes" or is_remote(data) else os.path.abspath(data)  # noqa: PTH100
 
 
 def _run_calls(pending: Sequence[int], make: Any, count: int, meter: Meter, progress: Progress) -> None:

@@ -539,3 +539,19 @@ def test_adding_an_encoder_by_following_the_page(tmp_path: Path, monkeypatch: py
     spec = featcache.open(path).manifest.features["resnet@0"]
     assert spec.shape == (16, 256)
     assert spec.provenance["weights"] == "random, seed 0"
+
+
+@pytest.mark.slow
+def test_compiled_encoders_give_the_same_features_every_time() -> None:
+    """Hooks, levels and layers survive compilation; rounding differs by a few ulp of the largest value."""
+    pixels = some_pixels(64, 4)
+    for make in (
+        lambda compute: VisionEncoder("tiny", (3, 5), WeightsSource(), resolution=64, compute=compute),
+        lambda compute: VaeEncoder("tiny", WeightsSource(), resolution=64, levels=("G3", "G4"), compute=compute),
+    ):
+        plain, compiled = make(Compute()), make(Compute(compile=True))  # type: ignore[no-untyped-call]
+        expected, got, again = plain(pixels), compiled(pixels), compiled(pixels)
+        assert list(got) == list(expected)
+        for name, value in expected.items():
+            assert float((value - got[name]).abs().max()) < 1e-5 * float(value.abs().max())
+            assert torch.equal(got[name], again[name])
