@@ -11,7 +11,13 @@ from trainer.analyze.result import Matrix, Strips
 from trainer.report.charts import Chart
 
 COLOURS = ("#1a66b0", "#c4541a", "#2a8458", "#8650a6", "#9a7400", "#b3316b", "#23828f", "#6a6f76")
-SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "analysis", "font.size": 10, "axes.linewidth": 0.6}
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "analysis",
+    "font.size": 10,
+    "axes.linewidth": 0.6,
+    "axes.formatter.useoffset": False,
+}
 
 
 def save(drawing: Chart | Strips | Matrix, stem: Path) -> list[Path]:

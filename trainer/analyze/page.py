@@ -24,6 +24,7 @@ STYLE = """
 .panels td{padding:.05rem .12rem 0 0;border:0;width:6.2rem;min-width:3rem}
 .panels th{border:0;padding:.1rem .3rem .2rem 0;font-size:.75rem;font-weight:400;color:var(--soft);text-align:left;
   vertical-align:bottom;line-height:1.25}
+.panels tbody th{vertical-align:middle}
 .panels img{width:100%;image-rendering:pixelated}
 .numbers{max-height:24rem;overflow:auto}.numbers table{font-size:.8125rem}
 """

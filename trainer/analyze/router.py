@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +66,10 @@ def run(subject: Subject) -> Result:
     )
 
 
+def _level(label: str, x: np.ndarray, value: float) -> Series:
+    return Series(label=label, x=x, y=np.full(len(x), value), colour=7, dashed=True)
+
+
 def _times(count: int, device: str) -> Tensor:
     return torch.linspace(0, 1, count, device=device)
 
@@ -79,6 +84,8 @@ def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list, finding
     between = {name: inter[:, g].cpu().numpy() for g, name in enumerate(names)}
     series = [Series(label=k, x=x, y=v, colour=i) for i, (k, v) in enumerate(between.items())]
     uniform = 1 / len(names)
+    # The reference lines also keep the axis from magnifying differences that do not matter.
+    start = _level("uniform", x, uniform)
     plots.append(
         Plot(
             name="router_groups",
@@ -87,7 +94,7 @@ def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list, finding
                 title="Between groups",
                 x_label=X_LABEL,
                 y_label="weight (sums to 1)",
-                series=series,
+                series=[*series, start],
                 note="Look for a crossing: in AHPA Fig. 5 (left) the deep group leads at high noise and hands over "
                 "to the middle "
                 f"group as t falls; flat lines at {uniform:.2g} mean that the router has not moved from its uniform "
@@ -105,7 +112,7 @@ def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list, finding
                     title=f"Within {name}, shallow to deep",
                     x_label=X_LABEL,
                     y_label="weight (sums to 1)",
-                    series=lines,
+                    series=[*lines, _level("uniform", x, 1 / len(lines))],
                     note="Look for shallower layers gaining as t falls to 0, the fine calibration of AHPA Fig. 5 "
                     "(middle, right).",
                 ),
@@ -149,7 +156,7 @@ def _dya(subject: Subject, method: Dya, plots: list[Plot], rows: list, findings:
                 title="DyA's temporal module",
                 x_label=X_LABEL,
                 y_label="xi(t), in (0, 1)",
-                series=[line],
+                series=[line, _level("start of training", x, 0.5)],
                 note="Look for where the texture layer is switched down: DyA (Eq. 5 and 6) weighs it by xi(t) so "
                 "that texture "
                 "guides where it helps; a flat line means that time plays no part, and the start is 0.5 at all t.",
