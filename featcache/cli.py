@@ -25,7 +25,9 @@ app = typer.Typer(
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
 Data = Annotated[
     str | None,
-    typer.Option(help="Image folder (one folder a class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."),
+    typer.Option(
+        help="Image folder (one folder a class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+    ),
 ]
 
 

@@ -96,9 +96,7 @@ def verify(
         from featcache.progress import RichProgress
 
         with RichProgress() as progress:
-            repair_shards(
-                cache, report.damaged, data=data, weights_dir=weights_dir, device=device, progress=progress
-            )
+            repair_shards(cache, report.damaged, data=data, weights_dir=weights_dir, device=device, progress=progress)
     with ByteBar("checking") as bar:
         again = check(cache, features=_split(features), threads=threads, progress=bar.advance)
     for problem in again.problems:
@@ -242,7 +240,9 @@ def plan(
     tokens_codec: Annotated[str, typer.Option(help="As for build.")] = "int8",
     steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.")] = 2.0,
     batch: Annotated[int, typer.Option(help="Training batch to plan reading for.")] = 256,
-    measure: Annotated[bool, typer.Option("--measure", help="Encode a few real images: rates and each codec's fidelity.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Encode a few real images: rates and each codec's fidelity.")
+    ] = False,
     images: Annotated[int, typer.Option(help="How many images --measure encodes.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
     weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights.")] = None,

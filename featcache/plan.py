@@ -44,7 +44,9 @@ class Estimate:
     def seconds(self) -> float:
         """Encoding time: the encoders one after the other; decoding and writing go on beside them."""
         encoders = [rate for stage, rate in self.rates.items() if stage.startswith("encode")]
-        slowest = min([rate for stage, rate in self.rates.items() if not stage.startswith("encode")], default=float("inf"))
+        slowest = min(
+            [rate for stage, rate in self.rates.items() if not stage.startswith("encode")], default=float("inf")
+        )
         return self.count * max(sum(1 / rate for rate in encoders), 1 / slowest)
 
 
@@ -81,7 +83,9 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
                 if name in work.specs:
                     kept = feature.float().cpu()
                     features[name] = torch.cat([features[name], kept]) if name in features else kept
-        rates[f"encode {'vae' if hasattr(encoder, 'info') else encoder.name}"] = len(images) / (time.perf_counter() - start)
+        rates[f"encode {'vae' if hasattr(encoder, 'info') else encoder.name}"] = len(images) / (
+            time.perf_counter() - start
+        )
     start = time.perf_counter()
     for name, feature in features.items():
         encode(work.specs[name].codec, feature)
@@ -128,7 +132,13 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     for spec in plan.specs:
         shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
         one = spec_bytes(spec)
-        sizes.add_row(spec.name, shape, spec.codec if spec.codec != "raw" else spec.dtype, size_text(one), size_text(one * plan.count))
+        sizes.add_row(
+            spec.name,
+            shape,
+            spec.codec if spec.codec != "raw" else spec.dtype,
+            size_text(one),
+            size_text(one * plan.count),
+        )
     total = plan.bytes_per_image * plan.count
     sizes.add_row("[bold]all[/bold]", "", "", size_text(plan.bytes_per_image), f"[bold]{size_text(total)}[/bold]")
     console.print(sizes)
@@ -145,7 +155,10 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         rates.add_row(stage, f"{rate:.3g}")
     console.print(rates)
     hours, minutes = divmod(round(plan.seconds / 60), 60)
-    console.print(f"{plan.count} images in about {hours} h {minutes} min on this machine's device" + (" (timed with random weights)" if random else ""))
+    console.print(
+        f"{plan.count} images in about {hours} h {minutes} min on this machine's device"
+        + (" (timed with random weights)" if random else "")
+    )
     for name, codecs in plan.fidelity.items():
         losses = table(name, "per image", "mean cosine", "worst cosine", "relative error")
         for codec, row in codecs.items():

@@ -70,7 +70,9 @@ def _limit_of(description: str) -> int | None:
     return int(words["count"]) if description.startswith("shapes ") else None
 
 
-def _by_weights(features: Mapping[str, Any], damaged: Mapping[str, Sequence[int]]) -> list[tuple[list[str], int | None]]:
+def _by_weights(
+    features: Mapping[str, Any], damaged: Mapping[str, Sequence[int]]
+) -> list[tuple[list[str], int | None]]:
     """Damaged features grouped by the seed of random weights (None: pretrained, embedded, or no encoder at all)."""
     groups: dict[int | None, list[str]] = {}
     for name in damaged:

@@ -30,7 +30,9 @@ def run(
     method: Annotated[str | None, typer.Option(help="none, repa, ahpa, ...; join several with +.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options here win over it.")] = None,
     model: Annotated[str | None, typer.Option(help="Backbone, e.g. SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Feature cache. Default: the newest fitting one below ./caches.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Feature cache. Default: the newest fitting one below ./caches.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Folder below ./runs. Default: from method and model.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Global batch size.")] = None,
@@ -39,8 +41,12 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     weights_dir: WeightsDir = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for any other setting; repeatable.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of that name from its latest checkpoint.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE for any other setting; repeatable.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run of that name from its latest checkpoint.")
+    ] = False,
 ) -> None:
     """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
     from trainer.config import RunConfig, apply_overrides, from_mapping, load_recipe
@@ -61,7 +67,9 @@ def run(
     }
     values = load_recipe(recipe) if recipe is not None else {}
     values |= {key: value for key, value in given.items() if value is not None}
-    config = _resumed_config(values, set_ or []) if resume else from_mapping(RunConfig, apply_overrides(values, set_ or []))
+    config = (
+        _resumed_config(values, set_ or []) if resume else from_mapping(RunConfig, apply_overrides(values, set_ or []))
+    )
     from trainer.loop import train
 
     with RichWatcher() as watcher:
@@ -95,9 +103,13 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
     device: Device = "auto",
     weights_dir: WeightsDir = None,
-    format_: Annotated[str, typer.Option("--format", help="npz (ADM's layout), wds (a WebDataset shard) or png.")] = "npz",
+    format_: Annotated[
+        str, typer.Option("--format", help="npz (ADM's layout), wds (a WebDataset shard) or png.")
+    ] = "npz",
     pixels: Annotated[str, typer.Option(help="round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = "round",
-    guided_channels: Annotated[int | None, typer.Option(help="Guide only the first so many channels. [default: all]")] = None,
+    guided_channels: Annotated[
+        int | None, typer.Option(help="Guide only the first so many channels. [default: all]")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: RUN/samples/<settings>]")] = None,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
@@ -129,20 +141,30 @@ def sample(
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run. [default: the newest below ./runs]")] = None,
-    num: Annotated[int | None, typer.Option(help="Samples to judge. [default: 50,000; fewer on the CPU]", min=2)] = None,
-    sampler: Annotated[str | None, typer.Option(help="As for sample. [default: sde or ddpm; ode or ddim on the CPU]")] = None,
+    num: Annotated[
+        int | None, typer.Option(help="Samples to judge. [default: 50,000; fewer on the CPU]", min=2)
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="As for sample. [default: sde or ddpm; ode or ddim on the CPU]")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: 250; 32 on the CPU]", min=2)] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
     interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
     extractor: Annotated[
-        str, typer.Option(help="inception, dinov2, embedded; auto takes inception where its weights are, else embedded.")
+        str,
+        typer.Option(help="inception, dinov2, embedded; auto takes inception where its weights are, else embedded."),
     ] = "auto",
     reference: Annotated[
-        str | None, typer.Option(help="Reference images or statistics: npz or folder. [default: the cache's own images]")
+        str | None,
+        typer.Option(help="Reference images or statistics: npz or folder. [default: the cache's own images]"),
     ] = None,
-    metrics: Annotated[str | None, typer.Option(help="fid,sfid,is,precision,recall,kid. [default: all of the extractor]")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="fid,sfid,is,precision,recall,kid. [default: all of the extractor]")
+    ] = None,
     bootstrap: Annotated[int, typer.Option(help="Replicates behind 95 % intervals; 0 is none.", min=0)] = 0,
-    data: Annotated[str | None, typer.Option(help="Where the cache's images lie. [default: $FEATCACHE_DATA, else ./data/imagenet]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the cache's images lie. [default: $FEATCACHE_DATA, else ./data/imagenet]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
@@ -183,11 +205,18 @@ def evaluate(
 def analyze(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, e.g. runs/ahpa.", show_default=False)],
     what: Annotated[
-        str, typer.Option(help="gsnr, gradient-angle, router, cknna, probe, spectrum, selfsim, pca, codec (join with commas), or all.")
+        str,
+        typer.Option(
+            help="gsnr, gradient-angle, router, cknna, probe, spectrum, selfsim, pca, codec (join with commas), or all."
+        ),
     ] = "all",
-    samples: Annotated[int | None, typer.Option(help="Samples to look at. [default: 10,000; 512 on the CPU]", min=8)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples to look at. [default: 10,000; 512 on the CPU]", min=8)
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
-    data: Annotated[str | None, typer.Option(help="Where the cache's images lie, for pictures. [default: decode the latents]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the cache's images lie, for pictures. [default: decode the latents]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of samples, noise and times.")] = 0,
     device: Device = "auto",
     weights_dir: WeightsDir = None,
@@ -224,7 +253,9 @@ def report(
 
 @app.command()
 def recipes(
-    text: Annotated[str, typer.Argument(help="Only those whose file, method, model, title or source contains this.")] = "",
+    text: Annotated[
+        str, typer.Argument(help="Only those whose file, method, model, title or source contains this.")
+    ] = "",
 ) -> None:
     """List the recipes: one for each row of the papers' tables. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
     from trainer.recipes import list_recipes, listing

@@ -268,8 +268,7 @@ def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) ->
         heads = D // norm.shape[0] if norm is not None else named.get((depth, D))
     if heads is None:
         raise UserError(
-            f"{path} has depth {depth} and width {D}, which is no named model, so its number of heads "
-            "cannot be told.",
+            f"{path} has depth {depth} and width {D}, which is no named model, so its number of heads cannot be told.",
             remedy="Say how many attention heads it has.",
         )
     doubled = state["final_layer.linear.weight"].shape[0] == 2 * p * p * C
@@ -288,9 +287,7 @@ def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) ->
     return config, doubled
 
 
-def _infer_convention(
-    extra: Mapping[str, Tensor], options: Mapping[str, Any], path: Path, doubled: bool
-) -> Convention:
+def _infer_convention(extra: Mapping[str, Tensor], options: Mapping[str, Any], path: Path, doubled: bool) -> Convention:
     if any(key.startswith("ap_head.") for key in extra):
         return "sra"
     if extra or not doubled:

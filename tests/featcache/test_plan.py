@@ -28,7 +28,9 @@ class Quiet:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_planned_bytes_are_built_bytes(tmp_path: Path, flip: bool) -> None:
-    ask = BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=12, resolution=32, flip=flip, out=tmp_path / "c")
+    ask = BuildRequest(
+        data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=12, resolution=32, flip=flip, out=tmp_path / "c"
+    )
     planned = estimate(ask)
     assert not (tmp_path / "c").exists(), "a plan writes nothing"
     build(ask, Quiet())
@@ -52,15 +54,45 @@ def test_fidelity_of_int8_against_numpy() -> None:
 
 
 def test_as_typed(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = cli("featcache", "plan", "--data", "shapes", "--encoder", "tiny", "--limit", "8", "--resolution", "32", "--measure", "--images", "2")
+    done = cli(
+        "featcache",
+        "plan",
+        "--data",
+        "shapes",
+        "--encoder",
+        "tiny",
+        "--limit",
+        "8",
+        "--resolution",
+        "32",
+        "--measure",
+        "--images",
+        "2",
+    )
     assert done.returncode == 0, done.stderr
     for expected in ("vae/moments", "GB/s", "free on its disk", "mean cosine", "images in about"):
         assert expected in done.stdout
 
 
 @pytest.mark.parametrize(("words", "format_name"), [(("--format", "wds"), "wds"), (("--compressor", "zstd"), "zarr")])
-def test_build_in_other_formats(cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, words: tuple[str, ...], format_name: str) -> None:
-    plain = ["build", "--data", "shapes", "--encoder", "tiny@5", "--vae", "tiny", "--limit", "9", "--resolution", "32", "--shard-size", "4"]
+def test_build_in_other_formats(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, words: tuple[str, ...], format_name: str
+) -> None:
+    plain = [
+        "build",
+        "--data",
+        "shapes",
+        "--encoder",
+        "tiny@5",
+        "--vae",
+        "tiny",
+        "--limit",
+        "9",
+        "--resolution",
+        "32",
+        "--shard-size",
+        "4",
+    ]
     for name, extra in (("plain", ()), ("other", words)):
         done = cli("featcache", *plain, *extra, "--out", str(tmp_path / name))
         assert done.returncode == 0, done.stderr

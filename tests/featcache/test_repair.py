@@ -42,9 +42,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sound(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A cache with a skipped image and a mirrored view, and one feature added later."""
     path = tmp_path_factory.mktemp("caches") / "c"
-    ask = BuildRequest(data=str(folder), vae="tiny", levels=("G3",), resolution=32, out=path, batch_size=4, shard_size=4, flip=True)
+    ask = BuildRequest(
+        data=str(folder), vae="tiny", levels=("G3",), resolution=32, out=path, batch_size=4, shard_size=4, flip=True
+    )
     build(BuildRequest(**{**vars(ask), "on_bad_image": "skip"}), Quiet())
-    build(BuildRequest(data=str(folder), into=path, encoders=(EncoderChoice(name="tiny", layers=(2, 5)),), batch_size=4), Quiet())
+    build(
+        BuildRequest(data=str(folder), into=path, encoders=(EncoderChoice(name="tiny", layers=(2, 5)),), batch_size=4),
+        Quiet(),
+    )
     return path
 
 
@@ -58,8 +63,12 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
-@pytest.mark.parametrize("damaged", [("label",), ("key", "content"), ("vae/moments", "tiny@5"), ("vae/G3", "vae/G3.scale", "label")])
-def test_damaged_shards_come_back_byte_for_byte(sound: Path, folder: Path, tmp_path: Path, damaged: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "damaged", [("label",), ("key", "content"), ("vae/moments", "tiny@5"), ("vae/G3", "vae/G3.scale", "label")]
+)
+def test_damaged_shards_come_back_byte_for_byte(
+    sound: Path, folder: Path, tmp_path: Path, damaged: tuple[str, ...]
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(sound, copy)
     for n, array in enumerate(damaged):
@@ -71,7 +80,9 @@ def test_damaged_shards_come_back_byte_for_byte(sound: Path, folder: Path, tmp_p
     assert files(copy) == files(sound)
 
 
-def test_a_missing_shard_comes_back_too(sound: Path, folder: Path, tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_a_missing_shard_comes_back_too(
+    sound: Path, folder: Path, tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(sound, copy)
     victim = sorted((copy / "tiny@2").glob("c.*"))[1]

@@ -13,9 +13,7 @@ from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo
 B, GRID, WIDTH, TOKEN_WIDTH, GROUP_WIDTH = 3, 4, 16, 12, 8
 N = GRID * GRID
 
-INFO = BackboneInfo(
-    name="SiT-Ti/2", depth=6, width=WIDTH, patch_size=2, latent_channels=4, latent_size=2 * GRID
-)
+INFO = BackboneInfo(name="SiT-Ti/2", depth=6, width=WIDTH, patch_size=2, latent_channels=4, latent_size=2 * GRID)
 
 FEATURES = {
     "tiny@3": FeatureInfo(shape=(N, TOKEN_WIDTH)),
@@ -57,10 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         f"ahpa router {kind}": ("ahpa", {**SMALL_ROUTER, "router": kind})
         for kind in ("static", "linear", "table", "attention", "content")
     },
-    **{
-        f"ahpa time {kind}": ("ahpa", {**SMALL_ROUTER, "time_embedding": kind})
-        for kind in ("sinusoidal", "fourier")
-    },
+    **{f"ahpa time {kind}": ("ahpa", {**SMALL_ROUTER, "time_embedding": kind}) for kind in ("sinusoidal", "fourier")},
     **{f"ahpa depth {depth}": ("ahpa", {**SMALL_ROUTER, "router_depth": depth}) for depth in (3, 8)},
     **{
         f"ahpa head {head}": ("ahpa", {**SMALL_ROUTER, "head": head, "head_width": 8})
@@ -114,9 +109,7 @@ class EchoTeacher(nn.Module):
         return torch.cos(torch.arange(N)[None, :, None] * t[:, None, None]) + depth * self.weight
 
 
-def inputs_for(
-    module: Alignment, *, seed: int = 1, requires_grad: bool = False, **changes: Any
-) -> AlignInputs:
+def inputs_for(module: Alignment, *, seed: int = 1, requires_grad: bool = False, **changes: Any) -> AlignInputs:
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

@@ -119,9 +119,7 @@ def test_time_embeddings():
     np.testing.assert_allclose(sinusoidal[1].numpy(), expected, atol=2e-5)
     fourier = FourierTime(8, 16.0)
     phase = 2 * np.pi * 0.123 * f64(fourier.frequencies)
-    np.testing.assert_allclose(
-        fourier(t)[1].numpy(), np.concatenate([np.cos(phase), np.sin(phase)]), atol=1e-4
-    )
+    np.testing.assert_allclose(fourier(t)[1].numpy(), np.concatenate([np.cos(phase), np.sin(phase)]), atol=1e-4)
     assert "frequencies" in fourier.state_dict() and not list(fourier.parameters())
     torch.manual_seed(0)
     assert abs(FourierTime(20_000, 16.0).frequencies.std() - 16) < 0.5
@@ -212,9 +210,7 @@ def test_splits_that_do_not_fit_are_refused(split, groups):
 
 def test_the_paper_configuration_adds_the_heads_it_states():
     """SiT-XL/2 on SD-VAE levels: one 3x3 convolution 1152 -> 1024, and a small router (App. A)."""
-    info = BackboneInfo(
-        name="SiT-XL/2", depth=28, width=1152, patch_size=2, latent_channels=4, latent_size=32
-    )
+    info = BackboneInfo(name="SiT-XL/2", depth=28, width=1152, patch_size=2, latent_channels=4, latent_size=32)
     levels = {f"vae/{g}": FeatureInfo(shape=(4, 256, 512)) for g in ("G3", "G4")}
     module = build([("ahpa", config_class("ahpa")())], info, levels)
     assert module.taps == (7,) and module.reads == ("vae/G3", "vae/G4")

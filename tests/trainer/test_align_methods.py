@@ -82,9 +82,7 @@ def test_compiles_whole_and_agrees_with_eager(case):
                 time_embedding=time_embedding,
                 latent=latent,
                 uniform=uniform,
-                teacher=None
-                if teacher is None
-                else lambda t, n: torch.cos(t)[:, None, None] * latent.new_ones(16, 16),
+                teacher=None if teacher is None else lambda t, n: torch.cos(t)[:, None, None] * latent.new_ones(16, 16),
             )
         )
 
@@ -230,9 +228,7 @@ def test_dya_switches_off_the_whole_union():
     info, features = _setting()
     both = build([(n, METHODS[n]()[0]()) for n in ("repa", "dya")], info, features)
     alone = both.parts["dya"]
-    assert [both.active(step=s, seed=3) for s in range(50)] == [
-        alone.active(step=s, seed=3) for s in range(50)
-    ]
+    assert [both.active(step=s, seed=3) for s in range(50)] == [alone.active(step=s, seed=3) for s in range(50)]
     assert not all(both.active(step=s, seed=3) for s in range(50))
 
 

@@ -188,9 +188,7 @@ def test_dya_layers_are_nearest_to_the_papers_ratio_and_stay_so_in_smaller_cache
     assert semantic == max(layers)
     assert abs(texture - 9 / 11 * semantic) == min(abs(x - 9 / 11 * semantic) for x in layers - {semantic})
     kept = data.draw(st.sets(st.sampled_from(sorted(layers)))) | {texture, semantic}
-    assert resolve(
-        "dya", config, {name: cache[name] for name in cache if int(name.split("@")[1]) in kept}
-    ) == (
+    assert resolve("dya", config, {name: cache[name] for name in cache if int(name.split("@")[1]) in kept}) == (
         f"enc@{texture}",
         f"enc@{semantic}",
     )

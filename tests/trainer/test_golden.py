@@ -38,9 +38,7 @@ class Golden:
         self.name = name
         self.about = json.loads((FOLDER / f"{name}.json").read_text())
         seeds = self.about["seeds"]
-        self.weights = official_weights(
-            seed=seeds["init"], seed_redrawn=seeds["rerandomised_layers"], **DRAWS[name]
-        )
+        self.weights = official_weights(seed=seeds["init"], seed_redrawn=seeds["rerandomised_layers"], **DRAWS[name])
         with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as arrays:
             self.arrays = {key: torch.from_numpy(np.array(arrays[key])) for key in arrays}
 

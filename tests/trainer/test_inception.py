@@ -84,9 +84,7 @@ def test_resize_is_tensorflow_1s(extractor: InceptionExtractor, images: Tensor) 
     np.testing.assert_allclose(seen[0][0].numpy(), expected, atol=2e-6)
 
 
-def test_spatial_features_are_the_slice_of_the_modules_branch(
-    extractor: InceptionExtractor, images: Tensor
-) -> None:
+def test_spatial_features_are_the_slice_of_the_modules_branch(extractor: InceptionExtractor, images: Tensor) -> None:
     """mixed_6/conv is the 1x1 branch of the block torchvision calls Mixed_6d; 7 channels, channels last."""
     seen: list[Tensor] = []
     handle = extractor._module.Mixed_6d.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -136,9 +134,7 @@ def test_weights_come_from_a_folder_or_the_torch_cache(
         assert torch.equal(loaded.features(images)["pool"], extractor.features(images)["pool"])  # type: ignore[arg-type]
 
 
-def test_without_weights_the_error_names_both_ways_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_weights_the_error_names_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from urllib.error import URLError
 
     def offline(*_: object, **__: object) -> None:

@@ -74,9 +74,7 @@ def gaussian(kind: str, mean: float, std: float, x: Tensor, t: float) -> tuple[T
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(
-    mean=st.floats(-3, 3), std=st.floats(0, 3), t=st.floats(0.01, 1), x=st.lists(st.floats(-5, 5), min_size=1)
-)
+@given(mean=st.floats(-3, 3), std=st.floats(0, 3), t=st.floats(0.01, 1), x=st.lists(st.floats(-5, 5), min_size=1))
 def test_score_of_a_gaussian(kind: str, mean: float, std: float, t: float, x: list[float]) -> None:
     state = torch.tensor(x, dtype=torch.float64)[:, None]
     velocity, score = gaussian(kind, mean, std, state, t)

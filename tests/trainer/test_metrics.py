@@ -108,9 +108,7 @@ def test_frechet_distance_refuses_what_it_cannot_mean() -> None:
     cut=st.integers(0, 8),
 )
 @settings(max_examples=40, deadline=None)
-def test_moments_do_not_depend_on_batches_or_ranks(
-    sizes: list[int], seed: int, offset: float, cut: int
-) -> None:
+def test_moments_do_not_depend_on_batches_or_ranks(sizes: list[int], seed: int, offset: float, cut: int) -> None:
     rng = np.random.default_rng(seed)
     batches = [rng.normal(size=(n, 5)) + offset for n in sizes]
     whole = np.concatenate([*batches, rng.normal(size=(2, 5)) + offset])
@@ -154,9 +152,7 @@ def adm_inception_score(logits: Array, split: int) -> float:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
-def test_inception_score_over_consecutive_chunks(
-    n: int, chunk: int, batch: int, scale: float, seed: int
-) -> None:
+def test_inception_score_over_consecutive_chunks(n: int, chunk: int, batch: int, scale: float, seed: int) -> None:
     logits = np.random.default_rng(seed).normal(size=(n, 11)) * scale
     expected = adm_inception_score(logits, chunk)
     assert inception_score(torch.from_numpy(logits), chunk=chunk) == pytest.approx(expected, rel=1e-10)

@@ -297,9 +297,7 @@ def test_xformers_gets_the_layout_it_wants(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     model, other = randomised(TINY), randomised(replace(TINY, attention="xformers"))
-    torch.testing.assert_close(
-        model(*batch(TINY)).prediction, other(*batch(TINY)).prediction, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(model(*batch(TINY)).prediction, other(*batch(TINY)).prediction, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

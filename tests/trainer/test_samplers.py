@@ -138,9 +138,7 @@ def test_number_of_evaluations() -> None:
     ("sampler", "options"),
     [(euler, {}), (heun, {}), (euler_maruyama, {"noise": lambda step: torch.full((64, 1), 0.3 * step)})],
 )
-def test_state_is_float64_and_the_model_sees_the_dtype_of_x(
-    sampler: Callable[..., Tensor], options: dict
-) -> None:
+def test_state_is_float64_and_the_model_sees_the_dtype_of_x(sampler: Callable[..., Tensor], options: dict) -> None:
     seen = set()
 
     def model_fn(x: Tensor, t: float, *, interval_t: float | None = None) -> Tensor:
@@ -157,9 +155,7 @@ def test_state_is_float64_and_the_model_sees_the_dtype_of_x(
     assert (ours - exact).abs().max() < (single - exact).abs().max()
 
 
-def sde_moments(
-    kind: str, grid: list[float], w: Callable[[float], float], std: float = STD
-) -> tuple[float, float]:
+def sde_moments(kind: str, grid: list[float], w: Callable[[float], float], std: float = STD) -> tuple[float, float]:
     """Exact mean and variance of Euler-Maruyama's result from N(0, 1), by its affine steps, with the score
     of the Gaussian marginal written out."""
     mean, variance = 0.0, 1.0
@@ -182,9 +178,7 @@ def sde_moments(
 W = {"linear": lambda t: 2 * t, "sigma": lambda t: 2 * math.sin(math.pi / 2 * t)}
 
 
-@pytest.mark.parametrize(
-    ("kind", "diffusion"), [("linear", "linear"), ("cosine", "linear"), ("cosine", "sigma")]
-)
+@pytest.mark.parametrize(("kind", "diffusion"), [("linear", "linear"), ("cosine", "linear"), ("cosine", "sigma")])
 def test_euler_maruyama_step_by_step(kind: str, diffusion: str) -> None:
     """Its result is affine in the noise and in every draw: coefficients give its exact moments."""
     grid = sde_grid(50)
@@ -209,9 +203,7 @@ def test_euler_maruyama_step_by_step(kind: str, diffusion: str) -> None:
     assert (initial.square() + each.square().sum()).item() == pytest.approx(variance, rel=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("kind", "diffusion"), [("linear", "linear"), ("cosine", "linear"), ("cosine", "sigma")]
-)
+@pytest.mark.parametrize(("kind", "diffusion"), [("linear", "linear"), ("cosine", "linear"), ("cosine", "sigma")])
 def test_euler_maruyama_converges_to_the_data(kind: str, diffusion: str) -> None:
     """The exact moments of the discrete process, so no sampling error: first order in the step."""
     errors = []
@@ -259,9 +251,9 @@ def affine(
     x = torch.zeros(rows, 1, dtype=torch.float64)
     x[1] = x_scale
     noise = torch.cat([torch.zeros(2, draws), torch.eye(draws)]).double()
-    out = sampler(
-        model_fn, x, schedule, noise=lambda step: noise[:, step - 1 : step], state_dtype=torch.float64, **kw
-    )[:, 0]
+    out = sampler(model_fn, x, schedule, noise=lambda step: noise[:, step - 1 : step], state_dtype=torch.float64, **kw)[
+        :, 0
+    ]
     return out[0].item(), (out[1:] - out[0]).square().sum().item()
 
 
@@ -378,9 +370,7 @@ class Recorder:
         self.batches.append((t.tolist(), y.tolist()))
         value = (1.0 + y.to(x) + t.to(x)).reshape(-1, 1, 1, 1)
         channels = x.shape[1] + self.extra
-        return ModelOutput(
-            value * torch.arange(1, channels + 1).to(x).reshape(1, -1, 1, 1) + 0 * x[:, :1], {}, t
-        )
+        return ModelOutput(value * torch.arange(1, channels + 1).to(x).reshape(1, -1, 1, 1) + 0 * x[:, :1], {}, t)
 
 
 def latent(B: int = 2) -> Tensor:
@@ -397,9 +387,7 @@ def test_guidance_by_hand(channels: int | None, guided_channels: int) -> None:
     for b, label in enumerate((2, 5)):
         for c in range(8):
             conditional, unconditional = (c + 1) * (label + 1.5), (c + 1) * 11.5
-            expected = (
-                unconditional + 3 * (conditional - unconditional) if c < guided_channels else conditional
-            )
+            expected = unconditional + 3 * (conditional - unconditional) if c < guided_channels else conditional
             assert out[b, c].flatten().tolist() == pytest.approx([expected] * 4)
 
 
@@ -436,9 +424,7 @@ def test_time_keeps_its_precision_beside_a_bfloat16_latent() -> None:
     assert model.batches[0][0] == [501.0]
 
 
-@pytest.mark.parametrize(
-    "options", [{"low": 0.6, "high": 0.5}, {"low": -0.1}, {"high": 1.1}, {"channels": 0}]
-)
+@pytest.mark.parametrize("options", [{"low": 0.6, "high": 0.5}, {"low": -0.1}, {"high": 1.1}, {"channels": 0}])
 def test_impossible_guidance_is_explained(options: dict) -> None:
     with pytest.raises(UserError):
         Guidance(scale=2, **options)

@@ -194,9 +194,7 @@ def test_a_drifted_position_table_is_kept(tmp_path: Path) -> None:
 
 def test_another_position_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the sin-cos table of a 4 x 4 grid"):
-        import_official(
-            save(tmp_path / "c.pt", {"ema": weights() | {"pos_embed": torch.randn(1, 16, 32)}}), heads=4
-        )
+        import_official(save(tmp_path / "c.pt", {"ema": weights() | {"pos_embed": torch.randn(1, 16, 32)}}), heads=4)
 
 
 class Bomb:

@@ -99,9 +99,7 @@ class AhpaConfig:
         for option in ("router_depth", "router_width", "time_width", "bins", "prototypes"):
             check_int("ahpa", option, getattr(self, option))
         if self.time_width % 2:
-            raise UserError(
-                f"ahpa: time_width={self.time_width} is odd", remedy="Use an even width, e.g. 128."
-            )
+            raise UserError(f"ahpa: time_width={self.time_width} is odd", remedy="Use an even width, e.g. 128.")
         check_real("ahpa", "fourier_scale", self.fourier_scale, exclude_low=True)
         check_choice("ahpa", "head", self.head, get_args(Head))
         if self.head_width is not None:
@@ -207,9 +205,7 @@ class Ahpa(Alignment):
                 level = w[:, l, None, None] * inputs.targets[name].detach()[:, index]  # [B, N, C]
                 mixed = level if mixed is None else mixed + level
             assert mixed is not None
-            parts.append(
-                to_grid(mixed, self.grid)
-            )  # linear, so resampling the mixture is resampling the levels
+            parts.append(to_grid(mixed, self.grid))  # linear, so resampling the mixture is resampling the levels
         return torch.cat(parts, dim=-1)
 
     def _distance(self, p: Tensor, y: Tensor) -> Tensor:

@@ -50,9 +50,7 @@ class Combined(Alignment):
         return {f"{name}/{term}": v for name, m in self.parts.items() for term, v in m.terms(inputs).items()}
 
     def metrics(self, inputs: AlignInputs) -> dict[str, Tensor]:
-        return {
-            f"{name}/{term}": v for name, m in self.parts.items() for term, v in m.metrics(inputs).items()
-        }
+        return {f"{name}/{term}": v for name, m in self.parts.items() for term, v in m.metrics(inputs).items()}
 
     def active(self, *, step: int, seed: int) -> bool:
         return all(m.active(step=step, seed=seed) for m in self.parts.values())

@@ -118,9 +118,7 @@ class TokenDiscriminator(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         B, _, C = tokens.shape
-        x = tokens.reshape(B, self.grid, self.grid, C).permute(
-            0, 3, 1, 2
-        )  # channels-last memory order, no copy
+        x = tokens.reshape(B, self.grid, self.grid, C).permute(0, 3, 1, 2)  # channels-last memory order, no copy
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         x = self.layer2(self.layer1(x))
         return self.fc(x.mean(dim=(2, 3)))[:, 0].float()

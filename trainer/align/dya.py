@@ -157,8 +157,7 @@ class Dya(Alignment):
         """A of Eq. 7 and 8: mean patch cosine with the texture and the semantic target, [B] each."""
         p = self.head(inputs.hidden[self.depth])
         texture, semantic = (
-            cosine_per_token(p, to_grid(inputs.targets[name].detach(), self.grid)).mean(dim=1)
-            for name in self.reads
+            cosine_per_token(p, to_grid(inputs.targets[name].detach(), self.grid)).mean(dim=1) for name in self.reads
         )
         return texture, semantic
 

@@ -78,9 +78,7 @@ def last_layer(method: str, available: Iterable[str]) -> str:
     return f"{encoder}@{encoder_layers(available)[encoder][-1]}"
 
 
-def require(
-    method: str, names: Iterable[str], available: Mapping[str, FeatureInfo], *, rank: int
-) -> tuple[str, ...]:
+def require(method: str, names: Iterable[str], available: Mapping[str, FeatureInfo], *, rank: int) -> tuple[str, ...]:
     """``names`` if all are cached with ``rank`` axes: 2 for tokens (N, C), 3 for VAE groups (L, N, C).
 
     Raises:

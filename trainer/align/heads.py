@@ -55,9 +55,7 @@ def mlp(in_width: int, out_width: int, *, depth: int, hidden: int) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
-def build_head(
-    kind: str, in_width: int, out_width: int, *, grid: int, hidden: int | None = None
-) -> nn.Module:
+def build_head(kind: str, in_width: int, out_width: int, *, grid: int, hidden: int | None = None) -> nn.Module:
     """``'linear'``, ``'mlp<depth>'`` or ``'conv<depth>'``: [B, N, in_width] -> [B, N, out_width], N = grid^2.
 
     hidden: inner width; None means 2048 for MLPs (REPA App. D) and the output's width for convolutions.

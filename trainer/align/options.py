@@ -66,9 +66,7 @@ def check_flag(method: str, option: str, value: object) -> None:
 def freeze_tuple(config: Any, method: str, option: str, item: type) -> None:
     """Turns a list (as YAML gives it) in a field of a frozen dataclass into a tuple and checks its items."""
     value = getattr(config, option)
-    if not isinstance(value, list | tuple) or any(
-        isinstance(v, bool) or not isinstance(v, item) for v in value
-    ):
+    if not isinstance(value, list | tuple) or any(isinstance(v, bool) or not isinstance(v, item) for v in value):
         raise UserError(
             f"{method}: {option}={value!r} is not a list of {'names' if item is str else 'whole numbers'}",
             remedy=f"Write it as a list, e.g. {option}=[{'name' if item is str else '4'}].",

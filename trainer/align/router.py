@@ -179,9 +179,7 @@ class AttentionRouter(Router):
         self.value = _zeroed(nn.Linear(time_width, self.num_logits, bias=False))
 
     def logits(self, t: Tensor, content: Tensor | None) -> Tensor:
-        scores = (
-            self.query(self.time(t)) @ self.key(self.bank).mT / math.sqrt(self.bank.shape[1])
-        )  # [B, prototypes]
+        scores = self.query(self.time(t)) @ self.key(self.bank).mT / math.sqrt(self.bank.shape[1])  # [B, prototypes]
         return scores.softmax(-1) @ self.value(self.bank)
 
 

@@ -132,9 +132,7 @@ class Sara(Alignment):
         if config.structure_weight:
             terms["structure"] = config.structure_weight * structure(p, y, config.structure_reduction)
         if self.discriminator is not None:
-            terms["adversarial"] = (
-                config.adversarial_weight * F.softplus(-frozen(self.discriminator, p)).mean()
-            )
+            terms["adversarial"] = config.adversarial_weight * F.softplus(-frozen(self.discriminator, p)).mean()
         return terms
 
     def adversary_loss(self, inputs: AlignInputs) -> Tensor:

@@ -97,11 +97,7 @@ class Sra(Alignment):
 
     def teacher_time(self, inputs: AlignInputs) -> Tensor:
         """``t' = max(t - k, 0)``, [B] float32."""
-        k = (
-            self.config.interval * inputs.uniform
-            if self.config.interval_kind == "uniform"
-            else self.config.interval
-        )
+        k = self.config.interval * inputs.uniform if self.config.interval_kind == "uniform" else self.config.interval
         return (inputs.t - k).clamp(min=0)
 
     def pair(self, inputs: AlignInputs) -> tuple[Tensor, Tensor]:

@@ -85,9 +85,7 @@ def respace(schedule: Schedule, count: int, *, spacing: Literal["even", "stride"
     """
     T = len(schedule)
     if not 1 <= count <= T:
-        raise UserError(
-            f"{count} sampling steps of a process with {T} were asked for.", remedy=f"Use 1 to {T}."
-        )
+        raise UserError(f"{count} sampling steps of a process with {T} were asked for.", remedy=f"Use 1 to {T}.")
     if spacing == "stride":
         strides = [i for i in range(1, T + 1) if len(range(0, T, i)) == count]
         if not strides:
@@ -118,9 +116,7 @@ class Tables(NamedTuple):
     log_beta: Tensor
 
 
-def tables(
-    schedule: Schedule, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Tables:
+def tables(schedule: Schedule, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tables:
     """The schedule's columns for :func:`q_sample` and :func:`ddpm_loss`."""
     columns = (
         np.sqrt(schedule.alpha_bar),
@@ -153,9 +149,7 @@ class DDPMLoss(NamedTuple):
     vb: Tensor | None
 
 
-def ddpm_loss(
-    prediction: Tensor, *, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, table: Tables
-) -> DDPMLoss:
+def ddpm_loss(prediction: Tensor, *, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, table: Tables) -> DDPMLoss:
     """DiT's training loss, ``mse + vb`` with no weight between them (Nichol & Dhariwal 2021, Eq. 16 with
     lambda = 1).
 

@@ -104,6 +104,4 @@ def draw_times(distribution: str, kind: str, draws: Tensor) -> Tensor:
         return draws
     if distribution == "lognormal":
         return draws.sigmoid() if kind == "linear" else draws.exp().atan() / _QUARTER
-    raise UserError(
-        f"Unknown distribution of training times {distribution!r}.", remedy="Use 'uniform' or 'lognormal'."
-    )
+    raise UserError(f"Unknown distribution of training times {distribution!r}.", remedy="Use 'uniform' or 'lognormal'.")

@@ -55,10 +55,7 @@ def noise_stream(
         out = np.empty((len(indices), *shape), dtype=np.float32)
         pending[step] = (
             out,
-            [
-                pool.submit(_fill, out[c.start :: threads], seed, [indices[i] for i in c], step)
-                for c in chunks
-            ],
+            [pool.submit(_fill, out[c.start :: threads], seed, [indices[i] for i in c], step) for c in chunks],
         )
 
     def noise(step: int) -> Tensor:

@@ -57,16 +57,12 @@ def sde_grid(steps: int, *, last: float = 0.04) -> list[float]:
     if steps < 2:
         raise UserError(f"{steps} steps of the SDE sampler were asked for.", remedy="Use at least 2.")
     if not 0 < last < 1:
-        raise UserError(
-            f"The last step of the SDE starts at t = {last}.", remedy="Use a time in (0, 1): 0.04."
-        )
+        raise UserError(f"The last step of the SDE starts at t = {last}.", remedy="Use a time in (0, 1): 0.04.")
     return [*torch.linspace(1, last, steps, dtype=torch.float64).tolist(), 0.0]
 
 
 @torch.no_grad()
-def euler(
-    model_fn: ModelFn, x: Tensor, t_grid: list[float], *, state_dtype: torch.dtype = torch.float64
-) -> Tensor:
+def euler(model_fn: ModelFn, x: Tensor, t_grid: list[float], *, state_dtype: torch.dtype = torch.float64) -> Tensor:
     """Euler's method for the probability flow ODE dx = v dt: first order, one evaluation a step. [B, ...]."""
     state = x.to(state_dtype)
     for t, t_next in pairwise(t_grid):

@@ -114,9 +114,7 @@ class ModelConfig:
         return int(self.width * self.mlp_ratio)
 
 
-def model_config(
-    name: str, *, latent_channels: int, latent_size: int, num_classes: int, **kw: Any
-) -> ModelConfig:
+def model_config(name: str, *, latent_channels: int, latent_size: int, num_classes: int, **kw: Any) -> ModelConfig:
     """The configuration of a named model such as ``SiT-B/2`` or ``DiT-XL/4``.
 
     ``kw`` are further fields of :class:`ModelConfig`. DiT learns its variance unless ``learn_sigma=False``
