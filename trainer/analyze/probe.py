@@ -58,7 +58,7 @@ def linear_probe(
     train = (train - mean) * scale
     weight = torch.zeros(F, D, classes, device=train.device, requires_grad=True)
     bias = torch.zeros(F, 1, classes, device=train.device, requires_grad=True)
-    optimizer = torch.optim.Adam([weight, bias], lr=lr)
+    optimizer = torch.optim.Adam([weight, bias], lr=lr, fused=True)
     per_epoch = -(-n // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
