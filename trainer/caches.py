@@ -18,6 +18,7 @@ from trainer.config import RunConfig
 
 ROOT = Path("caches")
 DEFAULT_ENCODER = "dinov2-b"
+DEFAULT_VAE = "sd-ft-ema"
 
 
 class WrongCache(CacheError):
@@ -107,10 +108,17 @@ def sample_keys(cache: Any, indices: np.ndarray) -> list[str]:
 def build_command(cache: Any, wanted: Iterable[str]) -> str:
     """The sentence with the ``featcache build`` line that adds features to a cache."""
     wanted = _settle(wanted, cache)
-    words = build_line(cache.path, wanted)
-    source = cache.manifest.dataset.source
-    data = "shapes" if source.startswith("shapes") else shlex.quote(source) if source else "<the same images>"
-    return f"Add what is missing:\n  {words} --data {data}"
+    dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
+    words = [build_line(cache.path, wanted)]
+    if dataset.vae is not None and any(name.startswith("vae/") for name in wanted):
+        if dataset.vae["name"] != DEFAULT_VAE:
+            words.append(f"--vae {shlex.quote(dataset.vae['name'])}")
+        if moments is not None and moments.provenance.get("weights") == "random":
+            words.append(f"--random-weights {moments.provenance['seed']}")
+    data = shlex.quote(dataset.source or "<the same images>")
+    if dataset.source.startswith("shapes "):  # drawn anew, so many as there were
+        data = f"shapes --limit {dataset.count}"
+    return f"Add what is missing:\n  {' '.join(words)} --data {data}"
 
 
 def _settle(wanted: Iterable[str], cache: Any) -> list[str]:

@@ -40,7 +40,7 @@ def build_words(error: CacheError) -> list[str]:
 @pytest.mark.parametrize(
     ("method", "removed", "expected"),
     [
-        ("ahpa", ("vae/G3",), ["--vae-levels", "G3,G4"]),
+        ("ahpa", ("vae/G3",), ["--vae-levels", "G3,G4", "--vae", "tiny"]),
         ("repa", ("tiny@2", "tiny@4", "tiny@5"), ["--encoder", "dinov2-b"]),
         ("dya", ("tiny@4", "tiny@2"), ["--encoder", "tiny@4,5"]),
     ],
@@ -53,12 +53,10 @@ def test_a_missing_feature_is_named_with_the_command_that_adds_it(
         train(settings(cache, method), resume=False, watcher=Listener(), root=tmp_path / "runs")
     words = build_words(error.value)
     assert words[:4] == ["featcache", "build", "--into", str(cache)]
-    assert words[4:6] == expected
-    assert words[-2:] == ["--data", "shapes"]
+    assert words[4:] == [*expected, "--data", "shapes", "--limit", "24"]
     assert not (tmp_path / "runs" / "run").exists(), "a run that cannot start leaves nothing behind"
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("nano")
 def test_the_printed_command_works(
     shapes_cache: Path, tmp_path: Path, cli: Callable[..., CompletedProcess[str]]
