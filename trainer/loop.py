@@ -126,7 +126,8 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
 
             stop = signals.agree(caught[0] if caught else 0)
             saves = done % config.checkpoint_every == 0 or done == config.steps or stop != 0
-            final = done == config.steps and config.steps >= config.sample_every  # a short trial draws none: costly on CPUs
+            # A trial shorter than the interval draws no closing grid: with a large model on a CPU it takes many minutes.
+            final = done == config.steps and config.steps >= config.sample_every
             draws = config.sample_every > 0 and (done % config.sample_every == 0 or final)
             if logs or saves:
                 _check_finite(job, bad.read())
