@@ -57,6 +57,7 @@ def test_a_missing_feature_is_named_with_the_command_that_adds_it(
     assert not (tmp_path / "runs" / "run").exists(), "a run that cannot start leaves nothing behind"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nano")
 def test_the_printed_command_works(
     shapes_cache: Path, tmp_path: Path, cli: Callable[..., CompletedProcess[str]]
