@@ -1,11 +1,12 @@
 """All methods on the embedded set, several seeds each: embedded-FID against steps and against training time.
 
-    python -m pipelines.experiments.methods_on_shapes --seeds 3 --steps 3000 --out experiments/methods
+    python -m pipelines.experiments.methods_on_shapes --seeds 3 --steps 3000 --jobs 2 --out experiments/methods
 
-One model size, one cache, the papers' options but a small set and a high learning rate. Seeds are the outer loop and
-methods the inner one, so that a machine that slows down slows all methods down. Interrupted, the same command goes
-on; more seeds or methods may be added later. It writes ``results.json`` (every evaluation, and what was set),
-``summary.json`` (means and standard errors over seeds) and ``methods.svg`` / ``methods.png``.
+One model size, one cache, the papers' options but a small set, a high learning rate and projectors as much narrower
+than theirs as the backbone is. Seeds are the outer loop and methods the inner one, so that a machine that slows down
+slows all methods down. Interrupted, the same command goes on; more seeds or methods may be added later. It writes
+``results.json`` (every evaluation, and what was set), ``summary.json`` (means and standard errors over seeds) and
+``methods.svg`` / ``methods.png``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import platform
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,13 +30,15 @@ import typer
 from featcache.console import console, run_app
 from featcache.errors import UserError
 
+# Twice SiT-Ti's width of 192; the papers' 2048 is 1.8 times SiT-XL's 1152.
+_HEAD = {"head_width": 384}
 # Name -> method and its options; where nothing is said, the method's defaults (the papers' choices).
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "none": ("none", {}),
-    "repa": ("repa", {}),
+    "repa": ("repa", _HEAD),
     "irepa": ("repa", {"head": "conv", "spatial_gamma": 0.6, "weight": 1.0}),
-    "sara": ("sara", {"discriminator_weights": "random"}),  # the same with and without a network
-    "dya": ("dya", {}),
+    "sara": ("sara", {"discriminator_weights": "random", **_HEAD}),  # the same with and without a network
+    "dya": ("dya", _HEAD),
     "ahpa": ("ahpa", {}),
     "sra": ("sra", {}),
     "sra2": ("sra2", {}),
@@ -90,8 +95,8 @@ class Settings:
         return next(n for n in range(min(50, self.interval), 0, -1) if self.interval % n == 0)
 
 
-def run_experiment(settings: Settings, *, methods: Sequence[str], seeds: int, out: Path) -> Path:
-    """Trains and judges what is missing, then draws the figure; returns its path.
+def run_experiment(settings: Settings, *, methods: Sequence[str], seeds: int, out: Path, jobs: int = 1) -> Path:
+    """Trains and judges what is missing, ``jobs`` runs at a time, then draws the figure; returns its path.
 
     Raises:
         UserError: an unknown method, or ``out`` holds an experiment with other settings.
@@ -99,38 +104,87 @@ def run_experiment(settings: Settings, *, methods: Sequence[str], seeds: int, ou
     for method in methods:
         if method not in METHODS:
             raise UserError(f"there is no method {method!r} here", remedy=f"Methods: {', '.join(METHODS)}")
-    results = _open_results(out / "results.json", settings)
+    results = _open_results(out / "results.json", settings, jobs)
     cache = _build_cache(settings, out / "cache")
-    judge = _Judge(cache, settings)
-    for seed in range(seeds):
-        for method in methods:
-            run = out / "runs" / f"{method}-{seed}"
-            done = {e["step"] for e in results["evaluations"] if (e["method"], e["seed"]) == (method, seed)}
-            todo = [
-                step for step in range(settings.interval, settings.steps + 1, settings.interval) if step not in done
-            ]
-            if not todo:
-                continue
-            console.print(f"[bold]{NAMES[method]}, seed {seed}[/bold]")
-            _train(settings, method=method, seed=seed, cache=cache, run=run)
-            times = _training_times(run)
-            for step in todo:
-                entry = {
-                    "method": method,
-                    "seed": seed,
-                    "step": step,
-                    "time_s": times[step],
-                    "metrics": judge(run, step),
-                }
-                results["evaluations"].append(entry)
-                _write_json(out / "results.json", results)
-            _drop_checkpoints(run, before=settings.steps)
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for entry in results["evaluations"]:
+        found.setdefault((entry["method"], entry["seed"]), []).append(entry)
+
+    def keep(method: str, seed: int, entries: list[dict[str, Any]]) -> None:
+        found[method, seed] = entries
+        results["evaluations"] = [entry for listed in found.values() for entry in listed]
+        _write_json(out / "results.json", results)
+
+    todo = [
+        (method, seed)
+        for seed in range(seeds)
+        for method in methods
+        if len(found.get((method, seed), ())) < settings.points
+    ]
+    if jobs == 1:
+        judge = _Judge(cache, settings) if todo else None
+        for method, seed in todo:
+            assert judge is not None
+            keep(method, seed, _one_run(settings, method, seed, cache, out, judge=judge))
+    else:
+        _many_runs(settings, todo, cache, out, jobs, keep)
     summary = summarise(results["evaluations"])
     _write_json(out / "summary.json", summary)
     return draw(summary, settings, out)
 
 
-def _open_results(path: Path, settings: Settings) -> dict[str, Any]:
+def _many_runs(
+    settings: Settings,
+    todo: Sequence[tuple[str, int]],
+    cache: Path,
+    out: Path,
+    jobs: int,
+    keep: Callable[[str, int, list[dict[str, Any]]], None],
+) -> None:
+    """Several runs at a time, each in a process with its share of the threads."""
+    from multiprocessing import get_context
+
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _limit_threads, (threads,)) as pool:
+        pending = {pool.submit(_one_run, settings, m, s, cache, out): (m, s) for m, s in todo}
+        try:
+            for done in as_completed(pending):
+                method, seed = pending[done]
+                keep(method, seed, done.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _one_run(
+    settings: Settings, method: str, seed: int, cache: Path, out: Path, *, judge: _Judge | None = None
+) -> list[dict[str, Any]]:
+    """Trains a run and judges its checkpoints, both as far as that is not done; its evaluations in order."""
+    run = out / "runs" / f"{method}-{seed}"
+    record = run / "evaluations.json"
+    entries: list[dict[str, Any]] = json.loads(record.read_text()) if record.is_file() else []
+    done = {entry["step"] for entry in entries}
+    todo = [step for step in range(settings.interval, settings.steps + 1, settings.interval) if step not in done]
+    if todo:
+        console.print(f"[bold]{NAMES[method]}, seed {seed}[/bold]")
+        _train(settings, method=method, seed=seed, cache=cache, run=run)
+        times = _training_times(run)
+        judge = judge or _Judge(cache, settings)
+        for step in todo:
+            point = {"method": method, "seed": seed, "step": step, "time_s": times[step], "metrics": judge(run, step)}
+            entries.append(point)
+            _write_json(record, entries)
+    _drop_checkpoints(run, before=settings.steps)
+    return entries
+
+
+def _open_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
     import torch
 
     if path.is_file():
@@ -143,8 +197,29 @@ def _open_results(path: Path, settings: Settings) -> dict[str, Any]:
             )
         return results
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.platform()}
-    return {"settings": asdict(settings), "machine": machine, "torch": torch.__version__, "evaluations": []}
+    machine = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs),
+        "jobs": jobs,
+        "gpu": gpu,
+        "system": platform.platform(),
+    }
+    return {
+        "date": date.today().isoformat(),
+        "settings": asdict(settings),
+        "machine": machine,
+        "torch": torch.__version__,
+        "evaluations": [],
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def _build_cache(settings: Settings, path: Path) -> Path:
@@ -264,9 +339,10 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
 def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Curves and end points by method, over the seeds that have all of a method's points.
 
-    ``curves``: per method and step the number of seeds, and mean and standard error of time and of each metric.
-    ``equal_time``: each metric at the time at which the fastest finished run ended, between two evaluations by linear
-    interpolation over each run's own training time.
+    ``step_s``: a method's seconds a step, the median over its seeds and the stretches between evaluations (so that a
+    pause of the machine counts little). ``curves``: per method and step the number of seeds, the time ``step * step_s``,
+    and mean and standard error of each metric. ``equal_time``: each metric at the time at which the fastest method ends,
+    between two evaluations by linear interpolation.
     """
     runs: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for entry in evaluations:
@@ -278,30 +354,43 @@ def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if entries[-1]["step"] < last:
                 del by_seed[seed]
     finished = {method: by_seed for method, by_seed in runs.items() if by_seed}
-    budget = min((e[-1]["time_s"] for by_seed in finished.values() for e in by_seed.values()), default=0.0)
-    summary: dict[str, Any] = {"last_step": last, "budget_s": budget, "curves": {}, "equal_time": {}}
+    step_s = {method: statistics.median(_seconds_a_step(by_seed.values())) for method, by_seed in finished.items()}
+    budget = last * min(step_s.values(), default=0.0)
+    summary: dict[str, Any] = {"last_step": last, "budget_s": budget, "step_s": step_s, "curves": {}, "equal_time": {}}
     for method, by_seed in finished.items():
         curve = []
         for rows in zip(*by_seed.values(), strict=True):
-            assert len({row["step"] for row in rows}) == 1
-            time_s, time_error = mean_and_error(row["time_s"] for row in rows)
-            point: dict[str, Any] = {"step": rows[0]["step"], "seeds": len(rows), "time_s": time_s}
-            point["time_s_error"] = time_error
+            step = rows[0]["step"]
+            assert all(row["step"] == step for row in rows)
+            point: dict[str, Any] = {"step": step, "seeds": len(rows), "time_s": step * step_s[method]}
             for metric in rows[0]["metrics"]:
                 point[metric], point[f"{metric}_error"] = mean_and_error(row["metrics"][metric] for row in rows)
             curve.append(point)
         summary["curves"][method] = curve
-        summary["equal_time"][method] = {}
+        summary["equal_time"][method] = {"step": budget / step_s[method]}
         for metric in next(iter(by_seed.values()))[0]["metrics"]:
-            mean, error = mean_and_error(_at_time(entries, metric, budget) for entries in by_seed.values())
+            mean, error = mean_and_error(
+                _at_step(entries, metric, budget / step_s[method]) for entries in by_seed.values()
+            )
             summary["equal_time"][method] |= {metric: mean, f"{metric}_error": error}
     return summary
 
 
-def _at_time(entries: Sequence[Mapping[str, Any]], metric: str, time_s: float) -> float:
+def _seconds_a_step(runs: Iterable[Sequence[Mapping[str, Any]]]) -> list[float]:
+    """Seconds a step between each evaluation and the one before it (or the start) in the same run."""
+    found = []
+    for entries in runs:
+        step, time_s = 0, 0.0
+        for entry in entries:
+            found.append((entry["time_s"] - time_s) / (entry["step"] - step))
+            step, time_s = entry["step"], entry["time_s"]
+    return found
+
+
+def _at_step(entries: Sequence[Mapping[str, Any]], metric: str, step: float) -> float:
     import numpy as np
 
-    return float(np.interp(time_s, [e["time_s"] for e in entries], [e["metrics"][metric] for e in entries]))
+    return float(np.interp(step, [e["step"] for e in entries], [e["metrics"][metric] for e in entries]))
 
 
 def draw(summary: Mapping[str, Any], settings: Settings, out: Path, *, metric: str = "embedded-FID") -> Path:
@@ -328,9 +417,7 @@ def draw(summary: Mapping[str, Any], settings: Settings, out: Path, *, metric: s
         }
         values = [point[metric] for point in curve]
         by_step.errorbar([p["step"] for p in curve], values, yerr=errors, label=NAMES[method], **style)
-        times = [point["time_s"] for point in curve]
-        spread = [point["time_s_error"] or 0.0 for point in curve]
-        by_time.errorbar(times, values, yerr=errors, xerr=spread, label=NAMES[method], **style)
+        by_time.errorbar([p["time_s"] for p in curve], values, yerr=errors, label=NAMES[method], **style)
     by_time.axvline(summary["budget_s"], color="0.6", linewidth=0.8, linestyle=":")
     by_step.set(xlabel="training steps", ylabel=f"{metric} of {settings.samples:,} samples", yscale="log")
     by_time.set(xlabel="training time (s), without saving and sampling")
@@ -353,6 +440,7 @@ _DEFAULT = Settings()
 def main(
     methods: Annotated[str, typer.Option(help="Joined by commas.")] = ",".join(METHODS),
     seeds: Annotated[int, typer.Option(help="Runs of each method, seeds 0, 1, ...", min=1)] = 3,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each on its share of the cores.", min=1)] = 1,
     out: Annotated[Path, typer.Option(help="Folder to write to and to continue from.")] = Path("experiments/methods"),
     model: Annotated[str, typer.Option(help="Backbone.")] = _DEFAULT.model,
     steps: Annotated[int, typer.Option(help="Training steps of every run.")] = _DEFAULT.steps,
@@ -376,7 +464,7 @@ def main(
         sampling_steps=sampling_steps,
         device=device,
     )
-    figure = run_experiment(settings, methods=[m.strip() for m in methods.split(",")], seeds=seeds, out=out)
+    figure = run_experiment(settings, methods=[m.strip() for m in methods.split(",")], seeds=seeds, out=out, jobs=jobs)
     for method, values in json.loads((out / "summary.json").read_text())["equal_time"].items():
         error = values["embedded-FID_error"]
         shown = f"{values['embedded-FID']:.3g}" + (f" +- {error:.2g}" if error is not None else "")

@@ -42,13 +42,23 @@ def test_summary_averages_over_seeds_and_interpolates_to_equal_time() -> None:
     slow = [entry("sra", 0, 200, 40.0, 10.0), entry("sra", 0, 100, 16.0, 30.0)]  # in any order
     summary = summarise([*fast, *slow, entry("sra", 1, 100, 17.0, 31.0)])  # seed 1 has not finished
     assert summary["last_step"] == 200 and summary["budget_s"] == 20.0
+    # 0.16 and 0.24 s a step in the two halves; of two values the median is the mean.
+    assert summary["step_s"] == pytest.approx({"none": 0.1, "sra": 0.2})
     none, sra = summary["curves"]["none"], summary["curves"]["sra"]
     assert [(p["step"], p["seeds"], p["embedded-FID"]) for p in none] == [(100, 2, 42.0), (200, 2, 22.0)]
     assert none[0]["embedded-FID_error"] == pytest.approx(2.0)
     assert [(p["step"], p["seeds"], p["embedded-FID_error"]) for p in sra] == [(100, 1, None), (200, 1, None)]
     assert summary["equal_time"]["none"]["embedded-FID"] == 22.0
-    # 20 s lies a sixth of the way from 16 s to 40 s.
-    assert summary["equal_time"]["sra"]["embedded-FID"] == pytest.approx(30 - 20 / 6)
+    # 20 s are 100 steps of 0.2 s.
+    assert summary["equal_time"]["sra"]["step"] == pytest.approx(100)
+    assert summary["equal_time"]["sra"]["embedded-FID"] == pytest.approx(30)
+
+
+def test_a_pause_of_the_machine_does_not_make_a_method_slow() -> None:
+    times = [10.0, 20.0, 300.0, 310.0, 320.0]
+    summary = summarise([entry("repa", 0, 100 * (i + 1), t, 10.0) for i, t in enumerate(times)])
+    assert summary["step_s"]["repa"] == pytest.approx(0.1)
+    assert [p["time_s"] for p in summary["curves"]["repa"]] == pytest.approx([10, 20, 30, 40, 50])
 
 
 def test_points_must_divide_steps() -> None:
@@ -84,3 +94,14 @@ def test_experiment_runs_continues_and_refuses_other_settings(tmp_path: Path, mo
         run_experiment(Settings(**{**results["settings"], "lr": 1e-3}), methods=["none"], seeds=1, out=tmp_path)
     with pytest.raises(UserError, match="no method 'rep'"):
         run_experiment(settings, methods=["rep"], seeds=1, out=tmp_path)
+
+
+def test_two_jobs_give_what_one_gives(tmp_path: Path) -> None:
+    settings = Settings(steps=2, points=1, batch_size=4, images=16, samples=8, sampling_steps=2, device="cpu")
+    found = []
+    for jobs in (1, 2):
+        run_experiment(settings, methods=["none"], seeds=2, out=tmp_path / str(jobs), jobs=jobs)
+        entries = json.loads((tmp_path / str(jobs) / "results.json").read_text())["evaluations"]
+        found.append({entry["seed"]: entry["metrics"]["embedded-FID"] for entry in entries})
+    assert found[0].keys() == {0, 1}
+    assert found[1] == pytest.approx(found[0], rel=1e-3)  # another number of threads sums in another order
