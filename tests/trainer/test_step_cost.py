@@ -31,8 +31,15 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.steps:
-            self.steps[-1][func.overloadpacket.__name__] += 1
+            name = func.overloadpacket.__name__
+            masks = name.startswith("index") and any(i is not None and i.dtype is torch.bool for i in _indices(args))
+            self.steps[-1]["masked_select" if masks else name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _indices(args: Any) -> list[Any]:
+    """The index tensors of ``index`` and its kin; a Boolean one makes the host count its ones."""
+    return args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else []
 
 
 class Cuts(Listener):
@@ -147,4 +154,4 @@ def test_the_reading_operations_are_noticed() -> None:
         x[x > 1]
         torch.equal(x, x)
     seen = {name for name in READS if operations.steps[0][name]}
-    assert seen >= {"_local_scalar_dense", "nonzero", "equal"}
+    assert seen >= {"_local_scalar_dense", "masked_select", "equal"}
