@@ -22,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
+CachePath = Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -55,7 +55,8 @@ def inspect(
     from featcache.inspect import save_sheet
 
     opened = featcache.open(cache)
-    target = out or Path(f"{cache.resolve().name}.png")
+    name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name
+    target = out or Path(f"{name}.png")
     save_sheet(opened, target, data=data, count=count)
     console.print(f"picture: [bold]{target}[/bold]")
 

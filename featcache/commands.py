@@ -65,9 +65,9 @@ def list_caches(
 
 
 def verify(
-    cache: CachePath,
+    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
-    threads: Annotated[int | None, typer.Option(help="[default: one a core]")] = None,
+    threads: Annotated[int | None, typer.Option(help="[default: one a core; 8 for a URL]")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Encode damaged shards again from the images.")] = False,
     data: Annotated[str | None, typer.Option(help="Image folder, for --repair. Default as for build.")] = None,
     weights_dir: Annotated[Path | None, typer.Option(help="Pretrained weights, for --repair.")] = None,
@@ -75,30 +75,45 @@ def verify(
 ) -> None:
     """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
     from featcache.describe import size_text
+    from featcache.remote import is_remote
+    from featcache.share import verify_remote
     from featcache.store.verify import repair_metadata
     from featcache.store.verify import verify as check
 
+    remote = is_remote(cache)
+    if remote and repair:
+        raise UserError(
+            f"{cache} cannot be repaired where it lies",
+            remedy="Repair the cache it was pushed from and push it again, or pull it to a folder first.",
+        )
     with ByteBar("checking") as bar:
-        report = check(cache, features=_split(features), threads=threads, progress=bar.advance)
+        if remote:
+            report = verify_remote(cache, features=_split(features), threads=threads or 8, progress=bar.advance)
+        else:
+            report = check(Path(cache), features=_split(features), threads=threads, progress=bar.advance)
     for problem in report.problems:
         console.print(f"[red]damaged[/red] {problem}")
     if report.ok:
         console.print(f"{cache}: sound ({report.n_files} files, {size_text(report.n_bytes)})")
         return
+    if remote:
+        console.print(f"{len(report.problems)} problems; push the cache again from where it is sound")
+        raise typer.Exit(1)
     if not repair:
         console.print(f"{len(report.problems)} problems; type: featcache verify {cache} --repair")
         raise typer.Exit(1)
     from featcache.repair import repair_shards
 
-    for name in repair_metadata(cache):
+    folder = Path(cache)
+    for name in repair_metadata(folder):
         console.print(f"metadata written again: {name}")
     if report.damaged:
         from featcache.progress import RichProgress
 
         with RichProgress() as progress:
-            repair_shards(cache, report.damaged, data=data, weights_dir=weights_dir, device=device, progress=progress)
+            repair_shards(folder, report.damaged, data=data, weights_dir=weights_dir, device=device, progress=progress)
     with ByteBar("checking") as bar:
-        again = check(cache, features=_split(features), threads=threads, progress=bar.advance)
+        again = check(folder, features=_split(features), threads=threads, progress=bar.advance)
     for problem in again.problems:
         console.print(f"[red]still damaged[/red] {problem}")
     if not again.ok:

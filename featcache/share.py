@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -32,7 +33,15 @@ from featcache.store.layout import ROOT_NAMES, STATE
 from featcache.store.manage import cache_bytes
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
 from featcache.store.root import parse_root, read_root
-from featcache.store.verify import ShardFileEntry, metadata_files, shard_files
+from featcache.store.verify import (
+    Problem,
+    Report,
+    ShardFileEntry,
+    inconsistencies,
+    metadata_files,
+    shard_files,
+    shard_problem,
+)
 from featcache.store.writer import (
     CacheWriter,
     cache_lock,
@@ -456,6 +465,67 @@ def remote_sha256(place: Location, name: str, size: int) -> str:
     for start in range(0, size, PIECE_BYTES):
         digest.update(place.read(name, start, min(start + PIECE_BYTES, size)))
     return digest.hexdigest()
+
+
+def verify_remote(
+    url: str, *, features: Sequence[str] | None = None, threads: int = 8, progress: Progress | None = None
+) -> Report:
+    """Check a cache where it lies, byte by byte as `verify` does a local one, without keeping what is read.
+
+    Files that do not belong there are not looked for: not every place can list its files.
+
+    Raises `CacheError` if there is no readable cache at `url`, or the connection stays broken.
+    """
+    place = open_location(url)
+    manifest = _required_root(place)
+    chosen = subset(manifest, features, None)
+    problems: list[Problem] = []
+    n_files = n_bytes = 0
+
+    def problem(name: str, what: str) -> None:
+        problems.append(Problem(path=f"{place.url}/{name}", what=what))
+
+    for name, content in metadata_files(manifest).items():
+        n_files, n_bytes = n_files + 1, n_bytes + len(content)
+        try:
+            size = place.size(name)
+            same = size == len(content) and place.read(name, 0, size) == content
+        except Missing:
+            same = False
+        if not same:
+            problem(name, "missing, or not as the manifest says")
+    recorded = {}
+    for array in sorted(chosen.arrays):
+        try:
+            recorded[array] = _read_checksums(place, manifest, array)
+        except CacheError as error:
+            problem(checksums_path(manifest, array), error.what)
+
+    found: list[tuple[ShardFileEntry, str | None, int]] = []
+
+    def check(entry: ShardFileEntry) -> None:
+        try:
+            size = place.size(entry.name)
+            digest = remote_sha256(place, entry.name, size) if entry.n_bytes in (None, size) else ""
+        except Missing:
+            size, digest = 0, None
+        found.append((entry, digest, size))
+        if progress is not None:
+            progress(size)
+
+    in_parallel(shard_files(chosen), check, lambda _: None, threads)
+    for entry, digest, size in found:
+        n_files, n_bytes = n_files + 1, n_bytes + size
+        what = shard_problem(entry, digest, size, recorded.get(entry.array))
+        if what is not None:
+            problem(entry.name, what)
+    if not problems:
+        from featcache.stream import open_remote
+
+        with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
+            problems += inconsistencies(open_remote(url, cache_dir=folder), place.url)
+    problems.sort(key=lambda p: (p.path, p.what))
+    return Report(path=place.url, problems=tuple(problems), n_files=n_files, n_bytes=n_bytes)
 
 
 def _push_to_hub(source: Path, manifest: Manifest, url: str, progress: Progress | None) -> Transfer:

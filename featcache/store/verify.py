@@ -136,7 +136,7 @@ def verify(
     except CacheError as error:
         problem = Problem(path=str(root), what=error.what)
         return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
-    n_files, n_bytes = 1, len(data)
+    n_files = n_bytes = 0
     for name, content in metadata_files(manifest).items():
         n_files += 1
         n_bytes += len(content)
@@ -160,7 +160,7 @@ def verify(
             digest, length = job.result()
             n_files += 1
             n_bytes += length
-            wrong = _shard_problem(entry, digest, length, recorded.get(entry.array))
+            wrong = shard_problem(entry, digest, length, recorded.get(entry.array))
             if wrong is not None:
                 where_ = str(path / entry.name)
                 problems += [
@@ -170,7 +170,7 @@ def verify(
                 progress(length)
     problems += _unexpected(path, manifest)
     if not problems:
-        problems += _inconsistent(open_cache(path), str(path))
+        problems += inconsistencies(open_cache(path), str(path))
     problems.sort(key=lambda p: (p.path, p.what, p.feature or ""))
     return Report(path=str(path), problems=tuple(problems), n_files=n_files, n_bytes=n_bytes)
 
@@ -189,7 +189,7 @@ def _digest(path: Path) -> tuple[str | None, int]:
         return None, 0
 
 
-def _shard_problem(entry: ShardFileEntry, digest: str | None, length: int, recorded: list[str] | None) -> str | None:
+def shard_problem(entry: ShardFileEntry, digest: str | None, length: int, recorded: list[str] | None) -> str | None:
     if digest is None:
         return "missing or unreadable"
     if entry.n_bytes is not None and length != entry.n_bytes:
@@ -215,7 +215,7 @@ def _unexpected(path: Path, manifest: Manifest) -> list[Problem]:
     return [Problem(path=str(p), what="does not belong here") for p in sorted(set(found) - known)]
 
 
-def _inconsistent(cache: Cache, where: str) -> list[Problem]:
+def inconsistencies(cache: Cache, where: str) -> list[Problem]:
     """Labels against classes and skipped slots, keys unique and readable. In pieces; 8 bytes a key are
     kept.
     """

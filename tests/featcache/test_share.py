@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gcs_server import serve_gcs
 from store_helpers import COUNT, add, base_features, build, corrupt, expected, moments, tokens, tree
 from web_server import serve
 
@@ -21,7 +22,7 @@ from featcache import remote
 from featcache.errors import CacheError, UserError
 from featcache.order import sequential_order
 from featcache.remote import is_remote, open_destination, open_location, parse_hub_url
-from featcache.share import list_remote, pull, push, subset
+from featcache.share import list_remote, pull, push, subset, verify_remote
 from featcache.store import files
 from featcache.store.manage import collect_garbage
 from featcache.store.verify import verify
@@ -432,6 +433,87 @@ def test_streaming_with_a_full_disk_and_a_dead_server(source: Path, web, tmp_pat
 def test_too_small_a_local_cache(web, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="at least"):
         featcache.open(f"{web.url}/cache", cache_dir=tmp_path, cache_bytes=1000)
+
+
+# Google Cloud Storage
+
+
+def test_push_list_pull_verify_over_gcs(source: Path, tmp_path: Path, monkeypatch) -> None:
+    with serve_gcs("shared") as google:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+        url = "gs://shared/caches/one"
+        assert open_destination(url).version("zarr.json") is None
+        push(source, url, features=["vae/moments"])
+        push(source, url)
+        sent = {name.removeprefix("caches/one/"): data for name, (data, _) in google.objects.items()}
+        assert sent == tree(source)
+        assert [item.url for item in list_remote("gs://shared/caches")] == [url]
+        assert verify_remote(url).ok
+        pull(url, tmp_path / "copy")
+    assert tree(tmp_path / "copy") == tree(source)
+
+
+def test_gcs_writes_of_two_pushes_both_arrive(source: Path, monkeypatch) -> None:
+    """Another push finishes between our reading and our writing of the root document: ours merges with it."""
+    with serve_gcs("shared") as google:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+        url = "gs://shared/cache"
+        real = remote.ObjectLocation.put_if
+        raced = []
+
+        def put_if(self, name, content, previous):
+            if not raced:
+                raced.append(name)
+                push(source, url, features=["dino@9"])
+            return real(self, name, content, previous)
+
+        monkeypatch.setattr(remote.ObjectLocation, "put_if", put_if)
+        push(source, url, features=["vae/G3"])
+        assert google.refused == ["cache/zarr.json"]
+        held = set(list_remote(url)[0].manifest.features)
+        assert held == {"label", "key", "dino@9", "vae/G3"}
+        assert verify_remote(url).ok
+
+
+# Checking a cache where it lies
+
+
+def test_verify_remote_finds_what_verify_finds(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "cache")
+    local = verify(tmp_path / "cache")
+    with serve(tmp_path) as web:
+        seen: list[int] = []
+        report = verify_remote(f"{web.url}/cache", progress=seen.append)
+        assert report.ok and (report.n_files, sum(seen) > 0) == (local.n_files, True)
+        shard = next((tmp_path / "cache" / "dino@9").glob("c/**/*"), None) or next(
+            p for p in sorted((tmp_path / "cache" / "dino@9").iterdir()) if p.name.startswith("c.")
+        )
+        corrupt(shard, lambda data: data.__setitem__(3, data[3] ^ 1))
+        other = next(p for p in sorted((tmp_path / "cache" / "vae/G3").iterdir()) if p.name.startswith("c."))
+        other.unlink()
+        (tmp_path / "cache" / "label" / "zarr.json").write_text("{}")
+        found = {p.path.removeprefix(f"{web.url}/cache/"): p.what for p in verify_remote(f"{web.url}/cache").problems}
+        expected = {p.path.removeprefix(f"{tmp_path}/cache/"): p.what for p in verify(tmp_path / "cache").problems}
+        assert set(found) == set(expected) and len(found) == 3
+        assert found[f"dino@9/{shard.name}"] == "its bytes do not match the recorded SHA-256"
+        only = verify_remote(f"{web.url}/cache", features=["vae/moments"])
+        assert [p.path for p in only.problems] == [f"{web.url}/cache/label/zarr.json"]
+
+
+def test_info_and_verify_take_urls(source: Path, web, capsys, monkeypatch, tmp_path: Path) -> None:
+    from featcache.cli import app
+    from featcache.console import run_app
+
+    monkeypatch.setenv("FEATCACHE_STREAM_DIR", str(tmp_path))
+    outputs = []
+    for words in (["info"], ["verify"], ["verify", "--repair"]):
+        monkeypatch.setattr(sys, "argv", ["featcache", words[0], f"{web.url}/cache", *words[1:]])
+        code = run_app(app)
+        captured = capsys.readouterr()
+        outputs.append((code, captured.out + captured.err))
+    assert [code for code, _ in outputs] == [0, 0, 2]
+    assert "dino@9" in outputs[0][1] and "sound" in outputs[1][1]
+    assert "cannot be repaired where it lies" in outputs[2][1]
 
 
 # The hub's https interface
