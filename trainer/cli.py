@@ -23,6 +23,19 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 WeightsDir = Annotated[Path | None, typer.Option(help="Folder with pretrained weights, searched before the hub.")]
+Classes = Annotated[str, typer.Option(help="balanced, random, or a list such as 207,360,387.")]
+Pixels = Annotated[str, typer.Option(help="round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")]
+GuidedChannels = Annotated[int | None, typer.Option(help="Guide only the first so many channels. [default: all]")]
+SamplingPrecision = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="fp32, tf32 or bf16 (autocast of the backbone); auto is tf32 on a GPU, else fp32."
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile the backbone. [default: on a GPU]", show_default=False),
+]
 
 
 @app.command()
@@ -94,10 +107,10 @@ def sample(
     sampler: Annotated[
         str | None, typer.Option(help="SiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 250,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 250,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
     interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
-    classes: Annotated[str, typer.Option(help="balanced, random, or a list such as 207,360,387.")] = "balanced",
+    classes: Classes = "balanced",
     seed: Annotated[int, typer.Option(help="With its index it fixes a sample's noise.")] = 0,
     step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
@@ -106,13 +119,14 @@ def sample(
     format_: Annotated[
         str, typer.Option("--format", help="npz (ADM's layout), wds (a WebDataset shard) or png.")
     ] = "npz",
-    pixels: Annotated[str, typer.Option(help="round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = "round",
-    guided_channels: Annotated[
-        int | None, typer.Option(help="Guide only the first so many channels. [default: all]")
-    ] = None,
+    pixels: Pixels = "round",
+    guided_channels: GuidedChannels = None,
+    precision: SamplingPrecision = "auto",
+    compile_: Compile = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: RUN/samples/<settings>]")] = None,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
+    from trainer import distributed
     from trainer.progress import RichBar
     from trainer.sampling import SampleRequest, sample_run
 
@@ -131,25 +145,39 @@ def sample(
         format=format_,
         pixels=pixels,
         guided_channels=guided_channels,
+        precision=precision,
+        compile=compile_,
         out=out,
     )
     with RichBar("sampling", unit="images") as bar:
         result = sample_run(run, request, bar)
-    console.print(f"images: [bold]{result.images}[/bold]   grid: {result.grid}")
+    if distributed.is_main():
+        console.print(f"images: [bold]{result.images}[/bold]   grid: {result.grid}")
 
 
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run. [default: the newest below ./runs]")] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Judge these images (npz, tar, folder) by --reference instead of drawing some.")
+    ] = None,
     num: Annotated[
         int | None, typer.Option(help="Samples to judge. [default: 50,000; fewer on the CPU]", min=2)
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="As for sample. [default: sde or ddpm; ode or ddim on the CPU]")
+        str | None,
+        typer.Option(help="As for sample. [default: the recipe's, else sde or ddpm; on the CPU ode or ddim]"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: 250; 32 on the CPU]", min=2)] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
-    interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps. [default: the recipe's, else 250; 32 on the CPU]", min=1)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale. [default: the recipe's, else 1: none]")
+    ] = None,
+    interval: Annotated[
+        str | None, typer.Option(help="Interval of t in which to guide: LOW,HIGH. [default: the recipe's, else 0,1]")
+    ] = None,
+    classes: Classes = "balanced",
     extractor: Annotated[
         str,
         typer.Option(help="inception, dinov2, embedded; auto takes inception where its weights are, else embedded."),
@@ -170,9 +198,17 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
     device: Device = "auto",
     weights_dir: WeightsDir = None,
+    pixels: Pixels = "round",
+    guided_channels: GuidedChannels = None,
+    precision: SamplingPrecision = "auto",
+    compile_: Compile = None,
+    require_labels: Annotated[
+        bool, typer.Option("--require-labels", help="With --samples: refuse images without class labels.")
+    ] = False,
 ) -> None:
     """Sample a run, compare with reference images, write metrics.json and report.html."""
-    from trainer.evaluation import EvalRequest, evaluate_run
+    from featcache.errors import UserError
+    from trainer.evaluation import EvalRequest, evaluate_images, evaluate_run
     from trainer.progress import RichBar
     from trainer.runs import newest_run
 
@@ -182,6 +218,11 @@ def evaluate(
         steps=steps,
         guidance=guidance,
         interval=interval,
+        classes=classes,
+        pixels=pixels,
+        guided_channels=guided_channels,
+        precision=precision,
+        compile=compile_,
         extractor=extractor,
         reference=reference,
         data=data,
@@ -193,9 +234,15 @@ def evaluate(
         bootstrap=bootstrap,
         metrics=tuple(m.strip() for m in metrics.split(",")) if metrics else (),
     )
-    target = run or newest_run()
     with RichBar("evaluating", unit="images") as bar:
-        result = evaluate_run(target, request, bar)
+        if samples is None:
+            result = evaluate_run(run or newest_run(), request, bar)
+        elif run is None:
+            result = evaluate_images(samples, request, require_labels=require_labels, bar=bar)
+        else:
+            raise UserError("a run and --samples were both given", remedy="Leave one of them out.")
+    if result is None:  # the main rank judges
+        return
     for name, value in result.metrics.items():
         console.print(f"{name:>24}  {value:.4g}")
     console.print(f"report: [bold]{result.report}[/bold]")
@@ -243,9 +290,11 @@ def analyze(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="HTML file. [default: report.html in the (first) run]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file. [default: report.html in the run; comparison.html in the first]")
+    ] = None,
 ) -> None:
-    """Write the report of one run, or one page with several side by side."""
+    """Write the report of one run; of several, the same page as compare."""
     from trainer.evaluation import write_run_report
 
     console.print(f"report: [bold]{write_run_report(runs, out)}[/bold]")

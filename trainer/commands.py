@@ -64,16 +64,17 @@ def stats(
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("comparison.html"),
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write. [default: comparison.html in the first run]")
+    ] = None,
 ) -> None:
     """Put runs side by side in one page: curves at equal steps and equal time, same-noise sample strips."""
     from featcache.errors import UserError
-    from trainer.report.data import load_run
-    from trainer.report.report import write_comparison
+    from trainer.evaluation import write_run_report
 
     if len(runs) < 2:
         raise UserError("compare needs at least two runs", remedy="For one run: trainer report RUN")
-    console.print(f"page: [bold]{write_comparison(out, [load_run(run) for run in runs])}[/bold]")
+    console.print(f"page: [bold]{write_run_report(runs, out)}[/bold]")
 
 
 def register(app: typer.Typer) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import numpy as np
 
 from featcache.build import pick_device
 from featcache.errors import UserError, WeightsUnavailable
-from trainer import runs
+from trainer import distributed, runs
 from trainer.config import RunConfig
 from trainer.models import forward_flops
+from trainer.recipes import Sampling
 from trainer.sampling import Bar, SampleRequest, sample_run
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
@@ -27,13 +28,20 @@ REFERENCE_TILES = (4, 8)  # rows, columns
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """What ``trainer eval`` was asked for; None takes the defaults of the device (see the module's constants)."""
+    """What ``trainer eval`` was asked for.
+
+    None takes what the run's recipe says of its published figures, else the defaults of the device (the module's
+    constants). precision, compile: see :func:`trainer.inference.choose_arithmetic`.
+    """
 
     num: int | None = None
     sampler: str | None = None
     steps: int | None = None
-    guidance: float = 1.0
-    interval: str = "0,1"
+    guidance: float | None = None
+    interval: str | None = None
+    guided_channels: int | None = None
+    classes: str = "balanced"
+    pixels: str = "round"
     extractor: str = "auto"
     reference: str | None = None
     data: str | None = None
@@ -41,6 +49,8 @@ class EvalRequest:
     checkpoint: int | None = None
     batch_size: int = 64
     device: str = "auto"
+    precision: str = "auto"
+    compile: bool | None = None
     weights_dir: str | None = None
     bootstrap: int = 0
     metrics: tuple[str, ...] = ()
@@ -48,51 +58,41 @@ class EvalRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
+    """The numbers by the names they are reported under, and the page or file that holds them."""
+
     metrics: Mapping[str, float]
     report: Path
 
 
-def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult:
+class _Mute:
+    """The bar of ranks other than the main one."""
+
+    def begin(self, name: str, total: int, done: int = 0) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None:
     """Samples a run's averaged weights, compares them with the reference and updates the run's report.
+
+    Under torchrun all ranks draw; the main one judges, the others return None.
 
     Raises:
         UserError: no such run, no reference images, settings that do not fit.
         WeightsUnavailable: weights that were asked for by name are not to be had.
     """
-    import torch
-
-    from trainer.evaluate.judge import evaluate
-
     config = runs.load_config(run)
     device = pick_device(request.device)
+    if not distributed.is_main():
+        sample_run(run, _with_defaults(request, run, config, device, _Mute()), _Mute())
+        return None
     settings = _with_defaults(request, run, config, device, bar)
     extractor = choose_extractor(request.extractor, request.weights_dir, device, bar)
     reference, data = _reference(run, request)
     drawn = sample_run(run, settings, bar)
-
-    stage = ""
-
-    def progress(name: str, done: int, total: int | None) -> None:
-        nonlocal stage
-        if name != stage:
-            stage = name
-            bar.begin(f"features of {name}", total or 0)
-
-    with torch.inference_mode():
-        result = evaluate(
-            drawn.images,
-            reference,
-            extractor,
-            metrics=request.metrics or None,
-            count=settings.num,
-            batch_size=request.batch_size,
-            bootstrap=request.bootstrap,
-            seed=request.seed,
-            data=data,
-            progress=progress,
-        )
-    for warning in result["warnings"]:
-        bar.note(warning)
+    result = _judge(drawn.images, reference, extractor, replace(request, num=settings.num, data=data), bar)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
     entry = {
         "step": drawn.loaded.step,
@@ -104,32 +104,121 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult:
     return EvalResult(metrics=result["metrics"], report=write_run_report([run]))
 
 
+def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, bar: Bar) -> EvalResult:
+    """Judges images that are there already, by any code, and writes the numbers to ``<samples>.metrics.json``.
+
+    Raises:
+        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where they
+            are required.
+        WeightsUnavailable: as :func:`evaluate_run`.
+    """
+    if request.reference is None:
+        raise UserError(
+            "--samples needs something to be compared with",
+            remedy="Pass --reference with an npz, a folder, a cache or saved statistics.",
+        )
+    extractor = choose_extractor(request.extractor, request.weights_dir, pick_device(request.device), bar)
+    result = _judge(samples, request.reference, extractor, request, bar, require_labels=require_labels)
+    out = Path(f"{samples.rstrip('/')}.metrics.json")
+    runs.write_text(out, json.dumps(result, indent=1))
+    return EvalResult(metrics=result["metrics"], report=out)
+
+
+def _judge(
+    samples: str | Path,
+    reference: str,
+    extractor: Any,
+    request: EvalRequest,
+    bar: Bar,
+    *,
+    require_labels: bool = False,
+) -> dict[str, Any]:
+    import torch
+
+    from trainer.evaluate.judge import evaluate
+
+    with torch.inference_mode():
+        result = evaluate(
+            samples,
+            reference,
+            extractor,
+            metrics=request.metrics or None,
+            count=request.num,
+            batch_size=request.batch_size,
+            bootstrap=request.bootstrap,
+            seed=request.seed,
+            require_labels=require_labels,
+            data=request.data,
+            progress=_stages(bar),
+        )
+    for warning in result["warnings"]:
+        bar.note(warning)
+    return result
+
+
+def _stages(bar: Bar) -> Callable[[str, int, int | None], None]:
+    """What the judge reports, as one task of the bar a stage."""
+    stage, shown = "", 0
+
+    def progress(name: str, done: int, total: int | None) -> None:
+        nonlocal stage, shown
+        if name != stage:
+            stage, shown = name, 0
+            bar.begin(f"features of the {name}" if name in ("samples", "reference") else name, total or 0)
+        bar.advance(done - shown)
+        shown = done
+
+    return progress
+
+
+def recipe_sampling(config: RunConfig) -> Sampling | None:
+    """How the samples behind the recipe's published figures were drawn, if the run came from a recipe that says so."""
+    given = config.published.get("sampling")
+    if not isinstance(given, Mapping):
+        return None
+    values: dict[str, Any] = {**given, "interval": tuple(given.get("interval", (0.0, 1.0)))}
+    return Sampling(**values)
+
+
 def _with_defaults(request: EvalRequest, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
-    """The device's defaults where nothing was asked for; on the CPU as many samples as a few minutes allow."""
+    """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""
     from trainer.sample import run_model_config
 
     on_gpu = device.startswith("cuda")
-    steps = request.steps or (GPU_STEPS if on_gpu else CPU_STEPS)
-    num = request.num
     model = run_model_config(run, config)
+    paper = recipe_sampling(config) or Sampling()
+    steps = request.steps or (paper.steps or GPU_STEPS if on_gpu else CPU_STEPS)
+    guidance = request.guidance if request.guidance is not None else paper.guidance
+    if guidance is None:
+        bar.note("the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without")
+        guidance = 1.0
+    interval = request.interval
+    if interval is None:
+        interval = "{:g},{:g}".format(*(paper.interval if request.guidance is None else (0, 1)))
+    num = request.num
     if num is None and on_gpu:
         num = GPU_SAMPLES
     elif num is None:
-        cost = forward_flops(model) * steps
+        cost = forward_flops(model) * steps * (1 if guidance == 1 else 2)
         num = int(max(8, min(CPU_SAMPLES, CPU_BUDGET_FLOPS // cost)))
         bar.note(
             f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}"
         )
     return SampleRequest(
         num=num,
-        sampler=request.sampler or (None if on_gpu else CPU_SAMPLERS[model.family]),
+        sampler=request.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family]),
         steps=steps,
-        guidance=request.guidance,
-        interval=request.interval,
+        guidance=guidance,
+        interval=interval,
+        guided_channels=request.guided_channels,
+        classes=request.classes,
+        pixels=request.pixels,
         seed=request.seed,
         checkpoint=request.checkpoint,
         batch_size=request.batch_size,
         device=device,
+        precision=request.precision,
+        compile=request.compile,
         weights_dir=request.weights_dir,
     )
 
@@ -195,31 +284,37 @@ def _append_metrics(path: Path, entry: dict[str, Any]) -> None:
 def write_run_report(
     folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = ""
 ) -> Path:
-    """The report of one run, or one page with several side by side.
+    """The report of one run (by default its ``report.html``), or one page that compares several.
+
+    The comparison goes to ``comparison.html`` in the first run's folder where ``out`` is None.
 
     Raises:
-        UserError: a folder is not a run.
+        UserError: a folder is not a run, or is named twice.
     """
     from trainer.report.data import load_run
-    from trainer.report.report import write_report
+    from trainer.report.report import write_comparison, write_report
 
     for folder in folders:
         runs.load_config(folder)
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice", remedy="Name each run once.")
     data = [load_run(folder) for folder in folders]
-    images, charts = [], []
-    images += _reference_figures(folders[0])
-    for folder in folders:
-        charts += router_charts(folder)
-    return write_report(
-        out or folders[0] / "report.html",
-        data,
-        title=title
-        or " and ".join(str(f.relative_to(runs.ROOT)) if f.is_relative_to(runs.ROOT) else f.name for f in folders),
-        lead=lead,
-        images=images,
-        charts=charts,
-        published=_published(folders),
-    )
+    if len({run.name for run in data}) < len(data):
+        data = [replace(run, name=str(folder)) for run, folder in zip(data, folders)]
+    given: dict[str, Any] = {
+        "title": title or " and ".join(_below_root(folder) for folder in folders),
+        "lead": lead,
+        "images": _reference_figures(folders[0]),
+        "charts": [chart for folder, run in zip(folders, data) for chart in router_charts(folder, run.name)],
+        "published": [figure for folder, run in zip(folders, data) for figure in _published(folder, run.name)],
+    }
+    if len(folders) == 1:
+        return write_report(out or folders[0] / "report.html", data, **given)
+    return write_comparison(out or folders[0] / "comparison.html", data, **given)
+
+
+def _below_root(folder: Path) -> str:
+    return str(folder.relative_to(runs.ROOT)) if folder.is_relative_to(runs.ROOT) else folder.name
 
 
 def _reference_figures(folder: Path) -> list[Any]:
@@ -269,7 +364,7 @@ def _reference_figures(folder: Path) -> list[Any]:
     ]
 
 
-def router_charts(folder: Path, points: int = 101) -> list[Any]:
+def router_charts(folder: Path, name: str | None = None, points: int = 101) -> list[Any]:
     """AHPA's inter-group and intra-group weights over t at the latest checkpoint (AHPA, Fig. 5); empty for other methods."""
     import torch
 
@@ -296,7 +391,7 @@ def router_charts(folder: Path, points: int = 101) -> list[Any]:
     with torch.no_grad():
         weights = module.router(t)
     groups = config.method_config("ahpa").groups
-    name = runs.display_name(folder)
+    name = name or runs.display_name(folder)
     charts = [
         router_chart(
             t.numpy(),
@@ -322,20 +417,14 @@ def features_layers(summary: Mapping[str, Any], feature: str, count: int) -> lis
     return list(named) if len(named) == count else [f"layer {i + 1}" for i in range(count)]
 
 
-def _published(folders: Sequence[Path]) -> list[Any]:
-    """The figures that the recipes of these runs carry from their papers."""
+def _published(folder: Path, name: str) -> list[Any]:
+    """The figures that a run's recipe carries from its paper, and how their samples were drawn."""
     from trainer.report.table import Published
 
-    found = []
-    for folder in folders:
-        published = runs.load_config(folder).published
-        for metric, value in published.get("metrics", {}).items():
-            found.append(
-                Published(
-                    metric=metric,
-                    value=float(value),
-                    source=str(published.get("source", "")),
-                    run=runs.display_name(folder),
-                )
-            )
-    return found
+    config = runs.load_config(folder)
+    sampling = recipe_sampling(config)
+    source = str(config.published.get("source", "")) + (f": {sampling}" if sampling is not None else "")
+    return [
+        Published(metric=metric, value=float(value), source=source, run=name)
+        for metric, value in config.published.get("metrics", {}).items()
+    ]

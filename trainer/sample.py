@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from trainer.step import DDPM_STEPS
 
 # Family -> its samplers, the default first.
 SAMPLERS = {"sit": ("sde", "ode", "heun", "dopri5"), "dit": ("ddpm", "ddim")}
+
+# Images decoded at once: enough to fill a GPU at 256 pixels, and 1 GiB for the SD-VAE's largest activation there.
+DECODED_IMAGES = 16
 
 
 def check_sampler(family: str, sampler: str | None) -> str:
@@ -48,7 +51,8 @@ class SampleConfig:
     """How images are drawn.
 
     sampler: for SiT ``ode`` (Euler), ``heun``, ``dopri5``, ``sde`` (Euler-Maruyama, the papers' last step without noise);
-    for DiT ``ddpm`` (ancestral) and ``ddim``.
+    for DiT ``ddpm`` (ancestral) and ``ddim`` (every i-th step from 0 on as in ADM, where a whole i gives ``steps`` of
+    them; else spread evenly from the first step to the last, as for ``ddpm``: our choice).
     steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own). guidance: scale, interval and channels.
     pixels: ``round`` is 127.5 x + 128 clamped (ADM, DiT, SiT); ``truncate`` is 255 (x + 1) / 2 cut off (REPA).
     seed: together with the sample's index it fixes the sample's noise.
@@ -59,7 +63,6 @@ class SampleConfig:
     guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
     pixels: str = "round"
     seed: int = 0
-    batch_size: int = 64
 
 
 def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: str | None) -> Any:
@@ -168,7 +171,10 @@ def draw_latents(
     if is_dit:
         schedule = ddpm.linear_schedule(DDPM_STEPS)
         if config.sampler == "ddim":
-            return samplers.ddim(model_fn, x, ddpm.respace(schedule, config.steps, spacing="stride"))
+            kept = ddpm.respace(
+                schedule, config.steps, spacing="stride" if ddpm.has_stride(schedule, config.steps) else "even"
+            )
+            return samplers.ddim(model_fn, x, kept)
         return samplers.ddpm(model_fn, x, ddpm.respace(schedule, config.steps), noise=noise)
     if config.sampler == "sde":
         return samplers.euler_maruyama(model_fn, x, samplers.sde_grid(config.steps), noise=noise, path=path)
@@ -176,20 +182,66 @@ def draw_latents(
     return method(model_fn, x, samplers.ode_grid(config.steps))
 
 
-def to_uint8(pixels: Tensor, rule: str = "round") -> np.ndarray:
-    """Pixels in [-1, 1], [B, 3, R, R] => uint8 [B, R, R, 3] under one of the two public conventions."""
+def to_uint8(pixels: Tensor, rule: str = "round") -> Tensor:
+    """Pixels in [-1, 1], [B, 3, R, R] => uint8 [B, R, R, 3] on the same device, under one of the two public conventions."""
     if rule == "round":
         values = (127.5 * pixels + 128).clamp(0, 255)
     else:
         values = (255 * (pixels + 1) / 2).clamp(0, 255)
-    return values.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def draw_images(
-    model: Any, vae: Any, labels: Tensor, indices: Sequence[int], config: SampleConfig, *, path: str = "linear"
-) -> np.ndarray:
-    """uint8 [B, R, R, 3]."""
-    return to_uint8(decode_latents(vae, draw_latents(model, labels, indices, config, path=path)), config.pixels)
+@torch.inference_mode()
+def decode_pixels(vae: Any, latents: Tensor, rule: str = "round") -> Tensor:
+    """Scaled latents [B, C, h, w] => uint8 [B, R, R, 3], a part at a time: memory does not grow with B."""
+    return torch.cat([to_uint8(decode_latents(vae, part), rule) for part in latents.split(DECODED_IMAGES)])
+
+
+def draw_units(
+    model: Any,
+    vae: Any,
+    labels: np.ndarray,
+    indices: Sequence[int],
+    config: SampleConfig,
+    *,
+    path: str = "linear",
+    unit: int,
+) -> Iterator[np.ndarray]:
+    """The samples ``indices`` with ``labels`` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
+
+    Every unit is computed whole (the last filled up with its last sample), so that shapes, and with them the rounding,
+    are always the same. On a GPU the copy of one unit to the host, and what the caller does with it, overlap with the
+    drawing of the next.
+    """
+    device = next(vae.parameters()).device
+
+    def drawn() -> Iterator[Tensor]:
+        for start in range(0, len(indices), unit):
+            chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
+            wanted = torch.from_numpy(np.asarray(labels)[chosen]).to(device)
+            latents = draw_latents(model, wanted, [int(indices[i]) for i in chosen], config, path=path)
+            yield decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
+
+    return _fetched(drawn())
+
+
+def _fetched(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Tensors on the host, those from a GPU one behind: it works on the next while one is copied."""
+    waiting: tuple[Tensor, Any] | None = None
+    for batch in batches:
+        if batch.device.type != "cuda":
+            yield batch.numpy()
+            continue
+        host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)  # to pageable memory the copy would wait
+        host.copy_(batch, non_blocking=True)
+        event = torch.cuda.current_stream(batch.device).record_event()
+        if waiting is not None:
+            waiting[1].synchronize()
+            yield waiting[0].numpy()
+        waiting = host, event
+    if waiting is not None:
+        waiting[1].synchronize()
+        yield waiting[0].numpy()
 
 
 def grid_classes(num_classes: int, rows: int = 10) -> list[int]:
@@ -205,15 +257,17 @@ def class_grid(
     seed: int = 0,
     columns: int = 8,
     config: SampleConfig | None = None,
+    unit: int | None = None,
 ) -> np.ndarray:
-    """One row a class, the same noise down every column: uint8 [rows * R, columns * R, 3]."""
-    device = next(model.parameters()).device
-    config = config or SampleConfig(sampler="ode" if model.cfg.family == "sit" else "ddim", steps=32, seed=seed)
-    rows = [
-        draw_images(model, vae, torch.full((columns,), label, device=device), range(columns), config, path=path)
-        for label in grid_classes(model.cfg.num_classes)
-    ]
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    """One row a class, the same noise down every column: uint8 [rows * R, columns * R, 3]. ``unit`` images at once."""
+    config = config or SampleConfig(sampler="ode" if model.cfg.family == "sit" else "ddpm", steps=32, seed=seed)
+    classes = grid_classes(model.cfg.num_classes)
+    indices = list(range(columns)) * len(classes)
+    labels = np.repeat(classes, columns)
+    tiles = np.concatenate(list(draw_units(model, vae, labels, indices, config, path=path, unit=unit or columns)))
+    _, R, _, _ = tiles.shape
+    grid = tiles.reshape(len(classes), columns, R, R, 3).transpose(0, 2, 1, 3, 4)  # [rows, R, columns, R, 3]
+    return grid.reshape(len(classes) * R, columns * R, 3)
 
 
 def save_png(pixels: np.ndarray, path: Path) -> None:

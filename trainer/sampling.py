@@ -1,7 +1,9 @@
 """Many samples of one run, without babysitting: resumable, over any number of ranks, the same images every time.
 
-Sample ``i`` is a function of (seed, i, settings) alone. On the CPU the arithmetic is done in groups of eight consecutive
-indices, always full, so that shapes (and with them the rounding) never depend on batch size, ranks or where a job was cut.
+Sample ``i`` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind of
+device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units of
+consecutive indices, always full: eight on the CPU whatever the batch size, on a GPU the batch size rounded down to a power
+of two. So shapes, and with them the rounding, never depend on the number of samples, on ranks or on where a job was cut.
 Finished blocks lie on the disk; the npz is put together at the end without holding it in memory.
 """
 
@@ -11,7 +13,8 @@ import io
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,20 +27,21 @@ from featcache.build import pick_device
 from featcache.errors import UserError
 from trainer import distributed, runs
 from trainer.diffusion.guidance import Guidance
+from trainer.inference import Arithmetic, Network, applied, choose_arithmetic
 from trainer.sample import (
     LoadedRun,
     SampleConfig,
     check_sampler,
     choose_labels,
     class_grid,
-    draw_images,
+    draw_units,
     load_decoder,
     load_run,
     save_png,
 )
 
 GROUP = 8  # samples of one arithmetic unit on the CPU
-BLOCK = 256  # samples of one file on the way; a multiple of GROUP
+BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
 FORMATS = ("npz", "wds", "png")
 
 
@@ -55,7 +59,8 @@ class Bar(Protocol):
 class SampleRequest:
     """What ``trainer sample`` was asked for.
 
-    sampler: None takes the family's default. interval: LOW,HIGH. checkpoint: a step, None the latest.
+    sampler: None takes the family's default. interval: LOW,HIGH. checkpoint: a step, None the latest. precision, compile:
+    see :func:`trainer.inference.choose_arithmetic`.
     """
 
     num: int
@@ -71,6 +76,8 @@ class SampleRequest:
     batch_size: int = 64
     device: str = "auto"
     weights_dir: str | None = None
+    precision: str = "auto"
+    compile: bool | None = None
     format: str = "npz"
     out: Path | None = None
 
@@ -92,16 +99,17 @@ class SampleRequest:
             guidance=Guidance(scale=self.guidance, low=low, high=high, channels=self.guided_channels),
             pixels=self.pixels,
             seed=self.seed,
-            batch_size=self.batch_size,
         )
 
-    def folder_name(self, step: int, sampler: str) -> str:
+    def folder_name(self, step: int, sampler: str, arithmetic: Arithmetic) -> str:
         parts = [f"step_{step:07d}", f"{sampler}{self.steps}", f"seed{self.seed}"]
         if self.guidance != 1:
             parts.append(f"cfg{self.guidance:g}" + (f"-{self.interval}" if self.interval != "0,1" else ""))
             parts += [f"ch{self.guided_channels}"] if self.guided_channels else []
         parts += [self.classes.replace(",", "_")[:40]] if self.classes != "balanced" else []
         parts += [self.pixels] if self.pixels != "round" else []
+        parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
+        parts += ["compiled"] if arithmetic.compile else []
         return "-".join(parts)
 
 
@@ -120,50 +128,119 @@ class SampleResult:
 
 
 def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
-    """Draws ``request.num`` images of a run and writes npz and grid; finished work of an earlier, interrupted call is kept.
+    """Draws ``request.num`` images of a run and writes them with a grid; finished work of an interrupted call is kept.
+
+    Under torchrun all ranks call it together and draw a share each.
 
     Raises:
-        UserError: no such run or checkpoint, unknown settings.
+        UserError: no such run or checkpoint, unknown settings, or a folder that holds samples of other settings.
         WeightsUnavailable: the VAE's weights are not to be had.
     """
     device_name = pick_device(request.device)
-    world = distributed.join(device_name)
-    device = torch.device(device_name, world.local_rank) if device_name == "cuda" else torch.device(device_name)
-    loaded = load_run(run, step=request.checkpoint, device=str(device))
-    config = request.config(loaded.model.cfg.family)
-    vae = load_decoder(
-        loaded.summary["dataset"]["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir
-    ).to(device)
-    classes = len(loaded.class_names)
-    labels = choose_labels(request.classes, request.num, classes, seed=request.seed)
+    arithmetic = choose_arithmetic(device_name, request.precision, request.compile)
+    with distributed.joined(device_name) as world:
+        device = world.device(device_name)
+        loaded = load_run(run, step=request.checkpoint, device=str(device))
+        config = request.config(loaded.model.cfg.family)
+        dataset = loaded.summary["dataset"]
+        vae = load_decoder(dataset["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir).to(device)
+        folder = request.out or run / "samples" / request.folder_name(loaded.step, config.sampler, arithmetic)
+        settings = {
+            **asdict(config),
+            "classes": request.classes,
+            **asdict(arithmetic),
+        }
+        images = folder / (f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format])
+        record = {"run": loaded.config.name, "step": loaded.step, **settings}
+        _check_folder(folder, record)
+        if not images.exists():
+            draw = _Draw(
+                network=Network(loaded.model, arithmetic),
+                vae=vae,
+                config=config,
+                path=loaded.config.path,
+                labels=choose_labels(
+                    request.classes, -(-request.num // BLOCK) * BLOCK, len(loaded.class_names), seed=request.seed
+                ),
+                num=request.num,
+                unit=_unit(device, request.batch_size),
+            )
+            with applied(arithmetic):
+                _draw_to(folder, images, record, draw, world, bar)
+        return SampleResult(
+            images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
+        )
 
-    folder = request.out or run / "samples" / request.folder_name(loaded.step, config.sampler)
+
+@dataclass(frozen=True, kw_only=True)
+class _Draw:
+    """What is to be drawn, and with what. labels: int64, of whole blocks."""
+
+    network: Network
+    vae: Any
+    config: SampleConfig
+    path: str
+    labels: np.ndarray
+    num: int
+    unit: int
+
+
+def _unit(device: torch.device, batch_size: int) -> int:
+    """Samples computed at once: see the module."""
+    if device.type == "cpu":
+        return GROUP
+    return max(GROUP, min(BLOCK, 1 << (batch_size.bit_length() - 1)))
+
+
+def _draw_to(
+    folder: Path, images: Path, record: dict[str, Any], draw: _Draw, world: distributed.World, bar: Bar
+) -> None:
+    """This rank's share of the blocks; then, on the main rank, the files made of all of them."""
     blocks = folder / "blocks"
-    images = folder / (f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format])
-    grid = folder / "grid.png"
-    settings = {
-        **{k: v for k, v in asdict(config).items() if k != "batch_size"},
-        "num": request.num,
-        "classes": request.classes,
-    }
-    if not images.exists():
-        if world.is_main:
-            _prepare(blocks, settings)
-        distributed.barrier()
-        todo = [k for k in range(-(-request.num // BLOCK)) if not _block_path(blocks, k).exists()]
-        bar.begin("sampling", request.num, done=request.num - sum(_block_count(request.num, k) for k in todo))
-        for k in todo[world.rank :: world.size]:
-            pixels = list(_draw_block(loaded, vae, labels, k, request, config, device, bar))
-            _save_block(_block_path(blocks, k), np.concatenate(pixels)[: _block_count(request.num, k)])
-        distributed.barrier()
-        if world.is_main:
-            write = {"npz": _write_npz, "wds": _write_tar, "png": _write_pngs}[request.format]
-            write(blocks, images, labels)
-            shutil.rmtree(blocks)
-            save_png(class_grid(loaded.model, vae, path=loaded.config.path, seed=request.seed, config=config), grid)
-            runs.write_text(folder / "settings.json", json.dumps({"step": loaded.step, **settings}, indent=1))
-        distributed.barrier()
-    return SampleResult(images=images, grid=grid, loaded=loaded, settings=settings)
+    if world.is_main:
+        _prepare(blocks, record)
+    missing = [k for k in range(-(-draw.num // BLOCK)) if not _is_whole(blocks, draw.num, k)] if world.is_main else []
+    missing = distributed.from_main(missing)  # one list for all: another rank may be done with a block before we look
+    if world.is_main:
+        bar.begin("sampling", draw.num, done=draw.num - sum(_block_count(draw.num, k) for k in missing))
+    _draw_blocks(blocks, draw, missing[world.rank :: world.size], bar if world.is_main else None, world.size)
+    distributed.barrier()
+    if world.is_main:
+        write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
+        write(blocks, images, draw.labels[: draw.num])
+        pixels = class_grid(
+            draw.network, draw.vae, path=draw.path, seed=draw.config.seed, config=draw.config, unit=draw.unit
+        )
+        save_png(pixels, folder / "grid.png")
+        runs.write_text(folder / "settings.json", json.dumps(record, indent=1))
+        shutil.rmtree(blocks)
+    distributed.barrier()
+
+
+def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | None, ranks: int) -> None:
+    """Draws blocks and saves each when it is full, in a thread beside the drawing of the next."""
+    indices = [i for k in numbers for i in range(k * BLOCK, k * BLOCK + _padded(_block_count(draw.num, k), draw.unit))]
+    units = draw_units(
+        draw.network, draw.vae, draw.labels[indices], indices, draw.config, path=draw.path, unit=draw.unit
+    )
+    saving: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for k in numbers:
+            count = _block_count(draw.num, k)
+            parts = []
+            for start in range(0, count, draw.unit):
+                parts.append(next(units))
+                if bar is not None:
+                    bar.advance(min(draw.unit, count - start) * ranks)  # the other ranks are about as far
+            if saving is not None:
+                saving.result()
+            saving = writer.submit(_save_block, _block_path(blocks, k), np.concatenate(parts)[:count])
+        if saving is not None:
+            saving.result()
+
+
+def _padded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 def _block_path(blocks: Path, number: int) -> Path:
@@ -174,35 +251,38 @@ def _block_count(num: int, number: int) -> int:
     return min(BLOCK, num - number * BLOCK)
 
 
-def _prepare(blocks: Path, settings: dict[str, Any]) -> None:
-    """Keeps blocks of an earlier call only if it drew the same labels with the same settings."""
+def _is_whole(blocks: Path, num: int, number: int) -> bool:
+    """Whether a block is there with as many samples as ``num`` in all needs (it may come from a call that asked for fewer)."""
+    path = _block_path(blocks, number)
+    return path.exists() and len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
+
+
+def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether samples with the record ``saved`` are those asked for; what an older record does not say is no difference."""
+    now = json.loads(json.dumps(record))
+    return all(now[key] == value for key, value in saved.items() if key in now)
+
+
+def _check_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Refuses a folder with finished samples of other settings: they would be taken for the ones asked for."""
+    saved = runs.read_json(folder / "settings.json", {})
+    if not _same(saved, record):
+        now = json.loads(json.dumps(record))
+        differing = [f"{k} {saved[k]}, not {now[k]}" for k in now if k in saved and saved[k] != now[k]]
+        raise UserError(
+            f"{folder} holds samples of other settings ({'; '.join(differing)})",
+            remedy="Pass another folder with --out, or remove this one.",
+        )
+
+
+def _prepare(blocks: Path, record: dict[str, Any]) -> None:
+    """Keeps blocks of an earlier call only if it drew the same samples."""
     blocks.mkdir(parents=True, exist_ok=True)
-    record = blocks / "settings.json"
-    if runs.read_json(record, settings) != settings:
+    saved = runs.read_json(blocks / "settings.json", {})
+    if saved and not _same(saved, record):
         shutil.rmtree(blocks)
         blocks.mkdir()
-    runs.write_text(record, json.dumps(settings))
-
-
-def _draw_block(
-    loaded: LoadedRun,
-    vae: Any,
-    labels: np.ndarray,
-    number: int,
-    request: SampleRequest,
-    config: SampleConfig,
-    device: torch.device,
-    bar: Bar,
-) -> Iterator[np.ndarray]:
-    unit = GROUP if device.type == "cpu" else max(GROUP, request.batch_size - request.batch_size % GROUP)
-    first, count = number * BLOCK, _block_count(request.num, number)
-    for start in range(first, first + count, unit):
-        indices = np.arange(start, min(start + unit, first + BLOCK))
-        wanted = torch.from_numpy(labels[np.minimum(indices, len(labels) - 1)]).to(
-            device
-        )  # the last group is filled up
-        yield draw_images(loaded.model, vae, wanted, indices.tolist(), config, path=loaded.config.path)
-        bar.advance(min(len(indices), first + count - start))
+    runs.write_text(blocks / "settings.json", json.dumps(record))
 
 
 def _save_block(path: Path, pixels: np.ndarray) -> None:
@@ -212,25 +292,30 @@ def _save_block(path: Path, pixels: np.ndarray) -> None:
     partial.replace(path)
 
 
+def _block_images(blocks: Path, num: int) -> Iterator[np.ndarray]:
+    """The first ``num`` images, uint8 [b, R, R, 3] a block."""
+    for k in range(-(-num // BLOCK)):
+        yield np.load(_block_path(blocks, k), mmap_mode="r", allow_pickle=False)[: _block_count(num, k)]
+
+
 def _write_npz(blocks: Path, npz: Path, labels: np.ndarray) -> None:
     """Joins the blocks into an uncompressed npz, one block in memory at a time."""
-    files = sorted(blocks.glob("[0-9]*.npy"))
-    first = np.load(files[0], mmap_mode="r", allow_pickle=False)
+    shape = next(_block_images(blocks, len(labels))).shape[1:]
     partial = npz.with_name(f".{npz.name}.partial")
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape[1:])}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for file in files:
-                member.write(np.load(file, allow_pickle=False).tobytes())
+            for block in _block_images(blocks, len(labels)):
+                member.write(block.tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.save(member, labels.astype(np.int64), allow_pickle=False)
     partial.replace(npz)
 
 
-def _pngs(blocks: Path) -> Iterator[bytes]:
-    for file in sorted(blocks.glob("[0-9]*.npy")):
-        for pixels in np.load(file, allow_pickle=False):
+def _pngs(blocks: Path, num: int) -> Iterator[bytes]:
+    for block in _block_images(blocks, num):
+        for pixels in block:
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
             yield buffer.getvalue()
@@ -242,7 +327,7 @@ def _write_tar(blocks: Path, path: Path, labels: np.ndarray) -> None:
 
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as stream, webdataset.TarWriter(stream, mtime=0) as tar:
-        for i, (png, label) in enumerate(zip(_pngs(blocks), labels)):
+        for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
             tar.write({"__key__": f"{i:06d}", "png": png, "cls": str(label).encode()})
     partial.replace(path)
 
@@ -250,7 +335,7 @@ def _write_tar(blocks: Path, path: Path, labels: np.ndarray) -> None:
 def _write_pngs(blocks: Path, path: Path, labels: np.ndarray) -> None:
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for i, (png, label) in enumerate(zip(_pngs(blocks), labels)):
+    for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
         folder = partial / f"{label:04d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{i:06d}.png").write_bytes(png)

@@ -74,6 +74,11 @@ def linear_schedule(steps: int = 1000, *, beta_first: float = 1e-4, beta_last: f
     return Schedule(steps=np.arange(steps), alpha_bar=np.cumprod(1 - beta).astype(np.float64))
 
 
+def has_stride(schedule: Schedule, count: int) -> bool:
+    """Whether taking every i-th step, for a whole i, gives ``count`` of them."""
+    return any(len(range(0, len(schedule), i)) == count for i in range(1, len(schedule) + 1))
+
+
 def respace(schedule: Schedule, count: int, *, spacing: Literal["even", "stride"] = "even") -> Schedule:
     """The same process seen at ``count`` of its steps only (Nichol & Dhariwal 2021, Sec. 4).
 

@@ -40,6 +40,7 @@ from trainer.evaluate.references import (
 )
 
 UNBIASED_ENOUGH = 50_000
+SHORT_NAMES = {"is": "inception_score"}
 NEED_FEATURES = frozenset({"precision", "recall", "kid"})
 
 
@@ -65,7 +66,7 @@ def evaluate(
         samples: an image set, or what `open_images` opens.
         reference: statistics, or what `reference_statistics` opens.
         extractor: the network; runs on its own device, as do the metrics.
-        metrics: keys of `extractor.metric_names`; None takes all of them.
+        metrics: keys of `extractor.metric_names`, in any case, or `is`; None takes all of them.
         count: how many samples to judge, the first ones; None takes all.
         batch_size: images a forward pass. Results do not depend on it beyond float32 rounding.
         bootstrap: replicates behind 95 % intervals, 0 for none. Each repeats FID's covariance and
@@ -163,13 +164,15 @@ def evaluate(
 
 def _chosen_metrics(metrics: Sequence[str] | None, extractor: Extractor) -> list[str]:
     defined = list(extractor.metric_names)
-    for metric in metrics or ():
+    wanted = [SHORT_NAMES.get(m.lower(), m.lower()) for m in metrics or defined]
+    for metric in wanted:
         if metric not in defined:
+            short = {long: name for name, long in SHORT_NAMES.items()}
             raise UserError(
-                f"the extractor {extractor.name} does not define the metric {metric!r}",
-                remedy=f"Choose among: {', '.join(defined)}",
+                f"the extractor {extractor.name} does not define the metric {short.get(metric, metric)!r}",
+                remedy=f"Choose among: {', '.join(short.get(m, m) for m in defined)}",
             )
-    return [m for m in defined if metrics is None or m in metrics]
+    return [m for m in defined if m in wanted]
 
 
 def _too_few(images: ImageSet, found: int, expected: int) -> UserError:

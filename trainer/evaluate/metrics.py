@@ -164,19 +164,20 @@ class InceptionScore:
 
     def __init__(self, *, chunk: int = INCEPTION_CHUNK) -> None:
         self.chunk = chunk
-        # chunk index -> [count, sum of p log p, sum of p [K]]
-        self._sums: dict[int, tuple[int, float, np.ndarray]] = {}
+        # chunk index -> count and float64 [1 + K]: sum of p log p, sum of p. It stays on the device of the logits:
+        # reading it back at every batch would make the device wait for the host.
+        self._sums: dict[int, tuple[int, Tensor]] = {}
 
     def update(self, logits: Tensor, start: int) -> None:
         """Add class logits [B, K] of samples `start .. start + B - 1`."""
         log_p = logits.detach().to(torch.float64).log_softmax(1)
         p = log_p.exp()
-        entropy_terms = (p * log_p).sum(1)
+        terms = torch.cat([(p * log_p).sum(1, keepdim=True), p], 1)  # [B, 1 + K]
         stop = start + len(logits)
         for index in range(start // self.chunk, (stop - 1) // self.chunk + 1):
             rows = slice(max(index * self.chunk - start, 0), min((index + 1) * self.chunk, stop) - start)
-            part = p[rows]
-            self._add(index, len(part), float(entropy_terms[rows].sum()), part.sum(0).cpu().numpy())
+            part = terms[rows]
+            self._add(index, len(part), part.sum(0))
 
     def merge(self, other: "InceptionScore") -> None:
         """Add all that `other` has seen."""
@@ -185,9 +186,11 @@ class InceptionScore:
         for index, sums in other._sums.items():
             self._add(index, *sums)
 
-    def _add(self, index: int, count: int, entropy: float, total: np.ndarray) -> None:
-        before = self._sums.get(index, (0, 0.0, np.zeros_like(total)))
-        self._sums[index] = (before[0] + count, before[1] + entropy, before[2] + total)
+    def _add(self, index: int, count: int, sums: Tensor) -> None:
+        if index in self._sums:
+            before, total = self._sums[index]
+            count, sums = before + count, total + sums.to(total.device)
+        self._sums[index] = count, sums
 
     def result(self) -> float:
         """Mean over chunks.
@@ -198,11 +201,12 @@ class InceptionScore:
         if not self._sums:
             raise ValueError("an Inception score needs at least one sample")
         scores = []
-        for count, entropy, total in self._sums.values():
-            marginal = total / count
+        for count, sums in self._sums.values():
+            entropy, *total = (sums / count).tolist()
+            marginal = np.array(total)
             positive = marginal[marginal > 0]
             # mean_x sum_y p(y|x) log p(y) = sum_y p(y) log p(y): only the marginal is needed.
-            scores.append(np.exp(entropy / count - (positive * np.log(positive)).sum()))
+            scores.append(np.exp(entropy - (positive * np.log(positive)).sum()))
         return float(np.mean(scores))
 
 

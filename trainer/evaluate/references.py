@@ -21,6 +21,7 @@ from trainer.evaluate.metrics import InceptionScore, Moments
 
 # As many reference images as ADM's own batches hold: precision and recall compare all pairs.
 DEFAULT_KEPT_FEATURES = 10_000
+KEPT_AT_ONCE = 2_048  # rows that wait on the device
 
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "pool", "provenance")
 
@@ -68,19 +69,29 @@ def full_precision() -> Iterator[None]:
 
 
 class _Kept:
-    """Rows of activations up to a limit, in CPU memory."""
+    """Rows of activations up to a limit, in CPU memory, brought there many batches at a time: each copy makes a GPU wait."""
 
     def __init__(self, limit: int | None) -> None:
-        self._limit, self._rows, self._blocks = limit, 0, list[Tensor]()
+        self._limit, self._rows = limit, 0
+        self._pending: list[Tensor] = []  # on the network's device
+        self._blocks: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         if self._limit is not None:
             x = x[: max(0, self._limit - self._rows)]
         if len(x):
-            self._blocks.append(x.to("cpu", torch.float32))
+            self._pending.append(x)
             self._rows += len(x)
+        if sum(map(len, self._pending)) >= KEPT_AT_ONCE:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        if self._pending:
+            self._blocks.append(torch.cat(self._pending).to("cpu", torch.float32))
+            self._pending = []
 
     def result(self) -> Tensor | None:
+        self._fetch()
         if not self._rows:
             return None
         out = torch.empty(self._rows, self._blocks[0].shape[1])
@@ -90,6 +101,14 @@ class _Kept:
             out[start : start + len(block)] = block
             start += len(block)
         return out
+
+
+def _checked(images: ImageSet, batch_size: int, resolution: int | None, *, pin: bool) -> Iterator[Tensor]:
+    """The batches as uint8 [B, R, R, 3], each judged before it is used; pinned, so that their copies need not wait."""
+    for batch in images.batches(batch_size):
+        resolution = check_batch(batch, resolution, images.description)
+        pixels = torch.from_numpy(batch if batch.flags.writeable else batch.copy())
+        yield pixels.pin_memory() if pin else pixels
 
 
 def compute_statistics(
@@ -131,11 +150,11 @@ def compute_statistics(
     total = images.count if limit is None else min(limit, images.count or limit)
     done = 0
     with full_precision():
-        for batch in prefetch(images.batches(batch_size)):
-            resolution = check_batch(batch, resolution, images.description)
+        for batch in prefetch(_checked(images, batch_size, resolution, pin=device.type == "cuda")):
             if limit is not None:
                 batch = batch[: limit - done]
-            pixels = torch.from_numpy(np.array(batch.transpose(0, 3, 1, 2), order="C"))  # [B, 3, R, R]
+            resolution = batch.shape[1]
+            pixels = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()  # [B, 3, R, R]
             out = extractor.features(pixels)
             pool, maps, classes = out["pool"], out["spatial"], out["logits"]
             assert pool is not None

@@ -75,6 +75,7 @@ def write_comparison(
     title: str = "Comparison",
     lead: str = "",
     images: Sequence[Figure] = (),
+    charts: Sequence[Chart] = (),
     published: Sequence[Published] = (),
 ) -> Path:
     """Write one self-contained page that puts runs side by side.
@@ -84,13 +85,16 @@ def write_comparison(
 
     Arguments, return value and errors as `write_report`.
     """
+    features = [f for f in images if f.section != "samples"]
     body = [
         _header(title, lead, runs),
         _section("Same noise, same class, as training goes on", _strips(runs)),
         _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
         _section("At equal steps", _curves(_step_charts(runs))),
         _section("At equal time", _curves(_time_charts(runs))),
+        _section("Over the timestep", charts_html(charts)),
         _section("Numbers", numbers_html(runs, published) + _judged_sentences(runs)),
+        _section("Features", figures_html(features)),
         _section("How it was sampled and judged", _settings(runs)),
         _section("Diagnostics", _diagnostics(Path(out_html), runs)),
         _section("Settings to reproduce", _configs(runs)),
