@@ -1,7 +1,8 @@
 """What each codec loses: token cosine and relative error of every feature of a cache that was stored exactly.
 
-    featcache build --data IMAGES --encoder tiny --vae-levels G3,G4 --moments-codec fp32 ... --out
-    caches/exact python benchmarks/codecs.py caches/exact
+    featcache build --data IMAGES --encoder tiny --vae-levels G3,G4 --moments-codec fp32 ... --out caches/exact
+    python benchmarks/codecs.py caches/exact
+    python benchmarks/codecs.py --outliers       # no cache: Gaussian tokens with one channel far above the others
 
 The cache must hold its features in fp32. A token is one vector over the last axis; for moments `[2C, h, w]`,
 where that axis is a row of the latent, the figures are by row. Cosine is the mean and the worst over tokens;
@@ -27,14 +28,24 @@ from featcache.errors import UserError
 from featcache.fidelity import fidelity
 
 RESULTS = Path(__file__).parent / "results"
+TOKENS = 4096
+RATIOS = (None, 8.0, 12.0, 16.0, 24.0)  # None: no outlier, the Gaussian's own largest value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache")
+    parser.add_argument("cache", nargs="?")
+    parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--json", type=Path, default=RESULTS / "codecs.json")
+    parser.add_argument(
+        "--json", type=Path, help="[default: results/codecs.json, with --outliers codecs-outliers.json]"
+    )
     args = parser.parse_args()
+    if args.outliers:
+        save(args.json or RESULTS / "codecs-outliers.json", {"tokens": TOKENS, "channels": 768, "codecs": outliers()})
+        return
+    if args.cache is None:
+        parser.error("name a cache, or type --outliers")
     cache = featcache.open(args.cache)
     features = [s for s in cache.manifest.features.values() if s.codec == "fp32"]
     if not features:
@@ -63,17 +74,42 @@ def main() -> None:
                 f"{row['worst_cosine']:>14.6f}{row['relative_error']:>12.2e}"
             )
     dataset = cache.manifest.dataset
-    result = {
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+    about = {
         "dataset": {"name": dataset.name, "images": min(args.samples, len(cache)), **dataset.preprocessing},
         "provenance": {spec.name: dict(spec.provenance) for spec in features},
         "codecs": found,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nsaved {args.json}")
+    save(args.json or RESULTS / "codecs.json", about)
+
+
+def outliers(channels: int = 768) -> dict[str, dict[str, dict[str, float]]]:
+    """By largest value over root mean square, and codec: fidelity of tokens with one large channel.
+
+    With v in one channel and unit normal values in the other n - 1, the ratio is r for v^2 = r^2 (n - 1) / (n - r^2).
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    print(f"{'max/rms':>8}{'codec':>7}{'mean cosine':>14}{'rel. error':>12}")
+    for ratio in RATIOS:
+        x = torch.randn(1, TOKENS, channels, generator=torch.Generator().manual_seed(0))
+        if ratio is not None:
+            x[..., 0] = ratio * ((channels - 1) / (channels - ratio**2)) ** 0.5
+        label = f"{float((x.abs().amax(-1) / x.square().mean(-1).sqrt()).mean()):.3g}"
+        for codec in ("int8", "fp8", "int4"):
+            row = found.setdefault(label, {})[codec] = fidelity(codec, x)
+            print(f"{label:>8}{codec:>7}{row['mean_cosine']:>14.6f}{row['relative_error']:>12.2e}")
+    return found
+
+
+def save(path: Path, figures: dict[str, Any]) -> None:
+    """Figures with the command, the date and the machine."""
+    head = {
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, **figures}, indent=1) + "\n")
+    print(f"\nsaved {path}")
 
 
 if __name__ == "__main__":
