@@ -166,7 +166,6 @@ def train_step(
     aligned = is_aligned(config, parts.alignment, step)
     adversarial = aligned and parts.adversary_steps(step)
     cfg = parts.model.cfg
-    cfg = parts.model.cfg
     draws = draw(
         seed=config.seed,
         step=step,
@@ -222,13 +221,13 @@ def forward_backward(
     """
     quiet = nullcontext() if last or not hasattr(parts.forward, "no_sync") else parts.forward.no_sync()
     with quiet:
-        terms, kept = parts.forward(batch, draws, aligned=aligned, keep=adversarial or measures)
+        terms, kept = parts.forward(batch, draws, aligned=aligned)
         loss = torch.stack(list(terms.values())).sum()
         scaled = loss * share
         (scaled if parts.scaler is None else parts.scaler.scale(scaled)).backward()
     measured = parts.objective.measure(kept, batch, draws) if measures else {}
     if adversarial:
-        adversary_loss = parts.objective.adversary_loss(kept)
+        adversary_loss = parts.objective.adversary_loss(kept, batch)
         (adversary_loss * share).backward()
         measured["align/adversary"] = adversary_loss
     return {"loss": loss, **terms}, measured
@@ -236,8 +235,8 @@ def forward_backward(
 
 def optimizer_step(parts: Parts, config: RunConfig) -> Tensor:
     """Clips, steps, clears; returns the gradient's norm before clipping."""
-    if parts.sharded:  # the sharded backbone averages its gradients itself, the heads beside it do not
-        distributed.average_gradients(p for group in parts.groups[1:] for p in group)
+    # The backbone averages its gradients itself, replicated or sharded; the heads beside it do not.
+    distributed.average_gradients(p for group in parts.groups[1:] for p in group)
     if parts.scaler is not None:
         parts.scaler.unscale_(parts.optimizer)
     assert config.clip is not None

@@ -112,7 +112,7 @@ def assemble(
         ema=ema,
         alignment=alignment,
         objective=objective,
-        forward=_wrapped(objective, adversary, world, device, sharded=sharded, compiled=compiled),
+        forward=_wrapped(objective, world, device, sharded=sharded, compiled=compiled),
         groups=groups,
         names=names,
         optimizer=torch.optim.AdamW([{"params": group} for group in groups], **adam),
@@ -134,22 +134,19 @@ def _trained(
     return backbone | heads, groups  # type: ignore[return-value]
 
 
-def _wrapped(
-    objective: Objective,
-    adversary: list[nn.Parameter],
-    world: World,
-    device: torch.device,
-    *,
-    sharded: bool,
-    compiled: bool,
-) -> Any:
+def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> Any:
     """``objective`` for several ranks and compiled as one region; sharded models look after themselves."""
     if sharded:
         return objective
+    if compiled:
+        objective.compile(dynamic=False)  # in place and inside DDP, which cuts it where gradients are exchanged
     forward: Any = objective
     if world.size > 1:
-        # What does not require gradients now is left out of the averaging: the discriminator has a step of its own.
-        for parameter in adversary:
+        # DDP averages the backbone's gradients alone: what does not require gradients now is left to us. Steps without
+        # alignment give its heads none, and to learn that, DDP would have the host wait for the device in each of them.
+        heads = list(objective.alignment.parameters()) if objective.alignment is not None else []
+        trained = [parameter for parameter in heads if parameter.requires_grad]
+        for parameter in trained:
             parameter.requires_grad_(False)
         wrap = nn.parallel.DistributedDataParallel
         # The buffers are constants. The option was renamed in PyTorch, and the old name warns.
@@ -160,13 +157,12 @@ def _wrapped(
         forward = wrap(
             objective,
             device_ids=[device.index] if device.type == "cuda" else None,
-            find_unused_parameters=objective.alignment is not None,  # steps without alignment leave its heads out
             **constant_buffers,
             gradient_as_bucket_view=True,
         )
-        for parameter in adversary:
+        for parameter in trained:
             parameter.requires_grad_(True)
-    return torch.compile(forward, dynamic=False) if compiled else forward
+    return forward
 
 
 def precision_of(config: RunConfig, device: torch.device) -> str:

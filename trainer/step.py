@@ -133,11 +133,13 @@ class Objective(nn.Module):
         ]  # in a list: not a submodule, so neither saved, trained nor synchronised with this one
 
     def forward(
-        self, batch: Mapping[str, Tensor], draws: Draws, *, aligned: bool = True, keep: bool = False
+        self, batch: Mapping[str, Tensor], draws: Draws, *, aligned: bool = True
     ) -> tuple[dict[str, Tensor], AlignInputs | None]:
-        """Loss terms by name, and the method's inputs without their gradients (if ``keep``).
+        """Loss terms by name, and what the method saw (None if not ``aligned``), for :meth:`measure` and
+        :meth:`adversary_loss`: without gradients, and without the targets, which those decode anew where they are due.
 
         ``denoise`` is the diffusion loss; ``align/<term>`` are the method's weighted terms. Their sum is the loss.
+        Compiled there are two variants, with and without alignment.
         """
         alignment = self.alignment if aligned else None
         moments = self._features["vae/moments"].decode(batch, torch.float32)
@@ -161,9 +163,7 @@ class Objective(nn.Module):
         inputs = AlignInputs(
             hidden=output.hidden,
             t=t,
-            targets={
-                name: self._features[name].decode(batch, self._dtype or torch.float32) for name in alignment.reads
-            },
+            targets=self._targets(batch, self._dtype or torch.float32),
             time_embedding=output.time_embedding,
             latent=latent,
             uniform=draws.align,
@@ -171,34 +171,36 @@ class Objective(nn.Module):
         )
         with self._autocast():
             terms |= {f"align/{name}": value for name, value in alignment.terms(inputs).items()}
-        return terms, _detached(inputs) if keep else None
+        return terms, _detached(inputs)
 
     @torch.no_grad()
     def measure(self, inputs: AlignInputs, batch: Mapping[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-        """The method's metrics, ``metric/<name>``, on what :meth:`forward` kept of the same batch.
+        """The method's metrics, ``metric/<name>``, on what :meth:`forward` gave for the same batch.
 
         Apart from the compiled step, because it is only done when a line is logged.
         """
         assert self.alignment is not None
-        if self.alignment.needs_teacher:
-            inputs = replace(inputs, teacher=self._teach(inputs.latent, batch, draws))
+        teacher = self._teach(inputs.latent, batch, draws) if self.alignment.needs_teacher else None
+        inputs = replace(inputs, targets=self._targets(batch, self._dtype or torch.float32), teacher=teacher)
         with self._autocast():
             return {f"metric/{name}": value for name, value in self.alignment.metrics(inputs).items()}
 
-    def adversary_loss(self, inputs: AlignInputs) -> Tensor:
-        """The discriminator's loss on what :meth:`forward` kept.
+    def adversary_loss(self, inputs: AlignInputs, batch: Mapping[str, Tensor]) -> Tensor:
+        """The discriminator's loss on what :meth:`forward` gave for the same batch.
 
         In bfloat16 under autocast as the model; with fp16 in float32, for its gradients have no loss scaling.
         """
         assert self.alignment is not None
-        with self._autocast(enabled=self._dtype is torch.bfloat16):
-            if self._dtype is torch.float16:
-                inputs = replace(
-                    inputs,
-                    hidden={depth: h.float() for depth, h in inputs.hidden.items()},
-                    targets={name: y.float() for name, y in inputs.targets.items()},
-                )
-            return self.alignment.adversary_loss(inputs)
+        low = self._dtype is torch.bfloat16
+        dtype = torch.bfloat16 if low else torch.float32
+        hidden = inputs.hidden if low else {depth: h.float() for depth, h in inputs.hidden.items()}
+        with self._autocast(enabled=low):
+            return self.alignment.adversary_loss(replace(inputs, hidden=hidden, targets=self._targets(batch, dtype)))
+
+    def _targets(self, batch: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the method reads, decoded: name -> [B, *shape]."""
+        reads = self.alignment.reads if self.alignment is not None else ()
+        return {name: self._features[name].decode(batch, dtype) for name in reads}
 
     def _autocast(self, *, enabled: bool = True) -> torch.autocast:
         device_type = next(self.model.parameters()).device.type
@@ -245,7 +247,7 @@ def _detached(inputs: AlignInputs) -> AlignInputs:
     return AlignInputs(
         hidden={depth: h.detach() for depth, h in inputs.hidden.items()},
         t=inputs.t,
-        targets=inputs.targets,
+        targets={},
         time_embedding=inputs.time_embedding.detach(),
         latent=inputs.latent,
         uniform=inputs.uniform,

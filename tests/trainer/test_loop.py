@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import Listener, checkpoint_files, log_of, losses, settings
+from torch._dynamo.utils import counters
 
 import featcache
 from trainer.align.dya import dropped
@@ -222,15 +223,65 @@ def test_training_learns(shapes_cache: Path, tmp_path: Path) -> None:
     assert records[-1][name] > records[0][name] + 0.3
 
 
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize(
+    ("method", "changes", "graphs"),
+    [
+        ("none", {}, 1),
+        ("sara", {"accumulate": 2}, 2),
+        ("dya", {}, 2),
+        *(
+            pytest.param(method, changes, graphs, marks=pytest.mark.slow)
+            for method, changes, graphs in (
+                ("repa", {"precision": "bf16"}, 2),
+                ("ahpa", {"precision": "fp16"}, 2),
+                ("ahpa", {"align": {"ahpa": {"router": "content", "depths": [1, 3]}}}, 2),
+                ("sra", {"accumulate": 2}, 2),
+                ("sra2", {}, 2),
+                ("ahpa+sra", {}, 2),
+                ("none", {"model": "DiT-Nano/2"}, 1),
+                ("ahpa", {"model": "DiT-Nano/2", "warmup_steps": 3}, 2),
+            )
+        ),
+    ],
+)
+def test_a_step_is_one_compiled_region(
+    shapes_cache: Path,
+    tmp_path: Path,
+    method: str,
+    changes: dict[str, Any],
+    graphs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One graph with alignment and one without, nothing between them, and none compiled anew: not for lines of the log,
+    the discriminator's turns, DyA's coin, the stop, micro-batches or a changed learning rate.
+
+    With the tracer alone, which decides all this; the slow code generator has a test of its own.
+    """
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **kw: real(m, **kw, backend="eager"))
+    torch.compiler.reset()
+    counters.clear()
+    common = {"steps": 10, "log_every": 3, "align_until": 8, "seed": 2, **changes}
+    compiled = run(settings(shapes_cache, method, compile=True, **common), tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    eager = run(settings(shapes_cache, method, **common), tmp_path / "eager")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
+    if method == "dya":
+        coins = [dropped(seed=2, step=step, probability=0.5) for step in range(8)]
+        assert 0 < sum(coins) < 8, "alignment must have come and gone"
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("nano")
-def test_a_compiled_run_follows_an_uncompiled_one(shapes_cache: Path, tmp_path: Path) -> None:
-    """With the real code generator, through all variants of a step: measured, plain, without alignment."""
+@pytest.mark.parametrize("method", ["ahpa", "sara", "sra"])
+def test_a_compiled_run_follows_an_uncompiled_one(shapes_cache: Path, tmp_path: Path, method: str) -> None:
+    """With the real code generator."""
     torch.compiler.reset()
-    eager = run(settings(shapes_cache, "ahpa", steps=4, align_until=3, log_every=2), tmp_path / "eager")
-    compiled = run(
-        settings(shapes_cache, "ahpa", steps=4, align_until=3, log_every=2, compile=True), tmp_path / "compiled"
-    )
+    common = {"steps": 4, "align_until": 3, "log_every": 2}
+    eager = run(settings(shapes_cache, method, **common), tmp_path / "eager")
+    compiled = run(settings(shapes_cache, method, compile=True, **common), tmp_path / "compiled")
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
 
 
