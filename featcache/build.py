@@ -11,10 +11,11 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from featcache.captions import Captions, open_captions
 from featcache.decoders import check_decoder
 from featcache.encoders import TINY, EncoderChoice
 from featcache.errors import CacheError, UserError
@@ -24,7 +25,10 @@ from featcache.store import CacheWriter
 from featcache.store.layout import recommended_shard_size, stored_arrays
 from featcache.store.manifest import DatasetSpec, FeatureSpec
 
-DEFAULT_CODECS = {"moments": "fp16", "levels": "int8", "tokens": "int8"}
+if TYPE_CHECKING:
+    from featcache.workers import Ranks
+
+DEFAULT_CODECS = {"moments": "fp16", "levels": "int8", "tokens": "int8", "text": "fp16"}
 RESERVE_BYTES = 256 << 20  # free space to leave on the disk
 KEY_ALIGN = 8
 
@@ -44,8 +48,10 @@ class BuildRequest:
     """Everything that ``featcache build`` was asked for, already parsed.
 
     data: folder or embedded set; out: where the cache goes (None: ``./caches/<derived name>``); into: an existing cache
-    to add features to. codecs: storage codec for "moments", "levels" and "tokens". format: ``zarr`` or ``wds``
-    (webdataset). compressor: ``zstd`` or ``blosc`` for zarr, None stores plainly.
+    to add features to. codecs: storage codec for "moments", "levels", "tokens" and "text". format: ``zarr`` or ``wds``
+    (webdataset). compressor: ``zstd`` or ``blosc`` for zarr, None stores plainly. texts: text encoders. captions: a table
+    of captions, None takes the source's own; caption_key: where in ``.json``; captions_per_image: how many are kept, None
+    as many as the image with the most has. schedule: how torchrun's ranks share the shards, ``dynamic`` or ``static``.
     """
 
     data: str
@@ -74,6 +80,11 @@ class BuildRequest:
     ray_workers: int | None = None
     format: str = "zarr"
     compressor: str | None = None
+    texts: tuple[str, ...] = ()
+    captions: Path | None = None
+    caption_key: str | None = None
+    captions_per_image: int | None = None
+    schedule: str = "dynamic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,18 +135,23 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     compute = _compute(request, device)
     grid = existing.manifest.dataset.grid if existing is not None else None
     encoders: list[Encoder] = []
-    if not again or set(again) - set(SAMPLE_FEATURES):
+    without = existing is not None and request.texts and not (request.encoders or request.levels or request.vae)
+    if not without and (not again or set(again) - {*SAMPLE_FEATURES, "text/count"}):
         encoders = _encoders(request, resolution, compute, grid=grid, need_vae=existing is None)
+    texts = _prepare_texts(request, source, order, existing, compute, counted="text/count" in again)
     dataset = _dataset(request, source, order, resolution, decoder, encoders, existing)
     if existing is not None:
         _check_same_images(existing, dataset, encoders)
     if existing is not None and again:
         specs = [existing.manifest.features[name] for name in again]
-        _check_same_weights(specs, encoders)
+        _check_same_weights(specs, [*encoders, *texts.encoders])
+        _check_same_captions(specs, texts.origin)
     else:
         flipped = request if existing is None else replace(request, flip=dataset.flip)
         specs = _feature_specs(flipped, source, order, encoders, with_samples=existing is None)
+        specs += _text_specs(request, texts)
         if existing is not None:
+            _check_same_captions([s for n, s in existing.manifest.features.items() if _is_text(n)], texts.origin)
             specs = [spec for spec in specs if spec.name not in existing.manifest.features]
     path = request.into or request.out or Path("caches") / derived_name(dataset, specs)
     wanted = {spec.name: spec for spec in specs}
@@ -155,8 +171,95 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
         holes=frozenset(s.key for s in existing.manifest.skipped) if existing is not None else frozenset(),
         known=_known_content(path, len(order)) if existing is not None and "content" not in again else None,
         threads=request.workers or min(16, max(1, os.cpu_count() or 1)),
+        texts=[e for e in texts.encoders if any(name in wanted for name in e.provenance)],
+        captions=texts.captions if any(map(_is_text, wanted)) else None,
+        captions_per_image=texts.per_image,
     )
     return Plan(request=request, path=path, dataset=dataset, specs=tuple(specs), existing=existing, work=work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Texts:
+    """The text encoders of a request with their captions; ``origin`` is what the manifest says of the captions."""
+
+    encoders: tuple[Any, ...] = ()
+    captions: Captions | None = None
+    per_image: int = 0
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _is_text(feature: str) -> bool:
+    return feature.startswith("text/")
+
+
+def _prepare_texts(
+    request: BuildRequest, source: Source, order: np.ndarray, existing: Any, compute: Any, *, counted: bool
+) -> _Texts:
+    """counted: captions are wanted even without an encoder, to be counted again."""
+    if not (request.texts or counted):
+        if request.captions or request.caption_key or request.captions_per_image:
+            raise UserError("captions are named, but no text encoder", remedy="Type for example: --text clip-l")
+        return _Texts()
+    from featcache.encoders.base import WeightsSource
+    from featcache.encoders.text import TextEncoder
+
+    captions = open_captions(source, table=request.captions, key=request.caption_key)
+    per_image = request.captions_per_image
+    if existing is not None and per_image is None and "text/count" in existing.manifest.features:
+        per_image = int(existing.manifest.features["text/count"].provenance["captions"]["per_image"])
+    per_image = per_image or captions.most(order)
+    if not per_image:
+        raise UserError(
+            f"none of the {len(order)} images has a caption ({captions.description})",
+            remedy="Check --captions, or --caption-key.",
+        )
+    weights = WeightsSource(weights_dir=request.weights_dir, random_seed=request.random_weights)
+    encoders = [
+        TextEncoder(name, weights, captions=per_image, compute=compute, batch_size=request.batch_size)
+        for name in request.texts
+    ]
+    origin = {
+        "from": captions.description,
+        "key": request.caption_key,
+        "identity": captions.identity,
+        "per_image": per_image,
+    }
+    return _Texts(encoders=tuple(encoders), captions=captions, per_image=per_image, origin=origin)
+
+
+def _text_specs(request: BuildRequest, texts: _Texts) -> list[FeatureSpec]:
+    if not texts.encoders:
+        return []
+    codec = request.codecs.get("text", DEFAULT_CODECS["text"])
+    specs = [
+        FeatureSpec(name="text/count", shape=(), codec="raw", dtype="int32", provenance={"captions": texts.origin})
+    ]
+    for encoder in texts.encoders:
+        record = {"captions": texts.origin, "versions": _versions("torch", "transformers", "tokenizers")}
+        for name, shape in encoder.shapes.items():
+            provenance = {**encoder.provenance[name], **record}
+            specs.append(FeatureSpec(name=name, shape=shape, codec=codec, provenance=provenance))
+        provenance = {**encoder.provenance[encoder.lengths], **record}
+        lengths = FeatureSpec(
+            name=encoder.lengths, shape=(texts.per_image,), codec="raw", dtype="int32", provenance=provenance
+        )
+        specs.append(lengths)
+    return specs
+
+
+def _check_same_captions(specs: Sequence[FeatureSpec], origin: Mapping[str, Any]) -> None:
+    """All text features of a cache are of the same captions, since one count of them serves all."""
+    for spec in specs:
+        recorded = spec.provenance.get("captions")
+        if not origin or recorded is None:
+            continue
+        for key, what in (("identity", "captions"), ("per_image", "number of captions an image")):
+            if recorded[key] != origin[key]:
+                raise CacheError(
+                    f"{spec.name} was made with another {what}: {recorded['from']}, {recorded['per_image']} an image, "
+                    f"against {origin['from']}, {origin['per_image']} an image",
+                    remedy="Pass the same captions, or remove the cache's text features first (featcache rm).",
+                )
 
 
 def lead(plan: Plan) -> CacheWriter:
@@ -187,7 +290,7 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
     """Builds or continues a cache, or adds features to one (``into``).
 
     Under torchrun every rank calls it; the ranks divide the shards, and rank 0 finishes the cache. ``meter`` is told how
-    fast the stages are while it goes on.
+    fast this process's stages are while it goes on.
 
     Raises:
         UserError: bad input of any kind; whatever shards were written stay, and the same call continues.
@@ -203,16 +306,18 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
         work = plan.work
         writer = lead(plan) if ranks.rank == 0 else None
         pending = ranks.from_first(writer.pending() if writer is not None else [])
-        mine = pending[ranks.rank :: ranks.size]
+        left = sum(len(work.slots(shard)) for shard in pending)
         with writer or CacheWriter.join(plan.path, plan.specs) as shard_writer:
-            total = sum(len(work.slots(shard)) for shard in mine)
-            done = len(work.order) - sum(len(work.slots(shard)) for shard in pending) if ranks.size == 1 else 0
-            progress.start(total=done + total, done=done, note=features_note(work.specs) + ranks.note())
+            progress = _Shared(progress, ranks) if ranks.size > 1 else progress
+            note = features_note(work.specs) + ranks.note()
+            progress.start(total=len(work.order), done=len(work.order) - left, note=note)
+            mine = ranks.share(pending, request.schedule)
             run_shards(work, mine, shard_writer, meter=meter, advance=progress.advance, warn=progress.warn)
             ranks.wait()
             if writer is not None:
                 writer.refresh()
                 skipped = finish(plan, writer)
+                warn_of_bare_images(plan, progress)
             else:
                 skipped = ()
             ranks.wait()
@@ -221,16 +326,51 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
         count=len(work.order),
         features=tuple(work.specs),
         skipped=skipped,
-        encoded=total,
+        encoded=left,
         first=ranks.rank == 0,
         stages=meter.stages,
     )
+
+
+class _Shared:
+    """Progress of all ranks: the first one shows it, the others only warn."""
+
+    def __init__(self, progress: Progress, ranks: Ranks) -> None:
+        self._progress, self._ranks, self._shown = progress, ranks, 0
+
+    def start(self, *, total: int, done: int, note: str) -> None:
+        if self._ranks.rank == 0:
+            self._progress.start(total=total, done=done, note=note)
+
+    def advance(self, images: int) -> None:
+        done = self._ranks.done(images)
+        if self._ranks.rank == 0:
+            self._progress.advance(done - self._shown)
+            self._shown = done
+
+    def warn(self, text: str) -> None:
+        self._progress.warn(text)
 
 
 def finish(plan: Plan, writer: CacheWriter) -> tuple[str, ...]:
     """Makes the features visible. Returns the keys of the images that this build left out."""
     before = {entry.slot for entry in plan.existing.manifest.skipped} if plan.existing is not None else set()
     return tuple(entry.key for entry in writer.finish().skipped if entry.slot not in before)
+
+
+def warn_of_bare_images(plan: Plan, progress: Progress) -> None:
+    """Says how many images of a finished build have no caption, where it made text features."""
+    import featcache
+
+    if "text/count" not in plan.work.specs:
+        return
+    cache = featcache.open(plan.path)
+    with cache.reader(["text/count"]) as reader:
+        out = reader.allocate(len(cache))
+        reader.read(range(len(cache)), out)
+    bare = int((out["text/count"] == 0).sum())
+    if bare:
+        progress.warn(f"{bare} of {len(cache)} images have no caption: their text/count is 0, their features are zeros")
 
 
 def features_note(specs: Mapping[str, FeatureSpec]) -> str:
@@ -280,6 +420,7 @@ def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
             tokens.setdefault(encoder, []).append(layer)
     parts = [dataset.name, str(dataset.preprocessing["resolution"]), vae, *levels]
     parts += [f"{encoder}@{','.join(layers)}" for encoder, layers in tokens.items()]
+    parts += [s.name.replace("/", "-") for s in specs if _is_text(s.name) and len(s.shape) == 3]
     if dataset.count != dataset.preprocessing["available"]:
         parts.append(f"n{dataset.count}")
     return "-".join(parts) + ("-flip" if dataset.flip else "")
@@ -287,7 +428,7 @@ def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
 
 def _check(request: BuildRequest) -> None:
     from featcache.encoders.custom import is_custom
-    from featcache.encoders.table import ENCODERS
+    from featcache.encoders.table import ENCODERS, TEXTS
 
     for choice in request.encoders:
         if choice.name != TINY and choice.name not in ENCODERS and not is_custom(choice.name):
@@ -299,12 +440,18 @@ def _check(request: BuildRequest) -> None:
         raise UserError(
             f"--on-bad-image {request.on_bad_image!r} is neither fail nor skip", remedy="Type one of the two."
         )
+    for name in request.texts:
+        if name not in TEXTS:
+            raise UserError(f"unknown text encoder {name!r}", remedy=f"Type --text with one of: {', '.join(TEXTS)}.")
+    if request.schedule not in ("dynamic", "static"):
+        raise UserError(f"unknown schedule {request.schedule!r}", remedy="Type --schedule dynamic or static.")
     if request.engine not in ("local", "ray"):
         raise UserError(f"unknown engine {request.engine!r}", remedy="Type --engine local or ray.")
     for what, value in (
         ("--limit", request.limit),
         ("--batch-size", request.batch_size),
         ("--shard-size", request.shard_size),
+        ("--captions-per-image", request.captions_per_image),
     ):
         if value is not None and value < 1:
             raise UserError(f"{what} {value} is less than 1", remedy=f"Type {what} with a positive number.")
@@ -372,7 +519,7 @@ def _encoders(request: BuildRequest, resolution: int, compute: Any, *, grid: int
             encoders.append(VisionEncoder(choice.name, choice.layers, weights, **common))
     if not encoders:
         raise UserError(
-            "nothing to add: neither --encoder nor --vae-levels was given",
+            "nothing to add: neither --encoder nor --vae-levels nor --text was given",
             remedy="Type for example: --encoder dinov2-b",
         )
     return encoders
@@ -455,10 +602,10 @@ def _feature_specs(
     return specs
 
 
-def _versions() -> dict[str, str]:
+def _versions(*packages: str) -> dict[str, str]:
     from importlib.metadata import version
 
-    return {package: version(package) for package in ("torch", "timm", "diffusers", "pillow", "numpy")}
+    return {package: version(package) for package in packages or ("torch", "timm", "diffusers", "pillow", "numpy")}
 
 
 def _shard_size(request: BuildRequest, specs: Sequence[FeatureSpec], count: int) -> int:

@@ -27,6 +27,19 @@ def build(
         str | None, typer.Option(help="VAE or folder of one. [default: sd-ft-ema; tiny with --encoder tiny]")
     ] = None,
     vae_levels: Annotated[str | None, typer.Option(help="VAE encoder groups to keep, e.g. G3,G4 for AHPA.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text encoder over captions: clip-l, tiny (docs/encoders.md). Repeatable.")
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="CSV with columns key and captions. [default: webdataset's .txt or .json, shapes' own]"),
+    ] = None,
+    caption_key: Annotated[
+        str | None, typer.Option(help="Key of the captions in webdataset's .json. [default: .txt, caption, ...]")
+    ] = None,
+    captions_per_image: Annotated[
+        int | None, typer.Option(help="How many captions to keep. [default: as many as the image with the most]")
+    ] = None,
     resolution: Annotated[
         str | None, typer.Option(help="Side of the square crop in pixels. [default: 256; 64 for shapes]")
     ] = None,
@@ -56,6 +69,7 @@ def build(
     moments_codec: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
     levels_codec: Annotated[str, typer.Option(help=_CODECS)] = "int8",
     tokens_codec: Annotated[str, typer.Option(help=_CODECS)] = "int8",
+    text_codec: Annotated[str, typer.Option(help=_CODECS)] = "fp16",
     flip: Annotated[bool, typer.Option("--flip", help="Also cache mirrored copies, as a second view.")] = False,
     shard_size: Annotated[int | None, typer.Option(help="Samples a shard. [default: by size]")] = None,
     format_: Annotated[str, typer.Option("--format", help="zarr, or wds (webdataset tars).")] = "zarr",
@@ -66,6 +80,9 @@ def build(
         str | None, typer.Option(help="pil (exact, default), turbo or nvjpeg (faster; docs/sources.md).")
     ] = None,
     engine: Annotated[str, typer.Option(help="local (also under torchrun), or ray (docs/clusters.md).")] = "local",
+    schedule: Annotated[
+        str, typer.Option(help="How torchrun's ranks share shards: dynamic (the next free one) or static.")
+    ] = "dynamic",
     ray_workers: Annotated[
         int | None, typer.Option(help="Ray actors. [default: one a GPU of the cluster, or a core]")
     ] = None,
@@ -104,7 +121,7 @@ def build(
         final_norm=final_norm,
         out=out,
         into=into,
-        codecs={"moments": moments_codec, "levels": levels_codec, "tokens": tokens_codec},
+        codecs={"moments": moments_codec, "levels": levels_codec, "tokens": tokens_codec, "text": text_codec},
         flip=flip,
         shard_size=shard_size,
         format=format_,
@@ -114,6 +131,11 @@ def build(
         decode=decode,
         engine=engine,
         ray_workers=ray_workers,
+        texts=parse_names(text),
+        captions=captions,
+        caption_key=caption_key,
+        captions_per_image=captions_per_image,
+        schedule=schedule,
     )
     meter = Meter()
     with RichProgress(meter) as progress:
@@ -148,6 +170,11 @@ def _say_difference(data: str, path: Path, decoder: str) -> None:
         f"--decode {decoder} against pil on {found.images} images: {found.mean:.3g} grey levels on average, "
         f"{found.largest} at most, {found.psnr_db:.1f} dB"
     )
+
+
+def parse_names(texts: list[str] | None) -> tuple[str, ...]:
+    """``["clip-l,tiny"]`` or ``["clip-l", "tiny"]`` => names, each once."""
+    return tuple(dict.fromkeys(name.strip() for text in texts or () for name in text.split(",") if name.strip()))
 
 
 def parse_resolution(text: str | None) -> int | None:

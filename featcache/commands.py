@@ -72,6 +72,7 @@ def verify(
     data: Annotated[str | None, typer.Option(help="Image folder, for --repair. Default as for build.")] = None,
     weights_dir: Annotated[Path | None, typer.Option(help="Pretrained weights, for --repair.")] = None,
     device: Annotated[str, typer.Option(help="For --repair.")] = "auto",
+    captions: Annotated[Path | None, typer.Option(help="Table of captions, for --repair of text features.")] = None,
 ) -> None:
     """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
     from featcache.describe import size_text
@@ -111,7 +112,15 @@ def verify(
         from featcache.progress import RichProgress
 
         with RichProgress() as progress:
-            repair_shards(folder, report.damaged, data=data, weights_dir=weights_dir, device=device, progress=progress)
+            repair_shards(
+                folder,
+                report.damaged,
+                data=data,
+                weights_dir=weights_dir,
+                device=device,
+                progress=progress,
+                captions=captions,
+            )
     with ByteBar("checking") as bar:
         again = check(folder, features=_split(features), threads=threads, progress=bar.advance)
     for problem in again.problems:

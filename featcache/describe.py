@@ -33,6 +33,9 @@ def print_info(cache: Any) -> None:
             f"VAE {dataset.vae['name']}: {dataset.vae['latent_channels']} channels, 1/{dataset.vae['downsampling']} size, "
             f"scale {dataset.vae['scaling_factor']:g}"
         )
+    if "text/count" in manifest.features:
+        captions = manifest.features["text/count"].provenance["captions"]
+        console.print(f"captions: {captions['from']}; up to {captions['per_image']} an image")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in (
         ("feature", "left"),

@@ -13,13 +13,14 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from featcache.captions import Captions
 from featcache.errors import CacheError, UserError
 from featcache.images import BadImage, Source
 from featcache.store.layout import stored_arrays
@@ -46,7 +47,8 @@ class Work:
 
     order: slot -> index in the source, int64. specs: features to write. encoders: those with a wanted feature.
     holes: keys of images that an existing cache lacks. known: content hashes of an existing cache by slot, uint64, or
-    None. skip_bad: leave unreadable images out instead of raising.
+    None. skip_bad: leave unreadable images out instead of raising. texts: text encoders with a wanted feature, which read
+    the first ``captions_per_image`` of ``captions``.
     """
 
     source: Source
@@ -64,6 +66,14 @@ class Work:
     holes: frozenset[str] = frozenset()
     known: np.ndarray | None = None
     threads: int = 1
+    texts: Sequence[Any] = ()
+    captions: Captions | None = None
+    captions_per_image: int = 0
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the images are read at all: text features, labels and keys do without."""
+        return bool(self.encoders) or "content" in self.specs
 
     def slots(self, shard: int) -> np.ndarray:
         return np.arange(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.order)))
@@ -112,7 +122,7 @@ class Meter:
 
 def run_shards(
     work: Work,
-    shards: Sequence[int],
+    shards: Iterable[int],
     writer: ShardWriter,
     *,
     meter: Meter,
@@ -122,6 +132,7 @@ def run_shards(
     """Encodes and writes ``shards``, in order; they are durable when it returns. Returns them.
 
     Args:
+        shards: taken one by one, a few batches before they are encoded: an iterator may decide late.
         advance: called with the number of images whenever a batch is encoded.
         warn: called with a line of text for every image left out.
 
@@ -129,25 +140,29 @@ def run_shards(
         UserError: an image that cannot be decoded, unless bad ones are left out; features that are not finite.
         CacheError: an image whose bytes are not those an existing cache was built from; a disk that refuses.
     """
+    done: list[int] = []
     with ThreadPoolExecutor(work.threads) as pool, ThreadPoolExecutor(1) as disk:
         batches = _decoded(work, shards, pool, meter)
         device = _Device(work, meter)
         writing: deque[Future[None]] = deque()
+        part: _Part | None = None
         try:
-            for shard in shards:
-                slots = work.slots(shard)
-                part = _Part(work, shard, len(slots))
-                while part.filled < len(slots):
-                    batch = next(batches)
-                    _check_content(work, batch)
-                    device.encode(batch, part)
-                    part.add_samples(batch)
-                    advance(len(batch.slots))
+            for batch in batches:
+                if part is None:
+                    part = _Part(work, batch.shard, len(work.slots(batch.shard)))
+                _check_content(work, batch)
+                device.encode(batch, part)
+                part.add_samples(batch)
+                advance(len(batch.slots))
+                if part.filled < part.count:
+                    continue
                 for _, key, reason in part.bad:
                     warn(f"skipped {key}: {reason}")
                 while len(writing) >= SHARDS_IN_MEMORY - 1:
                     writing.popleft().result()
                 writing.append(disk.submit(_write, writer, part, device.finisher(), meter))
+                done.append(part.shard)
+                part = None
             while writing:
                 writing.popleft().result()
             disk.submit(writer.commit).result()
@@ -155,23 +170,38 @@ def run_shards(
             batches.close()
             for future in writing:
                 future.cancel()
-    return list(shards)
+    return done
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
+    shard: int
     slots: np.ndarray
-    pixels: Any  # torch uint8 [n, R, R, 3], pinned where there is a GPU; zeros where bad
+    pixels: Any  # torch uint8 [n, R, R, 3], pinned where there is a GPU; zeros where bad; None where none are needed
     content: np.ndarray  # uint64 [n]
     bad: list[tuple[int, str, str]]  # slot, key, reason
+    counts: np.ndarray  # int32 [n], captions of each image
+    tokens: list[Any]  # one featcache.encoders.text.Tokens for each of the work's text encoders
 
 
-def _decoded(work: Work, shards: Sequence[int], pool: ThreadPoolExecutor, meter: Meter) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class _Ahead:
+    """A batch that the pool's threads are at."""
+
+    shard: int
+    slots: np.ndarray
+    pixels: Any
+    images: list[Future[Any]]
+    texts: Future[tuple[np.ndarray, list[Any], float]] | None
+
+
+def _decoded(work: Work, shards: Iterable[int], pool: ThreadPoolExecutor, meter: Meter) -> Any:
     """Batches in order of slots, decoded ahead by the pool's threads (decoders release the GIL)."""
     import torch
 
     pinned = work.device.startswith("cuda")
     R = work.resolution
+    lanes = min(work.threads, os.cpu_count() or 1)
 
     def load(slot: int, pixels: np.ndarray) -> tuple[int, float] | BadImage:
         start = time.perf_counter()
@@ -186,47 +216,76 @@ def _decoded(work: Work, shards: Sequence[int], pool: ThreadPoolExecutor, meter:
             return error
         return content, time.perf_counter() - start
 
-    def plan() -> Iterator[np.ndarray]:
+    def read_texts(slots: np.ndarray) -> tuple[np.ndarray, list[Any], float]:
+        assert work.captions is not None
+        start = time.perf_counter()
+        indices = [int(work.order[slot]) for slot in slots]
+        found = [() if work.source.key(i) in work.holes else work.captions.of(i) for i in indices]
+        counts = np.array([min(len(texts), work.captions_per_image) for texts in found], np.int32)
+        return counts, [encoder.tokenise(found) for encoder in work.texts], time.perf_counter() - start
+
+    def plan() -> Iterator[tuple[int, np.ndarray]]:
         for shard in shards:
             slots = work.slots(shard)
             for first in range(0, len(slots), work.batch_size):
-                yield slots[first : first + work.batch_size]
+                yield shard, slots[first : first + work.batch_size]
 
-    def submit(slots: np.ndarray) -> tuple[np.ndarray, Any, list[Future[Any]]]:
-        pixels = torch.zeros(len(slots), R, R, 3, dtype=torch.uint8, pin_memory=pinned)
-        rows = pixels.numpy()
-        return slots, pixels, [pool.submit(load, int(slot), rows[i]) for i, slot in enumerate(slots)]
+    def submit(shard: int, slots: np.ndarray) -> _Ahead:
+        pixels, images = None, list[Future[Any]]()
+        if work.needs_images:
+            pixels = torch.zeros(len(slots), R, R, 3, dtype=torch.uint8, pin_memory=pinned)
+            rows = pixels.numpy()
+            images = [pool.submit(load, int(slot), rows[i]) for i, slot in enumerate(slots)]
+        texts = pool.submit(read_texts, slots) if work.captions is not None else None
+        return _Ahead(shard=shard, slots=slots, pixels=pixels, images=images, texts=texts)
+
+    def collect(ahead: _Ahead) -> _Batch:
+        n = len(ahead.slots)
+        content, bad = np.zeros(n, np.uint64), []
+        if not work.needs_images:
+            keys = [(int(slot), work.source.key(int(work.order[slot]))) for slot in ahead.slots]
+            bad = [(slot, key, "skipped when the cache was built") for slot, key in keys if key in work.holes]
+        for i, (slot, future) in enumerate(zip(ahead.slots, ahead.images)):
+            loaded = future.result()
+            if isinstance(loaded, BadImage):
+                bad.append((int(slot), loaded.key, loaded.reason))
+            else:
+                content[i], seconds = loaded
+                meter.add("decode", seconds, 1, lanes=lanes)
+        counts, tokens = np.zeros(n, np.int32), list[Any]()
+        if ahead.texts is not None:
+            counts, tokens, seconds = ahead.texts.result()
+            meter.add("tokenise", seconds, n, lanes=lanes)
+        return _Batch(
+            shard=ahead.shard,
+            slots=ahead.slots,
+            pixels=ahead.pixels,
+            content=content,
+            bad=bad,
+            counts=counts,
+            tokens=tokens,
+        )
 
     def batches() -> Iterator[_Batch]:
-        ahead: deque[tuple[np.ndarray, Any, list[Future[Any]]]] = deque()
+        waiting: deque[_Ahead] = deque()
         planned = plan()
         try:
             while True:
-                while len(ahead) < BATCHES_AHEAD and (slots := next(planned, None)) is not None:
-                    ahead.append(submit(slots))
-                if not ahead:
+                while len(waiting) < BATCHES_AHEAD and (entry := next(planned, None)) is not None:
+                    waiting.append(submit(*entry))
+                if not waiting:
                     return
-                slots, pixels, futures = ahead.popleft()
-                content = np.zeros(len(slots), np.uint64)
-                bad = []
-                for i, (slot, future) in enumerate(zip(slots, futures)):
-                    loaded = future.result()
-                    if isinstance(loaded, BadImage):
-                        bad.append((int(slot), loaded.key, loaded.reason))
-                    else:
-                        content[i], seconds = loaded
-                        meter.add("decode", seconds, 1, lanes=min(work.threads, os.cpu_count() or 1))
-                yield _Batch(slots=slots, pixels=pixels, content=content, bad=bad)
+                yield collect(waiting.popleft())
         finally:
-            for _, _, futures in ahead:
-                for future in futures:
+            for ahead in waiting:
+                for future in (*ahead.images, *([ahead.texts] if ahead.texts is not None else [])):
                     future.cancel()
 
     return batches()
 
 
 def _check_content(work: Work, batch: _Batch) -> None:
-    if work.known is None:
+    if work.known is None or not work.needs_images:
         return
     bad = {slot for slot, _, _ in batch.bad}
     for slot, content in zip(batch.slots, batch.content):
@@ -275,6 +334,12 @@ class _Part:
                 self.arrays["key"][""][row, : len(key)] = np.frombuffer(key, np.uint8)
         if "content" in self.arrays:
             self.arrays["content"][""][rows] = batch.content
+        good = np.array([int(slot) not in bad for slot in batch.slots])
+        if "text/count" in self.arrays:
+            self.arrays["text/count"][""][rows] = batch.counts * good
+        for encoder, tokens in zip(work.texts, batch.tokens):
+            if encoder.lengths in self.arrays:
+                self.arrays[encoder.lengths][""][rows] = tokens.lengths.numpy() * good[:, None]
 
 
 def key_bytes(key: str) -> bytes:
@@ -289,40 +354,57 @@ class _Device:
         self.work, self.meter = work, meter
         self.clock: _CpuClock | _GpuClock = _GpuClock(meter) if work.device.startswith("cuda") else _CpuClock(meter)
         self._finite: dict[str, Any] = {}
+        self._images = 0
 
     def encode(self, batch: _Batch, part: _Part) -> None:
         """Encodes a batch into rows of ``part``; on a GPU they arrive later (see :meth:`finisher`)."""
-        import torch
-
-        work, n = self.work, len(batch.slots)
+        n = len(batch.slots)
         first = int(batch.slots[0])
         bad = [slot - first for slot, _, _ in batch.bad]
         rows = slice(part.filled, part.filled + n)
         self.clock.begin()
+        self._images = n  # of the quantising and copying stages: once a batch, however many features
+        if self.work.encoders:
+            self._encode_images(batch, part, rows, bad)
+        for encoder, tokens in zip(self.work.texts, batch.tokens):
+            made = encoder(tokens)
+            self.clock.mark(f"encode {encoder_name(encoder)}", n)
+            for name, value in made.items():
+                if name in self.work.specs:
+                    self._store(name, [value], part, rows, bad)
+
+    def _encode_images(self, batch: _Batch, part: _Part, rows: slice, bad: list[int]) -> None:
+        import torch
+
+        work, n = self.work, len(batch.slots)
         pixels = batch.pixels.to(work.device, non_blocking=True).permute(0, 3, 1, 2)  # [n, 3, R, R]
         if work.pad_batches and n < work.batch_size:
             # A compiled encoder knows one batch size; compiling it anew for the last batch of a shard would cost more.
             blank = pixels.new_zeros((work.batch_size - n, *pixels.shape[1:]))
             pixels = torch.cat([pixels, blank])
         self.clock.mark("upload", n)
-        images = n  # of the quantising and copying stages: once a batch, however many features
         for encoder in work.encoders:
             views = [encoder(pixels.flip(-1) if mirrored else pixels) for mirrored in ((0, 1) if work.flip else (0,))]
             self.clock.mark(f"encode {encoder_name(encoder)}", n)
             for name in views[0]:
-                if name not in work.specs:
-                    continue
-                stored: dict[str, list[Any]] = {}
-                for view in views:
-                    for suffix, tensor in self._quantised(name, view[name][:n], bad).items():
-                        stored.setdefault(suffix, []).append(tensor)
-                self.clock.mark("quantise", images)
-                for suffix, tensors in stored.items():
-                    tensor = torch.stack(tensors, dim=1) if work.flip else tensors[0]
-                    flat = tensor.contiguous().view(torch.uint8).reshape(n, -1)  # [n, bytes of a sample]
-                    part.bytes[name, suffix][rows].copy_(flat, non_blocking=True)
-                self.clock.mark("copy", images)
-                images = 0
+                if name in work.specs:
+                    self._store(name, [view[name][:n] for view in views], part, rows, bad)
+
+    def _store(self, name: str, views: list[Any], part: _Part, rows: slice, bad: list[int]) -> None:
+        """Quantises one feature of a batch, view by view, and sends it to its rows."""
+        import torch
+
+        stored: dict[str, list[Any]] = {}
+        for view in views:
+            for suffix, tensor in self._quantised(name, view, bad).items():
+                stored.setdefault(suffix, []).append(tensor)
+        self.clock.mark("quantise", self._images)
+        for suffix, tensors in stored.items():
+            tensor = torch.stack(tensors, dim=1) if len(tensors) > 1 else tensors[0]
+            flat = tensor.contiguous().view(torch.uint8).reshape(len(tensor), -1)  # [n, bytes of a sample]
+            part.bytes[name, suffix][rows].copy_(flat, non_blocking=True)
+        self.clock.mark("copy", self._images)
+        self._images = 0
 
     def _quantised(self, name: str, feature: Any, bad: list[int]) -> dict[str, Any]:
         import torch
@@ -357,7 +439,9 @@ class _Device:
 
 def encoder_name(encoder: Any) -> str:
     """What a stage of the build calls an encoder."""
-    return f"vae {encoder.info['name']}" if hasattr(encoder, "info") else encoder.name
+    if hasattr(encoder, "info"):
+        return f"vae {encoder.info['name']}"
+    return f"text {encoder.name}" if hasattr(encoder, "tokenise") else encoder.name
 
 
 class _CpuClock:

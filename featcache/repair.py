@@ -21,6 +21,7 @@ def repair_shards(
     weights_dir: Path | None,
     device: str,
     progress: Progress,
+    captions: Path | None = None,
 ) -> None:
     """Encodes the ``damaged`` shards (feature -> numbers) of a cache again and records their checksums.
 
@@ -29,6 +30,7 @@ def repair_shards(
 
     Args:
         data: the images, as ``--data``; not needed for the embedded set.
+        captions: the table of captions, where text features were made from one.
 
     Raises:
         UserError: the images or weights are not here, or not the ones the cache was made with.
@@ -45,6 +47,7 @@ def repair_shards(
             weights_dir=weights_dir,
             random_weights=seed,
             device=device,
+            captions=captions if any(name.startswith("text/") for name in names) else None,
             **_encoders_of(manifest, names),
         )
         plan = prepare(request, device=pick_device(device), again=names)
@@ -102,4 +105,17 @@ def _encoders_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
         "vae": manifest.dataset.vae["name"] if uses_vae else None,
         "levels": tuple(sorted(name.split("/")[1] for name in names if name.startswith("vae/G"))),
         **last,
+        **_texts_of(manifest, names),
+    }
+
+
+def _texts_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
+    texts = [name.removeprefix("text/") for name in names if name.startswith("text/")]
+    if not texts:
+        return {}
+    recorded = manifest.features["text/count"].provenance["captions"]
+    return {
+        "texts": tuple(sorted({name.partition(".")[0] for name in texts} - {"count"})),
+        "caption_key": recorded["key"],
+        "captions_per_image": recorded["per_image"],
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ class Ranks:
 
     def __init__(self, rank: int, size: int, local_rank: int) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._store: Any = None
 
     @classmethod
     def of_environment(cls) -> Ranks:
@@ -48,7 +49,10 @@ class Ranks:
             import torch.distributed as dist
 
             # Over the network's sockets: only lists of numbers are exchanged.
-            dist.init_process_group("gloo", timeout=MAX_WAIT)
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=MAX_WAIT)))
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=MAX_WAIT)
+            # Counters beside the group's own entries. torchrun gives every restart of the ranks fresh ones.
+            self._store = dist.PrefixStore("featcache", store)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,6 +81,24 @@ class Ranks:
             dist.broadcast(values, 0)
         return values.tolist()
 
+    def share(self, shards: Sequence[int], schedule: str) -> Iterator[int]:
+        """This rank's part of ``shards``, in order.
+
+        static: rank r of W takes those at positions r, r + W, ... dynamic: the next one that nobody has taken, so that
+        a slow rank takes fewer; whoever asks adds one to a counter that all ranks see.
+        """
+        if self.size == 1:
+            yield from shards
+        elif schedule == "static":
+            yield from shards[self.rank :: self.size]
+        else:
+            while (position := self._store.add("next", 1) - 1) < len(shards):
+                yield shards[position]
+
+    def done(self, images: int) -> int:
+        """Adds to the images that all ranks have encoded. Returns their number so far."""
+        return int(self._store.add("images", images))
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
@@ -86,7 +108,7 @@ class Ranks:
 
     def note(self) -> str:
         """What to say of the ranks in a line of progress."""
-        return f" (rank {self.rank} of {self.size})" if self.size > 1 else ""
+        return f" ({self.size} ranks)" if self.size > 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +166,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
         raise UserError(
             "--engine ray needs Ray, which is not installed", remedy="pip install 'featcache-trainer[ray]'"
         ) from error
-    from featcache.build import BuildResult, features_note, finish, lead, prepare
+    from featcache.build import BuildResult, features_note, finish, lead, prepare, warn_of_bare_images
 
     started = not ray.is_initialized()
     if started:
@@ -175,6 +197,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
             )
             writer.refresh()
             skipped = finish(plan, writer)
+            warn_of_bare_images(plan, progress)
     finally:
         if started:
             ray.shutdown()

@@ -308,3 +308,55 @@ def token_grid(resolution: int, downsampling: int) -> int:
     """
     latent = resolution // downsampling
     return latent // max(1, TOKEN_PX // downsampling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEntry:
+    """One selectable text encoder, a CLIP text transformer of transformers.
+
+    hub_id: repository with weights and vocabulary; None for the embedded one. vocabulary: number of tokens; the last two
+    are the start and the end of a text. tokens: length that every text is cut or padded to. width: of the hidden states.
+    projected: of the pooled vector.
+    """
+
+    hub_id: str | None
+    licence: str
+    paper: str
+    vocabulary: int
+    tokens: int
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    projected: int
+    note: str = ""
+
+
+TEXTS: Mapping[str, TextEntry] = {
+    "clip-l": TextEntry(
+        hub_id="openai/clip-vit-large-patch14",
+        licence="MIT",
+        paper="Radford et al. 2021, arXiv:2103.00020",
+        vocabulary=49408,
+        tokens=77,
+        width=768,
+        depth=12,
+        heads=12,
+        hidden=3072,
+        projected=768,
+        note="text encoder of Stable Diffusion 1",
+    ),
+    "tiny": TextEntry(
+        hub_id=None,
+        licence="Apache-2.0",
+        paper="-",
+        vocabulary=514,
+        tokens=32,
+        width=64,
+        depth=2,
+        heads=2,
+        hidden=128,
+        projected=32,
+        note="untrained (seed 0), reads bytes: to try things out",
+    ),
+}

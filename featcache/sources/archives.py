@@ -17,7 +17,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +29,8 @@ from featcache.remote import Location, Missing, is_remote, open_location
 from featcache.store import files
 
 _STORED, _DEFLATED = 0, 8
+_TEXT_COLUMNS = ("text_offsets", "text_sizes", "json_offsets", "json_sizes")
+_COLUMNS = ("keys", "labels", "archives", "offsets", "sizes", "methods", *_TEXT_COLUMNS)
 _BLOCK_BYTES = 1 << 20
 
 
@@ -43,7 +45,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Member:
-    """One image of an archive as found: key as in a folder, class name or number, and where its bytes are."""
+    """One image of an archive as found: key as in a folder, class name or number, and where its bytes are.
+
+    text, json: offset and size of the webdataset members beside it that may hold captions; (0, 0) where there are none.
+    """
 
     key: str
     label: str
@@ -51,6 +56,8 @@ class Member:
     offset: int
     size_bytes: int
     method: int = _STORED
+    text: tuple[int, int] = (0, 0)
+    json: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,8 @@ class ArchiveSource(EncodedSource):
     """Images of one or more archives. Arrays have one entry an image, in order of keys.
 
     keys: bytes, UTF-8. labels: int32. archives: int32, an index into ``places``. offsets, sizes: int64 bytes.
-    methods: uint8, how the bytes are packed (0 stored, 8 deflated, as in zips).
+    methods: uint8, how the bytes are packed (0 stored, 8 deflated, as in zips). text_offsets, text_sizes, json_offsets,
+    json_sizes: int64 bytes, of the sample's ``.txt`` and ``.json`` members; size 0 where there is none.
     """
 
     name: str
@@ -71,10 +79,18 @@ class ArchiveSource(EncodedSource):
     offsets: np.ndarray
     sizes: np.ndarray
     methods: np.ndarray
+    text_offsets: np.ndarray
+    text_sizes: np.ndarray
+    json_offsets: np.ndarray
+    json_sizes: np.ndarray
 
     @property
     def description(self) -> str:
         return f"{self.kind} {self.name}"
+
+    @property
+    def is_remote(self) -> bool:
+        return any(is_remote(place.location.url) for place in self.places)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -97,6 +113,41 @@ class ArchiveSource(EncodedSource):
             return place.location.read(place.name, start, start + int(self.sizes[index]))
         except (CacheError, Missing, zlib.error) as error:
             raise BadImage(self.key(index), f"{place.name}: {error}") from error
+
+    def captions(self, index: int, key: str | None, usual: Sequence[str]) -> tuple[str, ...]:
+        """Captions beside an image: the lines of its ``.txt``, or what its ``.json`` holds under ``key``.
+
+        Without a key ``.txt`` comes first, then the first of the keys ``usual`` that the ``.json`` has.
+
+        Raises:
+            UserError: a member that cannot be read, or JSON with something else than text under that key.
+        """
+        where = f"{self.places[self.archives[index]].name}: {self.key(index)}"
+        if key is None and self.text_sizes[index]:
+            data = self._member(index, self.text_offsets, self.text_sizes)
+            return tuple(line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip())
+        if not self.json_sizes[index]:
+            return ()
+        try:
+            value = json.loads(self._member(index, self.json_offsets, self.json_sizes))
+        except ValueError as error:
+            raise UserError(f"{where}: its .json is damaged: {error}", remedy="Make the shard again.") from error
+        found = value if isinstance(value, dict) else {}
+        texts = found.get(key or next((name for name in usual if name in found), ""), [])
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{where}: its .json holds no text or list of texts under {key!r}",
+                remedy="Name another key with --caption-key.",
+            )
+        return tuple(text.strip() for text in texts if text.strip())
+
+    def _member(self, index: int, offsets: np.ndarray, sizes: np.ndarray) -> bytes:
+        place, start = self.places[self.archives[index]], int(offsets[index])
+        try:
+            return place.location.read(place.name, start, start + int(sizes[index]))
+        except Missing as error:
+            raise UserError(f"{place.location.url}/{place.name} is gone", remedy="Bring it again.") from error
 
     def _unzipped(self, place: Place, start: int, index: int) -> bytes:
         """A member of a zip: the local header says where its data begin."""
@@ -212,21 +263,23 @@ def zips(places: Sequence[Place]) -> Iterator[Member]:
 def webdataset(places: Sequence[Place]) -> Iterator[Member]:
     """Shards of samples: files of one stem belong together; an image, and its class in ``.cls`` or ``.json``."""
     for a, place in enumerate(places):
-        stem, image, label = "", None, None
+        stem = ""
+        labels: dict[str, str | None] = {}
+        found: dict[str, tuple[str, int, int]] = {}  # what a member is -> its name, offset and size
         for member, tar in _tar_members(place):
             folder, _, base = member.name.removeprefix("./").rpartition("/")
             name, _, extension = base.partition(".")
             name = f"{folder}/{name}" if folder else name
             if name != stem:
-                yield from _wds_sample(place, a, stem, image, label)
-                stem, image, label = name, None, None
-            if _is_image(base):
-                image = (f"{name}.{extension}", member.offset_data, member.size)
-            elif extension in ("cls", "json"):
+                yield from _wds_sample(a, found, labels)
+                stem, labels, found = name, {}, {}
+            kind = "image" if _is_image(base) else extension
+            found[kind] = (f"{name}.{extension}", member.offset_data, member.size)
+            if kind in ("cls", "json"):
                 data = tar.extractfile(member)
                 assert data is not None
-                label = _wds_label(data.read(), extension) or label
-        yield from _wds_sample(place, a, stem, image, label)
+                labels[kind] = _wds_label(data.read(), extension)
+        yield from _wds_sample(a, found, labels)
 
 
 def _wds_label(data: bytes, extension: str) -> str | None:
@@ -242,16 +295,26 @@ def _wds_label(data: bytes, extension: str) -> str | None:
 
 
 def _wds_sample(
-    place: Place, a: int, stem: str, image: tuple[str, int, int] | None, label: str | None
+    a: int, found: Mapping[str, tuple[str, int, int]], labels: Mapping[str, str | None]
 ) -> Iterator[Member]:
-    if image is None:
+    if "image" not in found:
         return
-    if label is None:
-        raise UserError(
-            f"{place.name}: sample {stem!r} has an image but neither .cls nor a label in .json",
-            remedy="Use shards with labels.",
-        )
-    yield Member(image[0], label, a, image[1], image[2])
+    name, offset, size = found["image"]
+    text, beside = (found[kind][1:] if kind in found else (0, 0) for kind in ("txt", "json"))
+    label = labels.get("cls") or labels.get("json") or ""
+    yield Member(name, label, a, offset, size, text=text, json=beside)
+
+
+def _wds_labels(members: Sequence[Member], name: str) -> list[str]:
+    """The samples' labels. Where none has one but all have text, they are all of class 0."""
+    labelled = any(member.label for member in members)
+    bare = next((m for m in members if not (m.label if labelled else m.text[1] or m.json[1])), None)
+    if bare is None:
+        return [member.label or "0" for member in members]
+    raise UserError(
+        f"{name}: sample {bare.key.rpartition('.')[0]!r} has an image but neither .cls nor a label in .json",
+        remedy="Use shards with labels, or with a .txt or .json beside every image.",
+    )
 
 
 Lister = Callable[[Sequence[Place]], Iterator[Member]]
@@ -308,9 +371,15 @@ def kind_of(places: Sequence[Place], *, folder: bool) -> str:
     """
     if all(place.name.lower().endswith(".zip") for place in places):
         return "zip"
+    images: set[PurePosixPath] = set()
+    texts: set[PurePosixPath] = set()
     for i, (member, _) in enumerate(_tar_members(places[0])):
         name = PurePosixPath(member.name)
-        if name.suffix == ".cls" or (name.suffix == ".json" and i < 8):
+        if _is_image(member.name):
+            images.add(name.with_suffix(""))
+        elif name.suffix == ".txt":
+            texts.add(name.with_suffix(""))
+        if name.suffix in (".cls", ".json") or images & texts:
             return "webdataset"
         if name.suffix == ".tar":
             return "class tars"
@@ -343,7 +412,7 @@ def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -
         UserError: no images, an archive that is cut off, samples without labels, or two images of one key.
     """
     kind = kind_of(places, folder=folder)
-    lines = [f"version 1, {kind}"] + [f"{p.location.url}/{p.name}\t{p.size_bytes}\t{_modified(p)}" for p in places]
+    lines = [f"version 2, {kind}"] + [f"{p.location.url}/{p.name}\t{p.size_bytes}\t{_modified(p)}" for p in places]
     kept = index_folder() / f"{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:32]}.npz"
     columns = _kept_index(kept)
     if columns is None:
@@ -354,7 +423,7 @@ def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -
         kind=kind,
         class_names=tuple(columns["class_names"].tobytes().decode("utf-8", "surrogateescape").split("\n")),
         places=tuple(places),
-        **{key: columns[key] for key in ("keys", "labels", "archives", "offsets", "sizes", "methods")},
+        **{key: columns[key] for key in _COLUMNS},
     )
 
 
@@ -376,7 +445,7 @@ def _index(members: Iterator[Member], kind: str, name: str) -> dict[str, np.ndar
     if not found:
         raise UserError(f"{name} holds no images ({', '.join(EXTENSIONS)})", remedy="Check --data.")
     keys = [member.key for member in found]
-    labels = [member.label for member in found]
+    labels = _wds_labels(found, name) if kind == "webdataset" else [member.label for member in found]
     if kind in ("tar", "zip"):
         keys = _without_common_folders(keys)
         flat = next((key for key in keys if "/" not in key), None)
@@ -408,6 +477,10 @@ def _index(members: Iterator[Member], kind: str, name: str) -> dict[str, np.ndar
         "offsets": np.array([m.offset for m in found], np.int64)[order],
         "sizes": np.array([m.size_bytes for m in found], np.int64)[order],
         "methods": np.array([m.method for m in found], np.uint8)[order],
+        "text_offsets": np.array([m.text[0] for m in found], np.int64)[order],
+        "text_sizes": np.array([m.text[1] for m in found], np.int64)[order],
+        "json_offsets": np.array([m.json[0] for m in found], np.int64)[order],
+        "json_sizes": np.array([m.json[1] for m in found], np.int64)[order],
     }
 
 
@@ -427,7 +500,7 @@ def _kept_index(path: Path) -> dict[str, np.ndarray] | None:
             columns = {key: data[key] for key in data.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    wanted = {"class_names", "keys", "labels", "archives", "offsets", "sizes", "methods"}
+    wanted = {"class_names", *_COLUMNS}
     lengths = {len(column) for key, column in columns.items() if key != "class_names"}
     return columns if set(columns) == wanted and len(lengths) == 1 else None
 

@@ -1,0 +1,205 @@
+"""Captions of images: from a table, from the members beside webdataset's images, or of the embedded set.
+
+Captions belong to a source: ``of(i)`` gives those of its sample ``i``. What a cache's manifest records of them is
+``description`` (where they are from, no paths) and ``identity`` (a digest by which other captions are noticed).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from featcache.errors import UserError
+from featcache.images import ShapesSource, Source
+
+KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
+JSON_KEYS = ("caption", "captions", "text")
+COUNT_THREADS = 16
+
+
+class Captions(Protocol):
+    """The captions of a source's samples."""
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def of(self, index: int) -> tuple[str, ...]:
+        """Captions of sample ``index``, in order; none is possible. Raises `UserError` if they cannot be read."""
+        ...
+
+    def most(self, indices: Sequence[int] | np.ndarray) -> int:
+        """The largest number of captions of one of these samples."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesCaptions:
+    """Two captions for every image of the embedded set, from its class."""
+
+    source: ShapesSource
+    description: str = "the embedded set's own"
+    identity: str = "a CLASS; a picture of a CLASS"
+
+    def of(self, index: int) -> tuple[str, ...]:
+        name = self.source.class_names[self.source.label(index)]
+        return f"a {name}", f"a picture of a {name}"
+
+    def most(self, indices: Sequence[int] | np.ndarray) -> int:
+        return 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableCaptions:
+    """Captions of a table as one run of bytes, so that millions of them cost little more than their letters.
+
+    text: uint8, UTF-8. starts: int64 [captions + 1] into ``text``. firsts: int64 [samples + 1] into ``starts``.
+    """
+
+    description: str
+    identity: str
+    text: np.ndarray
+    starts: np.ndarray
+    firsts: np.ndarray
+
+    def of(self, index: int) -> tuple[str, ...]:
+        bounds = self.starts[self.firsts[index] : self.firsts[index + 1] + 1]
+        return tuple(bytes(self.text[a:b]).decode() for a, b in itertools.pairwise(bounds))
+
+    def most(self, indices: Sequence[int] | np.ndarray) -> int:
+        counts = np.diff(self.firsts)
+        return int(counts[np.asarray(indices)].max(initial=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberCaptions:
+    """Captions in webdataset's shards: the lines of ``.txt``, or a string or list of strings in ``.json``."""
+
+    source: Any  # featcache.sources.archives.ArchiveSource
+    key: str | None
+
+    @property
+    def description(self) -> str:
+        return f"webdataset, {f'.json under {self.key!r}' if self.key else '.txt or .json'}"
+
+    @property
+    def identity(self) -> str:
+        """Over the samples' keys and their members' sizes: reading them all would cost a pass."""
+        source = self.source
+        digest = hashlib.sha256(b"\n".join(source.keys.tolist()))
+        for column in (source.text_sizes, source.json_sizes):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def of(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(index, self.key, JSON_KEYS)
+
+    def most(self, indices: Sequence[int] | np.ndarray) -> int:
+        if self.source.is_remote:
+            raise UserError(
+                "counting the captions of remote shards would read each of them",
+                remedy="Type --captions-per-image with the number to keep.",
+            )
+        with ThreadPoolExecutor(COUNT_THREADS) as pool:
+            return max(pool.map(lambda i: len(self.of(int(i))), indices, chunksize=1024), default=0)
+
+
+def open_captions(source: Source, *, table: Path | None, key: str | None) -> Captions:
+    """The captions of ``source``: from ``table`` where one is given, else its own.
+
+    Args:
+        table: a CSV file with a header (see :func:`read_table`).
+        key: of webdataset's ``.json`` members; None takes ``.txt``, else the first of :data:`JSON_KEYS` there is.
+
+    Raises:
+        UserError: the source has no captions of its own, or the table cannot be used.
+    """
+    from featcache.sources.archives import ArchiveSource
+
+    if table is not None:
+        return read_table(table, source)
+    if isinstance(source, ShapesSource):
+        return ShapesCaptions(source=source)
+    if isinstance(source, ArchiveSource) and source.kind == "webdataset":
+        captions = MemberCaptions(source=source, key=key)
+        if not (source.json_sizes if key else source.text_sizes + source.json_sizes).any():
+            raise UserError(
+                f"{source.name} has no {'.json' if key else '.txt or .json'} members to take captions from",
+                remedy="Pass a table of captions: --captions FILE.csv",
+            )
+        return captions
+    raise UserError(
+        f"{source.description} has no captions of its own", remedy="Pass a table of captions: --captions FILE.csv"
+    )
+
+
+def read_table(path: Path, source: Source) -> TableCaptions:
+    """A CSV file: one column that names the image (one of :data:`KEY_COLUMNS`), every other one holds captions.
+
+    Images are named by key, with or without its extension. Several captions of an image are several columns, several
+    rows, or both; empty cells are none. Rows of images that the source lacks are passed over.
+
+    Raises:
+        UserError: no such file, no such columns, or no row names an image of the source.
+    """
+    try:
+        file = path.open(encoding="utf-8-sig", newline="")
+    except OSError as error:
+        raise UserError(f"--captions {path}: {error.strerror}", remedy="Pass a CSV file.") from error
+    numbers = {source.key(i): i for i in range(len(source))}
+    for name, i in list(numbers.items()):
+        numbers.setdefault(name.rpartition(".")[0], i)
+    text, lengths, owners = bytearray(), [0], list[int]()
+    with file:
+        rows = csv.reader(file)
+        try:
+            header = [cell.strip() for cell in next(rows, [])]
+            column = next((header.index(name) for name in KEY_COLUMNS if name in header), None)
+            if column is None or len(header) < 2:
+                raise UserError(
+                    f"--captions {path} must have a header with a column named {', '.join(KEY_COLUMNS[:-1])} or "
+                    f"{KEY_COLUMNS[-1]} and at least one of captions, but has {', '.join(header) or 'nothing'}",
+                    remedy="Write for example: key,caption",
+                )
+            for row in rows:
+                index = numbers.get(row[column]) if len(row) > column else None
+                if index is None:
+                    continue
+                for i, cell in enumerate(row):
+                    if i != column and (caption := cell.strip()):
+                        text += caption.encode()
+                        lengths.append(len(text))
+                        owners.append(index)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"--captions {path} is not a CSV file in UTF-8: {error}") from error
+    if not owners:
+        raise UserError(
+            f"--captions {path} names none of the images of {source.description}, such as {source.key(0)!r}",
+            remedy=f"Its column {header[column]!r} must hold such keys, with or without the extension.",
+        )
+    return _packed(path, source, text, np.array(lengths, np.int64), np.array(owners, np.int64))
+
+
+def _packed(path: Path, source: Source, text: bytearray, ends: np.ndarray, owners: np.ndarray) -> TableCaptions:
+    """Captions in order of samples, each sample's in the order of the file."""
+    order = np.argsort(owners, kind="stable")
+    raw, lengths = np.frombuffer(bytes(text), np.uint8), np.diff(ends)[order]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    sorted_text = np.empty_like(raw)
+    for at, i in enumerate(order):
+        sorted_text[starts[at] : starts[at + 1]] = raw[ends[i] : ends[i + 1]]
+    firsts = np.searchsorted(owners[order], np.arange(len(source) + 1))
+    digest = hashlib.sha256(sorted_text.tobytes() + starts.tobytes() + firsts.tobytes()).hexdigest()
+    return TableCaptions(
+        description=f"table {path.name}", identity=digest, text=sorted_text, starts=starts, firsts=firsts
+    )
