@@ -1,9 +1,10 @@
-"""Build progress in the terminal: rate, time left, the bottleneck, warnings; and the table of stages."""
+"""Progress in the terminal: bars with rate and time left, plain lines elsewhere; and the table of a build's stages."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Self
 
 from rich.progress import (
     BarColumn,
@@ -22,15 +23,15 @@ from featcache.pipeline import Meter, Stage
 PLAIN_EVERY_S = 10.0
 
 
-class RichProgress:
-    """A bar on a terminal; elsewhere a line every ten seconds."""
+class Bar:
+    """A context with one bar after another: name, bar, count, a text, time spent, time left; only on a terminal."""
 
-    def __init__(self, meter: Meter | None = None) -> None:
-        self._bar = Progress(
+    def __init__(self) -> None:
+        self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -38,37 +39,80 @@ class RichProgress:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._total = self._done = self._since = 0
-        self._start = self._said = 0.0
-        self._meter = meter or Meter()
 
-    def __enter__(self) -> RichProgress:
-        self._bar.start()
+    def __enter__(self) -> Self:
+        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._progress.stop()
+
+    def show(self, name: str, total: int, done: int) -> None:
+        """A new bar."""
+        self._task = self._progress.add_task(name, total=total, completed=done, text="")
+
+    def update(self, done: int, text: str | None = None) -> None:
+        """Moves the bar; the text stays if there is no new one."""
+        if self._task is None:
+            return
+        self._progress.update(self._task, completed=done)
+        if text is not None:
+            self._progress.update(self._task, text=text)
+
+    def warn(self, text: str) -> None:
+        """A remark above the bar."""
+        console.print(f"[yellow]note:[/yellow] {text}")
+
+
+class RichBar(Bar):
+    """One task after another with a rate; ``name`` is that of tasks without one."""
+
+    def __init__(self, name: str, *, unit: str) -> None:
+        super().__init__()
+        self._name, self._unit = name, unit
+        self._done, self._since, self._start_s = 0, 0, 0.0
+
+    def begin(self, name: str, total: int, done: int = 0) -> None:
+        name = name or self._name
+        if not console.is_terminal:
+            console.print(f"{name}: {total - done} {self._unit}")
+        self._done, self._since, self._start_s = done, done, time.monotonic()
+        self.show(name, total, done)
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        rate = (self._done - self._since) / max(time.monotonic() - self._start_s, 1e-9)
+        self.update(self._done, f"{rate:.1f} {self._unit}/s")
+
+    def note(self, text: str) -> None:
+        self.warn(text)
+
+
+class RichProgress(Bar):
+    """Of a build: rate and bottleneck; where there is no terminal, a line every ten seconds."""
+
+    def __init__(self, meter: Meter | None = None) -> None:
+        super().__init__()
+        self._total = self._done = self._since = 0
+        self._start_s = self._said_s = 0.0
+        self._meter = meter or Meter()
 
     def start(self, *, total: int, done: int, note: str) -> None:
         self._total, self._done, self._since = total, done, done
-        self._start = self._said = time.monotonic()
+        self._start_s = self._said_s = time.monotonic()
         console.print(f"encoding {total - done} of {total} images: {note}")
-        self._task = self._bar.add_task("encoding", total=total, completed=done, rate="")
+        self.show("encoding", total, done)
 
     def advance(self, images: int) -> None:
         self._done += images
-        elapsed = max(time.monotonic() - self._start, 1e-9)
+        elapsed = max(time.monotonic() - self._start_s, 1e-9)
         rate = (self._done - self._since) / elapsed
         text = f"{rate:.3g} images/s{_bottleneck(self._meter)}"
-        if self._task is not None:
-            self._bar.update(self._task, completed=self._done, rate=text)
-        if not console.is_terminal and time.monotonic() - self._said > PLAIN_EVERY_S:
-            self._said = time.monotonic()
+        self.update(self._done, text)
+        if not console.is_terminal and time.monotonic() - self._said_s > PLAIN_EVERY_S:
+            self._said_s = time.monotonic()
             left = (self._total - self._done) / max(rate, 1e-9)
             console.print(f"{self._done}/{self._total} images, {text}, {left:.0f} s left")
-
-    def warn(self, text: str) -> None:
-        console.print(f"[yellow]note:[/yellow] {text}")
 
 
 def _bottleneck(meter: Meter) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +57,10 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
+    attention: Annotated[str | None, typer.Option(help="sdpa (torch's own, the default) or xformers.")] = None,
+    qk_norm: Annotated[
+        bool | None, typer.Option("--qk-norm/--no-qk-norm", help="Normalise queries and keys.", show_default=False)
+    ] = None,
     weights_dir: WeightsDir = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE for any other setting; repeatable.")
@@ -62,9 +70,6 @@ def run(
     ] = False,
 ) -> None:
     """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
-    from trainer.config import RunConfig, apply_overrides, from_mapping, load_recipe
-    from trainer.progress import RichWatcher
-
     given = {
         "method": method,
         "model": model,
@@ -76,18 +81,55 @@ def run(
         "seed": seed,
         "device": device,
         "precision": precision,
+        "attention": attention,
+        "qk_norm": qk_norm,
         "weights_dir": None if weights_dir is None else str(weights_dir),
     }
-    values = load_recipe(recipe) if recipe is not None else {}
-    values |= {key: value for key, value in given.items() if value is not None}
-    config = (
-        _resumed_config(values, set_ or []) if resume else from_mapping(RunConfig, apply_overrides(values, set_ or []))
-    )
-    from trainer.loop import train
+    with _one_voice() as main:
+        config = _run_config(recipe, {k: v for k, v in given.items() if v is not None}, set_ or [], resume=resume)
+        from trainer.loop import Silent, train
 
-    with RichWatcher() as watcher:
-        folder = train(config, resume=resume, watcher=watcher)
-    console.print(f"run: [bold]{folder}[/bold]   next: trainer eval {folder}")
+        if not main:
+            train(config, resume=resume, watcher=Silent())
+            return
+        from trainer.progress import RichWatcher
+
+        with RichWatcher() as watcher:
+            folder = train(config, resume=resume, watcher=watcher)
+        console.print(f"run: [bold]{folder}[/bold]   next: trainer eval {folder}")
+
+
+@contextmanager
+def _one_voice() -> Iterator[bool]:
+    """Under torchrun the main rank alone speaks; gives whether this one is it.
+
+    An error that all ranks meet is the main rank's to print, whereupon torchrun ends the others. One that is another
+    rank's alone is printed when that has not happened for a while.
+    """
+    import warnings
+
+    from featcache.errors import UserError
+
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        yield True
+        return
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"trainer\.")
+    try:
+        yield False
+    except UserError as error:
+        time.sleep(5)
+        raise UserError(f"rank {rank}: {error.what}", remedy=error.remedy) from error
+
+
+def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str], *, resume: bool) -> Any:
+    """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top."""
+    from trainer.config import RunConfig, apply_overrides, from_mapping, load_recipe
+
+    values = (load_recipe(recipe) if recipe is not None else {}) | given
+    if resume:
+        return _resumed_config(values, overrides)
+    return from_mapping(RunConfig, apply_overrides(values, overrides))
 
 
 def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
@@ -321,3 +363,7 @@ commands.register(app)
 def main() -> None:
     """Entry point of the ``trainer`` command."""
     sys.exit(run_app(app))
+
+
+if __name__ == "__main__":
+    main()

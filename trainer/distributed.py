@@ -89,11 +89,6 @@ def joined(device: str) -> Iterator[World]:
         leave()
 
 
-def is_main() -> bool:
-    """Whether this process speaks for all of torchrun's: also before it joins them and after it left."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def barrier() -> None:
     """Waits until all ranks are here (the hosts, not their GPUs)."""
     if dist.is_initialized():
@@ -107,6 +102,13 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def like_main(module: nn.Module) -> None:
+    """Gives a module's parameters and buffers the main rank's values on every rank."""
+    if dist.is_initialized():
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def world_size() -> int:

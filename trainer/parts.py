@@ -89,6 +89,7 @@ def assemble(
             distributed.shard(module, world, device)
     if alignment is not None:
         alignment.to(device)
+        distributed.like_main(alignment)  # pretrained weights may be there on one machine and not on another
     reads = ("vae/moments", *(alignment.reads if alignment is not None else ()))
     objective = Objective(
         model,
