@@ -89,6 +89,11 @@ def joined(device: str) -> Iterator[World]:
         leave()
 
 
+def is_main() -> bool:
+    """Whether this process speaks for all of torchrun's: also before it joins them and after it left."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def barrier() -> None:
     """Waits until all ranks are here (the hosts, not their GPUs)."""
     if dist.is_initialized():
