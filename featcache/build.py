@@ -297,7 +297,7 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
     """
     from featcache.workers import Ranks, build_on_ray
 
-    _check(request)
+    check_request(request)
     if request.engine == "ray":
         return build_on_ray(request, progress, meter or Meter())
     meter = meter or Meter()
@@ -426,7 +426,8 @@ def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
     return "-".join(parts) + ("-flip" if dataset.flip else "")
 
 
-def _check(request: BuildRequest) -> None:
+def check_request(request: BuildRequest) -> None:
+    """Raises `UserError` for names and numbers that no build can mean."""
     from featcache.encoders.custom import is_custom
     from featcache.encoders.table import ENCODERS, TEXTS
 

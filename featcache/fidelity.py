@@ -19,13 +19,23 @@ def fidelity(codec: str, x: Tensor) -> dict[str, float]:
         UserError: the codec cannot hold features of this shape.
     """
     shape = tuple(x.shape[1:])
-    y = decode(codec, encode(codec, x), shape).double().flatten(0, -2)
-    x = x.double().flatten(0, -2)  # [tokens, C]
-    keep = x.norm(dim=-1) > 0
-    cosine = torch.nn.functional.cosine_similarity(x[keep], y[keep], dim=-1)
     stored = stored_arrays(codec, shape)
     return {
         "bytes_per_image": sum(sample_bytes(dtype, s) for dtype, s in stored.values()),
+        **distance(x, decode(codec, encode(codec, x), shape)),
+    }
+
+
+def distance(x: Tensor, y: Tensor) -> dict[str, float]:
+    """How far features ``y`` are from ``x``, both [B, *shape]: cosines of tokens and the relative error.
+
+    As for :func:`fidelity`; tokens that are zero in ``x`` count for the relative error alone.
+    """
+    y = y.double().flatten(0, -2)
+    x = x.double().flatten(0, -2)  # [tokens, C]
+    keep = x.norm(dim=-1) > 0
+    cosine = torch.nn.functional.cosine_similarity(x[keep], y[keep], dim=-1)
+    return {
         "mean_cosine": float(cosine.mean()),
         "worst_cosine": float(cosine.min()),
         "relative_error": float((x - y).norm() / x.norm()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.build import SAMPLE_FEATURES, BuildRequest, pick_device, prepare, spec_bytes
+from featcache.build import SAMPLE_FEATURES, BuildRequest, check_request, pick_device, prepare, spec_bytes
 from featcache.codecs import CODECS, encode
+from featcache.encoders.base import PRECISIONS, in_precision
 from featcache.errors import UserError
-from featcache.fidelity import fidelity
+from featcache.fidelity import distance, fidelity
+from featcache.pipeline import encoder_name
 from featcache.store.manifest import FeatureSpec
 
 PROBE_IMAGES = 2  # for the encoders' rate, after one warm-up of the same size
@@ -27,14 +29,19 @@ class Estimate:
 
     specs: features to be made. count: images. free_bytes: on the disk that the cache would lie on. rates: stage ->
     images/s on this machine, measured. fidelity: feature -> codec -> figures of :func:`featcache.fidelity.fidelity`.
+    precision: feature -> precision -> figures of :func:`featcache.fidelity.distance` from fp32. precision_rates: encoder
+    -> precision -> images/s.
     """
 
     path: Path
     specs: tuple[FeatureSpec, ...]
     count: int
+    device: str
     free_bytes: int
     rates: Mapping[str, float]
     fidelity: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    precision: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    precision_rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def bytes_per_image(self) -> int:
@@ -52,13 +59,14 @@ class Estimate:
 
 def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
     """Plans a build. Rates come from a few probe images; with ``measure`` > 0 from so many real ones, which also give
-    each codec's fidelity.
+    each codec's fidelity and each precision's error and rate.
 
     Without ``measure`` the encoders run with random weights where real ones are not to be had: sizes and speed are the same.
 
     Raises:
         UserError: bad input of any kind, as for a build.
     """
+    check_request(request)
     seed = request.random_weights
     if not measure and seed is None and request.weights_dir is None:
         request = replace(request, random_weights=0)
@@ -66,26 +74,39 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
     work = plan.work
     R = work.resolution
     rates: dict[str, float] = {}
-    if measure:
-        chosen = [int(i) for i in work.order[: min(measure, len(work.order))]]
+    chosen = [int(i) for i in work.order[: min(measure or PROBE_IMAGES, len(work.order))]]
+    if measure and work.needs_images:
         start = time.perf_counter()
         pixels = np.stack([work.source.load(i, R, work.decoder)[0] for i in chosen])
         rates["decode (1 thread)"] = len(chosen) / (time.perf_counter() - start)
     else:
-        pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, R, R, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (len(chosen), R, R, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(work.device)
+    batches = [images[first : first + request.batch_size] for first in range(0, len(images), request.batch_size)]
+    runs: list[_Run] = [
+        _Run(name=encoder_name(e), encoder=e, inputs=batches, images=len(images)) for e in work.encoders
+    ]
+    if work.captions is not None:
+        captions = [work.captions.of(i) for i in chosen]
+        runs += [
+            _Run(name=encoder_name(e), encoder=e, inputs=[e.tokenise(captions)], images=len(chosen)) for e in work.texts
+        ]
     features: dict[str, torch.Tensor] = {}
-    for encoder in work.encoders:
-        encoder(images[:PROBE_IMAGES])  # warm-up: memory, kernels, compilation
-        start = time.perf_counter()
-        for first in range(0, len(images), request.batch_size):
-            for name, feature in encoder(images[first : first + request.batch_size]).items():
-                if name in work.specs:
-                    kept = feature.float().cpu()
-                    features[name] = torch.cat([features[name], kept]) if name in features else kept
-        rates[f"encode {'vae' if hasattr(encoder, 'info') else encoder.name}"] = len(images) / (
-            time.perf_counter() - start
-        )
+    precision: dict[str, dict[str, dict[str, float]]] = {}
+    precision_rates: dict[str, dict[str, float]] = {}
+    for run in runs:
+        made, rates[f"encode {run.name}"] = run.timed(run.encoder)
+        made = {name: feature for name, feature in made.items() if name in work.specs}
+        features |= made
+        if not measure:
+            continue
+        exact: dict[str, torch.Tensor] = {}
+        for kind in PRECISIONS:
+            other, rate = run.timed(in_precision(run.encoder, kind))
+            precision_rates.setdefault(run.name, {})[kind] = rate
+            exact = exact or other
+            for name in made:
+                precision.setdefault(name, {})[kind] = distance(exact[name], other[name])
     start = time.perf_counter()
     for name, feature in features.items():
         encode(work.specs[name].codec, feature)
@@ -97,10 +118,31 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
         path=plan.path,
         specs=tuple(plan.specs),
         count=len(work.order),
+        device=work.device,
         free_bytes=shutil.disk_usage(parent).free,
         rates=rates,
         fidelity={name: _fidelities(feature) for name, feature in features.items()} if measure else {},
+        precision=precision,
+        precision_rates=precision_rates,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """An encoder and what it is given: inputs one call each, of ``images`` images together."""
+
+    name: str
+    encoder: Any
+    inputs: Sequence[Any]
+    images: int
+
+    def timed(self, encoder: Any) -> tuple[dict[str, torch.Tensor], float]:
+        """Features on the CPU, float32, and images/s, after one call that does not count (kernels, compilation)."""
+        encoder(self.inputs[0])
+        start = time.perf_counter()
+        parts = [{name: value.float().cpu() for name, value in encoder(given).items()} for given in self.inputs]
+        rate = self.images / (time.perf_counter() - start)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, rate
 
 
 def _fidelities(feature: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -159,6 +201,23 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         f"{plan.count} images in about {hours} h {minutes} min on this machine's device"
         + (" (timed with random weights)" if random else "")
     )
+    for encoder, by_precision in plan.precision_rates.items():
+        speeds = table(f"encode {encoder}", "images/s")
+        for kind, rate in by_precision.items():
+            speeds.add_row(f"--precision {kind}", f"{rate:.3g}")
+        console.print(speeds)
+    for name, kinds in plan.precision.items():
+        errors = table(f"{name} against fp32", "mean cosine", "worst cosine", "relative error")
+        for kind, row in kinds.items():
+            errors.add_row(
+                f"--precision {kind}",
+                f"{row['mean_cosine']:.6f}",
+                f"{row['worst_cosine']:.6f}",
+                f"{row['relative_error']:.2e}",
+            )
+        console.print(errors)
+    if plan.precision and plan.device == "cpu":
+        console.print("tf32 is fp32 on a CPU: it exists on GPUs only")
     for name, codecs in plan.fidelity.items():
         losses = table(name, "per image", "mean cosine", "worst cosine", "relative error")
         for codec, row in codecs.items():

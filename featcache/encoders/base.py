@@ -8,9 +8,10 @@ by all encoders; each encoder does its own scaling, normalisation and resizing. 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +80,13 @@ class Compute:
                 yield
         finally:
             matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def in_precision(encoder: Any, precision: str) -> Any:
+    """The same encoder, weights shared, computing in another precision."""
+    twin = copy.copy(encoder)
+    twin.compute = replace(encoder.compute, precision=precision)
+    return twin
 
 
 def seeded(seed: int, build: Any) -> nn.Module:

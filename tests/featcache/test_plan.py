@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +9,13 @@ import pytest
 import torch
 
 import featcache
-from featcache.build import BuildRequest, build
+from featcache.build import BuildRequest, build, sample_order
 from featcache.encoders import EncoderChoice
+from featcache.encoders.base import Compute, WeightsSource
+from featcache.encoders.vision import VisionEncoder
+from featcache.errors import UserError
 from featcache.fidelity import fidelity
+from featcache.images import open_source
 from featcache.plan import estimate
 from featcache.store.manage import cache_bytes
 
@@ -53,50 +55,70 @@ def test_fidelity_of_int8_against_numpy() -> None:
     assert found["bytes_per_image"] == 5 * (64 + 4)
 
 
-def test_as_typed(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = cli(
-        "featcache",
-        "plan",
-        "--data",
-        "shapes",
-        "--encoder",
-        "tiny",
-        "--limit",
-        "8",
-        "--resolution",
-        "32",
-        "--measure",
-        "--images",
-        "2",
+def typed(*words: str) -> None:
+    """A command as typed, in this process: importing the encoders' libraries takes seconds."""
+    from featcache.cli import app
+    from featcache.console import run_app
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", list(words))
+        assert run_app(app) == 0
+
+
+def test_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["featcache", "plan", "--data", "shapes", "--encoder", "tiny", "--text", "tiny", "--limit", "8"]
+    typed(*words, "--resolution", "32", "--measure", "--images", "2")
+    text = capsys.readouterr().out
+    for expected in ("vae/moments", "GB/s", "free on its disk", "mean cosine", "images in about", "decode (1 thread)"):
+        assert expected in text
+    for expected in ("tiny@5 against fp32", "text/tiny.pooled against fp32", "--precision bf16", "encode text tiny"):
+        assert expected in text
+
+
+def test_errors_of_precisions_are_those_of_two_encodings() -> None:
+    ask = BuildRequest(data="shapes", vae="tiny", encoders=(EncoderChoice(name="tiny", layers=(5,)),), resolution=64)
+    planned = estimate(ask, measure=3)
+    assert {"vae/moments", "tiny@5"} <= set(planned.precision)
+    assert all(set(kinds) == {"fp32", "tf32", "bf16"} for kinds in planned.precision.values())
+    assert planned.precision["tiny@5"]["fp32"]["relative_error"] == 0
+    assert set(planned.precision_rates) == {"vae tiny", "tiny"}
+    source = open_source("shapes", resolution=64)
+    order = sample_order(len(source), seed=0)[:3]
+    pixels = torch.from_numpy(np.stack([source.load(int(i), 64)[0] for i in order])).permute(0, 3, 1, 2)
+    exact, rough = (
+        VisionEncoder("tiny", (5,), WeightsSource(), resolution=64, compute=Compute(precision=kind))(pixels)["tiny@5"]
+        for kind in ("fp32", "bf16")
     )
-    assert done.returncode == 0, done.stderr
-    for expected in ("vae/moments", "GB/s", "free on its disk", "mean cosine", "images in about"):
-        assert expected in done.stdout
+    a, b = exact.double().numpy().reshape(-1, 96), rough.double().numpy().reshape(-1, 96)
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    found = planned.precision["tiny@5"]["bf16"]
+    assert found["relative_error"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-6)
+    assert found["mean_cosine"] == pytest.approx(cosine.mean(), abs=1e-9)
+    assert found["worst_cosine"] == pytest.approx(cosine.min(), abs=1e-9)
+
+
+def test_plans_refuse_what_builds_refuse() -> None:
+    with pytest.raises(UserError, match="dinov2-b"):
+        estimate(BuildRequest(data="shapes", encoders=(EncoderChoice(name="dinov9"),)))
+    with pytest.raises(UserError, match="clip-l"):
+        estimate(BuildRequest(data="shapes", vae="tiny", texts=("clip-z",)))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("caches") / "plain"
+    typed(*PLAIN, "--out", str(path))
+    return path
+
+
+PLAIN = ("featcache", "build", "--data", "shapes", "--encoder", "tiny@5", "--vae", "tiny")
+PLAIN += ("--limit", "9", "--resolution", "32", "--shard-size", "4")
 
 
 @pytest.mark.parametrize(("words", "format_name"), [(("--format", "wds"), "wds"), (("--compressor", "zstd"), "zarr")])
-def test_build_in_other_formats(
-    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, words: tuple[str, ...], format_name: str
-) -> None:
-    plain = [
-        "build",
-        "--data",
-        "shapes",
-        "--encoder",
-        "tiny@5",
-        "--vae",
-        "tiny",
-        "--limit",
-        "9",
-        "--resolution",
-        "32",
-        "--shard-size",
-        "4",
-    ]
-    for name, extra in (("plain", ()), ("other", words)):
-        done = cli("featcache", *plain, *extra, "--out", str(tmp_path / name))
-        assert done.returncode == 0, done.stderr
-    caches = [featcache.open(tmp_path / name) for name in ("plain", "other")]
+def test_build_in_other_formats(tmp_path: Path, plain: Path, words: tuple[str, ...], format_name: str) -> None:
+    typed(*PLAIN, *words, "--out", str(tmp_path / "other"))
+    caches = [featcache.open(path) for path in (plain, tmp_path / "other")]
     assert caches[1].manifest.format == format_name
     read = []
     for cache in caches:
