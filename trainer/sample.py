@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,21 @@ def check_sampler(family: str, sampler: str | None) -> str:
             remedy=f"Type one of: {', '.join(valid)}",
         )
     return sampler
+
+
+def sampling_times(sampler: str, steps: int) -> list[float] | ddpm.Schedule:
+    """The grid of times of a SiT sampler, or the kept steps of a DiT one.
+
+    Raises:
+        UserError: a number of steps that the sampler cannot take.
+    """
+    if sampler == "sde":
+        return samplers.sde_grid(steps)
+    if sampler not in ("ddpm", "ddim"):
+        return samplers.ode_grid(steps)
+    schedule = ddpm.linear_schedule(DDPM_STEPS)
+    stride = sampler == "ddim" and ddpm.has_stride(schedule, steps)
+    return ddpm.respace(schedule, steps, spacing="stride" if stride else "even")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,27 +176,23 @@ def draw_latents(
     device = labels.device
     shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     x = sample_noise(config.seed, indices, shape, 0, device=device)
-    is_dit = cfg.family == "dit"
     model_fn: Any = guided(
         model,
         labels,
         null_label=cfg.num_classes,
         guidance=config.guidance,
-        time_range=DDPM_STEPS - 1 if is_dit else 1.0,
+        time_range=DDPM_STEPS - 1 if cfg.family == "dit" else 1.0,
     )
     noise: Callable[[int], Tensor] = noise_stream(config.seed, indices, shape, device=device)
-    if is_dit:
-        schedule = ddpm.linear_schedule(DDPM_STEPS)
-        if config.sampler == "ddim":
-            kept = ddpm.respace(
-                schedule, config.steps, spacing="stride" if ddpm.has_stride(schedule, config.steps) else "even"
-            )
-            return samplers.ddim(model_fn, x, kept)
-        return samplers.ddpm(model_fn, x, ddpm.respace(schedule, config.steps), noise=noise)
+    times: Any = sampling_times(config.sampler, config.steps)
+    if config.sampler == "ddim":
+        return samplers.ddim(model_fn, x, times)
+    if config.sampler == "ddpm":
+        return samplers.ddpm(model_fn, x, times, noise=noise)
     if config.sampler == "sde":
-        return samplers.euler_maruyama(model_fn, x, samplers.sde_grid(config.steps), noise=noise, path=path)
+        return samplers.euler_maruyama(model_fn, x, times, noise=noise, path=path)
     method = {"ode": samplers.euler, "heun": samplers.heun, "dopri5": samplers.dopri5}[config.sampler]
-    return method(model_fn, x, samplers.ode_grid(config.steps))
+    return method(model_fn, x, times)
 
 
 def to_uint8(pixels: Tensor, rule: str = "round") -> Tensor:
@@ -210,28 +223,45 @@ def draw_units(
     """The samples ``indices`` with ``labels`` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
 
     Every unit is computed whole (the last filled up with its last sample), so that shapes, and with them the rounding,
-    are always the same. On a GPU the copy of one unit to the host, and what the caller does with it, overlap with the
-    drawing of the next.
+    are always the same. On the CPU each unit is computed by one thread, as many at a time as torch has threads, so that
+    their number changes no bit either. On a GPU the copy of one unit to the host, and what the caller does with it,
+    overlap with the drawing of the next.
     """
     device = next(vae.parameters()).device
 
-    def drawn() -> Iterator[Tensor]:
-        for start in range(0, len(indices), unit):
-            chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
-            wanted = torch.from_numpy(np.asarray(labels)[chosen]).to(device)
-            latents = draw_latents(model, wanted, [int(indices[i]) for i in chosen], config, path=path)
-            yield decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
+    def draw(start: int) -> Tensor:
+        chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
+        wanted = torch.from_numpy(np.asarray(labels)[chosen]).to(device)
+        latents = draw_latents(model, wanted, [int(indices[i]) for i in chosen], config, path=path)
+        return decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
 
-    return _fetched(drawn())
+    starts = range(0, len(indices), unit)
+    return _fetched(map(draw, starts)) if device.type == "cuda" else _each_by_one_thread(draw, starts)
+
+
+def _each_by_one_thread(draw: Callable[[int], Tensor], starts: Sequence[int]) -> Iterator[np.ndarray]:
+    """``draw`` of each start in order, on the host; one thread each, and never many more results than threads ahead."""
+    threads = torch.get_num_threads()
+    ahead: deque[Future[Tensor]] = deque()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for start in starts:
+            ahead.append(pool.submit(draw, start))
+            if start == starts[0]:  # alone: compiles what is to be compiled
+                wait(ahead)
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result().cpu().numpy()
+        while ahead:
+            yield ahead.popleft().result().cpu().numpy()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _fetched(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """Tensors on the host, those from a GPU one behind: it works on the next while one is copied."""
+    """A GPU's tensors on the host, one behind: it works on the next while one is copied."""
     waiting: tuple[Tensor, Any] | None = None
     for batch in batches:
-        if batch.device.type != "cuda":
-            yield batch.numpy()
-            continue
         host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)  # to pageable memory the copy would wait
         host.copy_(batch, non_blocking=True)
         event = torch.cuda.current_stream(batch.device).record_event()

@@ -2,9 +2,10 @@
 
 Sample ``i`` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind of
 device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units of
-consecutive indices, always full: eight on the CPU whatever the batch size, on a GPU the batch size rounded down to a power
-of two. So shapes, and with them the rounding, never depend on the number of samples, on ranks or on where a job was cut.
-Finished blocks lie on the disk; the npz is put together at the end without holding it in memory.
+consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size rounded
+down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads or of
+ranks, nor on where a job was cut. Finished blocks lie on the disk; the npz is put together at the end without holding it
+in memory.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from trainer.sample import (
     draw_units,
     load_decoder,
     load_run,
+    sampling_times,
     save_png,
 )
 
@@ -82,7 +84,7 @@ class SampleRequest:
     out: Path | None = None
 
     def config(self, family: str) -> SampleConfig:
-        """Raises UserError for a sampler that the family of backbones has not, an unknown pixel rule or interval."""
+        """Raises UserError for a sampler that the family of backbones has not, wrong steps, pixel rule or interval."""
         if self.pixels not in ("round", "truncate"):
             raise UserError(f"--pixels {self.pixels!r} is not known", remedy="Type one of: round, truncate")
         if self.format not in FORMATS:
@@ -93,8 +95,10 @@ class SampleRequest:
             raise UserError(
                 f"--interval {self.interval!r} is not LOW,HIGH", remedy="Type for example --interval 0,0.7"
             ) from None
+        sampler = check_sampler(family, self.sampler)
+        sampling_times(sampler, self.steps)
         return SampleConfig(
-            sampler=check_sampler(family, self.sampler),
+            sampler=sampler,
             steps=self.steps,
             guidance=Guidance(scale=self.guidance, low=low, high=high, channels=self.guided_channels),
             pixels=self.pixels,

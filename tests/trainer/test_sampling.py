@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
+import json
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,17 @@ from featcache.errors import UserError
 from trainer import sampling
 from trainer.config import RunConfig
 from trainer.loop import train
-from trainer.sample import SampleConfig, check_sampler, choose_labels, draw_latents, load_run, to_uint8
+from trainer.sample import (
+    SampleConfig,
+    check_sampler,
+    choose_labels,
+    class_grid,
+    draw_latents,
+    draw_units,
+    load_decoder,
+    load_run,
+    to_uint8,
+)
 from trainer.sampling import SampleRequest, sample_run
 
 
@@ -105,23 +114,90 @@ def test_a_cut_job_goes_on_where_it_stopped(runs_root: Path, tmp_path: Path, mon
 
 
 def test_two_ranks_and_a_killed_job_give_the_same_bytes(runs_root: Path, tmp_path: Path) -> None:
-    words = [str(Path(__file__).with_name("sample_two_ranks.py")), str(runs_root / "sit")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, *words, str(tmp_path / "one")], check=True, env=environment, cwd=root)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29712"]
-    subprocess.run([*torchrun, *words, str(tmp_path / "two")], check=True, env=environment, cwd=root)
-    killed = subprocess.Popen([sys.executable, *words, str(tmp_path / "killed")], env=environment, cwd=root)
-    deadline = time.monotonic() + 100
-    while (
-        not list((tmp_path / "killed").glob("blocks/0*.npy")) and killed.poll() is None and time.monotonic() < deadline
-    ):
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    subprocess.run([sys.executable, *words, str(tmp_path / "killed")], check=True, env=environment, cwd=root)
+    """One rank, two ranks over gloo, and a job killed while it writes its second block and started again."""
+    script = Path(__file__).with_name("sample_two_ranks.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(runs_root / "sit"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    statuses = json.loads(done.stdout)
+    assert statuses == {"one": [0], "two": [0, 0], "killed": [-signal.SIGKILL], "left": ["000000.npy"], "again": [0]}
     bytes_of = [(tmp_path / name / "samples_21.npz").read_bytes() for name in ("one", "two", "killed")]
     assert bytes_of[0] == bytes_of[1] == bytes_of[2]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_threads_change_no_byte(runs_root: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        made = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append(
+                sample_run(runs_root / "sit", request(out=tmp_path / str(threads)), Quiet()).images.read_bytes()
+            )
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert made[0] == made[1]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_block_of_a_smaller_request_is_drawn_again_only_where_it_is_short(
+    runs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sample_run(runs_root / "sit", request(out=tmp_path / "whole"), Quiet()).images.read_bytes()
+    with monkeypatch.context() as patch:  # cut before the files are put together
+        patch.setattr(sampling, "_write_npz", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sample_run(runs_root / "sit", request(num=12, out=tmp_path / "grown"), Quiet())
+    saved, calls = sampling._save_block, []
+    monkeypatch.setattr(sampling, "_save_block", lambda path, pixels: (calls.append(path.name), saved(path, pixels)))
+    again = sample_run(runs_root / "sit", request(out=tmp_path / "grown"), Quiet())
+    assert calls == ["000001.npy", "000002.npy"]
+    assert again.images.read_bytes() == whole
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_samples_of_other_settings_are_not_passed_off_as_those_asked_for(runs_root: Path, tmp_path: Path) -> None:
+    first = sample_run(runs_root / "sit", request(num=3, out=tmp_path / "x"), Quiet())
+    before = first.images.stat().st_mtime_ns
+    assert (
+        sample_run(runs_root / "sit", request(num=3, out=tmp_path / "x"), Quiet()).images.stat().st_mtime_ns == before
+    )
+    for change in ({"seed": 1}, {"guidance": 2.0}, {"precision": "bf16"}, {"classes": "random"}):
+        with pytest.raises(UserError, match="other settings"):
+            sample_run(runs_root / "sit", request(num=3, out=tmp_path / "x", **change), Quiet())
+    with pytest.raises(UserError, match="run sit, not dit"):
+        sample_run(runs_root / "dit", request(num=3, sampler=None, out=tmp_path / "x"), Quiet())
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_dopri5_depends_on_no_number_of_samples(runs_root: Path, tmp_path: Path) -> None:
+    """Its steps follow the error of a whole unit, so the last one must be filled with the samples that would follow."""
+    few, more = (
+        np.load(sample_run(runs_root / "sit", request(num=n, sampler="dopri5", out=tmp_path / str(n)), Quiet()).images)
+        for n in (5, 8)
+    )
+    assert np.array_equal(few["arr_0"], more["arr_0"][:5])
+
+
+def test_grids_hold_a_class_a_row_and_the_same_noise_down_a_column(runs_root: Path) -> None:
+    loaded = load_run(runs_root / "sit")
+    vae = load_decoder(loaded.summary["dataset"]["vae"], loaded.summary["features"]["vae/moments"], None)
+    config = SampleConfig(sampler="ode", steps=2, seed=5)
+    grid = class_grid(loaded.model, vae, columns=3, config=config, unit=8)
+    assert grid.shape == (10 * 32, 3 * 32, 3)
+    (lone,) = draw_units(loaded.model, vae, np.array([7]), [2], config, unit=1)
+    tile = grid[7 * 32 : 8 * 32, 2 * 32 :]
+    assert np.abs(tile.astype(int) - lone[0]).max() <= 1  # another batch rounds otherwise
 
 
 def test_formats_hold_the_same_pixels(runs_root: Path, tmp_path: Path) -> None:
@@ -171,9 +247,9 @@ def test_pixel_rules_are_the_public_ones() -> None:
     levels = torch.arange(-3, 259, dtype=torch.float64)
     values = ((levels + 0.25 - 128) / 127.5).float().reshape(1, 1, 1, -1).expand(1, 3, 1, -1)
     expected = levels.clamp(0, 255).numpy().astype(np.uint8)
-    assert np.array_equal(to_uint8(values, "round")[0, 0, :, 1], expected)
+    assert np.array_equal(to_uint8(values, "round")[0, 0, :, 1].numpy(), expected)
     below = (levels - 1).clamp(0, 255).numpy().astype(np.uint8)
-    assert np.array_equal(to_uint8(values, "truncate")[0, 0, :, 2], below)
+    assert np.array_equal(to_uint8(values, "truncate")[0, 0, :, 2].numpy(), below)
 
 
 def test_labels() -> None:
@@ -197,6 +273,9 @@ def test_labels() -> None:
         {"pixels": "x"},
         {"checkpoint": 99},
         {"sampler": "magic"},
+        {"precision": "fp8"},
+        {"precision": "tf32"},
+        {"sampler": "sde", "steps": 1},
     ],
 )
 def test_wrong_settings_are_explained(runs_root: Path, change: dict[str, object], tmp_path: Path) -> None:
@@ -205,10 +284,30 @@ def test_wrong_settings_are_explained(runs_root: Path, change: dict[str, object]
     assert not (tmp_path / "x").exists()
 
 
-def test_command_line(runs_root: Path, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    ok = cli("trainer", "sample", str(runs_root / "sit"), "--num", "2", "--steps", "2", "--device", "cpu")
-    assert ok.returncode == 0, ok.stderr
-    assert "samples_2.npz" in ok.stdout
+def test_any_number_of_ddim_steps(runs_root: Path) -> None:
+    model = load_run(runs_root / "dit").model
+    for steps in (1, 7, 150):  # 7 and 150 of 1000 have no whole stride
+        drawn = draw_latents(model, torch.tensor([1]), [0], SampleConfig(sampler="ddim", steps=steps))
+        assert torch.isfinite(drawn).all()
+
+
+def test_command_line(
+    runs_root: Path,
+    cli: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    from typer.testing import CliRunner
+
+    from trainer.cli import app
+
+    words = ["sample", str(runs_root / "sit"), "--num", "2", "--steps", "1", "--sampler", "ode", "--device", "cpu"]
+    words += ["--precision", "bf16", "--no-compile", "--guidance", "1.5", "--interval", "0,0.7", "--classes", "3,4"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "x")])
+    assert done.exit_code == 0, done.exception
+    record = json.loads((tmp_path / "x/settings.json").read_text())
+    assert record["precision"] == "bf16" and record["compile"] is False
+    assert record["guidance"] == {"scale": 1.5, "low": 0.0, "high": 0.7, "channels": None}
+    assert np.load(tmp_path / "x/samples_2.npz")["arr_1"].tolist() == [3, 4]
     bad = cli("trainer", "sample", str(runs_root / "nothing"))
     assert bad.returncode == 2
     assert "nothing" in bad.stderr
