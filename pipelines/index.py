@@ -32,14 +32,14 @@ A row from images to its numbers, here SiT-XL/2 with AHPA:
 ```sh
 featcache build --data /path/to/imagenet/train --vae-levels G3,G4     # the row's build line
 trainer run --recipe pipelines/ahpa/xl2.yaml --name ahpa-xl2          # takes the newest cache that fits, or --cache
-trainer eval runs/ahpa-xl2 --sampler ode --data /path/to/imagenet/train
+trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws samples as the paper did
 ```
 
-- A row shows the paper's figures, in brackets how its samples were drawn (sampler and evaluations; guidance if any),
-  and the options of `trainer eval` that draw them so. No options means the defaults on a GPU: 50,000 samples by the
-  SDE (DiT: DDPM) with 250 evaluations, no guidance. For numbers that may stand beside published ones, pass ADM's
-  reference: `--reference VIRTUAL_imagenet256_labeled.npz`.
-- Rows that differ in their sampling alone train the same model: evaluate one run twice.
+- A row shows the paper's figures, in brackets how its samples were drawn (sampler and evaluations; guidance if any).
+  `trainer eval` draws them so for a run made from the recipe. The last column has the same as options, for other runs;
+  none means the defaults on a GPU: 50,000 samples by the SDE (DiT: DDPM) with 250 evaluations, no guidance. For numbers
+  that may stand beside published ones, pass ADM's reference: `--reference VIRTUAL_imagenet256_labeled.npz`.
+- Rows that differ in their sampling alone train the same model: evaluate one run twice, with those options.
 - Any setting can be changed: `trainer run --recipe pipelines/ahpa/xl2.yaml --set steps=1000 --set ahpa.weight=0.5`.
 - Rows at 512 px and with other VAEs refuse a cache of another kind; the others take the newest that holds what the
   method reads. With several data sets or resolutions below `./caches`, pass `--cache`.

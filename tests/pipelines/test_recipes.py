@@ -198,8 +198,8 @@ def test_eval_options_draw_samples_as_the_paper_did() -> None:
         family = recipe.model[:3].lower()
         if sampling.sampler is not None:
             assert (given["sampler"] or SAMPLERS[family][0]) == sampling.sampler
-        assert given["guidance"] == (sampling.guidance or 1)
-        assert [float(bound) for bound in given["interval"].split(",")] == list(sampling.interval)
+        assert (given["guidance"] or 1) == (sampling.guidance or 1)
+        assert [float(bound) for bound in (given["interval"] or "0,1").split(",")] == list(sampling.interval)
 
     published = load_recipe_file("repa/xl2-4m-interval").published
     assert published is not None and published.sampling is not None
