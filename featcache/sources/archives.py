@@ -31,7 +31,7 @@ from featcache.store import files
 _STORED, _DEFLATED = 0, 8
 _TEXT_COLUMNS = ("text_offsets", "text_sizes", "json_offsets", "json_sizes")
 _COLUMNS = ("keys", "labels", "archives", "offsets", "sizes", "methods", *_TEXT_COLUMNS)
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,10 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-def _opened(place: Place, start: int = 0, stop: int | None = None) -> io.BufferedReader:
+def opened(place: Place, start: int = 0, stop: int | None = None) -> io.BufferedReader:
+    """Bytes ``start`` to ``stop`` of a file, wherever it lies, as a file to read and to seek in."""
     # Large blocks where every request costs a round trip; small ones on a disk, where skipping is cheap.
-    block = _BLOCK_BYTES if is_remote(place.location.url) else 8192
+    block = BLOCK_BYTES if is_remote(place.location.url) else 8192
     return io.BufferedReader(_Window(place, start, place.size_bytes if stop is None else stop), block)
 
 
@@ -202,7 +203,7 @@ def _tar_members(
 ) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """Plain files of a tar in order, without keeping them (tarfile collects members otherwise)."""
     try:
-        with tarfile.open(fileobj=_opened(place, start, stop), mode="r:") as tar:
+        with tarfile.open(fileobj=opened(place, start, stop), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 if member.isreg():
                     yield member, tar
@@ -245,7 +246,7 @@ def zips(places: Sequence[Place]) -> Iterator[Member]:
     """A zipped folder of class folders; members stored or deflated."""
     for a, place in enumerate(places):
         try:
-            with zipfile.ZipFile(_opened(place)) as archive:
+            with zipfile.ZipFile(opened(place)) as archive:
                 for member in archive.infolist():
                     if not _is_image(member.filename):
                         continue

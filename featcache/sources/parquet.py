@@ -2,17 +2,22 @@
 
 Parquet has no access to single rows: a row group is decoded whole. Shuffled access would decode each of them once an
 image, so the images of a row group are unpacked to a temporary file when the first of them is asked for, and read from
-there. It needs as much disk as the images that are used (``$TMPDIR``), and little memory.
+there. It needs as much disk as the images that are used (``$TMPDIR``), and little memory: a row group is read page by
+page and a few rows at a time. Files may be remote: their footers, labels and then whole row groups are read by range, each
+once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,10 @@ import numpy as np
 
 from featcache.errors import UserError
 from featcache.images import BadImage, EncodedSource
+from featcache.remote import Missing
+from featcache.sources.archives import BLOCK_BYTES, Place, find_places, opened
 
+ROWS_AT_ONCE = 16
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
 
@@ -33,7 +41,7 @@ class _Spool:
     # Lives as long as its source; the kernel frees it with the last descriptor.
     file: Any = field(default_factory=lambda: tempfile.TemporaryFile(prefix="featcache-"))  # noqa: SIM115
     lock: threading.Lock = field(default_factory=threading.Lock)
-    places: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    places: dict[int, np.ndarray] = field(default_factory=dict)  # int64 [rows, 2]: offset, size (-1: no image)
     end: int = 0
 
 
@@ -43,7 +51,7 @@ class ParquetSource(EncodedSource):
 
     name: str
     class_names: tuple[str, ...]
-    files: Sequence[Path]
+    places: Sequence[Place]
     identities: Sequence[str]
     groups: Sequence[tuple[int, int]]
     starts: np.ndarray
@@ -61,7 +69,7 @@ class ParquetSource(EncodedSource):
     def key(self, index: int) -> str:
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         file, number = self.groups[group]
-        return f"{self.files[file].stem}/{number:05d}/{index - int(self.starts[group]):06d}"
+        return f"{Path(self.places[file].name).stem}/{number:05d}/{index - int(self.starts[group]):06d}"
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -77,65 +85,68 @@ class ParquetSource(EncodedSource):
         with spool.lock:
             if group not in spool.places:
                 spool.places[group] = self._unpack(group)
-        offset, size = spool.places[group][index - int(self.starts[group])]
+        offset, size = map(int, spool.places[group][index - int(self.starts[group])])
         if size < 0:
             raise BadImage(self.key(index), "the row holds no image")
         return os.pread(spool.file.fileno(), size, offset)
 
-    def _unpack(self, group: int) -> list[tuple[int, int]]:
-        import pyarrow.parquet as pq
-
+    def _unpack(self, group: int) -> np.ndarray:
         file, number = self.groups[group]
-        try:
-            with pq.ParquetFile(self.files[file]) as parquet:
-                column = parquet.read_row_group(number, columns=[self.image_column]).column(0)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.files[file]} is damaged: {error}", remedy="Download it again.") from error
         places = []
-        for value in column:
-            data = value.get("bytes") if hasattr(value, "keys") else value
-            data = data.as_py() if data is not None else None
-            places.append((self._spool.end, len(data) if data is not None else -1))
-            if data is not None:
-                os.pwrite(self._spool.file.fileno(), data, self._spool.end)
-                self._spool.end += len(data)
-        return places
+        with _opened_parquet(self.places[file]) as parquet:
+            rows = parquet.iter_batches(ROWS_AT_ONCE, row_groups=[number], columns=[self.image_column])
+            for value in itertools.chain.from_iterable(batch.column(0) for batch in rows):
+                data = value.get("bytes") if hasattr(value, "keys") else value
+                data = data.as_py() if data is not None else None
+                places.append((self._spool.end, len(data) if data is not None else -1))
+                if data is not None:
+                    os.pwrite(self._spool.file.fileno(), data, self._spool.end)
+                    self._spool.end += len(data)
+        return np.array(places, np.int64)
+
+
+@contextlib.contextmanager
+def _opened_parquet(place: Place) -> Iterator[Any]:
+    """The file as pyarrow's, read by range where it lies. Raises `UserError` whatever goes wrong inside."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where = f"{place.location.url}/{place.name}"
+    try:
+        # Column chunks are streamed in blocks instead of being read whole.
+        with pq.ParquetFile(pa.PythonFile(opened(place), mode="r"), buffer_size=BLOCK_BYTES) as parquet:
+            yield parquet
+    except UserError:
+        raise
+    except Missing as error:
+        raise UserError(f"{where} is gone", remedy="Check --data.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{where} is damaged, or no parquet file: {str(error).splitlines()[0]}", remedy="Download it again."
+        ) from error
 
 
 def open_parquet(pattern: str, *, name: str) -> ParquetSource:
-    """The rows of the parquet files that a path with ``*`` or ``{000..009}`` names.
+    """The rows of the parquet files that a path or URL with ``*`` (local only) or ``{000..009}`` names.
 
     Raises:
         UserError: pyarrow is missing, no such files, or no columns of images and labels.
     """
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UserError(
-            "parquet files need pyarrow, which is not installed", remedy="pip install 'featcache-trainer[parquet]'"
-        ) from error
-    from featcache.remote import is_remote
-    from featcache.sources.archives import find_places
-
-    if is_remote(pattern):
-        raise UserError(f"{pattern}: parquet files must be local", remedy="Download them, or use webdataset shards.")
-    files = [Path(place.location.url) / place.name for place in find_places(pattern)]
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("parquet files need pyarrow, which is not installed", remedy="pip install pyarrow")
+    places = find_places(pattern)
     groups: list[tuple[int, int]] = []
     rows: list[int] = []
     labels: list[np.ndarray] = []
     identities = []
     image_column, class_names = "", None
-    for f, path in enumerate(files):
-        try:
-            parquet = pq.ParquetFile(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a parquet file: {error}", remedy="Download it again.") from error
-        with parquet:
+    for f, place in enumerate(places):
+        with _opened_parquet(place) as parquet:
             names = parquet.schema_arrow.names
-            image_column = _column(names, IMAGE_COLUMNS, path, "images")
-            label_column = _column(names, LABEL_COLUMNS, path, "labels")
+            image_column = _column(names, IMAGE_COLUMNS, place, "images")
+            label_column = _column(names, LABEL_COLUMNS, place, "labels")
             class_names = class_names or _class_names(parquet.schema_arrow, label_column)
-            identities.append(_identity(path))
+            identities.append(_identity(place))
             for number in range(parquet.num_row_groups):
                 groups.append((f, number))
                 rows.append(parquet.metadata.row_group(number).num_rows)
@@ -152,7 +163,7 @@ def open_parquet(pattern: str, *, name: str) -> ParquetSource:
     return ParquetSource(
         name=name,
         class_names=class_names,
-        files=tuple(files),
+        places=tuple(places),
         identities=tuple(identities),
         groups=tuple(groups),
         starts=np.concatenate([[0], np.cumsum(rows)]),
@@ -161,11 +172,11 @@ def open_parquet(pattern: str, *, name: str) -> ParquetSource:
     )
 
 
-def _column(names: Sequence[str], usual: Sequence[str], path: Path, what: str) -> str:
+def _column(names: Sequence[str], usual: Sequence[str], place: Place, what: str) -> str:
     for name in usual:
         if name in names:
             return name
-    raise UserError(f"{path} has no column of {what} (it has {', '.join(names)})", remedy=f"Name it {usual[0]}.")
+    raise UserError(f"{place.name} has no column of {what} (it has {', '.join(names)})", remedy=f"Name it {usual[0]}.")
 
 
 def _class_names(schema: Any, label_column: str) -> tuple[str, ...] | None:
@@ -178,11 +189,9 @@ def _class_names(schema: Any, label_column: str) -> tuple[str, ...] | None:
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
-def _identity(path: Path) -> str:
+def _identity(place: Place) -> str:
     """SHA-256 (16 hex digits) of the file's footer and size."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(0, size - 8 - length))
-        return hashlib.sha256(file.read(length) + size.to_bytes(8, "big")).hexdigest()[:16]
+    size, read = place.size_bytes, place.location.read
+    length = int.from_bytes(read(place.name, size - 8, size - 4), "little")
+    footer = read(place.name, size - 8 - length, size - 8)
+    return hashlib.sha256(footer + size.to_bytes(8, "big")).hexdigest()[:16]

@@ -20,6 +20,7 @@ from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.pipeline import Meter, Stage, run_shards
 from featcache.store import CacheWriter
+from featcache.workers import Ranks
 
 WORDS = ["--data", "shapes", "--encoder", "tiny", "--limit", "240", "--batch-size", "4", "--shard-size", "8"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -219,11 +220,47 @@ def find_victims(pid: int, victims: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_torchrun_ranks_give_the_bytes_of_one_process(tmp_path: Path, expected: dict[str, str]) -> None:
-    result = run(torchrun(*WORDS, "--out", "c"), tmp_path)
+@pytest.mark.parametrize("schedule", ["dynamic", "static"])
+def test_two_torchrun_ranks_give_the_bytes_of_one_process(
+    tmp_path: Path, expected: dict[str, str], schedule: str
+) -> None:
+    result = run(torchrun(*WORDS, "--schedule", schedule, "--out", "c"), tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("cache:") == 1
+    assert result.stdout.count("encoding 240 of 240 images") == 1
     assert tree_digest(tmp_path / "c") == expected
+
+
+def test_ranks_share_shards_one_by_one_or_by_position() -> None:
+    """Two ranks as threads with the kind of counter that processes have between them."""
+    import threading
+
+    import torch.distributed as dist
+
+    shards, store = list(range(10, 30)), dist.HashStore()
+    both = [Ranks(rank, 2, rank) for rank in range(2)]
+    taken: list[list[int]] = [[], []]
+    begun = threading.Barrier(2)
+
+    def work(rank: int) -> None:
+        both[rank]._store = store
+        begun.wait()
+        for shard in both[rank].share(shards, "dynamic"):
+            taken[rank].append(shard)
+            both[rank].done(4)
+            time.sleep(0.05 * rank)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken[0] + taken[1]) == shards
+    assert all(part == sorted(part) for part in taken)
+    assert len(taken[0]) > len(taken[1]) >= 1, "the slow rank takes fewer"
+    assert both[0].done(0) == both[1].done(0) == 80, "both ranks' images are counted"
+    assert [list(ranks.share(shards, "static")) for ranks in both] == [shards[0::2], shards[1::2]]
+    assert list(Ranks(0, 1, 0).share(shards, "dynamic")) == shards
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,72 @@ def test_parquet_files_of_the_hub(folder: Path, tmp_path: Path) -> None:
     assert [s[1:] for s in got] == [s[1:] for s in plain]
     assert len({s[0] for s in got}) == 9
     assert fingerprint(source, range(9)) == fingerprint(open_source(str(tmp_path / "hub"), resolution=32), range(9))
+
+
+@pytest.mark.parametrize("scheme", ["http", "hf"])
+def test_parquet_files_behind_a_url_are_read_by_range_and_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    local = parquet_files(folder, tmp_path)
+    plain = open_source(local, resolution=32)
+    files = "train-{00000..00001}-of-00002.parquet"
+    with serve(tmp_path) as server:
+        if scheme == "hf":
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+            server.prefix = "/datasets/owner/name/resolve/main"
+            source = open_source(f"hf://datasets/owner/name/hub/{files}", resolution=32)
+        else:
+            source = open_source(f"{server.url}/hub/{files}", resolution=32)
+        opening = server.sent_bytes
+        assert samples(source) == samples(plain)
+        first = server.sent_bytes
+        assert samples(source) == samples(plain)
+        assert server.sent_bytes == first, "unpacked row groups are not fetched again"
+    assert fingerprint(source, range(9)) == fingerprint(plain, range(9))
+    # Small as these files are, a block holds a whole one: one for each opening, that is for each of five row groups.
+    sizes = [file.stat().st_size for file in sorted((tmp_path / "hub").iterdir())]
+    assert first - opening <= 3 * sizes[0] + 2 * sizes[1] + 5 * 65536
+
+
+def test_a_parquet_file_that_breaks_off_is_explained(folder: Path, tmp_path: Path) -> None:
+    hub = Path(parquet_files(folder, tmp_path))
+    file = sorted(hub.iterdir())[1]
+    data = file.read_bytes()
+    file.write_bytes(data[:-20])
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.parquet is damaged"):
+        open_source(str(hub), resolution=32)
+    # The footer is whole, the images are not.
+    file.write_bytes(data[:64] + bytes(2000) + data[2064:])
+    source = open_source(str(hub), resolution=32)
+    with pytest.raises(UserError, match="damaged"):
+        source.load(5, 32)
+
+
+def test_unpacking_a_row_group_takes_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    """32 MB of images in one row group of many pages: what pyarrow holds at once stays far below."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+    images = [{"bytes": rng.bytes(1 << 18), "path": ""} for _ in range(128)]
+    table = pa.table({"image": images, "label": pa.array([0] * 128, pa.int64())})
+    pq.write_table(table, tmp_path / "one.parquet", row_group_size=128, data_page_size=1 << 18, write_batch_size=4)
+    expected = images[77]["bytes"]
+    del table, images
+    source = open_source(str(tmp_path / "one.parquet"), resolution=32)
+    pool = pa.default_memory_pool()
+    before, peak = pool.bytes_allocated(), 0
+    real = os.pwrite
+
+    def watched(*arguments: Any) -> int:
+        nonlocal peak
+        peak = max(peak, pool.bytes_allocated() - before)
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.pwrite", watched)
+        assert source.read(77) == expected  # type: ignore[attr-defined]
+    assert peak < 16 << 20
 
 
 def test_a_cache_built_from_the_tar_equals_one_built_from_the_folder(folder: Path, tmp_path: Path) -> None:
