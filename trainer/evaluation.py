@@ -91,6 +91,7 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
     settings = _with_defaults(request, run, config, device, bar)
     extractor = choose_extractor(request.extractor, request.weights_dir, device, bar)
     reference, data = _reference(run, request)
+    _check_before_drawing(run, request, extractor, reference, data)
     drawn = sample_run(run, settings, bar)
     result = _judge(drawn.images, reference, extractor, replace(request, num=settings.num, data=data), bar)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
@@ -102,6 +103,19 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
     }
     _append_metrics(run / "metrics.json", entry)
     return EvalResult(metrics=result["metrics"], report=write_run_report([run]))
+
+
+def _check_before_drawing(run: Path, request: EvalRequest, extractor: Any, reference: str, data: str | None) -> None:
+    """What would fail after drawing fails now."""
+    from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics
+    from trainer.evaluate.references import open_reference
+    from trainer.sample import cache_summary
+
+    chosen = chosen_metrics(request.metrics or None, extractor)
+    resolution = int(cache_summary(run)["dataset"]["preprocessing"]["resolution"])
+    open_reference(
+        reference, extractor, resolution=resolution, need_features=bool(NEED_FEATURES & set(chosen)), data=data
+    )
 
 
 def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, bar: Bar) -> EvalResult:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from trainer import runs
 from trainer.config import RunConfig
-from trainer.evaluation import EvalRequest, evaluate_run, router_charts, write_run_report
+from trainer.evaluation import (
+    EvalRequest,
+    _with_defaults,
+    evaluate_images,
+    evaluate_run,
+    router_charts,
+    write_run_report,
+)
 from trainer.exchange import export_checkpoint, import_checkpoint
 from trainer.loop import train
 from trainer.models import build_model
@@ -159,17 +167,110 @@ def test_export_then_import_keeps_the_function(root: Path, tmp_path: Path) -> No
         import_checkpoint(out, name="back", weights="ema", convention=None, root=tmp_path / "runs")
 
 
+def test_what_cannot_be_judged_is_refused_before_anything_is_drawn(root: Path, tmp_path: Path) -> None:
+    run = root / "runs/a"
+    other = tmp_path / "other.npz"
+    np.savez(other, arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+    for change, words in (
+        ({"metrics": ("is",)}, "'is'"),
+        ({"reference": str(tmp_path / "nothing.npz")}, "nothing"),
+        ({"reference": str(other)}, "64 pixels"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate_run(run, replace(ASK, seed=77, **change), Quiet())  # type: ignore[arg-type]
+    assert not list((run / "samples").glob("*seed77*"))
+
+
+def test_images_of_any_code_can_be_judged(root: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    bare, labelled, reference = (tmp_path / f"{name}.npz" for name in ("bare", "labelled", "reference"))
+    images = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    np.savez(bare, arr_0=images)
+    np.savez(labelled, arr_0=images, arr_1=np.arange(6))
+    np.savez(reference, arr_0=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    ask = EvalRequest(extractor="embedded", device="cpu", reference=str(reference), metrics=("FID",))
+    result = evaluate_images(str(labelled), ask, require_labels=True, bar=Quiet())
+    record = json.loads(result.report.read_text())
+    assert result.report == tmp_path / "labelled.npz.metrics.json"
+    assert record["settings"]["labels"] == {"classes": 6, "fewest": 1, "most": 1}
+    assert record["metrics"] == dict(result.metrics) and set(result.metrics) == {"embedded-FID"}
+    with pytest.raises(UserError, match="no labels"):
+        evaluate_images(str(bare), ask, require_labels=True, bar=Quiet())
+    with pytest.raises(UserError, match="7 were asked for"):
+        evaluate_images(str(bare), replace(ask, num=7), require_labels=False, bar=Quiet())
+    with pytest.raises(UserError, match="compared with"):
+        evaluate_images(str(bare), replace(ask, reference=None), require_labels=False, bar=Quiet())
+
+
+PUBLISHED = {
+    "source": "REPA, Table 4",
+    "metrics": {"FID": 1.42, "sFID": 4.7, "IS": 305.7, "Precision": 0.8, "Recall": 0.65},
+    "sampling": {"sampler": "heun", "steps": 40, "guidance": 1.8, "interval": [0, 0.7]},
+}
+
+
+def with_recipe(root: Path, copy: Path, published: dict[str, object]) -> Path:
+    shutil.copytree(root / "runs/a", copy)
+    runs.save_config(copy, replace(runs.load_config(copy), published=published))
+    return copy
+
+
+def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
+    run = with_recipe(root, tmp_path / "runs/a", PUBLISHED)
+    config = runs.load_config(run)
+    on_gpu = _with_defaults(EvalRequest(), run, config, "cuda", Quiet())
+    assert (on_gpu.sampler, on_gpu.steps, on_gpu.guidance, on_gpu.interval, on_gpu.num) == (
+        "heun",
+        40,
+        1.8,
+        "0,0.7",
+        50_000,
+    )
+    asked = _with_defaults(EvalRequest(sampler="ode", steps=9, guidance=3.0), run, config, "cuda", Quiet())
+    assert (asked.sampler, asked.steps, asked.guidance, asked.interval) == ("ode", 9, 3.0, "0,1")
+    on_cpu = _with_defaults(EvalRequest(), run, config, "cpu", Quiet())
+    assert (on_cpu.sampler, on_cpu.steps, on_cpu.guidance) == ("ode", 32, 1.8)
+    bar = Quiet()
+    vague = {**PUBLISHED, "sampling": {"sampler": "sde", "steps": 250, "guidance": None}}
+    unknown = _with_defaults(EvalRequest(), run, replace(config, published=vague), "cuda", bar)
+    assert unknown.guidance == 1.0 and any("scale" in note for note in bar.notes)
+    page = write_run_report([run]).read_text()
+    assert "REPA, Table 4: heun 40, guidance 1.8 in [0, 0.7]" in page
+    for figure in ("1.420", "4.70", "305.7", "0.800", "0.650"):
+        assert figure in page
+
+
+def test_several_runs_are_always_the_comparison_page(root: Path, tmp_path: Path) -> None:
+    one, two = (with_recipe(root, tmp_path / f"{place}/a", PUBLISHED) for place in ("x", "y"))
+    page = write_run_report([one, two])
+    text = page.read_text()
+    assert page == one / "comparison.html"
+    for expected in ("At equal steps", "At equal time", "Same noise, same class", "Router weights", str(two)):
+        assert expected in text
+    with pytest.raises(UserError, match="twice"):
+        write_run_report([one, one])
+
+
 def test_as_typed(root: Path, cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from trainer.cli import app
+
     nothing = cli("trainer", "eval", "--device", "cpu")
     assert nothing.returncode == 2
     assert "trainer run --method ahpa" in nothing.stderr
     assert "Traceback" not in nothing.stderr
+    run = with_recipe(root, tmp_path / "runs/a", {})
     words = ["--num", "8", "--steps", "2", "--extractor", "embedded", "--device", "cpu", "--metrics", "fid"]
-    done = cli("trainer", "eval", *words, cwd=root)
-    assert done.returncode == 0, done.stderr
-    assert "embedded-FID" in done.stdout
-    assert "embedded-KID" not in done.stdout
-    assert (root / "runs/a/report.html").is_file()
-    page = cli("trainer", "compare", "runs/a", "runs/a", "--out", str(tmp_path / "both.html"), cwd=root)
-    assert page.returncode == 0, page.stderr
-    assert (tmp_path / "both.html").is_file()
+    with chdir(tmp_path):
+        done = CliRunner().invoke(app, ["eval", *words])
+        assert done.exit_code == 0, done.exception
+        with_recipe(root, tmp_path / "runs/b", {})
+        pages = [tmp_path / "both.html", tmp_path / "same.html"]
+        for command, out in zip(("compare", "report"), pages):
+            done = CliRunner().invoke(app, [command, "runs/a", "runs/b", "--out", str(out)])
+            assert done.exit_code == 0, done.exception
+    (entry,) = [e for e in json.loads((run / "metrics.json").read_text()) if e["settings"]["sample_count"] == 8]
+    assert set(entry["metrics"]) == {"embedded-FID"}
+    assert (run / "report.html").is_file()
+    assert pages[0].read_text() == pages[1].read_text()

@@ -89,7 +89,7 @@ def evaluate(
             of a wrong size or type; a reference of another resolution or extractor; labels required and
             missing.
     """
-    chosen = _chosen_metrics(metrics, extractor)
+    chosen = chosen_metrics(metrics, extractor)
     images = open_images(samples) if isinstance(samples, str | Path) else samples
     if count is not None and images.count is not None and images.count < count:
         raise _too_few(images, images.count, count)
@@ -162,7 +162,12 @@ def evaluate(
     }
 
 
-def _chosen_metrics(metrics: Sequence[str] | None, extractor: Extractor) -> list[str]:
+def chosen_metrics(metrics: Sequence[str] | None, extractor: Extractor) -> list[str]:
+    """The metrics to measure, in the extractor's order; None takes all it defines.
+
+    Raises:
+        UserError: one that it does not define.
+    """
     defined = list(extractor.metric_names)
     wanted = [SHORT_NAMES.get(m.lower(), m.lower()) for m in metrics or defined]
     for metric in wanted:
@@ -178,7 +183,7 @@ def _chosen_metrics(metrics: Sequence[str] | None, extractor: Extractor) -> list
 def _too_few(images: ImageSet, found: int, expected: int) -> UserError:
     return UserError(
         f"{images.description} holds {found} samples, {expected} were asked for",
-        remedy=f"Draw the rest (trainer sample resumes), or judge what is there: --num {found}",
+        remedy=f"Draw that many (trainer sample --num {expected}), or judge what is there: --num {found}",
     )
 
 

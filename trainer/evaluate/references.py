@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.evaluate.extractors import Extractor
-from trainer.evaluate.images import ImageSet, NpzImages, check_batch, open_images, open_npz, prefetch
+from trainer.evaluate.images import CacheImages, ImageSet, NpzImages, check_batch, open_images, open_npz, prefetch
 from trainer.evaluate.metrics import InceptionScore, Moments
 
 # As many reference images as ADM's own batches hold: precision and recall compare all pairs.
@@ -309,6 +309,40 @@ def write_statistics(
     return statistics
 
 
+def open_reference(
+    where: str | Path, extractor: Extractor, *, resolution: int, need_features: bool, data: str | None = None
+) -> tuple[Statistics | None, ImageSet | None]:
+    """What `reference_statistics` works with: stored statistics, images, or both (ADM's reference npz).
+
+    Reads no image, so that a wrong reference is found before hours of sampling.
+
+    Raises:
+        UserError: as `reference_statistics`, but for images that cannot be read.
+    """
+    path = Path(where)
+    stored = None
+    if path.suffix == ".npz" and path.is_file():
+        with open_npz(path) as archive:
+            names = {n.removesuffix(".npy") for n in archive.namelist()}
+        if {"mu", "sigma"} <= names:
+            stored = load_statistics(path)
+            _check_resolution(stored.resolution, resolution, str(where))
+        if stored is not None and "arr_0" not in names:
+            _check_extractor(stored, extractor, str(where))
+            if need_features and stored.features is None:
+                raise UserError(
+                    f"{where} holds moments only; precision, recall and KID need activations",
+                    remedy="Make the statistics with --features 10000, or leave these metrics out.",
+                )
+            return stored, None
+    images = open_images(where, resolution=resolution, data=data)
+    if isinstance(images, NpzImages):
+        _check_resolution(images.resolution, resolution, str(where))
+    if isinstance(images, CacheImages):
+        _check_resolution(int(images.cache.manifest.dataset.preprocessing["resolution"]), resolution, str(where))
+    return stored, images
+
+
 def reference_statistics(
     where: str | Path,
     extractor: Extractor,
@@ -338,23 +372,10 @@ def reference_statistics(
         UserError: nothing there; made with another extractor; for another resolution; features needed and not
             kept.
     """
-    path = Path(where)
-    stored = None
-    if path.suffix == ".npz" and path.is_file():
-        with open_npz(path) as archive:
-            names = {n.removesuffix(".npy") for n in archive.namelist()}
-        if {"mu", "sigma"} <= names:
-            stored = load_statistics(path)
-            _check_resolution(stored.resolution, resolution, str(where))
-        if stored is not None and "arr_0" not in names:
-            _check_extractor(stored, extractor, str(where))
-            if need_features and stored.features is None:
-                raise UserError(
-                    f"{where} holds moments only; precision, recall and KID need activations",
-                    remedy="Make the statistics with --features 10000, or leave these metrics out.",
-                )
-            return stored
-    images = open_images(where, resolution=resolution, data=data)
+    stored, images = open_reference(where, extractor, resolution=resolution, need_features=need_features, data=data)
+    if images is None:
+        assert stored is not None
+        return stored
     if stored is not None and extractor.name == "inception" and extractor.is_standard:
         if not need_features:
             return stored
@@ -379,8 +400,6 @@ def reference_statistics(
             resolution=stored.resolution,
             provenance=provenance,
         )
-    if isinstance(images, NpzImages):
-        _check_resolution(images.resolution, resolution, str(where))
     return compute_statistics(
         images,
         extractor,
