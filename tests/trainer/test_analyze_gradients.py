@@ -11,7 +11,7 @@ import torch
 from featcache.errors import UserError
 from trainer.analyze.gradients import (
     GradientMoments,
-    RidgeHead,
+    RidgeHeads,
     block_gradients,
     cosine,
     degrees,
@@ -135,10 +135,12 @@ def test_ridge_head_is_the_closed_form() -> None:
     x = torch.randn(40, 5, generator=generator, dtype=torch.float64) + 2
     y = x @ torch.randn(5, 3, generator=generator, dtype=torch.float64) + 1
     y = y + 0.1 * torch.randn(40, 3, generator=generator, dtype=torch.float64)
-    head = RidgeHead(0.01)
+    heads = RidgeHeads(0.01)
     for rows in torch.arange(40).split(9):
-        head.add(x[rows], y[rows])
-    weight, offset = head.solve()
+        heads.add(x[rows], {"y": y[rows], "other": -2 * y[rows, :1]})
+    solved = heads.solve()
+    weight, offset = solved["y"]
+    torch.testing.assert_close(solved["other"][0], -2 * weight[:, :1], rtol=1e-5, atol=1e-6)
     xc, yc = x - x.mean(0), y - y.mean(0)
     ridge = 0.01 * xc.square().sum(0).mean()
     # The same problem as least squares with the penalty as extra rows.

@@ -13,6 +13,7 @@ from trainer.analyze.gradients import cosine, degrees
 from trainer.analyze.result import NotApplicable, Plot, Result
 from trainer.analyze.subject import Subject
 from trainer.report.charts import Chart, Series
+from trainer.report.page import measure
 from trainer.step import Draws
 
 
@@ -117,10 +118,17 @@ def run(subject: Subject) -> Result:
                 y_label=y_label,
                 series=[*lines, zero],
                 note="Look for dips below 0, where alignment pulls against denoising: DyA Fig. 9 finds them near t = 0 "
-                "and takes them for over-alignment.",
+                "(0.02 to 0.05) and takes them for over-alignment.",
             ),
         )
     ]
+    once = (
+        ""
+        if len(chosen) > 1
+        else (
+            " The run kept one checkpoint; trained with --set checkpoint_every and keep_checkpoints, it shows the course."
+        )
+    )
     if len(chosen) > 1:
         plots.append(_over_steps(chosen, values, y_label))
     last = values[-1]
@@ -131,9 +139,8 @@ def run(subject: Subject) -> Result:
         what="gradient-angle",
         title="Angle between denoising and alignment gradients",
         question="Does the alignment loss pull the shared blocks where the denoising loss wants them?",
-        finding=f"At step {chosen[-1]} the cosine is {side}; it is lowest, {last[worst]:.3f}, at t = "
-        f"{centres[worst]:.2f}, "
-        f"and {np.nanmean(last):.3f} on average.",
+        finding=f"At step {chosen[-1]} the cosine is {side}; it is lowest, {measure(last[worst])}, at t = "
+        f"{centres[worst]:.2f}, and {measure(float(np.nanmean(last)))} on average.{once}",
         plots=plots,
         rows=rows,
         settings={
@@ -164,8 +171,7 @@ def _over_steps(steps: list[int], values: np.ndarray, y_label: str) -> Plot:
             x_label="training step",
             y_label=y_label,
             series=[*series, zero],
-            note="Look for the step at which a line falls below 0: from there on alignment costs more than it gives, "
-            "as DyA "
-            "Fig. 8 shows for alignment that is never dropped.",
+            note="Look for the step at which a line falls below 0: from there on alignment pulls against denoising "
+            "(DyA Fig. 8, where dropping alignment in half of the steps or more keeps the cosine positive throughout).",
         ),
     )

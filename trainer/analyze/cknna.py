@@ -43,7 +43,7 @@ class _Measure:
 
 
 def representation(subject: Subject, name: str) -> Tensor:
-    """Pooled features [n, C] of a cached feature, or ``block3:0.5``: block 3 at t = 0.5.
+    """Pooled features [n, C] of a cached feature or a layer of a VAE group, or ``block3:0.5``: block 3 at t = 0.5.
 
     Raises:
         UserError: neither.
@@ -54,10 +54,11 @@ def representation(subject: Subject, name: str) -> Tensor:
             raise UserError(f"{name}: the model has {subject.depth} blocks", remedy=f"Choose 1 to {subject.depth}.")
         return subject.pooled(t)[depth - 1]
     known = [*subject.token_features, *subject.levels]
-    if name not in known:
+    layers = [layer for level in subject.levels for layer in subject.layers(level)]
+    if name not in (*known, *layers):
         raise UserError(
             f"{name!r} is neither a cached feature nor a hidden state",
-            remedy=f"Use {', '.join(known)}, or e.g. block3:0.5.",
+            remedy=f"Use {', '.join([*known, *layers[:1]])}, or e.g. block3:0.5.",
         )
     return subject.pooled_feature(name)
 
@@ -85,7 +86,11 @@ def run(subject: Subject) -> Result:
                     found[key][i, depth, j] = value
                 rows.append({"a": f"block{depth + 1}:{t:g}", "b": name, "block": depth + 1, "t": t, **values})
     for text in options.pairs:
-        a, _, b = (part.strip() for part in text.partition(","))
+        a, comma, b = (part.strip() for part in text.partition(","))
+        if not comma or not b:
+            raise UserError(
+                f"pairs: {text!r} is not a pair", remedy="""Type e.g. --set 'pairs=["block3:0.5,vae/G3"]'."""
+            )
         values = measure(measure.prepare(representation(subject, a)), measure.prepare(representation(subject, b)))
         rows.append({"a": a, "b": b, "block": "", "t": "", **values})
     among = np.array([[measure(features[a], features[b])["cknna"] for b in names] for a in names])
@@ -164,8 +169,7 @@ def _plots(subject: Subject, names: list[str], main: str, found: dict[str, np.nd
                 y_label=f"CKNNA (k = {k})",
                 series=by_block,
                 note="Look for the block where alignment peaks and whether it falls off behind it, as REPA Fig. 3b "
-                "shows "
-                "(Fig. 2b without alignment).",
+                "shows (Fig. 2b without alignment).",
             ),
         ),
         Plot(
@@ -175,7 +179,7 @@ def _plots(subject: Subject, names: list[str], main: str, found: dict[str, np.nd
                 x_label=T_LABEL,
                 y_label="largest CKNNA of any block",
                 series=by_time,
-                note="Look for how far alignment survives noise (REPA Fig. 7, right) and with which target it is "
+                note="Look for how far alignment survives noise (REPA Fig. 7, CKNNA) and with which target it is "
                 "closest (REPA Fig. 8).",
             ),
         ),
@@ -186,9 +190,9 @@ def _plots(subject: Subject, names: list[str], main: str, found: dict[str, np.nd
                 x_label="block",
                 y_label="similarity (1 = same)",
                 series=three,
-                note="Look for whether the local measures (CKNNA, mutual k-NN) agree with the global one (CKA), for "
-                "which REPA "
-                "App. C.1 replaced it: a high CKA alone can come from a few dominant directions.",
+                note="Look for whether the local measures (CKNNA, mutual k-NN) agree with the global one (CKA), which "
+                "counts all pairs and can be high through a few dominant directions: REPA App. C.1 therefore takes "
+                "CKNNA (Eq. 21 to 24; no figure compares the three).",
             ),
         ),
     ]
@@ -205,7 +209,6 @@ def _matrix(names: list[str], values: np.ndarray) -> Plot:
             low=0.0,
             high=1.0,
             note="Look for features that are near copies of each other: aligning with both adds little; REPA Fig. 2b "
-            "draws such "
-            "values between encoders as its yardstick.",
+            "draws such values between encoders as its yardstick.",
         ),
     )

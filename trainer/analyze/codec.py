@@ -18,11 +18,12 @@ from featcache.errors import UserError
 from featcache.inspect import source_of
 from trainer.align.base import AlignInputs
 from trainer.align.heads import to_grid
-from trainer.analyze.gradients import hidden_gradients
+from trainer.analyze.gradients import degrees, hidden_gradients
 from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
 from trainer.analyze.result import Matrix, NotApplicable, Plot, Result
 from trainer.analyze.subject import Subject, pixels_of
 from trainer.report.charts import Chart, Series
+from trainer.report.page import measure as shown_number
 
 NAMES = tuple(name for name in CODECS if name != "raw")
 MOST_SAMPLES = 64  # cosines vary little from sample to sample
@@ -204,9 +205,12 @@ def run(subject: Subject) -> Result:
     index = names.index(shown)
     cached = f"The cache stores {used}: " if used in NAMES else ""
     whose = "the run's own loss" if shown == OWN else shown
-    value = 1 - means[index, NAMES.index(used)] if used in NAMES else np.nan
-    sentence = f"{cached}the gradient of {whose} keeps its direction up to 1 - cosine = {value:.1g}. " if cached else ""
-    lowest = int(np.nanargmin(means[index]))
+
+    def turned(codec: str) -> str:
+        return f"{shown_number(degrees(float(means[index, NAMES.index(codec)])))} degrees"
+
+    sentence = f"{cached}that turns the gradient of {whose} by {turned(used)}. " if cached else ""
+    lowest = NAMES[int(np.nanargmin(means[index]))]
     matrix = Matrix(
         title="Mean cosine between gradients from exact and from stored features",
         columns=[f"{c} ({stored_bits(c, (16, 64)):.3g} bit)" for c in NAMES],
@@ -216,16 +220,14 @@ def run(subject: Subject) -> Result:
         high=1.0,
         decimals=5,
         note="Look for the cheapest codec whose column stays at 0.999 or above for the features you read; the papers "
-        "store nothing, so "
-        "no figure of theirs corresponds (bits a value at width 64, scales included; a dash: the codec cannot hold "
-        "that width).",
+        "store nothing, so no figure of theirs corresponds (bits a value at width 64, scales included; a dash: the "
+        "codec cannot hold that width).",
     )
     return Result(
         what="codec",
         title="Fidelity of storage codecs",
         question="Does rounding the cached features change the direction in which alignment pulls?",
-        finding=f"{sentence}The coarsest, {NAMES[lowest]}, gives {1 - means[index, lowest]:.1g}. Compared with "
-        f"{basis}.",
+        finding=f"{sentence}The coarsest, {lowest}, turns it by {turned(lowest)}. Compared with {basis}.",
         plots=[
             Plot(name="codec_matrix", drawing=matrix),
             Plot(
@@ -237,8 +239,7 @@ def run(subject: Subject) -> Result:
                     series=lines,
                     log_y=True,
                     note="Look for lines below 0.001: there, rounding turns the gradient by less than 3 degrees, far "
-                    "less than "
-                    "gradients of different images differ (see G-SNR); no figure of the papers corresponds.",
+                    "less than gradients of different images differ (see G-SNR); no figure of the papers corresponds.",
                 ),
             ),
         ],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from trainer.analyze import DIAGNOSTICS, diagnostic, draw, page
 from trainer.analyze.config import AnalyzeConfig
 from trainer.analyze.result import NotApplicable, Result
 from trainer.analyze.subject import Subject
+from trainer.evaluation import write_run_report
 
 SMALL = 1 << 19  # SiT-S/2 at 256 px, batch 32: 3.1 million; SiT-Ti/2 at 64 px: 0.1 million
 
@@ -33,7 +35,9 @@ def analyze_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
     """Analyse runs, one after the other.
 
     Each run gets ``<run>/analysis/index.html`` and beside it, for every diagnostic, ``<what>.json``, ``<what>.csv`` and
-    its plots as SVG and PNG. Several runs together also get ``comparison.html`` in the first one's folder.
+    its plots as SVG and PNG; its report is written anew with the findings. Several runs together also get
+    ``comparison.html`` in the first one's folder, with its plots and ``comparison.json``. Sections of diagnostics that are not asked for
+    stay as an earlier call left them; files of those that are asked for are replaced, not added to.
 
     Args:
         what: names of :data:`trainer.analyze.DIAGNOSTICS`. Where several are asked for, those that do not apply to a
@@ -47,43 +51,49 @@ def analyze_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a run is named twice", remedy="Name each run once.")
-    pages, by_run = [], {}
-    progress.begin("analysing", total=len(paths) * len(what))
     for path in paths:
-        written, results = _analyze(path, what, options, progress)
+        runs.load_config(path)  # before any work is done on the runs in front of it
+    shown = [runs.display_name(path) for path in paths]
+    names = [name if shown.count(name) == 1 else str(path) for name, path in zip(shown, paths)]
+    pages, by_run, steps = [], {}, []
+    progress.begin("analysing", total=len(paths) * len(what))
+    for path, name in zip(paths, names):
+        written, results, step = _analyze(path, what, options, progress)
         pages.append(written)
-        name = runs.display_name(path)
-        by_run[name if name not in by_run else str(path)] = results
+        by_run[name] = results
+        steps.append(step)
     if len(paths) > 1:
-        out = paths[0] / "analysis" / "comparison.html"
-        title = "Diagnostics of " + ", ".join(by_run)
-        runs.write_text(
-            out, page.comparison_page(title, "The same samples, noise and timesteps for every run.", by_run)
-        )
-        pages.insert(0, out)
+        pages.insert(0, _compare(paths[0] / "analysis", by_run, [f"{p} {s}" for p, s in zip(paths, steps)]))
+    for path in paths:
+        write_run_report([path])
     return pages
 
 
-def _analyze(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: Progress) -> tuple[Path, list[Result]]:
+def _analyze(
+    path: Path, what: Sequence[str], options: AnalyzeConfig, progress: Progress
+) -> tuple[Path, list[Result], int]:
+    """The page written, what came out, and the checkpoint's step."""
     device = pick_device(options.device)
     subjects: dict[str, Subject] = {}
-    results: list[Result] = []
+    results: list[tuple[Result, str]] = []
     left_out: dict[str, str] = {}
-    folder = path / "analysis"
-    started = time.monotonic()
     for name in what:
+        started = time.monotonic()
         kind, _ = DIAGNOSTICS[name]
         if kind not in subjects:
             subjects[kind] = Subject(path, options, device=device, gradients=kind == "gradients")
+        subject = subjects[kind]
         try:
-            with _fitting_threads(subjects[kind]):
-                results.append(diagnostic(name)(subjects[kind]))
+            with _fitting_threads(subject):
+                result = diagnostic(name)(subject)
+            results.append((result, _measured(subject, result, time.monotonic() - started)))
         except NotApplicable as error:
             if len(what) == 1:
                 raise
             left_out[name] = error.what
         progress.advance(1)
     subject = next(iter(subjects.values()))
+    folder = path / "analysis"
     folder.mkdir(parents=True, exist_ok=True)
     about = {
         "name": runs.display_name(path),
@@ -91,14 +101,58 @@ def _analyze(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: 
         "method": subject.config.method,
         "model": subject.config.model,
     }
-    for result in results:
+    for name in what:
+        _remove(folder, name)
+    for result, _ in results:
         page.write_table(result, folder, about)
         for plot in result.plots:
             draw.save(plot.drawing, folder / plot.name)
-    elapsed_s = time.monotonic() - started
+    out = folder / "index.html"
     title = f"Diagnostics of {about['name']}"
-    runs.write_text(folder / "index.html", page.run_page(title, _lead(subject, elapsed_s), results, left_out))
-    return folder / "index.html", results
+    runs.write_text(out, page.run_page(title, _lead(subject), results, left_out, _read(out)))
+    return out, [result for result, _ in results], subject.step
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _remove(folder: Path, what: str) -> None:
+    """Deletes what an earlier call wrote for one diagnostic: it may have drawn plots that the new one does not."""
+    try:
+        drawn = json.loads((folder / f"{what}.json").read_text()).get("plots", [])
+    except (OSError, json.JSONDecodeError):
+        drawn = []
+    _remove_plots(folder, drawn)
+    for kind in ("json", "csv"):
+        (folder / f"{what}.{kind}").unlink(missing_ok=True)
+
+
+def _remove_plots(folder: Path, stems: Iterable[str]) -> None:
+    for stem in stems:
+        for kind in ("svg", "png"):
+            (folder / f"{Path(stem).name}.{kind}").unlink(missing_ok=True)
+
+
+def _compare(folder: Path, by_run: Mapping[str, Sequence[Result]], compared: Sequence[str]) -> Path:
+    """Writes ``comparison.html``, its plots, and its lines as ``comparison.json`` into the first run's folder."""
+    out, table = folder / "comparison.html", folder / "comparison.json"
+    old = runs.read_json(table, {})
+    same = old.get("compared") == list(compared)
+    new = page.comparison_numbers(by_run)
+    for what, found in old.get("diagnostics", {}).items():
+        if not same or what in new:
+            _remove_plots(folder, found["plots"])
+    for what in new:
+        for plot in page.comparison_plots(by_run, what):
+            draw.save(plot.drawing, folder / plot.name)
+    kept = old.get("diagnostics", {}) if same else {}
+    document = {"compared": list(compared), "diagnostics": kept | new}
+    runs.write_text(table, json.dumps(document, indent=1) + "\n")
+    title = "Diagnostics of " + ", ".join(by_run)
+    lead = "The same samples, noise and timesteps for every run."
+    runs.write_text(out, page.comparison_page(title, lead, by_run, _read(out) if same else ""))
+    return out
 
 
 @contextlib.contextmanager
@@ -118,11 +172,15 @@ def _fitting_threads(subject: Subject) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _lead(subject: Subject, elapsed_s: float) -> str:
-    method = subject.config.method if subject.alignment is not None else "no alignment"
+def _lead(subject: Subject) -> str:
+    method = f"trained with {subject.config.method}" if subject.alignment is not None else "trained without alignment"
     dataset: Any = subject.cache.manifest.dataset
+    return f"{subject.config.model}, {method}, on {dataset.name}."
+
+
+def _measured(subject: Subject, result: Result, elapsed_s: float) -> str:
+    samples = result.settings.get("samples", result.settings.get("samples measured", len(subject.indices)))
     return (
-        f"{subject.config.model}, {method}, step {subject.step}; block {subject.block} of {subject.depth} is looked "
-        "at. "
-        f"{len(subject.indices)} samples of {dataset.name} on {subject.device}, {elapsed_s:.0f} s in all."
+        f"Step {subject.step}, block {subject.block} of {subject.depth}, {samples} samples, {subject.device}, "
+        f"{elapsed_s:.1f} s."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +14,15 @@ from torch.func import functional_call, grad, vmap
 from featcache.errors import UserError
 
 GsnrEstimator = Literal["plugin", "unbiased"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What G-SNR needs of ``count`` per-sample gradients: ``||mean||^2`` and the trace of their sample covariance."""
+
+    count: int
+    squared_mean: float
+    trace: float
 
 
 class GradientMoments:
@@ -28,10 +38,10 @@ class GradientMoments:
 
     def add(self, gradients: Tensor) -> None:
         """One chunk of per-sample gradients [b, P]."""
-        g = gradients.double()
-        self._sum = g.sum(dim=0) if self._sum is None else self._sum + g.sum(dim=0)
-        self._squares += float(g.square().sum())
-        self.count += len(g)
+        total = gradients.sum(dim=0, dtype=torch.float64)
+        self._sum = total if self._sum is None else self._sum.add_(total)
+        self._squares += float(gradients.square().sum(dtype=torch.float64))
+        self.count += len(gradients)
 
     @property
     def mean(self) -> Tensor:
@@ -49,11 +59,15 @@ class GradientMoments:
         """Trace of the sample covariance, with n - 1 in the denominator; never negative."""
         return max(self._squares - self.count * self.squared_mean, 0.0) / (self.count - 1)
 
+    def finish(self) -> Moments:
+        """The scalars alone, so that the sum [P] can go: a block of SiT-XL/2 has 24 million parameters."""
+        return Moments(self.count, self.squared_mean, self.trace)
 
-def gsnr(moments: GradientMoments, estimator: GsnrEstimator = "plugin") -> float:
-    """Gradient signal-to-noise ratio ``||E g||^2 / tr Cov g`` (AHPA, Sec. 3 and Eq. 6), dimensionless.
 
-    ``plugin`` puts the sample mean and the sample covariance (ddof 1) in place of the true ones, as the paper does. It
+def gsnr(moments: GradientMoments | Moments, estimator: GsnrEstimator = "plugin") -> float:
+    """Gradient signal-to-noise ratio ``||E g||^2 / tr Cov g`` (AHPA, Eq. 1), dimensionless.
+
+    ``plugin`` puts the sample mean and the sample covariance (ddof 1) in place of the true ones (AHPA, Eq. 6). It
     is too large by 1/n on average, n the number of samples, because ``E ||mean||^2 = ||E g||^2 + tr Cov g / n``:
     gradients without any common direction get 1/n and not 0. ``unbiased`` (ours) estimates the numerator without bias,
     ``||mean||^2 - tr Cov / n``, and so is ``plugin - 1/n``; it may come out negative. Its ratio is consistent, but the
@@ -137,30 +151,40 @@ def degrees(cos: float) -> float:
     return math.degrees(math.acos(min(max(cos, -1.0), 1.0))) if math.isfinite(cos) else math.nan
 
 
-class RidgeHead:
-    """Linear map with offset fitted by ridge regression, from sums that are added up chunk by chunk in float64.
+class RidgeHeads:
+    """Linear maps with offset from one X to several Y by ridge regression, from float64 sums added chunk by chunk.
 
-    ``min_W ||X W + b - Y||^2 + a ||W||^2`` with ``a = strength`` times the mean variance of X times the rows.
+    ``min_W ||X W + b - Y||^2 + a ||W||^2`` with ``a = strength`` times the mean variance of X times the rows. The
+    moments of X are added up once for all targets.
     """
 
     def __init__(self, strength: float = 1e-3) -> None:
         self.strength = strength
         self._rows = 0
-        self._sums: list[Tensor] = []
+        self._x: tuple[Tensor, Tensor] | None = None
+        self._y: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows [m, D] and their targets [m, C]."""
-        x, y = x.double(), y.double()
-        new = [x.T @ x, x.T @ y, x.sum(dim=0), y.sum(dim=0)]
-        self._sums = new if not self._sums else [s.add_(n) for s, n in zip(self._sums, new)]
+    def add(self, x: Tensor, targets: Mapping[str, Tensor]) -> None:
+        """Rows [m, D] and, by name, their targets [m, C]; the same names in every call."""
+        x = x.double()
+        new = (x.T @ x, x.sum(dim=0))
+        self._x = new if self._x is None else (self._x[0].add_(new[0]), self._x[1].add_(new[1]))
+        for name, y in targets.items():
+            new = (x.T @ y.double(), y.sum(dim=0, dtype=torch.float64))
+            old = self._y.get(name)
+            self._y[name] = new if old is None else (old[0].add_(new[0]), old[1].add_(new[1]))
         self._rows += len(x)
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Weights [D, C] and offset [C], float32."""
-        xx, xy, x, y = self._sums
-        mean_x, mean_y = x / self._rows, y / self._rows
-        xx = xx - self._rows * torch.outer(mean_x, mean_x)
-        xy = xy - self._rows * torch.outer(mean_x, mean_y)
+    def solve(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Target -> weights [D, C] and offset [C], float32."""
+        assert self._x is not None, "no rows were added"
+        mean_x = self._x[1] / self._rows
+        xx = self._x[0] - self._rows * torch.outer(mean_x, mean_x)
         ridge = self.strength * xx.diagonal().mean() + 1e-12
-        weight = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)
-        return weight.float(), (mean_y - mean_x @ weight).float()
+        factor = torch.linalg.cholesky(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
+        heads = {}
+        for name, (xy, y) in self._y.items():
+            mean_y = y / self._rows
+            weight = torch.cholesky_solve(xy - self._rows * torch.outer(mean_x, mean_y), factor)
+            heads[name] = (weight.float(), (mean_y - mean_x @ weight).float())
+        return heads

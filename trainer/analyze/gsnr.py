@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from trainer.analyze.gradients import GradientMoments, block_gradients, gsnr, hidden_gradients
+from trainer.analyze.gradients import GradientMoments, Moments, block_gradients, gsnr, hidden_gradients
 from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
 from trainer.analyze.result import Plot, Result
 from trainer.analyze.subject import MIXTURE, Subject
 from trainer.report.charts import Chart, Series
 
+MOST_VALUES = 1 << 28  # of per-sample gradients at once: 1 GiB
 
-def measure(subject: Subject) -> dict[str, list[GradientMoments]]:
+
+def measure(subject: Subject) -> dict[str, list[Moments]]:
     """Target -> moments of the per-sample gradients in each timestep bin.
 
     Gradients are with respect to the hidden state after the tapped block(s), or with ``wrt="block"`` to the parameters
@@ -24,10 +26,15 @@ def measure(subject: Subject) -> dict[str, list[GradientMoments]]:
     losses: dict[str, Any] = {name: head_loss(subject.block, *head) for name, head in heads.items()}
     if subject.alignment is not None:
         losses[OWN] = own_loss(subject)
-    moments = {name: [GradientMoments() for _ in range(options.bins)] for name in losses}
+    found_moments: dict[str, list[Moments]] = {name: [] for name in losses}
     by_block = options.wrt == "block"
+    size = options.batch_size
+    if by_block:
+        parameters = sum(p.numel() for p in subject.model.blocks[subject.block - 1].parameters())
+        size = min(size, max(1, MOST_VALUES // parameters))
     for index in range(options.bins):
-        for rows in subject.chunks(split(subject).measured):
+        moments = {name: GradientMoments() for name in losses}
+        for rows in subject.chunks(split(subject).measured, size=size):
             t = subject.times_in_bin(rows, index, options.bins)
             state = subject.state(rows, t, taps(subject), targets=True)
             x, c = subject.block_input(rows, t) if by_block else (None, None)
@@ -43,8 +50,10 @@ def measure(subject: Subject) -> dict[str, list[GradientMoments]]:
                     )
                     by_depth = hidden_gradients(loss, {d: state.hidden[d] for d in depths}, sample)
                     found = _flat(by_depth)
-                moments[name][index].add(found)
-    return moments
+                moments[name].add(found)
+        for name, each in moments.items():
+            found_moments[name].append(each.finish())
+    return found_moments
 
 
 def _flat(by_depth: dict[int, Any]) -> Any:
@@ -90,25 +99,39 @@ def run(subject: Subject) -> Result:
             y_label,
             floors,
             "Look for the level whose line is highest at each t: in AHPA Fig. 2b the deep group leads at high noise "
-            "and the "
-            "middle one as t falls to 0, and a router that follows the leader keeps the whole trajectory high (Fig. "
-            "2c).",
+            "and the middle one as t falls to 0, and a router that follows the leader keeps the whole trajectory high "
+            "(Fig. 2c).",
         )
     ]
     if subject.token_features:
         plots.append(
             _plot(
                 "gsnr_tokens",
-                "Encoder layers",
+                "Image encoder",
                 {k: values[k] for k in subject.token_features},
                 centres,
                 y_label,
                 floors,
                 "Look for a fall towards t = 0: a static target that stops guiding where details are made, as AHPA "
-                "Fig. 2a shows "
-                "for REPA and SRA 2.",
+                "Fig. 2a shows for REPA and SRA 2.",
             )
         )
+    for level in subject.levels:
+        layers = subject.layers(level)
+        if len(layers) > 1:
+            short = level.removeprefix("vae/")
+            plots.append(
+                _plot(
+                    f"gsnr_{short}",
+                    f"Layers of {short}, shallow to deep",
+                    {layer.removeprefix(f"{level}/"): values[layer] for layer in layers},
+                    centres,
+                    y_label,
+                    floors,
+                    "Look for layers that change places over t: they are what a router inside the group can gain from "
+                    "(AHPA Fig. 2b compares groups; Fig. 5, middle and right, shows the weights inside them).",
+                )
+            )
     if OWN in values:
         mine = Series(label="own loss", x=centres, y=values[OWN], colour=0, markers=True)
         plots.insert(
@@ -123,9 +146,8 @@ def run(subject: Subject) -> Result:
                     y_label=y_label,
                     series=[mine, *floors],
                     note="Look for a line that stays up over all t: guidance that points the same way for different "
-                    "images "
-                    "(AHPA Fig. 2c and Table 7); at the dashed line, gradients of different images have nothing in "
-                    "common.",
+                    "images (AHPA Fig. 2c and Table 7); at the dashed line, gradients of different images have nothing "
+                    "in common.",
                 ),
             ),
         )

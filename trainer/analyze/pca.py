@@ -50,7 +50,7 @@ def run(subject: Subject) -> Result:
             )
     targets: dict[str, np.ndarray] = {}
     middle = subject.state(rows, 0.5, (subject.block,))
-    for name in [*subject.token_features[-1:], *subject.levels[-2:]]:
+    for name in subject.shown_targets():
         tokens = subject.target(name, rows, middle).cpu().numpy()
         targets[name] = pca_rgb(tokens)
         share = explained(tokens.reshape(-1, tokens.shape[-1]))
@@ -78,10 +78,8 @@ def run(subject: Subject) -> Result:
                     rows=[f"t = {t:g}" for t in options.times],
                     cells=cells,
                     note="Look for the object's shape appearing earlier (further left) and at more noise (further "
-                    "down) than without "
-                    "alignment: REPA Fig. 38; coarse to fine along blocks, SRA Fig. 2 (left)."
-                    if i == 0
-                    else "",
+                    "down) than without alignment (REPA Fig. 38), and for maps that get finer along blocks and with "
+                    "less noise (SRA Fig. 2, left).",
                 ),
             )
         )

@@ -22,6 +22,12 @@ def heat(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.ndarr
     return enlarge((colormaps["viridis"](scaled)[..., :3] * 255).round().astype(np.uint8))
 
 
+def over(heat: np.ndarray, image: np.ndarray, share: float = 0.3) -> np.ndarray:
+    """A heat map [S, S, 3] laid over its image [R, R, 3], of which ``share`` of the brightness shows through."""
+    grey = enlarge(image, smooth=True).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return ((1 - share) * heat + share * grey[..., None]).round().astype(np.uint8)
+
+
 def mark(pixels: np.ndarray, patch: int, grid: int) -> np.ndarray:
     """A black square with a white rim around one patch of the row-major token grid, on a copy. [S, S, 3]."""
     out = pixels.copy()

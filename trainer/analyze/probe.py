@@ -183,7 +183,7 @@ def run(subject: Subject) -> Result:
                 y_label="top-1 accuracy (%)",
                 series=[*lines, *level(blocks)],
                 note="Look for the block where classes are easiest to read and the gap to the encoder's line: REPA "
-                "Fig. 2a, 3a; SRA Fig. 2 (right).",
+                "Fig. 2a, 3a; SRA Fig. 2 (right), 7a.",
             ),
         ),
         Plot(
@@ -194,7 +194,7 @@ def run(subject: Subject) -> Result:
                 y_label="top-1 accuracy (%)",
                 series=[over_t, *level(options.times)],
                 note="Look for how fast meaning is lost in noise; alignment lifts the whole line in REPA Fig. 7 "
-                "(left) and SRA Fig. 7b.",
+                "(linear probing) and SRA Fig. 7b.",
             ),
         ),
     ]
@@ -223,8 +223,8 @@ def run(subject: Subject) -> Result:
 
 
 def _references(subject: Subject) -> list[str]:
-    """The deepest cached layer of each encoder, and the deepest VAE group."""
+    """The deepest cached layer of each encoder (of the first two), and the deepest VAE group."""
     last: dict[str, str] = {}
-    for name in sorted(subject.token_features, key=lambda n: int(n.split("@")[1])):
+    for name in subject.token_features:  # shallow to deep
         last[name.split("@")[0]] = name
-    return [*list(last.values())[:1], *subject.levels[-1:]]
+    return [*list(last.values())[:2], *subject.levels[-1:]]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.align.base import AlignInputs, cosine_per_token
-from trainer.analyze.gradients import Loss, RidgeHead
+from trainer.analyze.gradients import Loss, RidgeHeads
 from trainer.analyze.subject import MIXTURE, Subject
 
 OWN = "own loss"
@@ -39,7 +39,7 @@ def split(subject: Subject) -> Split:
 @torch.no_grad()
 def fit_heads(subject: Subject, targets: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Target -> weights [D, C] and offset [C] of a head from block ``subject.block``, fitted over all timestep bins."""
-    heads = {name: RidgeHead() for name in targets}
+    heads = RidgeHeads()
     sizes, bins = split(subject), subject.options.bins
     depths = taps(subject)
     for rows in subject.chunks(sizes.fitted, start=sizes.measured):
@@ -50,8 +50,8 @@ def fit_heads(subject: Subject, targets: list[str]) -> dict[str, tuple[Tensor, T
             for name in targets:
                 if name == MIXTURE or name not in fixed:  # the mixture alone depends on t
                     fixed[name] = F.normalize(subject.target(name, rows, state).flatten(0, 1).float(), dim=-1)
-                heads[name].add(hidden, fixed[name])
-    return {name: head.solve() for name, head in heads.items()}
+            heads.add(hidden, fixed)
+    return heads.solve()
 
 
 def taps(subject: Subject) -> tuple[int, ...]:

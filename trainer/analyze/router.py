@@ -95,10 +95,9 @@ def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list, finding
                 x_label=X_LABEL,
                 y_label="weight (sums to 1)",
                 series=[*series, start],
-                note="Look for a crossing: in AHPA Fig. 5 (left) the deep group leads at high noise and hands over "
-                "to the middle "
-                f"group as t falls; flat lines at {uniform:.2g} mean that the router has not moved from its uniform "
-                "start.",
+                note="Look for a crossing: in AHPA Fig. 5 (left) the deep group leads at high noise and hands over to "
+                f"the middle group as t falls; flat lines at {uniform:.2g} mean that the router has not moved from "
+                "its uniform start.",
             ),
         )
     )
@@ -137,17 +136,16 @@ def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list, finding
 
 
 def _layer_names(subject: Subject, method: Ahpa, group: int) -> list[str]:
-    names = []
-    for feature, index in method.groups[group]:
-        layers = subject.cache.manifest.features[feature].provenance.get("layers")
-        names.append(str(layers[index]) if layers else f"{feature}[{index}]")
-    return names
+    return [subject.layers(feature)[index].removeprefix(f"{feature}/") for feature, index in method.groups[group]]
 
 
 def _dya(subject: Subject, method: Dya, plots: list[Plot], rows: list, findings: list[str]) -> None:
     t = _times(POINTS, subject.device)
     values, x = xi(subject, method, t).cpu().numpy(), t.cpu().numpy()
-    line = Series(label=f"xi(t): weight of {method.texture}", x=x, y=values, colour=0)
+    both = method.config.modulation == "both"  # Table 5, second row: texture by 1 - xi, semantic by xi
+    weighed, kind = (method.semantic, "semantic") if both else (method.texture, "texture")
+    line = Series(label=f"xi(t): weight of {weighed} ({kind})", x=x, y=values, colour=0)
+    others = [Series(label=f"1 - xi(t): weight of {method.texture} (texture)", x=x, y=1 - values, colour=1)] * both
     plots.append(
         Plot(
             name="router_xi",
@@ -156,14 +154,13 @@ def _dya(subject: Subject, method: Dya, plots: list[Plot], rows: list, findings:
                 title="DyA's temporal module",
                 x_label=X_LABEL,
                 y_label="xi(t), in (0, 1)",
-                series=[line, _level("start of training", x, 0.5)],
-                note="Look for where the texture layer is switched down: DyA (Eq. 5 and 6) weighs it by xi(t) so "
-                "that texture "
-                "guides where it helps; a flat line means that time plays no part, and the start is 0.5 at all t.",
+                series=[line, *others, _level("start of training", x, 0.5)],
+                note="Look for where the texture layer is switched down: DyA (Eq. 5 and 6; no figure shows it) weighs "
+                "it by xi(t) so that texture guides where it helps; a flat line means that time plays no part.",
             ),
         )
     )
     rows += [{"t": float(a), "quantity": "xi", "weight": float(v)} for a, v in zip(x, values)]
     findings.append(
-        f"xi(t), the weight of the texture target, runs from {values[0]:.3f} at t = 0 to {values[-1]:.3f} at t = 1."
+        f"xi(t), the weight of the {kind} target, runs from {values[0]:.3f} at t = 0 to {values[-1]:.3f} at t = 1."
     )

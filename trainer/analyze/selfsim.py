@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from featcache.errors import UserError
-from trainer.analyze.pictures import enlarge, heat, mark
+from trainer.analyze.pictures import enlarge, heat, mark, over
 from trainer.analyze.result import Plot, Result, Strips
 from trainer.analyze.spectra import self_similarity
 from trainer.analyze.subject import Subject, pixels_of
@@ -31,7 +31,7 @@ def run(subject: Subject) -> Result:
     if options.patch is not None and options.patch >= grid * grid:
         raise UserError(f"there is no patch {options.patch}", remedy=f"The grid has patches 0 to {grid * grid - 1}.")
     state = subject.state(rows, 0.5, (subject.block,))
-    features = [*subject.token_features[-1:], *subject.levels[-1:]]
+    features = subject.shown_targets()
     columns: list[tuple[str, Tensor]] = [(name, subject.target(name, rows, state)) for name in features]
     times = options.times[:: max(1, len(options.times) // 2)]
     depths = sorted({subject.block, subject.depth})
@@ -39,7 +39,8 @@ def run(subject: Subject) -> Result:
         hidden = subject.hidden(rows, t, depths)
         columns += [(f"block {depth}, t = {t:g}", hidden[depth]) for depth in depths]
     # The reference patch is chosen on the encoder's tokens where there are some.
-    reference = columns[0][1]
+    against = next((f for f in reversed(features) if "@" in f), columns[0][0])
+    reference = dict(columns)[against]
     patches = [options.patch if options.patch is not None else salient_patch(reference[i]) for i in range(count)]
     images = pixels_of(subject, rows)
     cells: list[list[np.ndarray | None]] = []
@@ -50,12 +51,12 @@ def run(subject: Subject) -> Result:
         cells.append(
             [
                 mark(enlarge(images[i], smooth=True), patches[i], grid),
-                *(heat(m.reshape(grid, grid)) for m in maps.values()),
+                *(mark(over(heat(m.reshape(grid, grid)), images[i]), patches[i], grid) for m in maps.values()),
             ]
         )
         others = np.arange(grid * grid) != patches[i]
         for name, values in maps.items():
-            same = _correlation(values[others], maps[columns[0][0]][others])
+            same = _correlation(values[others], maps[against][others])
             correlation.setdefault(name, []).append(same)
             table += [
                 {
@@ -76,7 +77,6 @@ def run(subject: Subject) -> Result:
         if not all(math.isnan(c) for c in correlation[name])
     }
     best = max(means, key=lambda n: means[n], default=None)
-    against = columns[0][0]
     return Result(
         what="selfsim",
         title="Self-similarity of a patch",
@@ -89,13 +89,13 @@ def run(subject: Subject) -> Result:
             Plot(
                 name="selfsim",
                 drawing=Strips(
-                    title="Cosine of the marked patch with every patch (dark blue 0 or less, yellow 1)",
+                    title="Cosine of the marked patch with every patch (purple 0 or less, yellow 1), over the image",
                     columns=["image", *(name for name, _ in columns)],
                     rows=names,
                     cells=cells,
-                    note="Look for yellow that stays within the object of the marked patch: SARA Fig. 2a shows such "
-                    "regions for DINOv2 and "
-                    "scattered ones for REPA; an all-yellow map means that the block's tokens hardly differ.",
+                    note="Look for yellow that fills the object of the marked patch and stops at its edge: SARA Fig. 2a "
+                    "shows such regions for DINOv2 and SARA, scattered and weak ones for REPA; an all-yellow map means "
+                    "that the block's tokens hardly differ.",
                 ),
             )
         ],

@@ -30,7 +30,7 @@ def run(subject: Subject) -> Result:
                 spectra[depth].add(h.flatten(0, 1))
         for depth in depths:
             keep(f"block{depth}:{t:g}", spectra[depth], depth, t)
-    features = [*subject.token_features[-1:], *subject.levels[-1:]]
+    features = subject.shown_targets()
     for name in features:
         spectrum = Spectrum(centred=options.spectrum_centred)
         for rows in subject.chunks():
@@ -46,7 +46,14 @@ def run(subject: Subject) -> Result:
         for t in options.times[:: max(1, len(options.times) // 2)]
     ]
     curves = [
-        Series(label=label, x=np.arange(1, len(values[key]) + 1), y=100 * values[key], colour=i)
+        # Beyond the counted ones all lines run along 100 %; ending there, their last values are the shares compared.
+        Series(
+            label=label,
+            x=np.arange(1, len(values[key]) + 1)[:top],
+            y=100 * values[key][:top],
+            colour=i,
+            dashed=i >= len(shown),
+        )
         for i, (label, key) in enumerate([*shown, *((f, f) for f in features)])
     ]
     blocks = np.array(list(depths))
@@ -71,13 +78,12 @@ def run(subject: Subject) -> Result:
                 headline=curves[len(shown) // 2],
                 headline_title="the aligned block",
                 drawing=Chart(
-                    title="Energy in the first singular values",
+                    title=f"Energy in the first {top} singular values",
                     x_label="number of singular values",
                     y_label="share of energy (%)",
                     series=curves,
                     note="Look for a line that climbs steeply and early: few directions carry everything, the "
-                    "redundancy SARA Fig. 2b finds "
-                    "in REPA (82.6 % in the top 50) against the encoder's flatter curve.",
+                    "redundancy that SARA Fig. 2b finds in REPA (82.6 % in the top 50) and not in the encoder.",
                 ),
             ),
             Plot(
@@ -88,7 +94,7 @@ def run(subject: Subject) -> Result:
                     y_label=f"energy in the top {top} (%)",
                     series=lines,
                     note="Look for blocks where the share jumps up: representations collapse there (SARA Fig. 2b "
-                    "draws this number as bars).",
+                    "compares this number between DINOv2, REPA and SARA).",
                 ),
             ),
         ],

@@ -127,22 +127,38 @@ class Subject:
 
     @property
     def token_features(self) -> list[str]:
-        """Cached encoder layers, e.g. ``tiny@5``."""
-        return sorted(n for n in self.cache.manifest.features if "@" in n)
+        """Cached encoder layers, e.g. ``tiny@5``: by encoder, then shallow to deep."""
+
+        def place(name: str) -> tuple[str, int]:
+            encoder, _, layer = name.rpartition("@")
+            return encoder, int(layer)
+
+        return sorted((n for n in self.cache.manifest.features if "@" in n), key=place)
 
     @property
     def levels(self) -> list[str]:
         """Cached VAE groups, e.g. ``vae/G3``."""
         return sorted(n for n in self.cache.manifest.features if n.startswith("vae/G"))
 
-    def chunks(self, count: int | None = None, start: int = 0) -> Iterator[slice]:
-        """Slices of the chosen samples from ``start``, ``count`` in all (None: the rest)."""
+    def layers(self, level: str) -> list[str]:
+        """The encoder layers in a cached VAE group, shallow to deep, e.g. ``vae/G3/down2.res0``."""
+        spec = self.cache.manifest.features[level]
+        names = spec.provenance.get("layers") or range(spec.shape[0])
+        return [f"{level}/{name}" for name in names]
+
+    def chunks(self, count: int | None = None, start: int = 0, *, size: int | None = None) -> Iterator[slice]:
+        """Slices of the chosen samples from ``start``, ``count`` in all (None: the rest), ``size`` (None: the option
+        ``batch_size``) at once."""
         stop = len(self.indices) if count is None else min(start + count, len(self.indices))
-        for first in range(start, stop, self.options.batch_size):
-            yield slice(first, min(first + self.options.batch_size, stop))
+        size = size or self.options.batch_size
+        for first in range(start, stop, size):
+            yield slice(first, min(first + size, stop))
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """One cached feature, decoded: float32 [b, *shape]."""
+        """One cached feature, decoded: float32 [b, *shape]; of one layer of a VAE group (:meth:`layers`): [b, N, C]."""
+        level, _, _ = name.rpartition("/")
+        if level in self.levels:
+            return self.read(level, rows)[:, self.layers(level).index(name)]
         return torch.from_numpy(read_feature(self.cache, name, self.indices[rows].tolist())).to(self.device)
 
     def _normal(self, rows: slice, stream: int, shape: Sequence[int]) -> Tensor:
@@ -270,8 +286,8 @@ class Subject:
     def target(self, name: str, rows: slice, state: AlignInputs) -> Tensor:
         """A target on the backbone's token grid, [b, N, C].
 
-        ``latent``: the patchified clean latent. ``vae/Gk``: the mean of the group's layers. ``<encoder>@<layer>``: its
-        tokens. ``router's mixture``: what AHPA's router makes of its levels at the state's t.
+        ``latent``: the patchified clean latent. ``vae/Gk``: the mean of the group's layers. ``vae/Gk/<layer>`` and
+        ``<encoder>@<layer>``: that layer. ``router's mixture``: what AHPA's router makes of its levels at the state's t.
         """
         if name == "latent":
             return patchify(state.latent, self.cfg.patch_size)
@@ -279,12 +295,21 @@ class Subject:
             method = next(m for m in self.methods.values() if isinstance(m, Ahpa))
             return method.target(state, method.route(state, state.hidden[method.taps[0]]))
         tokens = self.read(name, rows)
-        return to_grid(tokens.mean(dim=1) if name.startswith("vae/") else tokens, self.info.grid)
+        return to_grid(tokens.mean(dim=1) if tokens.ndim == 4 else tokens, self.info.grid)
 
     def target_names(self) -> list[str]:
         """All targets of :meth:`target` that this run and its cache have."""
         mixture = [MIXTURE] if any(isinstance(m, Ahpa) for m in self.methods.values()) else []
-        return [*self.levels, *self.token_features, "latent", *mixture]
+        layers = [layer for level in self.levels for layer in self.layers(level)]
+        return [*self.levels, *layers, *self.token_features, "latent", *mixture]
+
+    def shown_targets(self, most: int = 4) -> list[str]:
+        """Cached features to show beside hidden states: those the run aligned with, the deepest encoder layer, the
+        deepest VAE group; without repetition, at most ``most``."""
+        reads = self.alignment.reads if self.alignment is not None else ()
+        cached = [*self.token_features, *self.levels]
+        chosen = dict.fromkeys([*(n for n in reads if n in cached), *self.token_features[-1:], *self.levels[-1:]])
+        return sorted(list(chosen)[:most], key=cached.index)
 
     @torch.no_grad()
     def pooled(self, t: float) -> Tensor:
@@ -302,11 +327,11 @@ class Subject:
         return out
 
     def pooled_feature(self, name: str) -> Tensor:
-        """A cached feature averaged over tokens (the deepest layer of a VAE group), float32 [n, C]."""
+        """A cached feature averaged over tokens (of a VAE group: its deepest layer), float32 [n, C]."""
         parts = []
         for rows in self.chunks():
             feature = self.read(name, rows)
-            parts.append((feature[:, -1] if name.startswith("vae/") else feature).mean(dim=1))
+            parts.append((feature[:, -1] if feature.ndim == 4 else feature).mean(dim=1))
         return torch.cat(parts)
 
 

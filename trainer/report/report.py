@@ -249,13 +249,17 @@ def _settings(runs: Sequence[RunData]) -> str:
 
 
 def _diagnostics(out_html: Path, runs: Sequence[RunData]) -> str:
-    """Links to the runs' diagnostics pages, where there are some."""
+    """What the runs' diagnostics pages found, where there are some: of several runs the links alone."""
+    from trainer.analyze.page import report_section
+
     items = []
     for run in runs:
         page = run.path / "analysis" / "index.html" if run.path is not None else None
         if page is not None and page.is_file():
             # Percent-encoded, so that a run may be named as it likes.
             link = quote(os.path.relpath(page, out_html.parent))
+            if len(runs) == 1:
+                return report_section(page, link)
             items.append(f'<p><a href="{escape(link)}">Diagnostics of {escape(run.name)}</a></p>')
     return "".join(items)
 
