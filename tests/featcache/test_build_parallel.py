@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -277,6 +278,52 @@ def test_killed_torchrun_builds_are_finished_by_a_rerun(tmp_path: Path, expected
     assert 0 < finished(tmp_path / "c/vae/moments") < 30
     again = run(command, tmp_path)
     assert again.returncode == 0, again.stderr
+    assert tree_digest(tmp_path / "c") == expected
+
+
+SCONTROL = """#!/bin/bash
+[ "$1 $2 $3" = "show hostnames node[1-2]" ] && printf 'localhost\\nsecond\\n'
+"""
+
+# One task a node, as the script asks; both nodes are this machine. Fails if any task does.
+SRUN = """#!/bin/bash
+tasks=()
+for node in $(seq "$SLURM_NNODES"); do "$@" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task" || exit 1; done
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_works_as_written(tmp_path: Path, expected: dict[str, str]) -> None:
+    """The page's script with stand-ins for the two programs of Slurm that it calls, on two "nodes" of one rank each."""
+    page = (Path(__file__).resolve().parents[2] / "docs/clusters.md").read_text("utf-8")
+    script = page.split("```bash\n")[1].split("```")[0]
+    assert script.startswith("#!/bin/bash\n#SBATCH")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # A fixed port suits a node of one's own; here something else may listen on it.
+    (tmp_path / "featcache.sbatch").write_text(script.replace(":29500", f":{port}"))
+    (tmp_path / "bin").mkdir()
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    place = Path(sys.executable).parent
+    environment = {
+        **ENVIRONMENT,
+        "PATH": f"{tmp_path / 'bin'}:{place}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "2",
+        "SLURM_JOB_ID": "4711",
+    }
+    command = ["bash", "featcache.sbatch", *WORDS, "--out", "c"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=540, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "(2 ranks)" in result.stdout
     assert tree_digest(tmp_path / "c") == expected
 
 
