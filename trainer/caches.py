@@ -48,7 +48,8 @@ def find_cache(config: RunConfig) -> Any:
         CacheError: none there, or none that fits; the error ends with the command that builds it.
     """
     if config.cache is not None:
-        named = featcache.open(config.cache)
+        limit = None if config.stream_gib is None else int(config.stream_gib * 2**30)
+        named = featcache.open(config.cache, cache_dir=config.stream_dir, cache_bytes=limit)
         check_made_with(config, named)
         return named
     found = sorted(

@@ -42,7 +42,8 @@ class RunConfig:
         precision: ``auto`` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
         accumulate: micro-batches a step, for batches that do not fit at once. shard: split weights, average and
         optimiser state over the ranks (FSDP2) instead of keeping a copy on each (DDP); a single rank has nothing to
-        split. None of these three changes more than rounding.
+        split. None of these three changes more than rounding. stream_dir, stream_gib: where blocks of a remote cache
+        are kept, and how many GiB of them each process keeps at most; None: ``$FEATCACHE_STREAM_DIR`` and 10 GiB.
     Bookkeeping:
         log_every, sample_every, checkpoint_every in steps; sample_every 0 draws no grids. keep_checkpoints: how many of
         the latest stay. published: figures of the paper's row, for the report.
@@ -80,6 +81,8 @@ class RunConfig:
     compile: bool | None = None
     shard: bool = False
     weights_dir: str | None = None
+    stream_dir: str | None = None
+    stream_gib: float | None = None
 
     log_every: int = 100
     sample_every: int = 10_000
@@ -99,7 +102,7 @@ class RunConfig:
         for key in ("label_dropout", "ema_decay"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key} is {getattr(self, key)}, outside [0, 1]")
-        for key in ("lr", "clip"):
+        for key in ("lr", "clip", "stream_gib"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{key} is {value}, but it must be positive and finite")

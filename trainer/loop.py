@@ -305,6 +305,8 @@ def _prepare_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        # Heads and discriminator convolve at one shape all run long, so trying out cuDNN's algorithms pays once for all.
+        torch.backends.cudnn.benchmark = True
 
 
 def _share(config: RunConfig, world: World) -> Share:

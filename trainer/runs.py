@@ -29,23 +29,10 @@ def run_dir(config: RunConfig, root: Path = ROOT) -> Path:
 
 
 # What may differ between the two halves of a resumed run: it changes nothing but, at most, the rounding.
-_FREE_KEYS = frozenset(
-    (
-        *(
-            "steps",
-            "cache",
-            "name",
-            "device",
-            "compile",
-            "attention",
-            "accumulate",
-            "shard",
-            "weights_dir",
-            "published",
-        ),
-        *("log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
-    )
-)
+_FREE_KEYS = frozenset({
+    *("steps", "cache", "name", "device", "compile", "attention", "accumulate", "shard", "weights_dir", "published"),
+    *("stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
+})  # fmt: skip
 
 
 def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -> None:
@@ -62,6 +49,12 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
             f"{run} exists already",
             remedy=f"Type --resume to continue it, or --name with another name (it is --name {config.name}).",
         )
+    seen = read_json(run / "cache.json", {})
+    if not seen.get("fingerprint"):
+        raise UserError(
+            f"{run} holds imported weights: averaged ones without an optimiser's state, which cannot be trained on",
+            remedy="Draw from them: trainer sample, trainer eval; or train anew under another --name.",
+        )
     saved = load_config(run)
     for field in dataclasses.fields(RunConfig):
         theirs, ours = getattr(saved, field.name), getattr(config, field.name)
@@ -70,7 +63,6 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
                 f"{run} was started with {field.name} = {theirs!r}, not {ours!r}",
                 remedy="Resume with the same settings, or start another run with --name.",
             )
-    seen = read_json(run / "cache.json", {})
     again = f"Pass the cache it was started with: --cache {seen.get('path')}"
     if seen.get("fingerprint") != cache.fingerprint:
         raise CacheError(

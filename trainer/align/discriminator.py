@@ -12,26 +12,19 @@ from torch import Tensor, nn
 
 from featcache.errors import UserError
 
-_FILE = "model.safetensors"
-
 
 def _imagenet_file() -> Path | None:
     """timm's ImageNet weights of ResNet-18, from the local Hugging Face cache or the hub; None elsewhere."""
     import timm
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    from featcache.encoders.hub import HubUnreachable, hub_file
 
     entry = timm.get_pretrained_cfg("resnet18")
     if entry is None or not entry.hf_hub_id:
         return None
-    repository = str(entry.hf_hub_id)
-    cached = try_to_load_from_cache(repository, _FILE)
-    if isinstance(cached, str):
-        return Path(cached)
     try:
-        # One short question first: a download without a network retries for most of a minute.
-        get_hf_file_metadata(hf_hub_url(repository, _FILE), timeout=5.0)
-        return Path(hf_hub_download(repository, _FILE))
-    except Exception:
+        return hub_file(str(entry.hf_hub_id), ("model.safetensors",))
+    except HubUnreachable:
         return None
 
 
@@ -46,6 +39,7 @@ def resnet18_state(weights: str) -> dict[str, Tensor] | None:
     """
     if weights == "random":
         return None
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if weights == "auto":
@@ -60,7 +54,7 @@ def resnet18_state(weights: str) -> dict[str, Tensor] | None:
         return load_file(path)
     try:
         return load_file(weights)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"sara: cannot read discriminator_weights={weights!r}: {error}",
             remedy="Give the .safetensors file of timm's resnet18, or 'auto', or 'random'.",
