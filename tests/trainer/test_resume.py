@@ -29,10 +29,21 @@ def run(config: RunConfig, root: Path, *, resume: bool = False) -> Path:
 
 
 @pytest.mark.usefixtures("nano")
-@pytest.mark.parametrize("method", ["none", "ahpa", "sara", "dya", "sra"])
-def test_resuming_at_every_step_changes_nothing(shapes_cache: Path, tmp_path: Path, method: str) -> None:
-    """Weights, average, both optimisers, router, heads and discriminator; the log, too."""
-    config = settings(shapes_cache, method, steps=STEPS, checkpoint_every=1, keep_checkpoints=STEPS, warmup_steps=3)
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("none", {"model": "DiT-Nano/2"}),
+        ("dya", {"align_until": 4}),
+        ("ahpa+sra", {"precision": "bf16", "ema_warmup": True}),
+        ("sara", {"precision": "fp16", "accumulate": 2}),
+    ],
+)
+def test_resuming_at_every_step_changes_nothing(
+    shapes_cache: Path, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    """Weights, average, both optimisers, router, heads, discriminator and loss scale; the log, too."""
+    common = {"steps": STEPS, "checkpoint_every": 1, "keep_checkpoints": STEPS, "warmup_steps": 3}
+    config = settings(shapes_cache, method, **common, **changes)
     whole = run(config, tmp_path / "whole")
     for step in range(1, STEPS):
         root = tmp_path / f"from-{step}"
@@ -199,9 +210,10 @@ def kill_and_continue(
 
 @pytest.mark.usefixtures("nano")
 def test_sigkill_at_random_moments_loses_nothing(server: ForkServer, shapes_cache: Path, tmp_path: Path) -> None:
-    config = settings(shapes_cache, "ahpa", steps=20, checkpoint_every=1)
+    """Router, teacher, discriminator, loss scale and micro-batches together."""
+    config = settings(shapes_cache, "ahpa+sra+sara", steps=14, checkpoint_every=1, precision="fp16", accumulate=2)
     expected = run(config, tmp_path / "whole")
-    kill_and_continue(server, config, tmp_path / "killed", kills=3, seed=0, expected=expected)
+    kill_and_continue(server, config, tmp_path / "killed", kills=2, seed=0, expected=expected)
 
 
 @pytest.mark.slow

@@ -85,13 +85,17 @@ def checkpoint_files(run: Path, step: int) -> dict[str, dict[str, torch.Tensor]]
 
 
 def assert_identical(a: Path, b: Path, step: int) -> None:
-    """Every tensor of two checkpoints, bit by bit."""
+    """Every tensor of two checkpoints, bit by bit, and what else they hold but the time."""
     first, second = checkpoint_files(a, step), checkpoint_files(b, step)
     assert first.keys() == second.keys()
     for stem in first:
         assert first[stem].keys() == second[stem].keys(), stem
         for key, value in first[stem].items():
             assert torch.equal(value, second[stem][key]), (stem, key)
+    states = [json.loads((run / "checkpoints" / f"step_{step:07d}" / "state.json").read_text()) for run in (a, b)]
+    for state in states:
+        state.pop("time_s")
+    assert states[0] == states[1], "the loss scale among others"
 
 
 def keep_only(run: Path, step: int, copy: Path) -> Path:
