@@ -4,7 +4,9 @@
     python benchmarks/evaluate.py --samples 50000 --images 64 --device cpu --name cpu
 
 Writes `benchmarks/results/evaluate_<name>.json`. The network has seeded random weights and the activations are seeded
-Gaussians: neither changes what the work costs. Each metric runs in a process of its own, so that its peak memory is its
+Gaussians: neither changes what the work costs. `whole` is what `trainer eval` does after drawing: an npz of `--images`
+images judged by an npz of as many, all five metrics and KID. `stream_*` judge 2,000 and 32,000 images of 64 pixels by
+embedded-FID, to see whether memory grows with their number (0.4 GB of pixels). Each metric runs in a process of its own, so that its peak memory is its
 own (activations, interpreter and libraries included).
 """
 
@@ -25,7 +27,19 @@ from typing import Annotated, Any
 import typer
 
 RESULTS = Path(__file__).resolve().parent / "results"
-METRICS = ("extract_array", "extract_png", "moments", "frechet_distance", "inception_score", "precision_recall", "kid")
+METRICS = (
+    "extract_array",
+    "extract_png",
+    "moments",
+    "frechet_distance",
+    "inception_score",
+    "precision_recall",
+    "kid",
+    "whole",
+    "stream_fewer",
+    "stream_more",
+)
+STREAMED = {"stream_fewer": 2_000, "stream_more": 32_000}
 
 
 def _activations(count: int, dim: int, seed: int) -> Any:
@@ -79,6 +93,44 @@ def _extract(metric: str, images: int, resolution: int, batch_size: int, device:
     return {"seconds": seconds, "images_per_s": images / seconds, "images": images, "resolution": resolution}
 
 
+def _npz(path: Path, images: int, resolution: int, seed: int) -> Path:
+    """Blocky noise in ADM's layout, written in parts so that the process's peak is not the array's."""
+    import zipfile
+
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (images, resolution, resolution, 3)}
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as f,
+    ):
+        np.lib.format.write_array_header_1_0(f, header)
+        for start in range(0, images, 256):
+            count = min(256, images - start)
+            coarse = rng.integers(0, 256, (count, resolution // 8, resolution // 8, 3), dtype=np.uint8)
+            f.write(coarse.repeat(8, 1).repeat(8, 2).tobytes())
+    return path
+
+
+def _judged(metric: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of `judge.evaluate` from file to numbers, and of its stages."""
+    from trainer.evaluate.extractors import build_extractor
+    from trainer.evaluate.judge import evaluate
+
+    streamed = STREAMED.get(metric)
+    name, metrics = ("embedded", ["fid"]) if streamed else ("inception", None)
+    images, resolution = streamed or options["images"], 64 if streamed else options["resolution"]
+    extractor = build_extractor(name, random_weights=0, device=options["device"])
+    with tempfile.TemporaryDirectory() as folder:
+        samples = _npz(Path(folder) / "samples.npz", images, resolution, 0)
+        reference = _npz(Path(folder) / "reference.npz", min(images, 2_000) if streamed else images, resolution, 1)
+        start = time.perf_counter()
+        result = evaluate(samples, reference, extractor, metrics=metrics, batch_size=options["batch_size"])
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "images": images, "stages_s": result["time_s"], "value": result["metrics"]}
+
+
 def _measure(metric: str, options: dict[str, Any]) -> dict[str, Any]:
     """One metric, in this process."""
     import torch
@@ -89,6 +141,8 @@ def _measure(metric: str, options: dict[str, Any]) -> dict[str, Any]:
     if metric.startswith("extract"):
         result = _extract(metric, options["images"], options["resolution"], options["batch_size"], device)
         return {**result, **_peak_bytes(device)}
+    if metric == "whole" or metric in STREAMED:
+        return {**_judged(metric, options), **_peak_bytes(device)}
     if metric == "frechet_distance":
         given = [metrics.moments_of(_activations(max(3 * dim, 100), dim, seed)) for seed in (0, 1)]
         start = time.perf_counter()

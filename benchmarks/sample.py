@@ -5,7 +5,7 @@
 
 Writes `benchmarks/results/sample-<name>.json`. What is timed is the drawing of latents exactly as `trainer sample` does it
 (noise drawn on the host, float64 state, one doubled forward pass for guidance); decoding to 8-bit pixels by the SD-VAE's
-architecture is timed by itself. The weights are random and nowhere zero: a GPU runs faster on zeros.
+architecture, of `decoded` images at a time, is timed by itself. The weights are random and nowhere zero: a GPU runs faster on zeros.
 
 All variants share one process and take turns: in every round each draws one batch, in rotating order, so that what else
 the machine does hits all alike. Figures are medians over the rounds; a ratio is the median of the ratios within the
@@ -32,8 +32,15 @@ import typer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {  # what a device can do in some minutes
-    "cuda": {"model": "SiT-XL/2", "steps": 250, "batch_size": 64, "rounds": 3, "precisions": "tf32,bf16"},
-    "cpu": {"model": "SiT-S/2", "steps": 4, "batch_size": 8, "rounds": 5, "precisions": "fp32"},
+    "cuda": {
+        "model": "SiT-XL/2",
+        "steps": 250,
+        "batch_size": 64,
+        "decoded": 64,
+        "rounds": 3,
+        "precisions": "tf32,bf16",
+    },
+    "cpu": {"model": "SiT-S/2", "steps": 4, "batch_size": 8, "decoded": 1, "rounds": 5, "precisions": "fp32"},
 }
 
 
@@ -83,7 +90,7 @@ def jobs_of(options: dict[str, Any], device: Any) -> dict[str, Callable[[], Any]
             jobs[f"{kind}-{precision}"] = drawing(net, 1.0)
             jobs[f"{kind}-{precision}-guided"] = drawing(net, options["guidance"])
     vae = load_vae("sd-ft-ema", WeightsSource(random_seed=0))[0].to(device)
-    latents = torch.randn(count, 4, options["latent_size"], options["latent_size"]).to(device)
+    latents = torch.randn(options["decoded"], 4, options["latent_size"], options["latent_size"]).to(device)
 
     def decode() -> Any:
         with applied(Arithmetic(precision="fp32" if device.type == "cpu" else "tf32")):
@@ -119,9 +126,9 @@ def measure(options: dict[str, Any], device: Any) -> dict[str, Any]:
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             seconds[name].append(timed(jobs[name], device))
-    count = options["batch_size"]
     results: dict[str, Any] = {}
     for name, values in seconds.items():
+        count = options["decoded" if name == "decode" else "batch_size"]
         results[name] = {
             "images_per_s": count / statistics.median(values),
             "images_per_s_of_rounds": [count / value for value in values],

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from trainer.report import (
 from trainer.report.charts import Chart, Series, render_svg, smooth, smoothed_series
 from trainer.report.data import read_log
 from trainer.report.page import measure, number
+from trainer.report.report import _evaluated
 from trainer.report.table import higher_is_better
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -205,7 +207,8 @@ def test_numbers_stand_with_their_names_intervals_and_published_figures(tmp_path
     _, text = read(demo_report(tmp_path / "report.html", runs))
     assert "embedded-FID ↓ 20.00 95 %: 19.00 to 21.00 22.50" in text
     assert "embedded-Precision ↑ 0.800" in text
-    assert "FID ↓ not measured not measured 8.10 AHPA, Table 3 (demo-ahpa)" in text
+    assert "demo-none Published AHPA, Table 3" in text  # one source for all figures stands once, at the top
+    assert "FID ↓ not measured not measured 8.10 (demo-ahpa)" in text
     assert "they are not FID" in text
     assert "500 samples: FID is biased upwards below 50,000." in text
     judged = "sde-euler-maruyama, steps 50, guidance 1.5, interval 0 to 0.7."
@@ -213,6 +216,35 @@ def test_numbers_stand_with_their_names_intervals_and_published_figures(tmp_path
     assert "Method ahpa none" in text
     expected = np.median(runs[0].log["images_per_s"].values)
     assert f"Images/s (median) {measure(float(expected))}" in text
+
+
+def test_figures_of_several_sources_name_them_each(tmp_path: Path, runs: list[RunData]) -> None:
+    published = [
+        Published(metric="FID", value=8.1, source="AHPA, Table 3"),
+        Published(metric="FID", value=7.9, source="REPA, Table 3"),
+    ]
+    _, text = read(write_report(tmp_path / "report.html", runs[:1], title="t", published=published))
+    assert "FID ↓ not measured 8.10 AHPA, Table 3 7.90 REPA, Table 3" in text
+
+
+def test_curves_join_only_evaluations_done_alike(tmp_path: Path, runs: list[RunData]) -> None:
+    def entry(step: int, count: int, steps: int, value: float) -> dict[str, object]:
+        return {
+            "step": step,
+            "metrics": {"FID": value},
+            "settings": {"sample_count": count},
+            "sampler": {"steps": steps},
+        }
+
+    alike = [entry(100, 50_000, 250, 30.0), entry(200, 50_000, 250, 20.0)]
+    other = [entry(150, 1_000, 250, 90.0), entry(160, 50_000, 32, 80.0)]
+    for evaluations, drawn in ((alike[:1] + other + alike[1:], True), (other + alike[1:], False)):
+        run = replace(runs[0], evaluations=evaluations)
+        _, text = read(write_report(tmp_path / "r.html", [run], title="t"))
+        assert ("FID (lower is better)" in text) is drawn
+        assert "FID ↓ 20.00" in text
+        if drawn:
+            assert list(_evaluated(run, "FID").steps) == [100, 200]
 
 
 def test_better_values_are_marked(tmp_path: Path, runs: list[RunData]) -> None:

@@ -61,7 +61,7 @@ th:first-child,td:first-child{text-align:left}
 thead td,thead th{border-bottom:1px solid var(--ink);font-weight:600}
 tbody th{font-weight:400}
 tbody tr.group th{padding-top:1rem;color:var(--soft);font-size:.8125rem;border-bottom-color:var(--rule)}
-td small{display:block;color:var(--soft);font-weight:400}
+td small,th small{display:block;color:var(--soft);font-weight:400}
 td.best{font-weight:650}
 td.text{text-align:right;white-space:normal;max-width:16rem;overflow-wrap:anywhere}
 .strips th,.strips td{border:0;padding:.1rem .2rem .1rem 0;vertical-align:middle;text-align:left}

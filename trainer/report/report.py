@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -182,14 +183,23 @@ def _differs(a: Column | None, b: Column | None) -> bool:
 
 
 def _evaluated(run: RunData, metric: str) -> Column:
-    """A metric of metrics.json over the checkpoints it was measured at; the last entry of a step counts."""
+    """A metric of metrics.json over the checkpoints it was measured at, all as in the last evaluation that holds it.
+
+    Other samplers, references or numbers of samples give other numbers: joined by a line they would look like progress.
+    """
+    entries = [e for e in run.evaluations if metric in metrics_of(e) and e.get("step") is not None]
     values = {
-        int(e["step"]): float(metrics_of(e)[metric])
-        for e in run.evaluations
-        if metric in metrics_of(e) and e.get("step") is not None
+        int(e["step"]): float(metrics_of(e)[metric]) for e in entries if _conditions(e) == _conditions(entries[-1])
     }
     steps = np.array(sorted(values), dtype=np.float64)
     return Column(steps=steps, time_s=_time_at(run, steps), values=np.array([values[int(s)] for s in steps]))
+
+
+def _conditions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What moves the numbers of an evaluation, but for the checkpoint."""
+    settings = evaluation.get("settings") or {}
+    named = ("extractor", "sample_count", "resolution", "reference", "reference_count", "reference_features")
+    return {"sampler": evaluation.get("sampler"), **{name: settings.get(name) for name in named}}
 
 
 def _time_at(run: RunData, steps: np.ndarray) -> np.ndarray:

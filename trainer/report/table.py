@@ -74,22 +74,26 @@ def plain(value: Any) -> str:
 def numbers_html(runs: Sequence[RunData], published: Sequence[Published]) -> str:
     """The table of numbers, and below it what its metrics must not be taken for."""
     names = list(dict.fromkeys([*metric_names(runs), *(p.metric for p in published)]))
+    sources = {p.source for p in published}
     groups = {
         "Run": _run_rows(runs),
         "Training, averaged over the last steps": _training_rows(runs),
-        "Evaluation, latest of each metric": [_metric_row(runs, name, published) for name in names],
+        "Evaluation, latest of each metric": [
+            _metric_row(runs, name, published, with_source=len(sources) > 1) for name in names
+        ],
     }
     if names:
         steps = [latest(run).get("step") for run in runs]
         groups["Evaluation, latest of each metric"].append(Row(label="Evaluated at step", cells=_numbers(steps)))
-    extra = ["Published"] if published else []
+    source = sources.pop() if len(sources) == 1 else ""
+    extra = [f"Published<small>{escape(source)}</small>" if source else "Published"] if published else []
     body = []
     for heading, rows in groups.items():
         rows = [row for row in rows if any(row.cells)]
         if rows:
             body.append(f'<tr class="group"><th colspan="{len(runs) + 1 + len(extra)}">{heading}</th></tr>')
             body += [_row_html(row, published=bool(extra)) for row in rows]
-    return _table_html([run.name for run in runs] + extra, body) + _caveat(names)
+    return _table_html([*(escape(run.name) for run in runs), *extra], body) + _caveat(names)
 
 
 def settings_html(heading: str, runs: Sequence[RunData], key: str) -> str:
@@ -102,7 +106,7 @@ def settings_html(heading: str, runs: Sequence[RunData], key: str) -> str:
     for name in names:
         cells = "".join(f'<td class="text">{escape(column.get(name, "–"))}</td>' for column in columns)
         body.append(f'<tr><th scope="row">{escape(name.replace("_", " "))}</th>{cells}</tr>')
-    table = _table_html([run.name for run in runs], body)
+    table = _table_html([escape(run.name) for run in runs], body)
     return f"<details><summary>{escape(heading)}</summary>{table}</details>"
 
 
@@ -133,7 +137,7 @@ def _training_rows(runs: Sequence[RunData]) -> list[Row]:
     ]
 
 
-def _metric_row(runs: Sequence[RunData], metric: str, published: Sequence[Published]) -> Row:
+def _metric_row(runs: Sequence[RunData], metric: str, published: Sequence[Published], *, with_source: bool) -> Row:
     found = [_latest_metric(run, metric) for run in runs]
     values = [f[0] if f else None for f in found]
     known = [(value, i) for i, value in enumerate(values) if value is not None]
@@ -144,8 +148,9 @@ def _metric_row(runs: Sequence[RunData], metric: str, published: Sequence[Publis
     figures = []
     for p in published:
         if p.metric == metric:
-            whose = f" ({p.run})" if p.run and len(runs) > 1 else ""
-            figures.append(f"{measure(p.value)}<small>{escape(p.source + whose)}</small>")
+            whose = f"({p.run})" if p.run and len(runs) > 1 else ""
+            note = " ".join(part for part in (p.source if with_source else "", whose) if part)
+            figures.append(measure(p.value) + (f"<small>{escape(note)}</small>" if note else ""))
     arrow, hint = ("&uarr;", "higher") if higher_is_better(metric) else ("&darr;", "lower")
     label = f'{escape(metric)} <span title="{hint} is better">{arrow}</span>'
     return Row(label=label, cells=cells, best=best, published="".join(figures))
@@ -162,7 +167,8 @@ def _row_html(row: Row, *, published: bool) -> str:
 
 
 def _table_html(columns: Sequence[str], body: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    """Columns and rows as HTML."""
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
         f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
