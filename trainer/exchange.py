@@ -89,5 +89,7 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     at, folder = checkpoint.find_checkpoint(run, step)
     raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").is_file() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}
-    cfg = run_model_config(run, runs.load_config(run))
-    return export_official(out, cfg, ema=checkpoint.load_tensors(folder, "ema"), model=raw, step=at, **options)
+    config = runs.load_config(run)
+    ema = checkpoint.load_tensors(folder, "ema")
+    cfg = run_model_config(run, config)
+    return export_official(out, cfg, ema=ema, model=raw, step=at, interpolant=config.path, **options)

@@ -128,6 +128,7 @@ def export_official(
     convention: Convention | None = None,
     heads: Mapping[str, Tensor] | None = None,
     step: int | None = None,
+    interpolant: str = "linear",
 ) -> Path:
     """Write weights as a checkpoint that the public code loads: a dict with ``ema``, ``model`` and ``args``.
 
@@ -165,6 +166,9 @@ def export_official(
     content: dict[str, Any] = {"ema": convert(ema)}
     content["model"] = convert(model) if model is not None else content["ema"]
     content["args"] = {"model": _name(config), "num_classes": config.num_classes, "qk_norm": config.qk_norm}
+    if config.family == "sit":
+        names = {"linear": "Linear", "cosine": "GVP"} if convention == "sit" else {}
+        content["args"]["path_type"] = names.get(interpolant, interpolant)
     if step is not None:
         content["steps"] = step
     torch.save(content, path)

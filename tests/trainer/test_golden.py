@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -14,10 +15,15 @@ from golden import official_forward, official_weights
 from safetensors.torch import save
 from torch import Tensor
 
+from featcache.errors import UserError
 from trainer.diffusion.guidance import Guidance, guided
+from trainer.exchange import export_checkpoint, import_checkpoint
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import sinusoid
+from trainer.models.config import SIZES
 from trainer.models.dit import split_variance
+from trainer.runs import check_resumable
+from trainer.sample import load_run
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden"
 DRAWS: dict[str, dict[str, Any]] = {
@@ -143,6 +149,37 @@ def test_dit_outputs(dit: Golden) -> None:
 def test_dit_in_float64(dit: Golden) -> None:
     out = dit.model().double()(dit["x"].double(), dit["t"], dit["y"]).prediction
     torch.testing.assert_close(out, dit["output_f64"], **FLOAT64)
+
+
+@torch.no_grad()
+def test_from_an_official_file_to_a_run_and_back(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``trainer import`` of a training checkpoint as the public code writes it, the run's model, ``trainer export``."""
+    config, sit = golden.about["config"], golden.name == "sit_repa"
+    monkeypatch.setitem(SIZES, "Golden", (config["depth"], config["hidden_size"], config["num_heads"]))
+    name = f"{'SiT' if sit else 'DiT'}-Golden/2"
+    file = tmp_path / "0400000.pt"
+    content = {"model": golden.weights, "ema": golden.weights, "opt": {}, "args": argparse.Namespace(model=name)}
+    torch.save(content | {"steps": 400_000}, file)
+    run = import_checkpoint(file, name="official", weights="ema", convention=None, root=tmp_path / "runs")
+    loaded = load_run(run)
+    assert (loaded.config.model, loaded.config.method, loaded.step) == (name, "none", 400_000)
+    expected = golden["velocity" if sit else "output"]
+    out = loaded.model(golden["x"], golden["t"], golden["y"]).prediction
+    torch.testing.assert_close(out, expected, **FLOAT32)
+
+    written = export_checkpoint(run, tmp_path / "back.pt", convention=None, step=None)
+    back = torch.load(written, weights_only=True)
+    assert back["steps"] == 400_000
+    for key, value in golden.weights.items():
+        if not key.startswith("projectors."):  # the run holds the backbone alone
+            torch.testing.assert_close(back["ema"][key], value, rtol=0, atol=1e-7 if key == "pos_embed" else 0)
+    theirs, _ = official_forward(back["ema"], golden["x"], golden["t"], golden["y"], heads=config["num_heads"])
+    torch.testing.assert_close(theirs, expected, **FLOAT32)
+
+    with pytest.raises(UserError, match="holds imported weights"):
+        check_resumable(run, loaded.config, None, resume=True)
 
 
 @torch.no_grad()

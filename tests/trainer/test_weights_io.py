@@ -317,6 +317,16 @@ def test_export_and_import_again(tmp_path: Path, family: str, convention: Any) -
             torch.testing.assert_close(again.state[key], value, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("convention", ["repa", "sit", "sra"])
+@pytest.mark.parametrize("interpolant", ["linear", "cosine"])
+def test_exports_say_which_path_they_were_trained_on(tmp_path: Path, convention: Any, interpolant: str) -> None:
+    model = small_model("sit", 1)
+    path = export_official(
+        tmp_path / "o.pt", model.cfg, ema=model.state_dict(), convention=convention, interpolant=interpolant
+    )
+    assert import_official(path, heads=4, convention=convention).path == interpolant
+
+
 @torch.no_grad()
 def test_exported_sit_gives_the_official_output(tmp_path: Path) -> None:
     model = small_model("sit", 1)
