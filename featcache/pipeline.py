@@ -13,7 +13,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ _Arrays = dict[str, dict[str, np.ndarray]]  # feature -> suffix -> [n, (views), 
 
 
 class ShardWriter(Protocol):
-    """What the pipeline needs of a cache's writer; called from one thread."""
+    """What the pipeline needs of a cache's writer; called from one thread. It keeps no array it was given."""
 
     def skip(self, shard: int, slots: Sequence[tuple[int, str, str]]) -> None: ...
 
@@ -142,18 +142,21 @@ def run_shards(
     """
     done: list[int] = []
     with ThreadPoolExecutor(work.threads) as pool, ThreadPoolExecutor(1) as disk:
-        batches = _decoded(work, shards, pool, meter)
+        buffers = _Buffers(pinned=work.device.startswith("cuda"))
+        batches = _decoded(work, shards, pool, buffers, meter)
         device = _Device(work, meter)
         writing: deque[Future[None]] = deque()
         part: _Part | None = None
         try:
             for batch in batches:
                 if part is None:
-                    part = _Part(work, batch.shard, len(work.slots(batch.shard)))
+                    part = _Part(work, batch.shard, len(work.slots(batch.shard)), buffers)
                 _check_content(work, batch)
                 device.encode(batch, part)
                 part.add_samples(batch)
                 advance(len(batch.slots))
+                if batch.pixels is not None:
+                    buffers.give(batch.pixels)
                 if part.filled < part.count:
                     continue
                 for _, key, reason in part.bad:
@@ -171,6 +174,34 @@ def run_shards(
             for future in writing:
                 future.cancel()
     return done
+
+
+class _Buffers:
+    """Memory for pixels and shards that is used again and again: fresh memory for each would fragment the heap.
+
+    Pinned memory (where there is a GPU) comes from PyTorch, which keeps it for the next user by itself and knows which
+    copies are still under way.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._free: dict[tuple[int, ...], list[Any]] = {}
+
+    def take(self, *shape: int) -> Any:
+        """A tensor, uint8 of ``shape``, with anything in it."""
+        import torch
+
+        if self._pinned:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        try:
+            return self._free[shape].pop()
+        except (KeyError, IndexError):
+            return torch.empty(shape, dtype=torch.uint8)
+
+    def give(self, tensor: Any) -> None:
+        """Hands a tensor back. From any thread."""
+        if not self._pinned:
+            self._free.setdefault(tuple(tensor.shape), []).append(tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +226,10 @@ class _Ahead:
     texts: Future[tuple[np.ndarray, list[Any], float]] | None
 
 
-def _decoded(work: Work, shards: Iterable[int], pool: ThreadPoolExecutor, meter: Meter) -> Any:
+def _decoded(
+    work: Work, shards: Iterable[int], pool: ThreadPoolExecutor, buffers: _Buffers, meter: Meter
+) -> Generator[_Batch, None, None]:
     """Batches in order of slots, decoded ahead by the pool's threads (decoders release the GIL)."""
-    import torch
-
-    pinned = work.device.startswith("cuda")
     R = work.resolution
     lanes = min(work.threads, os.cpu_count() or 1)
 
@@ -233,7 +263,7 @@ def _decoded(work: Work, shards: Iterable[int], pool: ThreadPoolExecutor, meter:
     def submit(shard: int, slots: np.ndarray) -> _Ahead:
         pixels, images = None, list[Future[Any]]()
         if work.needs_images:
-            pixels = torch.zeros(len(slots), R, R, 3, dtype=torch.uint8, pin_memory=pinned)
+            pixels = buffers.take(len(slots), R, R, 3)
             rows = pixels.numpy()
             images = [pool.submit(load, int(slot), rows[i]) for i, slot in enumerate(slots)]
         texts = pool.submit(read_texts, slots) if work.captions is not None else None
@@ -249,6 +279,7 @@ def _decoded(work: Work, shards: Iterable[int], pool: ThreadPoolExecutor, meter:
             loaded = future.result()
             if isinstance(loaded, BadImage):
                 bad.append((int(slot), loaded.key, loaded.reason))
+                ahead.pixels[i] = 0
             else:
                 content[i], seconds = loaded
                 meter.add("decode", seconds, 1, lanes=lanes)
@@ -266,7 +297,7 @@ def _decoded(work: Work, shards: Iterable[int], pool: ThreadPoolExecutor, meter:
             tokens=tokens,
         )
 
-    def batches() -> Iterator[_Batch]:
+    def batches() -> Generator[_Batch, None, None]:
         waiting: deque[_Ahead] = deque()
         planned = plan()
         try:
@@ -299,7 +330,8 @@ def _check_content(work: Work, batch: _Batch) -> None:
 class _Part:
     """The stored arrays of one shard while it is being filled, in pinned memory where there is a GPU."""
 
-    def __init__(self, work: Work, shard: int, count: int) -> None:
+    def __init__(self, work: Work, shard: int, count: int, buffers: _Buffers) -> None:
+        self.buffers = buffers
         self.work, self.shard, self.count, self.filled = work, shard, count, 0
         self.bad: list[tuple[int, str, str]] = []
         self.bytes: dict[tuple[str, str], Any] = {}  # torch uint8 [n, bytes of a sample]
@@ -311,13 +343,16 @@ class _Part:
                 self._allocate(name, suffix, dtype, (*lead, *shape))
 
     def _allocate(self, name: str, suffix: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-        import torch
-
-        row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
-        pinned = self.work.device.startswith("cuda")
-        flat = torch.zeros(shape[0], row_bytes, dtype=torch.uint8, pin_memory=pinned)
+        flat = self.buffers.take(shape[0], dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))).zero_()
         self.bytes[name, suffix] = flat
         self.arrays[name][suffix] = flat.numpy().view(dtype).reshape(shape)
+
+    def free(self) -> None:
+        """Once everything is written."""
+        self.arrays.clear()
+        for flat in self.bytes.values():
+            self.buffers.give(flat)
+        self.bytes.clear()
 
     def add_samples(self, batch: _Batch) -> None:
         """Labels, keys and content hashes of a batch whose features are in, or on their way."""
@@ -499,4 +534,5 @@ def _write(writer: ShardWriter, part: _Part, finish: Callable[[], None], meter: 
         writer.skip(part.shard, part.bad)
     for feature, arrays in part.arrays.items():
         writer.write_shard(feature, part.shard, arrays)
+    part.free()
     meter.add("write", time.perf_counter() - start, part.count)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Self
 
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from featcache.console import console
 from featcache.pipeline import Meter, Stage
@@ -23,11 +25,22 @@ from featcache.pipeline import Meter, Stage
 PLAIN_EVERY_S = 10.0
 
 
+class _Lined(Progress):
+    """Bars with a line of text below them."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.line:
+            yield Text(self.line, style="dim")
+
+
 class Bar:
     """A context with one bar after another: name, bar, count, a text, time spent, time left; only on a terminal."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
+        self._progress = _Lined(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -89,7 +102,7 @@ class RichBar(Bar):
 
 
 class RichProgress(Bar):
-    """Of a build: rate and bottleneck; where there is no terminal, a line every ten seconds."""
+    """Of a build: rate, bottleneck, and each stage's rate below; where there is no terminal, a line every ten seconds."""
 
     def __init__(self, meter: Meter | None = None) -> None:
         super().__init__()
@@ -107,19 +120,23 @@ class RichProgress(Bar):
         self._done += images
         elapsed = max(time.monotonic() - self._start_s, 1e-9)
         rate = (self._done - self._since) / elapsed
-        text = f"{rate:.3g} images/s{_bottleneck(self._meter)}"
+        slowest, stages = _stages(self._meter)
+        text = f"{rate:.3g} images/s{slowest}"
+        self._progress.line = stages
         self.update(self._done, text)
         if not console.is_terminal and time.monotonic() - self._said_s > PLAIN_EVERY_S:
             self._said_s = time.monotonic()
             left = (self._total - self._done) / max(rate, 1e-9)
-            console.print(f"{self._done}/{self._total} images, {text}, {left:.0f} s left")
+            console.print(f"{self._done}/{self._total} images, {text}, {left:.0f} s left; {stages}")
 
 
-def _bottleneck(meter: Meter) -> str:
-    slowest = meter.slowest()
-    if slowest is None:
-        return ""
-    return f" (slowest: {slowest}, {meter.stages[slowest].images_per_s:.3g}/s)"
+def _stages(meter: Meter) -> tuple[str, str]:
+    """The bottleneck, and every stage with its rate, the slowest first."""
+    rates = sorted((stage.images_per_s, name) for name, stage in list(meter.stages.items()))
+    if not rates:
+        return "", ""
+    every = ", ".join(f"{name} {rate:.3g}" for rate, name in rates)
+    return f" (bottleneck: {rates[0][1]})", f"images/s of each stage: {every}"
 
 
 def stage_table(stages: Mapping[str, Stage]) -> Table:

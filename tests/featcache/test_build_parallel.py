@@ -142,6 +142,30 @@ def test_rates_of_stages_and_workers_add_up() -> None:
     assert meter.slowest() == "encode x"
 
 
+def test_live_progress_shows_each_stage_and_the_bottleneck(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    import featcache.progress as module
+
+    for terminal in (True, False):
+        text = io.StringIO()
+        console = Console(file=text, force_terminal=terminal, width=160, highlight=False, soft_wrap=True)
+        monkeypatch.setattr(module, "console", console)
+        monkeypatch.setattr(module, "PLAIN_EVERY_S", 0.0)
+        meter = Meter()
+        with module.RichProgress(meter) as progress:
+            progress.start(total=100, done=20, note="label")
+            meter.add("decode", 1.0, 40, lanes=2)
+            meter.add("encode x", 1.0, 25)
+            progress.advance(40)
+        shown = text.getvalue()
+        assert "bottleneck: encode x" in shown
+        assert "images/s of each stage: encode x 25, decode 80" in shown
+        assert "60/100" in shown
+
+
 def test_the_build_reports_every_stage(tmp_path: Path) -> None:
     result = build(request(tmp_path / "c"), Silent())
     assert {"decode", "upload", "encode vae tiny", "encode tiny", "quantise", "copy", "write"} == set(result.stages)
