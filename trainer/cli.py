@@ -89,6 +89,7 @@ def run(
         config = _run_config(recipe, {k: v for k, v in given.items() if v is not None}, set_ or [], resume=resume)
         from trainer.loop import Silent, train
 
+        _leave_a_core()
         if not main:
             train(config, resume=resume, watcher=Silent())
             return
@@ -120,6 +121,17 @@ def _one_voice() -> Iterator[bool]:
     except UserError as error:
         time.sleep(5)
         raise UserError(f"rank {rank}: {error.what}", remedy=error.remedy) from error
+
+
+def _leave_a_core() -> None:
+    """One thread less than there are cores, unless $OMP_NUM_THREADS says how many: the cache is read by a thread of its
+    own, and OpenMP's threads wait for each other spinning, so that one of them without a core holds up all.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores - 1))
 
 
 def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str], *, resume: bool) -> Any:
