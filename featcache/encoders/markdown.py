@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from featcache.encoders.table import CLIP_MEAN, ENCODERS, HALF, IMAGENET_MEAN, VAES, VisionEntry
+from featcache.encoders.table import CLIP_MEAN, ENCODERS, HALF, IMAGENET_MEAN, TEXTS, VAES, VisionEntry
 
 _CONSTANTS = {IMAGENET_MEAN: "ImageNet", CLIP_MEAN: "CLIP", HALF: "0.5"}
 
@@ -48,9 +48,19 @@ def vae_table() -> str:
     return _rows(title, rows)
 
 
+def text_table() -> str:
+    """One line a text encoder, as Markdown."""
+    title = ["name", "tokens", "width", "pooled", "layers", "weights and vocabulary", "licence", "paper", "what"]
+    rows = []
+    for name, entry in TEXTS.items():
+        row = [f"`{name}`", entry.tokens, entry.width, entry.projected, entry.depth, entry.hub_id or "none"]
+        rows.append([str(cell) for cell in [*row, entry.licence, entry.paper, entry.note]])
+    return _rows(title, rows)
+
+
 def with_tables(page: str) -> str:
-    """The page with both tables put between their markers."""
-    for mark, table in (("vision", vision_table()), ("vae", vae_table())):
+    """The page with its tables put between their markers."""
+    for mark, table in (("vision", vision_table()), ("vae", vae_table()), ("text", text_table())):
         start, end = f"<!-- table: {mark} -->\n", f"<!-- end: {mark} -->"
         before, _, rest = page.partition(start)
         _, _, after = rest.partition(end)

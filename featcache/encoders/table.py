@@ -115,6 +115,7 @@ ENCODERS: Mapping[str, VisionEntry] = {
     "dinov3-s": _timm("vit_small_patch16_dinov3.lvd1689m", 12, 384, **_DINOV3),
     "dinov3-b": _timm("vit_base_patch16_dinov3.lvd1689m", 12, 768, **_DINOV3),
     "dinov3-l": _timm("vit_large_patch16_dinov3.lvd1689m", 24, 1024, **_DINOV3),
+    "dinov3-h": _timm("vit_huge_plus_patch16_dinov3.lvd1689m", 32, 1280, **_DINOV3),
     "dino-b": _timm(
         "vit_base_patch16_224.dino",
         12,
