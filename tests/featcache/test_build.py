@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -272,8 +274,6 @@ CASES = [
 
 @pytest.mark.parametrize(("words", "expected"), CASES, ids=[" ".join(c[0]) for c in CASES])
 def test_bad_input_is_one_paragraph_and_exit_code_2(words: tuple[str, ...], expected: str) -> None:
-    import contextlib
-
     from featcache.cli import app
     from featcache.console import run_app
 
@@ -303,35 +303,35 @@ def test_ctrl_c_and_kill_leave_a_cache_that_the_same_command_completes(
     from featcache.cli import app
     from featcache.console import run_app
 
-    program = str(Path(sys.executable).with_name("featcache"))
-    words = [
-        program,
-        "build",
-        "--data",
-        "shapes",
-        "--encoder",
-        "tiny",
-        "--limit",
-        "20",
-        "--batch-size",
-        "4",
-        "--shard-size",
-        "8",
-        "--out",
-        "c",
-    ]
+    words = ["featcache", "build", "--data", "shapes", "--encoder", "tiny", "--limit", "20"]
+    words += ["--batch-size", "4", "--shard-size", "8", "--workers", "2", "--out", "c"]
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("fork_cli.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    shards, errors = tmp_path / "c/vae/moments", tmp_path / "errors"
     for number in (signal.SIGKILL, signal.SIGINT):
-        shards = tmp_path / "c/vae/moments"
         before = len(list(shards.glob("c.*")))
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        server.stdin.write(json.dumps({"argv": words, "folder": str(tmp_path), "errors": str(errors)}) + "\n")
+        server.stdin.flush()
+        child = int(server.stdout.readline())
         deadline = time.monotonic() + 120
-        while process.poll() is None and len(list(shards.glob("c.*"))) == before and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, text = process.communicate(timeout=120)
-        if number == signal.SIGINT and process.returncode:
-            assert process.returncode == 130
-            assert "Traceback" not in text
+        while len(list(shards.glob("c.*"))) == before and time.monotonic() < deadline:
+            time.sleep(0.002)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+        status = int(server.stdout.readline())
+        if number == signal.SIGKILL:
+            assert status == -signal.SIGKILL
+        elif status:
+            assert status == 130
+        assert "Traceback" not in errors.read_text()
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
     # In this process: it has imported already what takes a new one seconds.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", words)
