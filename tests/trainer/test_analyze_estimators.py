@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ from trainer.analyze.selfsim import salient_patch
 from trainer.analyze.spectra import Spectrum, effective_rank, energy, self_similarity
 from trainer.analyze.subject import choose, initial_share
 from trainer.config import RunConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only wait for threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("centred", [True, False])

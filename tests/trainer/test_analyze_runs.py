@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class _Page(HTMLParser):
 
 
 def test_all_of_a_run(runs_root: Path) -> None:
-    (page,) = analyze_runs([runs_root / "ahpa"], list(DIAGNOSTICS), options(), Bar())
+    (page,) = analyze_runs([runs_root / "ahpa"], list(DIAGNOSTICS), options(images=1), Bar())
     folder = page.parent
     assert page == runs_root / "ahpa" / "analysis" / "index.html"
     text = page.read_text()
@@ -92,23 +93,49 @@ def test_all_of_a_run(runs_root: Path) -> None:
     assert all(source.startswith("data:") for source in parsed.fetched)
     assert parsed.sections == 1 + len(DIAGNOSTICS)
     assert "is left out" not in text
+    drawn: list[str] = []
     for what in DIAGNOSTICS:
         assert f'id="{what}"' in text
         document = json.loads((folder / f"{what}.json").read_text())
+        drawn += document["plots"]
         with (folder / f"{what}.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == len(document["rows"]) > 0
         assert list(rows[0]) == list(document["rows"][0])
         assert document["run"] == {"name": "ahpa", "step": 4, "method": "ahpa", "model": "SiT-Nano/2"}
-    drawings = sorted(p.stem for p in folder.glob("*.svg"))
-    assert drawings == sorted(p.stem for p in folder.glob("*.png"))
-    assert len(drawings) >= 15
+    assert sorted(drawn) == sorted(p.stem for p in folder.glob("*.svg")) == sorted(p.stem for p in folder.glob("*.png"))
+    assert len(drawn) >= 15
+    # Every plot has its sentence, here and (one a diagnostic) in the copy for the report.
+    assert parsed.captions == len(drawn) + len(DIAGNOSTICS)
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             assert np.asarray(image.convert("L")).std() > 1, path  # something is drawn
     for stem in ("gsnr_own", "angle_over_t", "router_groups", "cknna_over_blocks", "probe_over_blocks", "codec_over_t"):
         svg = (folder / f"{stem}.svg").read_text()
         assert "timestep t" in svg or "block" in svg  # labelled axes, as text
+    report = (runs_root / "ahpa" / "report.html").read_text()
+    for what in DIAGNOSTICS:
+        finding = json.loads((folder / f"{what}.json").read_text())["finding"]
+        assert escape(finding) in text and escape(finding) in report
+    assert 'href="analysis/index.html"' in report
+
+
+def test_every_layer_of_the_vae_is_a_target(runs_root: Path) -> None:
+    at = subject(runs_root / "ahpa")
+    names = at.target_names()
+    assert [n for n in names if n.startswith("vae/G3")] == ["vae/G3", *at.layers("vae/G3")]
+    rows = slice(0, 3)
+    state = at.state(rows, 0.5, (at.block,))
+    layers = torch.stack([at.target(n, rows, state) for n in at.layers("vae/G3")])
+    torch.testing.assert_close(layers.mean(dim=0), at.target("vae/G3", rows, state))
+    torch.testing.assert_close(at.read(at.layers("vae/G3")[1], rows), at.read("vae/G3", rows)[:, 1])
+
+
+def test_layers_are_ordered_by_number(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = subject(runs_root / "none")
+    features = at.cache.manifest.features
+    monkeypatch.setitem(features, "tiny@11", features["tiny@5"])
+    assert at.token_features[-2:] == ["tiny@5", "tiny@11"]
 
 
 def test_what_does_not_apply_is_left_out_or_refused(runs_root: Path) -> None:
@@ -119,14 +146,64 @@ def test_what_does_not_apply_is_left_out_or_refused(runs_root: Path) -> None:
         analyze_runs([runs_root / "none"], ["router"], options(), Bar())
 
 
+def test_a_cache_without_features(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Subject, "token_features", property(lambda self: []))
+    monkeypatch.setattr(Subject, "levels", property(lambda self: []))
+    asked = ["gsnr", "cknna", "probe", "spectrum", "selfsim", "pca", "codec"]
+    (page,) = analyze_runs([runs_root / "none"], asked, options(times=(0.5,), images=1), Bar())
+    text = page.read_text()
+    assert "cknna is left out" in text and "codec is left out" in text
+    assert all(f'id="{what}"' in text for what in ("gsnr", "probe", "spectrum", "selfsim", "pca"))
+
+
+def test_a_second_call_replaces_its_own_and_keeps_the_rest(runs_root: Path) -> None:
+    run = runs_root / "dya"
+    cheap = {"times": (0.5,), "against": ("tiny@5",)}
+    (page,) = analyze_runs([run], ["router", "pca"], options(images=2), Bar())
+    first = page.read_text()
+    analyze_runs([run], ["cknna", "pca"], options(images=1, **cheap), Bar())
+    text = page.read_text()
+    order = [text.index(f'<section id="{what}"') for what in ("router", "cknna", "pca")]
+    assert order == sorted(order)
+    assert text.count('<section id="pca"') == 1 and text.count('href="#pca"') == 1
+    section = first[first.index('<section id="router"') :].split("</section>")[0]
+    assert section in text
+    # Two pictures were drawn at first, one now: the other is gone, the router's are not.
+    stems = {p.stem for p in page.parent.glob("*.png")}
+    assert "pca_0" in stems and "pca_1" not in stems and "router_xi" in stems
+    # A diagnostic that stops to apply takes its section and files along.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Subject, "methods", property(lambda self: {}))
+        analyze_runs([run], ["router", "cknna"], options(**cheap), Bar())
+    text = page.read_text()
+    assert "router is left out" in text and '<section id="router"' not in text
+    assert not list(page.parent.glob("router*"))
+
+
 def test_comparison_has_one_line_a_run(runs_root: Path) -> None:
     runs = [runs_root / "ahpa", runs_root / "none"]
-    pages = analyze_runs(runs, ["gsnr", "cknna"], options(times=(0.5,), against=("tiny@5", "vae/G4")), Bar())
-    assert pages[0] == runs[0] / "analysis" / "comparison.html" and len(pages) == 3
+    asked = options(times=(0.5,), against=("tiny@5", "vae/G4"), images=1)
+    pages = analyze_runs(runs, ["cknna", "pca"], asked, Bar())
+    folder = runs[0] / "analysis"
+    assert pages[0] == folder / "comparison.html" and len(pages) == 3
     text = pages[0].read_text()
     assert "ahpa: CKNNA" in text and "none: CKNNA" in text
-    # One yardstick, whatever each run was aligned with; a line that only one run has is no comparison.
-    assert "with tiny@5" in text and "ahpa: own loss" not in text
+    # One yardstick, whatever each run was aligned with.
+    assert "With tiny@5" in text
+    table = json.loads((folder / "comparison.json").read_text())["diagnostics"]
+    lines = table["cknna"]["plots"]["comparison_cknna_over_blocks"]
+    own = json.loads((runs[1] / "analysis" / "cknna.json").read_text())["rows"]
+    assert lines[1]["y"] == [r["cknna"] for r in own if r["b"] == "tiny@5" and r["block"]]
+    assert (folder / "comparison_pca_0.png").is_file()
+    # Other diagnostics of the same runs are added; a line that only one run has is no comparison.
+    again = analyze_runs(runs, ["gsnr"], asked, Bar())[0].read_text()
+    assert "With tiny@5" in again and "ahpa: latent" in again and "ahpa: own loss" not in again
+    # Other runs make another comparison: nothing of the old one stays.
+    runs[1] = runs_root / "dya"
+    other = analyze_runs(runs, ["cknna"], asked, Bar())[0].read_text()
+    assert "none" not in json.loads((folder / "comparison.json").read_text())["compared"][1]
+    assert 'id="gsnr"' not in other and "dya: CKNNA" in other
+    assert not (folder / "comparison_gsnr_levels.png").exists() and not (folder / "comparison_pca_0.svg").exists()
     with pytest.raises(UserError, match="twice"):
         analyze_runs([runs[0], runs[0]], ["cknna"], options(), Bar())
 

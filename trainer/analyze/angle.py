@@ -126,7 +126,7 @@ def run(subject: Subject) -> Result:
         ""
         if len(chosen) > 1
         else (
-            " The run kept one checkpoint; trained with --set checkpoint_every and keep_checkpoints, it shows the course."
+            " Only one checkpoint is kept; checkpoint_every and keep_checkpoints of trainer run say how many there are to follow."
         )
     )
     if len(chosen) > 1:
@@ -144,6 +144,7 @@ def run(subject: Subject) -> Result:
         plots=plots,
         rows=rows,
         settings={
+            "samples": count,
             "gradients": f"means over {count} samples; float32, no label dropout, alignment always on",
             "shared parameters": shared,
             "weights": "model",

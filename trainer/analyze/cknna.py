@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.analyze import kernels
-from trainer.analyze.result import Matrix, Plot, Result
+from trainer.analyze.result import Matrix, NotApplicable, Plot, Result
 from trainer.analyze.subject import Subject
 from trainer.report.charts import Chart, Series
 
@@ -68,7 +68,7 @@ def run(subject: Subject) -> Result:
     options, measure = subject.options, _Measure(subject)
     names = list(options.against) or [*subject.token_features, *subject.levels]
     if not names:
-        raise UserError(
+        raise NotApplicable(
             f"{subject.cache.path} holds no features to compare with", remedy="Add some with featcache build."
         )
     features = {name: measure.prepare(representation(subject, name)) for name in names}

@@ -179,8 +179,7 @@ def _lead(subject: Subject) -> str:
 
 
 def _measured(subject: Subject, result: Result, elapsed_s: float) -> str:
-    samples = result.settings.get("samples", result.settings.get("samples measured", len(subject.indices)))
-    return (
-        f"Step {subject.step}, block {subject.block} of {subject.depth}, {samples} samples, {subject.device}, "
-        f"{elapsed_s:.1f} s."
-    )
+    every = None if result.what == "router" else len(subject.indices)
+    samples = result.settings.get("samples", result.settings.get("samples measured", every))
+    seen = f"{samples} samples, " if samples else ""
+    return f"Step {subject.step}, block {subject.block} of {subject.depth}, {seen}{subject.device}, {elapsed_s:.1f} s."

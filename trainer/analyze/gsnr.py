@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,15 @@ def run(subject: Subject) -> Result:
             "(Fig. 2c).",
         )
     ]
+    # One target that every run has, the same in all: how well each run's block takes guidance.
+    latent = Series(label="latent", x=centres, y=values["latent"], colour=0, markers=True)
+    plots[0] = dataclasses.replace(
+        plots[0],
+        headline=latent,
+        headline_title="the latent as target, through a fitted head",
+        headline_note="Look for the run whose line is higher: one target and one kind of head for all, so lines differ "
+        "by the hidden states alone; AHPA Fig. 2a shows it for SRA 2, which aligns with the latent.",
+    )
     if subject.token_features:
         plots.append(
             _plot(

@@ -27,8 +27,10 @@ STYLE = """
 .panels td{padding:0 2px 2px 0;border:0;width:6.2rem;min-width:3rem}
 .panels th{border:0;padding:.1rem .3rem .2rem 0;font-size:.75rem;font-weight:400;color:var(--soft);text-align:left;
   vertical-align:bottom;line-height:1.25}
-.panels tbody th{vertical-align:middle}
+.panels tbody th{vertical-align:middle;white-space:nowrap}
 .panels img{width:100%;image-rendering:pixelated}
+.settings td.text{text-align:left;max-width:44rem}
+@media print{.raw{display:none}}
 .numbers{max-height:24rem;overflow:auto}.numbers table{font-size:.8125rem}
 """
 SHOWN_ROWS = 120
@@ -97,8 +99,8 @@ def numbers_html(result: Result) -> str:
     links = ", ".join(f'<a href="{stem}.{kind}">{stem}.{kind}</a>' for kind in ("json", "csv"))
     files = f"<p>Files: {links}, and each plot as SVG and PNG.</p>"
     return (
-        f"<details><summary>How it was measured</summary><table><tbody>{settings}</tbody></table></details>"
-        f"<details><summary>Numbers</summary>{files}{more}"
+        f'<details><summary>How it was measured</summary><table class="settings"><tbody>{settings}</tbody></table></details>'
+        f'<details class="raw"><summary>Numbers</summary>{files}{more}'
         f'<div class="numbers"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
     )
 
@@ -214,8 +216,9 @@ def comparison_plots(by_run: Mapping[str, Sequence[Result]], what: str) -> list[
     for name, lines in charts.items():
         base = lines[0][0]
         if len(lines) > 1 and isinstance(base.drawing, Chart):
-            title = base.headline_title or base.drawing.title
-            drawing = dataclasses.replace(base.drawing, title=title, series=[line for _, line in lines])
+            title, note = base.headline_title or base.drawing.title, base.headline_note or base.drawing.note
+            title = title[0].upper() + title[1:]
+            drawing = dataclasses.replace(base.drawing, title=title, series=[line for _, line in lines], note=note)
             out.append(Plot(name=f"comparison_{name}", drawing=drawing))
     for name, found in pictures.items():
         if len(found) > 1:

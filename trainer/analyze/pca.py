@@ -95,6 +95,7 @@ def run(subject: Subject) -> Result:
         plots=plots,
         rows=table,
         settings={
+            "samples": fit,
             "components": f"first three, fitted over {fit} images and all times of a block, stretched between the "
             "1st and 99th percentile",
             "token grid": f"{subject.info.grid} x {subject.info.grid}",

@@ -47,13 +47,14 @@ class Plot:
     """One picture. name: file stem; the drawing's note is the sentence that stands under it.
 
     headline: the one line by which runs are compared where several are analysed; it must mean the same in every run.
-    headline_title: what it shows.
+    headline_title: what it shows; headline_note: what to look for there, where the drawing's note does not say it.
     """
 
     name: str
     drawing: Chart | Strips | Matrix
     headline: Series | None = None
     headline_title: str = ""
+    headline_note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,7 @@ def run(subject: Subject) -> Result:
         ],
         rows=table,
         settings={
+            "samples": count,
             "token grid": f"{grid} x {grid}",
             "patch": "given" if options.patch is not None else "largest distance from the mean token",
             "weights": subject.weights,
