@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --name cpu                                                   # any machine
     python benchmarks/step.py --name h100 --model SiT-XL/2 --batch-size 64 --device cuda    # one GPU
+    python benchmarks/step.py --name flops-xl2 --model SiT-XL/2 --count                     # FLOPs alone, any machine
 
 Writes `benchmarks/results/step-<name>.json`. A synthetic cache with records of ImageNet's size (256 px: moments, AHPA's
 eight VAE levels, two layers of DINOv2-B; random bytes) is written to a temporary folder. All methods share one backbone
@@ -9,7 +10,7 @@ and its optimiser state and take turns in one process: in every round each runs 
 that what else the machine does hits all alike. Figures are medians over the rounds; a method's overhead is the median of
 its ratio to vanilla within a round. A block holds whole periods of what does not happen at every step (SARA's
 discriminator, one step in five); DyA's stochastic dropout skips the steps its coin says. Peak memory is taken in a
-process per method.
+process per method. FLOPs are counted, not measured: what a method adds at least.
 
 `disk` steps are fed by the trainer's own reader from the cache (its pages warm), `memory` steps by one batch that is
 already on the device. The breakdown times each part alone, with the device idle before and after, so its sum exceeds the
@@ -103,6 +104,25 @@ def write_cache(path: Path, samples: int) -> None:
         writer.finish()
 
 
+def run_config(options: dict[str, Any], method: str) -> Any:
+    """The settings of one method's run."""
+    from trainer.config import RunConfig, from_mapping
+
+    return from_mapping(
+        RunConfig,
+        {
+            "method": method,
+            "align": {method: OPTIONS[method]} if method in OPTIONS else {},
+            "model": options["model"],
+            "batch_size": options["batch_size"],
+            "precision": options["precision"],
+            "compile": options["compile"],
+            "clip": 1.0,
+            "steps": 1 << 30,
+        },
+    )
+
+
 class Bench:
     """One backbone, and a job for each method on it."""
 
@@ -110,7 +130,6 @@ class Bench:
         import torch
 
         import featcache
-        from trainer.config import RunConfig, from_mapping
         from trainer.data import Share
         from trainer.distributed import World
         from trainer.loop import Job, Silent
@@ -131,19 +150,7 @@ class Bench:
         self.feeds: list[Any] = []
         backbone, states = None, None
         for method in methods:
-            config = from_mapping(
-                RunConfig,
-                {
-                    "method": method,
-                    "align": {method: OPTIONS[method]} if method in OPTIONS else {},
-                    "model": options["model"],
-                    "batch_size": options["batch_size"],
-                    "precision": options["precision"],
-                    "compile": options["compile"],
-                    "clip": 1.0,
-                    "steps": 1 << 30,
-                },
-            )
+            config = run_config(options, method)
             parts = assemble(config, cache, self.device, World(), backbone=backbone)
             backbone = parts.model, parts.ema
             # One set of Adam's moments for the shared weights, as one run would have.
@@ -289,6 +296,70 @@ def peak_memory(options: dict[str, Any], cache: Path, method: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> float:
+    """Matrix products' floating-point operations per image of a step: forward, backward, the discriminator's share.
+
+    Counted operation by operation on tensors without data, so it takes seconds and no memory at any size. With
+    alignment on: DyA's coin and HASTE's stop lower it in proportion.
+    """
+    import torch
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import featcache
+    from trainer.distributed import World
+    from trainer.models import Transformer
+    from trainer.parts import assemble, backbone_config
+    from trainer.step import Draws
+
+    config, n = run_config({**options, "precision": "fp32", "compile": False}, method), 2
+    cache = featcache.open(cache_path)
+    with torch.device("meta"):
+        model = Transformer(backbone_config(config, cache))
+    for module in model.modules():  # one number stands for all of a tensor's
+        for name, tensor in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(tensor.shape)))
+        for name, tensor in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+    parts = assemble(config, cache, torch.device("cpu"), World(), backbone=(model, model))
+    reads = parts.alignment.reads if parts.alignment is not None else ()
+    with cache.reader(["vae/moments", "label", *reads]) as reader:
+        host = {name: torch.from_numpy(array) for name, array in reader.allocate(n).items()}
+    cfg = model.cfg
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
+        batch = {name: mode.from_tensor(tensor) for name, tensor in host.items()}
+        latent = torch.zeros(n, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+        one = torch.zeros(n)
+        draws = Draws(time=one, posterior=latent, noise=latent, drop=one, align=one)
+        terms, kept = parts.objective(batch, draws)
+        torch.autograd.grad(torch.stack(list(terms.values())).sum(), list(parts.names), allow_unused=True)
+        flops = counter.get_total_flops()
+        if parts.adversary is not None and parts.alignment is not None:
+            loss = parts.objective.adversary_loss(kept, batch)
+            torch.autograd.grad(loss, list(parts.adversary.parameters()))
+            flops += (counter.get_total_flops() - flops) / parts.alignment.adversary_every
+    return flops / n
+
+
+def peak_memories(options: dict[str, Any], cache: Path, name: str, methods: tuple[str, ...]) -> dict[str, int]:
+    """:func:`peak_memory` of each method in a process of its own."""
+    peaks = {}
+    for method in methods:
+        words = ["--one", method, "--cache", str(cache), "--name", name, "--model", options["model"]]
+        words += ["--device", options["device"], "--batch-size", str(options["batch_size"])]
+        words += ["--precision", options["precision"]]
+        if options["compile"] is not None:
+            words.append("--compile" if options["compile"] else "--no-compile")
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            raise typer.Exit(1)
+        peaks[method] = int(done.stdout.strip().splitlines()[-1])
+    return peaks
+
+
 def measure(options: dict[str, Any], cache: Path, methods: tuple[str, ...]) -> dict[str, Any]:
     """All methods in turn."""
     from trainer.models import forward_flops
@@ -348,12 +419,21 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results in columns."""
+    """The results in columns: time, FLOPs and memory are against vanilla's, disk is against features in memory."""
+    if "step_ms" not in next(iter(results.values())):
+        return "\n".join(
+            f"{method:>6}  {r['gflop_per_image']:8.1f} GFLOP/image  {100 * (r.get('flops_against_vanilla', 1) - 1):+6.2f} %"
+            for method, r in results.items()
+        )
     phases = list(next(iter(results.values()))["breakdown_ms"])
-    rows = [["method", "ms/step", "images/s", "x vanilla", "disk/memory", "peak GiB", "MFU", *phases]]
+    heads = ["method", "ms/step", "images/s", "MFU", "time", "FLOPs", "memory", "disk", "peak GiB"]
+    rows = [[*heads, *(f"{phase} ms" for phase in phases)]]
 
     def cell(value: Any, form: str) -> str:
         return "-" if value is None else format(value, form)
+
+    def more(ratio: float | None) -> str:
+        return "-" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
 
     for method, r in results.items():
         rows.append(
@@ -361,10 +441,10 @@ def table(results: dict[str, Any]) -> str:
                 method,
                 cell(r["step_ms"], ".1f"),
                 cell(r["images_per_s"], ".1f"),
-                cell(r.get("time_against_vanilla"), ".3f"),
-                cell(r.get("disk_against_memory"), ".3f"),
-                cell(r["peak_bytes"] / 2**30 if "peak_bytes" in r else None, ".2f"),
                 cell(r["mfu"], ".1%"),
+                *(more(r.get(f"{what}_against_vanilla")) for what in ("time", "flops", "memory")),
+                more(r.get("disk_against_memory")),
+                cell(r["peak_bytes"] / 2**30, ".2f"),
                 *(cell(r["breakdown_ms"][phase], ".1f") for phase in phases),
             ]
         )
@@ -387,6 +467,7 @@ def main(
     breakdown: Annotated[int, typer.Option(help="Repetitions of each part alone.")] = 5,
     samples: Annotated[int, typer.Option(help="Records in the synthetic cache (1.6 MB each).")] = 256,
     peak_tflops: Annotated[float | None, typer.Option(help="For MFU. [default: known for common GPUs]")] = None,
+    count_only: Annotated[bool, typer.Option("--count", help="Count FLOPs and measure nothing.")] = False,
     one: Annotated[str, typer.Option(hidden=True)] = "",
     cache: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -415,23 +496,19 @@ def main(
     chosen = tuple(methods.split(","))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
-        write_cache(path, samples)
-        peaks = {}
-        for method in chosen:
-            words = ["--one", method, "--cache", str(path), "--name", name, "--model", model, "--device", device]
-            words += ["--batch-size", str(batch_size), "--precision", precision]
-            words += [] if compile_ is None else ["--compile" if compile_ else "--no-compile"]
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=environment)
-            if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                raise typer.Exit(1)
-            peaks[method] = int(done.stdout.strip().splitlines()[-1])
-        results = measure(options, path, chosen)
-    for method, peak in peaks.items():
-        results[method]["peak_bytes"] = peak
-        if "none" in peaks:
-            results[method]["memory_against_vanilla"] = peak / peaks["none"]
+        write_cache(path, 64 if count_only else samples)
+        if count_only:
+            results = {method: {"gflop_per_image": training_flops(options, path, method) / 1e9} for method in chosen}
+        else:
+            peaks = peak_memories(options, path, name, chosen)
+            results = measure(options, path, chosen)
+            for method, peak in peaks.items():
+                results[method]["peak_bytes"] = peak
+                results[method]["gflop_per_image"] = training_flops(options, path, method) / 1e9
+    for entry in results.values() if "none" in results else ():
+        for key, ratio in (("peak_bytes", "memory_against_vanilla"), ("gflop_per_image", "flops_against_vanilla")):
+            if key in entry:
+                entry[ratio] = entry[key] / results["none"][key]
     print(table(results))
     report = {
         "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
