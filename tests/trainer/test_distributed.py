@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,45 @@ def test_errors_reach_every_rank(two_ranks: Outcome) -> None:
 @pytest.mark.slow
 def test_a_sharded_run_draws_its_grids(more_of_two_ranks: Outcome) -> None:
     assert (more_of_two_ranks.root / "repa-sharded-drawn" / "samples" / f"step_{STEPS:07d}.png").is_file()
+
+
+def test_one_rank_speaks_for_all(shapes_cache: Path, tmp_path: Path) -> None:
+    """As it is typed: every line once, warnings included (SARA's discriminator has no pretrained weights here)."""
+    folder = Path(sys.executable).parent
+    words = (
+        f"run --method sara --model SiT-Ti/2 --steps 1 --batch-size 2 --device cpu --name two --cache {shapes_cache}"
+    )
+    done = subprocess.run(
+        [folder / "torchrun", "--standalone", "--nproc-per-node", "2", folder / "trainer", *words.split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for said in ("training sara on", "step 1/1", "run: "):
+        assert done.stdout.count(said) == 1, said
+    assert done.stderr.count("starts from random weights") == 1
+
+
+def test_an_error_of_another_rank_is_printed_late_and_with_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late, so that torchrun has ended this rank by then if the main one met the error, too."""
+    from trainer.cli import _one_voice
+
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setenv("RANK", "3")
+    with warnings.catch_warnings():
+        with pytest.raises(UserError, match="rank 3: no such thing") as error, _one_voice() as main:
+            assert not main
+            raise UserError("no such thing", remedy="Do this.")
+        assert error.value.remedy == "Do this." and slept == [5]
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"^no such thing"), _one_voice() as main:
+        assert main
+        raise UserError("no such thing")
+    assert slept == [5]
 
 
 def test_ranks_cannot_share_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
