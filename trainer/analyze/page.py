@@ -16,13 +16,14 @@ from trainer.analyze.result import Matrix, Plot, Result, Strips
 from trainer.report.charts import Chart, Series
 from trainer.report.page import charts_html, escape, image_html, measure, number, page_html
 
-STYLE = """
-.charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}
+# Also goes into run reports: nothing here may touch what they have of their own.
+PLOT_STYLE = """
 .wideplot{margin:1.6rem 0 0}.wideplot table{margin-top:.3rem}
 .matrix td,.matrix th{padding:.25rem .7rem;border:0;white-space:nowrap;font-size:.8125rem}
 .finding{font-size:1.0625rem;margin:0 0 .3rem;max-width:52rem}
 .measured{color:var(--soft);font-size:.8125rem;margin:0 0 1rem}
-.briefplot{max-width:34rem}.briefplot .wideplot{margin-top:.4rem}h3{font-size:1rem;margin:1.6rem 0 .2rem;font-weight:650}
+.briefplot .charts{max-width:23rem}.briefplot .wideplot{margin-top:.4rem}
+.brief h3{font-size:1rem;margin:1.6rem 0 .2rem;font-weight:650;break-after:avoid}
 .toc{max-width:52rem;padding-left:1.2rem}.toc li{margin:.35rem 0}
 .panels td{padding:0 2px 2px 0;border:0;width:6.2rem;min-width:3rem}
 .panels th{border:0;padding:.1rem .3rem .2rem 0;font-size:.75rem;font-weight:400;color:var(--soft);text-align:left;
@@ -33,6 +34,7 @@ STYLE = """
 @media print{.raw{display:none}}
 .numbers{max-height:24rem;overflow:auto}.numbers table{font-size:.8125rem}
 """
+STYLE = f"{PLOT_STYLE}.charts{{grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}}\n"
 SHOWN_ROWS = 120
 
 
@@ -180,8 +182,8 @@ def _brief(result: Result) -> str:
     """Title, finding and the plot that tells most, for the run's report."""
     plot = next((p for p in result.plots if p.headline is not None), result.plots[0])
     return (
-        f"<h3>{escape(result.title)}</h3><p>{escape(result.finding)}</p>"
-        f'<div class="briefplot">{plots_html([plot])}</div>'
+        f'<div class="brief"><h3>{escape(result.title)}</h3><p>{escape(result.finding)}</p>'
+        f'<div class="briefplot">{plots_html([plot])}</div></div>'
     )
 
 
@@ -194,7 +196,7 @@ def report_section(page: Path, link: str) -> str:
         return ""
     parts = {key: html for key, html in _parts(page.read_text(encoding="utf-8")).items() if key[0] == "brief"}
     more = f'<p><a href="{escape(link)}">All plots and numbers of the diagnostics</a></p>'
-    return f"<style>{STYLE}</style>{''.join(parts.values())}{more}" if parts else more
+    return f"<style>{PLOT_STYLE}</style>{''.join(parts.values())}{more}" if parts else more
 
 
 def comparison_plots(by_run: Mapping[str, Sequence[Result]], what: str) -> list[Plot]:
