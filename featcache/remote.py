@@ -217,7 +217,8 @@ class ObjectLocation:
             head = retrying(self._what(name), lambda: obstore.head(self._store, name))
         except Missing:
             return None
-        return head[self._condition] or f"{head['size']}@{head['last_modified']}"
+        condition = head["version"] if self._condition == "version" else head["e_tag"]
+        return condition or f"{head['size']}@{head['last_modified']}"
 
 
 def open_location(url: str | os.PathLike[str]) -> Location:
