@@ -1,6 +1,6 @@
 """Speed of sampling: the compiled sampler beside the same sampler run eagerly, with and without guidance.
 
-    python benchmarks/sample.py --name cpu                                    # small: SiT-S/2, 4 steps, 8 images
+    python benchmarks/sample.py --name cpu                                    # small: SiT-S/2, 4 steps, 2 images
     python benchmarks/sample.py --name h100 --device cuda                     # SiT-XL/2, 250 steps, 64 images
 
 Writes `benchmarks/results/sample-<name>.json`. What is timed is the drawing of latents exactly as `trainer sample` does it
@@ -40,7 +40,7 @@ SIZES = {  # what a device can do in some minutes
         "rounds": 3,
         "precisions": "tf32,bf16",
     },
-    "cpu": {"model": "SiT-S/2", "steps": 4, "batch_size": 8, "decoded": 1, "rounds": 5, "precisions": "fp32"},
+    "cpu": {"model": "SiT-S/2", "steps": 4, "batch_size": 2, "decoded": 1, "rounds": 5, "precisions": "fp32"},
 }
 
 
@@ -158,7 +158,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
     model: Annotated[str | None, typer.Option(help="Backbone. [default: SiT-XL/2; SiT-S/2 on the CPU]")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: 250; 4 on the CPU]", min=2)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images at once. [default: 64; 8 on the CPU]", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at once. [default: 64; 2 on the CPU]", min=1)] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Turns of every variant. [default: 3; 5 on the CPU]", min=1)
     ] = None,

@@ -166,6 +166,12 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_units_on_a_gpu_divide_a_block_whatever_the_batch_size() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [sampling._unit(gpu, n) for n in (1, 8, 33, 64, 100, 256, 10_000)] == [8, 8, 32, 64, 64, 256, 256]
+    assert {sampling._unit(cpu, n) for n in (1, 64)} == {8}
+
+
 def test_samples_of_other_settings_are_not_passed_off_as_those_asked_for(runs_root: Path, tmp_path: Path) -> None:
     first = sample_run(runs_root / "sit", request(num=3, out=tmp_path / "x"), Quiet())
     before = first.images.stat().st_mtime_ns

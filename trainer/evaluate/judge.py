@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.evaluate.extractors import Extractor
-from trainer.evaluate.images import ImageSet, open_images
+from trainer.evaluate.images import ImageSet, NpzImages, open_images
 from trainer.evaluate.metrics import (
     INCEPTION_CHUNK,
     KID_SUBSET_SIZE,
@@ -36,6 +36,7 @@ from trainer.evaluate.references import (
     Statistics,
     compute_statistics,
     full_precision,
+    open_reference,
     reference_statistics,
 )
 
@@ -95,6 +96,8 @@ def evaluate(
         raise _too_few(images, images.count, count)
     labels = _label_record(images, require_labels=require_labels)
     need_features = bool(NEED_FEATURES & set(chosen))
+    if isinstance(images, NpzImages) and not isinstance(reference, Statistics):  # before the work, where a header tells
+        open_reference(reference, extractor, resolution=images.resolution, need_features=need_features, data=data)
     started = time.perf_counter()
     judged = compute_statistics(
         images,
