@@ -16,10 +16,11 @@ import typer
 import yaml
 
 from featcache.encoders.table import ENCODERS, VAES
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
 from pipelines import index
 from trainer import align
 from trainer.align.base import BackboneInfo, FeatureInfo
+from trainer.caches import find_cache
 from trainer.config import RunConfig, apply_overrides, from_mapping, load_recipe
 from trainer.models import model_config
 from trainer.recipes import (
@@ -355,7 +356,9 @@ def test_command_lists_and_refuses(cli: Callable[..., subprocess.CompletedProces
     assert done.returncode == 2 and "Did you mean steps?" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_recipe_trains(cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_a_recipe_trains(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From an empty folder: a cache of the embedded set, then AHPA's recipe on it with a small model."""
     words = "featcache build --data shapes --limit 16 --encoder tiny --vae-levels G3,G4 --out caches/small"
     done = cli(*words.split())
@@ -369,9 +372,12 @@ def test_a_recipe_trains(cli: Callable[..., subprocess.CompletedProcess[str]], t
     records = [json.loads(line) for line in (tmp_path / "runs/small/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2] and all("align/cosine" in r for r in records)
 
-    done = cli("trainer", "run", "--recipe", "pipelines/repa/xl2-512-80ep.yaml", "--cache", "caches/small")
-    assert done.returncode == 2 and "was made with resolution 64, and the run asks for 512" in done.stderr
-    assert "featcache build --resolution 512 --encoder dinov2-b@11\n" in done.stderr and "Traceback" not in done.stderr
-    done = cli("trainer", "run", "--recipe", "pipelines/none/xl2-512.yaml")
-    assert done.returncode == 2 and "none of the 1 caches below ./caches fits" in done.stderr
-    assert "featcache build --resolution 512\n" in done.stderr and "--into" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    large = load_recipe_file("repa/xl2-512-80ep").config()
+    with pytest.raises(CacheError, match="was made with resolution 64, and the run asks for 512") as caught:
+        find_cache(dataclasses.replace(large, cache="caches/small"))
+    assert "featcache build --resolution 512 --encoder dinov2-b@11\n" in (caught.value.remedy or "")
+    with pytest.raises(CacheError, match=r"none of the 1 caches below \./caches fits") as caught:
+        find_cache(load_recipe_file("none/xl2-512").config())
+    assert "featcache build --resolution 512\n" in (caught.value.remedy or "")
+    assert "--into" not in (caught.value.remedy or "")
