@@ -19,7 +19,7 @@ from featcache.captions import Captions, open_captions
 from featcache.decoders import check_decoder
 from featcache.encoders import TINY, EncoderChoice
 from featcache.errors import CacheError, UserError
-from featcache.images import CROP_NAME, Source, fingerprint, open_source
+from featcache.images import CROP_NAME, Source, fingerprint, open_source, recorded_shapes
 from featcache.pipeline import Meter, Stage, Work, key_bytes, run_shards
 from featcache.store import CacheWriter
 from featcache.store.layout import recommended_shard_size, stored_arrays
@@ -128,7 +128,7 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     existing = featcache.open(request.into) if request.into is not None else None
     resolution = _resolution(request, existing)
     decoder = _decoder(request, existing)
-    source = open_source(request.data, resolution=resolution, limit=request.limit)
+    source = open_source(request.data, resolution=resolution, limit=_source_limit(request, existing))
     order = sample_order(len(source), seed=existing.manifest.dataset.order_seed if existing else request.seed)
     order = order[: existing.manifest.dataset.count if existing else request.limit]
 
@@ -137,7 +137,11 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     encoders: list[Encoder] = []
     without = existing is not None and request.texts and not (request.encoders or request.levels or request.vae)
     if not without and (not again or set(again) - {*SAMPLE_FEATURES, "text/count"}):
-        encoders = _encoders(request, resolution, compute, grid=grid, need_vae=existing is None)
+        cached_vae = (existing.manifest.dataset.vae or {}).get("name") if existing is not None else None
+        named = request if request.vae or cached_vae is None else replace(request, vae=str(cached_vae))
+        encoders = _encoders(
+            named, resolution, compute, grid=grid, need_vae=existing is None, add_vae=bool(request.vae)
+        )
     texts = _prepare_texts(request, source, order, existing, compute, counted="text/count" in again)
     dataset = _dataset(request, source, order, resolution, decoder, encoders, existing)
     if existing is not None:
@@ -478,6 +482,14 @@ def _resolution(request: BuildRequest, existing: Any) -> int:
     return resolution
 
 
+def _source_limit(request: BuildRequest, existing: Any) -> int | None:
+    """How many images the source shall offer: of the embedded set, whose size is a choice, as many as the cache's had."""
+    shapes = recorded_shapes(existing.manifest.dataset.source) if existing is not None else None
+    if shapes is not None and request.data.split(":")[0] == "shapes" and request.limit is None:
+        return shapes[1]
+    return request.limit
+
+
 def _decoder(request: BuildRequest, existing: Any) -> str:
     """The decoder asked for, which must be that of the cache to add to."""
     cached = str(existing.manifest.dataset.preprocessing.get("decode", "pil")) if existing is not None else None
@@ -491,8 +503,13 @@ def _decoder(request: BuildRequest, existing: Any) -> str:
     return decoder
 
 
-def _encoders(request: BuildRequest, resolution: int, compute: Any, *, grid: int | None, need_vae: bool) -> list[Any]:
-    """The encoders that the request names. ``grid``: token grid of an existing cache; else the VAE decides it."""
+def _encoders(
+    request: BuildRequest, resolution: int, compute: Any, *, grid: int | None, need_vae: bool, add_vae: bool
+) -> list[Any]:
+    """The encoders that the request names. ``grid``: token grid of an existing cache; else the VAE decides it.
+
+    need_vae: for a new cache. add_vae: the VAE is asked for by name, be it without levels.
+    """
     from featcache.encoders.base import WeightsSource
     from featcache.encoders.custom import UserEncoder, is_custom
     from featcache.encoders.vae import LEVELS, VaeEncoder
@@ -508,7 +525,7 @@ def _encoders(request: BuildRequest, resolution: int, compute: Any, *, grid: int
     vae = request.vae or (TINY if only_tiny else "sd-ft-ema")
     levels = request.levels or (LEVELS if only_tiny and vae == TINY and need_vae else ())
     encoders: list[Any] = []
-    if need_vae or levels or request.vae:
+    if need_vae or levels or add_vae:
         encoders.append(VaeEncoder(vae, weights, resolution=resolution, levels=levels, compute=compute))
         grid = encoders[0].grid
     for choice in request.encoders:

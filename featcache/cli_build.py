@@ -98,7 +98,8 @@ def build(
     from featcache.encoders import parse_encoders, parse_levels
     from featcache.images import find_data
 
-    encoders, levels, data = parse_encoders(encoder or []), parse_levels(vae_levels), find_data(data)
+    encoders, levels = parse_encoders(encoder or []), parse_levels(vae_levels)
+    data = find_data(data, into=into)
     side = parse_resolution(resolution)
     from featcache import build as builder
     from featcache.pipeline import Meter

@@ -285,7 +285,7 @@ def plan(
     from featcache.encoders import parse_encoders, parse_levels
     from featcache.images import find_data
 
-    encoders, levels, found = parse_encoders(encoder or []), parse_levels(vae_levels), find_data(data)
+    encoders, levels, found = parse_encoders(encoder or []), parse_levels(vae_levels), find_data(data, into=into)
     from featcache.build import BuildRequest
     from featcache.cli_build import parse_names, parse_resolution
     from featcache.plan import estimate, print_estimate

@@ -294,12 +294,20 @@ def _open_folder(root: Path) -> FolderSource:
     )
 
 
-def find_data(data: str | None) -> str:
+def find_data(data: str | None, *, into: Path | None = None) -> str:
     """``--data``, else ``$FEATCACHE_DATA``, else ``./data/imagenet``.
+
+    into: cache to add to; one of the embedded set says itself which images it holds.
 
     Raises:
         UserError: none of the three exists.
     """
+    if data is None and into is not None:
+        import featcache
+
+        shapes = recorded_shapes(featcache.open(into).manifest.dataset.source)
+        if shapes is not None:
+            return shapes[0]
     chosen = data or os.environ.get("FEATCACHE_DATA")
     if chosen:
         return chosen
@@ -310,6 +318,14 @@ def find_data(data: str | None) -> str:
         "no images to encode: --data was not given, $FEATCACHE_DATA is not set and ./data/imagenet does not exist",
         remedy="Type: featcache build --data /path/to/images ...   (one folder per class), or --data shapes",
     )
+
+
+def recorded_shapes(description: str) -> tuple[str, int] | None:
+    """``--data`` and number of images of the embedded set that a manifest's source describes, None for other sources."""
+    if not description.startswith("shapes "):
+        return None
+    words = dict(part.split("=") for part in description.split() if "=" in part)
+    return f"shapes:{words['seed']}", int(words["count"])
 
 
 def fingerprint(source: Source, indices: Sequence[int] | np.ndarray) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from featcache.errors import UserError
-from featcache.images import BadImage, Source, fingerprint, open_source
+from featcache.images import BadImage, Source, fingerprint, open_source, recorded_shapes
 
 THUMB = 128
 MARGIN = 6
@@ -27,9 +27,9 @@ def source_of(cache: Any, data: str | None) -> Source | None:
 
     dataset = cache.manifest.dataset
     resolution = int(dataset.preprocessing["resolution"])
-    words = dict(part.split("=") for part in dataset.source.split() if "=" in part)
-    if dataset.source.startswith("shapes "):
-        return open_source(f"shapes:{words['seed']}", resolution=resolution, limit=int(words["count"]))
+    shapes = recorded_shapes(dataset.source)
+    if shapes is not None:
+        return open_source(shapes[0], resolution=resolution, limit=shapes[1])
     if data is None:
         return None
     source = open_source(data, resolution=resolution)

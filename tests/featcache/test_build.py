@@ -27,7 +27,7 @@ from featcache.encoders.base import WeightsSource
 from featcache.encoders.tiny import load_tiny_vae
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
-from featcache.images import center_crop, open_source
+from featcache.images import center_crop, find_data, open_source
 from featcache.inspect import contact_sheet, images_of, pca_rgb, read_feature
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -127,6 +127,25 @@ def test_adding_features_leaves_the_rest_untouched(tmp_path: Path) -> None:
         build(request(None, into=path, resolution=128), Silent())
     with pytest.raises(CacheError, match="not the images"):
         build(request(None, into=path, data="shapes:7", encoders=(EncoderChoice(name="tiny", layers=(4,)),)), Silent())
+
+
+def test_adding_takes_images_vae_and_number_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cache knows need not be typed again: a second call names only the new features."""
+    shapes = tmp_path / "shapes"
+    build(request(shapes, encoders=(), vae="tiny", levels=("G4",)), Silent())
+    build(BuildRequest(data=find_data(None, into=shapes), into=shapes, levels=("G3",)), Silent())
+    folder = image_folder(tmp_path / "data", 6)
+    photos = tmp_path / "photos"
+    build(request(photos, data=str(folder), encoders=(), vae="tiny", resolution=32, limit=4), Silent())
+    build(BuildRequest(data=str(folder), into=photos, levels=("G3",)), Silent())
+    for path in (shapes, photos):
+        manifest = featcache.open(path).manifest
+        level, moments = manifest.features["vae/G3"].provenance, manifest.features["vae/moments"].provenance
+        assert level["sha256"] == moments["sha256"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FEATCACHE_DATA", raising=False)
+    with pytest.raises(UserError, match="no images to encode"):
+        find_data(None, into=photos)
 
 
 def test_a_changed_image_is_noticed_when_features_are_added(tmp_path: Path) -> None:
