@@ -26,7 +26,8 @@ BUILD = f"featcache build --data shapes --encoder tiny --limit 1000 --batch-size
 TRAIN = (
     f"trainer run --method {{method}} --name demo/{{method}} --cache {CACHE} --model SiT-Ti/2 --steps {STEPS} --batch-size 32 "
     "--lr 2e-3 --set warmup_steps=50 --set betas=[0.9,0.95] --set time_sampling=lognormal --set ema_decay=0.995 "
-    f"--set ema_warmup=true --set sample_every={STEPS // 2} --set log_every=25"
+    f"--set ema_warmup=true --set sample_every={STEPS // 2} --set checkpoint_every={STEPS // 4} --set keep_checkpoints=4 "
+    "--set log_every=25"
 )
 METHODS = {"none": "", "ahpa": f" --set ahpa.weight=0.5 --set align_until={STEPS // 2}"}
 EVAL = "trainer eval runs/demo/{method} --num 256 --sampler ode --steps 25 --guidance 2.5"
