@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,7 @@ __all__ = ["Cache", "Reader", "epoch_order", "open_cache", "sequential_order"]
 
 _MAX_IOV = 512  # Linux takes 1024 buffers a call
 _PIECE = 1 << 18
+_SMALL_BYTES = 16 << 10
 _PAGE_BYTES = 4096
 _LABEL, _KEY = "label", "key"
 
@@ -55,13 +56,18 @@ def _physical_memory_bytes() -> int:
 class _OpenShards:
     """The most recently used open shards, bounded in number."""
 
-    def __init__(self, backend: Backend, limit: int, mapped: bool = False) -> None:
+    def __init__(self, backend: Backend, limit: int, n_files: int, mapped: bool = False) -> None:
         self._backend, self._limit, self._mapped = backend, limit, mapped
+        self._all = n_files <= limit
         self._open: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, array: str, shard: int) -> ShardFile:
         key = (array, shard)
+        if self._all:  # nothing is ever dropped, so there is no order to keep
+            found = self._open.get(key)
+            if found is not None:
+                return found
         with self._lock:
             found = self._open.get(key)
             if found is not None:
@@ -170,10 +176,12 @@ class Cache:
 class _Plan(NamedTuple):
     """Runs of samples in order of slots: shard, first sample in it, first row of the batch, length.
 
-    `parts` holds the view of each sample, `starts` where in it each run begins.
+    `parts` holds the view of each sample, `starts` where in it each run begins, `ends` for each run where the runs of
+    its shard end.
     """
 
     shards: list[int]
+    ends: list[int]
     firsts: list[int]
     rows: list[int]
     counts: list[int]
@@ -224,7 +232,7 @@ class Reader:
         n_files = manifest.n_shards * len(self.arrays)
         total_bytes = self.bytes_per_sample * manifest.dataset.count
         fits = total_bytes <= _physical_memory_bytes() // 2 and n_files <= limit
-        self._open = _OpenShards(cache.backend, limit, access == "mmap" or (access == "auto" and fits))
+        self._open = _OpenShards(cache.backend, limit, n_files, access == "mmap" or (access == "auto" and fits))
         n_threads = min(8, os.cpu_count() or 1) if threads is None else threads
         self._pool = ThreadPoolExecutor(n_threads, "featcache-read") if n_threads > 1 else None
         self._n_threads = max(1, n_threads)
@@ -287,8 +295,10 @@ class Reader:
         joins = (np.diff(slots) == 1) & (np.diff(rows) == 1) & (np.diff(shards) == 0)
         starts = np.flatnonzero(np.concatenate([[True], ~joins]))
         stops = np.append(starts[1:], n)
+        of_runs = shards[starts]
         plan = _Plan(
-            shards=shards[starts].tolist(),
+            shards=of_runs.tolist(),
+            ends=np.searchsorted(of_runs, of_runs, side="right").tolist(),
             firsts=firsts[starts].tolist(),
             rows=rows[starts].tolist(),
             counts=(stops - starts).tolist(),
@@ -335,38 +345,72 @@ class Reader:
 
     def _read_range(self, jobs: list[_Job], plan: _Plan, start: int, stop: int) -> None:
         """Read the runs `start` to `stop` of all arrays."""
-        shards, firsts, rows, counts = plan.shards, plan.firsts, plan.rows, plan.counts
-        for name, flat, array, length, select in jobs:
+        for job in jobs:
             i = start
-            shard, file, mapped = -1, None, None
             while i < stop:
-                if shards[i] != shard:
-                    shard = shards[i]
-                    file = self._open.get(name, shard)
-                    mapped = file if isinstance(file, StridedShard) and file.mapped is not None else None
-                assert file is not None
-                first, place = firsts[i], rows[i] * length
-                if select:
-                    for k in range(counts[i]):
-                        part = plan.parts[plan.starts[i] + k]
-                        file.read_part(first + k, part, flat[place : place + length])
-                        place += length
-                    i += 1
+                shard = plan.shards[i]
+                after = min(stop, plan.ends[i])  # all runs up to here are in this shard
+                file = self._open.get(job.name, shard)
+                if job.select:
+                    self._read_parts(file, job, plan, i, after)
+                elif isinstance(file, StridedShard) and file.mapped is not None:
+                    self._copy_runs(file, job, plan, i, after)
+                else:
+                    self._read_runs(file, job, plan, i, after)
+                i = after
+
+    @staticmethod
+    def _copy_runs(file: StridedShard, job: _Job, plan: _Plan, i: int, stop: int) -> None:
+        """Runs of a mapped shard: copied where they have been read before, else read.
+
+        At full speed the interpreter's work for a run weighs as much as copying some 10 KB, so the loop is flat. Small
+        samples are copied through memoryviews, which are quicker to cut than arrays; large ones through arrays, which
+        let go of the interpreter lock while they copy.
+        """
+        length, stride, touched = job.length, file.stride, file.touched
+        small = length < _SMALL_BYTES
+        source: Any = file.view if small else file.mapped
+        target: Any = job.flat if small else job.array
+        offset, dense = file.start, stride == length
+        for first, row, count in zip(plan.firsts[i:stop], plan.rows[i:stop], plan.counts[i:stop]):
+            place, start = row * length, offset + first * stride
+            if count == 1:
+                if touched[first]:
+                    target[place : place + length] = source[start : start + length]
                     continue
-                size = counts[i] * length
-                if mapped is not None and mapped.copy(first, counts[i], array[place : place + size]):
-                    i += 1
-                    continue
-                buffers = [flat[place : place + size]]
-                following = first + counts[i]
+                touched[first] = 1
+            elif dense and 0 not in touched[first : first + count]:
+                size = count * length
+                target[place : place + size] = source[start : start + size]
+                continue
+            else:
+                touched[first : first + count] = b"\1" * count
+            file.read_run(first, [job.flat[place : place + count * length]])
+
+    @staticmethod
+    def _read_runs(file: ShardFile, job: _Job, plan: _Plan, i: int, stop: int) -> None:
+        """Runs of any shard. Those that follow each other share a call, wherever in the batch they go."""
+        flat, length = job.flat, job.length
+        firsts, rows, counts = plan.firsts, plan.rows, plan.counts
+        while i < stop:
+            first = following = firsts[i]
+            buffers: list[memoryview] = []
+            while i < stop and firsts[i] == following and len(buffers) < _MAX_IOV:
+                place = rows[i] * length
+                buffers.append(flat[place : place + counts[i] * length])
+                following += counts[i]
                 i += 1
-                # Runs that follow each other in the shard share a call, wherever in the batch they go.
-                while i < stop and shards[i] == shard and firsts[i] == following and len(buffers) < _MAX_IOV:
-                    place = rows[i] * length
-                    buffers.append(flat[place : place + counts[i] * length])
-                    following += counts[i]
-                    i += 1
-                file.read_run(first, buffers)
+            file.read_run(first, buffers)
+
+    @staticmethod
+    def _read_parts(file: ShardFile, job: _Job, plan: _Plan, i: int, stop: int) -> None:
+        """One view of each sample."""
+        flat, length = job.flat, job.length
+        for run in range(i, stop):
+            first, place = plan.firsts[run], plan.rows[run] * length
+            for k in range(plan.counts[run]):
+                file.read_part(first + k, plan.parts[plan.starts[run] + k], flat[place : place + length])
+                place += length
 
 
 def open_cache(

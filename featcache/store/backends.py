@@ -70,16 +70,18 @@ def _one_by_one(buffers: list[memoryview], length: int) -> Iterator[memoryview]:
 class StridedShard:
     """Uncompressed samples at equal distances: sample i begins at `start + i * stride`.
 
-    Mapped, a sample is read from the file the first time (one request to the disk for all of it) and copied
-    from the mapping ever after (no system call, no work by the page in the kernel: memory speed).
+    Mapped (`mapped` and `view` are the file's bytes), a sample is read from the file the first time (one request to
+    the disk for all of it) and copied from the mapping ever after (no system call, no work by the page in the kernel:
+    memory speed). `touched` tells which samples have been read.
     """
 
-    __slots__ = ("fd", "length", "mapped", "n", "start", "stride", "touched", "where")
+    __slots__ = ("fd", "length", "mapped", "n", "start", "stride", "touched", "view", "where")
 
     def __init__(self, fd: int, start: int, stride: int, length: int, n: int, where: str) -> None:
         self.fd, self.start, self.stride, self.length, self.where = fd, start, stride, length, where
         self.n = n
         self.mapped: np.ndarray | None = None
+        self.view = memoryview(b"")
         self.touched = bytearray()
 
     def map(self) -> None:
@@ -88,21 +90,8 @@ class StridedShard:
             mapping = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError):
             return
-        self.mapped = np.frombuffer(mapping, np.uint8)
+        self.mapped, self.view = np.frombuffer(mapping, np.uint8), memoryview(mapping)
         self.touched = bytearray(self.n)
-
-    def copy(self, first: int, count: int, target: np.ndarray) -> bool:
-        """Fill `target` (flat bytes) with `count` samples from the mapping; False if they must be read
-        first.
-        """
-        if self.mapped is None or (count > 1 and self.stride != self.length):
-            return False
-        if not self.touched[first] if count == 1 else 0 in self.touched[first : first + count]:
-            self.touched[first : first + count] = b"\1" * count
-            return False
-        offset = self.start + first * self.stride
-        target[:] = self.mapped[offset : offset + len(target)]
-        return True
 
     def __del__(self) -> None:
         # The last user closes: a thread may still read from a shard that the cache of open files has dropped.

@@ -107,7 +107,7 @@ def test_many_threads_share_a_reader(path: Path, monkeypatch) -> None:
     cache = featcache.open(path)
     reader = cache.reader(["tiny@5", "vae/moments"], threads=2)
     # So few open shards that every read evicts some that other threads are reading.
-    monkeypatch.setattr(reader, "_open", _OpenShards(cache.backend, 1))
+    monkeypatch.setattr(reader, "_open", _OpenShards(cache.backend, 1, n_files=99))
     whole = expected(cache.manifest, "vae/moments", SKIPPED)
     wrong: list[int] = []
 
