@@ -69,7 +69,7 @@ class SampleConfig:
 
     sampler: for SiT ``ode`` (Euler), ``heun``, ``dopri5``, ``sde`` (Euler-Maruyama, the papers' last step without noise);
     for DiT ``ddpm`` (ancestral) and ``ddim`` (every i-th step from 0 on as in ADM, where a whole i gives ``steps`` of
-    them; else spread evenly from the first step to the last, as for ``ddpm``: our choice).
+    them; else spread evenly from the first step to the last, as for ``ddpm``: our choice; a single step is the last).
     steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own). guidance: scale, interval and channels.
     pixels: ``round`` is 127.5 x + 128 clamped (ADM, DiT, SiT); ``truncate`` is 255 (x + 1) / 2 cut off (REPA).
     seed: together with the sample's index it fixes the sample's noise.

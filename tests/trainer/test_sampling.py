@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,10 @@ from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from trainer import sampling
 from trainer.config import RunConfig
+from trainer.diffusion.ddpm import linear_schedule
 from trainer.loop import train
+from trainer.models import model_config
+from trainer.models.transformer import ModelOutput
 from trainer.sample import (
     SampleConfig,
     check_sampler,
@@ -32,6 +37,7 @@ from trainer.sample import (
     draw_units,
     load_decoder,
     load_run,
+    sampling_times,
     to_uint8,
 )
 from trainer.sampling import SampleRequest, sample_run
@@ -290,11 +296,44 @@ def test_wrong_settings_are_explained(runs_root: Path, change: dict[str, object]
     assert not (tmp_path / "x").exists()
 
 
-def test_any_number_of_ddim_steps(runs_root: Path) -> None:
-    model = load_run(runs_root / "dit").model
-    for steps in (1, 7, 150):  # 7 and 150 of 1000 have no whole stride
-        drawn = draw_latents(model, torch.tensor([1]), [0], SampleConfig(sampler="ddim", steps=steps))
-        assert torch.isfinite(drawn).all()
+@pytest.mark.parametrize(("sampler", "steps"), [(s, n) for s in ("ddim", "ddpm") for n in (1, 2, 7, 10, 150, 1000)])
+def test_any_number_of_dit_steps(sampler: str, steps: int) -> None:
+    """DDIM takes whole strides of 1000 steps from 0 on where there are such; else both go from the first to the last."""
+    stride = math.ceil(1000 / steps)
+    kept = sampling_times(sampler, steps).steps.tolist()  # type: ignore[union-attr]
+    assert len(kept) == steps
+    assert all(a < b for a, b in pairwise(kept))
+    if steps == 1:
+        assert kept == [999]
+    elif sampler == "ddim" and math.ceil(1000 / stride) == steps:  # all but 150
+        assert kept == list(range(0, 1000, stride))
+    else:
+        assert (kept[0], kept[-1]) == (0, 999)
+
+
+class _OfAGaussian(torch.nn.Module):
+    """The exact noise prediction for data that are normal with mean 3 and standard deviation 0.5 in every entry."""
+
+    cfg = replace(model_config("DiT-Ti/2", latent_channels=4, latent_size=16, num_classes=2), learn_sigma=False)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> ModelOutput:
+        alpha_bar = torch.from_numpy(linear_schedule().alpha_bar)[t.long()].float().reshape(-1, 1, 1, 1)
+        noise = (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * 3) / (alpha_bar * 0.25 + 1 - alpha_bar)
+        return ModelOutput(prediction=noise, hidden={}, time_embedding=t)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("steps", [1, 7, 150])
+def test_few_dit_steps_land_at_the_data(sampler: str, steps: int) -> None:
+    """One step gives the mean of the data given noise, their mean; many give their spread too. 8,192 entries."""
+    drawn = draw_latents(
+        _OfAGaussian(), torch.zeros(8, dtype=torch.long), range(8), SampleConfig(sampler=sampler, steps=steps)
+    )
+    assert drawn.mean().item() == pytest.approx(3, abs=0.05)
+    if steps == 1:
+        assert drawn.std().item() < 0.01
+    elif steps == 150:
+        assert drawn.std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_command_line(

@@ -84,6 +84,7 @@ def respace(schedule: Schedule, count: int, *, spacing: Literal["even", "stride"
 
     ``even`` spreads them from the first step to the last, rounded: 10 of 1000 are 0, 111, ..., 999.
     ``stride`` takes every i-th step from 0 on (DDIM's choice): 10 of 1000 are 0, 100, ..., 900.
+    A single step is the last one, where the process ends in noise, not the first as either rule has it: our choice.
 
     Raises:
         UserError: a count that the process or the stride does not allow.
@@ -91,7 +92,9 @@ def respace(schedule: Schedule, count: int, *, spacing: Literal["even", "stride"
     T = len(schedule)
     if not 1 <= count <= T:
         raise UserError(f"{count} sampling steps of a process with {T} were asked for.", remedy=f"Use 1 to {T}.")
-    if spacing == "stride":
+    if count == 1:
+        kept = np.array([T - 1])
+    elif spacing == "stride":
         strides = [i for i in range(1, T + 1) if len(range(0, T, i)) == count]
         if not strides:
             near = min({len(range(0, T, i)) for i in range(1, T + 1)}, key=lambda n: abs(n - count))
@@ -102,7 +105,7 @@ def respace(schedule: Schedule, count: int, *, spacing: Literal["even", "stride"
     else:
         # Adding up the stride instead of multiplying it, because halves must round as they do in the public
         # code.
-        stride, position, kept_list = (T - 1) / (count - 1) if count > 1 else 1.0, 0.0, []
+        stride, position, kept_list = (T - 1) / (count - 1), 0.0, []
         for _ in range(count):
             kept_list.append(round(position))
             position += stride
