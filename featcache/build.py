@@ -315,6 +315,8 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
             progress = _Shared(progress, ranks) if ranks.size > 1 else progress
             note = features_note(work.specs) + ranks.note()
             progress.start(total=len(work.order), done=len(work.order) - left, note=note)
+            if writer is not None and work.captions is not None and work.captions.remark:
+                progress.warn(work.captions.remark)
             mine = ranks.share(pending, request.schedule)
             run_shards(work, mine, shard_writer, meter=meter, advance=progress.advance, warn=progress.warn)
             ranks.wait()

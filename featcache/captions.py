@@ -1,7 +1,8 @@
 """Captions of images: from a table, from the members beside webdataset's images, or of the embedded set.
 
 Captions belong to a source: ``of(i)`` gives those of its sample ``i``. What a cache's manifest records of them is
-``description`` (where they are from, no paths) and ``identity`` (a digest by which other captions are noticed).
+``description`` (where they are from, no paths) and ``identity`` (a digest by which other captions are noticed);
+``remark`` is for the user alone.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,7 @@ from featcache.images import ShapesSource, Source
 KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
 JSON_KEYS = ("caption", "captions", "text")
 COUNT_THREADS = 16
+COUNT_AT_ONCE = 4096  # samples a task: a task each would hold gigabytes of them for a large set
 
 
 class Captions(Protocol):
@@ -33,6 +36,9 @@ class Captions(Protocol):
 
     @property
     def identity(self) -> str: ...
+
+    @property
+    def remark(self) -> str | None: ...
 
     def of(self, index: int) -> tuple[str, ...]:
         """Captions of sample ``index``, in order; none is possible. Raises `UserError` if they cannot be read."""
@@ -50,6 +56,7 @@ class ShapesCaptions:
     source: ShapesSource
     description: str = "the embedded set's own"
     identity: str = "a CLASS; a picture of a CLASS"
+    remark: str | None = None
 
     def of(self, index: int) -> tuple[str, ...]:
         name = self.source.class_names[self.source.label(index)]
@@ -64,6 +71,7 @@ class TableCaptions:
     """Captions of a table as one run of bytes, so that millions of them cost little more than their letters.
 
     text: uint8, UTF-8. starts: int64 [captions + 1] into ``text``. firsts: int64 [samples + 1] into ``starts``.
+    remark: what to tell the user of rows that name no image of the source; None where all do.
     """
 
     description: str
@@ -71,6 +79,7 @@ class TableCaptions:
     text: np.ndarray
     starts: np.ndarray
     firsts: np.ndarray
+    remark: str | None = None
 
     def of(self, index: int) -> tuple[str, ...]:
         bounds = self.starts[self.firsts[index] : self.firsts[index + 1] + 1]
@@ -87,6 +96,7 @@ class MemberCaptions:
 
     source: Any  # featcache.sources.archives.ArchiveSource
     key: str | None
+    remark: str | None = None
 
     @property
     def description(self) -> str:
@@ -94,11 +104,13 @@ class MemberCaptions:
 
     @property
     def identity(self) -> str:
-        """Over the samples' keys and their members' sizes: reading them all would cost a pass."""
+        """Over the samples' keys, their members' sizes and the key in ``.json``: reading them all would cost a pass."""
         source = self.source
         digest = hashlib.sha256(b"\n".join(source.keys.tolist()))
         for column in (source.text_sizes, source.json_sizes):
             digest.update(column.tobytes())
+        if self.key is not None:
+            digest.update(self.key.encode())
         return digest.hexdigest()
 
     def of(self, index: int) -> tuple[str, ...]:
@@ -110,8 +122,9 @@ class MemberCaptions:
                 "counting the captions of remote shards would read each of them",
                 remedy="Type --captions-per-image with the number to keep.",
             )
+        parts = [indices[first : first + COUNT_AT_ONCE] for first in range(0, len(indices), COUNT_AT_ONCE)]
         with ThreadPoolExecutor(COUNT_THREADS) as pool:
-            return max(pool.map(lambda i: len(self.of(int(i))), indices, chunksize=1024), default=0)
+            return max(pool.map(lambda part: max(len(self.of(int(i))) for i in part), parts), default=0)
 
 
 def open_captions(source: Source, *, table: Path | None, key: str | None) -> Captions:
@@ -147,19 +160,24 @@ def read_table(path: Path, source: Source) -> TableCaptions:
     """A CSV file: one column that names the image (one of :data:`KEY_COLUMNS`), every other one holds captions.
 
     Images are named by key, with or without its extension. Several captions of an image are several columns, several
-    rows, or both; empty cells are none. Rows of images that the source lacks are passed over.
+    rows, or both; empty cells are none. Rows of images that the source lacks are passed over and counted in the remark.
 
     Raises:
-        UserError: no such file, no such columns, or no row names an image of the source.
+        UserError: no such file, no such columns, no row names an image of the source, or a name without extension is
+            that of several images.
     """
     try:
         file = path.open(encoding="utf-8-sig", newline="")
     except OSError as error:
         raise UserError(f"--captions {path}: {error.strerror}", remedy="Pass a CSV file.") from error
     numbers = {source.key(i): i for i in range(len(source))}
-    for name, i in list(numbers.items()):
-        numbers.setdefault(name.rpartition(".")[0], i)
+    stems: dict[str, list[int]] = {}
+    for name, i in numbers.items():
+        stem, extension = os.path.splitext(name)  # noqa: PTH122 (keys are no paths of this machine)
+        if extension:
+            stems.setdefault(stem, []).append(i)
     text, lengths, owners = bytearray(), [0], list[int]()
+    rows_seen, strays, stray = 0, 0, ""
     with file:
         rows = csv.reader(file)
         try:
@@ -172,22 +190,37 @@ def read_table(path: Path, source: Source) -> TableCaptions:
                     remedy="Write for example: key,caption",
                 )
             for row in rows:
-                index = numbers.get(row[column]) if len(row) > column else None
-                if index is None:
+                if not row:
+                    continue  # an empty line
+                rows_seen += 1
+                name = row[column].strip() if len(row) > column else ""
+                found = [numbers[name]] if name in numbers else stems.get(name, [])
+                if not found:
+                    stray = name if not strays else stray
+                    strays += 1
                     continue
+                if len(found) > 1:
+                    raise UserError(
+                        f"--captions {path}: {name!r} may be {source.key(found[0])!r} or {source.key(found[1])!r}",
+                        remedy="Name such images with their extensions.",
+                    )
                 for i, cell in enumerate(row):
                     if i != column and (caption := cell.strip()):
                         text += caption.encode()
                         lengths.append(len(text))
-                        owners.append(index)
+                        owners.append(found[0])
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"--captions {path} is not a CSV file in UTF-8: {error}") from error
-    if not owners:
+    if strays == rows_seen:
         raise UserError(
             f"--captions {path} names none of the images of {source.description}, such as {source.key(0)!r}",
             remedy=f"Its column {header[column]!r} must hold such keys, with or without the extension.",
         )
-    return _packed(path, source, text, np.array(lengths, np.int64), np.array(owners, np.int64))
+    packed = _packed(path, source, text, np.array(lengths, np.int64), np.array(owners, np.int64))
+    if not strays:
+        return packed
+    remark = f"{strays} of {rows_seen} rows of {path} name no image of {source.description}, such as {stray!r}"
+    return replace(packed, remark=remark)
 
 
 def _packed(path: Path, source: Source, text: bytearray, ends: np.ndarray, owners: np.ndarray) -> TableCaptions:

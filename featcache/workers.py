@@ -185,6 +185,8 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
             total = len(plan.work.order)
             left = sum(len(plan.work.slots(shard)) for shard in pending)
             progress.start(total=total, done=total - left, note=features_note(plan.work.specs) + " (Ray)")
+            if plan.work.captions is not None and plan.work.captions.remark:
+                progress.warn(plan.work.captions.remark)
             resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             remote: Any = ray.remote
             make = remote(max_restarts=0, **resources)(_Actor)

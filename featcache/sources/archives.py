@@ -133,11 +133,12 @@ class ArchiveSource(EncodedSource):
         except ValueError as error:
             raise UserError(f"{where}: its .json is damaged: {error}", remedy="Make the shard again.") from error
         found = value if isinstance(value, dict) else {}
-        texts = found.get(key or next((name for name in usual if name in found), ""), [])
+        name = key or next((name for name in usual if name in found), "")
+        texts = found.get(name, [])
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(
-                f"{where}: its .json holds no text or list of texts under {key!r}",
+                f"{where}: its .json holds no text or list of texts under {name!r}",
                 remedy="Name another key with --caption-key.",
             )
         return tuple(text.strip() for text in texts if text.strip())

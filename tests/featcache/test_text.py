@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 
 import featcache
 from featcache.build import BuildRequest, build
-from featcache.captions import open_captions
+from featcache.captions import open_captions, read_table
 from featcache.encoders.base import Compute, WeightsSource
 from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
@@ -264,6 +265,35 @@ def test_a_table_of_captions_in_columns_and_rows(folder: Path, tmp_path: Path) -
         captions_of(folder)
 
 
+def test_rows_of_a_table_name_one_image_each_or_are_told_of(tmp_path: Path) -> None:
+    keys = ("a.b/0.png", "a.b/0.jpg", "a.b/1.png", "a.b/2", "plain/000001")
+
+    class Keyed:
+        description = "five images"
+
+        def __len__(self) -> int:
+            return len(keys)
+
+        def key(self, index: int) -> str:
+            return keys[index]
+
+    def table(text: str) -> Any:
+        (tmp_path / "t.csv").write_text("key,caption\n" + text)
+        return read_table(tmp_path / "t.csv", Keyed())  # type: ignore[arg-type]
+
+    got = table(" a.b/1 ,x\na.b/0.jpg , y\n,nobody\n\na,nobody\nplain/000001,z\n")
+    assert [got.of(i) for i in range(5)] == [(), ("y",), ("x",), (), ("z",)]
+    assert got.remark == f"2 of 5 rows of {tmp_path / 't.csv'} name no image of five images, such as ''"
+    assert table("a.b/2,x\n").remark is None
+    with pytest.raises(UserError, match=r"'a.b/0' may be 'a.b/0.png' or 'a.b/0.jpg'"):
+        table("a.b/1,x\na.b/0,y\n")
+    with pytest.raises(UserError, match="names none"):
+        table(",x\na,y\n")
+    bare = table("a.b/2, \n")
+    assert bare.most(range(5)) == 0, "an image without captions, not a row without an image"
+    assert bare.of(3) == ()
+
+
 def shard(path: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
@@ -301,9 +331,45 @@ def test_captions_beside_the_images_of_webdataset_shards(tmp_path: Path) -> None
     assert [open_source(str(path), resolution=32).label(i) for i in range(4)] == [0, 1, 1, 1]
     with pytest.raises(UserError, match="'label'"):
         captions_of(path, key="label")
+    for value, name in ((7, "text"), ([7], "caption")):
+        odd = {"0.png": image_bytes(0), "0.json": json.dumps({"label": 0, name: value}).encode()}
+        with pytest.raises(UserError, match=f"under '{name}'"):
+            captions_of(shard(tmp_path / f"odd-{name}.tar", odd))
     bare = shard(tmp_path / "bare.tar", {"0.png": image_bytes(0), "0.cls": b"0"})
     with pytest.raises(UserError, match=r"no \.txt or \.json"):
         captions_of(bare)
+
+
+def test_captions_are_counted_in_few_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task an image would hold a future an image: gigabytes for millions."""
+    members: dict[str, bytes] = {}
+    for i in range(7):
+        members |= {f"{i}.png": image_bytes(i), f"{i}.txt": b"a text\n" * (i + 1)}
+    source = open_source(str(shard(tmp_path / "a.tar", members)), resolution=32)
+    tasks = []
+    submit = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: [tasks.append(args), submit(*args)][1])
+    monkeypatch.setattr("featcache.captions.COUNT_AT_ONCE", 3)
+    captions = open_captions(source, table=None, key=None)
+    assert captions.most(np.arange(7)) == 7
+    assert len(tasks) == 3
+    assert captions.most([]) == 0
+
+
+def test_captions_under_another_key_are_other_captions(tmp_path: Path) -> None:
+    both = json.dumps({"label": 0, "short": "x", "long": "longer"}).encode()
+    path = shard(tmp_path / "a.tar", {"0.png": image_bytes(0), "0.json": both, "1.png": image_bytes(1), "1.json": both})
+    ask = request(tmp_path / "c", data=str(path), limit=None, caption_key="short")
+    build(ask, Quiet())
+    entry = replace(TINY, width=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.encoders.text.TEXTS", {"tiny": TINY, "second": entry})
+        patch.setattr("featcache.encoders.table.TEXTS", {"tiny": TINY, "second": entry})
+        more = replace(ask, out=None, into=tmp_path / "c", vae=None, texts=("second",))
+        with pytest.raises(CacheError, match=r"under 'short', 1 an image, against .* under 'long'"):
+            build(replace(more, caption_key="long"), Quiet())
+        build(more, Quiet())
+    assert "text/second" in featcache.open(tmp_path / "c").manifest.features
 
 
 def test_shards_of_captioned_images_need_no_labels(tmp_path: Path) -> None:
@@ -355,7 +421,7 @@ def test_text_joins_a_cache_without_reading_an_image(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = tmp_path / "captions.csv"
-    table.write_text("key,caption,another\na/0.png,x,y\nb/1.png,z,\nb/1.png,w,v\n")
+    table.write_text("key,caption,another\na/0.png,x,y\nb/1.png,z,\nb/1.png,w,v\nb/7.png,stray,\n")
     ask = request(tmp_path / "c", data=str(folder), limit=None)
     build(replace(ask, texts=()), Quiet())
     with monkeypatch.context() as patch:
@@ -364,6 +430,7 @@ def test_text_joins_a_cache_without_reading_an_image(
         progress = Quiet()
         build(adding, progress)
     assert any("4 of 6 images have no caption" in text for text in progress.warnings)
+    assert any("1 of 4 rows" in text and "'b/7.png'" in text for text in progress.warnings)
     cache = featcache.open(tmp_path / "c")
     with cache.reader(["text/count", "text/tiny.length"]) as reader:
         out = reader.allocate(6)
