@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -180,8 +180,8 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: RUN/samples/<settings>]")] = None,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
+    from featcache.progress import RichBar
     from trainer import distributed
-    from trainer.progress import RichBar
     from trainer.sampling import SampleRequest, sample_run
 
     request = SampleRequest(
@@ -209,8 +209,34 @@ def sample(
         console.print(f"images: [bold]{result.images}[/bold]   grid: {result.grid}")
 
 
+# Options of eval that say how to draw, so that they mean nothing where the images are there already.
+DRAWING = [
+    "sampler",
+    "steps",
+    "guidance",
+    "interval",
+    "guided_channels",
+    "classes",
+    "pixels",
+    "step",
+    "precision",
+    "compile_",
+]
+
+
+def _refuse_typed(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raises UserError if any of the options ``names`` (of the command's parameters) was typed."""
+    from featcache.errors import UserError
+
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{option.opts[0]} {why}", remedy=f"Leave {option.opts[0]} out.")
+
+
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     run: Annotated[Path | None, typer.Argument(help="Folder of the run. [default: the newest below ./runs]")] = None,
     samples: Annotated[
         str | None, typer.Option(help="Judge these images (npz, tar, folder) by --reference instead of drawing some.")
@@ -229,7 +255,10 @@ def evaluate(
         float | None, typer.Option(help="Classifier-free guidance scale. [default: the recipe's, else 1: none]")
     ] = None,
     interval: Annotated[
-        str | None, typer.Option(help="Interval of t in which to guide: LOW,HIGH. [default: the recipe's, else 0,1]")
+        str | None,
+        typer.Option(
+            help="Interval of t in which to guide: LOW,HIGH. [default: the recipe's at its --guidance, else 0,1]"
+        ),
     ] = None,
     classes: Classes = "balanced",
     extractor: Annotated[
@@ -262,10 +291,16 @@ def evaluate(
 ) -> None:
     """Sample a run, compare with reference images, write metrics.json and report.html."""
     from featcache.errors import UserError
+    from featcache.progress import RichBar
     from trainer.evaluation import EvalRequest, evaluate_images, evaluate_run
-    from trainer.progress import RichBar
     from trainer.runs import newest_run
 
+    if samples is None:
+        _refuse_typed(context, ("require_labels",), "says what to accept of --samples, which were not given")
+    elif run is not None:
+        raise UserError("a run and --samples were both given", remedy="Leave one of them out.")
+    else:
+        _refuse_typed(context, DRAWING, "says how to draw images, and --samples are drawn already")
     request = EvalRequest(
         num=num,
         sampler=sampler,
@@ -291,10 +326,8 @@ def evaluate(
     with RichBar("evaluating", unit="images") as bar:
         if samples is None:
             result = evaluate_run(run or newest_run(), request, bar)
-        elif run is None:
-            result = evaluate_images(samples, request, require_labels=require_labels, bar=bar)
         else:
-            raise UserError("a run and --samples were both given", remedy="Leave one of them out.")
+            result = evaluate_images(samples, request, require_labels=require_labels, bar=bar)
     if result is None:  # the main rank judges
         return
     for name, value in result.metrics.items():
@@ -332,8 +365,8 @@ def analyze(
     values = {"samples": samples, "step": step, "data": data, "seed": seed, "device": device}
     values |= {"weights_dir": None if weights_dir is None else str(weights_dir)}
     options = from_mapping(AnalyzeConfig, apply_overrides(values, set_ or []))
+    from featcache.progress import RichBar
     from trainer.analyze.command import analyze_runs
-    from trainer.progress import RichBar
 
     with RichBar("analysing", unit="diagnostics") as bar:
         pages = analyze_runs(runs, chosen, options, bar)

@@ -31,7 +31,8 @@ class EvalRequest:
     """What ``trainer eval`` was asked for.
 
     None takes what the run's recipe says of its published figures, else the defaults of the device (the module's
-    constants). precision, compile: see :func:`trainer.inference.choose_arithmetic`.
+    constants). The recipe's interval goes with the recipe's guidance scale alone: with another one the default is to guide
+    at all times. precision, compile: see :func:`trainer.inference.choose_arithmetic`.
     """
 
     num: int | None = None
@@ -208,7 +209,7 @@ def _with_defaults(request: EvalRequest, run: Path, config: RunConfig, device: s
         guidance = 1.0
     interval = request.interval
     if interval is None:
-        interval = "{:g},{:g}".format(*(paper.interval if request.guidance is None else (0, 1)))
+        interval = "{:g},{:g}".format(*(paper.interval if guidance == paper.guidance else (0, 1)))
     num = request.num
     if num is None and on_gpu:
         num = GPU_SAMPLES

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from featcache.console import console
-from featcache.progress import Bar, RichBar
-
-__all__ = ["RichBar", "RichWatcher"]
+from featcache.progress import Bar
 
 
 class RichWatcher(Bar):

@@ -285,8 +285,8 @@ class _Judge:
     def __call__(self, run: Path, step: int) -> dict[str, float]:
         import torch
 
+        from featcache.progress import RichBar
         from trainer.evaluate.judge import evaluate
-        from trainer.progress import RichBar
         from trainer.sampling import SampleRequest, sample_run
 
         folder = run / "samples" / f"judged_{step:07d}"

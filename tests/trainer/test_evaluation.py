@@ -202,6 +202,38 @@ def test_images_of_any_code_can_be_judged(root: Path, tmp_path: Path) -> None:
         evaluate_images(str(bare), replace(ask, reference=None), require_labels=False, bar=Quiet())
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        *(
+            (["--samples", "x.npz", *option.split()], option.split()[0])
+            for option in (
+                "--sampler ode",
+                "--steps 9",
+                "--guidance 1.5",
+                "--interval 0,0.5",
+                "--classes random",
+                "--pixels round",  # the default, but typed
+                "--guided-channels 3",
+                "--step 4",
+                "--precision fp32",
+                "--compile",
+                "--no-compile",
+            )
+        ),
+        (["--require-labels"], "--require-labels"),
+    ],
+)
+def test_options_without_effect_are_refused(words: list[str], named: str) -> None:
+    from typer.testing import CliRunner
+
+    from trainer.cli import app
+
+    done = CliRunner().invoke(app, ["eval", "--reference", "y.npz", *words])
+    assert isinstance(done.exception, UserError)
+    assert done.exception.what.startswith(named.replace("--no-compile", "--compile"))
+
+
 PUBLISHED = {
     "source": "REPA, Table 4",
     "metrics": {"FID": 1.42, "sFID": 4.7, "IS": 305.7, "Precision": 0.8, "Recall": 0.65},
@@ -228,6 +260,8 @@ def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
     )
     asked = _with_defaults(EvalRequest(sampler="ode", steps=9, guidance=3.0), run, config, "cuda", Quiet())
     assert (asked.sampler, asked.steps, asked.guidance, asked.interval) == ("ode", 9, 3.0, "0,1")
+    same_scale = _with_defaults(EvalRequest(guidance=1.8), run, config, "cuda", Quiet())
+    assert (same_scale.guidance, same_scale.interval) == (1.8, "0,0.7")
     on_cpu = _with_defaults(EvalRequest(), run, config, "cpu", Quiet())
     assert (on_cpu.sampler, on_cpu.steps, on_cpu.guidance) == ("ode", 32, 1.8)
     bar = Quiet()
