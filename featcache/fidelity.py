@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,11 +31,14 @@ def fidelity(codec: str, x: Tensor) -> dict[str, float]:
 def distance(x: Tensor, y: Tensor) -> dict[str, float]:
     """How far features ``y`` are from ``x``, both [B, *shape]: cosines of tokens and the relative error.
 
-    As for :func:`fidelity`; tokens that are zero in ``x`` count for the relative error alone.
+    As for :func:`fidelity`; tokens that are zero in ``x`` count for the relative error alone. Where all of them are, as
+    those of images without captions, every figure is NaN: there is nothing to compare.
     """
     y = y.double().flatten(0, -2)
     x = x.double().flatten(0, -2)  # [tokens, C]
     keep = x.norm(dim=-1) > 0
+    if not keep.any():
+        return dict.fromkeys(("mean_cosine", "worst_cosine", "relative_error"), math.nan)
     cosine = torch.nn.functional.cosine_similarity(x[keep], y[keep], dim=-1)
     return {
         "mean_cosine": float(cosine.mean()),

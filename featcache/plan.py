@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,11 @@ import torch
 
 from featcache.build import SAMPLE_FEATURES, BuildRequest, check_request, pick_device, prepare, spec_bytes
 from featcache.codecs import CODECS, encode
-from featcache.encoders.base import PRECISIONS, in_precision
+from featcache.encoders.base import in_precision, synchronise
 from featcache.errors import UserError
 from featcache.fidelity import distance, fidelity
 from featcache.pipeline import encoder_name
+from featcache.precision import PRECISIONS
 from featcache.store.manifest import FeatureSpec
 
 PROBE_IMAGES = 2  # for the encoders' rate, after one warm-up of the same size
@@ -82,14 +84,22 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
     else:
         pixels = np.random.default_rng(0).integers(0, 256, (len(chosen), R, R, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(work.device)
-    batches = [images[first : first + request.batch_size] for first in range(0, len(images), request.batch_size)]
-    runs: list[_Run] = [
-        _Run(name=encoder_name(e), encoder=e, inputs=batches, images=len(images)) for e in work.encoders
+    batches = _equal_batches(images, request.batch_size)
+    runs = [
+        _Run(name=encoder_name(e), encoder=e, inputs=batches, computed=sum(map(len, batches)), images=len(images))
+        for e in work.encoders
     ]
     if work.captions is not None:
         captions = [work.captions.of(i) for i in chosen]
         runs += [
-            _Run(name=encoder_name(e), encoder=e, inputs=[e.tokenise(captions)], images=len(chosen)) for e in work.texts
+            _Run(
+                name=encoder_name(e),
+                encoder=e,
+                inputs=[e.tokenise(captions)],
+                computed=len(chosen),
+                images=len(chosen),
+            )
+            for e in work.texts
         ]
     features: dict[str, torch.Tensor] = {}
     precision: dict[str, dict[str, dict[str, float]]] = {}
@@ -127,22 +137,32 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
     )
 
 
+def _equal_batches(images: torch.Tensor, size: int) -> Sequence[torch.Tensor]:
+    """Images [n, ...] in batches of one size, the last one filled up with the first of them: a compiled network would
+    be compiled again for a shorter one, and timed with it."""
+    size = min(size, len(images))
+    return torch.cat([images, images[: -len(images) % size]]).split(size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """An encoder and what it is given: inputs one call each, of ``images`` images together."""
+    """An encoder and what it is given: inputs one call each, of ``computed`` images together, of which the first
+    ``images`` count as features."""
 
     name: str
     encoder: Any
     inputs: Sequence[Any]
+    computed: int
     images: int
 
     def timed(self, encoder: Any) -> tuple[dict[str, torch.Tensor], float]:
         """Features on the CPU, float32, and images/s, after one call that does not count (kernels, compilation)."""
         encoder(self.inputs[0])
+        synchronise(encoder.compute.device)
         start = time.perf_counter()
         parts = [{name: value.float().cpu() for name, value in encoder(given).items()} for given in self.inputs]
-        rate = self.images / (time.perf_counter() - start)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, rate
+        rate = self.computed / (time.perf_counter() - start)
+        return {name: torch.cat([part[name] for part in parts])[: self.images] for name in parts[0]}, rate
 
 
 def _fidelities(feature: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -155,6 +175,10 @@ def _fidelities(feature: torch.Tensor) -> dict[str, dict[str, float]]:
         except UserError:
             continue  # int4 needs channels in groups of 32
     return found
+
+
+def _figure(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bool) -> None:
@@ -211,9 +235,9 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         for kind, row in kinds.items():
             errors.add_row(
                 f"--precision {kind}",
-                f"{row['mean_cosine']:.6f}",
-                f"{row['worst_cosine']:.6f}",
-                f"{row['relative_error']:.2e}",
+                _figure(row["mean_cosine"], ".6f"),
+                _figure(row["worst_cosine"], ".6f"),
+                _figure(row["relative_error"], ".2e"),
             )
         console.print(errors)
     if plan.precision and plan.device == "cpu":
@@ -224,8 +248,8 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
             losses.add_row(
                 codec,
                 size_text(row["bytes_per_image"]),
-                f"{row['mean_cosine']:.6f}",
-                f"{row['worst_cosine']:.6f}",
-                f"{row['relative_error']:.2e}",
+                _figure(row["mean_cosine"], ".6f"),
+                _figure(row["worst_cosine"], ".6f"),
+                _figure(row["relative_error"], ".2e"),
             )
         console.print(losses)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import UserError, WeightsUnavailable
+from featcache.precision import PRECISIONS, tensor_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,9 @@ class Encoder(Protocol):
         ...
 
 
-PRECISIONS = ("fp32", "tf32", "bf16")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How encoders run: on which device, in which precision (a name of :data:`PRECISIONS`), compiled or not.
+    """How encoders run: on which device, in which precision (a name of :data:`featcache.precision.PRECISIONS`), compiled or not.
 
     fp32: no TF32 anywhere. tf32: matrix products and convolutions on tensor cores, 10 bits of mantissa. bf16: autocast,
     weights stay float32. Whatever the precision, pixels are prepared and features handed out in float32.
@@ -69,17 +67,25 @@ class Compute:
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """Where networks run: no gradients, TF32 on or off, bf16 autocast. Restores PyTorch's settings afterwards."""
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
-        try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16"),
-            ):
-                yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+        with (
+            tensor_float32(self.precision == "tf32"),
+            torch.inference_mode(),
+            torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16"),
+        ):
+            yield
+
+
+def synchronise(device: str) -> None:
+    """Waits until the device has done all it was given; a CPU always has."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def upload(tensor: Tensor, device: str) -> Tensor:
+    """A CPU tensor on ``device``; to a GPU through pinned memory, so that this thread does not wait for the copy."""
+    if not device.startswith("cuda"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def in_precision(encoder: Any, precision: str) -> Any:

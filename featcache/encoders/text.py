@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featcache.encoders.base import Compute, WeightsSource, load_file, seeded, unavailable, weights_sha256
+from featcache.encoders.base import Compute, WeightsSource, load_file, seeded, unavailable, upload, weights_sha256
 from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.table import TEXTS, TextEntry
 from featcache.errors import UserError
@@ -257,14 +257,12 @@ class TextEncoder:
         n, C = tokens.lengths.shape
         device = self.compute.device
         made = [torch.zeros(n * C, *shape[1:], device=device) for shape in self.shapes.values()]
-        for first in range(0, len(tokens.ids), self.batch_size):
-            ids = tokens.ids[first : first + self.batch_size]
-            places = tokens.places[first : first + self.batch_size].to(device)
-            m = len(ids)
-            if self.compute.compile and m < self.batch_size:
-                blank = torch.full((self.batch_size - m, ids.shape[1]), self.entry.vocabulary - 1)
-                ids = torch.cat([ids, blank])
+        blank = -len(tokens.ids) % self.batch_size if self.compute.compile else 0
+        ids = nn.functional.pad(tokens.ids, (0, 0, 0, blank), value=self.entry.vocabulary - 1)
+        ids, places = upload(ids, device), upload(tokens.places, device)
+        for first in range(0, len(places), self.batch_size):
+            rows = places[first : first + self.batch_size]
             with self.compute.scope():
-                for target, value in zip(made, self._run(ids.to(device))):
-                    target[places] = value[:m]
+                for target, value in zip(made, self._run(ids[first : first + self.batch_size])):
+                    target[rows] = value[: len(rows)]
         return {name: value.unflatten(0, (n, C)) for name, value in zip(self.shapes, made)}

@@ -44,6 +44,20 @@ class _Spool:
     places: dict[int, np.ndarray] = field(default_factory=dict)  # int64 [rows, 2]: offset, size (-1: no image)
     end: int = 0
 
+    def append(self, data: bytes) -> None:
+        """Raises `UserError` if the disk refuses: a plain `OSError` would pass for damage of the parquet file."""
+        rest, at = memoryview(data), self.end
+        try:
+            while rest:
+                written = os.pwrite(self.file.fileno(), rest, at)
+                rest, at = rest[written:], at + written
+        except OSError as error:
+            raise UserError(
+                f"images cannot be unpacked into $TMPDIR ({tempfile.gettempdir()}): {error.strerror}",
+                remedy="Set TMPDIR to a folder with room for them; the same command then continues the build.",
+            ) from error
+        self.end = at
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource(EncodedSource):
@@ -100,8 +114,7 @@ class ParquetSource(EncodedSource):
                 data = data.as_py() if data is not None else None
                 places.append((self._spool.end, len(data) if data is not None else -1))
                 if data is not None:
-                    os.pwrite(self._spool.file.fileno(), data, self._spool.end)
-                    self._spool.end += len(data)
+                    self._spool.append(data)
         return np.array(places, np.int64)
 
 

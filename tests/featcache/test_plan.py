@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import featcache
 from featcache.build import BuildRequest, build, sample_order
@@ -53,6 +54,46 @@ def test_fidelity_of_int8_against_numpy() -> None:
     assert found["worst_cosine"] == pytest.approx(cosine.min(), abs=1e-6)
     assert found["relative_error"] == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x), rel=1e-4)
     assert found["bytes_per_image"] == 5 * (64 + 4)
+
+
+def test_features_that_are_all_zero_have_no_fidelity(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = fidelity("int8", torch.zeros(2, 3, 64))
+    assert found.pop("bytes_per_image") == 3 * (64 + 4)
+    assert all(np.isnan(value) for value in found.values())
+    # Of four images one has a caption, which is not among the two that are measured.
+    keys = [f"{i}.png" for i in range(4)]
+    for i, key in enumerate(keys):
+        pixels = np.full((40, 40, 3), 60 * i, np.uint8)
+        (tmp_path / "images/a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images/a" / key)
+    captioned = keys[int(sample_order(4, seed=0)[3])]
+    (tmp_path / "captions.csv").write_text(f"key,caption\na/{captioned},a cat\n")
+    typed(
+        *("featcache", "plan", "--data", str(tmp_path / "images"), "--vae", "tiny", "--text", "tiny"),
+        *("--captions", str(tmp_path / "captions.csv"), "--resolution", "32", "--measure", "--images", "2"),
+    )
+    rows = capsys.readouterr().out.split("text/tiny.pooled")[-1].splitlines()
+    assert any(row.split()[0] == "int8" and row.split()[-3:] == ["-"] * 3 for row in rows if row.split())
+
+
+def test_rates_begin_when_the_device_is_idle_and_batches_are_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real = VisionEncoder.__call__
+
+    def watched(self: VisionEncoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        events.append(f"{len(pixels)} images")
+        return real(self, pixels)
+
+    monkeypatch.setattr(VisionEncoder, "__call__", watched)
+    monkeypatch.setattr("featcache.plan.synchronise", lambda device: events.append(f"synchronise {device}"))
+    choice = (EncoderChoice(name="tiny", layers=(5,)),)
+    ask = BuildRequest(data="shapes", vae="tiny", encoders=choice, resolution=32, batch_size=2, device="cpu")
+    planned = estimate(ask, measure=3)
+    # The VAE's four runs are synchronised too; the encoder's are: as planned, and in each precision.
+    run = ["2 images", "synchronise cpu", "2 images", "2 images"]
+    assert events == ["synchronise cpu"] * 4 + run * 4
+    assert planned.precision["tiny@5"]["fp32"]["relative_error"] == 0
+    assert planned.rates["encode tiny"] > 0
 
 
 def typed(*words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -221,6 +222,26 @@ def test_a_parquet_file_that_breaks_off_is_explained(folder: Path, tmp_path: Pat
     source = open_source(str(hub), resolution=32)
     with pytest.raises(UserError, match="damaged"):
         source.load(5, 32)
+
+
+def test_a_full_temporary_folder_is_not_taken_for_a_damaged_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = parquet_files(folder, tmp_path)
+    expected = samples(open_source(hub, resolution=32))
+    real = os.pwrite
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", full)
+        with pytest.raises(UserError, match=r"\$TMPDIR \(.*\): No space left") as caught:
+            open_source(hub, resolution=32).load(0, 32)
+        assert "Download" not in str(caught.value)
+        # A disk that takes a part of what it is given is given the rest.
+        patch.setattr("os.pwrite", lambda file, data, at: real(file, bytes(data[:100]), at))
+        assert samples(open_source(hub, resolution=32)) == expected
 
 
 def test_unpacking_a_row_group_takes_a_few_rows_at_a_time(tmp_path: Path) -> None:

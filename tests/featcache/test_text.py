@@ -19,7 +19,7 @@ from PIL import Image
 import featcache
 from featcache.build import BuildRequest, build
 from featcache.captions import open_captions, read_table
-from featcache.encoders.base import Compute, WeightsSource
+from featcache.encoders.base import Compute, WeightsSource, upload
 from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
 from featcache.errors import CacheError, UserError
@@ -210,6 +210,38 @@ def test_damaged_or_foreign_files_are_explained(small_clip: Any, offline: None) 
         TextEncoder("clip-l", weights, captions=1)
     with pytest.raises(UserError, match="clip-l"):
         TextEncoder("clip-h", weights, captions=1)
+
+
+def test_a_compiled_network_sees_one_batch_size(tiny: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def recorded(function: Any, **_: Any) -> Any:
+        return lambda ids: [sizes.append(len(ids)), function(ids)][1]
+
+    monkeypatch.setattr("torch.compile", recorded)
+    encoder = TextEncoder("tiny", WeightsSource(), captions=3, batch_size=2, compute=Compute(compile=True))
+    captions = (("a", "b", "c"), (), ("d", "e"))
+    for name, expected in read(tiny, *captions).items():
+        assert np.allclose(read(encoder, *captions)[name], expected, atol=1e-5)
+    assert sizes == [2] * 6
+    assert not read(encoder, (), ())["text/tiny"].any()
+    assert sizes == [2] * 6, "nothing to encode, nothing run"
+
+
+def test_copies_to_a_gpu_are_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("torch.Tensor.pin_memory", lambda self: [calls.append("pin"), self][1])
+    monkeypatch.setattr("torch.Tensor.to", lambda self, *to, **how: [calls.append((*to, how)), self][1])
+    for device in ("cuda:1", "cpu"):
+        upload(torch.zeros(2), device)
+    assert calls == ["pin", ("cuda:1", {"non_blocking": True}), ("cpu", {})]
+
+
+def test_token_ids_are_copied_once_a_call(tiny: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    monkeypatch.setattr("featcache.encoders.text.upload", lambda x, device: [sent.append(len(x)), x.to(device)][1])
+    read(tiny, ("a", "b", "c"), (), ("d", "e"))
+    assert sent == [5, 5], "ids and places, however many batches"
 
 
 def image_bytes(seed: int) -> bytes:
