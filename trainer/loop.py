@@ -17,6 +17,7 @@ from torch import Tensor
 
 from featcache.build import pick_device
 from featcache.errors import UserError
+from featcache.remote import is_remote
 from trainer import checkpoint, distributed, runs
 from trainer.align.base import Alignment
 from trainer.caches import find_cache, random_features, sample_keys
@@ -306,6 +307,7 @@ def _prepare_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         # Heads and discriminator convolve at one shape all run long, so trying out cuDNN's algorithms pays once for all.
+        # The choice is by timing, so it may differ from start to start: the price is bit-exact resuming on a GPU.
         torch.backends.cudnn.benchmark = True
 
 
@@ -351,6 +353,11 @@ def _announce(job: Job, start: int) -> None:
     if random:
         job.watcher.warn(
             f"{', '.join(random)} in {job.cache.path} were made with random encoder weights: good for trying out only"
+        )
+    unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
+    if unused and not is_remote(job.cache.path):
+        job.watcher.warn(
+            f"{' and '.join(unused)} have no effect: {job.cache.path} is on this machine, so nothing streams"
         )
     if start >= config.steps:
         job.watcher.warn(f"{job.run} has {start} steps already; nothing to do (raise --steps to go on)")

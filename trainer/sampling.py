@@ -97,15 +97,19 @@ class SampleRequest:
             ) from None
         sampler = check_sampler(family, self.sampler)
         sampling_times(sampler, self.steps)
+        guidance = Guidance(scale=self.guidance, low=low, high=high, channels=self.guided_channels)
         return SampleConfig(
             sampler=sampler,
             steps=self.steps,
-            guidance=Guidance(scale=self.guidance, low=low, high=high, channels=self.guided_channels),
+            guidance=Guidance() if guidance.scale == 1 else guidance,  # one record for all that draw alike
             pixels=self.pixels,
             seed=self.seed,
         )
 
     def folder_name(self, step: int, sampler: str, arithmetic: Arithmetic) -> str:
+        """What the samples of checkpoint ``step`` depend on, as a folder's name: defaults are left out, and so are an
+        interval and channels of guidance where the scale is 1.
+        """
         parts = [f"step_{step:07d}", f"{sampler}{self.steps}", f"seed{self.seed}"]
         if self.guidance != 1:
             parts.append(f"cfg{self.guidance:g}" + (f"-{self.interval}" if self.interval != "0,1" else ""))

@@ -66,6 +66,15 @@ def test_every_method_starts_from_the_same_backbone(shapes_cache: Path, tmp_path
 
 
 @pytest.mark.usefixtures("nano")
+def test_streaming_settings_of_a_local_cache_are_noted(shapes_cache: Path, tmp_path: Path) -> None:
+    quiet, told = Listener(), Listener()
+    run(settings(shapes_cache, steps=1), tmp_path / "a", quiet)
+    run(settings(shapes_cache, steps=1, stream_gib=50.0, stream_dir=str(tmp_path)), tmp_path / "b", told)
+    assert not any("stream" in text for text in quiet.warnings)
+    assert any("stream_dir and stream_gib have no effect" in text for text in told.warnings)
+
+
+@pytest.mark.usefixtures("nano")
 def test_alignment_can_be_switched_off_at_a_step(shapes_cache: Path, tmp_path: Path) -> None:
     full = log_of(run(settings(shapes_cache, "repa", steps=6), tmp_path / "full"))
     haste = log_of(run(settings(shapes_cache, "repa", steps=6, align_until=3), tmp_path / "haste"))

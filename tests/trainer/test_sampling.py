@@ -192,6 +192,14 @@ def test_samples_of_other_settings_are_not_passed_off_as_those_asked_for(runs_ro
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_without_guidance_its_interval_and_channels_are_no_settings(runs_root: Path) -> None:
+    first = sample_run(runs_root / "sit", request(num=8, seed=9), Quiet())
+    again = sample_run(runs_root / "sit", request(num=8, seed=9, interval="0,0.5", guided_channels=3), Quiet())
+    assert again.images == first.images and again.settings == first.settings
+    with pytest.raises(UserError, match="interval"):
+        sample_run(runs_root / "sit", request(num=8, seed=9, interval="0.5,0"), Quiet())
+
+
 def test_dopri5_depends_on_no_number_of_samples(runs_root: Path, tmp_path: Path) -> None:
     """Its steps follow the error of a whole unit, so the last one must be filled with the samples that would follow."""
     few, more = (
