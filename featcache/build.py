@@ -306,7 +306,7 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
         return build_on_ray(request, progress, meter or Meter())
     meter = meter or Meter()
     with Ranks.of_environment() as ranks:
-        plan = prepare(request, device=ranks.device(pick_device(request.device)))
+        plan = prepare_together(request, ranks, device=ranks.device(pick_device(request.device)))
         work = plan.work
         writer = lead(plan) if ranks.rank == 0 else None
         pending = ranks.from_first(writer.pending() if writer is not None else [])
@@ -319,7 +319,7 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
                 progress.warn(work.captions.remark)
             mine = ranks.share(pending, request.schedule)
             run_shards(work, mine, shard_writer, meter=meter, advance=progress.advance, warn=progress.warn)
-            ranks.wait()
+            ranks.wait(lambda: progress.advance(0))
             if writer is not None:
                 writer.refresh()
                 skipped = finish(plan, writer)
@@ -338,6 +338,16 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
     )
 
 
+def prepare_together(request: BuildRequest, ranks: Ranks, *, device: str) -> Plan:
+    """As :func:`prepare`, in every rank. Where captions are to be counted, which may read each of them, only the first
+    rank does it, and the others wait for the number."""
+    if not request.texts or request.captions_per_image:
+        return prepare(request, device=device)
+    plan = prepare(request, device=device) if ranks.rank == 0 else None
+    (per_image,) = ranks.from_first([plan.work.captions_per_image] if plan is not None else [])
+    return plan or prepare(replace(request, captions_per_image=per_image), device=device)
+
+
 class _Shared:
     """Progress of all ranks: the first one shows it, the others only warn."""
 
@@ -349,6 +359,9 @@ class _Shared:
             self._progress.start(total=total, done=done, note=note)
 
     def advance(self, images: int) -> None:
+        """Counts images of this rank; the first rank shows those of all. With 0, only that."""
+        if not images and self._ranks.rank > 0:
+            return
         done = self._ranks.done(images)
         if self._ranks.rank == 0:
             self._progress.advance(done - self._shown)

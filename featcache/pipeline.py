@@ -100,13 +100,10 @@ class Meter:
     stages: dict[str, Stage] = field(default_factory=dict)
 
     def add(self, stage: str, seconds: float, images: int, *, lanes: int = 1) -> None:
+        """Counts ``seconds`` in which one lane of ``stage`` did ``images`` images; ``lanes`` counts at the first call."""
         entry = self.stages.setdefault(stage, Stage(lanes=lanes))
         entry.busy_s += seconds
         entry.images += images
-
-    def slowest(self) -> str | None:
-        """The bottleneck: the stage with the lowest rate."""
-        return min(self.stages, key=lambda name: self.stages[name].images_per_s, default=None)
 
     def merge(self, other: Mapping[str, Stage]) -> None:
         """Adds another worker's stages beside these: twice the lanes."""

@@ -86,6 +86,7 @@ class RichBar(Bar):
         self._done, self._since, self._start_s = 0, 0, 0.0
 
     def begin(self, name: str, total: int, done: int = 0) -> None:
+        """A new task of ``total`` units, of which ``done`` are behind it and do not count for the rate."""
         name = name or self._name
         if not console.is_terminal:
             console.print(f"{name}: {total - done} {self._unit}")
@@ -93,11 +94,13 @@ class RichBar(Bar):
         self.show(name, total, done)
 
     def advance(self, count: int) -> None:
+        """``count`` more units of the task are done."""
         self._done += count
         rate = (self._done - self._since) / max(time.monotonic() - self._start_s, 1e-9)
         self.update(self._done, f"{rate:.1f} {self._unit}/s")
 
     def note(self, text: str) -> None:
+        """A remark above the bar."""
         self.warn(text)
 
 

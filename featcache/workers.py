@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 MAX_WAIT = timedelta(days=14)  # the first rank to be done waits for the last
+POLL_S = 0.5
 SHARDS_A_CALL = 8
 MAX_DEATHS_OF_A_CALL = 3
 
@@ -99,12 +101,17 @@ class Ranks:
         """Adds to the images that all ranks have encoded. Returns their number so far."""
         return int(self._store.add("images", images))
 
-    def wait(self) -> None:
-        """Until every rank is here."""
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Until every rank is here. ``meanwhile`` is called every half a second and once at the end; not by one alone."""
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            arrival = dist.barrier(async_op=True)
+            while not arrival.is_completed():
+                meanwhile()
+                time.sleep(POLL_S)
+            arrival.wait()  # raises if another rank has died
+            meanwhile()
 
     def note(self) -> str:
         """What to say of the ranks in a line of progress."""
@@ -179,7 +186,10 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
     try:
         request, device = _settled(request, ray.cluster_resources())
         plan = prepare(request, device="cpu")
-        request = replace(request, engine="local", out=None if request.into else plan.path)
+        # Actors need not count the captions again.
+        per_image = plan.work.captions_per_image or None
+        out = None if request.into else plan.path
+        request = replace(request, engine="local", out=out, captions_per_image=per_image)
         with lead(plan) as writer:
             pending = writer.pending()
             total = len(plan.work.order)

@@ -190,6 +190,11 @@ def _digest(path: Path) -> tuple[str | None, int]:
 
 
 def shard_problem(entry: ShardFileEntry, digest: str | None, length: int, recorded: list[str] | None) -> str | None:
+    """What is wrong with a shard file, None if nothing is.
+
+    digest: SHA-256 (hex) of its bytes, None if it could not be read. length: its bytes. recorded: digests of the
+    array's shards by number; None, if they are lost, leaves the length to go by.
+    """
     if digest is None:
         return "missing or unreadable"
     if entry.n_bytes is not None and length != entry.n_bytes:

@@ -11,12 +11,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import featcache
-from featcache.build import BuildRequest, build, lead, prepare
+from featcache import workers
+from featcache.build import BuildRequest, _Shared, build, lead, prepare, prepare_together
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.pipeline import Meter, Stage, run_shards
@@ -136,10 +138,9 @@ def test_rates_of_stages_and_workers_add_up() -> None:
     meter.add("decode", 2.0, 10, lanes=4)
     meter.add("write", 0.5, 20)
     assert meter.stages["decode"].images_per_s == pytest.approx(20)
-    assert meter.slowest() == "decode"
     meter.merge({"decode": Stage(4, 4.0, 20), "encode x": Stage(1, 2.0, 20)})
     assert meter.stages["decode"].images_per_s == pytest.approx(40)
-    assert meter.slowest() == "encode x"
+    assert meter.stages["encode x"].images_per_s == pytest.approx(10)
 
 
 def test_live_progress_shows_each_stage_and_the_bottleneck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +255,68 @@ def test_two_torchrun_ranks_give_the_bytes_of_one_process(
     assert result.stdout.count("cache:") == 1
     assert result.stdout.count("encoding 240 of 240 images") == 1
     assert tree_digest(tmp_path / "c") == expected
+
+
+def test_only_the_first_rank_counts_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    monkeypatch.setattr("featcache.captions.ShapesCaptions.most", lambda *_: [counted.append(1), 2][1])
+    ask = request(tmp_path / "c", texts=("tiny",), encoders=(), vae="tiny")
+    numbers: list[int] = []
+
+    class Told(Ranks):
+        def from_first(self, sent: Any) -> list[int]:
+            numbers.extend(sent)
+            return numbers
+
+    plans = [prepare_together(ask, Told(rank, 2, rank), device="cpu") for rank in range(2)]
+    assert counted == [1]
+    assert plans[0].specs == plans[1].specs
+    assert [plan.work.captions_per_image for plan in plans] == [2, 2]
+
+
+def _rank_that_builds(rank: int, port: int, shown: Any) -> None:
+    """Rank 0 is done with 10 images at once; rank 1 does 40, the last of them 1.2 s later."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    class Sent(Silent):
+        def advance(self, images: int) -> None:
+            shown.send(images)
+
+    workers.POLL_S = 0.05
+    with Ranks.of_environment() as ranks:
+        progress = _Shared(Sent(), ranks)
+        progress.advance(10)
+        for _ in range(3 * rank):
+            time.sleep(0.4)
+            progress.advance(10)
+        ranks.wait(lambda: progress.advance(0))
+    shown.close()
+
+
+def test_the_first_rank_shows_the_others_images_while_it_waits_for_them() -> None:
+    import multiprocessing
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    both = [context.Process(target=_rank_that_builds, args=(rank, port, sender)) for rank in range(2)]
+    for process in both:
+        process.start()
+    sender.close()
+    seen = []
+    try:
+        while True:
+            seen.append(receiver.recv())
+    except EOFError:
+        pass
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sum(seen) == 50
+    assert sum(image > 0 for image in seen) >= 3, "bit by bit, not all at the end"
 
 
 def test_ranks_share_shards_one_by_one_or_by_position() -> None:
