@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import Listener, settings
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.data
@@ -20,6 +22,8 @@ from trainer.loop import train
 METHODS = ("none", "repa", "sara", "dya", "ahpa", "sra", "sra2", "ahpa+sra")
 # Operations whose result, or its shape, the host must know before it can go on: on a GPU each is a synchronisation.
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
+# Methods that bring a tensor to the host; of one that is there they dispatch nothing.
+FETCHES = ("Tensor.cpu", "Tensor.tolist", "Tensor.numpy", "Tensor.__array__", "Tensor.to cpu")
 
 
 class Operations(TorchDispatchMode):
@@ -34,6 +38,24 @@ class Operations(TorchDispatchMode):
             name = func.overloadpacket.__name__
             masks = name.startswith("index") and any(i is not None and i.dtype is torch.bool for i in _indices(args))
             self.steps[-1]["masked_select" if masks else name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Fetches(TorchFunctionMode):
+    """Counts calls of what is in FETCHES in the steps of ``operations``. Modes are a thread's own: the reader may fetch."""
+
+    def __init__(self, operations: Operations) -> None:
+        super().__init__()
+        self.operations = operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = f"Tensor.{getattr(func, '__name__', '')}"
+        if func is torch.Tensor.to and "cpu" in [
+            a for a in (*args[1:], *(kwargs or {}).values()) if isinstance(a, str)
+        ]:
+            name = "Tensor.to cpu"  # typed out; ``to(device)`` of the run's device is no fetch
+        if self.operations.steps and name in FETCHES:
+            self.operations.steps[-1][name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -59,7 +81,7 @@ class Cuts(Listener):
 def counted(config: Any, root: Path) -> list[Counter[str]]:
     """Operations of every step of a run, from the wait for its batch to its log."""
     operations = Operations()
-    with operations:
+    with operations, Fetches(operations):
         train(config, resume=False, watcher=Cuts(operations), root=root)
     return operations.steps[: config.steps]
 
@@ -82,7 +104,7 @@ def test_nothing_is_read_back_but_at_logging_steps(
     """Steps 1, 5 and 10 log. The last also saves."""
     config = settings(shapes_cache, method, steps=10, log_every=5, **changes)
     steps = counted(config, tmp_path)
-    reading = [step for step, done in enumerate(steps, start=1) if any(done[name] for name in READS)]
+    reading = [step for step, done in enumerate(steps, start=1) if any(done[n] for n in (*READS, *FETCHES))]
     assert reading == [1, 5, 10]
     assert all(sum(done.values()) > 100 for done in steps), "the steps were seen"
 
@@ -147,11 +169,43 @@ def test_the_teacher_costs_its_blocks_alone(shapes_cache: Path, tmp_path: Path) 
 def test_the_reading_operations_are_noticed() -> None:
     operations = Operations()
     operations.steps.append(Counter())
-    with operations:
+    with operations, Fetches(operations):
         x = torch.arange(3.0)
+        assert not any(operations.steps[0][name] for name in (*READS, *FETCHES))
+        x.to(x.device, torch.float64)
+        assert not any(operations.steps[0][name] for name in (*READS, *FETCHES))
+        x.cpu()
+        x.tolist()
+        x.numpy()
+        x.to("cpu")
+        x.to(device="cpu")
+        np.asarray(x)
         float(x.sum())
         bool((x > 1).any())
         x[x > 1]
         torch.equal(x, x)
     seen = {name for name in READS if operations.steps[0][name]}
     assert seen >= {"_local_scalar_dense", "masked_select", "equal"}
+    assert [operations.steps[0][name] for name in FETCHES] == [1, 1, 1, 1, 2]
+
+
+class Strict(Listener):
+    """Makes CUDA raise where the host waits for it, in all steps but those that log (every fifth) and the last."""
+
+    def advance(self, step: int, shown: Mapping[str, float]) -> None:
+        super().advance(step, shown)
+        torch.cuda.set_sync_debug_mode("default" if (step + 1) % 5 == 0 else "error")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA alone says when the host waits for it")
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_host_never_waits_for_a_gpu_but_at_logging_steps(shapes_cache: Path, tmp_path: Path, method: str) -> None:
+    """The first step, which loads kernels, logs."""
+    watcher = Strict()
+    config = settings(shapes_cache, method, steps=10, log_every=5, device="cuda", compile=False)
+    try:
+        train(config, resume=False, watcher=watcher, root=tmp_path)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watcher.done == 10
