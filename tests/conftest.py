@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,17 @@ def papers() -> Path:
     folder = SHARED / "papers"
     if not folder.is_dir():
         pytest.skip(f"the papers' text is not here ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Vectors that the public REPA and DiT code computed: in $FEATCACHE_GOLDEN, else beside the checkout; skips if absent."""
+    folder = Path(os.environ.get("FEATCACHE_GOLDEN", SHARED / "golden"))
+    files = [f"{name}.{kind}" for name in ("sit_repa", "dit_official") for kind in ("json", "npz")]
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        pytest.skip(f"{folder} lacks {', '.join(missing)}; FEATCACHE_GOLDEN can name a folder that holds them")
     return folder
 
 

@@ -25,7 +25,6 @@ from trainer.models.dit import split_variance
 from trainer.runs import check_resumable
 from trainer.sample import load_run
 
-FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden"
 DRAWS: dict[str, dict[str, Any]] = {
     "sit_repa": {"projector": (128, 48)},
     "dit_official": {"channels_out": 8},
@@ -38,14 +37,13 @@ FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
 class Golden:
     """One set of vectors with its weights and our model that holds them."""
 
-    def __init__(self, name: str) -> None:
-        if not (FOLDER / f"{name}.json").is_file():
-            pytest.skip(f"the golden vectors are not here ({FOLDER})")
+    def __init__(self, folder: Path, name: str) -> None:
         self.name = name
-        self.about = json.loads((FOLDER / f"{name}.json").read_text())
+        self.file = folder / f"{name}.npz"
+        self.about = json.loads((folder / f"{name}.json").read_text())
         seeds = self.about["seeds"]
         self.weights = official_weights(seed=seeds["init"], seed_redrawn=seeds["rerandomised_layers"], **DRAWS[name])
-        with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as arrays:
+        with np.load(self.file, allow_pickle=False) as arrays:
             self.arrays = {key: torch.from_numpy(np.array(arrays[key])) for key in arrays}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -72,18 +70,18 @@ class Golden:
 
 
 @pytest.fixture(scope="module", params=list(DRAWS))
-def golden(request: pytest.FixtureRequest) -> Golden:
-    return Golden(request.param)
+def golden(request: pytest.FixtureRequest, golden_folder: Path) -> Golden:
+    return Golden(golden_folder, request.param)
 
 
 @pytest.fixture(scope="module")
-def sit() -> Golden:
-    return Golden("sit_repa")
+def sit(golden_folder: Path) -> Golden:
+    return Golden(golden_folder, "sit_repa")
 
 
 @pytest.fixture(scope="module")
-def dit() -> Golden:
-    return Golden("dit_official")
+def dit(golden_folder: Path) -> Golden:
+    return Golden(golden_folder, "dit_official")
 
 
 def test_rebuilt_weights_are_the_official_bytes(golden: Golden) -> None:
@@ -92,8 +90,7 @@ def test_rebuilt_weights_are_the_official_bytes(golden: Golden) -> None:
 
 
 def test_vectors_are_the_ones_described(golden: Golden) -> None:
-    content = (FOLDER / f"{golden.name}.npz").read_bytes()
-    assert hashlib.sha256(content).hexdigest() == golden.about["sha256"][f"{golden.name}.npz"]
+    assert hashlib.sha256(golden.file.read_bytes()).hexdigest() == golden.about["sha256"][f"{golden.name}.npz"]
 
 
 @torch.no_grad()

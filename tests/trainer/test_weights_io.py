@@ -21,7 +21,6 @@ from featcache.errors import UserError
 from trainer.models import Transformer, build_model, load_weights
 from trainer.weights_io import CONVENTIONS, Imported, export_official, import_official, reverse_time
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 SMALL: dict[str, Any] = {"depth": 2, "grid": 4, "width": 32, "classes": 5}
 
 
@@ -378,11 +377,9 @@ def test_exports_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sit_repa", "dit_official"])
-def test_golden_checkpoint(tmp_path: Path, name: str) -> None:
+def test_golden_checkpoint(golden_folder: Path, tmp_path: Path, name: str) -> None:
     """The public code's vectors through a file as its training script writes it."""
-    if not (GOLDEN / f"{name}.json").is_file():
-        pytest.skip(f"the golden vectors are not here ({GOLDEN})")
-    about = json.loads((GOLDEN / f"{name}.json").read_text())
+    about = json.loads((golden_folder / f"{name}.json").read_text())
     seeds, sit = about["seeds"], name == "sit_repa"
     state = official_weights(
         seed=seeds["init"],
@@ -394,7 +391,7 @@ def test_golden_checkpoint(tmp_path: Path, name: str) -> None:
     content = {"ema": state, "model": state, "args": argparse.Namespace(model=model_name), "steps": 1}
     imported = import_official(save(tmp_path / "0000001.pt", content), heads=4)
     assert imported.convention == ("repa" if sit else "dit")
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+    with np.load(golden_folder / f"{name}.npz", allow_pickle=False) as arrays:
         x, t, y = (torch.from_numpy(arrays[key]) for key in "xty")
         expected = torch.from_numpy(arrays["velocity" if sit else "output"])
     torch.testing.assert_close(loaded(imported)(x, t, y).prediction, expected, rtol=1e-5, atol=2e-6)
