@@ -95,15 +95,20 @@ class Settings:
         return next(n for n in range(min(50, self.interval), 0, -1) if self.interval % n == 0)
 
 
-def run_experiment(settings: Settings, *, methods: Sequence[str], seeds: int, out: Path, jobs: int = 1) -> Path:
+def run_experiment(
+    settings: Settings, *, methods: Sequence[str], seeds: int, out: Path, jobs: int = 1, times: Path | None = None
+) -> Path:
     """Trains and judges what is missing, ``jobs`` runs at a time, then draws the figure; returns its path.
 
+    times: another experiment with the same model and batch, whose seconds a step count (see :func:`main`).
+
     Raises:
-        UserError: an unknown method, or ``out`` holds an experiment with other settings.
+        UserError: an unknown method, or ``out`` or ``times`` holds an experiment with other settings.
     """
     for method in methods:
         if method not in METHODS:
             raise UserError(f"there is no method {method!r} here", remedy=f"Methods: {', '.join(METHODS)}")
+    step_times = _step_times(times, settings, methods) if times is not None else None
     results = _open_results(out / "results.json", settings, jobs)
     cache = _build_cache(settings, out / "cache")
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -128,9 +133,24 @@ def run_experiment(settings: Settings, *, methods: Sequence[str], seeds: int, ou
             keep(method, seed, _one_run(settings, method, seed, cache, out, judge=judge))
     else:
         _many_runs(settings, todo, cache, out, jobs, keep)
-    summary = summarise(results["evaluations"])
+    summary = summarise(results["evaluations"], step_times)
     _write_json(out / "summary.json", summary)
     return draw(summary, settings, out)
+
+
+def _step_times(folder: Path, settings: Settings, methods: Sequence[str]) -> dict[str, float]:
+    """Seconds a step by method of the experiment in ``folder``."""
+    try:
+        timed: dict[str, Any] = json.loads((folder / "results.json").read_text())["settings"]
+        step_s: dict[str, float] = json.loads((folder / "summary.json").read_text())["step_s"]
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} holds no finished experiment", remedy="Pass the --out of one to --times.") from error
+    for key in ("model", "batch_size"):
+        if timed[key] != getattr(settings, key):
+            raise UserError(f"{folder} timed {key} {timed[key]}, but this experiment has {getattr(settings, key)}")
+    if missing := set(methods) - set(step_s):
+        raise UserError(f"{folder} did not time {', '.join(sorted(missing))}")
+    return step_s
 
 
 def _many_runs(
@@ -336,11 +356,13 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
     return statistics.fmean(listed), error
 
 
-def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(
+    evaluations: Sequence[Mapping[str, Any]], step_times: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Curves and end points by method, over the seeds that have all of a method's points.
 
     ``step_s``: a method's seconds a step, the median over its seeds and the stretches between evaluations (so that a
-    pause of the machine counts little). ``curves``: per method and step the number of seeds, the time ``step * step_s``,
+    pause of the machine counts little), or ``step_times`` where given. ``curves``: per method and step the number of seeds, the time ``step * step_s``,
     and mean and standard error of each metric. ``equal_time``: each metric at the time at which the fastest method ends,
     between two evaluations by linear interpolation.
     """
@@ -355,6 +377,7 @@ def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 del by_seed[seed]
     finished = {method: by_seed for method, by_seed in runs.items() if by_seed}
     step_s = {method: statistics.median(_seconds_a_step(by_seed.values())) for method, by_seed in finished.items()}
+    step_s = {method: (step_times or step_s)[method] for method in step_s}
     budget = last * min(step_s.values(), default=0.0)
     summary: dict[str, Any] = {"last_step": last, "budget_s": budget, "step_s": step_s, "curves": {}, "equal_time": {}}
     for method, by_seed in finished.items():
@@ -441,6 +464,9 @@ def main(
     methods: Annotated[str, typer.Option(help="Joined by commas.")] = ",".join(METHODS),
     seeds: Annotated[int, typer.Option(help="Runs of each method, seeds 0, 1, ...", min=1)] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each on its share of the cores.", min=1)] = 1,
+    times: Annotated[
+        Path | None, typer.Option(help="Folder of a short experiment on a quiet machine, whose seconds a step count.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to and to continue from.")] = Path("experiments/methods"),
     model: Annotated[str, typer.Option(help="Backbone.")] = _DEFAULT.model,
     steps: Annotated[int, typer.Option(help="Training steps of every run.")] = _DEFAULT.steps,
@@ -452,7 +478,11 @@ def main(
     sampling_steps: Annotated[int, typer.Option(help="Steps of the ODE sampler.")] = _DEFAULT.sampling_steps,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = _DEFAULT.device,
 ) -> None:
-    """Train every method on the embedded set, judge its checkpoints, and plot embedded-FID against steps and time."""
+    """Train every method on the embedded set, judge its checkpoints, and plot embedded-FID against steps and time.
+
+    Where long runs share the machine with other work, their times say little: repeat the experiment with few steps and
+    samples on the quiet machine, into another folder, and name it with --times.
+    """
     settings = Settings(
         model=model,
         steps=steps,
@@ -464,7 +494,9 @@ def main(
         sampling_steps=sampling_steps,
         device=device,
     )
-    figure = run_experiment(settings, methods=[m.strip() for m in methods.split(",")], seeds=seeds, out=out, jobs=jobs)
+    figure = run_experiment(
+        settings, methods=[m.strip() for m in methods.split(",")], seeds=seeds, out=out, jobs=jobs, times=times
+    )
     for method, values in json.loads((out / "summary.json").read_text())["equal_time"].items():
         error = values["embedded-FID_error"]
         shown = f"{values['embedded-FID']:.3g}" + (f" +- {error:.2g}" if error is not None else "")

@@ -61,6 +61,22 @@ def test_a_pause_of_the_machine_does_not_make_a_method_slow() -> None:
     assert [p["time_s"] for p in summary["curves"]["repa"]] == pytest.approx([10, 20, 30, 40, 50])
 
 
+def test_times_of_another_experiment(tmp_path: Path) -> None:
+    slow = [entry("none", 0, 100, 50.0, 8.0), entry("repa", 0, 100, 60.0, 4.0)]
+    summary = summarise(slow, {"none": 0.1, "repa": 0.2, "sara": 0.3})
+    assert summary["step_s"] == {"none": 0.1, "repa": 0.2} and summary["budget_s"] == pytest.approx(10.0)
+    assert summary["equal_time"]["repa"]["step"] == pytest.approx(50)
+    settings = Settings(steps=4, points=2)
+    with pytest.raises(UserError, match="no finished experiment"):
+        run_experiment(settings, methods=["none"], seeds=1, out=tmp_path / "a", times=tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    for change, message in (({"batch_size": 8}, "timed batch_size 8"), ({}, "did not time sra")):
+        timed = {"settings": {"model": settings.model, "batch_size": settings.batch_size, **change}}
+        (tmp_path / "results.json").write_text(json.dumps(timed))
+        with pytest.raises(UserError, match=message):
+            run_experiment(settings, methods=["sra"], seeds=1, out=tmp_path / "a", times=tmp_path)
+
+
 def test_points_must_divide_steps() -> None:
     with pytest.raises(UserError, match="evenly spaced"):
         Settings(steps=100, points=3)
