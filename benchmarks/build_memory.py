@@ -5,7 +5,8 @@
 Draws 100,000 JPEGs of the procedural set at 32 px into webdataset shards (tars, so that no 100,000 files are made), builds
 a cache from them with the embedded encoders, and samples the process's anonymous memory (the kernel's `RssAnon`: what it
 has allocated, without files that are mapped) about every half a second. Writes `benchmarks/results/build_memory.json`:
-the samples, and the slope of a straight line through them after the first tenth of the images, in bytes an image.
+the slope of a straight line through the samples after the first tenth of the images, in bytes an image, and about a
+hundred of the samples.
 
 A leak of one small Python object an image would show as a slope of 50 bytes or more; of its pixels, 3,072.
 """
@@ -93,8 +94,9 @@ def main(
 ) -> None:
     """Build from many tiny images and record memory over time."""
     import numpy as np
+    from encode import provenance
 
-    from featcache.build import BuildRequest, build
+    from featcache.build import BuildRequest, build, pick_device
     from featcache.encoders import parse_encoders
 
     with tempfile.TemporaryDirectory() as text:
@@ -117,6 +119,7 @@ def main(
     steady = np.array([(done, rss) for done, _, rss in sampler.samples if count / 10 <= done < count], np.float64)
     slope, at_zero = np.polyfit(steady[:, 0], steady[:, 1], 1)
     record = {
+        **provenance(pick_device("auto")),
         "settings": {"count": count, "size": size, "batch_size": batch_size, "features": list(result.features)},
         "images_per_s": count / seconds,
         "slope_bytes_per_image": slope,

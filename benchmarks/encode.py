@@ -26,12 +26,13 @@ were busy all the time, from their CPU seconds an image.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,6 +45,25 @@ from typing import Annotated, Any
 import typer
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """What a result says of its making: command, date, machine, threads of PyTorch, versions of packages."""
+    import torch
+    from loader import machine
+
+    described = machine()
+    names = ("torch", "timm", "diffusers", "transformers", "pillow")
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            **described,
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+            "threads": torch.get_num_threads(),
+            "packages": described["packages"] | {name: version(name) for name in names},
+        },
+    }
 
 
 class _Silent:
@@ -296,8 +316,6 @@ def main(
     script_count: Annotated[int, typer.Option(help="Images for the extraction scripts' structure.")] = 256,
 ) -> None:
     """Measure and write benchmarks/results/encode_<name>.json."""
-    import torch
-
     from featcache.build import BuildRequest, pick_device
     from featcache.encoders import parse_encoders, parse_levels
 
@@ -327,17 +345,12 @@ def main(
             scripts = extraction_scripts(plain, request, folder, count=script_count)
             measured.append(_round(build, alone, single, loop, scripts))
             print(json.dumps(measured[-1]), flush=True)
-    kind = pick_device(device)
     record = {
+        **provenance(pick_device(device)),
         "settings": {
             "count": count, "size": size, "resolution": resolution, "vae": vae, "levels": levels, "encoder": encoder,
             "batch_size": batch_size, "decode": decode, "precision": precision, "rounds": rounds,
             "script_count": script_count,
-        },
-        "machine": {
-            "device": torch.cuda.get_device_name() if kind.startswith("cuda") else platform.processor() or "cpu",
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
-            "torch": version("torch"),
         },
         "medians": _medians(measured),
         "rounds": measured,
