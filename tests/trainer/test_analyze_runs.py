@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -144,6 +144,26 @@ def test_what_does_not_apply_is_left_out_or_refused(runs_root: Path) -> None:
     assert "gradient-angle is left out" in text and "router is left out" in text and 'id="spectrum"' in text
     with pytest.raises(NotApplicable, match="neither a router"):
         analyze_runs([runs_root / "none"], ["router"], options(), Bar())
+
+
+def test_of_several_runs_those_without_a_router_are_skipped(runs_root: Path) -> None:
+    class Noting(Bar):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    none, sra, ahpa, dya = (runs_root / name for name in ("none", "sra", "ahpa", "dya"))
+    pages = analyze_runs([none, ahpa], ["router"], options(), Noting())
+    assert pages == [ahpa / "analysis" / "index.html"]
+    (note,) = Noting.notes
+    assert str(none) in note and "neither a router" in note
+    pages = analyze_runs([none, ahpa, dya], ["router"], options(), Bar())
+    assert pages == [
+        run / "analysis" / name for run, name in ((ahpa, "comparison.html"), (ahpa, "index.html"), (dya, "index.html"))
+    ]
+    with pytest.raises(NotApplicable, match="neither a router"):
+        analyze_runs([none, sra], ["router"], options(), Bar())
 
 
 def test_a_cache_without_features(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,13 +41,13 @@ def analyze_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
 
     Args:
         what: names of :data:`trainer.analyze.DIAGNOSTICS`. Where several are asked for, those that do not apply to a
-            run are left out, and its page says why.
+            run are left out, and its page says why. A single one skips the runs to which it does not apply, with a note.
 
     Returns:
-        The pages written, the comparison first.
+        The pages written, the comparison (of the runs that were not skipped, if there are several) first.
 
     Raises:
-        UserError: not a run, no checkpoint, a missing cache, bad options, or the only diagnostic does not apply.
+        UserError: not a run, no checkpoint, a missing cache, bad options, or the only diagnostic applies to no run.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a run is named twice", remedy="Name each run once.")
@@ -55,16 +55,27 @@ def analyze_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
         runs.load_config(path)  # before any work is done on the runs in front of it
     shown = [runs.display_name(path) for path in paths]
     names = [name if shown.count(name) == 1 else str(path) for name, path in zip(shown, paths)]
-    pages, by_run, steps = [], {}, []
+    done, pages, by_run, steps = [], [], {}, []
+    unfit: list[NotApplicable] = []
     progress.begin("analysing", total=len(paths) * len(what))
     for path, name in zip(paths, names):
-        written, results, step = _analyze(path, what, options, progress)
+        try:
+            written, results, step = _analyze(path, what, options, progress)
+        except NotApplicable as error:
+            unfit.append(error)
+            progress.advance(len(what))
+            continue
+        done.append(path)
         pages.append(written)
         by_run[name] = results
         steps.append(step)
-    if len(paths) > 1:
-        pages.insert(0, _compare(paths[0] / "analysis", by_run, [f"{p} {s}" for p, s in zip(paths, steps)]))
-    for path in paths:
+    if not done:
+        raise unfit[0]
+    for error in unfit:
+        progress.note(f"skipped: {error.what}")
+    if len(done) > 1:
+        pages.insert(0, _compare(done[0] / "analysis", by_run, [f"{p} {s}" for p, s in zip(done, steps)]))
+    for path in done:
         write_run_report([path])
     return pages
 
