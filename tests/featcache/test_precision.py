@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,10 +15,21 @@ def settings() -> tuple[bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
+def set_to(values: tuple[bool, bool]) -> None:
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = values
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    before = settings()
+    yield
+    set_to(before)
+
+
+@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("before", [(False, True), (True, False)])
-def test_tensor_float32_is_put_back(before: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", before[0])
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before[1])
+def test_tensor_float32_is_put_back(before: tuple[bool, bool]) -> None:
+    set_to(before)
     for allowed in (True, False):
         with pytest.raises(KeyError), tensor_float32(allowed):
             assert settings() == (allowed, allowed)
