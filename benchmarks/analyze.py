@@ -23,6 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
+from featcache.machine import cpu_name, usable_cores
+
 RESULTS = Path(__file__).resolve().parent / "results"
 KERNELS = ("cknna_unbiased", "cknna_biased", "cknna_paper", "cka", "mutual_knn", "spectrum", "probe", "gsnr")
 CLASSES = 1000
@@ -96,7 +98,7 @@ def main(
         "width": width,
         "threads": threads,
         "load_average": os.getloadavg()[0],
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"cpu": cpu_name(), "cores": usable_cores()},
         "versions": {"torch": version("torch"), "python": platform.python_version()},
         "kernels": results,
     }

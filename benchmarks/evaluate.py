@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,16 +190,16 @@ def main(
     if one:
         print(json.dumps(_measure(one, options)))
         return
-    import torch
+    from featcache.machine import describe_machine
 
-    hardware = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    machine = describe_machine("torch")
     report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/evaluate.py", *sys.argv[1:]]),
         "options": options,
-        "device": hardware,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": version("torch"),
+        "device": machine["gpu" if device.startswith("cuda") else "cpu"],
+        "cores": machine["cores"],
+        "threads": machine["threads"],
+        "torch": machine["packages"]["torch"],
         "results": {},
     }
     for metric in only.split(","):

@@ -23,7 +23,6 @@ import gc
 import itertools
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -32,13 +31,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import featcache
+from featcache.machine import describe_machine
 from featcache.store import CacheWriter, DatasetSpec, FeatureSpec
 from featcache.store.layout import STATE, recommended_shard_size
 
@@ -407,22 +406,8 @@ def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> d
 
 
 def machine() -> dict[str, Any]:
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
     packages = ("numpy", "zarr", "tensorstore", "safetensors", "webdataset", "mosaicml-streaming")
-    return {
-        "cpu": next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines()
-                     if x.startswith("model name")), platform.processor()),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "packages": {p: installed(p) for p in packages},
-    }  # fmt: skip
+    return {**describe_machine(*packages), "load_average": os.getloadavg()}
 
 
 def summarise(reading: dict[str, Any], threads: int) -> dict[str, float]:

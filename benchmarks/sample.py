@@ -17,14 +17,11 @@ Variants are `<eager|compiled>-<precision>`. `eager-tf32` is how the public samp
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,13 +143,6 @@ def measure(options: dict[str, Any], device: Any) -> dict[str, Any]:
     return results
 
 
-def processor() -> str:
-    """Name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main(
     name: Annotated[str, typer.Option(help="Names the result file.")],
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
@@ -174,6 +164,7 @@ def main(
     import torch
 
     from featcache.build import pick_device
+    from featcache.machine import describe_machine
     from trainer.inference import choose_arithmetic
 
     torch_device = torch.device(pick_device(device))
@@ -183,15 +174,15 @@ def main(
     options |= {"sampler": sampler, "guidance": guidance, "latent_size": latent_size}
     for precision in options["precisions"].split(","):
         choose_arithmetic(torch_device, precision)
-    on_gpu = torch_device.type == "cuda"
+    machine = describe_machine("torch")
     report = {
         "command": " ".join(["python", "benchmarks/sample.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "options": options,
-        "device": torch.cuda.get_device_name(torch_device) if on_gpu else processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": version("torch"), "cuda": torch.version.cuda},
+        "device": machine["gpu" if torch_device.type == "cuda" else "cpu"],
+        "cores": machine["cores"],
+        "threads": machine["threads"],
+        "versions": {"python": machine["python"], **machine["packages"], "cuda": torch.version.cuda},
         "results": measure(options, torch_device),
     }
     for variant, result in report["results"].items():

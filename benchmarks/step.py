@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from importlib.metadata import version
 from itertools import count, repeat
 from pathlib import Path
 from typing import Annotated, Any
@@ -401,21 +399,11 @@ def measure(options: dict[str, Any], cache: Path, methods: tuple[str, ...]) -> d
 
 
 def machine(device: str) -> dict[str, Any]:
-    import torch
+    from featcache.machine import describe_machine
 
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "numpy", "timm")},
-    }
+    found = describe_machine("torch", "numpy", "timm")
+    packages = found.pop("packages")
+    return {"device": found["gpu" if device == "cuda" else "cpu"], **found, **packages}
 
 
 def table(results: dict[str, Any]) -> str:

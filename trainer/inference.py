@@ -6,8 +6,7 @@ rounding, so it is recorded with the samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import UserError
+from featcache.precision import PRECISIONS, tensor_float32
 from trainer.models.transformer import ModelOutput
-
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +97,6 @@ def _round_weights(backbone: Any) -> None:
             module.to(torch.bfloat16)
 
 
-@contextmanager
-def applied(arithmetic: Arithmetic) -> Iterator[None]:
+def applied(arithmetic: Arithmetic) -> AbstractContextManager[None]:
     """TensorFloat-32 on or off, for products and convolutions alike (the VAE's are convolutions)."""
-    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    allowed = arithmetic.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+    return tensor_float32(arithmetic.precision != "fp32")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -205,7 +204,7 @@ def _one_run(
 
 
 def _open_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
-    import torch
+    from featcache.machine import describe_machine
 
     if path.is_file():
         results: dict[str, Any] = json.loads(path.read_text())
@@ -216,30 +215,16 @@ def _open_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
                 remedy="Type the same settings to go on with it, or choose another --out.",
             )
         return results
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads() if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs),
-        "jobs": jobs,
-        "gpu": gpu,
-        "system": platform.platform(),
-    }
+    found = describe_machine("torch")
+    threads = found["threads"] if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    machine = {**{key: found[key] for key in ("cpu", "cores", "gpu", "system")}, "threads": threads, "jobs": jobs}
     return {
         "date": date.today().isoformat(),
         "settings": asdict(settings),
         "machine": machine,
-        "torch": torch.__version__,
+        "torch": found["packages"]["torch"],
         "evaluations": [],
     }
-
-
-def cpu_name() -> str:
-    """The processor's name as the kernel gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _build_cache(settings: Settings, path: Path) -> Path:

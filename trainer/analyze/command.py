@@ -71,8 +71,8 @@ def analyze_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
         steps.append(step)
     if not done:
         raise unfit[0]
-    for error in unfit:
-        progress.note(f"skipped: {error.what}")
+    for skipped in unfit:
+        progress.note(f"skipped: {skipped.what}")
     if len(done) > 1:
         pages.insert(0, _compare(done[0] / "analysis", by_run, [f"{p} {s}" for p, s in zip(done, steps)]))
     for path in done:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.precision import tensor_float32
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import CacheImages, ImageSet, NpzImages, check_batch, open_images, open_npz, prefetch
 from trainer.evaluate.metrics import InceptionScore, Moments
@@ -57,15 +58,9 @@ class Statistics:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager[None]:
     """Float32 that is float32: TF32, on by default in cuDNN, moves FID in the third digit."""
-    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+    return tensor_float32(False)
 
 
 class _Kept:

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from featcache import shapes
 from featcache.encoders import tiny
+from featcache.machine import cpu_name
 
 VAE_CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -418,7 +419,7 @@ def _circumstances(device: str, seed: int) -> dict[str, Any]:
     if device.startswith("cuda"):
         machine = torch.cuda.get_device_name(device)
     else:
-        machine = f"{_processor()}, {torch.get_num_threads()} thread(s)"
+        machine = f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
     return {
         "command": "python -m featcache.encoders.tiny.train " + shlex.join(sys.argv[1:]),
         "seed": seed,
@@ -429,16 +430,6 @@ def _circumstances(device: str, seed: int) -> dict[str, Any]:
             **{package: version(package) for package in ("torch", "diffusers", "timm", "numpy")},
         },
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def main(
