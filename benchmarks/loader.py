@@ -193,7 +193,10 @@ def into_buffers(samples: Samples, records: Records) -> Reader:
 
 def collated(samples: Samples) -> Reader:
     """What a DataLoader does with a dataset's samples: lists of them, stacked by torch's default_collate."""
+    import torch
     from torch.utils.data import default_collate
+
+    torch.set_num_threads(1)  # as in a DataLoader's workers
 
     def read(indices: np.ndarray) -> None:
         default_collate([samples(index) for index in indices.tolist()])
