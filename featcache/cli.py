@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from featcache import commands
 from featcache.cli_build import build
 from featcache.console import console, run_app
+from featcache.errors import UserError
 
 app = typer.Typer(
     name="featcache",
@@ -55,10 +56,24 @@ def inspect(
     from featcache.inspect import save_sheet
 
     opened = featcache.open(cache)
+    data = data or _images_at_hand(opened)
     name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name
     target = out or Path(f"{name}.png")
     save_sheet(opened, target, data=data, count=count)
     console.print(f"picture: [bold]{target}[/bold]")
+
+
+def _images_at_hand(cache: Any) -> str | None:
+    """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from."""
+    from featcache.images import find_data
+    from featcache.inspect import source_of
+
+    try:
+        found = find_data(None)
+        return found if source_of(cache, found) is not None else None
+    except UserError:
+        console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
+        return None
 
 
 commands.register(app)

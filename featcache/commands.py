@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def list_caches(
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("cache", "images", "size", "features"):
-        table.add_column(title, no_wrap=title != "features")
+        table.add_column(title, no_wrap=title != "features", overflow="fold")
     hidden = ("label", "key", "content")
     if "://" in place:
         from featcache.share import list_remote
@@ -62,6 +63,10 @@ def list_caches(
             f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
         )
     console.print(table)
+
+
+def _counted(problems: Sequence[object]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
 
 
 def verify(
@@ -98,10 +103,10 @@ def verify(
         console.print(f"{cache}: sound ({report.n_files} files, {size_text(report.n_bytes)})")
         return
     if remote:
-        console.print(f"{len(report.problems)} problems; push the cache again from where it is sound")
+        console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
         raise typer.Exit(1)
     if not repair:
-        console.print(f"{len(report.problems)} problems; type: featcache verify {cache} --repair")
+        console.print(f"{_counted(report.problems)}; type: featcache verify {cache} --repair")
         raise typer.Exit(1)
     from featcache.repair import repair_shards
 
@@ -130,6 +135,14 @@ def verify(
     console.print(f"{cache}: repaired and sound")
 
 
+def _confirmed(question: str) -> bool:
+    """The answer to a question; no where there is nobody to ask."""
+    try:
+        return bool(typer.confirm(question))
+    except typer.Abort:
+        return False
+
+
 def remove(
     cache: CachePath,
     features: Annotated[str | None, typer.Option(help="Features to remove; without it the whole cache.")] = None,
@@ -143,8 +156,10 @@ def remove(
 
     names = _split(features)
     what = f"{', '.join(names)} of {cache}" if names else f"the whole cache {cache}"
-    featcache.open(cache)
-    if not yes and not typer.confirm(f"remove {what}?"):
+    opened = featcache.open(cache)
+    if names:
+        opened.require(names)
+    if not yes and not _confirmed(f"remove {what}?"):
         raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
     if names:
         console.print(f"removed {what}: {size_text(manage.remove_features(cache, names))}")

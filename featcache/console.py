@@ -69,7 +69,9 @@ def run_app(app: Any) -> int:
     if os.environ.get("FEATCACHE_TRACEBACK"):
         return int(app(standalone_mode=False) or 0)
     try:
-        return int(app(standalone_mode=False) or 0)
+        code = int(app(standalone_mode=False) or 0)
+        # The parser turns Ctrl-C into this code without a word.
+        return _interrupted() if code == EXIT_INTERRUPTED else code
     except UserError as error:
         print_error(error)
         return EXIT_USER_ERROR

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from featcache.errors import UserError
 
@@ -105,6 +105,9 @@ def decode(data: bytes, key: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        # The library's message names an object by its address: builds would differ where the manifest quotes it.
+        raise BadImage(key, "not an image of a known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImage(key, " ".join(str(error).split()) or type(error).__name__) from error
 

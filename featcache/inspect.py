@@ -113,7 +113,8 @@ def pca_rgb(tokens: np.ndarray) -> np.ndarray:
 def contact_sheet(cache: Any, *, data: str | None = None, count: int = 6) -> Image.Image:
     """Rows: samples; columns: the image, then PCA-RGB of each cached layer (levels layer by layer, then tokens)."""
     indices = list(range(min(count, len(cache))))
-    columns: list[tuple[str, np.ndarray]] = [("image", images_of(cache, data, indices))]
+    title = "image" if source_of(cache, data) is not None else "decoded latent"
+    columns: list[tuple[str, np.ndarray]] = [(title, images_of(cache, data, indices))]
     for name, spec in cache.manifest.features.items():
         if name.startswith("vae/G"):
             features = read_feature(cache, name, indices)

@@ -116,9 +116,15 @@ def build_command(cache: Any, wanted: Iterable[str]) -> str:
             words.append(f"--vae {shlex.quote(dataset.vae['name'])}")
         if moments is not None and moments.provenance.get("weights") == "random":
             words.append(f"--random-weights {moments.provenance['seed']}")
-    data = shlex.quote(dataset.source or "<the same images>")
+    encoders = {name.split("@")[0] for name in wanted if "@" in name}
+    for name, feature in cache.manifest.features.items():
+        if name.split("@")[0] in encoders and feature.provenance.get("weights") == "random":
+            words.append(f"--random-weights {feature.provenance['seed']}")
+            break
     if dataset.source.startswith("shapes "):  # drawn anew, so many as there were
-        data = f"shapes --limit {dataset.count}"
+        return f"Add what is missing:\n  {' '.join(words)}"
+    kind, _, name = dataset.source.partition(" ")
+    data = shlex.quote(f"/path/to/{name}" if kind == "folder" else "/path/to/the/same/images")
     return f"Add what is missing:\n  {' '.join(words)} --data {data}"
 
 

@@ -15,11 +15,15 @@ def import_(
     name: Annotated[str | None, typer.Option(help="Folder below ./runs. [default: the file's name]")] = None,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     convention: Annotated[str | None, typer.Option(help="repa, sra, sit or dit. [default: told from the file]")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Cache whose VAE and classes it was trained with. [default: ImageNet and sd-ft-ema]"),
+    ] = None,
 ) -> None:
     """Make a run folder from an official SiT, DiT, REPA or SRA checkpoint."""
     from trainer.exchange import import_checkpoint
 
-    run = import_checkpoint(path, name=name, weights=weights, convention=convention)
+    run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache)
     console.print(f"run: [bold]{run}[/bold]   next: trainer sample {run}")
 
 
@@ -34,8 +38,11 @@ def export(
 ) -> None:
     """Write a run's averaged weights as a checkpoint that the public code loads."""
     from trainer.exchange import export_checkpoint
+    from trainer.runs import read_json
 
     console.print(f"checkpoint: [bold]{export_checkpoint(run, out, convention=to, step=step)}[/bold]")
+    if cache := read_json(run / "cache.json", {}).get("path"):
+        console.print(f"back again: trainer import {out} --cache {cache}", soft_wrap=True)
 
 
 def stats(

@@ -258,9 +258,14 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
         return request.reference, request.data
     summary = runs.read_json(run / "cache.json", {})
     cache = summary.get("path", "")
+    if not cache:
+        raise UserError(
+            f"{run} was imported and has no cache, so there are no images to compare with",
+            remedy="Pass --reference with an npz, a folder of images or a cache.",
+        )
     if not (Path(cache) / "zarr.json").is_file() and "://" not in cache:
         raise UserError(
-            f"the cache of this run, {cache}, is no longer there, so there are no images to compare with",
+            f"the cache of {run}, {cache}, is no longer there, so there are no images to compare with",
             remedy="Pass --reference with an npz or a folder of images.",
         )
     return cache, _data_folder(summary, request.data)

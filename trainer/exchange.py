@@ -15,13 +15,35 @@ _VAE = {"name": "sd-ft-ema", "sha256": None, "scaling_factor": 0.18215, "shift_f
 CONVENTIONS = ("repa", "sra", "sit", "dit")
 
 
+def _summary_of(path: str, shape: object) -> dict[str, Any]:
+    """What a run records of the cache at ``path``. Raises `UserError` if its latents are not of this shape."""
+    import featcache
+
+    cache = featcache.open(path)
+    cache.require(["vae/moments"])
+    found = list(cache.manifest.features["vae/moments"].shape)
+    if found != shape:
+        raise UserError(
+            f"{path} holds moments {found}, but the checkpoint is of a backbone for {shape}",
+            remedy="Pass the cache of the VAE and resolution that it was trained with.",
+        )
+    return runs.summary_of(cache)
+
+
 def import_checkpoint(
-    path: Path, *, name: str | None, weights: str, convention: str | None, root: Path = runs.ROOT
+    path: Path,
+    *,
+    name: str | None,
+    weights: str,
+    convention: str | None,
+    cache: str | None = None,
+    root: Path = runs.ROOT,
 ) -> Path:
     """A run folder, ready for ``trainer sample`` and ``trainer eval``, from an official checkpoint.
 
     Args:
         weights: ``ema`` or ``model``. convention: one of :data:`CONVENTIONS`, None tells it from the file.
+        cache: one whose VAE and classes the checkpoint was trained with; without it those of the public checkpoints.
 
     Raises:
         UserError: an unreadable or refused file, a size without a name, or a run folder that exists.
@@ -60,11 +82,11 @@ def import_checkpoint(
     features = {
         "vae/moments": {"shape": [2 * cfg.latent_channels, cfg.latent_size, cfg.latent_size], "weights": "unknown"}
     }
+    summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
+    if cache is not None:
+        summary = _summary_of(cache, features["vae/moments"]["shape"])
     run.mkdir(parents=True)
-    runs.write_text(
-        run / "cache.json",
-        json.dumps({"path": "", "fingerprint": "", "dataset": dataset, "features": features}, indent=1),
-    )
+    runs.write_text(run / "cache.json", json.dumps(summary, indent=1))
     runs.save_config(run, config)
     state = {
         "model": imported.name,

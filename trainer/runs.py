@@ -78,18 +78,23 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
             )
 
 
-def open_folder(run: Path, config: RunConfig, cache: Any, start: int, *, main: bool) -> None:
-    """Writes what describes the run before its first step, and cuts the log back to ``start``. Only where ``main``."""
-    if not main:
-        return
-    run.mkdir(parents=True, exist_ok=True)
+def summary_of(cache: Any) -> dict[str, Any]:
+    """What a run's ``cache.json`` records of its cache: path, fingerprint, dataset and features."""
     summary = {
         "path": str(cache.path),
         "fingerprint": cache.fingerprint,
         "dataset": cache.manifest.dataset.to_json(),
         "features": _features(cache),
     }
-    write_text(run / "cache.json", json.dumps(_plain(summary), indent=1))
+    return dict(_plain(summary))
+
+
+def open_folder(run: Path, config: RunConfig, cache: Any, start: int, *, main: bool) -> None:
+    """Writes what describes the run before its first step, and cuts the log back to ``start``. Only where ``main``."""
+    if not main:
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / "cache.json", json.dumps(summary_of(cache), indent=1))
     save_config(run, config)
     truncate_log(run, start)
 

@@ -167,6 +167,19 @@ def test_a_changed_image_is_noticed_when_features_are_added(tmp_path: Path) -> N
         )
 
 
+def test_what_is_no_image_is_recorded_alike_in_every_build(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data", 3)
+    (folder / "b/text.jpg").write_text("no picture")
+    digests = []
+    for name in ("one", "two"):
+        ask = request(tmp_path / name, data=str(folder), encoders=(), vae="tiny", resolution=32, limit=None)
+        build(replace(ask, on_bad_image="skip"), Silent())
+        digests.append(tree_digest(tmp_path / name))
+    assert digests[0] == digests[1]
+    (skipped,) = featcache.open(tmp_path / "one").manifest.skipped
+    assert "not an image" in skipped.reason
+
+
 def image_folder(root: Path, count: int) -> Path:
     rng = np.random.default_rng(1)
     for i in range(count):

@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 from align_cases import CASES, FEATURES, INFO, make
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,6 +132,16 @@ def test_the_only_encoder_is_taken_and_its_deepest_layer():
     assert resolve("repa", repa, cache) == ("dinov2-b@11",)
     assert resolve("sara", sara, cache) == ("dinov2-b@11",)
     assert resolve("dya", dya, cache) == ("dinov2-b@9", "dinov2-b@11")
+
+
+@pytest.mark.parametrize("method", ["repa", "sara", "dya"])
+def test_of_several_encoders_the_error_names_an_option_that_works(method):
+    cache = dict.fromkeys(("dinov2-b@9", "dinov2-b@11", "tiny@4", "tiny@5"), TOKENS)
+    with pytest.raises(UserError, match="several encoders") as error:
+        resolve(method, config_class(method)(), cache)
+    typed = re.search(rf"--set '{method}\.(\w+)=(.*)'", error.value.remedy)
+    value = yaml.safe_load(typed[2].replace("LAYER", "11"))
+    assert set(resolve(method, config_class(method)(**{typed[1]: value}), cache)) <= {"dinov2-b@9", "dinov2-b@11"}
 
 
 def test_required_features_before_a_cache_is_known():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tiny_runs import Listener, settings
 import featcache
 from featcache.errors import CacheError
 from featcache.store.manage import remove_features
-from trainer.caches import build_line, find_cache, sample_keys
+from trainer.caches import build_command, build_line, find_cache, sample_keys
 from trainer.loop import train
 
 
@@ -53,8 +54,19 @@ def test_a_missing_feature_is_named_with_the_command_that_adds_it(
         train(settings(cache, method), resume=False, watcher=Listener(), root=tmp_path / "runs")
     words = build_words(error.value)
     assert words[:4] == ["featcache", "build", "--into", str(cache)]
-    assert words[4:] == [*expected, "--data", "shapes", "--limit", "24"]
+    assert words[4:] == expected  # the images of the embedded set follow from the cache
     assert not (tmp_path / "runs" / "run").exists(), "a run that cannot start leaves nothing behind"
+
+
+def test_the_command_names_a_folder_to_find_and_random_weights(shapes_cache: Path) -> None:
+    manifest = featcache.open(shapes_cache).manifest
+    spec = manifest.features["tiny@5"]
+    drawn = replace(spec, name="dinov2-b@11", provenance={"weights": "random", "seed": 3})
+    dataset = replace(manifest.dataset, source="folder my photos")
+    manifest = replace(manifest, dataset=dataset, features={**manifest.features, "dinov2-b@11": drawn})
+    command = build_command(SimpleNamespace(path="c", manifest=manifest), ["dinov2-b@9", "dinov2-b@11"])
+    expected = ["--encoder", "dinov2-b@9,11", "--random-weights", "3", "--data", "/path/to/my photos"]
+    assert shlex.split(command.splitlines()[1])[4:] == expected
 
 
 @pytest.mark.slow

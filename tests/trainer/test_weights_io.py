@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ import pytest
 import torch
 from golden import official_forward, official_weights
 from safetensors.torch import save_file
+from tiny_runs import Listener, settings
 from torch import Tensor
 
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
+from featcache.store.manage import remove_features
+from trainer.exchange import export_checkpoint, import_checkpoint
+from trainer.loop import train
 from trainer.models import Transformer, build_model, load_weights
 from trainer.weights_io import CONVENTIONS, Imported, export_official, import_official, reverse_time
 
@@ -404,3 +409,18 @@ def test_golden_checkpoint(golden_folder: Path, tmp_path: Path, name: str) -> No
     assert {key: [list(value.shape), "float32"] for key, value in back.items()} == listed
     for key in sorted(listed):
         torch.testing.assert_close(back[key], state[key], rtol=0, atol=1e-7 if key == "pos_embed" else 0)
+
+
+@pytest.mark.usefixtures("nano")
+def test_an_export_comes_back_with_its_cache(shapes_cache: Path, tmp_path: Path) -> None:
+    """Checkpoints do not say which VAE made their latents; the cache does."""
+    run = train(settings(shapes_cache, steps=1), resume=False, watcher=Listener(), root=tmp_path)
+    file = export_checkpoint(run, tmp_path / "weights.pt", convention=None, step=None)
+    common = {"weights": "ema", "convention": None, "root": tmp_path}
+    back = import_checkpoint(file, name="back", cache=str(shapes_cache), **common)
+    assert (back / "cache.json").read_text() == (run / "cache.json").read_text()
+    shutil.copytree(shapes_cache, tmp_path / "bare")
+    remove_features(tmp_path / "bare", ["vae/moments"])
+    with pytest.raises(CacheError, match="does not hold vae/moments"):
+        import_checkpoint(file, name="other", cache=str(tmp_path / "bare"), **common)
+    assert not (tmp_path / "other").exists()

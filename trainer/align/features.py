@@ -50,6 +50,10 @@ def encoder_layers(available: Iterable[str]) -> dict[str, list[int]]:
     return {encoder: sorted(found) for encoder, found in sorted(layers.items())}
 
 
+# How each method is told its encoder.
+_OPTIONS = {"repa": "features=[{name}@LAYER]", "sara": "feature={name}@LAYER", "dya": "encoder={name}"}
+
+
 def only_encoder(method: str, available: Iterable[str]) -> str:
     """The one encoder whose tokens are cached.
 
@@ -66,7 +70,7 @@ def only_encoder(method: str, available: Iterable[str]) -> str:
     if len(encoders) > 1:
         raise UserError(
             f"{method}: the cache holds tokens of several encoders ({', '.join(encoders)})",
-            remedy=f"Say which {method} shall use, e.g. {encoders[0]}.",
+            remedy=f"Say which {method} shall use: --set '{method}.{_OPTIONS[method].format(name=encoders[0])}'",
         )
     return encoders[0]
 
