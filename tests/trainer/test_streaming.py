@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,36 +25,10 @@ LIMIT_BYTES = 4 << 20  # the least a stream takes
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """``s3://`` URL of an empty bucket on a server of the loopback."""
-    pytest.importorskip("moto")
-    import boto3
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url, timeout=1).read()
-            break
-        except OSError:
-            time.sleep(0.1)
-    for name, value in {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "OMP_NUM_THREADS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    process.terminate()
-    process.wait()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return f"s3://{s3_bucket}"
 
 
 @pytest.fixture
@@ -127,7 +97,7 @@ def test_a_run_streams_through_less_than_the_cache(
     assert saved.cache == f"{bucket}/wide"
     train(replace(saved, steps=12), resume=True, watcher=Listener(), root=tmp_path / "runs")
     assert len(losses(remote)) == 12 and bytes_below(blocks) <= LIMIT_BYTES
-    with pytest.raises(CacheError, match="there is no cache at s3://bucket/none"):
+    with pytest.raises(CacheError, match=f"there is no cache at {bucket}/none"):
         find_cache(replace(saved, cache=f"{bucket}/none"))
     with pytest.raises(CacheError, match="needs at least"):
         find_cache(replace(saved, stream_gib=0.001))
