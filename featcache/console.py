@@ -48,15 +48,28 @@ class ByteBar:
 
 def print_error(error: UserError) -> None:
     """One short paragraph: what is wrong and why, then what to type."""
-    errors.print(f"[bold red]error:[/bold red] {_plain(error.what)}")
+    errors.print(f"[bold red]error:[/bold red] {safe(error.what)}")
     if error.remedy:
-        errors.print(_plain(error.remedy))
+        errors.print(safe(error.remedy))
 
 
-def _plain(text: str) -> str:
+def safe(value: object) -> str:
+    """`value` as text that a terminal shows and does not obey: for whatever a file, a manifest or a server says.
+
+    Rich's markup is escaped; control characters other than newline and tab (so terminal escapes too), and the marks
+    that reorder text, become a visible `\\xNN`, lone surrogates (bytes of file names that are not UTF-8) likewise.
+    """
     from rich.markup import escape
 
-    return escape(text)
+    return escape("".join(_visible(character) for character in str(value)))
+
+
+def _visible(character: str) -> str:
+    import unicodedata
+
+    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def run_app(app: Any) -> int:

@@ -56,6 +56,13 @@ def root_bytes(manifest: Manifest) -> bytes:
     return canonical_json(content)
 
 
+def cache_digest(manifest: Manifest) -> str:
+    """The SHA-256 (hex) that names a cache: of its root document, which covers the manifest, the arrays' metadata
+    and, through the checksum files, every byte of every shard.
+    """
+    return hashlib.sha256(root_bytes(manifest)).hexdigest()
+
+
 def parse_root(data: bytes, where: str) -> Manifest:
     """The manifest of a root document; raises `CacheError` for anything but what `root_bytes` writes.
 
