@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.recipes import Recipe, list_recipes, recipe_root
-
-# Folder -> heading and one sentence. Another folder gets its name.
-SECTIONS = {
-    "none": ("Vanilla", "The backbones without alignment."),
-    "repa": ("REPA", "Representation alignment with an image encoder (Yu et al., ICLR 2025)."),
-    "irepa": ("iREPA", "REPA with a convolution as head and spatially normalised targets (Singh et al., 2025)."),
-    "haste": ("HASTE", "REPA that stops early (Wang et al., 2025)."),
-    "sara": ("SARA", "Structural and adversarial representation alignment (Chen et al., 2025)."),
-    "dya": ("DyA", "Dynamic alignment with two layers of one encoder."),
-    "ahpa": ("AHPA", "Adaptive hierarchical prior alignment with the VAE encoder's own layers."),
-    "sra": ("SRA", "Self-representation alignment with the averaged model (Jiang et al., 2025)."),
-    "sra2": ("SRA 2", "Alignment with the clean latent (Wang et al., 2026)."),
-}
+from trainer.recipe_pages import by_training
+from trainer.recipes import Recipe, load_recipe_file, papers, recipe_root
 
 INTRODUCTION = """\
 # Recipes
 
-One file for each row of the papers' tables: what to train, what the paper reports, and the cache it needs. This page is
-written by `python -m pipelines.index`; `trainer recipes TEXT` lists the same in the terminal.
+One file for each paper, in it a training for each row of the paper's tables: what to train, what the paper reports, and the
+cache it needs. This page is written by `python -m pipelines.index`; `trainer recipes` lists the same in the terminal, and
+`trainer recipes ahpa/xl2` shows a row in full: its settings and where each comes from, its figures, and the commands that
+reproduce them.
 
 A row from images to its numbers, here SiT-XL/2 with AHPA:
 
 ```sh
 featcache build --data /path/to/imagenet/train --vae-levels G3,G4     # the row's build line
-trainer run --recipe pipelines/ahpa/xl2.yaml --name ahpa-xl2          # takes the newest cache that fits, or --cache
+trainer run --recipe ahpa/xl2 --name ahpa-xl2                         # takes the newest cache that fits, or --cache
 trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws samples as the paper did
 ```
 
 - A row shows the paper's figures, in brackets how its samples were drawn (sampler and evaluations; guidance if any).
-  `trainer eval` draws them so for a run made from the recipe. The last column has the same as options, for other runs;
-  none means the defaults on a GPU: 50,000 samples by the SDE (DiT: DDPM) with 250 evaluations, no guidance. For numbers
-  that may stand beside published ones, pass ADM's reference: `--reference VIRTUAL_imagenet256_labeled.npz`.
-- Rows that differ in their sampling alone train the same model: evaluate one run twice, with those options.
-- Any setting can be changed: `trainer run --recipe pipelines/ahpa/xl2.yaml --set steps=1000 --set ahpa.weight=0.5`.
+  `trainer eval` draws them so for a run made from the recipe, and for any run with `--figure NAME`. For numbers that may
+  stand beside published ones, pass ADM's reference: `--reference VIRTUAL_imagenet256_labeled.npz`.
+- Rows that differ in their sampling or their step alone are figures of one training (a `↳` marks the further ones): train
+  it once and evaluate it several times, `trainer eval runs/repa-xl2 --figure repa/xl2-ode`. `trainer run --recipe` takes
+  their names too, and trains to their step; with `--resume` it goes on from an earlier one.
+- Any setting can be changed: `trainer run --recipe ahpa/xl2 --set steps=1000 --set ahpa.weight=0.5`. A file of your own
+  holds the same keys and may start from a row: `extend: ahpa/xl2`; then `trainer run --recipe my.yaml`.
 - Rows at 512 px and with other VAEs refuse a cache of another kind; the others take the newest that holds what the
   method reads. With several data sets or resolutions below `./caches`, pass `--cache`.
 - One cache serves many rows. Add what another row needs with `featcache build --into CACHE ...`.
-- A recipe holds only what is particular to it; `base:` names the file it starts from (`_base/` holds the methods').
 - "–" stands where the paper shows no figure, or our copy of it has lost it; the file then says which.
 - The papers train in fp16 on 8 GPUs. Here a GPU trains in bf16 unless `--precision fp16` is given, and the global batch
   stays the same for any number of GPUs.
@@ -54,43 +44,31 @@ trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws sa
 """
 
 
-def render(recipes: Sequence[Recipe]) -> str:
-    """The page: introduction, then a table for each folder in the order of :data:`SECTIONS`."""
-    folders: dict[str, list[Recipe]] = {name: [] for name in SECTIONS}
-    for recipe in recipes:
-        folders.setdefault(_folder(recipe), []).append(recipe)
-    parts = [INTRODUCTION, f"{len(recipes)} recipes: {_contents(folders)}\n"]
-    for folder, rows in folders.items():
-        heading, sentence = SECTIONS.get(folder, (folder, ""))
-        parts.append(f"## {heading}\n\n{sentence}\n")
-        parts.append("| row | file | build | published | source | eval |\n|---|---|---|---|---|---|")
-        parts.append("\n".join(_row(recipe) for recipe in rows) + "\n")
+def render() -> str:
+    """The page: introduction, then a table for each paper."""
+    found = papers()
+    rows = sum(len(paper.rows) for paper in found)
+    links = ", ".join(f"[{p.title}](#{p.title.lower().replace(' ', '-')}) {len(p.rows)}" for p in found)
+    parts = [INTRODUCTION, f"{rows} rows of {len(found)} files: {links}.\n"]
+    for paper in found:
+        parts.append(f"## {paper.title}\n\n{paper.about} File: [{paper.file.name}]({paper.file.name}).\n")
+        parts.append("| row | recipe | build | published | source |\n|---|---|---|---|---|")
+        names = (f"{paper.name}/{row}" for figures in by_training(paper).items() for row in (figures[0], *figures[1]))
+        parts.append("\n".join(_row(load_recipe_file(name)) for name in names) + "\n")
     return "\n".join(parts)
 
 
-def _folder(recipe: Recipe) -> str:
-    return recipe.path.relative_to(recipe_root()).parts[0]
-
-
-def _contents(folders: dict[str, list[Recipe]]) -> str:
-    entries = []
-    for folder, rows in folders.items():
-        heading = SECTIONS.get(folder, (folder, ""))[0]
-        entries.append(f"[{heading}](#{heading.lower().replace(' ', '-')}) {len(rows)}")
-    return ", ".join(entries) + "."
-
-
 def _row(recipe: Recipe) -> str:
-    file = recipe.path.relative_to(recipe_root()).as_posix()
-    figures, source, options = "–", "–", ""
+    further = recipe.training != recipe.name
+    figures, source = "–", "–"
     if recipe.published is not None:
         figures = ", ".join(f"{name} {value}" for name, value in recipe.published.figures().items())
         source = recipe.published.source
-        if recipe.published.sampling is not None:
+        if recipe.published.sampling is not None and str(recipe.published.sampling):
             figures += f" ({recipe.published.sampling})"
-            options = recipe.published.sampling.eval_options()
-    build = f"`{recipe.build}`" if recipe.build else "–"
-    cells = (recipe.title, f"[{file}]({file})", build, figures, source, f"`{options}`" if options else "")
+    title = ("↳ " if further else "") + recipe.title + (f"<br><sub>{recipe.note}</sub>" if recipe.note else "")
+    build = f"as `{recipe.training}`" if further else f"`{recipe.build}`"
+    cells = (title, f"`{recipe.name}`", build, figures, source)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -101,12 +79,12 @@ def readme() -> Path:
 
 def main() -> int:
     """Writes the index; with ``--check`` only says whether it is up to date (exit code 1 if not)."""
-    page = render(list_recipes())
+    page = render()
     if "--check" in sys.argv[1:]:
         current = readme().read_text(encoding="utf-8") if readme().is_file() else ""
         return 0 if current == page else 1
     readme().write_text(page, encoding="utf-8")
-    print(f"{readme()}: {page.count('.yaml](')} recipes")
+    print(f"{readme()}: {sum(len(paper.rows) for paper in papers())} rows")
     return 0
 
 

@@ -45,7 +45,9 @@ Compile = Annotated[
 @app.command()
 def run(
     method: Annotated[str | None, typer.Option(help="none, repa, ahpa, ...; join several with +.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options here win over it.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A row (ahpa/xl2) or a YAML file of settings; options here win over it.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Backbone, e.g. SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2.")] = None,
     cache: Annotated[
         str | None, typer.Option(help="Feature cache. Default: the newest fitting one below ./caches.")
@@ -211,6 +213,7 @@ def sample(
 
 # Options of eval that say how to draw, so that they mean nothing where the images are there already.
 DRAWING = [
+    "figure",
     "sampler",
     "steps",
     "guidance",
@@ -240,6 +243,12 @@ def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run. [default: the newest below ./runs]")] = None,
     samples: Annotated[
         str | None, typer.Option(help="Judge these images (npz, tar, folder) by --reference instead of drawing some.")
+    ] = None,
+    figure: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw as the samples of this recipe's published figures, at its step. [default: the run's own]"
+        ),
     ] = None,
     num: Annotated[
         int | None, typer.Option(help="Samples to judge. [default: 50,000; fewer on the CPU]", min=2)
@@ -302,6 +311,7 @@ def evaluate(
     else:
         _refuse_typed(context, DRAWING, "says how to draw images, and --samples are drawn already")
     request = EvalRequest(
+        figure=figure,
         num=num,
         sampler=sampler,
         steps=steps,
@@ -390,16 +400,18 @@ def report(
 @app.command()
 def recipes(
     text: Annotated[
-        str, typer.Argument(help="Only those whose file, method, model, title or source contains this.")
+        str,
+        typer.Argument(
+            help="A row (ahpa/xl2) or a file, shown in full; else a part of name, method, model, title, source."
+        ),
     ] = "",
 ) -> None:
-    """List the recipes: one for each row of the papers' tables. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
-    from trainer.recipes import list_recipes, listing
+    """List the recipes, one a row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
+    from featcache.console import safe
+    from trainer.recipe_pages import page
 
-    found = list_recipes(text)
-    for line in listing(found):
-        console.print(line, markup=False)
-    console.print(f"{len(found)} recipes   next: trainer run --recipe RECIPE")
+    for line in page(text, width=min(console.width, 120)):
+        console.print(safe(line))
 
 
 commands.register(app)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import typing
@@ -164,10 +165,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
     Raises:
         UserError: an unknown key (with the nearest valid one), or a value of the wrong type.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
     prefix = f"{where}." if where else ""
     clean: dict[str, Any] = {}
     for key, value in values.items():
@@ -176,8 +176,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(sorted(fields))}"
             raise UserError(f"unknown key {prefix}{key}", remedy=hint)
         try:
-            adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
-            clean[key] = adapter.validate_python(value)
+            clean[key] = _adapter(cls, key).validate_python(value)
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
             raise UserError(f"{prefix}{key} = {value!r} is not valid: {problem}") from error
@@ -186,8 +185,16 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
     return cls(**clean)
 
 
+@functools.cache
+def _adapter(cls: type, key: str) -> Any:
+    """What validates one field; it takes longer to make than to use."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(typing.get_type_hints(cls)[key], config=ConfigDict(arbitrary_types_allowed=True))
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a YAML recipe, its bases resolved (see :mod:`trainer.recipes`).
+    """The settings of a recipe, all that it extends resolved (see :mod:`trainer.recipes`).
 
     Raises:
         UserError: as :func:`trainer.recipes.load_recipe_file`.

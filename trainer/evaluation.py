@@ -16,7 +16,8 @@ from featcache.errors import UserError, WeightsUnavailable
 from trainer import distributed, runs
 from trainer.config import RunConfig
 from trainer.models import forward_flops
-from trainer.recipes import Sampling
+from trainer.published import Sampling
+from trainer.recipes import load_recipe_file
 from trainer.sampling import Bar, SampleRequest, sample_run
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
@@ -32,9 +33,11 @@ class EvalRequest:
 
     None takes what the run's recipe says of its published figures, else the defaults of the device (the module's
     constants). The recipe's interval goes with the recipe's guidance scale alone: with another one the default is to guide
-    at all times. precision, compile: see :func:`trainer.inference.choose_arithmetic`.
+    at all times. figure: name of the recipe whose published figures the run is judged beside, instead of its own: drawn at
+    that recipe's step and with its sampler and evaluations on any device. precision, compile: see :func:`trainer.inference.choose_arithmetic`.
     """
 
+    figure: str | None = None
     num: int | None = None
     sampler: str | None = None
     steps: int | None = None
@@ -81,15 +84,19 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
     Under torchrun all ranks draw; the main one judges, the others return None.
 
     Raises:
-        UserError: no such run, no reference images, settings that do not fit.
+        UserError: no such run, figure or checkpoint, no reference images, settings that do not fit.
         WeightsUnavailable: weights that were asked for by name are not to be had.
     """
     config = runs.load_config(run)
     device = pick_device(request.device)
     if not distributed.is_main():
-        sample_run(run, _with_defaults(request, run, config, device, _Mute()), _Mute())
-        return None
+        bar = _Mute()
+    if request.figure is not None:
+        request, config = _beside(request.figure, request, config, bar)
     settings = _with_defaults(request, run, config, device, bar)
+    if not distributed.is_main():
+        sample_run(run, settings, bar)
+        return None
     extractor = choose_extractor(request.extractor, request.weights_dir, device, bar)
     reference, data = _reference(run, request)
     _check_before_drawing(run, request, extractor, reference, data)
@@ -100,6 +107,7 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
         "step": drawn.loaded.step,
         "sampler": sampler,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **({} if request.figure is None else {"figure": config.published}),
         **result,
     }
     _append_metrics(run / "metrics.json", entry)
@@ -193,6 +201,31 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
         return None
     values: dict[str, Any] = {**given, "interval": tuple(given.get("interval", (0.0, 1.0)))}
     return Sampling(**values)
+
+
+def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> tuple[EvalRequest, RunConfig]:
+    """The request at the figure's step, with its sampler, and the run's configuration as if it came from that recipe."""
+    recipe = load_recipe_file(figure)
+    if recipe.published is None:
+        raise UserError(
+            f"{recipe.name} has no published figures", remedy="Type: trainer recipes   for those that have."
+        )
+    wanted = recipe.config()
+    other = [
+        key
+        for key in recipe.values
+        if key not in ("steps", "published") and getattr(config, key) != getattr(wanted, key)
+    ]
+    if other:
+        bar.note(f"the run was not trained as {recipe.training} says: its {', '.join(other)} differ")
+    sampling = recipe.published.sampling or Sampling()
+    asked = replace(
+        request,
+        sampler=request.sampler or sampling.sampler,
+        steps=request.steps or sampling.steps,
+        checkpoint=recipe.steps if request.checkpoint is None else request.checkpoint,
+    )
+    return asked, replace(config, published=recipe.values["published"])
 
 
 def _with_defaults(request: EvalRequest, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
@@ -438,13 +471,17 @@ def features_layers(summary: Mapping[str, Any], feature: str, count: int) -> lis
 
 
 def _published(folder: Path, name: str) -> list[Any]:
-    """The figures that a run's recipe carries from its paper, and how their samples were drawn."""
+    """The figures that a run's recipe carries from its paper, then those that it was evaluated beside, each once."""
     from trainer.report.table import Published
 
     config = runs.load_config(folder)
-    sampling = recipe_sampling(config)
-    source = str(config.published.get("source", "")) + (f": {sampling}" if sampling is not None else "")
-    return [
-        Published(metric=metric, value=float(value), source=source, run=name)
-        for metric, value in config.published.get("metrics", {}).items()
-    ]
+    entries = [config.published, *(e["figure"] for e in runs.read_json(folder / "metrics.json", []) if "figure" in e)]
+    figures = {}
+    for entry in entries:
+        sampling = recipe_sampling(replace(config, published=entry))
+        source = str(entry.get("source", "")) + (f": {sampling}" if sampling is not None else "")
+        for metric, value in entry.get("metrics", {}).items():
+            figures[metric, source, float(value)] = Published(
+                metric=metric, value=float(value), source=source, run=name
+            )
+    return list(figures.values())

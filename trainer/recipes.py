@@ -1,141 +1,56 @@
-"""Recipes: YAML files with the settings of one run, what the paper reports for it, and the cache it needs.
+"""Recipes: what to train for a row of a paper's tables, what the paper reports for it, and the cache it needs.
 
-A recipe holds keys of :class:`trainer.config.RunConfig` and three more: ``title``, ``build`` (the ``featcache build``
-line of its cache) and ``base``, the path of another recipe, relative to its own, whose settings it starts from.
-``title`` and ``published`` belong to one file and are never inherited; ``align`` is joined option by option; any other
-key replaces the base's. No torch here.
+``pipelines/ahpa.yaml`` holds the rows of one paper: ``settings`` and the ``build`` line of its cache are common to all its
+``trainings``. A training holds keys of :class:`trainer.config.RunConfig` that are its own, ``title``, ``note``, ``build``,
+the figures ``published`` for it and ``extend``, the row whose settings it starts from instead of the common ones (``b2`` in
+the same file, ``repa/b2`` in another). Its ``figures`` are further rows that it serves: the same training at another
+``step``, or samples drawn otherwise. A row is called ``ahpa/xl2``, a training and a figure alike.
+
+A user's own file is like one training: it may ``extend`` a row, or another file by its path relative to itself.
+``title``, ``note`` and ``published`` belong to one row and are never inherited; ``align`` is joined option by option; any
+other key replaces the one below. No torch here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-import shlex
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from featcache.errors import UserError
 from trainer.config import RunConfig, from_mapping
+from trainer.published import Published, read_published
 
-RECIPE_KEYS = ("base", "title", "build")
-_OWN_KEYS = ("base", "title", "published")  # of one file alone
-PAPER_RESOLUTION = 256  # where a build line says nothing
-METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
-
-# Tables by paper, as our copies of the papers number them. SRA's have lost their captions; its text calls the
-# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3.
-PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
-    "REPA": tuple(str(n) for n in range(1, 13)),
-    "SARA": ("1a", "1b", "2", "3", "4", "5"),
-    "DyA": tuple(str(n) for n in range(1, 8)),
-    "AHPA": (
-        *(str(n) for n in range(1, 8)),
-        *("A.8", "A.9", "B.10", "B.11", "C.12", "D.13", "D.14", "D.15", "D.16", "D.17", "E.18", "F.19", "G.20", "I.21"),
-    ),
-    "SRA": ("3.2", "3.3"),
-}
-_SOURCE = re.compile(r"(?P<paper>\w+), Table (?P<table>\S+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the samples behind published figures were drawn; None where the paper does not say.
-
-    sampler: ``sde`` (Euler-Maruyama), ``ode`` (Euler), ``heun`` or ``ddpm``. steps: function evaluations.
-    guidance: classifier-free guidance scale, 1 for none. interval: of t, in which it acted.
-    """
-
-    sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
-    steps: int | None = None
-    guidance: float | None = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __str__(self) -> str:
-        drawn = " ".join(str(part) for part in (self.sampler, self.steps) if part is not None)
-        guided = ""
-        if self.guidance is None:
-            guided = "guided, scale not given"
-        elif self.guidance != 1:
-            low, high = self.interval
-            guided = f"guidance {self.guidance:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
-        return ", ".join(part for part in (drawn, guided) if part)
-
-    def eval_options(self) -> str:
-        """The same conditions as options of ``trainer eval``; empty where they are its defaults on a GPU."""
-        words = []
-        if self.sampler in ("ode", "heun"):
-            words.append(f"--sampler {self.sampler}")
-        if self.steps not in (None, 250):
-            words.append(f"--steps {self.steps}")
-        if self.guidance not in (None, 1):
-            words.append(f"--guidance {self.guidance:g}")
-            if self.interval != (0, 1):
-                words.append(f"--interval {self.interval[0]:g},{self.interval[1]:g}")
-        return " ".join(words)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """What a paper reports for a row.
-
-    source: reads ``AHPA, Table 3``. metrics: FID, sFID, IS, Precision and Recall, as far as the table has them.
-
-    Raises:
-        UserError: an unknown metric, a paper or table that does not exist.
-    """
-
-    source: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    sampling: Sampling | None = None
-
-    def __post_init__(self) -> None:
-        match = _SOURCE.fullmatch(self.source)
-        if match is None or match["table"] not in PAPER_TABLES.get(match["paper"], ()):
-            raise UserError(
-                f"published.source {self.source!r} names no table of a known paper",
-                remedy=f"Write for example 'AHPA, Table 3'; papers: {', '.join(PAPER_TABLES)}.",
-            )
-        for metric in self.metrics:
-            if metric not in METRICS:
-                near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.3)
-                hint = f"Did you mean {near[0]}?" if near else f"Metrics: {', '.join(METRICS)}"
-                raise UserError(f"published.metrics holds an unknown metric {metric!r}", remedy=hint)
-
-    @property
-    def paper(self) -> str:
-        return self.source.partition(",")[0]
-
-    def figures(self) -> dict[str, str]:
-        """The metrics with the papers' decimals: at least two for sFID, precision and recall, else at least one."""
-        shown = {}
-        for metric, value in self.metrics.items():
-            digits = 2 if metric in ("sFID", "Precision", "Recall") else 1
-            shown[metric] = max(f"{value:.{digits}f}", repr(float(value)), key=len)
-        return shown
+RECIPE_KEYS = ("extend", "title", "note", "build")  # beside RunConfig's
+PAPER_KEYS = ("title", "about", "settings", "build", "sampling", "trainings")
+FIGURE_KEYS = ("title", "note", "step", "source", "metrics", "sampling")
+RUN_KEYS = tuple(f.name for f in dataclasses.fields(RunConfig))
+_OWN_KEYS = ("extend", "title", "note", "published")  # of one row alone
+_RENAMED = {"base": "extend"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One recipe file with its bases resolved.
+    """One row, or a user's own file, with all that it extends resolved.
 
-    path: the file. values: keys of RunConfig, not validated yet. title: one line. build: the ``featcache build`` line
-    of its cache. published: figures of the paper's row, None where it gives none that we could read.
+    name: ``ahpa/xl2``, or the file. values: keys of RunConfig, not validated yet. origins: where each comes from (align's
+    by ``align.METHOD.OPTION``), and ``build``: a row, a file. title, note: text. build: the ``featcache build`` line of its
+    cache. published: figures of the paper's row, None where it gives none that we could read. training: name of the row
+    whose training this is; its own unless it is a further figure.
     """
 
-    path: Path
+    name: str
     values: Mapping[str, Any]
+    origins: Mapping[str, str] = field(default_factory=dict)
     title: str = ""
+    note: str = ""
     build: str | None = None
     published: Published | None = None
-
-    @property
-    def name(self) -> str:
-        """As it is listed: ``pipelines/ahpa/xl2.yaml`` for the project's own, else the path."""
-        root = recipe_root()
-        return str(Path(root.name) / self.path.relative_to(root)) if self.path.is_relative_to(root) else str(self.path)
+    training: str = ""
 
     @property
     def method(self) -> str:
@@ -154,6 +69,33 @@ class Recipe:
         return from_mapping(RunConfig, self.values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """One of the project's own files.
+
+    name: ``ahpa``. title, about: a heading and a sentence. common: settings and build line of all its trainings. rows: by
+    name, without the paper's; a figure is a row that extends its training. trainings: row -> the training it belongs to.
+    """
+
+    name: str
+    file: Path
+    title: str
+    about: str
+    common: Mapping[str, Any]
+    rows: Mapping[str, Mapping[str, Any]]
+    trainings: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What one row or one user's file says itself. paper: of a row. folder: of a user's file."""
+
+    name: str
+    own: Mapping[str, Any]
+    paper: Paper | None = None
+    folder: Path = Path()
+
+
 def recipe_root() -> Path:
     """Folder of the project's own recipes: ``pipelines`` of the checkout, or where the package is installed."""
     import pipelines
@@ -161,106 +103,134 @@ def recipe_root() -> Path:
     return Path(pipelines.__path__[0]).resolve()
 
 
-def find_recipe(path: Path | str) -> Path:
-    """The file that ``path`` means: as typed, else below the project's recipes (``ahpa/xl2`` is enough).
-
-    Raises:
-        UserError: no such file; the error names the nearest recipe.
-    """
-    typed = Path(path)
-    if typed.is_file():
-        return typed
-    root = recipe_root()
-    parts = typed.parts[1:] if typed.parts and typed.parts[0] == root.name else typed.parts
-    inner = Path(*parts) if parts else typed
-    for candidate in (root / inner, root / f"{inner}.yaml"):
-        if not typed.is_absolute() and candidate.is_file():
-            return candidate
-    known = {p.relative_to(root).with_suffix("").as_posix(): p for p in recipe_files()}
-    near = difflib.get_close_matches(inner.with_suffix("").as_posix(), known, n=1)
-    hint = f"Did you mean {root.name}/{near[0]}.yaml?   " if near else ""
-    raise UserError(f"there is no recipe at {str(path)!r}", remedy=f"{hint}Type: trainer recipes   to list them.")
-
-
-def recipe_files() -> list[Path]:
-    """The project's own recipes, sorted; folders that begin with an underscore hold bases only."""
-    root = recipe_root()
-    files = [p for p in root.rglob("*.yaml") if not any(part.startswith("_") for part in p.relative_to(root).parts)]
-    return sorted(files, key=lambda p: (p.parent, p.name.startswith("dit-"), _natural(p.stem)))
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort key in which ``depth6`` comes before ``depth10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text) if part]
+def papers() -> list[Paper]:
+    """The project's own recipes, by file name."""
+    return [_paper(file) for file in sorted(recipe_root().glob("*.yaml"))]
 
 
 def list_recipes(text: str = "") -> list[Recipe]:
-    """The project's own recipes whose name, method, model, title or source contain ``text`` (whatever its case)."""
-    found = [load_recipe_file(path) for path in recipe_files()]
+    """The project's own rows whose name, method, model, title or source contain ``text`` (whatever its case)."""
+    found = [_resolve(_row(paper, row)) for paper in papers() for row in paper.rows]
     wanted = text.lower()
     return [
         r for r in found if any(wanted in part.lower() for part in (r.name, r.method, r.model, r.title, _source(r)))
     ]
 
 
+def figures_of(recipe: Recipe) -> list[Recipe]:
+    """The recipe's training and its further figures, in the file's order; a user's own file alone."""
+    family, _, training = recipe.training.partition("/")
+    file = recipe_root() / f"{family}.yaml"
+    if not family or not file.is_file():
+        return [recipe]
+    paper = _paper(file)
+    return [_resolve(_row(paper, row)) for row, owner in paper.trainings.items() if owner == training]
+
+
 def _source(recipe: Recipe) -> str:
     return recipe.published.source if recipe.published is not None else ""
 
 
-def listing(recipes: list[Recipe]) -> list[str]:
-    """One line a recipe, in columns: file, method, model, published FID, title. The first line names the columns."""
-    rows = [("recipe", "method", "model", "FID", "title")]
-    for recipe in recipes:
-        fid = recipe.published.figures().get("FID", "-") if recipe.published is not None else "-"
-        rows.append((recipe.name, recipe.method, recipe.model, fid, recipe.title))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return ["  ".join([*(cell.ljust(width) for cell, width in zip(row[:4], widths)), row[4]]) for row in rows]
-
-
 def load_recipe_file(path: Path | str) -> Recipe:
-    """Reads a recipe and its bases.
+    """The recipe that ``path`` means: a user's file, else a row such as ``ahpa/xl2``.
 
     Raises:
-        UserError: a missing file or base, bases that lead in a circle, no valid YAML, a key given twice or unknown, a
-            ``published`` entry that is not well formed.
+        UserError: no such file or row (the error names the nearest), rows that extend each other in a circle, no valid
+            YAML, a key given twice or unknown, a ``published`` entry that is not well formed.
     """
-    file = find_recipe(path).resolve()
-    merged: dict[str, Any] = {}
-    for layer in _layers(file):
-        merged = _join(merged, layer)
+    return _resolve(_user_file(Path(path)) if Path(path).is_file() else _named_row(str(path)))
+
+
+def is_recipe(path: Path | str) -> bool:
+    """Whether ``path`` is a file or names a row."""
+    return Path(path).is_file() or _find_row(str(path)) is not None
+
+
+def _plain(typed: str) -> str:
+    """``pipelines/ahpa/xl2.yaml``, which was a file once, as ``ahpa/xl2``."""
+    return typed.removeprefix(f"{recipe_root().name}/").removesuffix(".yaml")
+
+
+def _find_row(typed: str) -> _Entry | None:
+    """The row of that name; no other file than its paper's is read."""
+    family, _, row = _plain(typed).partition("/")
+    file = recipe_root() / f"{family}.yaml"
+    return _row(_paper(file), row) if row and file.is_file() and row in _paper(file).rows else None
+
+
+def _named_row(typed: str) -> _Entry:
+    found = _find_row(typed)
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(_plain(typed), [f"{p.name}/{row}" for p in papers() for row in p.rows], n=1)
+    hint = f"Did you mean {near[0]}?   " if near else ""
+    raise UserError(f"there is no recipe {typed!r}", remedy=f"{hint}Type: trainer recipes   to list them.")
+
+
+def _row(paper: Paper, row: str) -> _Entry:
+    return _Entry(name=f"{paper.name}/{row}", own=paper.rows[row], paper=paper)
+
+
+def _user_file(path: Path) -> _Entry:
+    file = path.resolve()
     own = _read(file)
-    published = _published(own["published"], file) if own.get("published") else None
+    if "trainings" in own:
+        raise UserError(f"{file} holds many rows, not one recipe", remedy="Name a row of it, for example ahpa/xl2.")
+    _check_keys(own, (*RECIPE_KEYS, *RUN_KEYS), str(file))
+    return _Entry(name=str(file), own=own, folder=file.parent)
+
+
+def _resolve(entry: _Entry) -> Recipe:
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in _layers(entry):
+        merged = _join(merged, layer)
+        origins.update(dict.fromkeys(_dotted(layer), origin))
+    own = entry.own
+    published = read_published(own["published"], entry.name) if own.get("published") else None
+    texts = {"title": own.get("title"), "note": own.get("note"), "build": merged.get("build")}
+    for key, value in texts.items():
+        if not isinstance(value, str | None):
+            raise UserError(f"{entry.name}: {key} must be one line of text, not {value!r}")
     values = {key: value for key, value in merged.items() if key not in RECIPE_KEYS}
     if published is not None:
         values["published"] = own["published"]
-    build = merged.get("build")
-    for key, value in (("title", own.get("title", "")), ("build", "" if build is None else build)):
-        if not isinstance(value, str):
-            raise UserError(f"{file}: {key} must be one line of text, not {value!r}")
-    return Recipe(path=file, values=values, title=own.get("title", ""), build=build, published=published)
+    paper, row = entry.paper, entry.name.partition("/")[2]
+    return Recipe(
+        name=entry.name,
+        values=values,
+        origins=origins,
+        title=texts["title"] or "",
+        note=texts["note"] or "",
+        build=texts["build"],
+        published=published,
+        training=entry.name if paper is None else f"{paper.name}/{paper.trainings[row]}",
+    )
 
 
-def _layers(file: Path) -> list[Mapping[str, Any]]:
-    """The file's content after that of its bases, outermost base first."""
-    chain: list[Path] = []
-    layers: list[Mapping[str, Any]] = []
-    at: Path | None = file
-    while at is not None:
-        if at in chain:
-            raise UserError(f"the bases of {file} lead in a circle: {' -> '.join(p.name for p in [*chain, at])}")
-        chain.append(at)
-        values = _read(at)
-        layers.insert(0, values if at == file else {k: v for k, v in values.items() if k not in _OWN_KEYS})
-        base = values.get("base")
-        if base is None:
-            break
-        following = (at.parent / str(base)).resolve()
-        if not following.is_file():
-            raise UserError(
-                f"{at}: base {base!r} does not exist ({following})", remedy="Write its path relative to the recipe."
-            )
-        at = following
-    return layers
+def _layers(entry: _Entry, chain: tuple[str, ...] = ()) -> list[tuple[str, Mapping[str, Any]]]:
+    """What an entry starts from and then what it says itself, each with its origin, without what is not inherited."""
+    if entry.name in chain:
+        raise UserError(
+            f"{chain[0]} extends itself in a circle: {' -> '.join([*chain, entry.name])}",
+            remedy="Take extend out of one of them.",
+        )
+    below: list[tuple[str, Mapping[str, Any]]] = []
+    extend = entry.own.get("extend")
+    if extend is not None:
+        below = _layers(_extended(entry, str(extend)), (*chain, entry.name))
+    elif entry.paper is not None:
+        below = [(entry.paper.file.name, entry.paper.common)]
+    return [*below, (entry.name, {key: value for key, value in entry.own.items() if key not in _OWN_KEYS})]
+
+
+def _extended(entry: _Entry, extend: str) -> _Entry:
+    if entry.paper is None and (entry.folder / extend).is_file():
+        return _user_file(entry.folder / extend)
+    try:
+        return _named_row(extend if entry.paper is None or "/" in extend else f"{entry.paper.name}/{extend}")
+    except UserError as error:
+        raise UserError(f"{entry.name}: extend: {error.what}", remedy=error.remedy) from error
 
 
 def _join(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,8 +245,80 @@ def _join(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return joined
 
 
+def _dotted(layer: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a layer, those of align's options as ``align.METHOD.OPTION``."""
+    for key, value in layer.items():
+        if key == "align" and isinstance(value, Mapping):
+            yield from (f"align.{method}.{option}" for method, options in value.items() for option in options or {})
+        else:
+            yield key
+
+
+@functools.cache
+def _paper(file: Path) -> Paper:
+    content = _read(file)
+    _check_keys(content, PAPER_KEYS, str(file))
+    common = {**_mapping(content, "settings", str(file)), "build": content.get("build")}
+    _check_keys(common, (*RUN_KEYS, "build"), f"{file}: settings")
+    drawn = _mapping(content, "sampling", str(file))
+    rows: dict[str, Mapping[str, Any]] = {}
+    owners: dict[str, str] = {}
+    trainings = _mapping(content, "trainings", str(file))
+    for name in trainings:
+        where = f"{file}: {name}"
+        training = _mapping(trainings, name, str(file))
+        _check_keys(training, (*RECIPE_KEYS, *RUN_KEYS, "figures"), where)
+        figures = _mapping(training, "figures", where)
+        found = {name: {key: value for key, value in training.items() if key != "figures"}}
+        for figure in figures:
+            if figure in found:
+                raise UserError(f"{where}: a figure has the training's own name", remedy="Give it another.")
+            found[figure] = _figure(name, _mapping(figures, figure, where), f"{where}.{figure}")
+        for row, entry in found.items():
+            if row in rows:
+                raise UserError(f"{file}: two rows are called {row}", remedy="Give each a name of its own.")
+            rows[row] = _with_sampling(entry, drawn)
+            owners[row] = name
+    title, about = str(content.get("title", file.stem)), str(content.get("about", ""))
+    return Paper(name=file.stem, file=file, title=title, about=about, common=common, rows=rows, trainings=owners)
+
+
+def _figure(training: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A figure as the row that it is: its training, to its step, with what was published."""
+    _check_keys(values, FIGURE_KEYS, where)
+    row: dict[str, Any] = {"extend": training, **{key: values[key] for key in ("title", "note") if key in values}}
+    if "step" in values:
+        row["steps"] = values["step"]
+    row["published"] = {key: values[key] for key in ("source", "metrics", "sampling") if key in values}
+    return row
+
+
+def _with_sampling(row: Mapping[str, Any], drawn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose published figures were drawn as the paper's are in common, but for what they say themselves."""
+    published = row.get("published")
+    if not drawn or not isinstance(published, Mapping) or not isinstance(published.get("sampling") or {}, Mapping):
+        return row
+    return {**row, "published": {**published, "sampling": {**drawn, **(published.get("sampling") or {})}}}
+
+
+def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """The keys and values below ``key``; none where it is left out."""
+    below = values.get(key)
+    if below is not None and not isinstance(below, Mapping):
+        raise UserError(f"{where}: {key} must hold keys and values, not {below!r}")
+    return below or {}
+
+
+def _check_keys(values: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in valid:
+            near = [_RENAMED[key]] if key in _RENAMED else difflib.get_close_matches(str(key), valid, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Valid keys: {', '.join(sorted(valid))}"
+            raise UserError(f"{where}: unknown key {key}", remedy=hint)
+
+
 def _read(file: Path) -> dict[str, Any]:
-    """The mapping in one file, its keys checked."""
+    """The mapping in one file."""
     import yaml
 
     parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
@@ -297,77 +339,4 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold keys and values, for example 'method: ahpa'")
-    valid = [*RECIPE_KEYS, *(f.name for f in dataclasses.fields(RunConfig))]
-    for key in values:
-        if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Valid keys: {', '.join(sorted(valid))}"
-            raise UserError(f"{file}: unknown key {key}", remedy=hint)
     return values
-
-
-def _published(values: Any, file: Path) -> Published:
-    if not isinstance(values, Mapping):
-        raise UserError(f"{file}: published must hold source, metrics and sampling, not {values!r}")
-    entry = dict(values)
-    sampling = entry.pop("sampling", None)
-    try:
-        if sampling is not None:
-            if not isinstance(sampling, Mapping):
-                raise UserError(f"published.sampling must hold keys and values, not {sampling!r}")
-            entry["sampling"] = from_mapping(Sampling, sampling, where="published.sampling")
-        if "source" not in entry:
-            raise UserError("published has no source", remedy="Write for example: source: AHPA, Table 3")
-        return from_mapping(Published, entry, where="published")
-    except UserError as error:
-        raise UserError(f"{file}: {error.what}", remedy=error.remedy) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildLine:
-    """What a ``featcache build`` line makes.
-
-    features: beside keys and content hashes. encoders, vae: names as typed (None: the default VAE), unchecked.
-    resolution: side of the crop in pixels.
-    """
-
-    features: tuple[str, ...]
-    encoders: tuple[str, ...]
-    vae: str | None
-    resolution: int
-
-
-def parse_build(line: str) -> BuildLine:
-    """Reads a ``featcache build`` line with featcache's own command line, without running it.
-
-    Raises:
-        UserError: not such a line, an option it does not know, or an encoder without layers.
-    """
-    import typer
-
-    from featcache.cli import app
-    from featcache.cli_build import parse_resolution
-    from featcache.encoders import parse_encoders, parse_levels
-
-    words = shlex.split(line)
-    if words[:2] != ["featcache", "build"]:
-        raise UserError(f"{line!r} is not a featcache build line", remedy="Begin it with: featcache build")
-    command: Any = typer.main.get_command(app)
-    try:
-        options = command.commands["build"].make_context("build", words[2:]).params
-    except Exception as error:
-        if not hasattr(error, "show"):  # not a usage error of typer's parser, whose classes it does not export
-            raise
-        raise UserError(f"{line!r}: {error}") from error
-    features = ["vae/moments", "label", *(f"vae/{level}" for level in parse_levels(options["vae_levels"]))]
-    encoders = parse_encoders(options["encoder"] or [])
-    for choice in encoders:
-        if not choice.layers:
-            raise UserError(f"{line!r} leaves the layers of {choice.name} open", remedy="Write them, e.g. dinov2-b@11.")
-        features += [f"{choice.name}@{layer}" for layer in choice.layers]
-    return BuildLine(
-        features=tuple(features),
-        encoders=tuple(c.name for c in encoders),
-        vae=options["vae"],
-        resolution=parse_resolution(options["resolution"]) or PAPER_RESOLUTION,
-    )
