@@ -51,7 +51,8 @@ def find_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path]:
         if at == step:
             return at, path
     raise UserError(
-        f"{run} has no checkpoint at step {step}", remedy=f"It has: {', '.join(str(at) for at, _ in found)}"
+        f"{run} has no checkpoint at step {step}",
+        remedy=f"It has: {', '.join(str(at) for at, _ in found)}; choose one with --step",
     )
 
 

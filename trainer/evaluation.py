@@ -217,7 +217,8 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> t
         if key not in ("steps", "published") and getattr(config, key) != getattr(wanted, key)
     ]
     if other:
-        bar.note(f"the run was not trained as {recipe.training} says: its {', '.join(other)} differ")
+        verb = "differs" if len(other) == 1 else "differ"
+        bar.note(f"the run was not trained as {recipe.training} says: its {', '.join(other)} {verb}")
     sampling = recipe.published.sampling or Sampling()
     asked = replace(
         request,

@@ -187,7 +187,7 @@ def _resolve(entry: _Entry) -> Recipe:
         merged = _join(merged, layer)
         origins.update(dict.fromkeys(_dotted(layer), origin))
     own = entry.own
-    published = read_published(own["published"], entry.name) if own.get("published") else None
+    published = None if own.get("published") in (None, {}) else read_published(own["published"], entry.name)
     texts = {"title": own.get("title"), "note": own.get("note"), "build": merged.get("build")}
     for key, value in texts.items():
         if not isinstance(value, str | None):
@@ -286,6 +286,8 @@ def _paper(file: Path) -> Paper:
 def _figure(training: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A figure as the row that it is: its training, to its step, with what was published."""
     _check_keys(values, FIGURE_KEYS, where)
+    if "source" not in values:
+        raise UserError(f"{where}: a figure has no source", remedy="Write for example: source: AHPA, Table 3")
     row: dict[str, Any] = {"extend": training, **{key: values[key] for key in ("title", "note") if key in values}}
     if "step" in values:
         row["steps"] = values["step"]

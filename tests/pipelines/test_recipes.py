@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
+import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +20,27 @@ import torch
 import typer
 import yaml
 
+from featcache.build import BuildRequest, build
+from featcache.cli import app as featcache_app
+from featcache.cli_build import parse_resolution
+from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES
 from featcache.errors import CacheError, UserError
 from pipelines import index
-from trainer import align
+from trainer import align, recipes
 from trainer.align.base import BackboneInfo, FeatureInfo
 from trainer.caches import find_cache
+from trainer.cli import app as trainer_app
 from trainer.config import RunConfig, apply_overrides, from_mapping, load_recipe
+from trainer.loop import Silent, train
 from trainer.models import model_config
-from trainer.recipes import (
-    METRICS,
-    Recipe,
-    find_recipe,
-    list_recipes,
-    listing,
-    load_recipe_file,
-    parse_build,
-    recipe_files,
-    recipe_root,
-)
+from trainer.models.config import SIZES
+from trainer.published import METRICS
+from trainer.recipe_pages import describe, listing, page
+from trainer.recipes import Recipe, figures_of, list_recipes, load_recipe_file, papers, recipe_root
 
 RECIPES = list_recipes()
-PUBLISHED = [r for r in RECIPES if r.published is not None]
+TRAININGS = [r for r in RECIPES if r.training == r.name]
 LEVEL_SHAPES = {"G1": (4, 128), "G2": (3, 256), "G3": (4, 512), "G4": (4, 512)}
 # Between the best and the worst that a table of these papers could hold.
 PLAUSIBLE = {
@@ -48,40 +51,72 @@ PLAUSIBLE = {
     "Recall": (0.3, 0.9),
 }
 
-every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name.removeprefix("pipelines/"))
+
+def every_row(check: Callable[[Recipe], None], rows: Iterable[Recipe] = RECIPES) -> None:
+    """Applies a check to all rows and names each that fails, with why."""
+    problems = []
+    for recipe in rows:
+        try:
+            check(recipe)
+        except (AssertionError, UserError) as error:
+            problems.append(f"{recipe.name}: {error}")
+    assert not problems, "\n".join(problems)
 
 
-def cache_features(recipe: Recipe) -> dict[str, FeatureInfo]:
-    """Token features and VAE groups that the recipe's build line makes, with their shapes."""
-    assert recipe.build is not None
-    line = parse_build(recipe.build)
-    tokens = (line.resolution // 16) ** 2
+@functools.cache
+def command(app: typer.Typer, name: str) -> Any:
+    whole: Any = typer.main.get_command(app)
+    return whole.commands[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildLine:
+    """What a ``featcache build`` line makes: encoders, VAE, side in pixels; token features and VAE groups."""
+
+    encoders: tuple[str, ...]
+    vae: str | None
+    resolution: int
+    features: Mapping[str, FeatureInfo]
+
+
+def read_build(line: str) -> BuildLine:
+    """Reads a build line with featcache's own command line, without running it."""
+    words = shlex.split(line)
+    assert words[:2] == ["featcache", "build"]
+    options = command(featcache_app, "build").make_context("build", words[2:]).params
+    resolution = parse_resolution(options["resolution"]) or 256
+    tokens = (resolution // 16) ** 2
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in line.features:
-        encoder, at, layer = name.partition("@")
-        if at:
-            assert int(layer) < ENCODERS[encoder].depth
-            shapes[name] = (tokens, ENCODERS[encoder].width)
-        elif name.startswith("vae/G"):
-            layers, channels = LEVEL_SHAPES[name.removeprefix("vae/")]
-            shapes[name] = (layers, tokens, channels)
-    return {name: FeatureInfo(shape=shape) for name, shape in shapes.items()}
+    for level in parse_levels(options["vae_levels"]):
+        layers, channels = LEVEL_SHAPES[level]
+        shapes[f"vae/{level}"] = (layers, tokens, channels)
+    encoders = parse_encoders(options["encoder"] or [])
+    for choice in encoders:
+        assert choice.layers and max(choice.layers) < ENCODERS[choice.name].depth, f"{line}: layers of {choice.name}"
+        shapes |= {f"{choice.name}@{layer}": (tokens, ENCODERS[choice.name].width) for layer in choice.layers}
+    return BuildLine(
+        encoders=tuple(choice.name for choice in encoders),
+        vae=options["vae"],
+        resolution=resolution,
+        features={name: FeatureInfo(shape=shape) for name, shape in shapes.items()},
+    )
 
 
-@every_recipe
-def test_recipe_fits_its_model_method_and_cache(recipe: Recipe) -> None:
+# Every row
+
+
+def fits_its_model_method_and_cache(recipe: Recipe) -> None:
     assert recipe.title and recipe.build
     config = recipe.config()
     assert config.cache is None
-    line = parse_build(recipe.build)
+    line = read_build(recipe.build)
     assert set(line.encoders) <= set(ENCODERS)
     assert line.vae is None or line.vae in VAES
     # What the run asks of its cache is what the line builds, so that no other cache is taken by mistake.
     assert (config.resolution or 256, config.vae) == (line.resolution, line.vae)
-    available = cache_features(recipe)
     chosen = [(name, config.method_config(name)) for name in config.methods]
     wanted = {f for name, options in chosen for f in align.required_features(name, options)}
-    assert wanted == set(available)  # nothing missing, nothing built in vain
+    assert wanted == set(line.features), "nothing may be missing, and nothing built in vain"
 
     latent = line.resolution // 8
     model = model_config(config.model, latent_channels=4, latent_size=latent, num_classes=1000)
@@ -100,13 +135,51 @@ def test_recipe_fits_its_model_method_and_cache(recipe: Recipe) -> None:
         for name, options in chosen
     ]
     with torch.device("meta"):
-        module = align.build(offline, info, available)
+        module = align.build(offline, info, line.features)
     assert set(module.reads) == wanted
     assert all(1 <= tap <= model.depth for tap in module.taps)
 
 
-@every_recipe
-def test_figures_are_plausible(recipe: Recipe) -> None:
+def test_every_training_fits_its_model_method_and_cache() -> None:
+    every_row(fits_its_model_method_and_cache, TRAININGS)
+
+
+def differs_in_nothing_but_step_and_figures(recipe: Recipe) -> None:
+    training, free = load_recipe_file(recipe.training), ("steps", "published")
+    assert training.training == training.name
+    assert recipe.build == training.build
+    kept = [{k: v for k, v in r.values.items() if k not in free} for r in (recipe, training)]
+    assert kept[0] == kept[1]
+    assert recipe.config().steps == recipe.steps
+
+
+def test_a_further_figure_is_its_training_at_a_step() -> None:
+    every_row(differs_in_nothing_but_step_and_figures)
+    assert len(TRAININGS) == 150 and len(RECIPES) == 183
+
+
+def test_rows_that_train_alike_are_one_training() -> None:
+    seen: dict[str, str] = {}
+    for recipe in TRAININGS:
+        values = {k: v for k, v in recipe.values.items() if k not in ("steps", "published")}
+        key = json.dumps([values, recipe.build], sort_keys=True)
+        assert key not in seen, f"{recipe.name} is a figure of {seen.get(key)}"
+        seen[key] = recipe.name
+    assert len({r.name for r in RECIPES}) == len({r.title for r in RECIPES}) == len(RECIPES)
+
+
+def test_rows_resolve_as_they_always_did() -> None:
+    """resolved.json was made when each row was a file of its own: SHA-256 of its settings, title and build line."""
+    expected = json.loads(Path(__file__).with_name("resolved.json").read_text(encoding="utf-8"))
+    found = {}
+    for recipe in RECIPES:
+        content = {"values": dict(recipe.values), "title": recipe.title, "build": recipe.build}
+        found[recipe.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    changed = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    assert not changed, f"these rows resolve otherwise: {', '.join(changed)}"
+
+
+def is_plausible(recipe: Recipe) -> None:
     assert 50_000 <= recipe.steps <= 7_000_000
     if recipe.published is None:
         return
@@ -116,10 +189,15 @@ def test_figures_are_plausible(recipe: Recipe) -> None:
         assert low <= value <= high, f"{metric} {value}"
     sampling = recipe.published.sampling
     assert sampling is not None
-    assert (sampling.sampler == "ddpm") == (recipe.model.startswith("DiT"))
+    assert (sampling.sampler == "ddpm") == (recipe.model.startswith("DiT")), "DiT alone is drawn by DDPM"
     assert sampling.guidance is None or 1 <= sampling.guidance <= 2
     assert 0 <= sampling.interval[0] < sampling.interval[1] <= 1
     assert ("guided" in recipe.title) == (sampling.guidance != 1), "the title says whether samples were guided"
+    assert sampling.guidance is not None or recipe.note, "the note says why no scale is given"
+
+
+def test_figures_are_plausible() -> None:
+    every_row(is_plausible)
 
 
 def test_metric_names_are_those_of_the_evaluation() -> None:
@@ -132,94 +210,47 @@ def test_metric_names_are_those_of_the_evaluation() -> None:
 SPREAD = {("REPA", "5"), ("AHPA", "1"), ("AHPA", "D.16"), ("DyA", "6"), ("DyA", "7")}
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda r: r.name.removeprefix("pipelines/"))
-def test_figures_are_the_papers(recipe: Recipe, papers: Path) -> None:
+def test_figures_are_the_papers(papers: Path) -> None:
     """All figures of a row stand in one line of the paper's text; where a table is turned, each stands somewhere."""
-    published = recipe.published
-    assert published is not None
-    text = (papers / f"{published.paper.lower()}.txt").read_text(encoding="utf-8")
-    numbers = [{float(n) for n in re.findall(r"\d+\.\d+", line)} for line in text.splitlines()]
-    figures = set(published.metrics.values())
-    if (published.paper, published.source.rpartition(" ")[2]) in SPREAD:
-        assert all(any(figure in line for line in numbers) for figure in figures)
-    else:
-        assert any(figures <= line for line in numbers)
+    numbers: dict[str, list[set[float]]] = {}
+    for file in papers.glob("*.txt"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        numbers[file.stem] = [{float(n) for n in re.findall(r"\d+\.\d+", line)} for line in lines]
+
+    def stands_in_the_paper(recipe: Recipe) -> None:
+        assert recipe.published is not None
+        lines = numbers[recipe.published.paper.lower()]
+        figures = set(recipe.published.metrics.values())
+        if (recipe.published.paper, recipe.published.source.rpartition(" ")[2]) in SPREAD:
+            missing = {figure for figure in figures if not any(figure in line for line in lines)}
+            assert not missing, f"{missing} stand nowhere in the paper"
+        else:
+            assert any(figures <= line for line in lines), f"{figures} stand in no line of the paper"
+
+    every_row(stands_in_the_paper, [r for r in RECIPES if r.published is not None])
 
 
-@pytest.mark.parametrize("paper", ["REPA", "SARA", "DyA", "AHPA"])
-def test_tables_exist_in_the_papers(paper: str, papers: Path) -> None:
-    text = (papers / f"{paper.lower()}.txt").read_text(encoding="utf-8")
-    for source in {r.published.source for r in PUBLISHED if r.published and r.published.paper == paper}:
-        assert re.search(rf"Table {re.escape(source.rpartition(' ')[2])}\b", text), source
-
-
-def test_rows_resolve_as_they_always_did() -> None:
-    """resolved.json was made when each row was a file of its own, before there were papers' files."""
-    expected = json.loads(Path(__file__).with_name("resolved.json").read_text(encoding="utf-8"))
-    found = {}
-    for recipe in RECIPES:
-        text = json.dumps({"values": dict(recipe.values), "title": recipe.title, "build": recipe.build}, sort_keys=True)
-        name = recipe.name.removeprefix("pipelines/").removesuffix(".yaml")
-        found[name] = hashlib.sha256(text.encode()).hexdigest()
-    assert found == expected
+def test_tables_exist_in_the_papers(papers: Path) -> None:
+    for paper in ("REPA", "SARA", "DyA", "AHPA"):
+        text = (papers / f"{paper.lower()}.txt").read_text(encoding="utf-8")
+        for source in {r.published.source for r in RECIPES if r.published and r.published.paper == paper}:
+            assert re.search(rf"Table {re.escape(source.rpartition(' ')[2])}\b", text), source
 
 
 def test_main_rows_are_there() -> None:
     names = {r.name for r in RECIPES}
     for method in ("none", "repa", "irepa", "haste", "sara", "dya", "ahpa", "sra", "sra2"):
-        assert {f"pipelines/{method}/{size}.yaml" for size in ("b2", "l2", "xl2")} <= names
+        assert {f"{method}/{size}" for size in ("b2", "l2", "xl2")} <= names
     for method in ("none", "repa", "sara", "dya", "sra"):
-        assert any(r.model.startswith("DiT") and r.name.startswith(f"pipelines/{method}/") for r in RECIPES)
+        assert any(r.model.startswith("DiT") and r.name.startswith(f"{method}/") for r in RECIPES)
     for method in ("none", "repa", "ahpa", "sra", "sra2"):
         assert any("--resolution 512" in (r.build or "") and r.method == method for r in RECIPES)
 
 
-def test_no_two_recipes_are_the_same() -> None:
-    seen: dict[str, str] = {}
-    for recipe in RECIPES:
-        key = json.dumps([dict(recipe.values), recipe.build], sort_keys=True, default=dict)
-        assert key not in seen, f"{recipe.name} repeats {seen.get(key)}"
-        seen[key] = recipe.name
-    assert len({r.title for r in RECIPES}) == len(RECIPES)
-
-
-def test_every_base_is_used() -> None:
-    root = recipe_root()
-    bases = {
-        (path.parent / base).resolve()
-        for path in root.rglob("*.yaml")
-        if (base := yaml.safe_load(path.read_text()).get("base"))
-    }
-    assert {p.resolve() for p in root.glob("_base/*.yaml")} <= bases
-
-
 def test_index_is_up_to_date() -> None:
     written = index.readme().read_text(encoding="utf-8")
-    assert written == index.render(RECIPES), "type: python -m pipelines.index"
-    assert all(f"({p.relative_to(recipe_root()).as_posix()})" in written for p in recipe_files())
-
-
-def test_eval_options_draw_samples_as_the_paper_did() -> None:
-    from trainer.cli import app
-    from trainer.sample import SAMPLERS
-
-    command: Any = typer.main.get_command(app)
-    for recipe in PUBLISHED:
-        assert recipe.published is not None and recipe.published.sampling is not None
-        sampling = recipe.published.sampling
-        given = command.commands["eval"].make_context("eval", ["runs/x", *sampling.eval_options().split()]).params
-        family = recipe.model[:3].lower()
-        if sampling.sampler is not None:
-            assert (given["sampler"] or SAMPLERS[family][0]) == sampling.sampler
-        assert (given["guidance"] or 1) == (sampling.guidance or 1)
-        assert [float(bound) for bound in (given["interval"] or "0,1").split(",")] == list(sampling.interval)
-
-    published = load_recipe_file("repa/xl2-4m-interval").published
-    assert published is not None and published.sampling is not None
-    assert published.sampling.eval_options() == "--guidance 1.8 --interval 0,0.7"
-    published = load_recipe_file("ahpa/b2").published
-    assert published is not None and published.sampling is not None
-    assert published.sampling.eval_options() == "--sampler ode"
+    assert written == index.render(), "type: python -m pipelines.index"
+    assert all(f"| `{r.name}` |" in written for r in RECIPES)
 
 
 # The loader
@@ -231,28 +262,121 @@ def write(folder: Path, **files: str) -> Path:
     return folder / f"{next(iter(files))}.yaml"
 
 
-def test_values_come_from_the_bases_but_title_and_figures_do_not(tmp_path: Path) -> None:
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of the project's recipes."""
+    folder = tmp_path / "pipelines"
+    folder.mkdir()
+    monkeypatch.setattr(recipes, "recipe_root", lambda: folder)
+    return folder
+
+
+PAPER = """
+title: X
+settings: {method: repa, steps: 9, batch_size: 8, align: {repa: {weight: 0.5, loss: cosine}}}
+build: featcache build
+sampling: {sampler: ode, steps: 250}
+trainings:
+  a:
+    title: first
+    lr: 0.5
+    align: {repa: {depth: 6}}
+    published: {source: 'REPA, Table 3', metrics: {FID: 7.9}}
+    figures:
+      a-late: {title: late, step: 90, source: 'REPA, Table 4', metrics: {FID: 1.8}, sampling: {guidance: 1.5}}
+  b:
+    extend: a
+    align: {repa: {weight: 0.25}}
+"""
+
+
+def test_a_paper_gives_settings_a_row_its_own(root: Path) -> None:
+    (root / "x.yaml").write_text(PAPER)
+    (root / "y.yaml").write_text("settings: {seed: 3}\nbuild: other\ntrainings: {c: {extend: x/a-late, note: n}}")
+    a, late, b, c = list_recipes()
+    common = {"method": "repa", "batch_size": 8, "lr": 0.5}
+    options = {"weight": 0.5, "loss": "cosine", "depth": 6}
+    figure = {"source": "REPA, Table 3", "metrics": {"FID": 7.9}, "sampling": {"sampler": "ode", "steps": 250}}
+    assert a.values == {**common, "steps": 9, "align": {"repa": options}, "published": figure}
+    assert (a.title, a.build, a.training) == ("first", "featcache build", "x/a")
+    assert a.origins["align.repa.weight"] == "x.yaml" and a.origins["align.repa.depth"] == "x/a"
+
+    assert (late.name, late.training, late.steps, late.title) == ("x/a-late", "x/a", 90, "late")
+    assert late.published is not None and late.published.sampling is not None
+    assert str(late.published.sampling) == "ode 250, guidance 1.5"
+    assert late.origins["steps"] == "x/a-late" and late.origins["lr"] == "x/a"
+
+    assert b.title == "" and b.published is None and "published" not in b.values, "figures are never inherited"
+    assert b.values["align"]["repa"] == {**options, "weight": 0.25} and b.training == "x/b"
+    assert b.origins["align.repa.weight"] == "x/b"
+    assert (c.steps, c.note, c.build, "seed" in c.values) == (90, "n", "featcache build", False), "extend or settings"
+    assert [r.name for r in figures_of(late)] == ["x/a", "x/a-late"]
+
+
+def test_one_row_reads_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, files = recipes._read, []
+    monkeypatch.setattr(recipes, "_read", lambda file: files.append(file.name) or read(file))
+    recipes._paper.cache_clear()
+    assert load_recipe_file("ahpa/b2-static-g4-depth2").config().method_config("ahpa").depths == (2,)
+    page("ahpa/xl2", width=80)
+    assert files == ["ahpa.yaml"]
+
+
+def test_the_overview_imports_nothing_heavy() -> None:
+    code = "from trainer.recipe_pages import page; import sys; page('', 80); print(*{'torch', 'pydantic'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "remedy"),
+    [
+        ("titel: x", "unknown key titel", "Did you mean title?"),
+        ("settings: {stepz: 3}", "settings: unknown key stepz", "Did you mean steps?"),
+        ("sampling: {sampler: ode, step: 3}\ntrainings: {a: {published: {source: 'AHPA, Table 3'}}}", "step", "steps"),
+        ("settings: 3", "settings must hold keys and values", None),
+        ("trainings: [a]", "trainings must hold keys and values", None),
+        ("trainings: {a: 3}", "a must hold keys and values", None),
+        ("trainings: {a: {stepz: 3}}", "a: unknown key stepz", "Did you mean steps?"),
+        ("trainings: {a: {figure: {}}}", "a: unknown key figure", "Did you mean figures?"),
+        ("trainings: {a: {figures: {b: {steps: 3}}}}", "a.b: unknown key steps", "Did you mean step?"),
+        ("trainings: {a: {}, a: {}}", "key 'a' is given twice", "Keep one"),
+        ("trainings: {a: {figures: {b: {source: 'AHPA, Table 3'}}}, b: {}}", "two rows are called b", "of its own"),
+        ("trainings: {a: {figures: {a: {source: 'AHPA, Table 3'}}}}", "the training's own name", "another"),
+        ("trainings: {a: {figures: {b: {step: 3}}}}", "a.b: a figure has no source", "AHPA, Table 3"),
+        ("trainings: {a: {extend: c}, bb: {}}", "x/a: extend: there is no recipe 'x/c'", "Did you mean x/"),
+        ("trainings: {a: {extend: b}, b: {extend: x/a}}", "x/a -> x/b -> x/a", "Take extend out"),
+        ("trainings: {a: {extend: a}}", "x/a -> x/a", "Take extend out"),
+    ],
+)
+def test_bad_papers_are_refused(root: Path, text: str, what: str, remedy: str | None) -> None:
+    (root / "x.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        list_recipes()
+    assert what in caught.value.what
+    if remedy is not None:
+        assert remedy in (caught.value.remedy or "")
+
+
+def test_a_file_of_ones_own_extends_a_row_or_a_file(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        leaf="base: middle.yaml\nsteps: 3\nalign: {repa: {depth: 6}}\n",
-        middle="base: root.yaml\ntitle: middle\nlr: 0.5\nalign: {repa: {weight: 0.25}, sra: {beta: 0.1}}\n"
+        leaf="extend: middle.yaml\nsteps: 3\nalign: {ahpa: {depths: [6]}}\n",
+        middle="extend: ahpa/b2\ntitle: middle\nalign: {ahpa: {weight: 0.25}}\n"
         "published: {source: 'REPA, Table 3', metrics: {FID: 7.9}}\n",
-        root="method: repa+sra\nsteps: 9\nbatch_size: 8\nbuild: featcache build\n"
-        "align: {repa: {weight: 0.5, loss: cosine}}\n",
     )
     recipe = load_recipe_file(path)
-    assert recipe.title == "" and recipe.published is None and recipe.build == "featcache build"
+    row = load_recipe_file("ahpa/b2")
+    assert (recipe.title, recipe.published, recipe.build) == ("", None, row.build)
     assert recipe.values == {
-        "method": "repa+sra",
+        **{key: value for key, value in row.values.items() if key != "published"},
         "steps": 3,
-        "batch_size": 8,
-        "lr": 0.5,
-        "align": {"repa": {"weight": 0.25, "loss": "cosine", "depth": 6}, "sra": {"beta": 0.1}},
+        "align": {"ahpa": {**row.values["align"]["ahpa"], "weight": 0.25, "depths": [6]}},
     }
-    assert recipe.config().method_config("repa").depth == 6
+    assert recipe.origins["align.ahpa.weight"] == str(tmp_path / "middle.yaml")
+    assert recipe.origins["clip"] == "ahpa.yaml" and figures_of(recipe) == [recipe]
     middle = load_recipe_file(tmp_path / "middle.yaml")
-    assert middle.title == "middle" and middle.published is not None and middle.published.metrics == {"FID": 7.9}
-    assert middle.values["published"] == {"source": "REPA, Table 3", "metrics": {"FID": 7.9}}
+    assert middle.title == "middle" and middle.values["published"]["metrics"] == {"FID": 7.9}
 
 
 @pytest.mark.parametrize(
@@ -260,13 +384,17 @@ def test_values_come_from_the_bases_but_title_and_figures_do_not(tmp_path: Path)
     [
         ("stepz: 3", "unknown key stepz", "Did you mean steps?"),
         ("titel: x", "unknown key titel", "Did you mean title?"),
+        ("base: ../ahpa/b2.yaml", "unknown key base", "Did you mean extend?"),
         ("steps: 3\nsteps: 4", "given twice", "Keep one"),
         ("align: {repa: {depth: 1, depth: 2}}", "given twice", "Keep one"),
         ("- 1\n- 2", "must hold keys and values", None),
         ("a: [", "not valid YAML", None),
-        ("base: nowhere.yaml", "does not exist", "relative to the recipe"),
-        ("base: leaf.yaml", "in a circle", None),
+        ("extend: nowhere.yaml", "extend: there is no recipe 'nowhere.yaml'", "trainer recipes"),
+        ("extend: ahpa/b3", "extend: there is no recipe 'ahpa/b3'", "Did you mean ahpa/b2?"),
+        ("extend: leaf.yaml", "in a circle", "Take extend out"),
+        ("trainings: {a: {}}", "holds many rows", "ahpa/xl2"),
         ("title: [1]", "title must be one line", None),
+        ("note: 3", "note must be one line", None),
         ("published: {metrics: {FID: 1.0}}", "no source", "AHPA, Table 3"),
         ("published: {source: 'AHPA, Table 99', metrics: {FID: 1.0}}", "names no table", "AHPA, Table 3"),
         ("published: {source: 'AHPA, Table 3', metrics: {FIDS: 1.0}}", "unknown metric 'FIDS'", "Did you mean FID?"),
@@ -289,8 +417,8 @@ def test_bad_recipes_are_refused(tmp_path: Path, text: str, what: str, remedy: s
 
 
 def test_a_circle_over_several_files_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, a="base: b.yaml", b="base: c.yaml", c="base: b.yaml")
-    with pytest.raises(UserError, match=r"a\.yaml -> b\.yaml -> c\.yaml -> b\.yaml"):
+    path = write(tmp_path, a="extend: b.yaml", b="extend: c.yaml", c="extend: b.yaml")
+    with pytest.raises(UserError, match=r"a\.yaml -> \S+b\.yaml -> \S+c\.yaml -> \S+b\.yaml"):
         load_recipe_file(path)
 
 
@@ -302,7 +430,7 @@ def test_options_are_checked_when_the_recipe_is_used(tmp_path: Path) -> None:
 
 
 def test_set_works_on_a_recipe() -> None:
-    values = apply_overrides(load_recipe(Path("pipelines/ahpa/xl2.yaml")), ["steps=1000", "ahpa.depths=[5]", "lr=3e-4"])
+    values = apply_overrides(load_recipe(Path("ahpa/xl2")), ["steps=1000", "ahpa.depths=[5]", "lr=3e-4"])
     config = from_mapping(RunConfig, values)
     assert (config.steps, config.lr, config.model) == (1000, 3e-4, "SiT-XL/2")
     options = config.method_config("ahpa")
@@ -312,9 +440,9 @@ def test_set_works_on_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("typed", ["ahpa/b2", "ahpa/b2.yaml", "pipelines/ahpa/b2.yaml", "pipelines/ahpa/b2"])
-def test_recipes_are_found_from_anywhere(typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_found_from_anywhere(typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_recipe(typed) == recipe_root() / "ahpa" / "b2.yaml"
+    assert load_recipe_file(typed) == load_recipe_file("ahpa/b2") and load_recipe_file(typed).name == "ahpa/b2"
 
 
 def test_a_file_here_wins_and_a_missing_one_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,9 +450,18 @@ def test_a_file_here_wins_and_a_missing_one_is_an_error(tmp_path: Path, monkeypa
     (tmp_path / "ahpa").mkdir()
     (tmp_path / "ahpa/b2.yaml").write_text("method: none")
     assert load_recipe_file("ahpa/b2.yaml").method == "none"
-    with pytest.raises(UserError) as caught:
-        load_recipe_file("pipelines/ahpa/xxl2.yaml")
-    assert "Did you mean pipelines/ahpa/xl2.yaml?" in (caught.value.remedy or "")
+    for typed in ("pipelines/ahpa/xxl2.yaml", "ahpa/xxl2"):
+        with pytest.raises(UserError, match=re.escape(f"there is no recipe '{typed}'")) as caught:
+            load_recipe_file(typed)
+        assert "Did you mean ahpa/xl2?" in (caught.value.remedy or "")
+    for typed in ("", "/", "ahpa", "ahpa/", "../pipelines/ahpa/b2", "/ahpa/b2"):
+        with pytest.raises(UserError, match="there is no recipe"):
+            load_recipe_file(typed)
+    with pytest.raises(UserError, match="holds many rows"):
+        load_recipe_file(recipe_root() / "ahpa.yaml")
+
+
+# What is shown
 
 
 def test_lists_filter_and_align_columns() -> None:
@@ -335,56 +472,146 @@ def test_lists_filter_and_align_columns() -> None:
     head, *lines = listing([r for r in RECIPES if "ahpa/xl2" in r.name])
     column = head.index("method")
     assert all(line[column:].startswith("ahpa") and line[column - 1] == " " for line in lines)
-    assert next(line for line in lines if "/xl2.yaml" in line).split()[3] == "8.1"
+    assert next(line for line in lines if line.startswith("ahpa/xl2 ")).split()[3] == "8.1"
 
 
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [
-        ("trainer build", "not a featcache build line"),
-        ("featcache build --encodr dinov2-b@11", "No such option"),
-        ("featcache build --encoder dinov2-b", "layers of dinov2-b open"),
-        ("featcache build --batch-size many", "batch-size"),
-        ("featcache build --resolution big", "a number of pixels"),
-    ],
-)
-def test_bad_build_lines_are_refused(line: str, what: str) -> None:
-    with pytest.raises(UserError, match=re.escape(what)):
-        parse_build(line)
+def test_the_overview_names_every_row() -> None:
+    lines = page("", width=100)
+    text = " ".join(" ".join(lines).split())
+    for paper in papers():
+        assert f"{paper.name}/ {paper.title}: {paper.about}" in text
+    assert "xl2 (xl2-500k-guided, xl2-1m-guided, xl2-2m-guided, xl2-4m-guided) xl2-512" in text
+    assert sum(line.count("  ") > 0 for line in lines) > len(papers()) and len(lines) < 60
+    assert "183 recipes" in lines[-1]
 
 
-def test_build_lines_name_their_features() -> None:
-    line = parse_build("featcache build --resolution 512 --encoder dinov2-b@9,11 --vae sdxl --vae-levels G3,G4")
-    assert line.features == ("vae/moments", "label", "vae/G3", "vae/G4", "dinov2-b@9", "dinov2-b@11")
-    assert line.encoders == ("dinov2-b",) and line.vae == "sdxl" and line.resolution == 512
+def test_a_row_is_shown_with_its_figures_and_commands() -> None:
+    text = "\n".join(describe(load_recipe_file("repa/xl2")))
+    assert re.search(r"align\.repa\.depth +8 +repa/xl2\n", text) and re.search(r"lr +0\.0001 +repa\.yaml\n", text)
+    assert "repa/xl2-4m-interval: FID 1.42, " in text and "guidance 1.8 in [0, 0.7]); REPA, Table 4" in text
+    commands = [line.strip() for line in text.splitlines() if line.startswith(("  featcache ", "  trainer "))]
+    assert commands[:5] == [
+        "featcache build --encoder dinov2-b@11 --data /path/to/imagenet/train",
+        "trainer run --recipe repa/xl2-150k --name repa-xl2",
+        "trainer eval runs/repa-xl2 --figure repa/xl2-150k --data /path/to/imagenet/train",
+        "trainer run --recipe repa/xl2 --name repa-xl2 --resume",
+        "trainer eval runs/repa-xl2 --figure repa/xl2 --data /path/to/imagenet/train",
+    ]
+    figure = describe(load_recipe_file("sara/xl2-2m-interval"))
+    assert "A further figure of the training sara/xl2." in figure
+    assert sum(line.startswith("  trainer run") for line in figure) == 1 and "# add --guidance" in figure[-1]
 
 
-def test_command_lists_and_refuses(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def commands_can_be_typed(recipe: Recipe) -> None:
+    lines = [line for line in describe(recipe) if line.startswith(("  featcache ", "  trainer "))]
+    assert lines
+    for line in lines:
+        program, name, *words = shlex.split(line, comments=True)
+        given = command(featcache_app if program == "featcache" else trainer_app, name).make_context(name, words).params
+        for option in ("recipe", "figure"):
+            if given.get(option) is not None:
+                assert load_recipe_file(given[option]).training == recipe.training
+
+
+def test_shown_commands_can_be_typed() -> None:
+    every_row(commands_can_be_typed)
+
+
+def test_command_lists_shows_and_refuses(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = cli("trainer", "recipes", "sara/xl2-beta")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].startswith("pipelines/sara/xl2-beta-0.1-gamma-0.01.yaml  sara")
+    assert done.stdout.splitlines()[1].startswith("sara/xl2-beta-0.1-gamma-0.01  sara")
     assert "3 recipes" in done.stdout
-    done = cli("trainer", "run", "--recipe", "pipelines/ahpa/b2.yaml", "--set", "stepz=3")
+    done = cli("trainer", "recipes", "ahpa/xl2")
+    assert done.returncode == 0 and "  trainer eval runs/ahpa-xl2 --figure ahpa/xl2 " in done.stdout
+    assert re.search(r"align\.ahpa\.groups +\['G3', 'G4'\] +ahpa\.yaml\n", done.stdout), "brackets are no markup"
+    done = cli("trainer", "run", "--recipe", "ahpa/b2", "--set", "stepz=3")
     assert done.returncode == 2 and "Did you mean steps?" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_recipe_trains(
-    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From an empty folder: a cache of the embedded set, then AHPA's recipe on it with a small model."""
-    words = "featcache build --data shapes --limit 16 --encoder tiny --vae-levels G3,G4 --out caches/small"
-    done = cli(*words.split())
-    assert done.returncode == 0, done.stderr
-    words = "trainer run --recipe pipelines/ahpa/b2.yaml --name small --model SiT-Ti/2 --steps 2 --batch-size 4"
-    done = cli(*words.split(), "--set", "sample_every=0", "--set", "ahpa.depths=[2]")
-    assert done.returncode == 0, done.stderr
+# Training
+
+
+class Quiet:
+    def start(self, **_: object) -> None: ...
+
+    def advance(self, *_: object) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen embedded images with moments, all VAE groups and three layers of the tiny encoder."""
+    path = tmp_path_factory.mktemp("cache") / "caches/small"
+    build(
+        BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=16, batch_size=8, out=path), Quiet()
+    )
+    return path
+
+
+# Where the papers' encoders and networks are not at hand. Everything else is the row's.
+OFFLINE = {
+    "repa": ["repa.features=[tiny@5]"],
+    "sara": ["sara.feature=tiny@5", "sara.discriminator_weights=random"],
+    "dya": ["dya.encoder=tiny", "dya.texture_layer=4", "dya.semantic_layer=5"],
+}
+
+
+# What a run logs of its alignment, by paper.
+TERMS = {
+    "none": set(),
+    "repa": {"cosine"},
+    "irepa": {"cosine"},
+    "haste": {"cosine"},
+    "sara": {"patch", "structure", "adversarial", "adversary"},
+    "dya": {"texture", "semantic"},
+    "ahpa": {"cosine"},
+    "sra": {"smooth-l1"},
+    "sra2": {"smooth-l1"},
+}
+
+
+def test_a_row_of_each_paper_trains(small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SiT-B's depth, a narrow width; two steps of the row called b2."""
+    monkeypatch.setitem(SIZES, "Narrow", (12, 48, 2))
+
+    def trains(recipe: Recipe) -> None:
+        words = ["model=SiT-Narrow/2", "steps=2", "batch_size=4", "sample_every=0", "log_every=1", "device=cpu"]
+        overrides = [*words, *OFFLINE.get(recipe.method, []), f"name={recipe.name.replace('/', '-')}"]
+        config = from_mapping(RunConfig, apply_overrides({**recipe.values, "cache": str(small_cache)}, overrides))
+        folder = train(config, resume=False, watcher=Silent(), root=tmp_path / "runs")
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records] == [1, 2]
+        losses = {key: r[key] for r in records for key in r if key == "loss" or key.startswith("align/")}
+        assert all(torch.isfinite(torch.tensor(value)) for value in losses.values()), losses
+        logged = {key.removeprefix("align/") for key in losses if key.startswith("align/")}
+        assert logged == TERMS[recipe.name.partition("/")[0]]
+
+    assert {paper.name for paper in papers()} == set(TERMS)
+    every_row(trains, [load_recipe_file(f"{paper}/b2") for paper in TERMS])
+
+
+def test_a_recipe_of_ones_own_trains_and_goes_on(small_cache: Path, tmp_path: Path) -> None:
+    """As ``trainer recipes`` says: to one figure's step, then with the next figure's recipe and --resume to its step."""
+    from typer.testing import CliRunner
+
+    small = "model: SiT-Ti/2\nbatch_size: 4\nsample_every: 0\nlog_every: 1\nalign: {ahpa: {depths: [2]}}\n"
+    write(tmp_path, first=f"extend: ahpa/b2\nsteps: 2\n{small}", second="extend: first.yaml\nsteps: 3\n")
+    with chdir(tmp_path):
+        for words in (["first.yaml"], ["second.yaml", "--resume"]):
+            given = ["run", "--recipe", *words, "--name", "small", "--cache", str(small_cache), "--device", "cpu"]
+            done = CliRunner().invoke(trainer_app, given)
+            assert done.exit_code == 0, done.exception
     saved = load_recipe(tmp_path / "runs/small/config.yaml")
-    assert saved["published"]["source"] == "AHPA, Table 3" and saved["clip"] == 2.0
+    assert saved["steps"] == 3 and saved["clip"] == 2.0 and from_mapping(RunConfig, saved).published == {}
     assert saved["align"]["ahpa"]["depths"] == [2] and saved["align"]["ahpa"]["head"] == "conv1"
     records = [json.loads(line) for line in (tmp_path / "runs/small/log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [1, 2] and all("align/cosine" in r for r in records)
+    assert [r["step"] for r in records] == [1, 2, 3] and all("align/cosine" in r for r in records)
 
-    monkeypatch.chdir(tmp_path)
+
+def test_caches_of_another_kind_are_refused(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_cache.parent.parent)
     large = load_recipe_file("repa/xl2-512-80ep").config()
     with pytest.raises(CacheError, match="was made with resolution 64, and the run asks for 512") as caught:
         find_cache(dataclasses.replace(large, cache="caches/small"))
@@ -393,3 +620,12 @@ def test_a_recipe_trains(
         find_cache(load_recipe_file("none/xl2-512").config())
     assert "featcache build --resolution 512\n" in (caught.value.remedy or "")
     assert "--into" not in (caught.value.remedy or "")
+
+
+def test_the_package_carries_the_files() -> None:
+    import tomllib
+
+    project = tomllib.loads((recipe_root().parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    carried = {file for pattern in project["package-data"]["pipelines"] for file in recipe_root().glob(pattern)}
+    assert {paper.file for paper in papers()} <= carried
+    assert all(yaml.safe_load(file.read_text())["trainings"] for file in carried)

@@ -35,7 +35,7 @@ def test_the_latest_is_by_step_and_the_oldest_go(tmp_path: Path) -> None:
     assert checkpoint.find_checkpoint(tmp_path, 99)[0] == 99
     with pytest.raises(UserError, match="no checkpoint at step 10") as error:
         checkpoint.find_checkpoint(tmp_path, 10)
-    assert error.value.remedy == "It has: 99, 100, 20000000"
+    assert error.value.remedy == "It has: 99, 100, 20000000; choose one with --step"
 
 
 def test_leftovers_of_killed_processes_are_ignored_and_removed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from trainer import runs
 from trainer.config import RunConfig
 from trainer.evaluation import (
     EvalRequest,
+    _beside,
     _with_defaults,
     evaluate_images,
     evaluate_run,
@@ -30,6 +31,7 @@ from trainer.evaluation import (
 from trainer.exchange import export_checkpoint, import_checkpoint
 from trainer.loop import train
 from trainer.models import build_model
+from trainer.recipes import list_recipes, load_recipe_file
 from trainer.sample import load_run, run_model_config
 
 
@@ -271,6 +273,56 @@ def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
     page = write_run_report([run]).read_text()
     assert "REPA, Table 4: heun 40, guidance 1.8 in [0, 0.7]" in page
     for figure in ("1.420", "4.70", "305.7", "0.800", "0.650"):
+        assert figure in page
+
+
+def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
+    """--figure draws as every published row says, on any device, at the row's step; what is typed still wins."""
+    run = root / "runs/a"
+    config = runs.load_config(run)
+    rows = [recipe for recipe in list_recipes() if recipe.published is not None]
+    assert len(rows) > 150
+    for recipe in rows:
+        assert recipe.published is not None and recipe.published.sampling is not None
+        sampling = recipe.published.sampling
+        bar = Quiet()
+        asked, as_if = _beside(recipe.name, EvalRequest(), config, bar)
+        low, high = sampling.interval
+        for device, sampler, steps in (("cuda", None, 250), ("cpu", "ode", 32)):
+            drawn = _with_defaults(asked, run, as_if, device, bar)
+            assert (drawn.sampler, drawn.steps) == (sampling.sampler or sampler, sampling.steps or steps), recipe.name
+            assert drawn.guidance == (1.0 if sampling.guidance is None else sampling.guidance), recipe.name
+            assert drawn.interval == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
+        assert any("scale its paper does not give" in note for note in bar.notes) == (sampling.guidance is None)
+        assert any(f"not trained as {recipe.training} says" in note for note in bar.notes), "it is a tiny run"
+    typed = EvalRequest(sampler="heun", steps=7, guidance=2.0, checkpoint=5)
+    asked, as_if = _beside("repa/xl2-4m-interval", typed, config, Quiet())
+    drawn = _with_defaults(asked, run, as_if, "cuda", Quiet())
+    assert (drawn.sampler, drawn.steps, drawn.guidance, drawn.interval, drawn.checkpoint) == ("heun", 7, 2.0, "0,1", 5)
+    with pytest.raises(UserError, match="haste/b2 has no published figures"):
+        _beside("haste/b2", EvalRequest(), config, Quiet())
+
+
+def test_a_run_of_the_recipe_is_not_called_another(root: Path) -> None:
+    bar = Quiet()
+    _beside("ahpa/xl2-4m-guided", EvalRequest(), load_recipe_file("ahpa/xl2").config(), bar)
+    assert bar.notes == []
+    _beside("ahpa/xl2", EvalRequest(), replace(load_recipe_file("ahpa/xl2").config(), lr=1e-4), bar)
+    assert bar.notes == ["the run was not trained as ahpa/xl2 says: its lr differs"]
+
+
+def test_evaluations_beside_figures_are_reported_with_them(root: Path, tmp_path: Path) -> None:
+    run = with_recipe(root, tmp_path / "runs/a", PUBLISHED)
+    with pytest.raises(UserError, match="no checkpoint at step 400000") as caught:
+        evaluate_run(run, replace(ASK, figure="ahpa/b2"), Quiet())
+    assert caught.value.remedy == "It has: 3; choose one with --step"
+    evaluate_run(run, replace(ASK, figure="ahpa/b2", checkpoint=3, metrics=("fid",)), Quiet())
+    (entry,) = json.loads((run / "metrics.json").read_text())
+    assert entry["figure"] == load_recipe_file("ahpa/b2").values["published"]
+    page = (run / "report.html").read_text()
+    for source in ("REPA, Table 4: heun 40, guidance 1.8 in [0, 0.7]", "AHPA, Table 3: ode 250"):
+        assert source in page
+    for figure in ("1.420", "25.5", "5.78", "52.3"):
         assert figure in page
 
 
