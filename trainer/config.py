@@ -176,7 +176,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(sorted(fields))}"
             raise UserError(f"unknown key {prefix}{key}", remedy=hint)
         try:
-            clean[key] = _adapter(cls, key).validate_python(value)
+            clean[key] = _adapter(cls, key).validate_python(value)  # type: ignore[arg-type]
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
             raise UserError(f"{prefix}{key} = {value!r} is not valid: {problem}") from error
