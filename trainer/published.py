@@ -92,23 +92,20 @@ class Published:
         return shown
 
 
-def read_published(values: Any, where: str) -> Published:
-    """The ``published`` entry of the row or file ``where``.
+def parse_published(values: Any) -> Published:
+    """What a recipe or a run's configuration says under ``published``.
 
     Raises:
         UserError: it is not well formed, or as :class:`Published`.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: published must hold source, metrics and sampling, not {values!r}")
+        raise UserError(f"published must hold source, metrics and sampling, not {values!r:.80}")
     entry = dict(values)
     sampling = entry.pop("sampling", None)
-    try:
-        if sampling is not None:
-            if not isinstance(sampling, Mapping):
-                raise UserError(f"published.sampling must hold keys and values, not {sampling!r}")
-            entry["sampling"] = from_mapping(Sampling, sampling, where="published.sampling")
-        if "source" not in entry:
-            raise UserError("published has no source", remedy="Write for example: source: AHPA, Table 3")
-        return from_mapping(Published, entry, where="published")
-    except UserError as error:
-        raise UserError(f"{where}: {error.what}", remedy=error.remedy) from error
+    if sampling is not None:
+        if not isinstance(sampling, Mapping):
+            raise UserError(f"published.sampling must hold keys and values, not {sampling!r:.80}")
+        entry["sampling"] = from_mapping(Sampling, sampling, where="published.sampling")
+    if "source" not in entry:
+        raise UserError("published has no source", remedy="Write for example: source: AHPA, Table 3")
+    return from_mapping(Published, entry, where="published")

@@ -23,8 +23,9 @@ from typing import Any
 
 from featcache.errors import UserError
 from trainer.config import RunConfig, from_mapping
-from trainer.published import Published, read_published
+from trainer.published import Published, parse_published
 
+MAX_EXTENDS = 16  # one upon the other
 RECIPE_KEYS = ("extend", "title", "note", "build")  # beside RunConfig's
 PAPER_KEYS = ("title", "about", "settings", "build", "sampling", "trainings")
 FIGURE_KEYS = ("title", "note", "step", "source", "metrics", "sampling")
@@ -62,7 +63,11 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        return int(self.values.get("steps", RunConfig.steps))
+        """Of training. Raises UserError if the file says something that is no number."""
+        steps = self.values.get("steps", RunConfig.steps)
+        if not isinstance(steps, int) or isinstance(steps, bool):
+            raise UserError(f"{self.name}: steps must be a number, not {steps!r:.80}")
+        return steps
 
     def config(self) -> RunConfig:
         """The validated configuration. Raises UserError as :class:`RunConfig`."""
@@ -187,11 +192,11 @@ def _resolve(entry: _Entry) -> Recipe:
         merged = _join(merged, layer)
         origins.update(dict.fromkeys(_dotted(layer), origin))
     own = entry.own
-    published = None if own.get("published") in (None, {}) else read_published(own["published"], entry.name)
+    published = None if own.get("published") in (None, {}) else _published(own["published"], entry.name)
     texts = {"title": own.get("title"), "note": own.get("note"), "build": merged.get("build")}
     for key, value in texts.items():
         if not isinstance(value, str | None):
-            raise UserError(f"{entry.name}: {key} must be one line of text, not {value!r}")
+            raise UserError(f"{entry.name}: {key} must be one line of text, not {value!r:.80}")
     values = {key: value for key, value in merged.items() if key not in RECIPE_KEYS}
     if published is not None:
         values["published"] = own["published"]
@@ -208,6 +213,13 @@ def _resolve(entry: _Entry) -> Recipe:
     )
 
 
+def _published(values: Any, where: str) -> Published:
+    try:
+        return parse_published(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error.what}", remedy=error.remedy) from error
+
+
 def _layers(entry: _Entry, chain: tuple[str, ...] = ()) -> list[tuple[str, Mapping[str, Any]]]:
     """What an entry starts from and then what it says itself, each with its origin, without what is not inherited."""
     if entry.name in chain:
@@ -215,6 +227,8 @@ def _layers(entry: _Entry, chain: tuple[str, ...] = ()) -> list[tuple[str, Mappi
             f"{chain[0]} extends itself in a circle: {' -> '.join([*chain, entry.name])}",
             remedy="Take extend out of one of them.",
         )
+    if len(chain) >= MAX_EXTENDS:
+        raise UserError(f"{chain[0]} extends more than {MAX_EXTENDS} others, one upon the other")
     below: list[tuple[str, Mapping[str, Any]]] = []
     extend = entry.own.get("extend")
     if extend is not None:
@@ -259,7 +273,7 @@ def _paper(file: Path) -> Paper:
     content = _read(file)
     _check_keys(content, PAPER_KEYS, str(file))
     common = {**_mapping(content, "settings", str(file)), "build": content.get("build")}
-    _check_keys(common, (*RUN_KEYS, "build"), f"{file}: settings")
+    _check_keys(common, (*(key for key in RUN_KEYS if key != "published"), "build"), f"{file}: settings")
     drawn = _mapping(content, "sampling", str(file))
     rows: dict[str, Mapping[str, Any]] = {}
     owners: dict[str, str] = {}
@@ -307,16 +321,21 @@ def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
     """The keys and values below ``key``; none where it is left out."""
     below = values.get(key)
     if below is not None and not isinstance(below, Mapping):
-        raise UserError(f"{where}: {key} must hold keys and values, not {below!r}")
+        raise UserError(f"{where}: {key} must hold keys and values, not {below!r:.80}")
     return below or {}
 
 
 def _check_keys(values: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
+    """Refuses keys that are none, and options of a method that are not keys and values."""
     for key in values:
         if key not in valid:
             near = [_RENAMED[key]] if key in _RENAMED else difflib.get_close_matches(str(key), valid, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Valid keys: {', '.join(sorted(valid))}"
-            raise UserError(f"{where}: unknown key {key}", remedy=hint)
+            raise UserError(f"{where}: unknown key {key!s:.80}", remedy=hint)
+    options = values.get("align")
+    for method, given in options.items() if isinstance(options, Mapping) else ():
+        if not isinstance(given, Mapping | None):
+            raise UserError(f"{where}: align.{method!s:.80} must hold options, not {given!r:.80}")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -333,11 +333,14 @@ def test_the_overview_imports_nothing_heavy() -> None:
     [
         ("titel: x", "unknown key titel", "Did you mean title?"),
         ("settings: {stepz: 3}", "settings: unknown key stepz", "Did you mean steps?"),
+        ("settings: {published: {source: 'AHPA, Table 3'}}", "settings: unknown key published", None),
         ("sampling: {sampler: ode, step: 3}\ntrainings: {a: {published: {source: 'AHPA, Table 3'}}}", "step", "steps"),
         ("settings: 3", "settings must hold keys and values", None),
         ("trainings: [a]", "trainings must hold keys and values", None),
         ("trainings: {a: 3}", "a must hold keys and values", None),
         ("trainings: {a: {stepz: 3}}", "a: unknown key stepz", "Did you mean steps?"),
+        ("trainings: {a: {align: {repa: [1]}}}", "a: align.repa must hold options", None),
+        ("settings: {align: {repa: 3}}", "settings: align.repa must hold options", None),
         ("trainings: {a: {figure: {}}}", "a: unknown key figure", "Did you mean figures?"),
         ("trainings: {a: {figures: {b: {steps: 3}}}}", "a.b: unknown key steps", "Did you mean step?"),
         ("trainings: {a: {}, a: {}}", "key 'a' is given twice", "Keep one"),
@@ -387,6 +390,7 @@ def test_a_file_of_ones_own_extends_a_row_or_a_file(tmp_path: Path) -> None:
         ("base: ../ahpa/b2.yaml", "unknown key base", "Did you mean extend?"),
         ("steps: 3\nsteps: 4", "given twice", "Keep one"),
         ("align: {repa: {depth: 1, depth: 2}}", "given twice", "Keep one"),
+        ("align: {repa: weight}", "align.repa must hold options, not 'weight'", None),
         ("- 1\n- 2", "must hold keys and values", None),
         ("a: [", "not valid YAML", None),
         ("extend: nowhere.yaml", "extend: there is no recipe 'nowhere.yaml'", "trainer recipes"),
@@ -419,6 +423,14 @@ def test_bad_recipes_are_refused(tmp_path: Path, text: str, what: str, remedy: s
 def test_a_circle_over_several_files_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, a="extend: b.yaml", b="extend: c.yaml", c="extend: b.yaml")
     with pytest.raises(UserError, match=r"a\.yaml -> \S+b\.yaml -> \S+c\.yaml -> \S+b\.yaml"):
+        load_recipe_file(path)
+
+
+def test_long_chains_are_refused(tmp_path: Path) -> None:
+    files = {f"f{n}": f"extend: f{n + 1}.yaml" for n in range(17)} | {"f17": "steps: 3"}
+    path = write(tmp_path, **files)
+    assert load_recipe_file(tmp_path / "f2.yaml").steps == 3
+    with pytest.raises(UserError, match=r"f0\.yaml extends more than 16 others"):
         load_recipe_file(path)
 
 
@@ -500,6 +512,16 @@ def test_a_row_is_shown_with_its_figures_and_commands() -> None:
     figure = describe(load_recipe_file("sara/xl2-2m-interval"))
     assert "A further figure of the training sara/xl2." in figure
     assert sum(line.startswith("  trainer run") for line in figure) == 1 and "# add --guidance" in figure[-1]
+
+
+def test_a_file_of_ones_own_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "my own.yaml").write_text("extend: ahpa/b2\nsteps: 5")
+    lines = page(str(tmp_path / "my own.yaml"), width=80)
+    assert f"  trainer run --recipe '{tmp_path}/my own.yaml' --name 'my own'" in lines
+    assert lines[-1] == "  trainer eval runs/'my own' --data /path/to/imagenet/train", "it has no figures"
+    (tmp_path / "my own.yaml").write_text("extend: ahpa/b2\nsteps: many")
+    with pytest.raises(UserError, match="steps must be a number, not 'many'"):
+        page(str(tmp_path / "my own.yaml"), width=80)
 
 
 def commands_can_be_typed(recipe: Recipe) -> None:
