@@ -70,14 +70,14 @@ class Published:
         match = _SOURCE.fullmatch(self.source)
         if match is None or match["table"] not in PAPER_TABLES.get(match["paper"], ()):
             raise UserError(
-                f"published.source {self.source!r} names no table of a known paper",
+                f"published.source {self.source!r:.80} names no table of a known paper",
                 remedy=f"Write for example 'AHPA, Table 3'; papers: {', '.join(PAPER_TABLES)}.",
             )
         for metric in self.metrics:
             if metric not in METRICS:
                 near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.3)
                 hint = f"Did you mean {near[0]}?" if near else f"Metrics: {', '.join(METRICS)}"
-                raise UserError(f"published.metrics holds an unknown metric {metric!r}", remedy=hint)
+                raise UserError(f"published.metrics holds an unknown metric {metric!r:.80}", remedy=hint)
 
     @property
     def paper(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.published import Sampling
-from trainer.recipes import Paper, Recipe, figures_of, is_recipe, list_recipes, load_recipe_file, papers
+from trainer.recipes import Paper, Recipe, figures_of, flat, is_recipe, list_recipes, load_recipe_file, papers
 
 DATA = "/path/to/imagenet/train"  # in commands to be typed
 
@@ -73,7 +73,7 @@ def describe(recipe: Recipe) -> list[str]:
         lines.append(f"A further figure of the training {recipe.training}.")
     lines += ["", "Settings, and where each comes from (anything else: the defaults)"]
     settings = _settings(recipe)
-    widths = [max(len(row[i]) for row in settings) for i in range(2)]
+    widths = [max((len(row[i]) for row in settings), default=0) for i in range(2)]
     lines += [f"  {key.ljust(widths[0])}  {value.ljust(widths[1])}  {origin}" for key, value, origin in settings]
     lines += ["", "Published figures"]
     for row in shown:
@@ -85,17 +85,8 @@ def describe(recipe: Recipe) -> list[str]:
 
 def _settings(recipe: Recipe) -> list[tuple[str, str, str]]:
     """(key, value, origin) of each setting, and of the build line."""
-    rows = []
-    for key, origin in recipe.origins.items():
-        if key == "build":
-            value: object = recipe.build
-        elif key.startswith("align."):
-            _, method, option = key.split(".")
-            value = recipe.values["align"][method][option]
-        else:
-            value = recipe.values[key]
-        rows.append((key, str(value), origin))
-    return rows
+    values = flat(recipe.values) | ({} if recipe.build is None else {"build": recipe.build})
+    return [(key, str(values[key]), origin) for key, origin in recipe.origins.items() if key in values]
 
 
 def _figure(row: Recipe) -> list[str]:
@@ -112,7 +103,7 @@ def _figure(row: Recipe) -> list[str]:
 def commands(recipe: Recipe, rows: Sequence[Recipe]) -> list[str]:
     """Build, then train to each row's step in turn and evaluate there as the row's samples were drawn."""
     name = shlex.quote(Path(recipe.name).stem if Path(recipe.name).is_absolute() else recipe.name.replace("/", "-"))
-    data = "" if recipe.build is None or "--data" in shlex.split(recipe.build) else f" --data {DATA}"
+    data = "" if recipe.build is None or "--data" in recipe.build.split() else f" --data {DATA}"
     lines = [] if recipe.build is None else [f"  {recipe.build}{data}"]
     reached = 0
     for row in sorted(rows, key=lambda r: r.steps):

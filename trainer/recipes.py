@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,30 +111,29 @@ def recipe_root() -> Path:
 
 def papers() -> list[Paper]:
     """The project's own recipes, by file name."""
-    return [_paper(file) for file in sorted(recipe_root().glob("*.yaml"))]
+    return [_paper(file) for file in _paper_files().values()]
+
+
+def _paper_files() -> dict[str, Path]:
+    return {file.stem: file for file in sorted(recipe_root().glob("*.yaml"))}
 
 
 def list_recipes(text: str = "") -> list[Recipe]:
     """The project's own rows whose name, method, model, title or source contain ``text`` (whatever its case)."""
-    found = [_resolve(_row(paper, row)) for paper in papers() for row in paper.rows]
-    wanted = text.lower()
-    return [
-        r for r in found if any(wanted in part.lower() for part in (r.name, r.method, r.model, r.title, _source(r)))
-    ]
+    wanted, found = text.lower(), [_resolve(_row(paper, row)) for paper in papers() for row in paper.rows]
+    sources = [r.published.source if r.published is not None else "" for r in found]
+    texts = ["\n".join((r.name, r.method, r.model, r.title, source)) for r, source in zip(found, sources)]
+    return [r for r, described in zip(found, texts) if wanted in described.lower()]
 
 
 def figures_of(recipe: Recipe) -> list[Recipe]:
     """The recipe's training and its further figures, in the file's order; a user's own file alone."""
     family, _, training = recipe.training.partition("/")
-    file = recipe_root() / f"{family}.yaml"
-    if not family or not file.is_file():
+    file = _paper_files().get(family)
+    if file is None:
         return [recipe]
     paper = _paper(file)
     return [_resolve(_row(paper, row)) for row, owner in paper.trainings.items() if owner == training]
-
-
-def _source(recipe: Recipe) -> str:
-    return recipe.published.source if recipe.published is not None else ""
 
 
 def load_recipe_file(path: Path | str) -> Recipe:
@@ -143,12 +143,16 @@ def load_recipe_file(path: Path | str) -> Recipe:
         UserError: no such file or row (the error names the nearest), rows that extend each other in a circle, no valid
             YAML, a key given twice or unknown, a ``published`` entry that is not well formed.
     """
-    return _resolve(_user_file(Path(path)) if Path(path).is_file() else _named_row(str(path)))
+    return _resolve(_user_file(Path(path)) if _is_file(path) else _named_row(str(path)))
 
 
 def is_recipe(path: Path | str) -> bool:
     """Whether ``path`` is a file or names a row."""
-    return Path(path).is_file() or _find_row(str(path)) is not None
+    return _is_file(path) or _find_row(str(path)) is not None
+
+
+def _is_file(path: Path | str) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 (False for names that no file can have, where Path raises)
 
 
 def _plain(typed: str) -> str:
@@ -159,8 +163,8 @@ def _plain(typed: str) -> str:
 def _find_row(typed: str) -> _Entry | None:
     """The row of that name; no other file than its paper's is read."""
     family, _, row = _plain(typed).partition("/")
-    file = recipe_root() / f"{family}.yaml"
-    return _row(_paper(file), row) if row and file.is_file() and row in _paper(file).rows else None
+    file = _paper_files().get(family)
+    return _row(_paper(file), row) if file is not None and row in _paper(file).rows else None
 
 
 def _named_row(typed: str) -> _Entry:
@@ -169,7 +173,7 @@ def _named_row(typed: str) -> _Entry:
         return found
     near = difflib.get_close_matches(_plain(typed), [f"{p.name}/{row}" for p in papers() for row in p.rows], n=1)
     hint = f"Did you mean {near[0]}?   " if near else ""
-    raise UserError(f"there is no recipe {typed!r}", remedy=f"{hint}Type: trainer recipes   to list them.")
+    raise UserError(f"there is no recipe {typed!r:.200}", remedy=f"{hint}Type: trainer recipes   to list them.")
 
 
 def _row(paper: Paper, row: str) -> _Entry:
@@ -190,7 +194,7 @@ def _resolve(entry: _Entry) -> Recipe:
     origins: dict[str, str] = {}
     for origin, layer in _layers(entry):
         merged = _join(merged, layer)
-        origins.update(dict.fromkeys(_dotted(layer), origin))
+        origins.update(dict.fromkeys(flat(layer), origin))
     own = entry.own
     published = None if own.get("published") in (None, {}) else _published(own["published"], entry.name)
     texts = {"title": own.get("title"), "note": own.get("note"), "build": merged.get("build")}
@@ -232,14 +236,16 @@ def _layers(entry: _Entry, chain: tuple[str, ...] = ()) -> list[tuple[str, Mappi
     below: list[tuple[str, Mapping[str, Any]]] = []
     extend = entry.own.get("extend")
     if extend is not None:
-        below = _layers(_extended(entry, str(extend)), (*chain, entry.name))
+        if not isinstance(extend, str) or len(extend) > 1000 or "\0" in extend:
+            raise UserError(f"{entry.name}: extend {extend!r:.80} names no row and no file")
+        below = _layers(_extended(entry, extend), (*chain, entry.name))
     elif entry.paper is not None:
         below = [(entry.paper.file.name, entry.paper.common)]
     return [*below, (entry.name, {key: value for key, value in entry.own.items() if key not in _OWN_KEYS})]
 
 
 def _extended(entry: _Entry, extend: str) -> _Entry:
-    if entry.paper is None and (entry.folder / extend).is_file():
+    if entry.paper is None and _is_file(entry.folder / extend):
         return _user_file(entry.folder / extend)
     try:
         return _named_row(extend if entry.paper is None or "/" in extend else f"{entry.paper.name}/{extend}")
@@ -259,13 +265,15 @@ def _join(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _dotted(layer: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of a layer, those of align's options as ``align.METHOD.OPTION``."""
-    for key, value in layer.items():
-        if key == "align" and isinstance(value, Mapping):
-            yield from (f"align.{method}.{option}" for method, options in value.items() for option in options or {})
-        else:
-            yield key
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by key, align's options as ``align.METHOD.OPTION``."""
+    align = values.get("align")
+    if not isinstance(align, Mapping):
+        return dict(values)
+    options = {
+        f"align.{method}.{key}": value for method, given in align.items() for key, value in (given or {}).items()
+    }
+    return {key: value for key, value in values.items() if key != "align"} | options
 
 
 @functools.cache

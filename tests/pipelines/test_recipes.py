@@ -395,6 +395,10 @@ def test_a_file_of_ones_own_extends_a_row_or_a_file(tmp_path: Path) -> None:
         ("a: [", "not valid YAML", None),
         ("extend: nowhere.yaml", "extend: there is no recipe 'nowhere.yaml'", "trainer recipes"),
         ("extend: ahpa/b3", "extend: there is no recipe 'ahpa/b3'", "Did you mean ahpa/b2?"),
+        ("extend: [1]", "extend [1] names no row and no file", None),
+        (f"extend: {'x' * 1001}", "names no row and no file", None),
+        (f"extend: {'x' * 999}", "there is no recipe", None),
+        ('extend: "a\\0b"', "names no row and no file", None),
         ("extend: leaf.yaml", "in a circle", "Take extend out"),
         ("trainings: {a: {}}", "holds many rows", "ahpa/xl2"),
         ("title: [1]", "title must be one line", None),
@@ -466,7 +470,7 @@ def test_a_file_here_wins_and_a_missing_one_is_an_error(tmp_path: Path, monkeypa
         with pytest.raises(UserError, match=re.escape(f"there is no recipe '{typed}'")) as caught:
             load_recipe_file(typed)
         assert "Did you mean ahpa/xl2?" in (caught.value.remedy or "")
-    for typed in ("", "/", "ahpa", "ahpa/", "../pipelines/ahpa/b2", "/ahpa/b2"):
+    for typed in ("", "/", "ahpa", "ahpa/", "../pipelines/ahpa/b2", "/ahpa/b2", "x" * 5000, "a\0b/b2"):
         with pytest.raises(UserError, match="there is no recipe"):
             load_recipe_file(typed)
     with pytest.raises(UserError, match="holds many rows"):
@@ -519,6 +523,11 @@ def test_a_file_of_ones_own_is_shown(tmp_path: Path) -> None:
     lines = page(str(tmp_path / "my own.yaml"), width=80)
     assert f"  trainer run --recipe '{tmp_path}/my own.yaml' --name 'my own'" in lines
     assert lines[-1] == "  trainer eval runs/'my own' --data /path/to/imagenet/train", "it has no figures"
+    (tmp_path / "my own.yaml").write_text("clip: null\nbuild: what's this\nalign: {a.b: {c.d: 1}, e: null}")
+    lines = page(str(tmp_path / "my own.yaml"), width=80)
+    assert [line.split()[:2] for line in lines[3:6]] == [["clip", "None"], ["build", "what's"], ["align.a.b.c.d", "1"]]
+    (tmp_path / "my own.yaml").write_text("{}")
+    assert page(str(tmp_path / "my own.yaml"), width=80)[-1] == "  trainer eval runs/'my own'"
     (tmp_path / "my own.yaml").write_text("extend: ahpa/b2\nsteps: many")
     with pytest.raises(UserError, match="steps must be a number, not 'many'"):
         page(str(tmp_path / "my own.yaml"), width=80)
