@@ -16,7 +16,7 @@ from featcache.errors import UserError, WeightsUnavailable
 from trainer import distributed, runs
 from trainer.config import RunConfig
 from trainer.models import forward_flops
-from trainer.published import Sampling
+from trainer.published import Sampling, parse_published
 from trainer.recipes import load_recipe_file
 from trainer.sampling import Bar, SampleRequest, sample_run
 
@@ -196,11 +196,7 @@ def _stages(bar: Bar) -> Callable[[str, int, int | None], None]:
 
 def recipe_sampling(config: RunConfig) -> Sampling | None:
     """How the samples behind the recipe's published figures were drawn, if the run came from a recipe that says so."""
-    given = config.published.get("sampling")
-    if not isinstance(given, Mapping):
-        return None
-    values: dict[str, Any] = {**given, "interval": tuple(given.get("interval", (0.0, 1.0)))}
-    return Sampling(**values)
+    return parse_published(config.published).sampling if config.published else None
 
 
 def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> tuple[EvalRequest, RunConfig]:
@@ -478,11 +474,8 @@ def _published(folder: Path, name: str) -> list[Any]:
     config = runs.load_config(folder)
     entries = [config.published, *(e["figure"] for e in runs.read_json(folder / "metrics.json", []) if "figure" in e)]
     figures = {}
-    for entry in entries:
-        sampling = recipe_sampling(replace(config, published=entry))
-        source = str(entry.get("source", "")) + (f": {sampling}" if sampling is not None else "")
-        for metric, value in entry.get("metrics", {}).items():
-            figures[metric, source, float(value)] = Published(
-                metric=metric, value=float(value), source=source, run=name
-            )
+    for entry in (parse_published(given) for given in entries if given):
+        source = entry.source + (f": {entry.sampling}" if entry.sampling is not None else "")
+        for metric, value in entry.metrics.items():
+            figures[metric, source, value] = Published(metric=metric, value=float(value), source=source, run=name)
     return list(figures.values())
