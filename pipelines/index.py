@@ -31,7 +31,7 @@ trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws sa
   it once and evaluate it several times, `trainer eval runs/repa-xl2 --figure repa/xl2-ode`. `trainer run --recipe` takes
   their names too, and trains to their step; with `--resume` it goes on from an earlier one.
 - Any setting can be changed: `trainer run --recipe ahpa/xl2 --set steps=1000 --set ahpa.weight=0.5`. A file of your own
-  holds the same keys and may start from a row: `extend: ahpa/xl2`; then `trainer run --recipe my.yaml`.
+  holds the same keys and may start from a row: `base: ahpa/xl2`; then `trainer run --recipe my.yaml`.
 - Rows at 512 px and with other VAEs refuse a cache of another kind; the others take the newest that holds what the
   method reads. With several data sets or resolutions below `./caches`, pass `--cache`.
 - One cache serves many rows. Add what another row needs with `featcache build --into CACHE ...`.

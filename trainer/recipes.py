@@ -2,11 +2,11 @@
 
 ``pipelines/ahpa.yaml`` holds the rows of one paper: ``settings`` and the ``build`` line of its cache are common to all its
 ``trainings``. A training holds keys of :class:`trainer.config.RunConfig` that are its own, ``title``, ``note``, ``build``,
-the figures ``published`` for it and ``extend``, the row whose settings it starts from instead of the common ones (``b2`` in
+the figures ``published`` for it and ``base``, the row whose settings it starts from instead of the common ones (``b2`` in
 the same file, ``repa/b2`` in another). Its ``figures`` are further rows that it serves: the same training at another
 ``step``, or samples drawn otherwise. A row is called ``ahpa/xl2``, a training and a figure alike.
 
-A user's own file is like one training: it may ``extend`` a row, or another file by its path relative to itself.
+A user's own file is like one training: its ``base`` may be a row, or another file by its path relative to itself.
 ``title``, ``note`` and ``published`` belong to one row and are never inherited; ``align`` is joined option by option; any
 other key replaces the one below. No torch here.
 """
@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +27,13 @@ from featcache.errors import UserError
 from trainer.config import RunConfig, from_mapping
 from trainer.published import Published, parse_published
 
-MAX_EXTENDS = 16  # one upon the other
-RECIPE_KEYS = ("extend", "title", "note", "build")  # beside RunConfig's
+_FORMER_FOLDER = re.compile(r"\A(?:(?:.*/)?pipelines/|(?:\.\./)+)")
+MAX_BASES = 16  # one upon the other
+RECIPE_KEYS = ("base", "title", "note", "build")  # beside RunConfig's
 PAPER_KEYS = ("title", "about", "settings", "build", "sampling", "trainings")
 FIGURE_KEYS = ("title", "note", "step", "source", "metrics", "sampling")
 RUN_KEYS = tuple(f.name for f in dataclasses.fields(RunConfig))
-_OWN_KEYS = ("extend", "title", "note", "published")  # of one row alone
-_RENAMED = {"base": "extend"}
+_OWN_KEYS = ("base", "title", "note", "published")  # of one row alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +157,8 @@ def _is_file(path: Path | str) -> bool:
 
 
 def _plain(typed: str) -> str:
-    """``pipelines/ahpa/xl2.yaml``, which was a file once, as ``ahpa/xl2``."""
-    return typed.removeprefix(f"{recipe_root().name}/").removesuffix(".yaml")
+    """``pipelines/ahpa/xl2.yaml``, which was a file once, or ``../ahpa/xl2.yaml`` as its neighbours named it, as ``ahpa/xl2``."""
+    return _FORMER_FOLDER.sub("", typed).removesuffix(".yaml")
 
 
 def _find_row(typed: str) -> _Entry | None:
@@ -229,28 +230,28 @@ def _layers(entry: _Entry, chain: tuple[str, ...] = ()) -> list[tuple[str, Mappi
     if entry.name in chain:
         raise UserError(
             f"{chain[0]} extends itself in a circle: {' -> '.join([*chain, entry.name])}",
-            remedy="Take extend out of one of them.",
+            remedy="Take base out of one of them.",
         )
-    if len(chain) >= MAX_EXTENDS:
-        raise UserError(f"{chain[0]} extends more than {MAX_EXTENDS} others, one upon the other")
+    if len(chain) >= MAX_BASES:
+        raise UserError(f"{chain[0]} extends more than {MAX_BASES} others, one upon the other")
     below: list[tuple[str, Mapping[str, Any]]] = []
-    extend = entry.own.get("extend")
-    if extend is not None:
-        if not isinstance(extend, str) or len(extend) > 1000 or "\0" in extend:
-            raise UserError(f"{entry.name}: extend {extend!r:.80} names no row and no file")
-        below = _layers(_extended(entry, extend), (*chain, entry.name))
+    base = entry.own.get("base")
+    if base is not None:
+        if not isinstance(base, str) or len(base) > 1000 or "\0" in base:
+            raise UserError(f"{entry.name}: base {base!r:.80} names no row and no file")
+        below = _layers(_base_of(entry, base), (*chain, entry.name))
     elif entry.paper is not None:
         below = [(entry.paper.file.name, entry.paper.common)]
     return [*below, (entry.name, {key: value for key, value in entry.own.items() if key not in _OWN_KEYS})]
 
 
-def _extended(entry: _Entry, extend: str) -> _Entry:
-    if entry.paper is None and _is_file(entry.folder / extend):
-        return _user_file(entry.folder / extend)
+def _base_of(entry: _Entry, base: str) -> _Entry:
+    if entry.paper is None and _is_file(entry.folder / base):
+        return _user_file(entry.folder / base)
     try:
-        return _named_row(extend if entry.paper is None or "/" in extend else f"{entry.paper.name}/{extend}")
+        return _named_row(base if entry.paper is None or "/" in base else f"{entry.paper.name}/{base}")
     except UserError as error:
-        raise UserError(f"{entry.name}: extend: {error.what}", remedy=error.remedy) from error
+        raise UserError(f"{entry.name}: base: {error.what}", remedy=error.remedy) from error
 
 
 def _join(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,7 +311,7 @@ def _figure(training: str, values: Mapping[str, Any], where: str) -> dict[str, A
     _check_keys(values, FIGURE_KEYS, where)
     if "source" not in values:
         raise UserError(f"{where}: a figure has no source", remedy="Write for example: source: AHPA, Table 3")
-    row: dict[str, Any] = {"extend": training, **{key: values[key] for key in ("title", "note") if key in values}}
+    row: dict[str, Any] = {"base": training, **{key: values[key] for key in ("title", "note") if key in values}}
     if "step" in values:
         row["steps"] = values["step"]
     row["published"] = {key: values[key] for key in ("source", "metrics", "sampling") if key in values}
@@ -337,7 +338,7 @@ def _check_keys(values: Mapping[str, Any], valid: Iterable[str], where: str) -> 
     """Refuses keys that are none, and options of a method that are not keys and values."""
     for key in values:
         if key not in valid:
-            near = [_RENAMED[key]] if key in _RENAMED else difflib.get_close_matches(str(key), valid, n=1)
+            near = difflib.get_close_matches(str(key), valid, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Valid keys: {', '.join(sorted(valid))}"
             raise UserError(f"{where}: unknown key {key!s:.80}", remedy=hint)
     options = values.get("align")

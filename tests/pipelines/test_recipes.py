@@ -285,14 +285,14 @@ trainings:
     figures:
       a-late: {title: late, step: 90, source: 'REPA, Table 4', metrics: {FID: 1.8}, sampling: {guidance: 1.5}}
   b:
-    extend: a
+    base: a
     align: {repa: {weight: 0.25}}
 """
 
 
 def test_a_paper_gives_settings_a_row_its_own(root: Path) -> None:
     (root / "x.yaml").write_text(PAPER)
-    (root / "y.yaml").write_text("settings: {seed: 3}\nbuild: other\ntrainings: {c: {extend: x/a-late, note: n}}")
+    (root / "y.yaml").write_text("settings: {seed: 3}\nbuild: other\ntrainings: {c: {base: x/a-late, note: n}}")
     a, late, b, c = list_recipes()
     common = {"method": "repa", "batch_size": 8, "lr": 0.5}
     options = {"weight": 0.5, "loss": "cosine", "depth": 6}
@@ -309,7 +309,7 @@ def test_a_paper_gives_settings_a_row_its_own(root: Path) -> None:
     assert b.title == "" and b.published is None and "published" not in b.values, "figures are never inherited"
     assert b.values["align"]["repa"] == {**options, "weight": 0.25} and b.training == "x/b"
     assert b.origins["align.repa.weight"] == "x/b"
-    assert (c.steps, c.note, c.build, "seed" in c.values) == (90, "n", "featcache build", False), "extend or settings"
+    assert (c.steps, c.note, c.build, "seed" in c.values) == (90, "n", "featcache build", False), "base or settings"
     assert [r.name for r in figures_of(late)] == ["x/a", "x/a-late"]
 
 
@@ -347,9 +347,9 @@ def test_the_overview_imports_nothing_heavy() -> None:
         ("trainings: {a: {figures: {b: {source: 'AHPA, Table 3'}}}, b: {}}", "two rows are called b", "of its own"),
         ("trainings: {a: {figures: {a: {source: 'AHPA, Table 3'}}}}", "the training's own name", "another"),
         ("trainings: {a: {figures: {b: {step: 3}}}}", "a.b: a figure has no source", "AHPA, Table 3"),
-        ("trainings: {a: {extend: c}, bb: {}}", "x/a: extend: there is no recipe 'x/c'", "Did you mean x/"),
-        ("trainings: {a: {extend: b}, b: {extend: x/a}}", "x/a -> x/b -> x/a", "Take extend out"),
-        ("trainings: {a: {extend: a}}", "x/a -> x/a", "Take extend out"),
+        ("trainings: {a: {base: c}, bb: {}}", "x/a: base: there is no recipe 'x/c'", "Did you mean x/"),
+        ("trainings: {a: {base: b}, b: {base: x/a}}", "x/a -> x/b -> x/a", "Take base out"),
+        ("trainings: {a: {base: a}}", "x/a -> x/a", "Take base out"),
     ],
 )
 def test_bad_papers_are_refused(root: Path, text: str, what: str, remedy: str | None) -> None:
@@ -364,8 +364,8 @@ def test_bad_papers_are_refused(root: Path, text: str, what: str, remedy: str | 
 def test_a_file_of_ones_own_extends_a_row_or_a_file(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        leaf="extend: middle.yaml\nsteps: 3\nalign: {ahpa: {depths: [6]}}\n",
-        middle="extend: ahpa/b2\ntitle: middle\nalign: {ahpa: {weight: 0.25}}\n"
+        leaf="base: middle.yaml\nsteps: 3\nalign: {ahpa: {depths: [6]}}\n",
+        middle="base: ../ahpa/b2.yaml\ntitle: middle\nalign: {ahpa: {weight: 0.25}}\n"
         "published: {source: 'REPA, Table 3', metrics: {FID: 7.9}}\n",
     )
     recipe = load_recipe_file(path)
@@ -387,19 +387,18 @@ def test_a_file_of_ones_own_extends_a_row_or_a_file(tmp_path: Path) -> None:
     [
         ("stepz: 3", "unknown key stepz", "Did you mean steps?"),
         ("titel: x", "unknown key titel", "Did you mean title?"),
-        ("base: ../ahpa/b2.yaml", "unknown key base", "Did you mean extend?"),
         ("steps: 3\nsteps: 4", "given twice", "Keep one"),
         ("align: {repa: {depth: 1, depth: 2}}", "given twice", "Keep one"),
         ("align: {repa: weight}", "align.repa must hold options, not 'weight'", None),
         ("- 1\n- 2", "must hold keys and values", None),
         ("a: [", "not valid YAML", None),
-        ("extend: nowhere.yaml", "extend: there is no recipe 'nowhere.yaml'", "trainer recipes"),
-        ("extend: ahpa/b3", "extend: there is no recipe 'ahpa/b3'", "Did you mean ahpa/b2?"),
-        ("extend: [1]", "extend [1] names no row and no file", None),
-        (f"extend: {'x' * 1001}", "names no row and no file", None),
-        (f"extend: {'x' * 999}", "there is no recipe", None),
-        ('extend: "a\\0b"', "names no row and no file", None),
-        ("extend: leaf.yaml", "in a circle", "Take extend out"),
+        ("base: nowhere.yaml", "base: there is no recipe 'nowhere.yaml'", "trainer recipes"),
+        ("base: ahpa/b3", "base: there is no recipe 'ahpa/b3'", "Did you mean ahpa/b2?"),
+        ("base: [1]", "base [1] names no row and no file", None),
+        (f"base: {'x' * 1001}", "names no row and no file", None),
+        (f"base: {'x' * 999}", "there is no recipe", None),
+        ('base: "a\\0b"', "names no row and no file", None),
+        ("base: leaf.yaml", "in a circle", "Take base out"),
         ("trainings: {a: {}}", "holds many rows", "ahpa/xl2"),
         ("title: [1]", "title must be one line", None),
         ("note: 3", "note must be one line", None),
@@ -425,13 +424,13 @@ def test_bad_recipes_are_refused(tmp_path: Path, text: str, what: str, remedy: s
 
 
 def test_a_circle_over_several_files_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, a="extend: b.yaml", b="extend: c.yaml", c="extend: b.yaml")
+    path = write(tmp_path, a="base: b.yaml", b="base: c.yaml", c="base: b.yaml")
     with pytest.raises(UserError, match=r"a\.yaml -> \S+b\.yaml -> \S+c\.yaml -> \S+b\.yaml"):
         load_recipe_file(path)
 
 
 def test_long_chains_are_refused(tmp_path: Path) -> None:
-    files = {f"f{n}": f"extend: f{n + 1}.yaml" for n in range(17)} | {"f17": "steps: 3"}
+    files = {f"f{n}": f"base: f{n + 1}.yaml" for n in range(17)} | {"f17": "steps: 3"}
     path = write(tmp_path, **files)
     assert load_recipe_file(tmp_path / "f2.yaml").steps == 3
     with pytest.raises(UserError, match=r"f0\.yaml extends more than 16 others"):
@@ -470,7 +469,7 @@ def test_a_file_here_wins_and_a_missing_one_is_an_error(tmp_path: Path, monkeypa
         with pytest.raises(UserError, match=re.escape(f"there is no recipe '{typed}'")) as caught:
             load_recipe_file(typed)
         assert "Did you mean ahpa/xl2?" in (caught.value.remedy or "")
-    for typed in ("", "/", "ahpa", "ahpa/", "../pipelines/ahpa/b2", "/ahpa/b2", "x" * 5000, "a\0b/b2"):
+    for typed in ("", "/", "ahpa", "ahpa/", "elsewhere/ahpa/b2", "/ahpa/b2", "x" * 5000, "a\0b/b2"):
         with pytest.raises(UserError, match="there is no recipe"):
             load_recipe_file(typed)
     with pytest.raises(UserError, match="holds many rows"):
@@ -519,7 +518,7 @@ def test_a_row_is_shown_with_its_figures_and_commands() -> None:
 
 
 def test_a_file_of_ones_own_is_shown(tmp_path: Path) -> None:
-    (tmp_path / "my own.yaml").write_text("extend: ahpa/b2\nsteps: 5")
+    (tmp_path / "my own.yaml").write_text("base: ahpa/b2\nsteps: 5")
     lines = page(str(tmp_path / "my own.yaml"), width=80)
     assert f"  trainer run --recipe '{tmp_path}/my own.yaml' --name 'my own'" in lines
     assert lines[-1] == "  trainer eval runs/'my own' --data /path/to/imagenet/train", "it has no figures"
@@ -528,7 +527,7 @@ def test_a_file_of_ones_own_is_shown(tmp_path: Path) -> None:
     assert [line.split()[:2] for line in lines[3:6]] == [["clip", "None"], ["build", "what's"], ["align.a.b.c.d", "1"]]
     (tmp_path / "my own.yaml").write_text("{}")
     assert page(str(tmp_path / "my own.yaml"), width=80)[-1] == "  trainer eval runs/'my own'"
-    (tmp_path / "my own.yaml").write_text("extend: ahpa/b2\nsteps: many")
+    (tmp_path / "my own.yaml").write_text("base: ahpa/b2\nsteps: many")
     with pytest.raises(UserError, match="steps must be a number, not 'many'"):
         page(str(tmp_path / "my own.yaml"), width=80)
 
@@ -628,7 +627,7 @@ def test_a_recipe_of_ones_own_trains_and_goes_on(small_cache: Path, tmp_path: Pa
     from typer.testing import CliRunner
 
     small = "model: SiT-Ti/2\nbatch_size: 4\nsample_every: 0\nlog_every: 1\nalign: {ahpa: {depths: [2]}}\n"
-    write(tmp_path, first=f"extend: ahpa/b2\nsteps: 2\n{small}", second="extend: first.yaml\nsteps: 3\n")
+    write(tmp_path, first=f"base: ahpa/b2\nsteps: 2\n{small}", second="base: first.yaml\nsteps: 3\n")
     with chdir(tmp_path):
         for words in (["first.yaml"], ["second.yaml", "--resume"]):
             given = ["run", "--recipe", *words, "--name", "small", "--cache", str(small_cache), "--device", "cpu"]
