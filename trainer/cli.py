@@ -182,6 +182,7 @@ def sample(
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
     from featcache.progress import RichBar
     from trainer import distributed
+    from trainer.diffusion.interval import Interval
     from trainer.sampling import SampleRequest, sample_run
 
     request = SampleRequest(
@@ -189,7 +190,7 @@ def sample(
         sampler=sampler,
         steps=steps,
         guidance=guidance,
-        interval=interval,
+        interval=Interval.parse(interval),
         classes=classes,
         seed=seed,
         checkpoint=step,
@@ -292,8 +293,10 @@ def evaluate(
     """Sample a run, compare with reference images, write metrics.json and report.html."""
     from featcache.errors import UserError
     from featcache.progress import RichBar
+    from trainer.diffusion.interval import Interval
     from trainer.evaluation import EvalRequest, evaluate_images, evaluate_run
     from trainer.runs import newest_run
+    from trainer.sampling import SampleSettings
 
     if samples is None:
         _refuse_typed(context, ("require_labels",), "says what to accept of --samples, which were not given")
@@ -301,25 +304,28 @@ def evaluate(
         raise UserError("a run and --samples were both given", remedy="Leave one of them out.")
     else:
         _refuse_typed(context, DRAWING, "says how to draw images, and --samples are drawn already")
-    request = EvalRequest(
+    settings = SampleSettings(
         num=num,
         sampler=sampler,
         steps=steps,
         guidance=guidance,
-        interval=interval,
+        interval=None if interval is None else Interval.parse(interval),
         classes=classes,
         pixels=pixels,
         guided_channels=guided_channels,
         precision=precision,
         compile=compile_,
-        extractor=extractor,
-        reference=reference,
-        data=data,
         seed=seed,
         checkpoint=step,
         batch_size=batch_size,
         device=device,
         weights_dir=None if weights_dir is None else str(weights_dir),
+    )
+    request = EvalRequest(
+        settings=settings,
+        extractor=extractor,
+        reference=reference,
+        data=data,
         bootstrap=bootstrap,
         metrics=tuple(m.strip() for m in metrics.split(",")) if metrics else (),
     )

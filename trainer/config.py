@@ -175,6 +175,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(sorted(fields))}"
             raise UserError(f"unknown key {prefix}{key}", remedy=hint)
+        if hasattr(hints[key], "parse"):  # a type that reads its own values
+            clean[key] = hints[key].parse(value)
+            continue
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
             clean[key] = adapter.validate_python(value)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from featcache.errors import UserError
 from trainer.config import RunConfig, from_mapping
+from trainer.diffusion.interval import Interval
 
 RECIPE_KEYS = ("base", "title", "build")
 _OWN_KEYS = ("base", "title", "published")  # of one file alone
@@ -51,7 +52,7 @@ class Sampling:
     sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
     steps: int | None = None
     guidance: float | None = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: Interval = Interval()  # noqa: RUF009 (frozen)
 
     def __str__(self) -> str:
         drawn = " ".join(str(part) for part in (self.sampler, self.steps) if part is not None)
@@ -59,7 +60,7 @@ class Sampling:
         if self.guidance is None:
             guided = "guided, scale not given"
         elif self.guidance != 1:
-            low, high = self.interval
+            low, high = self.interval.low, self.interval.high
             guided = f"guidance {self.guidance:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
         return ", ".join(part for part in (drawn, guided) if part)
 
@@ -72,8 +73,8 @@ class Sampling:
             words.append(f"--steps {self.steps}")
         if self.guidance not in (None, 1):
             words.append(f"--guidance {self.guidance:g}")
-            if self.interval != (0, 1):
-                words.append(f"--interval {self.interval[0]:g},{self.interval[1]:g}")
+            if self.interval != Interval():
+                words.append(f"--interval {self.interval}")
         return " ".join(words)
 
 

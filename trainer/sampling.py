@@ -18,16 +18,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from featcache.build import pick_device
 from featcache.errors import UserError
 from trainer import distributed, runs
 from trainer.diffusion.guidance import Guidance
+from trainer.diffusion.interval import Interval
 from trainer.inference import Arithmetic, Network, applied, choose_arithmetic
 from trainer.sample import (
     LoadedRun,
@@ -41,6 +43,9 @@ from trainer.sample import (
     sampling_times,
     save_png,
 )
+
+if TYPE_CHECKING:
+    from trainer.diffusion.transport import Transport
 
 GROUP = 8  # samples of one arithmetic unit on the CPU
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
@@ -58,18 +63,18 @@ class Bar(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """What ``trainer sample`` was asked for.
+class SampleSettings:
+    """How samples are to be drawn. A number, steps, guidance or interval of None leaves the choice to who draws.
 
-    sampler: None takes the family's default. interval: LOW,HIGH. checkpoint: a step, None the latest. precision, compile:
-    see :func:`trainer.inference.choose_arithmetic`.
+    sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest.
+    precision, compile: see :func:`trainer.inference.choose_arithmetic`.
     """
 
-    num: int
+    num: int | None = None
     sampler: str | None = None
-    steps: int = 250
-    guidance: float = 1.0
-    interval: str = "0,1"
+    steps: int | None = None
+    guidance: float | None = None
+    interval: Interval | None = None
     guided_channels: int | None = None
     classes: str = "balanced"
     pixels: str = "round"
@@ -80,24 +85,28 @@ class SampleRequest:
     weights_dir: str | None = None
     precision: str = "auto"
     compile: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest(SampleSettings):
+    """Settings without a gap, and what is to be written: see :class:`SampleResult`. out: None names the folder itself."""
+
+    num: int = 64
+    steps: int = 250
+    guidance: float = 1.0
+    interval: Interval = Interval()  # noqa: RUF009 (frozen)
     format: str = "npz"
     out: Path | None = None
 
     def config(self, family: str) -> SampleConfig:
-        """Raises UserError for a sampler that the family of backbones has not, wrong steps, pixel rule or interval."""
+        """Raises UserError for a sampler that the family of backbones has not, wrong steps, pixel rule or format."""
         if self.pixels not in ("round", "truncate"):
             raise UserError(f"--pixels {self.pixels!r} is not known", remedy="Type one of: round, truncate")
         if self.format not in FORMATS:
             raise UserError(f"--format {self.format!r} is not known", remedy=f"Type one of: {', '.join(FORMATS)}")
-        try:
-            low, high = (float(part) for part in self.interval.split(","))
-        except ValueError:
-            raise UserError(
-                f"--interval {self.interval!r} is not LOW,HIGH", remedy="Type for example --interval 0,0.7"
-            ) from None
         sampler = check_sampler(family, self.sampler)
         sampling_times(sampler, self.steps)
-        guidance = Guidance(scale=self.guidance, low=low, high=high, channels=self.guided_channels)
+        guidance = Guidance(scale=self.guidance, interval=self.interval, channels=self.guided_channels)
         return SampleConfig(
             sampler=sampler,
             steps=self.steps,
@@ -106,19 +115,42 @@ class SampleRequest:
             seed=self.seed,
         )
 
-    def folder_name(self, step: int, sampler: str, arithmetic: Arithmetic) -> str:
-        """What the samples of checkpoint ``step`` depend on, as a folder's name: defaults are left out, and so are an
-        interval and channels of guidance where the scale is 1.
+    def file_name(self) -> str:
+        """Of the images, in their folder."""
+        return f"samples_{self.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[self.format]
+
+    def folder(self, samples: Path, step: int, sampler: str, arithmetic: Arithmetic) -> Path:
+        """Folder below ``samples`` named by what the samples of checkpoint ``step`` depend on: defaults are left out, and
+        so are an interval and channels of guidance where the scale is 1.
+
+        A folder that is there already under an equal interval written otherwise (``0.0,0.70``, as once it was typed) is
+        taken for it, before all one that holds the images asked for.
         """
-        parts = [f"step_{step:07d}", f"{sampler}{self.steps}", f"seed{self.seed}"]
+        before = f"step_{step:07d}-{sampler}{self.steps}-seed{self.seed}"
+        after = ""
         if self.guidance != 1:
-            parts.append(f"cfg{self.guidance:g}" + (f"-{self.interval}" if self.interval != "0,1" else ""))
-            parts += [f"ch{self.guided_channels}"] if self.guided_channels else []
-        parts += [self.classes.replace(",", "_")[:40]] if self.classes != "balanced" else []
-        parts += [self.pixels] if self.pixels != "round" else []
-        parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
-        parts += ["compiled"] if arithmetic.compile else []
-        return "-".join(parts)
+            before += f"-cfg{self.guidance:g}"
+            after += f"-ch{self.guided_channels}" if self.guided_channels else ""
+        after += f"-{self.classes.replace(',', '_')[:40]}" if self.classes != "balanced" else ""
+        after += f"-{self.pixels}" if self.pixels != "round" else ""
+        after += f"-{arithmetic.precision}" if arithmetic.precision != "fp32" else ""
+        after += "-compiled" if arithmetic.compile else ""
+        if self.guidance == 1:
+            return samples / f"{before}{after}"
+        named = samples / (before + ("" if self.interval == Interval() else f"-{self.interval}") + after)
+        found = [named] if named.exists() else []
+        found += [folder for folder in sorted(samples.glob(f"{before}-*{after}")) if folder != named]
+        found = [
+            f for f in found if f == named or _is_interval(f.name[len(before) + 1 :].removesuffix(after), self.interval)
+        ]
+        return max(found, key=lambda folder: (folder / self.file_name()).exists(), default=named)
+
+
+def _is_interval(text: str, interval: Interval) -> bool:
+    try:
+        return Interval.parse(text) == interval
+    except UserError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +184,9 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         config = request.config(loaded.model.cfg.family)
         dataset = loaded.summary["dataset"]
         vae = load_decoder(dataset["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir).to(device)
-        folder = request.out or run / "samples" / request.folder_name(loaded.step, config.sampler, arithmetic)
-        settings = {
-            **asdict(config),
-            "classes": request.classes,
-            **asdict(arithmetic),
-        }
-        images = folder / (f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format])
+        folder = request.out or request.folder(run / "samples", loaded.step, config.sampler, arithmetic)
+        settings = {**config.record(), "classes": request.classes, **asdict(arithmetic)}
+        images = folder / request.file_name()
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
         _check_folder(folder, record)
         if not images.exists():
@@ -166,7 +194,7 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
                 network=Network(loaded.model, arithmetic),
                 vae=vae,
                 config=config,
-                path=loaded.config.path,
+                transport=loaded.transport,
                 labels=choose_labels(
                     request.classes, -(-request.num // BLOCK) * BLOCK, len(loaded.class_names), seed=request.seed
                 ),
@@ -185,9 +213,9 @@ class _Draw:
     """What is to be drawn, and with what. labels: int64, of whole blocks."""
 
     network: Network
-    vae: Any
+    vae: nn.Module
     config: SampleConfig
-    path: str
+    transport: Transport
     labels: np.ndarray
     num: int
     unit: int
@@ -217,7 +245,7 @@ def _draw_to(
         write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
         write(blocks, images, draw.labels[: draw.num])
         pixels = class_grid(
-            draw.network, draw.vae, path=draw.path, seed=draw.config.seed, config=draw.config, unit=draw.unit
+            draw.network, draw.vae, transport=draw.transport, seed=draw.config.seed, config=draw.config, unit=draw.unit
         )
         save_png(pixels, folder / "grid.png")
         runs.write_text(folder / "settings.json", json.dumps(record, indent=1))
@@ -229,7 +257,7 @@ def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | N
     """Draws blocks and saves each when it is full, in a thread beside the drawing of the next."""
     indices = [i for k in numbers for i in range(k * BLOCK, k * BLOCK + _padded(_block_count(draw.num, k), draw.unit))]
     units = draw_units(
-        draw.network, draw.vae, draw.labels[indices], indices, draw.config, path=draw.path, unit=draw.unit
+        draw.network, draw.vae, draw.labels[indices], indices, draw.config, transport=draw.transport, unit=draw.unit
     )
     saving: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:

@@ -22,6 +22,8 @@ from torch import Tensor
 import featcache
 from featcache.machine import cpu_name
 from trainer.diffusion.guidance import Guidance
+from trainer.diffusion.interval import Interval
+from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
 from trainer.parts import Parts, assemble
 from trainer.sample import SampleConfig, draw_latents
@@ -76,8 +78,8 @@ def latents_of(parts: Parts, config: Any, sampler: str) -> list[float]:
         parts.ema,
         torch.tensor([3, 7]),
         [0, 5],
-        SampleConfig(sampler=sampler, steps=4, guidance=Guidance(scale=1.5, low=0.2, high=0.8), seed=3),
-        path=config.path,
+        SampleConfig(sampler=sampler, steps=4, guidance=Guidance(scale=1.5, interval=Interval(0.2, 0.8)), seed=3),
+        transport=build_transport(parts.ema.cfg.family, path=config.path),
     ).double()
     size = drawn.square().mean().sqrt()
     return [*(drawn / size).flatten()[:6].tolist(), size.item()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +26,18 @@ from trainer.align.repa import DEPTHS
 from trainer.align.sra2 import patchify
 from trainer.analyze.config import AnalyzeConfig
 from trainer.config import RunConfig
-from trainer.diffusion import ddpm
-from trainer.diffusion.interpolants import interpolate
 from trainer.diffusion.noise import sample_noise
-from trainer.models import build_model, load_weights
+from trainer.diffusion.transport import build_transport
+from trainer.models import Transformer, build_model, load_weights
 from trainer.parts import backbone_info, build_alignment, cached_feature
-from trainer.step import DDPM_STEPS, Objective, ema_decay_at, sample_posterior
+from trainer.step import Objective, ema_decay_at, sample_posterior
 
 _POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
 MIXTURE = "router's mixture"
 _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnostics
 
 
-def open_cache(run: Path) -> Any:
+def open_cache(run: Path) -> featcache.Cache:
     """The cache that a run was trained on.
 
     Raises:
@@ -78,12 +76,12 @@ class Subject:
         loaded = sample.load_run(run, step=at, device=device, weights=weights)
         self.run, self.step, self.config, self.options = run, loaded.step, loaded.config, options
         self.device, self.weights = device, weights
-        self.model: Any = loaded.model
+        self.model = loaded.model
         self.cfg = loaded.model.cfg
         self.cache = open_cache(run)
         self.info = backbone_info(loaded.config.model, self.cfg)
         self.alignment = self._load_alignment()
-        self._teacher: Any = None
+        self._teacher: Transformer | None = None
         self.block = options.block or self._default_block()
         if self.block > self.cfg.depth:
             raise UserError(
@@ -96,7 +94,7 @@ class Subject:
         self.labelled = gradients or options.labels == "given"
         self.labels = torch.from_numpy(self.cache.labels()[self.indices].astype(np.int64)).to(device)
         self.class_names = tuple(self.cache.manifest.dataset.class_names)
-        self._table = ddpm.tables(ddpm.linear_schedule(DDPM_STEPS), device) if self.cfg.family == "dit" else None
+        self.transport = build_transport(self.cfg.family, path=self.config.path, device=device)
         self._pooled: dict[float, Tensor] = {}
 
     def _load_alignment(self) -> Alignment | None:
@@ -195,11 +193,10 @@ class Subject:
         return (index + self.uniform(rows, _TIME)) / bins
 
     def noisy(self, latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at t in [0, 1] and the time as the backbone takes it."""
-        if self._table is not None:
-            times = (t * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)
-            return ddpm.q_sample(self._table, latent, times, noise), times
-        return interpolate(self.config.path, latent, noise, t)[0], t
+        """Noisy latents at t in [0, 1] (drawn uniformly, as far as the transport goes) and the time as the backbone
+        takes it."""
+        t = self.transport.times(t)
+        return self.transport.noisy(latent, noise, t), self.transport.model_time(t)
 
     @torch.no_grad()
     def hidden(self, rows: slice, t: Tensor | float, depths: Sequence[int]) -> Mapping[int, Tensor]:
@@ -241,7 +238,7 @@ class Subject:
 
         return hidden
 
-    def _ema(self) -> Any:
+    def _ema(self) -> Transformer:
         if self._teacher is None:
             _, path = checkpoint.find_checkpoint(self.run, self.step)
             model = build_model(self.cfg, device=self.device).eval().requires_grad_(False)
