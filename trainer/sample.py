@@ -340,25 +340,3 @@ def save_png(pixels: np.ndarray, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     Image.fromarray(pixels).save(partial, format="PNG")
     partial.replace(path)
-
-
-def choose_labels(kind: str, count: int, num_classes: int, *, seed: int) -> np.ndarray:
-    """Labels int64 [count]: ``balanced`` (0, 1, 2, ... in turn), ``random`` (uniform, seeded), or a list ``"3,7"`` in turn.
-
-    Raises:
-        UserError: a class outside 0..num_classes-1, or text that is no list.
-    """
-    if kind == "balanced":
-        return np.arange(count) % num_classes
-    if kind == "random":
-        return np.random.Generator(np.random.Philox(key=[seed, 0x1ABE15])).integers(0, num_classes, count)
-    try:
-        chosen = [int(part) for part in kind.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--classes {kind!r} is not a list of classes", remedy="Type balanced, random, or e.g. 207,360,387"
-        ) from None
-    wrong = [c for c in chosen if not 0 <= c < num_classes]
-    if wrong:
-        raise UserError(f"there is no class {wrong[0]}", remedy=f"Classes are 0 to {num_classes - 1}.")
-    return np.resize(np.array(chosen), count)

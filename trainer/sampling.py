@@ -10,12 +10,14 @@ in memory.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,13 +31,13 @@ from featcache.build import pick_device
 from featcache.errors import UserError
 from trainer import distributed, runs
 from trainer.diffusion.guidance import Guidance
-from trainer.diffusion.interval import Interval
+from trainer.diffusion.interval import Interval, plain
 from trainer.inference import Arithmetic, Network, applied, choose_arithmetic
+from trainer.labels import Classes
 from trainer.sample import (
     LoadedRun,
     SampleConfig,
     check_sampler,
-    choose_labels,
     class_grid,
     draw_units,
     load_decoder,
@@ -76,7 +78,7 @@ class SampleSettings:
     guidance: float | None = None
     interval: Interval | None = None
     guided_channels: int | None = None
-    classes: str = "balanced"
+    classes: Classes = Classes()  # noqa: RUF009 (frozen)
     pixels: str = "round"
     seed: int = 0
     checkpoint: int | None = None
@@ -119,38 +121,24 @@ class SampleRequest(SampleSettings):
         """Of the images, in their folder."""
         return f"samples_{self.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[self.format]
 
-    def folder(self, samples: Path, step: int, sampler: str, arithmetic: Arithmetic) -> Path:
-        """Folder below ``samples`` named by what the samples of checkpoint ``step`` depend on: defaults are left out, and
-        so are an interval and channels of guidance where the scale is 1.
-
-        A folder that is there already under an equal interval written otherwise (``0.0,0.70``, as once it was typed) is
-        taken for it, before all one that holds the images asked for.
+    def folder_name(self, step: int, sampler: str, arithmetic: Arithmetic) -> str:
+        """What the samples of checkpoint ``step`` depend on, one name for equal settings: defaults are left out, and so are
+        an interval and channels of guidance where the scale is 1.
         """
-        before = f"step_{step:07d}-{sampler}{self.steps}-seed{self.seed}"
-        after = ""
+        parts = [f"step_{step:07d}", f"{sampler}{self.steps}", f"seed{self.seed}"]
         if self.guidance != 1:
-            before += f"-cfg{self.guidance:g}"
-            after += f"-ch{self.guided_channels}" if self.guided_channels else ""
-        after += f"-{self.classes.replace(',', '_')[:40]}" if self.classes != "balanced" else ""
-        after += f"-{self.pixels}" if self.pixels != "round" else ""
-        after += f"-{arithmetic.precision}" if arithmetic.precision != "fp32" else ""
-        after += "-compiled" if arithmetic.compile else ""
-        if self.guidance == 1:
-            return samples / f"{before}{after}"
-        named = samples / (before + ("" if self.interval == Interval() else f"-{self.interval}") + after)
-        found = [named] if named.exists() else []
-        found += [folder for folder in sorted(samples.glob(f"{before}-*{after}")) if folder != named]
-        found = [
-            f for f in found if f == named or _is_interval(f.name[len(before) + 1 :].removesuffix(after), self.interval)
-        ]
-        return max(found, key=lambda folder: (folder / self.file_name()).exists(), default=named)
+            parts.append(f"cfg{plain(self.guidance)}" + (f"-{self.interval}" if self.interval != Interval() else ""))
+            parts += [f"ch{self.guided_channels}"] if self.guided_channels else []
+        parts += [_short(str(self.classes).replace(",", "_"))] if self.classes != Classes() else []
+        parts += [self.pixels] if self.pixels != "round" else []
+        parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
+        parts += ["compiled"] if arithmetic.compile else []
+        return "-".join(parts)
 
 
-def _is_interval(text: str, interval: Interval) -> bool:
-    try:
-        return Interval.parse(text) == interval
-    except UserError:
-        return False
+def _short(text: str, most: int = 40) -> str:
+    """``text``, the end of a long one replaced by a digest of it."""
+    return text if len(text) <= most else f"{text[: most - 9]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +172,11 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         config = request.config(loaded.model.cfg.family)
         dataset = loaded.summary["dataset"]
         vae = load_decoder(dataset["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir).to(device)
-        folder = request.out or request.folder(run / "samples", loaded.step, config.sampler, arithmetic)
-        settings = {**config.record(), "classes": request.classes, **asdict(arithmetic)}
-        images = folder / request.file_name()
+        settings = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
+        named = run / "samples" / request.folder_name(loaded.step, config.sampler, arithmetic)
+        folder = request.out or _find_folder(named, record, request.file_name())
+        images = folder / request.file_name()
         _check_folder(folder, record)
         if not images.exists():
             draw = _Draw(
@@ -195,8 +184,8 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
                 vae=vae,
                 config=config,
                 transport=loaded.transport,
-                labels=choose_labels(
-                    request.classes, -(-request.num // BLOCK) * BLOCK, len(loaded.class_names), seed=request.seed
+                labels=request.classes.labels(
+                    -(-request.num // BLOCK) * BLOCK, len(loaded.class_names), seed=request.seed
                 ),
                 num=request.num,
                 unit=_unit(device, request.batch_size),
@@ -297,6 +286,22 @@ def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether samples with the record ``saved`` are those asked for; what an older record does not say is no difference."""
     now = json.loads(json.dumps(record))
     return all(now[key] == value for key, value in saved.items() if key in now)
+
+
+def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
+    """``named``, or the folder beside it whose record says that it holds the same samples: names have been made by other
+    rules, such as intervals as they were typed. Before all comes one that holds ``file``.
+    """
+    if (named / file).exists():
+        return named
+    found = [named] if named.exists() else []
+    for folder in sorted(named.parent.glob(f"step_{record['step']:07d}-*/")):
+        saved: dict[str, Any] = {}
+        with suppress(UserError):  # a damaged record says nothing
+            saved = runs.read_json(folder / "settings.json", runs.read_json(folder / "blocks/settings.json", {}))
+        if folder != named and saved.keys() >= record.keys() and _same(saved, record):
+            found.append(folder)
+    return max(found, key=lambda folder: (folder / file).exists(), default=named)
 
 
 def _check_folder(folder: Path, record: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ class Interval:
 
     def __str__(self) -> str:
         """``LOW,HIGH``, one text for equal intervals: what :meth:`parse` reads, and what file names hold."""
-        return ",".join(repr(bound).removesuffix(".0") for bound in (self.low, self.high))
+        return f"{plain(self.low)},{plain(self.high)}"
 
     @classmethod
     def parse(cls, value: object) -> Interval:
@@ -45,12 +45,19 @@ class Interval:
             return value
         parts = value.split(",") if isinstance(value, str) else value
         try:
-            low, high = (_bound(part) for part in parts)  # type: ignore[attr-defined]
+            if not isinstance(parts, list | tuple):
+                raise TypeError
+            low, high = map(_bound, parts)
         except (TypeError, ValueError):
             raise UserError(
                 f"{value!r} is not an interval LOW,HIGH", remedy="Write two numbers, for example 0,0.7."
             ) from None
         return cls(low, high)
+
+
+def plain(value: float) -> str:
+    """The shortest text that reads as this number again: ``0.7``, and ``1`` for 1.0."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def _bound(part: object) -> float:

@@ -6,7 +6,7 @@ from outside. Nothing here reads a value back from the device, and all of it com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -103,7 +103,7 @@ class DDPM:
         table: the schedule's columns on the device of the latents.
     """
 
-    table: ddpm.Tables
+    table: ddpm.Tables = field(repr=False)
 
     @property
     def time_range(self) -> float:
