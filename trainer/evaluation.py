@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from trainer.diffusion.interval import Interval
 from trainer.models import forward_flops
 from trainer.recipes import Sampling
 from trainer.sampling import Bar, SampleRequest, SampleSettings, sample_run
+
+if TYPE_CHECKING:
+    from trainer.evaluate.extractors import Extractor
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
 CPU_SAMPLES, CPU_STEPS = 512, 32
@@ -93,7 +96,9 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
     return EvalResult(metrics=result["metrics"], report=write_run_report([run]))
 
 
-def _check_before_drawing(run: Path, request: EvalRequest, extractor: Any, reference: str, data: str | None) -> None:
+def _check_before_drawing(
+    run: Path, request: EvalRequest, extractor: Extractor, reference: str, data: str | None
+) -> None:
     """What would fail after drawing fails now."""
     from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics
     from trainer.evaluate.references import open_reference
@@ -130,7 +135,7 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
 def _judge(
     samples: str | Path,
     reference: str,
-    extractor: Any,
+    extractor: Extractor,
     request: EvalRequest,
     bar: Bar,
     *,
@@ -211,7 +216,7 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
     return SampleRequest(**{**vars(asked), **chosen, "device": device})
 
 
-def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Any:
+def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
     """The feature extractor of that name; ``auto`` is Inception where its weights are to be had, else the embedded one."""
     from trainer.evaluate.extractors import build_extractor
 

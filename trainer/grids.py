@@ -33,8 +33,9 @@ class GridMaker:
             return
         try:
             if self._vae is None:
-                moments = self._cache.manifest.features["vae/moments"].provenance
-                self._vae = load_decoder(self._cache.manifest.dataset.vae, moments, self._config.weights_dir)
+                dataset, moments = self._cache.manifest.dataset, self._cache.manifest.features["vae/moments"]
+                assert dataset.vae is not None, "a run trains on latents"
+                self._vae = load_decoder(dataset.vae, moments.provenance, self._config.weights_dir)
         except WeightsUnavailable as error:
             self._broken = True
             self._warn(f"no sample grids: {error.what}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,6 +167,12 @@ class Subject:
     def _latent_shape(self) -> tuple[int, int, int]:
         return (self.cfg.latent_channels, self.cfg.latent_size, self.cfg.latent_size)
 
+    @property
+    def _vae(self) -> Mapping[str, Any]:
+        vae = self.cache.manifest.dataset.vae
+        assert vae is not None, "a run trains on latents"
+        return vae
+
     def conditioning(self, rows: slice) -> Tensor:
         """Labels the model is given: int64 [b], the null label unless ``labelled``."""
         labels = self.labels[rows]
@@ -173,9 +180,8 @@ class Subject:
 
     def latent(self, rows: slice) -> Tensor:
         """Clean, scaled latents drawn from the posterior, [b, C, h, w]."""
-        vae = self.cache.manifest.dataset.vae
         moments, draw = self.read("vae/moments", rows), self.posterior(rows)
-        return sample_posterior(moments, draw, scale=vae["scaling_factor"], shift=vae["shift_factor"])
+        return sample_posterior(moments, draw, scale=self._vae["scaling_factor"], shift=self._vae["shift_factor"])
 
     def posterior(self, rows: slice) -> Tensor:
         """The normal draws behind :meth:`latent`, [b, C, h, w]."""
@@ -259,13 +265,12 @@ class Subject:
     def objective(self) -> Objective:
         """The run's training objective in float32 without label dropout; its ``draws.time`` is t itself."""
         reads = ("vae/moments", *(self.alignment.reads if self.alignment is not None else ()))
-        vae = self.cache.manifest.dataset.vae
         return Objective(
             self.model,
             self.alignment,
             {name: cached_feature(self.cache, name) for name in reads},
-            scale=vae["scaling_factor"],
-            shift=vae["shift_factor"],
+            scale=self._vae["scaling_factor"],
+            shift=self._vae["shift_factor"],
             path=self.config.path,
             time_sampling="uniform",
             label_dropout=0.0,
