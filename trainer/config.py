@@ -13,9 +13,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from featcache.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.models import ModelConfig
 
 T = TypeVar("T")
 
@@ -150,6 +153,23 @@ class RunConfig:
     def methods(self) -> tuple[str, ...]:
         """Names of the alignment methods in use; empty for ``none``."""
         return tuple(m for m in self.method.split("+") if m != "none")
+
+    def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
+        """Shape of the backbone for images of ``resolution`` pixels a side, given the manifest's ``dataset.vae``.
+
+        Raises:
+            UserError: patch and latent sizes do not fit.
+        """
+        from trainer.models import model_config
+
+        return model_config(
+            self.model,
+            latent_channels=vae["latent_channels"],
+            latent_size=resolution // vae["downsampling"],
+            num_classes=num_classes,
+            qk_norm=self.qk_norm,
+            attention=self.attention,
+        )
 
     def method_config(self, method: str) -> Any:
         """The method's own frozen configuration, validated."""

@@ -169,12 +169,11 @@ def train_step(
     config, parts = job.config, job.parts
     aligned = is_aligned(config, parts.alignment, step)
     adversarial = aligned and parts.adversary_steps(step)
-    cfg = parts.model.cfg
     draws = draw(
         seed=config.seed,
         step=step,
         batch=config.batch_size,
-        latent_shape=(cfg.latent_channels, cfg.latent_size, cfg.latent_size),
+        latent_shape=parts.model.cfg.latent_shape,
         time_sampling=config.time_sampling,
         device=job.device,
     )

@@ -18,7 +18,7 @@ from trainer.align.base import Alignment, BackboneInfo
 from trainer.caches import available_features, build_command
 from trainer.config import RunConfig
 from trainer.distributed import World
-from trainer.models import ModelConfig, Transformer, build_model, load_weights, model_config
+from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import sincos_positions
 from trainer.seeds import derive_seed
 from trainer.step import CachedFeature, Objective
@@ -191,14 +191,8 @@ def backbone_config(config: RunConfig, cache: Cache) -> ModelConfig:
         raise CacheError(
             f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, ("vae/moments",))
         )
-    return model_config(
-        config.model,
-        latent_channels=dataset.vae["latent_channels"],
-        latent_size=dataset.preprocessing["resolution"] // dataset.vae["downsampling"],
-        num_classes=len(dataset.class_names),
-        qk_norm=config.qk_norm,
-        attention=config.attention,
-    )
+    resolution, classes = dataset.preprocessing["resolution"], len(dataset.class_names)
+    return config.backbone(dataset.vae, resolution=resolution, num_classes=classes)
 
 
 def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig) -> Alignment | None:

@@ -22,7 +22,7 @@ from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
 from trainer.diffusion.transport import Flow, Transport, build_transport
-from trainer.models import ModelConfig, ModelOutput, Transformer, build_model, load_weights, model_config
+from trainer.models import ModelConfig, ModelOutput, Transformer, build_model, load_weights
 
 if TYPE_CHECKING:
     from trainer.inference import Network
@@ -154,14 +154,8 @@ def cache_summary(run: Path) -> dict[str, Any]:
 def run_model_config(run: Path, config: RunConfig) -> ModelConfig:
     """Shape of a run's backbone, from its configuration and the latents it was trained on."""
     dataset = cache_summary(run)["dataset"]
-    return model_config(
-        config.model,
-        latent_channels=dataset["vae"]["latent_channels"],
-        latent_size=dataset["preprocessing"]["resolution"] // dataset["vae"]["downsampling"],
-        num_classes=len(dataset["class_names"]),
-        qk_norm=config.qk_norm,
-        attention=config.attention,
-    )
+    resolution, classes = dataset["preprocessing"]["resolution"], len(dataset["class_names"])
+    return config.backbone(dataset["vae"], resolution=resolution, num_classes=classes)
 
 
 def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
@@ -194,9 +188,8 @@ def draw_latents(
     """
     cfg, device = model.cfg, labels.device
     transport = transport or build_transport(cfg.family, device=device)
-    shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-    x = sample_noise(config.seed, indices, shape, 0, device=device)
-    noise = noise_stream(config.seed, indices, shape, device=device)
+    x = sample_noise(config.seed, indices, cfg.latent_shape, 0, device=device)
+    noise = noise_stream(config.seed, indices, cfg.latent_shape, device=device)
     times = sampling_times(config.sampler, config.steps)
     model_fn = guided(
         model if isinstance(times, ddpm.Schedule) else _velocities(model, transport),

@@ -22,6 +22,7 @@ from trainer import align
 from trainer.align.base import BackboneInfo, FeatureInfo
 from trainer.caches import find_cache
 from trainer.config import RunConfig, apply_overrides, from_mapping, load_recipe
+from trainer.diffusion.interval import Interval
 from trainer.models import model_config
 from trainer.recipes import (
     METRICS,
@@ -117,7 +118,7 @@ def test_figures_are_plausible(recipe: Recipe) -> None:
     assert sampling is not None
     assert (sampling.sampler == "ddpm") == (recipe.model.startswith("DiT"))
     assert sampling.guidance is None or 1 <= sampling.guidance <= 2
-    assert 0 <= sampling.interval[0] < sampling.interval[1] <= 1
+    assert 0 <= sampling.interval.low < sampling.interval.high <= 1
     assert ("guided" in recipe.title) == (sampling.guidance != 1), "the title says whether samples were guided"
 
 
@@ -200,7 +201,7 @@ def test_eval_options_draw_samples_as_the_paper_did() -> None:
         if sampling.sampler is not None:
             assert (given["sampler"] or SAMPLERS[family][0]) == sampling.sampler
         assert (given["guidance"] or 1) == (sampling.guidance or 1)
-        assert [float(bound) for bound in (given["interval"] or "0,1").split(",")] == list(sampling.interval)
+        assert Interval.parse(given["interval"] or "0,1") == sampling.interval
 
     published = load_recipe_file("repa/xl2-4m-interval").published
     assert published is not None and published.sampling is not None

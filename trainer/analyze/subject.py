@@ -164,10 +164,6 @@ class Subject:
         return sample_noise(self.options.seed, self.indices[rows].tolist(), shape, stream, device=self.device)
 
     @property
-    def _latent_shape(self) -> tuple[int, int, int]:
-        return (self.cfg.latent_channels, self.cfg.latent_size, self.cfg.latent_size)
-
-    @property
     def _vae(self) -> Mapping[str, Any]:
         vae = self.cache.manifest.dataset.vae
         assert vae is not None, "a run trains on latents"
@@ -185,10 +181,10 @@ class Subject:
 
     def posterior(self, rows: slice) -> Tensor:
         """The normal draws behind :meth:`latent`, [b, C, h, w]."""
-        return self._normal(rows, _POSTERIOR, self._latent_shape)
+        return self._normal(rows, _POSTERIOR, self.cfg.latent_shape)
 
     def noise(self, rows: slice) -> Tensor:
-        return self._normal(rows, _NOISE, self._latent_shape)
+        return self._normal(rows, _NOISE, self.cfg.latent_shape)
 
     def uniform(self, rows: slice, stream: int = _ALIGN) -> Tensor:
         """U(0, 1), [b]."""
