@@ -27,7 +27,7 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 WeightsDir = Annotated[Path | None, typer.Option(help="Folder with pretrained weights, searched before the hub.")]
-Classes = Annotated[str, typer.Option(help="balanced, random, or a list such as 207,360,387.")]
+ClassesText = Annotated[str, typer.Option(help="balanced, random, or a list such as 207,360,387.")]
 Pixels = Annotated[str, typer.Option(help="round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")]
 GuidedChannels = Annotated[int | None, typer.Option(help="Guide only the first so many channels. [default: all]")]
 SamplingPrecision = Annotated[
@@ -166,7 +166,7 @@ def sample(
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 250,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
     interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
-    classes: Classes = "balanced",
+    classes: ClassesText = "balanced",
     seed: Annotated[int, typer.Option(help="With its index it fixes a sample's noise.")] = 0,
     step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
@@ -184,6 +184,8 @@ def sample(
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
     from featcache.progress import RichBar
     from trainer import distributed
+    from trainer.diffusion.interval import Interval
+    from trainer.labels import Classes
     from trainer.sampling import SampleRequest, sample_run
 
     request = SampleRequest(
@@ -191,8 +193,8 @@ def sample(
         sampler=sampler,
         steps=steps,
         guidance=guidance,
-        interval=interval,
-        classes=classes,
+        interval=Interval.parse(interval),
+        classes=Classes.parse(classes),
         seed=seed,
         checkpoint=step,
         batch_size=batch_size,
@@ -269,7 +271,7 @@ def evaluate(
             help="Interval of t in which to guide: LOW,HIGH. [default: the recipe's at its --guidance, else 0,1]"
         ),
     ] = None,
-    classes: Classes = "balanced",
+    classes: ClassesText = "balanced",
     extractor: Annotated[
         str,
         typer.Option(help="inception, dinov2, embedded; auto takes inception where its weights are, else embedded."),
@@ -301,8 +303,11 @@ def evaluate(
     """Sample a run, compare with reference images, write metrics.json and report.html."""
     from featcache.errors import UserError
     from featcache.progress import RichBar
+    from trainer.diffusion.interval import Interval
     from trainer.evaluation import EvalRequest, evaluate_images, evaluate_run
+    from trainer.labels import Classes
     from trainer.runs import newest_run
+    from trainer.sampling import SampleSettings
 
     if samples is None:
         _refuse_typed(context, ("require_labels",), "says what to accept of --samples, which were not given")
@@ -310,26 +315,29 @@ def evaluate(
         raise UserError("a run and --samples were both given", remedy="Leave one of them out.")
     else:
         _refuse_typed(context, DRAWING, "says how to draw images, and --samples are drawn already")
-    request = EvalRequest(
-        figure=figure,
+    settings = SampleSettings(
         num=num,
         sampler=sampler,
         steps=steps,
         guidance=guidance,
-        interval=interval,
-        classes=classes,
+        interval=None if interval is None else Interval.parse(interval),
+        classes=Classes.parse(classes),
         pixels=pixels,
         guided_channels=guided_channels,
         precision=precision,
         compile=compile_,
-        extractor=extractor,
-        reference=reference,
-        data=data,
         seed=seed,
         checkpoint=step,
         batch_size=batch_size,
         device=device,
         weights_dir=None if weights_dir is None else str(weights_dir),
+    )
+    request = EvalRequest(
+        settings=settings,
+        figure=figure,
+        extractor=extractor,
+        reference=reference,
+        data=data,
         bootstrap=bootstrap,
         metrics=tuple(m.strip() for m in metrics.split(",")) if metrics else (),
     )

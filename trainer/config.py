@@ -14,9 +14,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from featcache.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.models import ModelConfig
 
 T = TypeVar("T")
 
@@ -152,6 +155,23 @@ class RunConfig:
         """Names of the alignment methods in use; empty for ``none``."""
         return tuple(m for m in self.method.split("+") if m != "none")
 
+    def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
+        """Shape of the backbone for images of ``resolution`` pixels a side, given the manifest's ``dataset.vae``.
+
+        Raises:
+            UserError: patch and latent sizes do not fit.
+        """
+        from trainer.models import model_config
+
+        return model_config(
+            self.model,
+            latent_channels=vae["latent_channels"],
+            latent_size=resolution // vae["downsampling"],
+            num_classes=num_classes,
+            qk_norm=self.qk_norm,
+            attention=self.attention,
+        )
+
     def method_config(self, method: str) -> Any:
         """The method's own frozen configuration, validated."""
         from trainer.align import config_class
@@ -173,8 +193,11 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(sorted(fields))}"
-            raise UserError(f"unknown key {prefix}{key}", remedy=hint)
+            remedy = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(sorted(fields))}"
+            raise UserError(f"unknown key {prefix}{key}", remedy=remedy)
+        if hasattr(hint := _hints(cls)[key], "parse"):  # a type that reads its own values
+            clean[key] = hint.parse(value)
+            continue
         try:
             clean[key] = _adapter(cls, key).validate_python(value)  # type: ignore[arg-type]
         except ValidationError as error:
@@ -185,12 +208,15 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
     return cls(**clean)
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 @functools.cache
 def _adapter(cls: type, key: str) -> Any:
     """What validates one field; it takes longer to make than to use."""
     from pydantic import ConfigDict, TypeAdapter
 
-    return TypeAdapter(typing.get_type_hints(cls)[key], config=ConfigDict(arbitrary_types_allowed=True))
+    return TypeAdapter(_hints(cls)[key], config=ConfigDict(arbitrary_types_allowed=True))
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,10 +15,14 @@ from featcache.build import pick_device
 from featcache.errors import UserError, WeightsUnavailable
 from trainer import distributed, runs
 from trainer.config import RunConfig
+from trainer.diffusion.interval import Interval
 from trainer.models import forward_flops
 from trainer.published import Sampling, parse_published
 from trainer.recipes import load_recipe_file
-from trainer.sampling import Bar, SampleRequest, sample_run
+from trainer.sampling import Bar, SampleRequest, SampleSettings, sample_run
+
+if TYPE_CHECKING:
+    from trainer.evaluate.extractors import Extractor
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
 CPU_SAMPLES, CPU_STEPS = 512, 32
@@ -31,31 +35,18 @@ REFERENCE_TILES = (4, 8)  # rows, columns
 class EvalRequest:
     """What ``trainer eval`` was asked for.
 
-    None takes what the run's recipe says of its published figures, else the defaults of the device (the module's
-    constants). The recipe's interval goes with the recipe's guidance scale alone: with another one the default is to guide
-    at all times. figure: name of the recipe whose published figures the run is judged beside, instead of its own: drawn at
-    that recipe's step and with its sampler and evaluations on any device. precision, compile: see :func:`trainer.inference.choose_arithmetic`.
+    settings: how to draw; where one is None, what the run's recipe says of its published figures, else the default of the
+    device (the module's constants). The recipe's interval goes with the recipe's guidance scale alone: with another one
+    the default is to guide at all times. The judge takes number, seed, batch size, device and weights' folder from it too.
+    figure: name of the recipe whose published figures the run is judged beside, instead of its own: drawn at that recipe's
+    step and with its sampler and evaluations on any device.
     """
 
+    settings: SampleSettings = SampleSettings()  # noqa: RUF009 (frozen)
     figure: str | None = None
-    num: int | None = None
-    sampler: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    interval: str | None = None
-    guided_channels: int | None = None
-    classes: str = "balanced"
-    pixels: str = "round"
     extractor: str = "auto"
     reference: str | None = None
     data: str | None = None
-    seed: int = 0
-    checkpoint: int | None = None
-    batch_size: int = 64
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool | None = None
-    weights_dir: str | None = None
     bootstrap: int = 0
     metrics: tuple[str, ...] = ()
 
@@ -88,20 +79,20 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
         WeightsUnavailable: weights that were asked for by name are not to be had.
     """
     config = runs.load_config(run)
-    device = pick_device(request.device)
+    device = pick_device(request.settings.device)
     if not distributed.is_main():
         bar = _Mute()
     if request.figure is not None:
         request, config = _beside(request.figure, request, config, bar)
-    settings = _with_defaults(request, run, config, device, bar)
+    settings = _with_defaults(request.settings, run, config, device, bar)
     if not distributed.is_main():
         sample_run(run, settings, bar)
         return None
-    extractor = choose_extractor(request.extractor, request.weights_dir, device, bar)
+    extractor = choose_extractor(request.extractor, settings.weights_dir, device, bar)
     reference, data = _reference(run, request)
     _check_before_drawing(run, request, extractor, reference, data)
     drawn = sample_run(run, settings, bar)
-    result = _judge(drawn.images, reference, extractor, replace(request, num=settings.num, data=data), bar)
+    result = _judge(drawn.images, reference, extractor, replace(request, settings=settings, data=data), bar)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
     entry = {
         "step": drawn.loaded.step,
@@ -114,7 +105,9 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
     return EvalResult(metrics=result["metrics"], report=write_run_report([run]))
 
 
-def _check_before_drawing(run: Path, request: EvalRequest, extractor: Any, reference: str, data: str | None) -> None:
+def _check_before_drawing(
+    run: Path, request: EvalRequest, extractor: Extractor, reference: str, data: str | None
+) -> None:
     """What would fail after drawing fails now."""
     from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics
     from trainer.evaluate.references import open_reference
@@ -140,7 +133,8 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
             "--samples needs something to be compared with",
             remedy="Pass --reference with an npz, a folder, a cache or saved statistics.",
         )
-    extractor = choose_extractor(request.extractor, request.weights_dir, pick_device(request.device), bar)
+    settings = request.settings
+    extractor = choose_extractor(request.extractor, settings.weights_dir, pick_device(settings.device), bar)
     result = _judge(samples, request.reference, extractor, request, bar, require_labels=require_labels)
     out = Path(f"{samples.rstrip('/')}.metrics.json")
     runs.write_text(out, json.dumps(result, indent=1))
@@ -150,7 +144,7 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
 def _judge(
     samples: str | Path,
     reference: str,
-    extractor: Any,
+    extractor: Extractor,
     request: EvalRequest,
     bar: Bar,
     *,
@@ -166,10 +160,10 @@ def _judge(
             reference,
             extractor,
             metrics=request.metrics or None,
-            count=request.num,
-            batch_size=request.batch_size,
+            count=request.settings.num,
+            batch_size=request.settings.batch_size,
             bootstrap=request.bootstrap,
-            seed=request.seed,
+            seed=request.settings.seed,
             require_labels=require_labels,
             data=request.data,
             progress=_stages(bar),
@@ -216,31 +210,32 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> t
         verb = "differs" if len(other) == 1 else "differ"
         bar.note(f"the run was not trained as {recipe.training} says: its {', '.join(other)} {verb}")
     sampling = recipe.published.sampling or Sampling()
-    asked = replace(
-        request,
-        sampler=request.sampler or sampling.sampler,
-        steps=request.steps or sampling.steps,
-        checkpoint=recipe.steps if request.checkpoint is None else request.checkpoint,
+    asked = request.settings
+    settings = replace(
+        asked,
+        sampler=asked.sampler or sampling.sampler,
+        steps=asked.steps or sampling.steps,
+        checkpoint=recipe.steps if asked.checkpoint is None else asked.checkpoint,
     )
-    return asked, replace(config, published=recipe.values["published"])
+    return replace(request, settings=settings), replace(config, published=recipe.values["published"])
 
 
-def _with_defaults(request: EvalRequest, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
+def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
     """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""
     from trainer.sample import run_model_config
 
     on_gpu = device.startswith("cuda")
     model = run_model_config(run, config)
     paper = recipe_sampling(config) or Sampling()
-    steps = request.steps or (paper.steps or GPU_STEPS if on_gpu else CPU_STEPS)
-    guidance = request.guidance if request.guidance is not None else paper.guidance
+    steps = asked.steps or (paper.steps or GPU_STEPS if on_gpu else CPU_STEPS)
+    guidance = asked.guidance if asked.guidance is not None else paper.guidance
     if guidance is None:
         bar.note("the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without")
         guidance = 1.0
-    interval = request.interval
+    interval = asked.interval
     if interval is None:
-        interval = "{:g},{:g}".format(*(paper.interval if guidance == paper.guidance else (0, 1)))
-    num = request.num
+        interval = paper.interval if guidance == paper.guidance else Interval()
+    num = asked.num
     if num is None and on_gpu:
         num = GPU_SAMPLES
     elif num is None:
@@ -249,26 +244,12 @@ def _with_defaults(request: EvalRequest, run: Path, config: RunConfig, device: s
         bar.note(
             f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}"
         )
-    return SampleRequest(
-        num=num,
-        sampler=request.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family]),
-        steps=steps,
-        guidance=guidance,
-        interval=interval,
-        guided_channels=request.guided_channels,
-        classes=request.classes,
-        pixels=request.pixels,
-        seed=request.seed,
-        checkpoint=request.checkpoint,
-        batch_size=request.batch_size,
-        device=device,
-        precision=request.precision,
-        compile=request.compile,
-        weights_dir=request.weights_dir,
-    )
+    sampler = asked.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family])
+    chosen = {"num": num, "sampler": sampler, "steps": steps, "guidance": guidance, "interval": interval}
+    return SampleRequest(**{**vars(asked), **chosen, "device": device})
 
 
-def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Any:
+def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
     """The feature extractor of that name; ``auto`` is Inception where its weights are to be had, else the embedded one."""
     from trainer.evaluate.extractors import build_extractor
 

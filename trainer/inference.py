@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from featcache.errors import UserError
 from featcache.precision import PRECISIONS, tensor_float32
-from trainer.models.transformer import ModelOutput
+from trainer.models.transformer import ModelOutput, Transformer
+
+if TYPE_CHECKING:
+    from trainer.models import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class Network(nn.Module):
     autocast computes and saves reading them twice. The embedding of the time stays in float32, as in training.
     """
 
-    def __init__(self, backbone: Any, arithmetic: Arithmetic) -> None:
+    def __init__(self, backbone: Transformer, arithmetic: Arithmetic) -> None:
         super().__init__()
         self.backbone = backbone
         self.arithmetic = arithmetic
@@ -70,7 +73,7 @@ class Network(nn.Module):
                 block.compile(dynamic=False)
 
     @property
-    def cfg(self) -> Any:
+    def cfg(self) -> ModelConfig:
         return self.backbone.cfg
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
@@ -88,10 +91,11 @@ class Network(nn.Module):
                 f"the backbone could not be compiled: {str(error).strip().splitlines()[0]}",
                 remedy="Type --no-compile (compiling needs a C++ compiler on the CPU and Triton on a GPU).",
             ) from error
+        assert output.prediction is not None, "all blocks ran"
         return output._replace(prediction=output.prediction.to(x.dtype))
 
 
-def _round_weights(backbone: Any) -> None:
+def _round_weights(backbone: Transformer) -> None:
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("t_embedder"):
             module.to(torch.bfloat16)

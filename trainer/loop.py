@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from trainer.log import RunLog
 from trainer.meters import FirstBadStep, RunningMeans, TrainingClock
 from trainer.parts import Parts, assemble, load_parts, precision_of, save_parts, whole_ema
 from trainer.step import Draws, clip_gradients, draw, ema_decay_at, update_ema
+
+if TYPE_CHECKING:
+    from featcache import Cache
 
 
 class Watcher(Protocol):
@@ -60,7 +63,7 @@ class Job:
     """A run that is set up: everything the loop works with."""
 
     config: RunConfig
-    cache: Any
+    cache: Cache
     run: Path
     parts: Parts
     world: World
@@ -166,12 +169,11 @@ def train_step(
     config, parts = job.config, job.parts
     aligned = is_aligned(config, parts.alignment, step)
     adversarial = aligned and parts.adversary_steps(step)
-    cfg = parts.model.cfg
     draws = draw(
         seed=config.seed,
         step=step,
         batch=config.batch_size,
-        latent_shape=(cfg.latent_channels, cfg.latent_size, cfg.latent_size),
+        latent_shape=parts.model.cfg.latent_shape,
         time_sampling=config.time_sampling,
         device=job.device,
     )
@@ -323,7 +325,7 @@ def _share(config: RunConfig, world: World) -> Share:
     )
 
 
-def _resolve(config: RunConfig, cache: Any, device: torch.device, root: Path) -> tuple[Path, RunConfig]:
+def _resolve(config: RunConfig, cache: Cache, device: torch.device, root: Path) -> tuple[Path, RunConfig]:
     """The run's folder (the main rank chooses) and its settings with nothing left open, as ``config.yaml`` has them."""
     run = distributed.from_main(runs.run_dir(config, root))
     return run, dataclasses.replace(

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from trainer.align.base import Alignment, BackboneInfo
 from trainer.caches import available_features, build_command
 from trainer.config import RunConfig
 from trainer.distributed import World
-from trainer.models import ModelConfig, build_model, load_weights, model_config
+from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import sincos_positions
 from trainer.seeds import derive_seed
 from trainer.step import CachedFeature, Objective
+
+if TYPE_CHECKING:
+    from featcache import Cache
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,8 +37,8 @@ class Parts:
     backbone's and the alignment's. names: of all of them, as keys of the optimiser's saved state.
     """
 
-    model: Any
-    ema: Any
+    model: Transformer
+    ema: Transformer
     alignment: Alignment | None
     objective: Objective
     forward: Any
@@ -56,7 +59,12 @@ class Parts:
 
 
 def assemble(
-    config: RunConfig, cache: Any, device: torch.device, world: World, *, backbone: tuple[Any, Any] | None = None
+    config: RunConfig,
+    cache: Cache,
+    device: torch.device,
+    world: World,
+    *,
+    backbone: tuple[Transformer, Transformer] | None = None,
 ) -> Parts:
     """Builds everything from a configuration and a cache.
 
@@ -71,13 +79,12 @@ def assemble(
     """
     dataset = cache.manifest.dataset
     model_cfg = backbone_config(config, cache)
+    assert dataset.vae is not None, "a cache with a backbone has latents"
     sharded = config.shard and world.size > 1
     compiled = config.compile if config.compile is not None else device.type == "cuda"
     # A model that is to be sharded never lies whole on a device: its blocks move there one by one.
     if backbone is None:
-        model: Any = build_model(
-            model_cfg, seed=derive_seed(config.seed, "backbone"), device="cpu" if sharded else device
-        )
+        model = build_model(model_cfg, seed=derive_seed(config.seed, "backbone"), device="cpu" if sharded else device)
         backbone = model, copy.deepcopy(model).eval().requires_grad_(False)
     model, ema = backbone
     alignment = build_alignment(config, cache, model_cfg)
@@ -124,7 +131,7 @@ def assemble(
 
 
 def _trained(
-    model: Any, alignment: Alignment | None, *, without: set[nn.Parameter]
+    model: Transformer, alignment: Alignment | None, *, without: set[nn.Parameter]
 ) -> tuple[dict[Tensor, str], tuple[list[nn.Parameter], ...]]:
     """Names of the trained parameters, and the parameters in groups of one kind (sharded or not, backbone or heads)."""
     backbone: dict[Tensor, str] = {p: f"model.{n}" for n, p in model.named_parameters()}
@@ -173,7 +180,7 @@ def precision_of(config: RunConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def backbone_config(config: RunConfig, cache: Any) -> ModelConfig:
+def backbone_config(config: RunConfig, cache: Cache) -> ModelConfig:
     """Shape of the backbone for a cache's latents and classes.
 
     Raises:
@@ -184,17 +191,11 @@ def backbone_config(config: RunConfig, cache: Any) -> ModelConfig:
         raise CacheError(
             f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, ("vae/moments",))
         )
-    return model_config(
-        config.model,
-        latent_channels=dataset.vae["latent_channels"],
-        latent_size=dataset.preprocessing["resolution"] // dataset.vae["downsampling"],
-        num_classes=len(dataset.class_names),
-        qk_norm=config.qk_norm,
-        attention=config.attention,
-    )
+    resolution, classes = dataset.preprocessing["resolution"], len(dataset.class_names)
+    return config.backbone(dataset.vae, resolution=resolution, num_classes=classes)
 
 
-def build_alignment(config: RunConfig, cache: Any, model_cfg: ModelConfig) -> Alignment | None:
+def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig) -> Alignment | None:
     """The method's module on the CPU, initialised from a seed of its own.
 
     Raises:
@@ -225,7 +226,7 @@ def backbone_info(name: str, cfg: ModelConfig) -> BackboneInfo:
     )
 
 
-def cached_feature(cache: Any, name: str) -> CachedFeature:
+def cached_feature(cache: Cache, name: str) -> CachedFeature:
     """Layout of one of the cache's features."""
     spec = cache.manifest.features[name]
     return CachedFeature(name=name, shape=tuple(spec.shape), codec=spec.codec, dtype=spec.dtype)
@@ -280,7 +281,7 @@ def load_parts(parts: Parts, path: Path, state: Mapping[str, Any]) -> None:
         parts.scaler.load_state_dict(dict(state["scaler"]))
 
 
-def model_tensors(model: Any) -> dict[str, Tensor]:
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
     """State dict, with the position table only where it is not the computed one (imported weights bring their own)."""
     tensors = dict(model.state_dict())
     computed = sincos_positions(model.cfg.width, model.cfg.grid).to(model.pos_embed)
@@ -289,7 +290,7 @@ def model_tensors(model: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def whole_ema(parts: Parts, world: World) -> Any:
+def whole_ema(parts: Parts, world: World) -> Transformer | None:
     """The averaged model to sample from, on the main rank (None elsewhere). Every rank must call it."""
     if not parts.sharded:
         return parts.ema if world.is_main else None

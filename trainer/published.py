@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from featcache.errors import UserError
 from trainer.config import from_mapping
+from trainer.diffusion.interval import Interval
 
 METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
 
@@ -39,7 +40,7 @@ class Sampling:
     sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
     steps: int | None = None
     guidance: float | None = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: Interval = Interval()  # noqa: RUF009 (frozen)
 
     def __str__(self) -> str:
         drawn = " ".join(str(part) for part in (self.sampler, self.steps) if part is not None)
@@ -47,7 +48,7 @@ class Sampling:
         if self.guidance is None:
             guided = "guided, scale not given"
         elif self.guidance != 1:
-            low, high = self.interval
+            low, high = self.interval.low, self.interval.high
             guided = f"guidance {self.guidance:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
         return ", ".join(part for part in (drawn, guided) if part)
 

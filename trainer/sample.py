@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import decode_latents, load_vae
@@ -21,11 +21,15 @@ from trainer.config import RunConfig
 from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
-from trainer.models import ModelConfig, build_model, load_weights, model_config
-from trainer.step import DDPM_STEPS
+from trainer.diffusion.transport import Flow, Transport, build_transport
+from trainer.models import ModelConfig, ModelOutput, Transformer, build_model, load_weights
 
-# Family -> its samplers, the default first.
+if TYPE_CHECKING:
+    from trainer.inference import Network
+
+# Family -> its samplers, the default first; and the one that draws grids, in GRID_STEPS steps.
 SAMPLERS = {"sit": ("sde", "ode", "heun", "dopri5"), "dit": ("ddpm", "ddim")}
+GRID_SAMPLERS, GRID_STEPS = {"sit": "ode", "dit": "ddpm"}, 32
 
 # Images decoded at once: enough to fill a GPU at 256 pixels, and 1 GiB for the SD-VAE's largest activation there.
 DECODED_IMAGES = 16
@@ -58,7 +62,7 @@ def sampling_times(sampler: str, steps: int) -> list[float] | ddpm.Schedule:
         return samplers.sde_grid(steps)
     if sampler not in ("ddpm", "ddim"):
         return samplers.ode_grid(steps)
-    schedule = ddpm.linear_schedule(DDPM_STEPS)
+    schedule = ddpm.linear_schedule()
     stride = sampler == "ddim" and ddpm.has_stride(schedule, steps)
     return ddpm.respace(schedule, steps, spacing="stride" if stride else "even")
 
@@ -81,8 +85,12 @@ class SampleConfig:
     pixels: str = "round"
     seed: int = 0
 
+    def record(self) -> dict[str, Any]:
+        """Plain values, as ``settings.json`` beside samples holds them."""
+        return {**vars(self), "guidance": self.guidance.record()}
 
-def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: str | None) -> Any:
+
+def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: str | None) -> nn.Module:
     """The VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
 
     Args:
@@ -114,7 +122,13 @@ class LoadedRun:
     step: int
     config: RunConfig
     summary: Mapping[str, Any]  # cache.json
-    model: Any
+    model: Transformer
+
+    @property
+    def transport(self) -> Transport:
+        """As the run trained with it, on the model's device."""
+        device = next(self.model.parameters()).device
+        return build_transport(self.model.cfg.family, path=self.config.path, device=device)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -140,14 +154,8 @@ def cache_summary(run: Path) -> dict[str, Any]:
 def run_model_config(run: Path, config: RunConfig) -> ModelConfig:
     """Shape of a run's backbone, from its configuration and the latents it was trained on."""
     dataset = cache_summary(run)["dataset"]
-    return model_config(
-        config.model,
-        latent_channels=dataset["vae"]["latent_channels"],
-        latent_size=dataset["preprocessing"]["resolution"] // dataset["vae"]["downsampling"],
-        num_classes=len(dataset["class_names"]),
-        qk_norm=config.qk_norm,
-        attention=config.attention,
-    )
+    resolution, classes = dataset["preprocessing"]["resolution"], len(dataset["class_names"])
+    return config.backbone(dataset["vae"], resolution=resolution, num_classes=classes)
 
 
 def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
@@ -166,33 +174,49 @@ def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights
 
 @torch.inference_mode()
 def draw_latents(
-    model: Any, labels: Tensor, indices: Sequence[int], config: SampleConfig, *, path: str = "linear"
+    model: Transformer | Network,
+    labels: Tensor,
+    indices: Sequence[int],
+    config: SampleConfig,
+    *,
+    transport: Transport | None = None,
 ) -> Tensor:
     """Scaled latents float32 [B, C, h, w] of the samples ``indices`` with ``labels`` [B].
 
-    Each sample's noise is a function of (config.seed, its index) alone.
+    Each sample's noise is a function of (config.seed, its index) alone. ``transport``: what the model was trained with,
+    None its family's with default settings.
     """
-    cfg = model.cfg
-    device = labels.device
-    shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-    x = sample_noise(config.seed, indices, shape, 0, device=device)
-    model_fn: Any = guided(
-        model,
+    cfg, device = model.cfg, labels.device
+    transport = transport or build_transport(cfg.family, device=device)
+    x = sample_noise(config.seed, indices, cfg.latent_shape, 0, device=device)
+    noise = noise_stream(config.seed, indices, cfg.latent_shape, device=device)
+    times = sampling_times(config.sampler, config.steps)
+    model_fn = guided(
+        model if isinstance(times, ddpm.Schedule) else _velocities(model, transport),
         labels,
         null_label=cfg.num_classes,
         guidance=config.guidance,
-        time_range=DDPM_STEPS - 1 if cfg.family == "dit" else 1.0,
+        time_range=transport.time_range,
     )
-    noise: Callable[[int], Tensor] = noise_stream(config.seed, indices, shape, device=device)
-    times: Any = sampling_times(config.sampler, config.steps)
-    if config.sampler == "ddim":
-        return samplers.ddim(model_fn, x, times)
-    if config.sampler == "ddpm":
+    if isinstance(times, ddpm.Schedule):
+        if config.sampler == "ddim":
+            return samplers.ddim(model_fn, x, times)
         return samplers.ddpm(model_fn, x, times, noise=noise)
     if config.sampler == "sde":
-        return samplers.euler_maruyama(model_fn, x, times, noise=noise, path=path)
+        assert isinstance(transport, Flow), "check_sampler lets no DDPM model come here"
+        return samplers.euler_maruyama(model_fn, x, times, noise=noise, path=transport.path)
     method = {"ode": samplers.euler, "heun": samplers.heun, "dopri5": samplers.dopri5}[config.sampler]
     return method(model_fn, x, times)
+
+
+def _velocities(model: Transformer | Network, transport: Transport) -> Callable[[Tensor, Tensor, Tensor], ModelOutput]:
+    """``model`` with velocities for predictions, whatever it was trained to predict."""
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
+        output: ModelOutput = model(x, t, y)
+        return output._replace(prediction=transport.velocity(output, x, t))
+
+    return call
 
 
 def to_uint8(pixels: Tensor, rule: str = "round") -> Tensor:
@@ -205,19 +229,19 @@ def to_uint8(pixels: Tensor, rule: str = "round") -> Tensor:
 
 
 @torch.inference_mode()
-def decode_pixels(vae: Any, latents: Tensor, rule: str = "round") -> Tensor:
+def decode_pixels(vae: nn.Module, latents: Tensor, rule: str = "round") -> Tensor:
     """Scaled latents [B, C, h, w] => uint8 [B, R, R, 3], a part at a time: memory does not grow with B."""
     return torch.cat([to_uint8(decode_latents(vae, part), rule) for part in latents.split(DECODED_IMAGES)])
 
 
 def draw_units(
-    model: Any,
-    vae: Any,
+    model: Transformer | Network,
+    vae: nn.Module,
     labels: np.ndarray,
     indices: Sequence[int],
     config: SampleConfig,
     *,
-    path: str = "linear",
+    transport: Transport | None = None,
     unit: int,
 ) -> Iterator[np.ndarray]:
     """The samples ``indices`` with ``labels`` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
@@ -232,7 +256,7 @@ def draw_units(
     def draw(start: int) -> Tensor:
         chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
         wanted = torch.from_numpy(np.asarray(labels)[chosen]).to(device)
-        latents = draw_latents(model, wanted, [int(indices[i]) for i in chosen], config, path=path)
+        latents = draw_latents(model, wanted, [int(indices[i]) for i in chosen], config, transport=transport)
         return decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
 
     starts = range(0, len(indices), unit)
@@ -280,21 +304,22 @@ def grid_classes(num_classes: int, rows: int = 10) -> list[int]:
 
 
 def class_grid(
-    model: Any,
-    vae: Any,
+    model: Transformer | Network,
+    vae: nn.Module,
     *,
-    path: str = "linear",
+    transport: Transport | None = None,
     seed: int = 0,
     columns: int = 8,
     config: SampleConfig | None = None,
     unit: int | None = None,
 ) -> np.ndarray:
     """One row a class, the same noise down every column: uint8 [rows * R, columns * R, 3]. ``unit`` images at once."""
-    config = config or SampleConfig(sampler="ode" if model.cfg.family == "sit" else "ddpm", steps=32, seed=seed)
+    config = config or SampleConfig(sampler=GRID_SAMPLERS[model.cfg.family], steps=GRID_STEPS, seed=seed)
     classes = grid_classes(model.cfg.num_classes)
     indices = list(range(columns)) * len(classes)
     labels = np.repeat(classes, columns)
-    tiles = np.concatenate(list(draw_units(model, vae, labels, indices, config, path=path, unit=unit or columns)))
+    units = draw_units(model, vae, labels, indices, config, transport=transport, unit=unit or columns)
+    tiles = np.concatenate(list(units))
     _, R, _, _ = tiles.shape
     grid = tiles.reshape(len(classes), columns, R, R, 3).transpose(0, 2, 1, 3, 4)  # [rows, R, columns, R, 3]
     return grid.reshape(len(classes) * R, columns * R, 3)
@@ -308,25 +333,3 @@ def save_png(pixels: np.ndarray, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     Image.fromarray(pixels).save(partial, format="PNG")
     partial.replace(path)
-
-
-def choose_labels(kind: str, count: int, num_classes: int, *, seed: int) -> np.ndarray:
-    """Labels int64 [count]: ``balanced`` (0, 1, 2, ... in turn), ``random`` (uniform, seeded), or a list ``"3,7"`` in turn.
-
-    Raises:
-        UserError: a class outside 0..num_classes-1, or text that is no list.
-    """
-    if kind == "balanced":
-        return np.arange(count) % num_classes
-    if kind == "random":
-        return np.random.Generator(np.random.Philox(key=[seed, 0x1ABE15])).integers(0, num_classes, count)
-    try:
-        chosen = [int(part) for part in kind.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--classes {kind!r} is not a list of classes", remedy="Type balanced, random, or e.g. 207,360,387"
-        ) from None
-    wrong = [c for c in chosen if not 0 <= c < num_classes]
-    if wrong:
-        raise UserError(f"there is no class {wrong[0]}", remedy=f"Classes are 0 to {num_classes - 1}.")
-    return np.resize(np.array(chosen), count)

@@ -10,30 +10,34 @@ in memory.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from featcache.build import pick_device
 from featcache.errors import UserError
 from trainer import distributed, runs
 from trainer.diffusion.guidance import Guidance
+from trainer.diffusion.interval import Interval, plain
 from trainer.inference import Arithmetic, Network, applied, choose_arithmetic
+from trainer.labels import Classes
 from trainer.sample import (
     LoadedRun,
     SampleConfig,
     check_sampler,
-    choose_labels,
     class_grid,
     draw_units,
     load_decoder,
@@ -41,6 +45,9 @@ from trainer.sample import (
     sampling_times,
     save_png,
 )
+
+if TYPE_CHECKING:
+    from trainer.diffusion.transport import Transport
 
 GROUP = 8  # samples of one arithmetic unit on the CPU
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
@@ -58,20 +65,20 @@ class Bar(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """What ``trainer sample`` was asked for.
+class SampleSettings:
+    """How samples are to be drawn. A number, steps, guidance or interval of None leaves the choice to who draws.
 
-    sampler: None takes the family's default. interval: LOW,HIGH. checkpoint: a step, None the latest. precision, compile:
-    see :func:`trainer.inference.choose_arithmetic`.
+    sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest.
+    precision, compile: see :func:`trainer.inference.choose_arithmetic`.
     """
 
-    num: int
+    num: int | None = None
     sampler: str | None = None
-    steps: int = 250
-    guidance: float = 1.0
-    interval: str = "0,1"
+    steps: int | None = None
+    guidance: float | None = None
+    interval: Interval | None = None
     guided_channels: int | None = None
-    classes: str = "balanced"
+    classes: Classes = Classes()  # noqa: RUF009 (frozen)
     pixels: str = "round"
     seed: int = 0
     checkpoint: int | None = None
@@ -80,24 +87,28 @@ class SampleRequest:
     weights_dir: str | None = None
     precision: str = "auto"
     compile: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest(SampleSettings):
+    """Settings without a gap, and what is to be written: see :class:`SampleResult`. out: None names the folder itself."""
+
+    num: int = 64
+    steps: int = 250
+    guidance: float = 1.0
+    interval: Interval = Interval()  # noqa: RUF009 (frozen)
     format: str = "npz"
     out: Path | None = None
 
     def config(self, family: str) -> SampleConfig:
-        """Raises UserError for a sampler that the family of backbones has not, wrong steps, pixel rule or interval."""
+        """Raises UserError for a sampler that the family of backbones has not, wrong steps, pixel rule or format."""
         if self.pixels not in ("round", "truncate"):
             raise UserError(f"--pixels {self.pixels!r} is not known", remedy="Type one of: round, truncate")
         if self.format not in FORMATS:
             raise UserError(f"--format {self.format!r} is not known", remedy=f"Type one of: {', '.join(FORMATS)}")
-        try:
-            low, high = (float(part) for part in self.interval.split(","))
-        except ValueError:
-            raise UserError(
-                f"--interval {self.interval!r} is not LOW,HIGH", remedy="Type for example --interval 0,0.7"
-            ) from None
         sampler = check_sampler(family, self.sampler)
         sampling_times(sampler, self.steps)
-        guidance = Guidance(scale=self.guidance, low=low, high=high, channels=self.guided_channels)
+        guidance = Guidance(scale=self.guidance, interval=self.interval, channels=self.guided_channels)
         return SampleConfig(
             sampler=sampler,
             steps=self.steps,
@@ -106,19 +117,28 @@ class SampleRequest:
             seed=self.seed,
         )
 
+    def file_name(self) -> str:
+        """Of the images, in their folder."""
+        return f"samples_{self.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[self.format]
+
     def folder_name(self, step: int, sampler: str, arithmetic: Arithmetic) -> str:
-        """What the samples of checkpoint ``step`` depend on, as a folder's name: defaults are left out, and so are an
-        interval and channels of guidance where the scale is 1.
+        """What the samples of checkpoint ``step`` depend on, one name for equal settings: defaults are left out, and so are
+        an interval and channels of guidance where the scale is 1.
         """
         parts = [f"step_{step:07d}", f"{sampler}{self.steps}", f"seed{self.seed}"]
         if self.guidance != 1:
-            parts.append(f"cfg{self.guidance:g}" + (f"-{self.interval}" if self.interval != "0,1" else ""))
+            parts.append(f"cfg{plain(self.guidance)}" + (f"-{self.interval}" if self.interval != Interval() else ""))
             parts += [f"ch{self.guided_channels}"] if self.guided_channels else []
-        parts += [self.classes.replace(",", "_")[:40]] if self.classes != "balanced" else []
+        parts += [_short(str(self.classes).replace(",", "_"))] if self.classes != Classes() else []
         parts += [self.pixels] if self.pixels != "round" else []
         parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
         parts += ["compiled"] if arithmetic.compile else []
         return "-".join(parts)
+
+
+def _short(text: str, most: int = 40) -> str:
+    """``text``, the end of a long one replaced by a digest of it."""
+    return text if len(text) <= most else f"{text[: most - 9]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,23 +172,20 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         config = request.config(loaded.model.cfg.family)
         dataset = loaded.summary["dataset"]
         vae = load_decoder(dataset["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir).to(device)
-        folder = request.out or run / "samples" / request.folder_name(loaded.step, config.sampler, arithmetic)
-        settings = {
-            **asdict(config),
-            "classes": request.classes,
-            **asdict(arithmetic),
-        }
-        images = folder / (f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format])
+        settings = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
+        named = run / "samples" / request.folder_name(loaded.step, config.sampler, arithmetic)
+        folder = request.out or _find_folder(named, record, request.file_name())
+        images = folder / request.file_name()
         _check_folder(folder, record)
         if not images.exists():
             draw = _Draw(
                 network=Network(loaded.model, arithmetic),
                 vae=vae,
                 config=config,
-                path=loaded.config.path,
-                labels=choose_labels(
-                    request.classes, -(-request.num // BLOCK) * BLOCK, len(loaded.class_names), seed=request.seed
+                transport=loaded.transport,
+                labels=request.classes.labels(
+                    -(-request.num // BLOCK) * BLOCK, len(loaded.class_names), seed=request.seed
                 ),
                 num=request.num,
                 unit=_unit(device, request.batch_size),
@@ -185,9 +202,9 @@ class _Draw:
     """What is to be drawn, and with what. labels: int64, of whole blocks."""
 
     network: Network
-    vae: Any
+    vae: nn.Module
     config: SampleConfig
-    path: str
+    transport: Transport
     labels: np.ndarray
     num: int
     unit: int
@@ -217,7 +234,7 @@ def _draw_to(
         write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
         write(blocks, images, draw.labels[: draw.num])
         pixels = class_grid(
-            draw.network, draw.vae, path=draw.path, seed=draw.config.seed, config=draw.config, unit=draw.unit
+            draw.network, draw.vae, transport=draw.transport, seed=draw.config.seed, config=draw.config, unit=draw.unit
         )
         save_png(pixels, folder / "grid.png")
         runs.write_text(folder / "settings.json", json.dumps(record, indent=1))
@@ -229,7 +246,7 @@ def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | N
     """Draws blocks and saves each when it is full, in a thread beside the drawing of the next."""
     indices = [i for k in numbers for i in range(k * BLOCK, k * BLOCK + _padded(_block_count(draw.num, k), draw.unit))]
     units = draw_units(
-        draw.network, draw.vae, draw.labels[indices], indices, draw.config, path=draw.path, unit=draw.unit
+        draw.network, draw.vae, draw.labels[indices], indices, draw.config, transport=draw.transport, unit=draw.unit
     )
     saving: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:
@@ -269,6 +286,22 @@ def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether samples with the record ``saved`` are those asked for; what an older record does not say is no difference."""
     now = json.loads(json.dumps(record))
     return all(now[key] == value for key, value in saved.items() if key in now)
+
+
+def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
+    """``named``, or the folder beside it whose record says that it holds the same samples: names have been made by other
+    rules, such as intervals as they were typed. Before all comes one that holds ``file``.
+    """
+    if (named / file).exists():
+        return named
+    found = [named] if named.exists() else []
+    for folder in sorted(named.parent.glob(f"step_{record['step']:07d}-*/")):
+        saved: dict[str, Any] = {}
+        with suppress(UserError):  # a damaged record says nothing
+            saved = runs.read_json(folder / "settings.json", runs.read_json(folder / "blocks/settings.json", {}))
+        if folder != named and saved.keys() >= record.keys() and _same(saved, record):
+            found.append(folder)
+    return max(found, key=lambda folder: (folder / file).exists(), default=named)
 
 
 def _check_folder(folder: Path, record: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """From cached bytes to losses: one region that compiles whole.
 
-Dequantise, draw the latent from the posterior, interpolate (or diffuse), run the backbone with taps, align. Everything
-random comes in as :class:`Draws`, made outside from (seed, step) for the *global* batch, so any number of ranks sees
+Dequantise, draw the latent from the posterior, add noise, run the backbone with taps, align. Everything random comes in as :class:`Draws`, made outside from (seed, step) for the *global* batch, so any number of ranks sees
 the same numbers for the same samples.
 """
 
@@ -10,19 +9,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from featcache.codecs import decode, stored_arrays
 from trainer.align.base import AlignInputs, Alignment, Teacher
-from trainer.diffusion import ddpm
-from trainer.diffusion.interpolants import draw_times, interpolate
+from trainer.diffusion.transport import build_transport
 from trainer.distributed import is_sharded, local, sum_over_ranks
 from trainer.seeds import derive_seed
 
-DDPM_STEPS = 1000
+if TYPE_CHECKING:
+    from trainer.diffusion.interpolants import Path, TimeDistribution
+    from trainer.models import Transformer
+
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of the posterior's log-variance
 
 
@@ -96,7 +97,7 @@ class Objective(nn.Module):
     """Backbone + alignment: stored bytes => loss terms.
 
     Args:
-        model: the backbone being trained.
+        model: the backbone being trained, on its device.
         alignment: the method's heads and loss, or None.
         features: name -> layout, for ``vae/moments`` and all that the method reads.
         scale, shift: of the latent, see :func:`sample_posterior`.
@@ -107,30 +108,28 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        model: Any,
+        model: Transformer,
         alignment: Alignment | None,
         features: Mapping[str, CachedFeature],
         *,
         scale: float,
         shift: float,
-        path: str,
-        time_sampling: str,
+        path: Path,
+        time_sampling: TimeDistribution,
         label_dropout: float,
         autocast: torch.dtype | None,
-        teacher: nn.Module | None = None,
+        teacher: Transformer | None = None,
     ) -> None:
         super().__init__()
         self.model, self.alignment = model, alignment
         self._features = dict(features)
         self._scale, self._shift = scale, shift
-        self._path, self._time_sampling, self._label_dropout = path, time_sampling, label_dropout
-        self._dtype = autocast
-        if model.cfg.family == "dit":
-            for name, column in ddpm.tables(ddpm.linear_schedule(DDPM_STEPS))._asdict().items():
-                self.register_buffer(f"ddpm_{name}", column, persistent=False)
-        self._teacher = [
-            teacher
-        ]  # in a list: not a submodule, so neither saved, trained nor synchronised with this one
+        self._label_dropout, self._dtype = label_dropout, autocast
+        self._transport = build_transport(
+            model.cfg.family, path=path, time_sampling=time_sampling, device=next(model.parameters()).device
+        )
+        # In a list: not a submodule, so neither saved, trained nor synchronised with this one.
+        self._teacher = [teacher]
 
     def forward(
         self, batch: Mapping[str, Tensor], draws: Draws, *, aligned: bool = True
@@ -144,19 +143,12 @@ class Objective(nn.Module):
         alignment = self.alignment if aligned else None
         moments = self._features["vae/moments"].decode(batch, torch.float32)
         latent = sample_posterior(moments, draws.posterior, scale=self._scale, shift=self._shift)
-        t, times = self._times(draws)
-        noisy = self._noisy(latent, draws.noise, times)
+        t = self._transport.times(draws.time)
+        noisy = self._transport.noisy(latent, draws.noise, t)
+        times, labels = self._transport.model_time(t), self._labels(batch, draws)
         with self._autocast():
-            output = self.model(
-                noisy, times, self._labels(batch, draws), taps=alignment.taps if alignment is not None else ()
-            )
-        prediction = output.prediction.float()
-        if self.model.cfg.family == "dit":
-            loss = ddpm.ddpm_loss(prediction, x0=latent, x_t=noisy, noise=draws.noise, t=times, table=self._table())
-            terms = {"denoise": loss.loss.mean()}
-        else:
-            _, velocity = interpolate(self._path, latent, draws.noise, t)
-            terms = {"denoise": (prediction - velocity).square().mean()}
+            output = self.model(noisy, times, labels, taps=alignment.taps if alignment is not None else ())
+        terms = self._transport.loss(output, latent, draws.noise, noisy, t)
         if alignment is None:
             return terms, None
 
@@ -212,32 +204,15 @@ class Objective(nn.Module):
         """Labels with a share replaced by the null label, int64 [B]."""
         return torch.where(draws.drop < self._label_dropout, self.model.cfg.num_classes, batch["label"])
 
-    def _times(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """t in [0, 1] as the methods see it and the model's own time (DDPM steps for DiT), [B] each."""
-        if self.model.cfg.family == "dit":
-            steps = (draws.time * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)
-            return steps.float() / (DDPM_STEPS - 1), steps
-        t = draw_times(self._time_sampling, self._path, draws.time)
-        return t, t
-
-    def _noisy(self, latent: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        if self.model.cfg.family == "dit":
-            return ddpm.q_sample(self._table(), latent, times, noise)
-        return interpolate(self._path, latent, noise, times)[0]
-
-    def _table(self) -> ddpm.Tables:
-        return ddpm.Tables(*(getattr(self, f"ddpm_{name}") for name in ddpm.Tables._fields))
-
     def _teach(self, latent: Tensor, batch: Mapping[str, Tensor], draws: Draws) -> Teacher:
         """The EMA model on this batch: same latent, noise and (already dropped) labels; the method chooses the time."""
-        teacher: Any = self._teacher[0]
+        teacher = self._teacher[0]
         assert teacher is not None, "the method needs a teacher and none was given"
         labels = self._labels(batch, draws)
 
         def hidden(t: Tensor, depth: int) -> Tensor:
-            times = (t * (DDPM_STEPS - 1)).round().long() if teacher.cfg.family == "dit" else t
             with torch.no_grad(), self._autocast():
-                noisy = self._noisy(latent, draws.noise, times)
+                noisy, times = self._transport.noisy(latent, draws.noise, t), self._transport.model_time(t)
                 return teacher(noisy, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
 
         return hidden

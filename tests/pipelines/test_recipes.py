@@ -191,7 +191,7 @@ def is_plausible(recipe: Recipe) -> None:
     assert sampling is not None
     assert (sampling.sampler == "ddpm") == (recipe.model.startswith("DiT")), "DiT alone is drawn by DDPM"
     assert sampling.guidance is None or 1 <= sampling.guidance <= 2
-    assert 0 <= sampling.interval[0] < sampling.interval[1] <= 1
+    assert 0 <= sampling.interval.low < sampling.interval.high <= 1
     assert ("guided" in recipe.title) == (sampling.guidance != 1), "the title says whether samples were guided"
     assert sampling.guidance is not None or recipe.note, "the note says why no scale is given"
 

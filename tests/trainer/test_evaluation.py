@@ -19,6 +19,7 @@ from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from trainer import runs
 from trainer.config import RunConfig
+from trainer.diffusion.interval import Interval
 from trainer.evaluation import (
     EvalRequest,
     _beside,
@@ -33,6 +34,7 @@ from trainer.loop import train
 from trainer.models import build_model
 from trainer.recipes import list_recipes, load_recipe_file
 from trainer.sample import load_run, run_model_config
+from trainer.sampling import SampleSettings
 
 
 class Quiet:
@@ -74,7 +76,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-ASK = EvalRequest(num=16, sampler="ode", steps=2, extractor="embedded", device="cpu")
+ASK = EvalRequest(settings=SampleSettings(num=16, sampler="ode", steps=2, device="cpu"), extractor="embedded")
+
+
+def changed(request: EvalRequest, **changes: object) -> EvalRequest:
+    """The request with other sample settings."""
+    return replace(request, settings=replace(request.settings, **changes))  # type: ignore[arg-type]
 
 
 def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
@@ -89,7 +96,7 @@ def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     again = evaluate_run(run, ASK, Quiet())
     assert again.metrics == result.metrics
     assert len(json.loads((run / "metrics.json").read_text())) == 1, "the same evaluation replaces itself"
-    evaluate_run(run, replace(ASK, seed=1), Quiet())
+    evaluate_run(run, changed(ASK, seed=1), Quiet())
     assert len(json.loads((run / "metrics.json").read_text())) == 2
     page = result.report.read_text()
     for expected in (
@@ -179,7 +186,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_drawn(root: Path, t
         ({"reference": str(other)}, "64 pixels"),
     ):
         with pytest.raises(UserError, match=words):
-            evaluate_run(run, replace(ASK, seed=77, **change), Quiet())  # type: ignore[arg-type]
+            evaluate_run(run, replace(changed(ASK, seed=77), **change), Quiet())  # type: ignore[arg-type]
     assert not list((run / "samples").glob("*seed77*"))
 
 
@@ -190,7 +197,9 @@ def test_images_of_any_code_can_be_judged(root: Path, tmp_path: Path) -> None:
     np.savez(bare, arr_0=images)
     np.savez(labelled, arr_0=images, arr_1=np.arange(6))
     np.savez(reference, arr_0=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
-    ask = EvalRequest(extractor="embedded", device="cpu", reference=str(reference), metrics=("FID",))
+    ask = EvalRequest(
+        settings=SampleSettings(device="cpu"), extractor="embedded", reference=str(reference), metrics=("FID",)
+    )
     result = evaluate_images(str(labelled), ask, require_labels=True, bar=Quiet())
     record = json.loads(result.report.read_text())
     assert result.report == tmp_path / "labelled.npz.metrics.json"
@@ -199,7 +208,7 @@ def test_images_of_any_code_can_be_judged(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no labels"):
         evaluate_images(str(bare), ask, require_labels=True, bar=Quiet())
     with pytest.raises(UserError, match="7 were asked for"):
-        evaluate_images(str(bare), replace(ask, num=7), require_labels=False, bar=Quiet())
+        evaluate_images(str(bare), changed(ask, num=7), require_labels=False, bar=Quiet())
     with pytest.raises(UserError, match="compared with"):
         evaluate_images(str(bare), replace(ask, reference=None), require_labels=False, bar=Quiet())
 
@@ -252,23 +261,23 @@ def with_recipe(root: Path, copy: Path, published: dict[str, object]) -> Path:
 def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
     run = with_recipe(root, tmp_path / "runs/a", PUBLISHED)
     config = runs.load_config(run)
-    on_gpu = _with_defaults(EvalRequest(), run, config, "cuda", Quiet())
+    on_gpu = _with_defaults(SampleSettings(), run, config, "cuda", Quiet())
     assert (on_gpu.sampler, on_gpu.steps, on_gpu.guidance, on_gpu.interval, on_gpu.num) == (
         "heun",
         40,
         1.8,
-        "0,0.7",
+        Interval(0, 0.7),
         50_000,
     )
-    asked = _with_defaults(EvalRequest(sampler="ode", steps=9, guidance=3.0), run, config, "cuda", Quiet())
-    assert (asked.sampler, asked.steps, asked.guidance, asked.interval) == ("ode", 9, 3.0, "0,1")
-    same_scale = _with_defaults(EvalRequest(guidance=1.8), run, config, "cuda", Quiet())
-    assert (same_scale.guidance, same_scale.interval) == (1.8, "0,0.7")
-    on_cpu = _with_defaults(EvalRequest(), run, config, "cpu", Quiet())
+    asked = _with_defaults(SampleSettings(sampler="ode", steps=9, guidance=3.0), run, config, "cuda", Quiet())
+    assert (asked.sampler, asked.steps, asked.guidance, asked.interval) == ("ode", 9, 3.0, Interval())
+    same_scale = _with_defaults(SampleSettings(guidance=1.8), run, config, "cuda", Quiet())
+    assert (same_scale.guidance, same_scale.interval) == (1.8, Interval(0, 0.7))
+    on_cpu = _with_defaults(SampleSettings(), run, config, "cpu", Quiet())
     assert (on_cpu.sampler, on_cpu.steps, on_cpu.guidance) == ("ode", 32, 1.8)
     bar = Quiet()
     vague = {**PUBLISHED, "sampling": {"sampler": "sde", "steps": 250, "guidance": None}}
-    unknown = _with_defaults(EvalRequest(), run, replace(config, published=vague), "cuda", bar)
+    unknown = _with_defaults(SampleSettings(), run, replace(config, published=vague), "cuda", bar)
     assert unknown.guidance == 1.0 and any("scale" in note for note in bar.notes)
     page = write_run_report([run]).read_text()
     assert "REPA, Table 4: heun 40, guidance 1.8 in [0, 0.7]" in page

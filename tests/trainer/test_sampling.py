@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +26,15 @@ from featcache.errors import UserError
 from trainer import sampling
 from trainer.config import RunConfig
 from trainer.diffusion.ddpm import linear_schedule
+from trainer.diffusion.guidance import Guidance
+from trainer.diffusion.interval import Interval
+from trainer.labels import Classes
 from trainer.loop import train
 from trainer.models import model_config
 from trainer.models.transformer import ModelOutput
 from trainer.sample import (
     SampleConfig,
     check_sampler,
-    choose_labels,
     class_grid,
     draw_latents,
     draw_units,
@@ -184,7 +187,7 @@ def test_samples_of_other_settings_are_not_passed_off_as_those_asked_for(runs_ro
     assert (
         sample_run(runs_root / "sit", request(num=3, out=tmp_path / "x"), Quiet()).images.stat().st_mtime_ns == before
     )
-    for change in ({"seed": 1}, {"guidance": 2.0}, {"precision": "bf16"}, {"classes": "random"}):
+    for change in ({"seed": 1}, {"guidance": 2.0}, {"precision": "bf16"}, {"classes": Classes("random")}):
         with pytest.raises(UserError, match="other settings"):
             sample_run(runs_root / "sit", request(num=3, out=tmp_path / "x", **change), Quiet())
     with pytest.raises(UserError, match="run sit, not dit"):
@@ -194,10 +197,8 @@ def test_samples_of_other_settings_are_not_passed_off_as_those_asked_for(runs_ro
 @pytest.mark.usefixtures("small_blocks")
 def test_without_guidance_its_interval_and_channels_are_no_settings(runs_root: Path) -> None:
     first = sample_run(runs_root / "sit", request(num=8, seed=9), Quiet())
-    again = sample_run(runs_root / "sit", request(num=8, seed=9, interval="0,0.5", guided_channels=3), Quiet())
+    again = sample_run(runs_root / "sit", request(num=8, seed=9, interval=Interval(0, 0.5), guided_channels=3), Quiet())
     assert again.images == first.images and again.settings == first.settings
-    with pytest.raises(UserError, match="interval"):
-        sample_run(runs_root / "sit", request(num=8, seed=9, interval="0.5,0"), Quiet())
 
 
 def test_dopri5_depends_on_no_number_of_samples(runs_root: Path, tmp_path: Path) -> None:
@@ -250,13 +251,11 @@ def test_dit_samples_with_ddpm_and_ddim_and_refuses_an_ode(runs_root: Path, tmp_
 
 
 def test_no_guidance_equals_scale_one_and_guidance_changes_samples(runs_root: Path) -> None:
-    from trainer.diffusion.guidance import Guidance
-
     model = load_run(runs_root / "sit").model
     labels = torch.tensor([1, 2])
     plain = SampleConfig(sampler="ode", steps=3)
     strong = replace(plain, guidance=Guidance(scale=4.0))
-    outside = replace(plain, guidance=Guidance(scale=4.0, low=0.0, high=0.0))
+    outside = replace(plain, guidance=Guidance(scale=4.0, interval=Interval(0, 0)))
     a, b, c = (draw_latents(model, labels, [0, 1], config) for config in (plain, strong, outside))
     assert not torch.equal(a, b)
     assert torch.equal(a, c)
@@ -273,22 +272,22 @@ def test_pixel_rules_are_the_public_ones() -> None:
 
 
 def test_labels() -> None:
-    assert choose_labels("balanced", 12, 5, seed=0).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
-    assert choose_labels("3,1", 5, 5, seed=0).tolist() == [3, 1, 3, 1, 3]
-    random = choose_labels("random", 5000, 5, seed=0)
-    assert np.array_equal(random, choose_labels("random", 5000, 5, seed=0))
-    assert not np.array_equal(random, choose_labels("random", 5000, 5, seed=1))
+    assert Classes.parse("balanced").labels(12, 5, seed=0).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
+    assert Classes.parse(" 03, 1").labels(5, 5, seed=0).tolist() == [3, 1, 3, 1, 3]
+    assert [str(Classes.parse(text)) for text in ("balanced", " random", " 03, 1")] == ["balanced", "random", "3,1"]
+    random = Classes.parse("random").labels(5000, 5, seed=0)
+    assert np.array_equal(random, Classes.parse("random").labels(5000, 5, seed=0))
+    assert not np.array_equal(random, Classes.parse("random").labels(5000, 5, seed=1))
     assert np.abs(np.bincount(random, minlength=5) - 1000).max() < 5 * np.sqrt(5000 * 0.2 * 0.8)
     for wrong in ("7", "x", "-1"):
         with pytest.raises(UserError):
-            choose_labels(wrong, 3, 5, seed=0)
+            Classes.parse(wrong).labels(3, 5, seed=0)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"interval": "0"},
-        {"interval": "0.9,0.1"},
+        {"classes": Classes.parse("3,99")},
         {"format": "gif"},
         {"pixels": "x"},
         {"checkpoint": 99},
@@ -342,6 +341,69 @@ def test_few_dit_steps_land_at_the_data(sampler: str, steps: int) -> None:
         assert drawn.std().item() < 0.01
     elif steps == 150:
         assert drawn.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def typed(run: Path, *words: str) -> Path:
+    """The image file that `trainer sample` with these words ends up with, four samples of two steps."""
+    from typer.testing import CliRunner
+
+    from trainer.cli import app
+
+    common = ["--num", "4", "--steps", "2", "--sampler", "ode", "--device", "cpu"]
+    before = {path: path.stat().st_mtime_ns for path in (run / "samples").glob("*/*.npz")}
+    done = CliRunner().invoke(app, ["sample", str(run), *common, *words])
+    assert done.exit_code == 0, done.exception
+    changed = [path for path in (run / "samples").glob("*/*.npz") if before.get(path) != path.stat().st_mtime_ns]
+    assert len(changed) <= 1
+    return changed[0] if changed else Path()
+
+
+def test_equal_settings_are_drawn_once_however_they_are_typed(runs_root: Path) -> None:
+    run = runs_root / "sit"
+    for first, same in (
+        (["--guidance", "1.5", "--interval", "0,1"], ["--guidance", "1.50", "--interval", "0.0,1.0"]),
+        (["--guidance", "1.5", "--interval", "0,.7"], ["--guidance", "1.5", "--interval", " 0, 7e-1"]),
+        (["--seed", "2", "--classes", "3,4"], ["--seed", "2", "--classes", "03, 4"]),
+    ):
+        assert typed(run, *first).name == "samples_4.npz"
+        assert typed(run, *same) == Path()
+    other = typed(run, "--guidance", "1.5", "--interval", "0,0.7000001")
+    assert other.parent.name.endswith("cfg1.5-0,0.7000001")
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("old", ["cfg1.5-0.0,0.60", "cfg1.5- 0,.6"])
+def test_samples_under_an_interval_as_once_typed_are_found_and_continued(
+    runs_root: Path, monkeypatch: pytest.MonkeyPatch, old: str
+) -> None:
+    ask = request(num=12, steps=2, sampler="ode", guidance=1.5, interval=Interval(0, 0.6))
+    saved: list[str] = []
+    real = sampling._save_block
+    monkeypatch.setattr(sampling, "_save_block", lambda path, pixels: (saved.append(path.name), real(path, pixels)))
+    with monkeypatch.context() as patch:  # cut after its blocks
+        patch.setattr(sampling, "_write_npz", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sample_run(runs_root / "sit", ask, Quiet())
+    samples = runs_root / "sit/samples"
+    (now,) = samples.glob("*cfg1.5-0,0.6")
+    then = now.rename(samples / now.name.replace("cfg1.5-0,0.6", old))
+    (then / "blocks/000001.npy").unlink()
+    assert sample_run(runs_root / "sit", ask, Quiet()).images.parent == then
+    assert saved == ["000000.npy", "000001.npy", "000001.npy"]
+    again = sample_run(runs_root / "sit", ask, Quiet())
+    assert again.images.parent == then and len(saved) == 3 and not now.exists()
+    otherwise = replace(ask, num=3, interval=Interval(0, 0.61))
+    assert sample_run(runs_root / "sit", otherwise, Quiet()).images.parent not in (now, then)
+    shutil.rmtree(then)
+
+
+def test_long_lists_of_classes_have_folders_of_their_own() -> None:
+    arithmetic = sampling.Arithmetic()
+    one, two = (
+        request(classes=Classes("chosen", (*range(100, 130), last))).folder_name(1, "ode", arithmetic)
+        for last in (1, 2)
+    )
+    assert one != two and len(one) < 80
 
 
 def test_command_line(

@@ -11,7 +11,6 @@ from trainer.align.dya import Dya
 from trainer.analyze.result import NotApplicable, Plot, Result
 from trainer.analyze.subject import Subject
 from trainer.report.charts import Chart, Series
-from trainer.step import DDPM_STEPS
 
 POINTS = 101
 X_LABEL = "timestep t (0 = data, 1 = noise)"
@@ -36,8 +35,7 @@ def router_weights(subject: Subject, method: Ahpa, t: Tensor) -> tuple[list[Tens
 @torch.no_grad()
 def xi(subject: Subject, method: Dya, t: Tensor) -> Tensor:
     """Strength of the texture term at times [T], in (0, 1)."""
-    times = (t * (DDPM_STEPS - 1)).round().long() if subject.cfg.family == "dit" else t
-    return method.xi(subject.model.t_embedder(times))
+    return method.xi(subject.model.t_embedder(subject.transport.model_time(t)))
 
 
 def run(subject: Subject) -> Result:

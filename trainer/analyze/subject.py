@@ -27,19 +27,18 @@ from trainer.align.repa import DEPTHS
 from trainer.align.sra2 import patchify
 from trainer.analyze.config import AnalyzeConfig
 from trainer.config import RunConfig
-from trainer.diffusion import ddpm
-from trainer.diffusion.interpolants import interpolate
 from trainer.diffusion.noise import sample_noise
-from trainer.models import build_model, load_weights
+from trainer.diffusion.transport import build_transport
+from trainer.models import Transformer, build_model, load_weights
 from trainer.parts import backbone_info, build_alignment, cached_feature
-from trainer.step import DDPM_STEPS, Objective, ema_decay_at, sample_posterior
+from trainer.step import Objective, ema_decay_at, sample_posterior
 
 _POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
 MIXTURE = "router's mixture"
 _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnostics
 
 
-def open_cache(run: Path) -> Any:
+def open_cache(run: Path) -> featcache.Cache:
     """The cache that a run was trained on.
 
     Raises:
@@ -78,12 +77,12 @@ class Subject:
         loaded = sample.load_run(run, step=at, device=device, weights=weights)
         self.run, self.step, self.config, self.options = run, loaded.step, loaded.config, options
         self.device, self.weights = device, weights
-        self.model: Any = loaded.model
+        self.model = loaded.model
         self.cfg = loaded.model.cfg
         self.cache = open_cache(run)
         self.info = backbone_info(loaded.config.model, self.cfg)
         self.alignment = self._load_alignment()
-        self._teacher: Any = None
+        self._teacher: Transformer | None = None
         self.block = options.block or self._default_block()
         if self.block > self.cfg.depth:
             raise UserError(
@@ -96,7 +95,7 @@ class Subject:
         self.labelled = gradients or options.labels == "given"
         self.labels = torch.from_numpy(self.cache.labels()[self.indices].astype(np.int64)).to(device)
         self.class_names = tuple(self.cache.manifest.dataset.class_names)
-        self._table = ddpm.tables(ddpm.linear_schedule(DDPM_STEPS), device) if self.cfg.family == "dit" else None
+        self.transport = build_transport(self.cfg.family, path=self.config.path, device=device)
         self._pooled: dict[float, Tensor] = {}
 
     def _load_alignment(self) -> Alignment | None:
@@ -165,8 +164,10 @@ class Subject:
         return sample_noise(self.options.seed, self.indices[rows].tolist(), shape, stream, device=self.device)
 
     @property
-    def _latent_shape(self) -> tuple[int, int, int]:
-        return (self.cfg.latent_channels, self.cfg.latent_size, self.cfg.latent_size)
+    def _vae(self) -> Mapping[str, Any]:
+        vae = self.cache.manifest.dataset.vae
+        assert vae is not None, "a run trains on latents"
+        return vae
 
     def conditioning(self, rows: slice) -> Tensor:
         """Labels the model is given: int64 [b], the null label unless ``labelled``."""
@@ -175,16 +176,15 @@ class Subject:
 
     def latent(self, rows: slice) -> Tensor:
         """Clean, scaled latents drawn from the posterior, [b, C, h, w]."""
-        vae = self.cache.manifest.dataset.vae
         moments, draw = self.read("vae/moments", rows), self.posterior(rows)
-        return sample_posterior(moments, draw, scale=vae["scaling_factor"], shift=vae["shift_factor"])
+        return sample_posterior(moments, draw, scale=self._vae["scaling_factor"], shift=self._vae["shift_factor"])
 
     def posterior(self, rows: slice) -> Tensor:
         """The normal draws behind :meth:`latent`, [b, C, h, w]."""
-        return self._normal(rows, _POSTERIOR, self._latent_shape)
+        return self._normal(rows, _POSTERIOR, self.cfg.latent_shape)
 
     def noise(self, rows: slice) -> Tensor:
-        return self._normal(rows, _NOISE, self._latent_shape)
+        return self._normal(rows, _NOISE, self.cfg.latent_shape)
 
     def uniform(self, rows: slice, stream: int = _ALIGN) -> Tensor:
         """U(0, 1), [b]."""
@@ -195,11 +195,10 @@ class Subject:
         return (index + self.uniform(rows, _TIME)) / bins
 
     def noisy(self, latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at t in [0, 1] and the time as the backbone takes it."""
-        if self._table is not None:
-            times = (t * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)
-            return ddpm.q_sample(self._table, latent, times, noise), times
-        return interpolate(self.config.path, latent, noise, t)[0], t
+        """Noisy latents at t in [0, 1] (drawn uniformly, as far as the transport goes) and the time as the backbone
+        takes it."""
+        t = self.transport.times(t)
+        return self.transport.noisy(latent, noise, t), self.transport.model_time(t)
 
     @torch.no_grad()
     def hidden(self, rows: slice, t: Tensor | float, depths: Sequence[int]) -> Mapping[int, Tensor]:
@@ -241,7 +240,7 @@ class Subject:
 
         return hidden
 
-    def _ema(self) -> Any:
+    def _ema(self) -> Transformer:
         if self._teacher is None:
             _, path = checkpoint.find_checkpoint(self.run, self.step)
             model = build_model(self.cfg, device=self.device).eval().requires_grad_(False)
@@ -262,13 +261,12 @@ class Subject:
     def objective(self) -> Objective:
         """The run's training objective in float32 without label dropout; its ``draws.time`` is t itself."""
         reads = ("vae/moments", *(self.alignment.reads if self.alignment is not None else ()))
-        vae = self.cache.manifest.dataset.vae
         return Objective(
             self.model,
             self.alignment,
             {name: cached_feature(self.cache, name) for name in reads},
-            scale=vae["scaling_factor"],
-            shift=vae["shift_factor"],
+            scale=self._vae["scaling_factor"],
+            shift=self._vae["shift_factor"],
             path=self.config.path,
             time_sampling="uniform",
             label_dropout=0.0,

@@ -21,6 +21,8 @@ from featcache.errors import UserError
 
 Float64 = NDArray[np.float64]
 
+STEPS = 1000  # of the full process
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Schedule:
@@ -68,7 +70,7 @@ class Schedule:
         return (1 - self.alpha_bar_prev) * np.sqrt(1 - self.beta) / (1 - self.alpha_bar)
 
 
-def linear_schedule(steps: int = 1000, *, beta_first: float = 1e-4, beta_last: float = 0.02) -> Schedule:
+def linear_schedule(steps: int = STEPS, *, beta_first: float = 1e-4, beta_last: float = 0.02) -> Schedule:
     """Beta rising linearly over ``steps`` steps (Ho 2020, Sec. 4), the schedule of the public DiT models."""
     beta = np.linspace(beta_first, beta_last, steps)
     return Schedule(steps=np.arange(steps), alpha_bar=np.cumprod(1 - beta).astype(np.float64))
@@ -146,6 +148,17 @@ def q_sample(table: Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Draw x_t given x_0 (Ho 2020, Eq. 4). x0, noise [B, ...], t [B] int64 position in the schedule -> [B,
     ...]."""
     return _gather(table.signal, t, x0) * x0 + _gather(table.noise, t, x0) * noise
+
+
+def probability_flow(table: Tables, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """dx/dt a step along the flow that has x_t's distribution at every t (Song 2021, "Score-Based Generative
+    Modeling", Eq. 13): ``beta / 2 (noise / sigma - x_t)`` with sigma = sqrt(1 - alpha_bar).
+
+    The schedule is read as a continuous one, which is right up to a share of beta and of beta's change from
+    step to step. noise: as predicted, x_t [B, ...], t [B] int64 position in the schedule -> [B, ...].
+    """
+    half_beta = 0.5 * _gather(table.log_beta, t, x_t).exp()
+    return half_beta * (noise / _gather(table.noise, t, x_t) - x_t)
 
 
 class DDPMLoss(NamedTuple):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from trainer.diffusion.interval import Interval
 from trainer.models.transformer import ModelOutput
+
+if TYPE_CHECKING:
+    from trainer.diffusion.samplers import ModelFn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,32 +24,35 @@ class Guidance:
     Args:
         scale: 1 is no guidance (and costs no second evaluation); the guided prediction is
             ``unconditional + scale * (conditional - unconditional)``.
-        low, high: the interval of t, closed at both ends, in which to guide (Kynkaanniemi et al. 2024). For
-            DDPM models t is the step divided by 999.
+        interval: of t, in which to guide (Kynkaanniemi et al. 2024). For DDPM models t is the step divided by
+            999.
         channels: guide the first so many channels only: None for all (REPA), 3 as the public SiT and DiT do.
 
     Raises:
-        UserError: an interval outside [0, 1] or empty, or no channel.
+        UserError: no channel.
     """
 
     scale: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
+    interval: Interval = Interval()  # noqa: RUF009 (frozen)
     channels: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high <= 1:
-            raise UserError(
-                f"The guidance interval is [{self.low}, {self.high}].",
-                remedy="Use 0 <= low <= high <= 1, where 0 is data and 1 is noise.",
-            )
         if self.channels is not None and self.channels < 1:
             raise UserError(
                 f"{self.channels} guided channels were asked for.", remedy="Use at least 1, or none for all."
             )
 
     def active(self, t: float) -> bool:
-        return self.scale != 1 and self.low <= t <= self.high
+        return self.scale != 1 and t in self.interval
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, as ``settings.json`` beside samples holds them."""
+        return {
+            "scale": self.scale,
+            "low": self.interval.low,
+            "high": self.interval.high,
+            "channels": self.channels,
+        }
 
 
 def guided(
@@ -54,7 +62,7 @@ def guided(
     null_label: int,
     guidance: Guidance = Guidance(),
     time_range: float = 1.0,
-) -> Callable[..., Tensor]:
+) -> ModelFn:
     """Bind a model to labels [B] and a guidance: the ``model_fn(x, t)`` that samplers take.
 
     Inside the interval the batch is doubled, conditional half first. Only the guided channels are combined;
@@ -64,7 +72,8 @@ def guided(
         model: (x [B, C, h, w], t [B], y [B]) -> :class:`ModelOutput`.
         labels: [B] int64.
         null_label: label of the unconditional half: the number of classes.
-        time_range: what t = 1 in the guidance interval is for the model: 1 for SiT, 999 for DDPM steps.
+        time_range: what t = 1 in the guidance interval is for the model: see
+            :class:`trainer.diffusion.transport.Transport`.
     """
     both = torch.cat([labels, torch.full_like(labels, null_label)])
 

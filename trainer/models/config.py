@@ -97,6 +97,11 @@ class ModelConfig:
             )
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    @property
     def grid(self) -> int:
         """Tokens along one side."""
         return self.latent_size // self.patch_size

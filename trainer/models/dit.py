@@ -1,11 +1,13 @@
-"""What is particular to DiT: time is a DDPM step 0..999, the noise is predicted, and its variance may be
-learned."""
+"""What a DiT's output holds: noise, and what a learned variance is made of."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from trainer.models.transformer import ModelOutput
+if TYPE_CHECKING:
+    from trainer.models.transformer import ModelOutput
 
 
 def split_variance(output: ModelOutput, channels: int) -> tuple[Tensor, Tensor | None]:

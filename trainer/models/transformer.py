@@ -1,7 +1,7 @@
 """The diffusion Transformer that SiT (Ma et al. 2024) and DiT (Peebles & Xie 2023) share.
 
-The two differ in what time means, in what is predicted and in the number of output channels, not in a
-single layer: :mod:`trainer.models.sit` and :mod:`trainer.models.dit` hold what is particular to each.
+The two differ in what time means and in what is predicted, which is a transport's business
+(:mod:`trainer.diffusion.transport`), and in the number of output channels; not in a single layer.
 """
 
 from __future__ import annotations
