@@ -346,8 +346,8 @@ def parse_build(line: str) -> BuildLine:
     import typer
 
     from featcache.cli import app
-    from featcache.cli_build import parse_resolution
     from featcache.encoders import parse_encoders, parse_levels
+    from featcache.request import parse_resolution
 
     words = shlex.split(line)
     if words[:2] != ["featcache", "build"]:
@@ -359,8 +359,8 @@ def parse_build(line: str) -> BuildLine:
         if not hasattr(error, "show"):  # not a usage error of typer's parser, whose classes it does not export
             raise
         raise UserError(f"{line!r}: {error}") from error
-    features = ["vae/moments", "label", *(f"vae/{level}" for level in parse_levels(options["vae_levels"]))]
-    encoders = parse_encoders(options["encoder"] or [])
+    features = ["vae/moments", "label", *(f"vae/{level}" for level in parse_levels(options["levels"]))]
+    encoders = parse_encoders(options["encoders"] or [])
     for choice in encoders:
         if not choice.layers:
             raise UserError(f"{line!r} leaves the layers of {choice.name} open", remedy="Write them, e.g. dinov2-b@11.")
@@ -369,5 +369,5 @@ def parse_build(line: str) -> BuildLine:
         features=tuple(features),
         encoders=tuple(c.name for c in encoders),
         vae=options["vae"],
-        resolution=parse_resolution(options["resolution"]) or PAPER_RESOLUTION,
+        resolution=parse_resolution(options["resolution"]) if options["resolution"] else PAPER_RESOLUTION,
     )
