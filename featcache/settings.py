@@ -23,7 +23,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, overload
 
 import pydantic
 import typer
@@ -37,13 +37,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 Given = dict[str, Any]
 """What was typed of a command's options: name of the field -> value. Options that were not typed are absent."""
 
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+# Beyond these no arithmetic downstream holds: steps times the batch size counts samples in 64 bits.
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("it names something twice")
+    return values
+
+
+Distinct = pydantic.AfterValidator(_distinct)
 FilePath = Annotated[Path, Field(strict=False)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False), Distinct]
 Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 
 
@@ -62,9 +72,26 @@ class Option:
     parse: Callable[[Any], Any] | None = None
 
 
+@overload
+def settings(cls: type[T], /) -> type[T]: ...
+
+
+@overload
+def settings(*, where: str) -> Callable[[type[T]], type[T]]: ...
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
-def settings(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass whose fields are validated; what is wrong is a `UserError`."""
+def settings(cls: type[T] | None = None, /, *, where: str = "") -> type[T] | Callable[[type[T]], type[T]]:
+    """A frozen, keyword-only dataclass whose fields are validated; what is wrong is a `UserError`.
+
+    where: goes before the fields' names in errors (``ahpa``: "ahpa.head = ...").
+    """
+    if cls is None:
+        return functools.partial(_settings, where=f"{where}.")
+    return _settings(cls, where="")
+
+
+def _settings(cls: type[T], *, where: str) -> type[T]:
     config = pydantic.ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
     made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
     validate = made.__init__
@@ -74,7 +101,7 @@ def settings(cls: type[T]) -> type[T]:
         try:
             validate(self, **values)
         except pydantic.ValidationError as error:
-            raise _explain(error, type(self), str) from error
+            raise _explain(error, type(self), lambda name: where + name) from error
 
     made.__init__ = __init__  # type: ignore[method-assign]
     return typing.cast("type[T]", made)
@@ -91,7 +118,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
     for key in values:
         if key not in fields:
             near = suggest(key, [prefix + name for name in fields], shown=f"{prefix}{key}")
-            raise UserError(f"unknown key {prefix}{key}", remedy=near or f"Valid keys: {', '.join(sorted(fields))}")
+            raise UserError(
+                f"unknown key {prefix}{key}", remedy=near.strip() or f"Valid keys: {', '.join(sorted(fields))}"
+            )
     try:
         return cls(**values)
     except UserError as error:
@@ -132,9 +161,9 @@ def _plain(value: Any) -> Any:
 
 
 def suggest(value: object, choices: Collection[str], *, shown: str | None = None) -> str:
-    """``"Did you mean x?"`` for a near miss, else an empty string."""
+    """``"Did you mean 'x'? "`` for a near miss, else an empty string."""
     near = difflib.get_close_matches(shown or str(value), list(choices), n=1)
-    return f"Did you mean {near[0]}?" if near else ""
+    return f"Did you mean {near[0]!r}? " if near else ""
 
 
 def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], str]) -> UserError:
@@ -142,28 +171,45 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0])
     name, value, context = shown(field), problem["input"], problem.get("ctx", {})
+    choices = [str(choice) for choice in _choices(_hint(cls, field))] if field in _hints(cls) else []
+    sign = " " if name.startswith("-") else "="
     match problem["type"]:
-        case "literal_error":
-            choices = [str(choice) for choice in _choices(_hint(cls, field))]
-            near = suggest(value, choices)
-            remedy = f"{near} " if near else ""
-            return UserError(f"{name} = {value!r} is not known", remedy=f"{remedy}Use one of: {', '.join(choices)}.")
-        case "greater_than_equal":
-            bound = context["ge"]
-            what = "must not be negative" if bound == 0 else f"must be at least {bound:g}"
-            example = f"{name}{' ' if name.startswith('-') else '='}{max(bound, 1):g}"
-            return UserError(f"{name} is {value!r}, but it {what}", remedy=f"Type for example {example}.")
-        case "less_than_equal":
-            return UserError(f"{name} is {value!r}, but it must be at most {context['le']:g}")
-        case "greater_than" | "finite_number":
-            return UserError(f"{name} is {value!r}, but it must be positive and finite")
         case "unexpected_keyword_argument":
             raise TypeError(f"{cls.__name__} has no field {field}") from error
         case "missing":
-            return UserError(f"{name} is missing")
-        case _:
-            text = problem["msg"][0].lower() + problem["msg"][1:]
-            return UserError(f"{name} = {value!r:.200} is not valid: {text}")
+            return UserError(f"{name} is missing", remedy=f"Give {name}.")
+        case "literal_error":
+            remedy = f"{suggest(value, choices)}Use one of: {', '.join(choices)}."
+            return UserError(f"{name} = {value!r:.200} is not known", remedy=remedy)
+        case "greater_than_equal":
+            low = context["ge"]
+            what = "must not be negative" if low == 0 else f"must be at least {low:g}"
+            return UserError(
+                f"{name} is {value!r}, but it {what}", remedy=f"Type for example {name}{sign}{max(low, 1):g}."
+            )
+        case "less_than_equal":
+            high = context["le"]
+            what = "must lie in [0, 1]" if high == 1 else f"can be {high:,} at most"
+            return UserError(f"{name} is {value!r}, but it {what}")
+        case "greater_than" | "finite_number":
+            return UserError(f"{name} is {value!r}, but it must be positive and finite")
+    expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
+    return UserError(
+        f"{name} = {value!r:.200} is not valid: {expected}",
+        remedy=_EXAMPLES.get(problem["type"], "").format(f"{name}{sign}") or None,
+    )
+
+
+_EXPECTED = {
+    "int_type": "it must be an integer",
+    "float_type": "it must be a number",
+    "bool_type": "it must be true or false",
+    "string_type": "it must be text",
+    "tuple_type": "it must be a list",
+    "dict_type": "it must be a group of keys",
+    "too_short": "it must name at least one",
+}
+_EXAMPLES = {"bool_type": "Write {0}true or {0}false.", "tuple_type": "Write it as a list: {0}[...]."}
 
 
 @functools.cache
