@@ -96,8 +96,9 @@ def main(
     import numpy as np
     from encode import provenance
 
-    from featcache.build import BuildRequest, build, pick_device
+    from featcache.build import build, pick_device
     from featcache.encoders import parse_encoders
+    from featcache.request import BuildRequest
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

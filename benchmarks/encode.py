@@ -316,8 +316,9 @@ def main(
     script_count: Annotated[int, typer.Option(help="Images for the extraction scripts' structure.")] = 256,
 ) -> None:
     """Measure and write benchmarks/results/encode_<name>.json."""
-    from featcache.build import BuildRequest, pick_device
+    from featcache.build import pick_device
     from featcache.encoders import parse_encoders, parse_levels
+    from featcache.request import BuildRequest
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

@@ -17,10 +17,11 @@ import numpy as np
 
 from featcache.captions import Captions, open_captions
 from featcache.decoders import check_decoder
-from featcache.encoders import TINY, EncoderChoice
+from featcache.encoders import TINY
 from featcache.errors import CacheError, UserError
 from featcache.images import CROP_NAME, Source, fingerprint, open_source, recorded_shapes
 from featcache.pipeline import Meter, Stage, Work, key_bytes, run_shards
+from featcache.request import BuildRequest
 from featcache.store import CacheWriter
 from featcache.store.layout import recommended_shard_size, stored_arrays
 from featcache.store.manifest import DatasetSpec, FeatureSpec
@@ -28,7 +29,6 @@ from featcache.store.manifest import DatasetSpec, FeatureSpec
 if TYPE_CHECKING:
     from featcache.workers import Ranks
 
-DEFAULT_CODECS = {"moments": "fp16", "levels": "int8", "tokens": "int8", "text": "fp16"}
 RESERVE_BYTES = 256 << 20  # free space to leave on the disk
 KEY_ALIGN = 8
 
@@ -41,50 +41,6 @@ class Progress(Protocol):
     def advance(self, images: int) -> None: ...
 
     def warn(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildRequest:
-    """Everything that ``featcache build`` was asked for, already parsed.
-
-    data: folder or embedded set; out: where the cache goes (None: ``./caches/<derived name>``); into: an existing cache
-    to add features to. codecs: storage codec for "moments", "levels", "tokens" and "text". format: ``zarr`` or ``wds``
-    (webdataset). compressor: ``zstd`` or ``blosc`` for zarr, None stores plainly. texts: text encoders. captions: a table
-    of captions, None takes the source's own; caption_key: where in ``.json``; captions_per_image: how many are kept, None
-    as many as the image with the most has. schedule: how torchrun's ranks share the shards, ``dynamic`` or ``static``.
-    """
-
-    data: str
-    encoders: tuple[EncoderChoice, ...] = ()
-    vae: str | None = None
-    levels: tuple[str, ...] = ()
-    resolution: int | None = None
-    limit: int | None = None
-    batch_size: int = 16
-    device: str = "auto"
-    weights_dir: Path | None = None
-    random_weights: int | None = None
-    on_bad_image: str = "fail"
-    final_norm: str = "auto"
-    precision: str = "auto"
-    compile: bool | None = None
-    out: Path | None = None
-    into: Path | None = None
-    codecs: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_CODECS))
-    flip: bool = False
-    shard_size: int | None = None
-    seed: int = 0
-    workers: int | None = None
-    decode: str | None = None
-    engine: str = "local"
-    ray_workers: int | None = None
-    format: str = "zarr"
-    compressor: str | None = None
-    texts: tuple[str, ...] = ()
-    captions: Path | None = None
-    caption_key: str | None = None
-    captions_per_image: int | None = None
-    schedule: str = "dynamic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +190,6 @@ def _prepare_texts(
 def _text_specs(request: BuildRequest, texts: _Texts) -> list[FeatureSpec]:
     if not texts.encoders:
         return []
-    codec = request.codecs.get("text", DEFAULT_CODECS["text"])
     specs = [
         FeatureSpec(name="text/count", shape=(), codec="raw", dtype="int32", provenance={"captions": texts.origin})
     ]
@@ -242,7 +197,7 @@ def _text_specs(request: BuildRequest, texts: _Texts) -> list[FeatureSpec]:
         record = {"captions": texts.origin, "versions": _versions("torch", "transformers", "tokenizers")}
         for name, shape in encoder.shapes.items():
             provenance = {**encoder.provenance[name], **record}
-            specs.append(FeatureSpec(name=name, shape=shape, codec=codec, provenance=provenance))
+            specs.append(FeatureSpec(name=name, shape=shape, codec=request.text_codec, provenance=provenance))
         provenance = {**encoder.provenance[encoder.lengths], **record}
         lengths = FeatureSpec(
             name=encoder.lengths, shape=(texts.per_image,), codec="raw", dtype="int32", provenance=provenance
@@ -446,7 +401,7 @@ def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
 
 
 def check_request(request: BuildRequest) -> None:
-    """Raises `UserError` for names and numbers that no build can mean."""
+    """Raises `UserError` for encoders that do not exist."""
     from featcache.encoders.custom import is_custom
     from featcache.encoders.table import ENCODERS, TEXTS
 
@@ -456,27 +411,9 @@ def check_request(request: BuildRequest) -> None:
                 f"unknown encoder {choice.name!r}",
                 remedy=f"Type --encoder with one of: {', '.join((*ENCODERS, TINY))}; or your own: path/to/file.py:name",
             )
-    if request.on_bad_image not in ("fail", "skip"):
-        raise UserError(
-            f"--on-bad-image {request.on_bad_image!r} is neither fail nor skip", remedy="Type one of the two."
-        )
     for name in request.texts:
         if name not in TEXTS:
             raise UserError(f"unknown text encoder {name!r}", remedy=f"Type --text with one of: {', '.join(TEXTS)}.")
-    if request.schedule not in ("dynamic", "static"):
-        raise UserError(f"unknown schedule {request.schedule!r}", remedy="Type --schedule dynamic or static.")
-    if request.engine not in ("local", "ray"):
-        raise UserError(f"unknown engine {request.engine!r}", remedy="Type --engine local or ray.")
-    for what, value in (
-        ("--limit", request.limit),
-        ("--batch-size", request.batch_size),
-        ("--shard-size", request.shard_size),
-        ("--captions-per-image", request.captions_per_image),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{what} {value} is less than 1", remedy=f"Type {what} with a positive number.")
-    if request.into is not None and request.out is not None:
-        raise UserError("--into and --out exclude each other", remedy="--into adds to a cache, --out makes a new one.")
 
 
 def _resolution(request: BuildRequest, existing: Any) -> int:
@@ -627,7 +564,7 @@ def _feature_specs(
                 FeatureSpec(
                     name=name,
                     shape=tuple(shape),
-                    codec=request.codecs.get(_kind(name), DEFAULT_CODECS[_kind(name)]),
+                    codec=request.codecs[_kind(name)],
                     views=views,
                     provenance={**encoder.provenance[name], "versions": versions},
                 )

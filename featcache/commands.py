@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
+from featcache.cli_build import request_of
 from featcache.console import ByteBar, console
 from featcache.errors import UserError
+from featcache.request import BuildRequest
+from featcache.settings import Given, takes
 
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. [default: all]")]
@@ -265,69 +268,24 @@ def import_latents(
     console.print(f"cache: [bold]{target}[/bold]   ({manifest.dataset.count} samples)")
 
 
+@takes(BuildRequest, but=["batch_size", "compile", "on_bad_image", "shard_size", "format", "compressor", "seed"])
 def plan(
-    data: Annotated[str | None, typer.Option(help="Images, as for build.")] = None,
-    encoder: Annotated[list[str] | None, typer.Option(help="As for build.")] = None,
-    vae: Annotated[str | None, typer.Option(help="As for build.")] = None,
-    vae_levels: Annotated[str | None, typer.Option(help="As for build.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text encoder, as for build.")] = None,
-    captions: Annotated[Path | None, typer.Option(help="CSV of captions, as for build.")] = None,
-    caption_key: Annotated[str | None, typer.Option(help="As for build.")] = None,
-    captions_per_image: Annotated[int | None, typer.Option(help="As for build.")] = None,
-    resolution: Annotated[str | None, typer.Option(help="[default: 256; 64 for shapes]")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the cache would lie.")] = None,
-    flip: Annotated[bool, typer.Option("--flip", help="With mirrored copies.")] = False,
-    moments_codec: Annotated[str, typer.Option(help="As for build.")] = "fp16",
-    levels_codec: Annotated[str, typer.Option(help="As for build.")] = "int8",
-    tokens_codec: Annotated[str, typer.Option(help="As for build.")] = "int8",
-    text_codec: Annotated[str, typer.Option(help="As for build.")] = "fp16",
-    into: Annotated[Path | None, typer.Option(help="As for build.")] = None,
-    precision: Annotated[str, typer.Option(help="As for build.")] = "auto",
-    decode: Annotated[str | None, typer.Option(help="As for build.")] = None,
+    given: Given,
     steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.")] = 2.0,
     batch: Annotated[int, typer.Option(help="Training batch to plan reading for.")] = 256,
     measure: Annotated[
         bool, typer.Option("--measure", help="Encode a few real images: rates, error of each precision and codec.")
     ] = False,
     images: Annotated[int, typer.Option(help="How many images --measure encodes.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
-    weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights.")] = None,
-    random_weights: Annotated[int | None, typer.Option(help="Seed of random encoder weights.")] = None,
 ) -> None:
     """What a build will cost: bytes, reading speed needed, encoding time, disk; with --measure also what precisions
     and codecs lose."""
-    from featcache.encoders import parse_encoders, parse_levels
-    from featcache.images import find_data
-
-    encoders, levels, found = parse_encoders(encoder or []), parse_levels(vae_levels), find_data(data, into=into)
-    from featcache.build import BuildRequest
-    from featcache.cli_build import parse_names, parse_resolution
+    request = request_of(given)
     from featcache.plan import estimate, print_estimate
 
-    request = BuildRequest(
-        data=found,
-        encoders=encoders,
-        vae=vae,
-        levels=levels,
-        resolution=parse_resolution(resolution),
-        limit=limit,
-        out=out,
-        into=into,
-        flip=flip,
-        codecs={"moments": moments_codec, "levels": levels_codec, "tokens": tokens_codec, "text": text_codec},
-        precision=precision,
-        decode=decode,
-        texts=parse_names(text),
-        captions=captions,
-        caption_key=caption_key,
-        captions_per_image=captions_per_image,
-        device=device,
-        weights_dir=weights_dir,
-        random_weights=random_weights,
-    )
     planned = estimate(request, measure=images if measure else 0)
-    print_estimate(planned, steps_per_s=steps_per_s, batch=batch, random=not measure or random_weights is not None)
+    random = not measure or request.random_weights is not None
+    print_estimate(planned, steps_per_s=steps_per_s, batch=batch, random=random)
 
 
 def register(app: typer.Typer) -> None:

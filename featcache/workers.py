@@ -22,7 +22,8 @@ from featcache.pipeline import Meter, Stage, run_shards
 from featcache.store import CacheWriter
 
 if TYPE_CHECKING:
-    from featcache.build import BuildRequest, BuildResult, Progress
+    from featcache.build import BuildResult, Progress
+    from featcache.request import BuildRequest
 
 
 MAX_WAIT = timedelta(days=14)  # the first rank to be done waits for the last

@@ -228,9 +228,10 @@ def _open_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
 
 
 def _build_cache(settings: Settings, path: Path) -> Path:
-    from featcache.build import BuildRequest, build
+    from featcache.build import build
     from featcache.encoders import parse_encoders
     from featcache.progress import RichProgress
+    from featcache.request import BuildRequest
 
     request = BuildRequest(
         data="shapes",

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build import BuildRequest, build, derived_name, sample_order
+from featcache.build import build, derived_name, sample_order
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.tiny import load_tiny_vae
@@ -29,6 +29,7 @@ from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.images import center_crop, find_data, open_source
 from featcache.inspect import contact_sheet, images_of, pca_rgb, read_feature
+from featcache.request import BuildRequest
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -231,7 +232,7 @@ def test_bad_image_fails_by_name_or_is_skipped_and_recorded(tmp_path: Path) -> N
 
 def test_flip_caches_the_mirror_image_as_second_view(tmp_path: Path) -> None:
     build(
-        request(tmp_path / "f", flip=True, limit=4, codecs={"moments": "fp32", "levels": "fp32", "tokens": "fp32"}),
+        request(tmp_path / "f", flip=True, limit=4, moments_codec="fp32", levels_codec="fp32", tokens_codec="fp32"),
         Silent(),
     )
     cache = featcache.open(tmp_path / "f")
@@ -293,10 +294,10 @@ CASES = [
     (("--data", "shapes", "--vae", "tiny", "--encoder", "absent.py:net"), "absent.py"),
     (("--data", "shapes", "--encoder", "tiny", "--vae", "nowhere"), "config.json"),
     (("--data", "shapes", "--encoder", "tiny", "--limit", "0"), "--limit"),
-    (("--data", "shapes", "--encoder", "tiny", "--on-bad-image", "ignore"), "fail nor skip"),
+    (("--data", "shapes", "--encoder", "tiny", "--on-bad-image", "ignore"), "fail, skip"),
     (("--encoder", "tiny"), "--data"),
     (("--data", "shapes", "--encoder", "tiny", "--decode", "gif"), "pil, turbo, nvjpeg"),
-    (("--data", "shapes", "--encoder", "tiny", "--schedule", "random"), "dynamic or static"),
+    (("--data", "shapes", "--encoder", "tiny", "--schedule", "random"), "dynamic, static"),
     (("--data", "shapes", "--encoder", "tiny", "--text", "tiny", "--text-codec", "int3"), "int3"),
     (("--data", "shapes", "--encoder", "tiny", "--caption-key", "alt"), "--text clip-l"),
     (("--data", "shapes", "--into", "nocache", "--encoder", "tiny"), "nocache"),

@@ -18,10 +18,11 @@ import pytest
 
 import featcache
 from featcache import workers
-from featcache.build import BuildRequest, _Shared, build, lead, prepare, prepare_together
+from featcache.build import _Shared, build, lead, prepare, prepare_together
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.pipeline import Meter, Stage, run_shards
+from featcache.request import BuildRequest
 from featcache.store import CacheWriter
 from featcache.workers import Ranks
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build import BuildRequest, build, sample_order
+from featcache.build import build, sample_order
 from featcache.encoders import EncoderChoice
 from featcache.encoders.base import Compute, WeightsSource
 from featcache.encoders.vision import VisionEncoder
@@ -18,6 +18,7 @@ from featcache.errors import UserError
 from featcache.fidelity import fidelity
 from featcache.images import open_source
 from featcache.plan import estimate
+from featcache.request import BuildRequest
 from featcache.store.manage import cache_bytes
 
 

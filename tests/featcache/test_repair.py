@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.build import BuildRequest, build
+from featcache.build import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.repair import repair_shards
+from featcache.request import BuildRequest
 from featcache.store.verify import verify
 
 

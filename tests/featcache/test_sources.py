@@ -18,9 +18,10 @@ from PIL import Image
 from web_server import serve
 
 import featcache
-from featcache.build import BuildRequest, build
+from featcache.build import build
 from featcache.errors import UserError
 from featcache.images import BadImage, Source, fingerprint, open_source
+from featcache.request import BuildRequest
 from featcache.sources.archives import _expanded, index_folder
 
 CLASSES = {"n01": 3, "n02": 2, "n03": 4}

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build import BuildRequest, build
+from featcache.build import build
 from featcache.captions import open_captions, read_table
 from featcache.encoders.base import Compute, WeightsSource, upload
 from featcache.encoders.table import TEXTS
@@ -25,6 +25,7 @@ from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
 from featcache.errors import CacheError, UserError
 from featcache.images import open_source
 from featcache.inspect import read_feature
+from featcache.request import BuildRequest
 
 TINY = TEXTS["tiny"]
 
@@ -458,7 +459,7 @@ def test_text_joins_a_cache_without_reading_an_image(
     build(replace(ask, texts=()), Quiet())
     with monkeypatch.context() as patch:
         patch.setattr("featcache.images.FolderSource.read", lambda *_: pytest.fail("an image was read"))
-        adding = replace(ask, out=None, into=tmp_path / "c", vae=None, captions=table, codecs={"text": "int8"})
+        adding = replace(ask, out=None, into=tmp_path / "c", vae=None, captions=table, text_codec="int8")
         progress = Quiet()
         build(adding, progress)
     assert any("4 of 6 images have no caption" in text for text in progress.warnings)

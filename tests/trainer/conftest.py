@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_runs import add_nano
 
-from featcache.build import BuildRequest, build
+from featcache.build import build
 from featcache.encoders import EncoderChoice
+from featcache.request import BuildRequest
 from trainer.models.config import SIZES
 
 

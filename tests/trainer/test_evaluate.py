@@ -403,7 +403,8 @@ class Silent:
 
 def build_cache(path: Path, data: str, **options: object) -> Path:
     """A small cache of the tiny VAE's moments."""
-    from featcache.build import BuildRequest, build
+    from featcache.build import build
+    from featcache.request import BuildRequest
 
     request = BuildRequest(data=data, vae="tiny", resolution=SIDE, device="cpu", out=path, **options)  # type: ignore[arg-type]
     return build(request, Silent()).path

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.build import BuildRequest, build
+from featcache.build import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
+from featcache.request import BuildRequest
 from trainer import runs
 from trainer.config import RunConfig
 from trainer.diffusion.interval import Interval

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from featcache.errors import UserError
 from trainer.config import from_mapping
 from trainer.diffusion.interval import Interval
-from trainer.recipes import Sampling
+from trainer.published import Sampling
 
 TIMES = st.floats(0, 1)
 

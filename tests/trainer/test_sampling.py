@@ -20,9 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from featcache.build import BuildRequest, build
+from featcache.build import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
+from featcache.request import BuildRequest
 from trainer import sampling
 from trainer.config import RunConfig
 from trainer.diffusion.ddpm import linear_schedule

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError
-from trainer.align.options import suggest
+from featcache.settings import suggest
 
 if TYPE_CHECKING:
     from trainer.align.base import Alignment, BackboneInfo, FeatureInfo, MethodConfig

@@ -8,18 +8,18 @@ with the result. Equation, table and appendix numbers are the paper's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from featcache.errors import UserError
+from featcache.settings import Count, Counts, Distinct, NotNegative, Positive, settings
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo, cosine_per_token
-from trainer.align.features import GROUPS, require
+from trainer.align.features import require
 from trainer.align.heads import build_head, square_side, tap_depth, to_grid
 from trainer.align.losses import l1, negative_cosine, smooth_l1
-from trainer.align.options import check_choice, check_int, check_real, freeze_tuple
 from trainer.align.router import (
     AttentionRouter,
     MlpRouter,
@@ -31,6 +31,7 @@ from trainer.align.router import (
     build_time_embedding,
 )
 
+Group = Literal["G1", "G2", "G3", "G4"]
 RouterKind = Literal["mlp", "static", "linear", "table", "attention", "content"]
 TimeEmbedding = Literal["linear", "sinusoidal", "fourier"]
 Head = Literal["conv1", "conv2", "conv3", "conv5", "linear", "mlp3", "mlp5"]
@@ -40,7 +41,7 @@ Loss = Literal["cosine", "l1", "smooth-l1"]
 DEPTHS = {"B": 3, "L": 6, "XL": 7}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(where="ahpa")
 class AhpaConfig:
     """Options of AHPA; the defaults are the paper's final configuration (Table A.9, row (l) of Table D.13).
 
@@ -61,54 +62,31 @@ class AhpaConfig:
         several, each has its own head and their losses are averaged (ours; Table 1 says "simultaneously").
     """
 
-    groups: tuple[str, ...] = ("G3", "G4")
-    split: tuple[int, ...] | None = None
+    groups: Annotated[tuple[Group, ...], Field(strict=False, min_length=1), Distinct] = ("G3", "G4")
+    split: Counts | None = None
     router: RouterKind = "mlp"
     time_embedding: TimeEmbedding = "linear"
-    router_depth: int = 4
-    router_width: int = 256
-    time_width: int = 128
-    bins: int = 10
-    prototypes: int = 16
-    fourier_scale: float = 16.0
+    router_depth: Count = 4
+    router_width: Count = 256
+    time_width: Count = 128
+    bins: Count = 10
+    prototypes: Count = 16
+    fourier_scale: Positive = 16.0
     head: Head = "conv1"
-    head_width: int | None = None
+    head_width: Count | None = None
     loss: Loss = "cosine"
-    weight: float = 1.0
-    depths: tuple[int, ...] = ()
+    weight: NotNegative = 1.0
+    depths: Annotated[Counts, Distinct] = ()
 
     def __post_init__(self) -> None:
-        freeze_tuple(self, "ahpa", "groups", str)
-        if not self.groups:
-            raise UserError("ahpa: groups is empty", remedy=f"Name at least one of {', '.join(GROUPS)}.")
-        for group in self.groups:
-            check_choice("ahpa", "groups", group, GROUPS)
         object.__setattr__(self, "groups", tuple(sorted(self.groups)))
-        if self.split is not None:
-            split = self.split
-            if not isinstance(split, list | tuple) or len(split) != len(self.groups):
-                raise UserError(
-                    f"ahpa: split={split!r} does not give {len(self.groups)} numbers of layers",
-                    remedy="Write e.g. split=[2, 6] with groups=[G3, G4].",
-                )
-            for count in split:
-                check_int("ahpa", "split", count)
-            object.__setattr__(self, "split", tuple(split))
-        check_choice("ahpa", "router", self.router, get_args(RouterKind))
-        check_choice("ahpa", "time_embedding", self.time_embedding, get_args(TimeEmbedding))
-        for option in ("router_depth", "router_width", "time_width", "bins", "prototypes"):
-            check_int("ahpa", option, getattr(self, option))
+        if self.split is not None and len(self.split) != len(self.groups):
+            raise UserError(
+                f"ahpa: split={list(self.split)} does not give {len(self.groups)} numbers of layers",
+                remedy="Write e.g. split=[2, 6] with groups=[G3, G4].",
+            )
         if self.time_width % 2:
             raise UserError(f"ahpa: time_width={self.time_width} is odd", remedy="Use an even width, e.g. 128.")
-        check_real("ahpa", "fourier_scale", self.fourier_scale, exclude_low=True)
-        check_choice("ahpa", "head", self.head, get_args(Head))
-        if self.head_width is not None:
-            check_int("ahpa", "head_width", self.head_width)
-        check_choice("ahpa", "loss", self.loss, get_args(Loss))
-        check_real("ahpa", "weight", self.weight)
-        freeze_tuple(self, "ahpa", "depths", int)
-        for depth in self.depths:
-            check_int("ahpa", "depths", depth)
 
     def required(self) -> tuple[str, ...]:
         return tuple(f"vae/{group}" for group in self.groups)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from featcache.errors import CacheError, UserError
+from featcache.settings import Count, Index, NotNegative, Share, settings
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo, cosine_per_token
 from trainer.align.features import encoder_layers, only_encoder, require
 from trainer.align.heads import build_head, square_side, tap_depth, to_grid
-from trainer.align.options import check_choice, check_int, check_real
 
 Modulation = Literal["texture", "both"]
 
@@ -26,7 +25,7 @@ Modulation = Literal["texture", "both"]
 DEPTHS = {"B": 6, "L": 8, "XL": 8}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(where="dya")
 class DyaConfig:
     """Options of DyA.
 
@@ -47,33 +46,26 @@ class DyaConfig:
     """
 
     encoder: str | None = None
-    texture_layer: int | None = None
-    semantic_layer: int | None = None
-    depth: int | None = None
-    weight: float = 1.0
+    texture_layer: Index | None = None
+    semantic_layer: Index | None = None
+    depth: Count | None = None
+    weight: NotNegative = 1.0
     modulation: Modulation = "texture"
-    dropout: float = 0.25
-    truncate_at: int | None = None
-    head_width: int = 2048
+    dropout: Share = 0.25
+    truncate_at: Index | None = None
+    head_width: Count = 2048
 
     def __post_init__(self) -> None:
-        if self.encoder is not None and (not isinstance(self.encoder, str) or "@" in self.encoder):
+        if self.encoder is not None and "@" in self.encoder:
             raise UserError(
                 f"dya: encoder={self.encoder!r} is not an encoder's name",
                 remedy="Write e.g. encoder=dinov2-b; layers are given by texture_layer and semantic_layer.",
             )
-        for option, low in (("texture_layer", 0), ("semantic_layer", 0), ("depth", 1), ("truncate_at", 0)):
-            if getattr(self, option) is not None:
-                check_int("dya", option, getattr(self, option), low=low)
         if self.texture_layer is not None and self.texture_layer == self.semantic_layer:
             raise UserError(
                 f"dya: texture_layer and semantic_layer are both {self.texture_layer}",
                 remedy="Give two different layers, e.g. 9 and 11; repa aligns with one.",
             )
-        check_real("dya", "weight", self.weight)
-        check_choice("dya", "modulation", self.modulation, get_args(Modulation))
-        check_real("dya", "dropout", self.dropout, high=1.0)
-        check_int("dya", "head_width", self.head_width)
 
     def required(self) -> tuple[str, ...]:
         encoder = self.encoder or "<encoder>"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from featcache.errors import CacheError, UserError
-from trainer.align.options import suggest
+from featcache.settings import suggest
 
 if TYPE_CHECKING:
     from trainer.align.base import FeatureInfo

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
+from featcache.settings import settings
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(where="none")
 class NoneConfig:
     """``none`` has no options."""
 

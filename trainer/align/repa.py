@@ -8,17 +8,16 @@ for all methods.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from featcache.settings import Count, Names, NotNegative, Positive, Share, settings
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo, cosine_per_token
 from trainer.align.features import LAST_LAYER, check_token_name, last_layer, require
 from trainer.align.heads import build_head, square_side, tap_depth, to_grid
 from trainer.align.losses import negative_cosine, normalize_over_space, nt_xent
-from trainer.align.options import check_choice, check_int, check_real, freeze_tuple
 
 Head = Literal["mlp", "conv"]
 Loss = Literal["cosine", "nt-xent"]
@@ -27,7 +26,7 @@ Loss = Literal["cosine", "nt-xent"]
 DEPTHS = {"B": 4, "L": 8, "XL": 8}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(where="repa")
 class RepaConfig:
     """Options of REPA.
 
@@ -43,28 +42,18 @@ class RepaConfig:
     spatial_gamma: None, or gamma of iREPA's spatial normalisation of the target (0.6 in latent diffusion).
     """
 
-    features: tuple[str, ...] = ()
-    depth: int | None = None
-    weight: float = 0.5
+    features: Names = ()
+    depth: Count | None = None
+    weight: NotNegative = 0.5
     loss: Loss = "cosine"
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     head: Head = "mlp"
-    head_width: int = 2048
-    spatial_gamma: float | None = None
+    head_width: Count = 2048
+    spatial_gamma: Share | None = None
 
     def __post_init__(self) -> None:
-        freeze_tuple(self, "repa", "features", str)
         for name in self.features:
             check_token_name("repa", "features", name)
-        if self.depth is not None:
-            check_int("repa", "depth", self.depth)
-        check_real("repa", "weight", self.weight)
-        check_choice("repa", "loss", self.loss, get_args(Loss))
-        check_real("repa", "temperature", self.temperature, exclude_low=True)
-        check_choice("repa", "head", self.head, get_args(Head))
-        check_int("repa", "head_width", self.head_width)
-        if self.spatial_gamma is not None:
-            check_real("repa", "spatial_gamma", self.spatial_gamma, high=1.0)
 
     def required(self) -> tuple[str, ...]:
         return self.features or (LAST_LAYER,)

@@ -7,20 +7,19 @@ Equation and table numbers are the paper's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featcache.errors import UserError
+from featcache.settings import Count, NotNegative, settings
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo, cosine_per_token
 from trainer.align.discriminator import TokenDiscriminator, frozen
 from trainer.align.features import LAST_LAYER, check_token_name, last_layer, require
 from trainer.align.heads import build_head, square_side, tap_depth, to_grid
 from trainer.align.losses import negative_cosine, structure
-from trainer.align.options import check_choice, check_int, check_real
 
 Reduction = Literal["mean", "sum"]
 Norm = Literal["group", "batch"]
@@ -29,7 +28,7 @@ Norm = Literal["group", "batch"]
 DEPTHS = {"B": 4, "L": 8, "XL": 8}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(where="sara")
 class SaraConfig:
     """Options of SARA. A weight of 0 switches its term off, computation included (rows of Table 2).
 
@@ -49,33 +48,25 @@ class SaraConfig:
     """
 
     feature: str | None = None
-    depth: int | None = None
-    patch_weight: float = 0.5
-    structure_weight: float = 0.5
-    adversarial_weight: float = 0.05
+    depth: Count | None = None
+    patch_weight: NotNegative = 0.5
+    structure_weight: NotNegative = 0.5
+    adversarial_weight: NotNegative = 0.05
     structure_reduction: Reduction = "mean"
-    adversary_every: int = 5
+    adversary_every: Count = 5
     discriminator_weights: str = "auto"
     discriminator_norm: Norm = "group"
-    head_width: int = 2048
+    head_width: Count = 2048
 
     def __post_init__(self) -> None:
         if self.feature is not None:
             check_token_name("sara", "feature", self.feature)
-        if self.depth is not None:
-            check_int("sara", "depth", self.depth)
         weights = ("patch_weight", "structure_weight", "adversarial_weight")
-        for option in weights:
-            check_real("sara", option, getattr(self, option))
         if not any(getattr(self, option) for option in weights):
             raise UserError(
                 "sara: all three weights are 0, so nothing is aligned",
                 remedy=f"Give one of {', '.join(weights)} a positive value, or use method none.",
             )
-        check_choice("sara", "structure_reduction", self.structure_reduction, get_args(Reduction))
-        check_int("sara", "adversary_every", self.adversary_every)
-        check_choice("sara", "discriminator_norm", self.discriminator_norm, get_args(Norm))
-        check_int("sara", "head_width", self.head_width)
         chosen = self.discriminator_weights
         if chosen not in ("auto", "random") and not str(chosen).endswith(".safetensors"):
             raise UserError(

@@ -6,16 +6,15 @@ Reads nothing from the cache; taps one early block and asks the EMA teacher for 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor, nn
 
 from featcache.errors import UserError
+from featcache.settings import Count, NotNegative, Positive, Share, settings
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo, cosine_per_token
 from trainer.align.heads import mlp, tap_depth
 from trainer.align.losses import negative_cosine, smooth_l1
-from trainer.align.options import check_choice, check_flag, check_int, check_real
 
 Loss = Literal["smooth-l1", "cosine"]
 Interval = Literal["uniform", "fixed"]
@@ -24,7 +23,7 @@ STUDENT_DEPTHS = {"B": 3, "L": 6, "XL": 8}
 TEACHER_DEPTHS = {"SiT": {"B": 8, "L": 16, "XL": 20}, "DiT": {"B": 7, "L": 14, "XL": 16}}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(where="sra")
 class SraConfig:
     """Options of SRA.
 
@@ -42,26 +41,15 @@ class SraConfig:
     head_width: inner width of the MLP; None: the backbone's (ours).
     """
 
-    student_depth: int | None = None
-    teacher_depth: int | None = None
-    interval: float = 0.2
+    student_depth: Count | None = None
+    teacher_depth: Count | None = None
+    interval: Share = 0.2
     interval_kind: Interval = "uniform"
-    weight: float = 0.2
+    weight: NotNegative = 0.2
     loss: Loss = "smooth-l1"
-    beta: float = 0.05
+    beta: Positive = 0.05
     head: bool = True
-    head_width: int | None = None
-
-    def __post_init__(self) -> None:
-        for option in ("student_depth", "teacher_depth", "head_width"):
-            if getattr(self, option) is not None:
-                check_int("sra", option, getattr(self, option))
-        check_real("sra", "interval", self.interval, high=1.0)
-        check_choice("sra", "interval_kind", self.interval_kind, get_args(Interval))
-        check_real("sra", "weight", self.weight)
-        check_choice("sra", "loss", self.loss, get_args(Loss))
-        check_real("sra", "beta", self.beta, exclude_low=True)
-        check_flag("sra", "head", self.head)
+    head_width: Count | None = None
 
     def required(self) -> tuple[str, ...]:
         return ()

@@ -6,15 +6,14 @@ Our sources give the target and the idea of a light projection; depth, head, dis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
+from featcache.settings import Count, NotNegative, Positive, settings
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo, cosine_per_token
 from trainer.align.heads import build_head, tap_depth
 from trainer.align.losses import negative_cosine, smooth_l1
-from trainer.align.options import check_choice, check_int, check_real
 
 Loss = Literal["smooth-l1", "cosine"]
 Head = Literal["mlp", "conv", "linear"]
@@ -23,7 +22,7 @@ Head = Literal["mlp", "conv", "linear"]
 DEPTHS = {"B": 4, "L": 8, "XL": 8}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(where="sra2")
 class Sra2Config:
     """Options of SRA 2. All defaults are ours: REPA's depth and head, SRA's distance and weight.
 
@@ -36,21 +35,12 @@ class Sra2Config:
     head_width: inner width of the MLP.
     """
 
-    depth: int | None = None
-    weight: float = 0.2
+    depth: Count | None = None
+    weight: NotNegative = 0.2
     loss: Loss = "smooth-l1"
-    beta: float = 0.05
+    beta: Positive = 0.05
     head: Head = "mlp"
-    head_width: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.depth is not None:
-            check_int("sra2", "depth", self.depth)
-        check_real("sra2", "weight", self.weight)
-        check_choice("sra2", "loss", self.loss, get_args(Loss))
-        check_real("sra2", "beta", self.beta, exclude_low=True)
-        check_choice("sra2", "head", self.head, get_args(Head))
-        check_int("sra2", "head_width", self.head_width)
+    head_width: Count = 2048
 
     def required(self) -> tuple[str, ...]:
         return ()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from featcache.errors import UserError
-from trainer.align.options import suggest
+from featcache.settings import Count, Index, Names, settings, suggest
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class AnalyzeConfig:
     """Options of all diagnostics.
 
@@ -38,49 +39,40 @@ class AnalyzeConfig:
         the mean is removed first. patch: row-major index of the reference patch (None: the token that stands out most).
     """
 
-    step: int | None = None
+    step: Index | None = None
     weights: Literal["auto", "ema", "model"] = "auto"
     labels: Literal["null", "given"] = "null"
-    block: int | None = None
+    block: Count | None = None
 
-    samples: int | None = None
-    gradient_samples: int = 128
-    images: int = 3
-    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    bins: int = 10
-    seed: int = 0
-    batch_size: int = 32
+    samples: Annotated[int, Field(ge=8)] | None = None
+    gradient_samples: Annotated[int, Field(ge=2)] = 128
+    images: Count = 3
+    times: Annotated[tuple[float, ...], Field(strict=False)] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    bins: Count = 10
+    seed: Index = 0
+    batch_size: Count = 32
 
     gsnr: Literal["plugin", "unbiased"] = "plugin"
     wrt: Literal["hidden", "block"] = "hidden"
     cknna: Literal["unbiased", "biased", "paper"] = "unbiased"
     cka: Literal["biased", "unbiased"] = "biased"
-    k: int = 10
+    k: Count = 10
     normalize: Literal["none", "l2"] = "none"
-    against: tuple[str, ...] = ()
-    pairs: tuple[str, ...] = ()
-    checkpoints: int = 6
-    probe_epochs: int = 90
-    probe_batch: int | None = None
-    probe_folds: int | None = None
-    spectrum_top: int = 50
+    against: Names = ()
+    pairs: Names = ()
+    checkpoints: Count = 6
+    probe_epochs: Count = 90
+    probe_batch: Count | None = None
+    probe_folds: Count | None = None
+    spectrum_top: Count = 50
     spectrum_centred: bool = True
-    patch: int | None = None
+    patch: Index | None = None
 
     device: str = "auto"
     data: str | None = None
     weights_dir: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"gradient_samples": 2, "images": 1, "bins": 1, "batch_size": 1, "k": 1, "checkpoints": 1}
-        least |= {"probe_epochs": 1, "spectrum_top": 1, "seed": 0}
-        least |= {"block": 1, "samples": 8, "probe_batch": 1, "probe_folds": 1, "patch": 0}
-        for key, low in least.items():
-            value = getattr(self, key)
-            if value is not None and value < low:
-                raise UserError(
-                    f"{key} is {value}, but it must be at least {low}", remedy=f"Type --set {key}={low} or more."
-                )
         if not self.times or any(not 0 < t < 1 for t in self.times):
             raise UserError(
                 f"times are {list(self.times)}, but they must lie between 0 (data) and 1 (noise)",

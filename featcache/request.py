@@ -1,0 +1,131 @@
+"""What a build is asked for: each setting of ``featcache build`` and ``featcache plan`` is declared here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
+from featcache.errors import UserError
+from featcache.settings import Count, FilePath, Index, Names, Option, settings
+
+Codec = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+_CODECS = "fp32, fp16, bf16, int8, fp8 or int4."
+_DATA = (
+    "Images: a folder (one folder per class), a .tar or .zip, webdataset shards, parquet files, s3:// or hf:// shards, "
+    "or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+)
+
+
+def parse_names(texts: Sequence[str]) -> tuple[str, ...]:
+    """``["clip-l,tiny"]`` or ``["clip-l", "tiny"]`` => names, each once."""
+    return tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
+
+
+def parse_resolution(text: str) -> int:
+    """``"256"`` => 256. Raises `UserError` for anything but a number, rectangles among them."""
+    if not text.isdigit():
+        shape = "crops are square, so it is one number" if "x" in text else "it must be a number of pixels"
+        raise UserError(f"--resolution {text}: {shape}", remedy="Type --resolution 256 (or 64, 128, 512).")
+    return int(text)
+
+
+@settings
+class BuildRequest:
+    """Everything that a build is asked for, parsed.
+
+    data: folder, archive, shards or embedded set. out: where the cache goes (None: ``./caches/<derived name>``); into:
+    an existing cache to add features to. captions: a table of captions, None takes the source's own.
+    """
+
+    data: Annotated[str, Option(_DATA)]
+    encoders: Annotated[
+        tuple[EncoderChoice, ...],
+        Option(
+            "Encoder, with layers after @: dinov2-b, dinov2-b@9,11, tiny, my.py:name. Repeatable.",
+            flag="--encoder",
+            typed=list[str],
+            parse=parse_encoders,
+        ),
+    ] = ()
+    vae: Annotated[str | None, Option("VAE or folder of one. [default: sd-ft-ema; tiny with --encoder tiny]")] = None
+    levels: Annotated[
+        tuple[str, ...],
+        Option("VAE encoder groups to keep, e.g. G3,G4 for AHPA.", flag="--vae-levels", typed=str, parse=parse_levels),
+    ] = ()
+    texts: Annotated[
+        Names,
+        Option(
+            "Text encoder over captions: clip-l, tiny (docs/encoders.md). Repeatable.",
+            flag="--text",
+            typed=list[str],
+            parse=parse_names,
+        ),
+    ] = ()
+    captions: Annotated[
+        FilePath | None,
+        Option("CSV with columns key and captions. [default: webdataset's .txt or .json, shapes' own]"),
+    ] = None
+    caption_key: Annotated[
+        str | None, Option("Key of the captions in webdataset's .json. [default: .txt, caption, ...]")
+    ] = None
+    captions_per_image: Annotated[
+        Count | None, Option("How many captions to keep. [default: as many as the image with the most]")
+    ] = None
+    resolution: Annotated[
+        int | None,
+        Option("Side of the square crop in pixels. [default: 256; 64 for shapes]", typed=str, parse=parse_resolution),
+    ] = None
+    limit: Annotated[Count | None, Option("Encode only so many images, a seeded random choice.")] = None
+    out: Annotated[
+        FilePath | None, Option("Folder of the new cache. [default: ./caches/<name from what is built>]")
+    ] = None
+    into: Annotated[FilePath | None, Option("Existing cache to add features to.")] = None
+    batch_size: Annotated[Count, Option("Images an encoder sees at once.")] = 16
+    device: Annotated[str, Option("cpu, cuda, cuda:N or auto.")] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16"],
+        Option("fp32, tf32 or bf16; auto is fp32 on the CPU and tf32 on a GPU."),
+    ] = "auto"
+    compile: Annotated[bool | None, Option("Compile the encoders. [default: on a GPU]")] = None
+    weights_dir: Annotated[FilePath | None, Option("Folder with pretrained weights, searched before the hub.")] = None
+    random_weights: Annotated[
+        Index | None, Option("Seed of random encoder weights, to try things out without pretrained ones.")
+    ] = None
+    on_bad_image: Annotated[Literal["fail", "skip"], Option("fail, or skip (recorded in the manifest).")] = "fail"
+    final_norm: Annotated[
+        Literal["auto", "all", "last", "none"],
+        Option("Encoder's final norm on: all cached layers, last, none, auto (docs/encoders.md)."),
+    ] = "auto"
+    moments_codec: Annotated[Literal["fp32", "fp16"], Option("fp32 or fp16.")] = "fp16"
+    levels_codec: Annotated[Codec, Option(_CODECS)] = "int8"
+    tokens_codec: Annotated[Codec, Option(_CODECS)] = "int8"
+    text_codec: Annotated[Codec, Option(_CODECS)] = "fp16"
+    flip: Annotated[bool, Option("Also cache mirrored copies, as a second view.")] = False
+    shard_size: Annotated[Count | None, Option("Samples per shard. [default: by size]")] = None
+    format: Annotated[Literal["zarr", "wds"], Option("zarr, or wds (webdataset tars).")] = "zarr"
+    compressor: Annotated[Literal["zstd", "blosc"] | None, Option("zstd or blosc, for zarr. [default: none]")] = None
+    seed: Annotated[Index, Option("Seed of the samples' order.")] = 0
+    workers: Annotated[Count | None, Option("Decoding threads. [default: one per core]")] = None
+    decode: Annotated[str | None, Option("pil (exact, default) or turbo (faster; docs/sources.md).")] = None
+    engine: Annotated[Literal["local", "ray"], Option("local (also under torchrun), or ray (docs/clusters.md).")] = (
+        "local"
+    )
+    schedule: Annotated[
+        Literal["dynamic", "static"],
+        Option("How torchrun's ranks share shards: dynamic (the next free one) or static."),
+    ] = "dynamic"
+    ray_workers: Annotated[Count | None, Option("Ray actors. [default: one per GPU of the cluster, or per core]")] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        if self.into is not None and self.out is not None:
+            raise UserError(
+                "--into and --out exclude each other", remedy="--into adds to a cache, --out makes a new one."
+            )
+
+    @property
+    def codecs(self) -> Mapping[str, str]:
+        """Kind of feature ("moments", "levels", "tokens", "text") -> storage codec."""
+        return {kind: getattr(self, f"{kind}_codec") for kind in ("moments", "levels", "tokens", "text")}

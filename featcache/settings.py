@@ -1,0 +1,307 @@
+"""Settings declared once: a field of a frozen dataclass is its type, its default, its check and its option.
+
+    @settings
+    class BuildRequest:
+        batch_size: Annotated[Count, Option("Images an encoder sees at once.")] = 16
+
+    @app.command()
+    @takes(BuildRequest)
+    def build(given: Given) -> None:
+        request = from_typed(BuildRequest, given)
+
+Values are checked alike wherever they come from (Python, YAML, the command line), and strictly: True is not a number,
+nor is "5". A list will do for a tuple and a string for a path, since YAML has neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, overload
+
+import pydantic
+import typer
+from pydantic import Field
+
+from featcache.errors import UserError
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+Given = dict[str, Any]
+"""What was typed of a command's options: name of the field -> value. Options that were not typed are absent."""
+
+# Beyond these no arithmetic downstream holds: steps times the batch size counts samples in 64 bits.
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("it names something twice")
+    return values
+
+
+Distinct = pydantic.AfterValidator(_distinct)
+FilePath = Annotated[Path, Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False), Distinct]
+Counts = Annotated[tuple[Count, ...], Field(strict=False)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """How a field appears on a command line. Without one, a field is no option (``--set`` may reach it still).
+
+    help: one sentence; the default is added to it unless the sentence tells one. flag: if it is not ``--`` and the
+    field's name. typed, parse: what is typed, where that is not the field's own type, and the function that turns it
+    into the field's value.
+    """
+
+    help: str
+    flag: str | None = None
+    typed: Any = None
+    parse: Callable[[Any], Any] | None = None
+
+
+@overload
+def settings(cls: type[T], /) -> type[T]: ...
+
+
+@overload
+def settings(*, where: str) -> Callable[[type[T]], type[T]]: ...
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def settings(cls: type[T] | None = None, /, *, where: str = "") -> type[T] | Callable[[type[T]], type[T]]:
+    """A frozen, keyword-only dataclass whose fields are validated; what is wrong is a `UserError`.
+
+    where: goes before the fields' names in errors (``ahpa``: "ahpa.head = ...").
+    """
+    if cls is None:
+        return functools.partial(_settings, where=f"{where}.")
+    return _settings(cls, where="")
+
+
+def _settings(cls: type[T], *, where: str) -> type[T]:
+    config = pydantic.ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+    made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    validate = made.__init__
+
+    @functools.wraps(validate)
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            validate(self, **values)
+        except pydantic.ValidationError as error:
+            raise _explain(error, type(self), lambda name: where + name) from error
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return typing.cast("type[T]", made)
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+    """An instance of a class of settings from plain values; ``where`` goes before the fields' names in errors.
+
+    Raises:
+        UserError: an unknown key (with the nearest valid one), or a value that does not fit.
+    """
+    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    for key in values:
+        if key not in fields:
+            near = suggest(key, [prefix + name for name in fields], shown=f"{prefix}{key}")
+            raise UserError(
+                f"unknown key {prefix}{key}", remedy=near.strip() or f"Valid keys: {', '.join(sorted(fields))}"
+            )
+    try:
+        return cls(**values)
+    except UserError as error:
+        cause = error.__cause__
+        if prefix and isinstance(cause, pydantic.ValidationError):
+            raise _explain(cause, cls, lambda name: prefix + name) from cause
+        raise
+
+
+def from_typed(cls: type[T], given: Given, **others: Any) -> T:
+    """Settings from what was typed (and ``others``, which were not); errors name the options.
+
+    Raises:
+        UserError: a value that does not fit.
+    """
+    try:
+        return cls(**given, **others)
+    except UserError as error:
+        if isinstance(error.__cause__, pydantic.ValidationError):
+            flags = {name: _flag(name, option) for name, option in options_of(cls).items()}
+            raise _explain(error.__cause__, cls, lambda name: flags.get(name, name)) from error.__cause__
+        raise
+
+
+def to_mapping(instance: Any) -> dict[str, Any]:
+    """Plain values of settings, such as YAML holds and `from_mapping` reads back: lists, mappings, strings, numbers."""
+    return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_mapping(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def suggest(value: object, choices: Collection[str], *, shown: str | None = None) -> str:
+    """``"Did you mean 'x'? "`` for a near miss, else an empty string."""
+    near = difflib.get_close_matches(shown or str(value), list(choices), n=1)
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], str]) -> UserError:
+    """The first problem in our words: which field (as it is ``shown``), what it is, what it must be."""
+    problem = error.errors(include_url=False)[0]
+    field = str(problem["loc"][0])
+    name, value, context = shown(field), problem["input"], problem.get("ctx", {})
+    choices = [str(choice) for choice in _choices(_hint(cls, field))] if field in _hints(cls) else []
+    sign = " " if name.startswith("-") else "="
+    match problem["type"]:
+        case "unexpected_keyword_argument":
+            raise TypeError(f"{cls.__name__} has no field {field}") from error
+        case "missing":
+            return UserError(f"{name} is missing", remedy=f"Give {name}.")
+        case "literal_error":
+            remedy = f"{suggest(value, choices)}Use one of: {', '.join(choices)}."
+            return UserError(f"{name} = {value!r:.200} is not known", remedy=remedy)
+        case "greater_than_equal":
+            low = context["ge"]
+            what = "must not be negative" if low == 0 else f"must be at least {low:g}"
+            return UserError(
+                f"{name} is {value!r}, but it {what}", remedy=f"Type for example {name}{sign}{max(low, 1):g}."
+            )
+        case "less_than_equal":
+            high = context["le"]
+            what = "must lie in [0, 1]" if high == 1 else f"can be {high:,} at most"
+            return UserError(f"{name} is {value!r}, but it {what}")
+        case "greater_than" | "finite_number":
+            return UserError(f"{name} is {value!r}, but it must be positive and finite")
+    expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
+    return UserError(
+        f"{name} = {value!r:.200} is not valid: {expected}",
+        remedy=_EXAMPLES.get(problem["type"], "").format(f"{name}{sign}") or None,
+    )
+
+
+_EXPECTED = {
+    "int_type": "it must be an integer",
+    "float_type": "it must be a number",
+    "bool_type": "it must be true or false",
+    "string_type": "it must be text",
+    "tuple_type": "it must be a list",
+    "dict_type": "it must be a group of keys",
+    "too_short": "it must name at least one",
+}
+_EXAMPLES = {"bool_type": "Write {0}true or {0}false.", "tuple_type": "Write it as a list: {0}[...]."}
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _hint(cls: type, name: str) -> Any:
+    return _hints(cls)[name]
+
+
+def _bare(hint: Any) -> Any:
+    """A type without `Annotated` and without `None`."""
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        return _bare(parts[0]) if len(parts) == 1 else hint
+    return hint
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    bare = _bare(hint)
+    if typing.get_origin(bare) is tuple:
+        bare = _bare(typing.get_args(bare)[0])
+    return typing.get_args(bare) if typing.get_origin(bare) is Literal else ()
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """Field -> option of a class of settings, in the order of declaration."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        hint = _hint(cls, field.name)
+        metadata = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+        for entry in metadata:
+            if isinstance(entry, Option):
+                found[field.name] = entry
+    return found
+
+
+def takes(*classes: type, but: Collection[str] = ()) -> Callable[[F], Callable[..., Any]]:
+    """Gives a command the options of classes of settings (all ``but`` some); its parameter ``given`` receives them.
+
+    The command's own further parameters stay as they are, after those of the settings.
+    """
+
+    def decorate(function: F) -> Callable[..., Any]:
+        fields = {name: (cls, option) for cls in classes for name, option in options_of(cls).items() if name not in but}
+        own = inspect.signature(function, eval_str=True).parameters
+        arguments = [p for n, p in own.items() if n != "given" and p.default is inspect.Parameter.empty]
+        others = [p for n, p in own.items() if n != "given" and p.default is not inspect.Parameter.empty]
+        derived = [_parameter(cls, name, option) for name, (cls, option) in fields.items()]
+
+        @functools.wraps(function)
+        def command(**values: Any) -> Any:
+            typed = {name: values.pop(name) for name in fields}
+            given = {
+                name: option.parse(typed[name]) if option.parse else typed[name]
+                for name, (_, option) in fields.items()
+                if typed[name] is not None and typed[name] != []
+            }
+            return function(given=given, **values)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*arguments, *derived, *others)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        del command.__wrapped__
+        return command
+
+    return decorate
+
+
+def _parameter(cls: type, name: str, option: Option) -> inspect.Parameter:
+    """The parameter from which typer makes the option: None, and so absent from ``given``, unless it is typed."""
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    bare = _bare(_hint(cls, name))
+    typed = option.typed or (str if _choices(bare) else bare)
+    flag = _flag(name, option)
+    if bare is bool and "/" not in flag and field.default is not False:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    # Square brackets would be markup, and vanish.
+    help_ = (option.help + _shown_default(field, option.help)).replace("[", r"\[")
+    annotation = Annotated[typed | None, typer.Option(flag, help=help_, show_default=False)]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _flag(name: str, option: Option) -> str:
+    return option.flag or "--" + name.replace("_", "-")
+
+
+def _shown_default(field: dataclasses.Field[Any], text: str) -> str:
+    default = field.default
+    if "[default" in text or "Default" in text or default in (None, False, ()) or default is dataclasses.MISSING:
+        return ""
+    return f" [default: {default}]"

@@ -1,0 +1,130 @@
+"""Settings: declared once, checked alike from Python, YAML and the command line."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import typer
+from hypothesis import given as examples
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from featcache.errors import UserError
+from featcache.settings import (
+    Count,
+    FilePath,
+    Given,
+    Names,
+    Option,
+    Positive,
+    Share,
+    from_mapping,
+    settings,
+    takes,
+    to_mapping,
+)
+
+
+@settings
+class Example:
+    count: Annotated[Count, Option("How many.")] = 4
+    rate: Annotated[Positive, Option("How fast.")] = 0.5
+    share: Share = 0.1
+    kind: Annotated[Literal["zarr", "wds"], Option("Which.", flag="--format")] = "zarr"
+    folder: Annotated[FilePath | None, Option("Where.")] = None
+    names: Annotated[Names, Option("Names.", typed=list[str], parse=lambda texts: ",".join(texts).split(","))] = ()
+    flip: Annotated[bool, Option("Mirrored copies too.")] = False
+    compile: Annotated[bool | None, Option("Compile. [default: on a GPU]")] = None
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+def run(*words: str) -> tuple[int, dict]:
+    app, seen = typer.Typer(), {}
+
+    @app.command()
+    @takes(Example)
+    def command(given: Given, profile: Annotated[bool, typer.Option("--profile")] = False) -> None:
+        seen.update(given, profile=profile)
+
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, seen
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"count": 0}, "count is 0, but it must be at least 1"),
+        ({"count": True}, "count = True"),
+        ({"count": "5"}, "count = '5'"),
+        ({"count": 1.5}, "count = 1.5"),
+        ({"rate": 0.0}, "positive and finite"),
+        ({"rate": math.inf}, "positive and finite"),
+        ({"rate": math.nan}, "positive and finite"),
+        ({"share": 1.5}, r"[0, 1]"),
+        ({"share": -0.5}, "not be negative"),
+        ({"kind": "wsd"}, "Did you mean 'wds'?"),
+        ({"names": "ab"}, "names = 'ab'"),
+        ({"names": ["a", 1]}, "names"),
+        ({"flip": 1}, "flip = 1"),
+        ({"cuont": 3}, "Did you mean 'count'?"),
+    ],
+)
+def test_what_does_not_fit_is_said(values: dict, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_mapping(Example, values)
+    assert words in str(caught.value)
+
+
+def test_the_place_is_named() -> None:
+    with pytest.raises(UserError, match=r"align\.repa\.count is 0"):
+        from_mapping(Example, {"count": 0}, where="align.repa")
+    with pytest.raises(UserError, match=r"Did you mean 'align\.repa\.count'\?"):
+        from_mapping(Example, {"cuont": 0}, where="align.repa")
+
+
+def test_lists_and_strings_where_yaml_has_nothing_else() -> None:
+    made = from_mapping(Example, {"names": ["a", "b"], "folder": "x/y", "rate": 1})
+    assert (made.names, made.folder, made.rate) == (("a", "b"), Path("x/y"), 1.0)
+
+
+@examples(st.integers(1, 99), st.floats(1e-6, 1e6), st.lists(st.text(max_size=3), unique=True), st.booleans())
+def test_back_from_plain_values(count: int, rate: float, names: list[str], flip: bool) -> None:
+    made = Example(count=count, rate=rate, names=tuple(names), flip=flip, folder=Path("x"))
+    plain = {key: value for key, value in to_mapping(made).items() if key != "betas"}
+    assert from_mapping(Example, plain) == made
+
+
+def test_only_what_was_typed_is_given() -> None:
+    assert run() == (0, {"profile": False})
+    words = [
+        "--count",
+        "7",
+        "--format",
+        "wds",
+        "--names",
+        "a,b",
+        "--names",
+        "c",
+        "--flip",
+        "--no-compile",
+        "--folder",
+        "x",
+        "--profile",
+    ]
+    given = {"count": 7, "kind": "wds", "names": ["a", "b", "c"], "flip": True, "compile": False, "folder": Path("x")}
+    assert run(*words) == (0, {**given, "profile": True})
+    assert run("--no-such")[0] == 2
+
+
+def test_help_shows_defaults_once() -> None:
+    app = typer.Typer()
+
+    @app.command()
+    @takes(Example, but=["rate"])
+    def command(given: Given) -> None:
+        """Does it."""
+
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    assert "Does it." in shown and "[default: 4]" in shown and "--rate" not in shown
+    assert shown.count("[default: on a GPU]") == 1 and "[default: None]" not in shown
