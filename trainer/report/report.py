@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
+from featcache.store import files
 from trainer.report.charts import Chart, Series, smoothed_series
 from trainer.report.data import Column, RunData
 from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html
@@ -113,13 +114,8 @@ def router_chart(
 
 
 def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.make_directory(path.parent)
+    files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
     return path
 
 
