@@ -283,6 +283,10 @@ def _join(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     """The mapping in one file, its keys checked."""
     values = read_yaml(file)
+    if isinstance(values, dict) and isinstance(values.get("align"), dict):
+        for method, options in values["align"].items():
+            if options is not None and not isinstance(options, dict):
+                raise UserError(f"{file}: align.{method!s:.80} must hold options, not {options!r:.80}")
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold keys and values, for example 'method: ahpa'")
     valid = [*RECIPE_KEYS, *(f.name for f in dataclasses.fields(RunConfig))]
@@ -342,7 +346,10 @@ def parse_build(line: str) -> BuildLine:
     from featcache.cli_build import parse_resolution
     from featcache.encoders import parse_encoders, parse_levels
 
-    words = shlex.split(line)
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"{line!r} is not a featcache build line: {error}") from error
     if words[:2] != ["featcache", "build"]:
         raise UserError(f"{line!r} is not a featcache build line", remedy="Begin it with: featcache build")
     command: Any = typer.main.get_command(app)

@@ -64,8 +64,10 @@ class Evaluation(TypedDict):
 
     step: NotRequired[_Whole | None]
     metrics: NotRequired[dict[_Text, _Number]]
-    intervals: NotRequired[dict[_Text, tuple[_Number, _Number] | list[_Number] | None] | None]
+    intervals: NotRequired[dict[_Text, tuple[_Number, _Number] | None] | None]
     warnings: NotRequired[list[Any]]
+    sampler: NotRequired[dict[str, Any] | None]
+    settings: NotRequired[dict[str, Any] | None]
 
 
 class CheckpointState(TypedDict):

@@ -21,6 +21,10 @@ MAX_DEPTH = 32
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 
 
+class _GivenTwice(Exception):
+    """A key, its argument, stands twice in one mapping."""
+
+
 class _Loader(_PARSER):  # type: ignore[misc]
     """Safe, and strict about keys: YAML itself lets the last of two win."""
 
@@ -30,7 +34,7 @@ class _Loader(_PARSER):  # type: ignore[misc]
             key = self.construct_object(key_node, deep=True)
             try:
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {_short(key)} is given twice", None)
+                    raise _GivenTwice(key)
                 seen.add(key)
             except TypeError:
                 break  # a key that is a list or a mapping: the base class has the message
@@ -60,6 +64,8 @@ def parse_yaml(data: bytes | str, where: str) -> Any:
         text = data if isinstance(data, str) else data.decode("utf-8")
         _check_size(text, where)
         return yaml.load(text, _Loader)
+    except _GivenTwice as error:
+        raise UserError(f"{where}: key {_short(error.args[0])} is given twice", remedy="Keep one of them.") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: dates such as 2001-99-99, numbers of 5,000 digits
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split()):.300}") from error
 
