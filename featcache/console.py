@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from typing import Any
 
 from rich.console import Console
@@ -96,6 +97,7 @@ def run_app(app: Any) -> int:
 
     if debugging():
         return int(app(standalone_mode=False) or 0)
+    threading.excepthook = _thread_ended
     try:
         code = int(app(standalone_mode=False) or 0)
         # The parser turns Ctrl-C into this code without a word.
@@ -124,6 +126,13 @@ def run_app(app: Any) -> int:
             return EXIT_USER_ERROR
         print_error(_fault(error))
         return EXIT_FAULT
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """One line for what ends a thread; whoever waits for its work raises an error of its own."""
+    if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
+        what = os_error(ended.exc_value).what if isinstance(ended.exc_value, OSError) else _first_line(ended.exc_value)
+        errors.print(f"[yellow]note:[/yellow] work in the background ended: {safe(what)}")
 
 
 def debugging() -> bool:
@@ -156,8 +165,9 @@ def _known(error: Exception) -> UserError | None:
 
 def _fault(error: Exception) -> UserError:
     line = _first_line(error)
+    rank = os.environ.get("RANK", "0")
     return UserError(
-        f"an unforeseen fault ended the command: {type(error).__name__}{f': {line}' if line else ''}",
+        f"{'' if rank == '0' else f'rank {rank}: '}an unforeseen fault ended the command: {type(error).__name__}{f': {line}' if line else ''}",
         remedy="Work that was finished before is kept, and the same command continues it. This is a fault of the program: "
         "please report it where you got the program from, with the command, this message and what "
         "FEATCACHE_DEBUG=1 set before the same command prints.",

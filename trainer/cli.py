@@ -112,7 +112,7 @@ def _one_voice() -> Iterator[bool]:
     """
     import warnings
 
-    from featcache.errors import UserError
+    from featcache.errors import UserError, os_error
 
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
@@ -121,9 +121,13 @@ def _one_voice() -> Iterator[bool]:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"trainer\.")
     try:
         yield False
-    except UserError as error:
+    except (UserError, OSError) as error:
         time.sleep(5)
-        raise UserError(f"rank {rank}: {error.what}", remedy=error.remedy) from error
+        known = os_error(error) if isinstance(error, OSError) else error
+        raise UserError(f"rank {rank}: {known.what}", remedy=known.remedy) from error
+    except Exception:
+        time.sleep(5)
+        raise
 
 
 def _leave_a_core() -> None:

@@ -422,7 +422,7 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
     if not job.world.is_main:
         yield None
         return
-    log = RunLog(job.run, step=start)
+    log = RunLog(job.run, step=start, warn=job.watcher.warn)
     try:
         yield log
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -97,14 +98,14 @@ class Published:
         match = _SOURCE.fullmatch(self.source)
         if match is None or match["table"] not in PAPER_TABLES.get(match["paper"], ()):
             raise UserError(
-                f"published.source {self.source!r} names no table of a known paper",
+                f"published.source {self.source!r:.80} names no table of a known paper",
                 remedy=f"Write for example 'AHPA, Table 3'; papers: {', '.join(PAPER_TABLES)}.",
             )
         for metric in self.metrics:
             if metric not in METRICS:
                 near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.3)
                 hint = f"Did you mean {near[0]}?" if near else f"Metrics: {', '.join(METRICS)}"
-                raise UserError(f"published.metrics holds an unknown metric {metric!r}", remedy=hint)
+                raise UserError(f"published.metrics holds an unknown metric {metric!r:.80}", remedy=hint)
 
     @property
     def paper(self) -> str:
@@ -256,8 +257,10 @@ def _layers(file: Path) -> list[Mapping[str, Any]]:
         base = values.get("base")
         if base is None:
             break
-        following = (at.parent / str(base)).resolve()
-        if not following.is_file():
+        if not isinstance(base, str) or len(base) > 1000 or "\0" in base:
+            raise UserError(f"{at}: base {base!r:.80} is not a path")
+        following = (at.parent / base).resolve()
+        if not os.path.isfile(following):  # noqa: PTH113 (False for names that no file can have, where Path raises)
             raise UserError(
                 f"{at}: base {base!r:.200} does not exist ({following})",
                 remedy="Write its path relative to the recipe.",

@@ -265,7 +265,7 @@ def load_config(run: Path) -> RunConfig:
     from trainer.yaml_text import read_yaml
 
     path = run / "config.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs."
         )

@@ -288,7 +288,10 @@ def _block_count(num: int, number: int) -> int:
 def _is_whole(blocks: Path, num: int, number: int) -> bool:
     """Whether a block is there with as many samples as ``num`` in all needs (it may come from a call that asked for fewer)."""
     path = _block_path(blocks, number)
-    return path.exists() and len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
+    try:
+        return len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
+    except (OSError, ValueError, TypeError, EOFError):  # absent, or damaged: it is drawn again
+        return False
 
 
 def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
