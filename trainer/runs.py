@@ -121,13 +121,18 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
             f"{run} exists already",
             remedy=f"Type --resume to continue it, or --name with another name (it is --name {config.name}).",
         )
-    seen = read_summary(run) or {}
-    if not seen.get("fingerprint"):
+    saved = load_config(run)
+    seen = read_summary(run)
+    if seen is None:
+        raise UserError(
+            f"{run} has no cache.json, so it cannot be told what it was trained on",
+            remedy="Restore the file, or start another run with --name.",
+        )
+    if not seen["fingerprint"]:
         raise UserError(
             f"{run} holds imported weights: averaged ones without an optimiser's state, which cannot be trained on",
             remedy="Draw from them: trainer sample, trainer eval; or train anew under another --name.",
         )
-    saved = load_config(run)
     for field in dataclasses.fields(RunConfig):
         theirs, ours = getattr(saved, field.name), getattr(config, field.name)
         if field.name not in _FREE_KEYS and theirs != ours:

@@ -16,7 +16,7 @@ from featcache.errors import UserError
 _Whole = Annotated[int, Strict(), Field(ge=0, le=2**53)]
 _Side = Annotated[int, Strict(), Field(ge=1, le=2**16)]
 _Text = Annotated[str, Strict(), Field(max_length=1 << 16)]
-_Number = Annotated[float, Field(strict=True)]
+_Number = Annotated[float, Field(strict=True)]  # as pages can draw it, or not finite
 _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e300, le=1e300)]
 
 

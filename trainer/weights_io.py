@@ -101,7 +101,8 @@ def import_official(
     args = content.get("args") if chosen != "bare" else None
     options: dict[str, Any] = {}
     if isinstance(args, argparse.Namespace | Mapping):
-        options = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+        given = vars(args) if isinstance(args, argparse.Namespace) else args
+        options = {key: value for key, value in given.items() if isinstance(value, str | int | float)}
     raw = {_modern_key(key, raw, options): value.float() for key, value in raw.items()}
     extra = {key: value for key, value in raw.items() if key.startswith(_HEAD_PREFIXES)}
     state = {key: value for key, value in raw.items() if key not in extra}

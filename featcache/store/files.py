@@ -299,15 +299,17 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise CacheError(f"{path} is not a file")
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheError(f"{path} is not a file")
+        with os.fdopen(fd, "rb", closefd=False) as file:
             # By its length, not by the limit: read(n) allocates n bytes at once.
             data = file.read(min(status.st_size, limit_bytes) + 1)
-        except OSError as error:
-            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
     if len(data) > limit_bytes:
         raise CacheError(f"{path} is longer than the {limit_bytes} bytes that such a file may have")
     return data

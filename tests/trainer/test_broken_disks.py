@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -66,7 +67,7 @@ def save(run: Path, step: int) -> Path:
 
 
 def test_a_save_that_fails_anywhere_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    """Every operation, with every refusal; leftovers of killed processes to be removed are there, too."""
+    """Every operation, refused or cut short by a kill; leftovers of killed processes to be removed are there, too."""
 
     def prepare(run: Path) -> None:
         save(run, 1)
@@ -81,11 +82,11 @@ def test_a_save_that_fails_anywhere_keeps_the_last_checkpoint(tmp_path: Path) ->
     assert {"save_file", "fsync", "rename", "mkdir", "io.open", "unlink", "rmdir"} <= set(operations.names)
     stopped = 0
     for number in range(operations.count):
-        for code in (*REFUSALS, None):
+        for code in (REFUSALS[number % len(REFUSALS)], None):
             run = tmp_path / f"{number}-{code}"
             prepare(run)
             error: BaseException = Killed() if code is None else OSError(code, os.strerror(code), str(run))
-            if code == errno.ENOSPC and operations.names[number] == "save_file":
+            if code is not None and operations.names[number] == "save_file":
                 error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
             with pytest.MonkeyPatch.context() as patch:
                 Operations(patch, run, number, error)
@@ -104,7 +105,7 @@ def test_a_save_that_fails_anywhere_keeps_the_last_checkpoint(tmp_path: Path) ->
             assert checkpoint.find_checkpoint(run)[0] == 3
             assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_0000003"]
             shutil.rmtree(run)
-    assert stopped > len(REFUSALS) * 10
+    assert stopped > operations.count // 2
 
 
 def test_what_stands_in_the_way_of_a_checkpoint_is_set_aside(tmp_path: Path) -> None:
@@ -225,7 +226,13 @@ def test_a_folder_in_place_of_a_file_or_the_other_way_round(shapes_cache: Path, 
 
 
 @pytest.mark.usefixtures("nano")
-def test_a_grid_that_cannot_be_written_is_a_remark(shapes_cache: Path, tmp_path: Path) -> None:
+def test_a_grid_that_cannot_be_written_is_a_remark(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import grids
+
+    monkeypatch.setattr(grids, "load_decoder", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(grids, "class_grid", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").write_text("a file")
     listener = Listener()
@@ -251,8 +258,6 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_damaged_block_of_samples_is_drawn_again(tmp_path: Path) -> None:
-    import numpy as np
-
     from trainer.sampling import _is_whole, _save_block
 
     _save_block(tmp_path / "000000.npy", np.zeros((4, 2, 2, 3), np.uint8))
