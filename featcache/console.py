@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -93,11 +94,19 @@ def run_app(app: Any) -> int:
 
     With ``FEATCACHE_DEBUG=1`` in the environment, errors are raised as they are (for developers).
     """
-    import typer
-
     if debugging():
         return int(app(standalone_mode=False) or 0)
-    threading.excepthook = _thread_ended
+    former = threading.excepthook, warnings.showwarning
+    threading.excepthook, warnings.showwarning = _thread_ended, _warned
+    try:
+        return _run(app)
+    finally:
+        threading.excepthook, warnings.showwarning = former
+
+
+def _run(app: Any) -> int:
+    import typer
+
     try:
         code = int(app(standalone_mode=False) or 0)
         # The parser turns Ctrl-C into this code without a word.
@@ -126,6 +135,11 @@ def run_app(app: Any) -> int:
             return EXIT_USER_ERROR
         print_error(_fault(error))
         return EXIT_FAULT
+
+
+def _warned(message: Warning | str, *_: object, **__: object) -> None:
+    """A library's warning as one line; its text may quote names."""
+    errors.print(f"[yellow]note:[/yellow] {safe(' '.join(str(message).split()))}")
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:

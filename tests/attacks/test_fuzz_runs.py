@@ -10,7 +10,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzz_runs
 
-COUNTS = {"config": 150, "recipe": 100, "cache_json": 300, "metrics": 100, "log": 40, "checkpoint": 60, "reference": 300}
+COUNTS = {
+    "config": 150,
+    "recipe": 100,
+    "cache_json": 300,
+    "metrics": 100,
+    "log": 40,
+    "checkpoint": 60,
+    "reference": 300,
+}
 COUNTS |= {"import": 50}
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,11 @@ def unprintable() -> Exception:
         (ConnectionResetError(104, "Connection reset by peer"), 2, "Connection reset by peer"),
         (OSError("no number and no file"), 2, "no number and no file"),
         (KeyError("vae [/] \x1b]0;pwn\x07"), 70, "KeyError: 'vae [/] \\x1b]0;pwn\\x07'"),
-        (ValueError("https://someone:hunter2@host/x?token=abc failed\nmore"), 70, "https://***@host/x?token=*** failed"),
+        (
+            ValueError("https://someone:hunter2@host/x?token=abc failed\nmore"),
+            70,
+            "https://***@host/x?token=*** failed",
+        ),
         (AssertionError(), 70, "AssertionError\n"),
         (unprintable(), 70, "Unprintable\n"),
         (ZeroDivisionError("x" * 10_000), 70, "xxx"),
@@ -122,6 +127,22 @@ def test_developers_get_the_exception(name: str, monkeypatch: pytest.MonkeyPatch
         run_app(app)
 
 
+def test_a_warning_is_one_line_that_is_obeyed_in_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        warnings.warn("no glyph\n for [red]\x1b", stacklevel=1)
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run_app(app) == 0
+    assert capsys.readouterr().err == "note: no glyph for [red]\\x1b\n"
+
+
 def test_a_thread_that_dies_says_so_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,12 +158,22 @@ def test_a_thread_that_dies_says_so_in_one_line(
         thread.join()
 
     monkeypatch.setattr(sys, "argv", ["work"])
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     assert run_app(app) == 0
     assert capsys.readouterr().err == "note: work in the background ended: No space left on device: /data/[x]\n"
 
 
-HOSTILE = ["[red]x[/red]", "[/]", "\x1b]0;pwn\x07", "\x1b[2J", "\u202ecod.exe", "a\rb", "\x9b31m", "\udc80", "x\\", "\\[x"]
+HOSTILE = [
+    "[red]x[/red]",
+    "[/]",
+    "\x1b]0;pwn\x07",
+    "\x1b[2J",
+    "\u202ecod.exe",
+    "a\rb",
+    "\x9b31m",
+    "\udc80",
+    "x\\",
+    "\\[x",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -152,7 +183,7 @@ def test_text_from_outside_is_shown_as_it_is_and_obeyed_in_nothing(text: str) ->
         f"[bold]{safe(text)}[/bold]|"
     )
     shown = out.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "")
-    assert not any(ord(c) < 32 and c != "\n" or 127 <= ord(c) < 160 or c == "\u202e" for c in shown)
+    assert not any((ord(c) < 32 and c != "\n") or 127 <= ord(c) < 160 or c == "\u202e" for c in shown)
     assert shown.endswith("|\n") and (text not in ("[red]x[/red]", "[/]") or text in shown)
 
 

@@ -19,6 +19,8 @@ from featcache.errors import UserError
 from featcache.store import files
 from trainer.report.charts import Chart, render_svg
 
+# Nothing runs and nothing is fetched, whatever a run folder from elsewhere has put into its files.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 MAX_PICTURE_BYTES = 256 << 20
 
 STYLE = """
@@ -231,6 +233,7 @@ def page_html(title: str, body: str) -> str:
     """The whole document."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
