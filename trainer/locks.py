@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
+import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from featcache.errors import UserError
-from featcache.store import files
+from featcache.errors import CacheError, UserError
+from featcache.store import files, locks
 
 NAME = ".lock"
 _MAX_BYTES = 4096
@@ -31,64 +31,48 @@ def hold(folder: Path, doing: str, *, remedy: str) -> Iterator[None]:
         UserError: another process holds it, or it cannot be written to.
     """
     path = folder / NAME
-    fd = _take(path)
-    if fd is None:
+    lock = _take(path)
+    if lock is None:
         raise UserError(f"{folder} is in use: {_holder(path)}", remedy=remedy)
     try:
         with contextlib.suppress(OSError):  # a full disk: held all the same, only nobody can read by whom
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(_me(doing)).encode(), 0)
+            path.write_text(json.dumps(_me(doing)))
         yield
     finally:
-        _release(path, fd)
+        _release(lock)
 
 
 @contextlib.contextmanager
 def waiting(folder: Path, name: str) -> Iterator[None]:
     """Holds ``folder`` under a name of its own, waiting for whoever has it: for changes that take no time."""
-    path = folder / f".{name}.lock"
-    fd = files.lock(path)
+    lock = locks.lock(folder / f".{name}.lock")
     try:
         yield
     finally:
-        _release(path, fd)
+        _release(lock)
 
 
-def _take(path: Path) -> int | None:
+def _take(path: Path) -> locks.Lock | None:
     while True:
+        files.make_directory(path.parent)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_symlink():
-                raise UserError(f"{path} is a link, which no lock is", remedy="Remove it.")
-            fd = files.try_lock(path)
-        except FileNotFoundError:  # its folder was removed in between
-            continue
-        except OSError as error:
-            raise UserError(f"{path} could not be made: {error.strerror or error}") from error
-        if fd is None or _is_current(path, fd):
-            return fd
-        files.unlock(fd)  # the former holder removed the file between our opening and locking it
+            return locks.try_lock(path)
+        except CacheError:
+            if path.parent.exists():  # else it was removed in between, by a start that failed
+                raise
 
 
-def _release(path: Path, fd: int) -> None:
-    with contextlib.suppress(OSError):
-        if _is_current(path, fd):
-            path.unlink()
-    files.unlock(fd)
-
-
-def _is_current(path: Path, fd: int) -> bool:
-    held = os.fstat(fd)
+def _release(lock: locks.Lock) -> None:
+    """Lets go of it, whatever the disk says: the file that may stay holds nothing."""
     try:
-        now = path.stat()
-    except FileNotFoundError:
-        return False
-    return (held.st_dev, held.st_ino) == (now.st_dev, now.st_ino)
+        lock.release(remove=True)
+    except (OSError, CacheError):
+        lock.release()
 
 
 def _me(doing: str) -> dict[str, str | int]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"doing": doing, "host": socket.gethostname(), "pid": os.getpid(), "since": now}
+    return {"doing": doing, "host": platform.node(), "pid": os.getpid(), "since": now}
 
 
 def _holder(path: Path) -> str:

@@ -132,7 +132,7 @@ def test_a_lock_follows_no_link(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("text")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / locks.NAME).symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="is a link"), locks.hold(tmp_path / "run", "x", remedy=""):
+    with pytest.raises(UserError, match="link"), locks.hold(tmp_path / "run", "x", remedy=""):
         pass
     assert (tmp_path / "precious").read_text() == "text"
 
