@@ -64,10 +64,8 @@ def _take(path: Path) -> locks.Lock | None:
 
 def _release(lock: locks.Lock) -> None:
     """Lets go of it, whatever the disk says: the file that may stay holds nothing."""
-    try:
+    with contextlib.suppress(OSError, CacheError):
         lock.release(remove=True)
-    except (OSError, CacheError):
-        lock.release()
 
 
 def _me(doing: str) -> dict[str, str | int]:

@@ -87,8 +87,9 @@ def _check_size(text: str, where: str) -> None:
             if anchor is not None:
                 sizes[anchor] = total - before
         elif isinstance(event, yaml.NodeEvent):
-            if event.tag not in (None, "!"):
-                raise UserError(f"{where}: the tag {_short(event.tag)} is not read", remedy="Leave tags out.")
+            tag = getattr(event, "tag", None)
+            if tag not in (None, "!"):
+                raise UserError(f"{where}: the tag {_short(tag)} is not read", remedy="Leave tags out.")
             total += 1
             if isinstance(event, yaml.CollectionStartEvent):
                 opened.append((event.anchor, total - 1))

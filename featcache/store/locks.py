@@ -44,15 +44,17 @@ class Lock:
         if self.path is _RELEASED:
             return
         path, self.path = self.path, _RELEASED
-        if remove:
-            files.remove_file(path)
-        if self._fd is None:
-            files.remove_file(_owner_file(path))
-        else:
-            # Not by closing alone: a forked child may have the descriptor too.
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-            os.close(self._fd)
+        try:
+            if remove:
+                files.remove_file(path)
+        finally:
+            if self._fd is None:
+                files.remove_file(_owner_file(path))
+            else:
+                # Not by closing alone: a forked child may have the descriptor too.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)
+                os.close(self._fd)
 
 
 _RELEASED = Path()
