@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from featcache.cli_build import request_of
-from featcache.console import ByteBar, console
+from featcache.console import ByteBar, console, plain, safe
 from featcache.errors import UserError
 from featcache.request import BuildRequest
 from featcache.settings import Given, takes
@@ -51,16 +51,18 @@ def list_caches(
 
         for listed in list_remote(place):
             names = [n for n in listed.manifest.features if n not in hidden]
-            table.add_row(listed.url, str(listed.manifest.dataset.count), size_text(listed.n_bytes), " ".join(names))
+            table.add_row(
+                safe(listed.url), str(listed.manifest.dataset.count), size_text(listed.n_bytes), safe(" ".join(names))
+            )
     else:
         from featcache.store import manage
 
         for info in manage.list_caches(place):
             names = [n for n in info.manifest.features if n not in hidden] if info.manifest else []
-            notes = [f"[yellow]unfinished: {' '.join(info.unfinished)}[/yellow]"] if info.unfinished else []
-            notes += [f"[red]{info.problem}[/red]"] if info.problem else []
+            notes = [f"[yellow]unfinished: {safe(' '.join(info.unfinished))}[/yellow]"] if info.unfinished else []
+            notes += [f"[red]{safe(info.problem)}[/red]"] if info.problem else []
             count = str(info.manifest.dataset.count) if info.manifest else "-"
-            table.add_row(str(info.path), count, size_text(info.n_bytes), " ".join([*names, *notes]))
+            table.add_row(safe(info.path), count, size_text(info.n_bytes), " ".join([*map(safe, names), *notes]))
     if not table.row_count:
         raise UserError(
             f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
@@ -101,21 +103,21 @@ def verify(
         else:
             report = check(Path(cache), features=_split(features), threads=threads, progress=bar.advance)
     for problem in report.problems:
-        console.print(f"[red]damaged[/red] {problem}")
+        console.print(f"[red]damaged[/red] {safe(problem)}")
     if report.ok:
-        console.print(f"{cache}: sound ({report.n_files} files, {size_text(report.n_bytes)})")
+        console.print(f"{safe(cache)}: sound ({report.n_files} files, {size_text(report.n_bytes)})")
         return
     if remote:
         console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
         raise typer.Exit(1)
     if not repair:
-        console.print(f"{_counted(report.problems)}; type: featcache verify {cache} --repair")
+        console.print(f"{_counted(report.problems)}; type: featcache verify {safe(cache)} --repair")
         raise typer.Exit(1)
     from featcache.repair import repair_shards
 
     folder = Path(cache)
     for name in repair_metadata(folder):
-        console.print(f"metadata written again: {name}")
+        console.print(f"metadata written again: {safe(name)}")
     if report.damaged:
         from featcache.progress import RichProgress
 
@@ -132,10 +134,10 @@ def verify(
     with ByteBar("checking") as bar:
         again = check(folder, features=_split(features), threads=threads, progress=bar.advance)
     for problem in again.problems:
-        console.print(f"[red]still damaged[/red] {problem}")
+        console.print(f"[red]still damaged[/red] {safe(problem)}")
     if not again.ok:
         raise typer.Exit(1)
-    console.print(f"{cache}: repaired and sound")
+    console.print(f"{safe(cache)}: repaired and sound")
 
 
 def _confirmed(question: str) -> bool:
@@ -162,13 +164,13 @@ def remove(
     opened = featcache.open(cache)
     if names:
         opened.require(names)
-    if not yes and not _confirmed(f"remove {what}?"):
+    if not yes and not _confirmed(f"remove {plain(what)}?"):
         raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
     if names:
-        console.print(f"removed {what}: {size_text(manage.remove_features(cache, names))}")
+        console.print(f"removed {safe(what)}: {size_text(manage.remove_features(cache, names))}")
     else:
         remove_tree(cache)
-        console.print(f"removed {what}")
+        console.print(f"removed {safe(what)}")
 
 
 def collect_garbage(
@@ -181,7 +183,7 @@ def collect_garbage(
 
     removed = manage.collect_garbage(cache, dry_run=dry_run)
     for name, n_bytes in removed:
-        console.print(f"{'would remove' if dry_run else 'removed'} {name}  {size_text(n_bytes)}")
+        console.print(f"{'would remove' if dry_run else 'removed'} {safe(name)}  {size_text(n_bytes)}")
     console.print(f"{len(removed)} leftovers, {size_text(sum(n for _, n in removed))}")
 
 
@@ -199,7 +201,9 @@ def push(
 
     with ByteBar("pushing") as bar:
         done = share.push(cache, url, features=_split(features), threads=threads, progress=bar.advance)
-    console.print(f"{url}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there")
+    console.print(
+        f"{safe(url)}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there"
+    )
 
 
 def pull(
@@ -220,7 +224,7 @@ def pull(
             url, folder, features=_split(features), samples=samples, threads=threads, progress=bar.advance
         )
     console.print(
-        f"{folder}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
+        f"{safe(folder)}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
     )
 
 
@@ -247,7 +251,7 @@ def convert(
             compressor=compressor,
             progress=bar.advance,
         )
-    console.print(f"{target}: {manifest.dataset.count} samples as {to}")
+    console.print(f"{safe(target)}: {manifest.dataset.count} samples as {to}")
 
 
 def import_latents(
@@ -265,7 +269,7 @@ def import_latents(
     target = out or Path("caches") / f"{source.resolve().name}-{layout}"
     with ByteBar("importing") as bar:
         manifest = run(ImportRequest(source=source, out=target, layout=layout, vae=vae), bar.advance)
-    console.print(f"cache: [bold]{target}[/bold]   ({manifest.dataset.count} samples)")
+    console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
 
 
 @takes(BuildRequest, but=["batch_size", "compile", "on_bad_image", "shard_size", "format", "compressor", "seed"])

@@ -29,7 +29,8 @@ from featcache.remote import (
     parse_hub_url,
 )
 from featcache.store import files
-from featcache.store.layout import ROOT_NAMES, STATE
+from featcache.store.blocks import MAX_BLOCKS_BYTES
+from featcache.store.layout import BLOCKS, ROOT_NAMES, STATE
 from featcache.store.manage import cache_bytes
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
 from featcache.store.root import parse_root, read_root
@@ -46,6 +47,7 @@ from featcache.store.writer import (
     CacheWriter,
     cache_lock,
     check_checksums,
+    checksum_files,
     checksums_path,
     require_same_dataset,
 )
@@ -144,10 +146,7 @@ def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | No
         if manifest.format == "wds" and set(features) != set(manifest.features):
             raise CacheError("a webdataset cache holds all features in each tar: pull it whole, then convert it")
         wanted = {*features, *(name for name in _ALWAYS if name in manifest.features)}
-        kept = {name: spec for name, spec in manifest.features.items() if name in wanted}
-        arrays = {array for spec in kept.values() for array in spec.arrays}
-        sums = {array: digest for array, digest in manifest.checksums.items() if array in arrays}
-        part = replace(part, features=kept, checksums=sums)
+        part = part.only(wanted)
     if samples is not None:
         if samples < 1:
             raise CacheError(f"--samples {samples} is less than one")
@@ -194,11 +193,14 @@ def pull(
         format=part.format,
         versions=part.versions,
     ) as writer:
-        writer.begin([part.features[name] for name in sorted(part.features)])
+        # A copy of what has no hashes of blocks has none either, and so the same digest.
+        without = [name for name, spec in part.features.items() if whole.blocks.keys().isdisjoint(spec.arrays)]
+        writer.begin([part.features[name] for name in sorted(part.features)], without_blocks=without)
         by_shard: dict[tuple[str, int], list[ShardFileEntry]] = {}
         for entry in shard_files(part):
             key = (entry.features[0] if part.format == "zarr" else "", entry.shard)
             by_shard.setdefault(key, []).append(entry)
+        arrived: dict[tuple[str, int], files.Hashes] = {}
         todo = []
         for (feature, shard), entries in by_shard.items():
             names = [feature] if feature else sorted(part.features)
@@ -212,7 +214,8 @@ def pull(
             for entry in entries:
                 expected = recorded[entry.array][shard]
                 size = entry.n_bytes if entry.n_bytes is not None else _size(place, entry.name)
-                download(place, entry.name, size, target / entry.name, expected, progress)
+                file = files.inside(target, entry.name)
+                arrived[entry.array, shard] = download(place, entry.name, size, file, expected, progress)
                 moved[1] += size
 
         def done(job: tuple[list[str], int, list[ShardFileEntry]]) -> None:
@@ -220,9 +223,12 @@ def pull(
             moved[0] += len(entries)
             inside = writer.slots(shard)
             writer.skip(shard, [(s.slot, s.key, s.reason) for s in part.skipped if s.slot in inside])
+            hashes = {entry.array: arrived.pop((entry.array, shard)) for entry in entries}
             for name in names:
-                digests = {array: recorded[array][shard] for array in part.features[name].arrays}
-                writer.adopt_shard(name, shard, digests)
+                arrays = part.features[name].arrays
+                writer.adopt_shard(
+                    name, shard, {a: hashes[a if part.format == "zarr" else entries[0].array] for a in arrays}
+                )
 
         in_parallel(todo, fetch, done, threads)
         manifest = writer.finish()
@@ -269,8 +275,9 @@ def in_parallel(jobs: Iterable[Any], work: Callable[[Any], None], done: Callable
 
 def download(
     place: Location, name: str, size: int, target: Path, expected: str, progress: Progress | None = None
-) -> None:
-    """Fetch one file in pieces, each retried, and give it its name only if its SHA-256 is `expected`.
+) -> files.Hashes:
+    """Fetch one file in pieces, each retried, and give it its name only if its SHA-256 is `expected`. Returns its
+    hashes.
 
     Raises `CacheError` if it cannot be had or its bytes are wrong, twice.
     """
@@ -282,9 +289,10 @@ def download(
                     stream.write(data)
                     if progress is not None:
                         progress(len(data))
-                if stream.digest() != expected:
+                hashes = stream.hashes()
+                if hashes.sha256 != expected:
                     raise _WrongBytes
-                return
+            return hashes
         except Missing as error:
             raise CacheError(f"{place.url}/{name} is missing") from error
         except _WrongBytes as error:
@@ -334,10 +342,8 @@ def push(
         result = _send_shards(source, manifest, place, recorded, present, threads, read_back, progress)
         content = metadata_files(merged)
         root = content.pop(ROOT_NAMES[merged.format])
-        for array in manifest.arrays:
-            if array not in present:
-                name = checksums_path(manifest, array)
-                content[name] = (source / name).read_bytes()
+        for name, digest in checksum_files(manifest, set(manifest.arrays) - present).items():
+            content[name] = _read_checksum_file(source, name, digest)
         for name, data in content.items():
             place.put(name, data)
         # Another push may have finished meanwhile: then merge with it and try again (its shards are there
@@ -345,6 +351,15 @@ def push(
         if place.put_if(ROOT_NAMES[merged.format], root, version):
             _tidy(source, place.url)
             return replace(result, manifest=merged)
+
+
+def _read_checksum_file(source: Path, name: str, digest: str) -> bytes:
+    data = files.read_bounded(files.inside(source, name), MAX_BLOCKS_BYTES)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CacheError(
+            f"{source / name} is damaged; nothing was sent", remedy=f"featcache verify {source} --repair mends it"
+        )
+    return data
 
 
 def _tidy(source: Path, url: str) -> None:
@@ -375,6 +390,9 @@ def _merge(existing: Manifest | None, ours: Manifest, where: str) -> Manifest:
         existing,
         features={name: features[name] for name in sorted(features)},
         checksums=dict(sorted({**existing.checksums, **ours.checksums}.items())),
+        blocks=dict(
+            sorted(({a: d for a, d in ours.blocks.items() if a not in existing.arrays} | dict(existing.blocks)).items())
+        ),
         skipped=tuple(skipped[slot] for slot in sorted(skipped)),
     )
 
@@ -430,11 +448,8 @@ def _send_shards(
             if version is not None and version == sent[entry.name][1]:
                 moved[2] += 1
                 return
-        path = source / entry.name
-        try:
-            digest, size = files.sha256_of(path), path.stat().st_size
-        except OSError as error:
-            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+        path = files.inside(source, entry.name)
+        digest, size = files.sha256_of(path), path.stat().st_size
         if digest != expected:
             raise CacheError(
                 f"{path} is damaged: its bytes do not match the recorded SHA-256; it was not sent",
@@ -500,6 +515,16 @@ def verify_remote(
             recorded[array] = _read_checksums(place, manifest, array)
         except CacheError as error:
             problem(checksums_path(manifest, array), error.what)
+    for name, digest in checksum_files(manifest, set(chosen.arrays) & set(manifest.blocks)).items():
+        if Path(name).name != BLOCKS:
+            continue
+        try:
+            size = place.size(name)
+            whole = size <= MAX_BLOCKS_BYTES and remote_sha256(place, name, size) == digest
+        except Missing:
+            whole = False
+        if not whole:
+            problem(name, "missing, or not the file that the manifest names")
 
     found: list[tuple[ShardFileEntry, str | None, int]] = []
 
@@ -543,9 +568,8 @@ def _push_to_hub(source: Path, manifest: Manifest, url: str, progress: Progress 
     local = open_location(source)
     recorded = {array: _read_checksums(local, manifest, array) for array in manifest.arrays}
     content: dict[str, bytes | Path] = dict(metadata_files(merged))
-    for array in manifest.arrays:
-        if array not in present:
-            content[checksums_path(manifest, array)] = source / checksums_path(manifest, array)
+    for name, digest in checksum_files(manifest, set(manifest.arrays) - present).items():
+        content[name] = _read_checksum_file(source, name, digest)
     sizes, before = [], 0
     for entry in shard_files(manifest):
         if entry.array in present:

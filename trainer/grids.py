@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from featcache.errors import WeightsUnavailable
+from featcache.errors import UserError, WeightsUnavailable
 from trainer.config import RunConfig
 from trainer.diffusion.transport import build_transport
 from trainer.log import RunLog
@@ -44,5 +44,9 @@ class GridMaker:
         transport = build_transport(ema.cfg.family, path=self._config.path, device=device)
         pixels = class_grid(ema, self._vae.to(device), transport=transport, seed=self._config.seed)
         self._vae.to("cpu")
-        save_png(pixels, run / "samples" / f"step_{step:07d}.png")
+        try:
+            save_png(pixels, run / "samples" / f"step_{step:07d}.png")
+        except UserError as error:  # a picture is no reason to end a run; a disk that is full the log will find, too
+            self._warn(f"no sample grid at step {step}: {error.what}")
+            return
         log.image("samples", pixels, step)

@@ -2,51 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from featcache.errors import UserError, os_error
 
 
 class RunLog:
     """Appends records to ``log.jsonl`` and scalars to ``tensorboard/`` (and wandb if ``$WANDB_PROJECT`` is set)."""
 
-    def __init__(self, run: Path, *, step: int) -> None:
+    def __init__(self, run: Path, *, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = (run / "log.jsonl").open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._path = run / "log.jsonl"
+        self._file = self._path.open("a")
+        self._warn = warn
+        self._board: Any = None
+        with self._told():
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._wandb: Any = None
         if project := os.environ.get("WANDB_PROJECT"):
             try:
                 import wandb
             except ImportError:
-                from featcache.errors import UserError
-
                 raise UserError(
                     "$WANDB_PROJECT is set, but wandb is not installed", remedy="Type: pip install wandb   or unset it"
                 ) from None
-            self._wandb = wandb.init(project=project, name=str(run), dir=str(run), resume="allow")
+            try:
+                self._wandb = wandb.init(project=project, name=str(run), dir=str(run), resume="allow")
+            except Exception as error:  # its own and the network's
+                raise UserError(
+                    f"Weights & Biases could not be reached: {type(error).__name__}: {error!s:.200}",
+                    remedy="Set WANDB_MODE=offline, or unset WANDB_PROJECT.",
+                ) from error
 
     def record(self, values: dict[str, Any]) -> None:
         """One line; numbers also become scalars at ``values["step"]``. NaN and infinity are null: JSON has neither."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        try:
+            self._write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise os_error(OSError(error.errno, error.strerror, str(self._path))) from error
         step = values["step"]
         scalars = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+            self._on_board("add_scalar", name, value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
     def image(self, name: str, pixels: Any, step: int) -> None:
         """uint8 [H, W, 3] to TensorBoard."""
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        self._on_board("add_image", name, pixels, step, dataformats="HWC")
+
+    def _write(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def _on_board(self, method: str, *args: Any, **kw: Any) -> None:
+        if self._board is not None:
+            with self._told():
+                getattr(self._board, method)(*args, **kw)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """TensorBoard shows what the log holds: a disk that refuses its files ends the pictures, not the training."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            self._warn(f"nothing more for TensorBoard: {os_error(error).what}; log.jsonl goes on")
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # every line was flushed, or its failure told
+            self._file.close()
+        self._on_board("close")
         if self._wandb is not None:
             self._wandb.finish()

@@ -26,6 +26,7 @@ from typing import Any
 from featcache.errors import UserError
 from trainer.config import RunConfig, from_mapping
 from trainer.published import Published, parse_published
+from trainer.yaml_text import read_yaml
 
 _FORMER_FOLDER = re.compile(r"\A(?:(?:.*/)?pipelines/|(?:\.\./)+)")
 MAX_BASES = 16  # one upon the other
@@ -349,24 +350,7 @@ def _check_keys(values: Mapping[str, Any], valid: Iterable[str], where: str) -> 
 
 def _read(file: Path) -> dict[str, Any]:
     """The mapping in one file."""
-    import yaml
-
-    parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
-
-    class Loader(parser):
-        """Safe, and strict about keys: YAML itself lets the last of two win."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise UserError(f"{file}: key {key!r} is given twice", remedy="Keep one of them.")
-            return super().construct_mapping(node, deep=deep)
-
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(file)
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold keys and values, for example 'method: ahpa'")
     return values

@@ -17,7 +17,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,7 +29,7 @@ from torch import nn
 
 from featcache.build import pick_device
 from featcache.errors import UserError
-from trainer import distributed, runs
+from trainer import distributed, locks, runs
 from trainer.diffusion.guidance import Guidance
 from trainer.diffusion.interval import Interval, plain
 from trainer.inference import Arithmetic, Network, applied, choose_arithmetic
@@ -178,7 +178,9 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         folder = request.out or _find_folder(named, record, request.file_name())
         images = folder / request.file_name()
         _check_folder(folder, record)
-        if not images.exists():
+        with _held(folder, images, world) as wanted:
+            if not wanted:
+                return _result(images, folder, loaded, settings, request)
             draw = _Draw(
                 network=Network(loaded.model, arithmetic),
                 vae=vae,
@@ -192,9 +194,32 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
             )
             with applied(arithmetic):
                 _draw_to(folder, images, record, draw, world, bar)
-        return SampleResult(
-            images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
-        )
+        return _result(images, folder, loaded, settings, request)
+
+
+def _result(
+    images: Path, folder: Path, loaded: LoadedRun, settings: dict[str, Any], request: SampleRequest
+) -> SampleResult:
+    return SampleResult(
+        images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
+    )
+
+
+@contextmanager
+def _held(folder: Path, images: Path, world: distributed.World) -> Iterator[bool]:
+    """Holds the folder (on the main rank) while images are to be drawn into it; whether there are any, alike on all ranks.
+
+    Raises:
+        UserError: another process draws into it.
+    """
+    if not distributed.from_main(not images.exists()):
+        yield False
+        return
+    remedy = (
+        "Wait until it has ended: what it has drawn by then is used. Or draw to another folder: trainer sample --out."
+    )
+    with locks.hold(folder, "sampling", remedy=remedy) if world.is_main else nullcontext():
+        yield distributed.from_main(not images.exists())  # it may have been finished before we held it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +304,10 @@ def _block_count(num: int, number: int) -> int:
 def _is_whole(blocks: Path, num: int, number: int) -> bool:
     """Whether a block is there with as many samples as ``num`` in all needs (it may come from a call that asked for fewer)."""
     path = _block_path(blocks, number)
-    return path.exists() and len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
+    try:
+        return len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
+    except (OSError, ValueError, TypeError, EOFError):  # absent, or damaged: it is drawn again
+        return False
 
 
 def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError
-from featcache.store import files
-from featcache.store.layout import CHECKSUMS, ROOT_METADATA, STATE
+from featcache.store import files, locks
+from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, STATE
 from featcache.store.manifest import Manifest
 from featcache.store.root import find_root, read_root
 from featcache.store.verify import shard_files
@@ -17,11 +17,17 @@ from featcache.store.writer import (
     building_directory,
     cache_lock,
     publish,
+    remove_building,
     state_directory,
     unfinished_features,
 )
 
-_OURS = re.compile(rf"(?:c(?:\.\d+)+|{ROOT_METADATA}|{CHECKSUMS})(?:\{files.PART_SUFFIX})?\Z")
+_OURS = re.compile(rf"(?:c(?:\.\d+)+|{ROOT_METADATA}|{CHECKSUMS}|{BLOCKS})\Z")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a builder gives such a name to a file in an array's directory."""
+    return bool(_OURS.match(files.part_of(name) or name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,10 @@ def cache_info(path: str | Path) -> CacheInfo:
     if find_root(path) is None:
         return CacheInfo(path=path, manifest=None, unfinished=unfinished)
     try:
-        return CacheInfo(path=path, manifest=read_root(path), unfinished=unfinished)
+        manifest = read_root(path)
+        # What a builder left that died after it had made its features visible is not unfinished.
+        unfinished = tuple(name for name in unfinished if name not in manifest.features)
+        return CacheInfo(path=path, manifest=manifest, unfinished=unfinished)
     except CacheError as error:
         return CacheInfo(path=path, manifest=None, unfinished=unfinished, problem=error.what)
 
@@ -94,10 +103,9 @@ def remove_features(path: str | Path, features: Sequence[str]) -> int:
                 remedy=f"it holds {', '.join(sorted(manifest.features)) or 'no features'}",
             )
         arrays = [array for name in features for array in manifest.features[name].arrays]
-        kept = {name: spec for name, spec in manifest.features.items() if name not in features}
-        checksums = {array: digest for array, digest in manifest.checksums.items() if array not in arrays}
-        publish(path, replace(manifest, features=kept, checksums=checksums), set())
-        return sum(_remove_array(path, array, set(kept)) for array in arrays)
+        kept = set(manifest.features) - set(features)
+        publish(path, manifest.only(kept), set())
+        return sum(_remove_array(path, array, kept) for array in arrays)
 
 
 def _remove_array(path: Path, array: str, kept: set[str]) -> int:
@@ -113,7 +121,7 @@ def _remove_array(path: Path, array: str, kept: set[str]) -> int:
 def _remove_ours(directory: Path) -> int:
     freed = 0
     for entry in directory.iterdir() if directory.is_dir() else ():
-        if _OURS.match(entry.name) and entry.is_file() and not entry.is_symlink():
+        if _is_ours(entry.name) and entry.is_file() and not entry.is_symlink():
             freed += entry.stat().st_size
             files.remove_file(entry)
     files.remove_empty_directory(directory)
@@ -135,11 +143,11 @@ def collect_garbage(path: str | Path, *, dry_run: bool = False) -> list[tuple[st
         arrays = set(manifest.arrays) if manifest is not None else set()
         live, dead = set(), []
         for name in unfinished_features(path):
-            fd = files.try_lock(building_directory(path, name) / "lock")
-            if fd is None:
+            held = locks.try_lock(building_directory(path, name) / "lock")
+            if held is None:
                 live.add(name)
             else:
-                dead.append((name, fd))
+                dead.append((name, held))
         removed = _orphans(path, arrays, live, set(manifest.features if manifest else ()))
         removed += [p for p in sorted(path.rglob("*" + files.PART_SUFFIX)) if not _belongs_to(p, path, live)]
         if manifest is None and not live:
@@ -147,15 +155,16 @@ def collect_garbage(path: str | Path, *, dry_run: bool = False) -> list[tuple[st
         removed += sorted((state_directory(path) / "push").glob("*.jsonl"))
         result = [(str(p.relative_to(path)), p.stat().st_size) for p in dict.fromkeys(removed)]
         if not dry_run:
+            # First, so that no process that is thought dead puts another file in place.
+            for name, held in dead:
+                remove_building(path, name, held)
             for file in dict.fromkeys(removed):
                 files.remove_file(file)
                 files.remove_empty_directory(file.parent)
                 if file.parent.parent != path:
                     files.remove_empty_directory(file.parent.parent)
-            for name, _ in dead:
-                files.remove_tree(building_directory(path, name))
-        for _, fd in dead:
-            files.unlock(fd)
+        for _, held in dead:
+            held.release()
         if not dry_run and manifest is None and not live:
             files.remove_file(state_directory(path) / "dataset.json")
     return result
@@ -183,6 +192,6 @@ def _orphans(path: Path, arrays: set[str], live: set[str], features: set[str]) -
         for entry in sorted(directory.iterdir()):
             if name in groups and entry.name == ROOT_METADATA:
                 continue
-            if _OURS.match(entry.name) and entry.is_file() and not entry.is_symlink():
+            if _is_ours(entry.name) and entry.is_file() and not entry.is_symlink():
                 found.append(entry)
     return found

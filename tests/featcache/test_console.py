@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from store_helpers import build
 
-from featcache.console import run_app
+from featcache.console import run_app, safe
 
 
 def test_an_interrupted_command_says_that_it_can_go_on(
@@ -35,3 +41,151 @@ def test_rm_with_nobody_to_ask_removes_nothing(tmp_path: Path) -> None:
     assert (path / "zarr.json").is_file()
     done = subprocess.run([*command, "--features", "absent@1"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "does not hold absent@1" in done.stderr
+
+
+def ends_with(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Exit code and what is said when a command raises ``error``."""
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    code = run_app(app)
+    said = capsys.readouterr()
+    assert said.out == "" and "Traceback" not in said.err
+    return code, said.err
+
+
+@pytest.mark.parametrize("code", sorted(errno.errorcode))
+def test_every_refusal_of_the_system_is_one_line_with_the_file(
+    code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if code in (errno.EPIPE, errno.ESHUTDOWN):
+        pytest.skip("a pipe whose reader left is no error")
+    ended, said = ends_with(OSError(code, os.strerror(code), "/data/x [red]\x1b[31m"), monkeypatch, capsys)
+    first, *rest = said.splitlines()
+    assert ended == 2 and first == f"error: {os.strerror(code)}: /data/x [red]\\x1b[31m" and len(rest) == 1
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+def unprintable() -> Exception:
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    return Unprintable()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "what"),
+    [
+        (MemoryError(), 2, "memory of this machine is not enough"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 2, "memory of this machine"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), 2, "GPU's memory is not enough"),
+        (RecursionError("maximum recursion depth exceeded"), 2, "nested too deeply"),
+        (ConnectionResetError(104, "Connection reset by peer"), 2, "Connection reset by peer"),
+        (OSError("no number and no file"), 2, "no number and no file"),
+        (KeyError("vae [/] \x1b]0;pwn\x07"), 70, "KeyError: 'vae [/] \\x1b]0;pwn\\x07'"),
+        (
+            ValueError("https://someone:hunter2@host/x?token=abc failed\nmore"),
+            70,
+            "https://***@host/x?token=*** failed",
+        ),
+        (AssertionError(), 70, "AssertionError\n"),
+        (unprintable(), 70, "Unprintable\n"),
+        (ZeroDivisionError("x" * 10_000), 70, "xxx"),
+    ],
+)
+def test_whatever_is_raised_becomes_a_paragraph(
+    error: Exception, code: int, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended, said = ends_with(error, monkeypatch, capsys)
+    assert ended == code and what in said and len(said) < 1000
+    assert "\x1b" not in said and "hunter2" not in said and "abc" not in said
+    if code == 70:
+        assert "FEATCACHE_DEBUG=1" in said and "is kept" in said and "report it" in said
+
+
+@pytest.mark.parametrize("name", ["FEATCACHE_DEBUG", "FEATCACHE_TRACEBACK"])
+def test_developers_get_the_exception(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(KeyError):
+        run_app(app)
+
+
+def test_a_warning_is_one_line_that_is_obeyed_in_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        warnings.warn("no glyph\n for [red]\x1b", stacklevel=1)
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run_app(app) == 0
+    assert capsys.readouterr().err == "note: no glyph for [red]\\x1b\n"
+
+
+def test_a_thread_that_dies_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        def fail() -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", "/data/[x]")
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    assert run_app(app) == 0
+    assert capsys.readouterr().err == "note: work in the background ended: No space left on device: /data/[x]\n"
+
+
+HOSTILE = [
+    "[red]x[/red]",
+    "[/]",
+    "\x1b]0;pwn\x07",
+    "\x1b[2J",
+    "\u202ecod.exe",
+    "a\rb",
+    "\x9b31m",
+    "\udc80",
+    "x\\",
+    "\\[x",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_from_outside_is_shown_as_it_is_and_obeyed_in_nothing(text: str) -> None:
+    out = io.StringIO()
+    Console(file=out, force_terminal=True, highlight=False, soft_wrap=True, color_system="truecolor").print(
+        f"[bold]{safe(text)}[/bold]|"
+    )
+    shown = out.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "")
+    assert not any((ord(c) < 32 and c != "\n") or 127 <= ord(c) < 160 or c == "\u202e" for c in shown)
+    assert shown.endswith("|\n") and (text not in ("[red]x[/red]", "[/]") or text in shown)
+
+
+def test_secrets_are_shown_nowhere() -> None:
+    assert safe("read https://u:hunter2@h/x?sig=s") == "read https://***@h/x?sig=***"

@@ -64,6 +64,8 @@ def plain(value: Any) -> str:
     """A setting as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int) and abs(value) >= 2**53:
+        return f"{value!s:.40}"
     if isinstance(value, int | float):
         return number(float(value))
     if isinstance(value, list | tuple):
