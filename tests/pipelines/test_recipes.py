@@ -22,7 +22,7 @@ import yaml
 
 from featcache.build import BuildRequest, build
 from featcache.cli import app as featcache_app
-from featcache.cli_build import parse_resolution
+from featcache.request import parse_resolution
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES
 from featcache.errors import CacheError, UserError
@@ -84,13 +84,13 @@ def read_build(line: str) -> BuildLine:
     words = shlex.split(line)
     assert words[:2] == ["featcache", "build"]
     options = command(featcache_app, "build").make_context("build", words[2:]).params
-    resolution = parse_resolution(options["resolution"]) or 256
+    resolution = parse_resolution(options["resolution"] or "256")
     tokens = (resolution // 16) ** 2
     shapes: dict[str, tuple[int, ...]] = {}
-    for level in parse_levels(options["vae_levels"]):
+    for level in parse_levels(options["levels"]):
         layers, channels = LEVEL_SHAPES[level]
         shapes[f"vae/{level}"] = (layers, tokens, channels)
-    encoders = parse_encoders(options["encoder"] or [])
+    encoders = parse_encoders(options["encoders"] or [])
     for choice in encoders:
         assert choice.layers and max(choice.layers) < ENCODERS[choice.name].depth, f"{line}: layers of {choice.name}"
         shapes |= {f"{choice.name}@{layer}": (tokens, ENCODERS[choice.name].width) for layer in choice.layers}
