@@ -24,7 +24,7 @@ def print_info(cache: Any) -> None:
     console.print(f"[bold]{safe(cache.path)}[/bold]   fingerprint {cache.fingerprint[:16]}")
     console.print(
         f"{len(cache)} images of {len(dataset.class_names)} classes from {safe(dataset.source)}; "
-        f"{safe(dataset.preprocessing.get('resolution'))} px {safe(dataset.preprocessing.get('crop'))}; "
+        f"{safe(dataset.preprocessing.get('resolution', '?'))} px {safe(dataset.preprocessing.get('crop', ''))}; "
         f"shards of {manifest.shard_size}; order seed {dataset.order_seed}"
         + ("; mirrored view" if dataset.flip else "")
     )

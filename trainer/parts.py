@@ -197,7 +197,7 @@ def backbone_config(config: RunConfig, cache: Cache) -> ModelConfig:
         raise CacheError(
             f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, ("vae/moments",))
         )
-    resolution, classes = dataset.preprocessing["resolution"], len(dataset.class_names)
+    resolution, classes = dataset.resolution, len(dataset.class_names)
     return config.backbone(dataset.vae, resolution=resolution, num_classes=classes)
 
 

@@ -1,6 +1,9 @@
 """One contract for every backend, then what is particular to zarr and to tars."""
 
+import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +32,7 @@ from featcache.store import CacheWriter, FeatureSpec, files
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manage import cache_bytes, cache_info, collect_garbage, list_caches, remove_features
 from featcache.store.manifest import check_feature_name
+from featcache.store.root import find_root
 from featcache.store.verify import repair_metadata, verify
 
 BACKENDS = {
@@ -487,3 +491,101 @@ def test_views_are_stored_and_selected(tmp_path: Path) -> None:
             assert np.array_equal(out["tiny@5"], whole[indices, views])
             reader.read(indices, out)
             assert np.array_equal(out["tiny@5"], whole[indices, 0])
+
+
+@pytest.mark.parametrize("operation", ["_write", "_rename", "_link", "_unlink", "rmtree"])
+@pytest.mark.parametrize("options", [{}, {"format": "wds"}], ids=["zarr", "wds"])
+def test_death_before_any_operation_leaves_nothing_for_ever(tmp_path: Path, monkeypatch, operation, options) -> None:
+    """Die before each operation on files in turn; whoever opens the cache next for writing clears what was left."""
+    owner = files.shutil if operation == "rmtree" else files
+    real = getattr(owner, operation)
+    specs = base_features()[:2]
+    whole = tree(build(tmp_path / "whole", specs, count=10, shard_size=8, **options))
+    calls, fatal = [0], [0]
+
+    def call(*arguments):
+        calls[0] += 1
+        if calls[0] == fatal[0]:
+            os._exit(9)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, operation, call)
+    build(tmp_path / "count", specs, count=10, shard_size=8, **options)
+    left = 0
+    for point in range(1, calls[0] + 1):
+        path = tmp_path / "cache"
+        child = os.fork()
+        if not child:
+            calls[0], fatal[0] = 0, point
+            with contextlib.suppress(BaseException):
+                build(path, specs, count=10, shard_size=8, **options)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        if find_root(path) is not None and (path / ".featcache").exists():
+            # Published: there is nothing left to build, yet something left to clear.
+            left += 1
+            assert cache_info(path).unfinished == ()
+            CacheWriter.open(path).close()
+        else:
+            build(path, specs, count=10, shard_size=8, **options)
+        assert tree(path) == whole, point
+        assert not (path / ".featcache").exists(), point
+        shutil.rmtree(path)
+    assert left or operation != "rmtree"
+
+
+def test_a_cache_of_version_1_stays_what_it_is(tmp_path: Path) -> None:
+    """Read, verified, re-written to the same bytes; new features have hashes of blocks, the old ones none."""
+    path = tmp_path / "old"
+    specs = base_features()
+    with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE) as writer:
+        writer.begin(specs, without_blocks=[spec.name for spec in specs])
+        write_all(writer, specs)
+        writer.finish()
+    before = tree(path)
+    assert json.loads(before["zarr.json"])["attributes"]["featcache"]["format_version"] == 1
+    assert not list(path.rglob("BLOCKS")) and verify(path).ok
+    from featcache.share import pull
+
+    pull(str(path), tmp_path / "copy")
+    assert tree(tmp_path / "copy") == before
+    corrupt(path / "tiny@5" / "c.1.0.0", lambda data: data.__setitem__(40, data[40] ^ 4))
+    with CacheWriter.open_for_repair(path, verify(path).damaged) as writer:
+        write_all(writer, [tokens()])
+        writer.finish()
+    assert tree(path) == before
+    add(path, [tokens("new@1")])
+    manifest = featcache.open(path).manifest
+    assert set(manifest.blocks) == {"new@1", "new@1.scale"} and verify(path).ok
+    pull(str(path), tmp_path / "copy", features=["new@1"])
+    pull(str(path), tmp_path / "whole")
+    assert tree(tmp_path / "whole") == tree(path)
+    remove_features(path, ["new@1"])
+    assert tree(path) == before
+
+
+def test_a_build_begun_by_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Its journal has no hashes of blocks: they are taken from the shards, which must be what was journaled."""
+    whole = tree(build(tmp_path / "whole", [tokens()]))
+    path = tmp_path / "cache"
+    for damage in (True, False):
+        with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE) as writer:
+            writer.begin([tokens()])
+            write_all(writer, [tokens()])
+        for entry in path.rglob("0000*.json"):
+            content = json.loads(entry.read_text())
+            content.pop("blocks", None)
+            entry.write_text(json.dumps(content))
+        shard = path / "tiny@5" / "c.2.0.0"
+        if damage:
+            corrupt(shard, lambda data: data.__setitem__(40, data[40] ^ 4))
+        with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE) as writer:
+            writer.begin([tokens()])
+            assert writer.pending() == []
+            if damage:
+                with pytest.raises(CacheError, match=r"c\.2\.0\.0 is damaged: its bytes do not match"):
+                    writer.finish()
+                shard.unlink()
+            else:
+                writer.finish()
+    assert tree(path) == whole

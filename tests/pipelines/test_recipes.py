@@ -22,10 +22,10 @@ import yaml
 
 from featcache.build import BuildRequest, build
 from featcache.cli import app as featcache_app
-from featcache.request import parse_resolution
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES
 from featcache.errors import CacheError, UserError
+from featcache.request import parse_resolution
 from pipelines import index
 from trainer import align, recipes
 from trainer.align.base import BackboneInfo, FeatureInfo
