@@ -144,10 +144,7 @@ def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | No
         if manifest.format == "wds" and set(features) != set(manifest.features):
             raise CacheError("a webdataset cache holds all features in each tar: pull it whole, then convert it")
         wanted = {*features, *(name for name in _ALWAYS if name in manifest.features)}
-        kept = {name: spec for name, spec in manifest.features.items() if name in wanted}
-        arrays = {array for spec in kept.values() for array in spec.arrays}
-        sums = {array: digest for array, digest in manifest.checksums.items() if array in arrays}
-        part = replace(part, features=kept, checksums=sums)
+        part = part.only(wanted)
     if samples is not None:
         if samples < 1:
             raise CacheError(f"--samples {samples} is less than one")
@@ -375,6 +372,7 @@ def _merge(existing: Manifest | None, ours: Manifest, where: str) -> Manifest:
         existing,
         features={name: features[name] for name in sorted(features)},
         checksums=dict(sorted({**existing.checksums, **ours.checksums}.items())),
+        blocks=dict(sorted({**ours.blocks, **existing.blocks}.items())),
         skipped=tuple(skipped[slot] for slot in sorted(skipped)),
     )
 

@@ -1,8 +1,9 @@
 """Every byte that the store puts on a disk goes through here, so that tests can make any single call fail.
 
-A file appears under its final name only when it is complete and on the disk: write `<name>.part`, fsync it,
-rename it, fsync the directory. A crash at any point leaves either nothing, a `.part` file that a rerun
-removes, or the whole file.
+A file appears under its final name only when it is complete and on the disk: write `<name>.<16 hex digits>.part`,
+fsync it, rename it, fsync the directory. A crash at any point leaves either nothing, a `.part` file that a rerun
+removes, or the whole file. Temporary names are never used twice, so no two writers share a file, and no link lies in
+wait under one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
+import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -23,7 +27,35 @@ import numpy as np
 from featcache.errors import CacheError
 
 PART_SUFFIX = ".part"
+_PART = re.compile(r"(.+?)(?:\.[0-9a-f]{16})?\.part\Z", re.DOTALL)
 _PIECE_BYTES = 8 << 20
+
+
+def part_of(name: str) -> str | None:
+    """The final name that a temporary file's name belongs to, None if `name` is not temporary."""
+    match = _PART.match(name)
+    return match[1] if match else None
+
+
+def inside(root: Path, relative: str) -> Path:
+    """`root / relative`, after checking that nothing below `root` on the way there is a symbolic link.
+
+    `root` itself may be one: the user named it. What is below may have come from anybody, and could lead anywhere.
+
+    Raises `CacheError` naming the link, or for a path that leaves `root`.
+    """
+    path, components = root, Path(relative).parts
+    if Path(relative).is_absolute() or ".." in components:
+        raise CacheError(f"{relative!r:.200} is no path inside a cache")
+    for component in components:
+        path = path / component
+        if path.is_symlink():
+            raise CacheError(
+                f"{path} is a symbolic link; inside a cache none is followed",
+                remedy=f"put what it stands for in its place, or remove it: rm {shlex.quote(str(path))}",
+            )
+    return path
+
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
 
@@ -58,6 +90,13 @@ def _explain(error: OSError, path: Path) -> CacheError:
         f"{path} could not be written: {error.strerror or error}",
         remedy="put that right and run the same command again: it goes on where it stopped",
     )
+
+
+def _create_part(path: Path) -> tuple[int, Path]:
+    """A new temporary file for `path`, open for writing."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PART_SUFFIX}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(part, flags, 0o666), part
 
 
 def _update_all(digest: hashlib._Hash, views: list[memoryview]) -> None:
@@ -123,20 +162,21 @@ class Group:
         return len(self._open)
 
     def write(self, path: Path, buffers: Sequence[Buffer], *, hashing: bool = True) -> str:
-        """Write `<path>.part`; returns the SHA-256 (hex) of the bytes, empty unless `hashing`.
+        """Write a temporary file; returns the SHA-256 (hex) of the bytes, empty unless `hashing`.
 
         The hash runs in a second thread beside the write (both release the interpreter lock), so it costs
         nothing where the disk is slower than 1 GB/s.
 
         Raises `CacheError` if it cannot be written; that file is removed then.
         """
-        part = path.with_name(path.name + PART_SUFFIX)
         digest = hashlib.sha256()
         views = [_bytes_view(buffer) for buffer in buffers]
         n_bytes = sum(view.nbytes for view in views)
-        fd = -1
         try:
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            fd, part = _create_part(path)
+        except OSError as error:
+            raise _explain(error, path) from error
+        try:
             if hashing and n_bytes > _PIECE_BYTES:
                 with ThreadPoolExecutor(1) as pool:
                     hashed = pool.submit(_update_all, digest, views)
@@ -149,8 +189,7 @@ class Group:
                 for view in views:
                     write_all(fd, view)
         except BaseException as error:
-            if fd >= 0:
-                os.close(fd)
+            os.close(fd)
             with contextlib.suppress(OSError):
                 part.unlink()
             if isinstance(error, OSError):
@@ -218,9 +257,8 @@ def atomic_stream(path: Path) -> Iterator[Stream]:
 
     Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any other exception.
     """
-    part = path.with_name(path.name + PART_SUFFIX)
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        fd, part = _create_part(path)
     except OSError as error:
         raise _explain(error, path) from error
     try:

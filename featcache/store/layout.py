@@ -28,6 +28,7 @@ ROOT_METADATA = "zarr.json"
 WDS_ROOT = "featcache.json"
 ROOT_NAMES = {"zarr": ROOT_METADATA, "wds": WDS_ROOT}
 CHECKSUMS = "SHA256SUMS"
+BLOCKS = "BLOCKS"
 STATE = ".featcache"
 
 

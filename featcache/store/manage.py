@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError
 from featcache.store import files
-from featcache.store.layout import CHECKSUMS, ROOT_METADATA, STATE
+from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, STATE
 from featcache.store.manifest import Manifest
 from featcache.store.root import find_root, read_root
 from featcache.store.verify import shard_files
@@ -21,7 +21,12 @@ from featcache.store.writer import (
     unfinished_features,
 )
 
-_OURS = re.compile(rf"(?:c(?:\.\d+)+|{ROOT_METADATA}|{CHECKSUMS})(?:\{files.PART_SUFFIX})?\Z")
+_OURS = re.compile(rf"(?:c(?:\.\d+)+|{ROOT_METADATA}|{CHECKSUMS}|{BLOCKS})\Z")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a builder gives such a name to a file in an array's directory."""
+    return bool(_OURS.match(files.part_of(name) or name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +99,9 @@ def remove_features(path: str | Path, features: Sequence[str]) -> int:
                 remedy=f"it holds {', '.join(sorted(manifest.features)) or 'no features'}",
             )
         arrays = [array for name in features for array in manifest.features[name].arrays]
-        kept = {name: spec for name, spec in manifest.features.items() if name not in features}
-        checksums = {array: digest for array, digest in manifest.checksums.items() if array not in arrays}
-        publish(path, replace(manifest, features=kept, checksums=checksums), set())
-        return sum(_remove_array(path, array, set(kept)) for array in arrays)
+        kept = set(manifest.features) - set(features)
+        publish(path, manifest.only(kept), set())
+        return sum(_remove_array(path, array, kept) for array in arrays)
 
 
 def _remove_array(path: Path, array: str, kept: set[str]) -> int:
@@ -113,7 +117,7 @@ def _remove_array(path: Path, array: str, kept: set[str]) -> int:
 def _remove_ours(directory: Path) -> int:
     freed = 0
     for entry in directory.iterdir() if directory.is_dir() else ():
-        if _OURS.match(entry.name) and entry.is_file() and not entry.is_symlink():
+        if _is_ours(entry.name) and entry.is_file() and not entry.is_symlink():
             freed += entry.stat().st_size
             files.remove_file(entry)
     files.remove_empty_directory(directory)
@@ -183,6 +187,6 @@ def _orphans(path: Path, arrays: set[str], live: set[str], features: set[str]) -
         for entry in sorted(directory.iterdir()):
             if name in groups and entry.name == ROOT_METADATA:
                 continue
-            if _OURS.match(entry.name) and entry.is_file() and not entry.is_symlink():
+            if _is_ours(entry.name) and entry.is_file() and not entry.is_symlink():
                 found.append(entry)
     return found

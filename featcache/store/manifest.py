@@ -13,8 +13,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -32,7 +32,7 @@ from featcache.store.layout import (
     stored_arrays,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of caches whose shards have hashes of their blocks; those without stay 1
 MAX_METADATA_BYTES = 64 << 20
 MAX_COUNT = 1 << 40
 MAX_SAMPLE_BYTES = 1 << 32
@@ -160,7 +160,7 @@ class Manifest:
     """Everything about a cache but the features' bytes. `features` holds complete ones only.
 
     checksums: array name -> SHA-256 of that array's `SHA256SUMS` file (in format 'wds', one file for all
-    arrays). compressor: of every array ('zstd', 'blosc' or None). format: 'zarr' or 'wds'. versions: of the
+    arrays). blocks: the same of `BLOCKS` files; arrays written before there were any have none. compressor: of every array ('zstd', 'blosc' or None). format: 'zarr' or 'wds'. versions: of the
     software that made the cache.
     """
 
@@ -172,6 +172,7 @@ class Manifest:
     compressor: str | None = None
     format: str = "zarr"
     checksums: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_shards(self) -> int:
@@ -181,6 +182,17 @@ class Manifest:
     def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Array name -> (numpy dtype, per-sample stored shape) of all features."""
         return {name: array for spec in self.features.values() for name, array in spec.arrays.items()}
+
+    def only(self, features: Collection[str]) -> Manifest:
+        """The manifest without the other features."""
+        kept = {name: spec for name, spec in self.features.items() if name in features}
+        arrays = {array for spec in kept.values() for array in spec.arrays}
+        return replace(
+            self,
+            features=kept,
+            checksums={array: digest for array, digest in self.checksums.items() if array in arrays},
+            blocks={array: digest for array, digest in self.blocks.items() if array in arrays},
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -192,7 +204,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Json]:
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.blocks else 1,
             "dataset": self.dataset.to_json(),
             "shard_size": self.shard_size,
             "compressor": self.compressor,
@@ -201,7 +213,7 @@ class Manifest:
             "skipped": [{"slot": s.slot, "key": s.key, "reason": s.reason} for s in self.skipped],
             "versions": dict(self.versions),
             "checksums": dict(self.checksums),
-        }
+        } | ({"blocks": dict(self.blocks)} if self.blocks else {})
 
 
 # Parsing. Every function takes what json.loads made of unknown bytes and raises CacheError for anything
@@ -398,16 +410,16 @@ def check_no_nesting(names: list[str]) -> None:
 
 def manifest_from_json(value: Json) -> Manifest:
     """The manifest of a JSON object; raises `CacheError` for anything unexpected."""
-    if isinstance(value, dict) and "format_version" in value and value["format_version"] != FORMAT_VERSION:
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if version is not None and (type(version) is not int or not 1 <= version <= FORMAT_VERSION):
         raise CacheError(
-            f"this cache has format version {value['format_version']!r:.40}; "
-            f"this program reads version {FORMAT_VERSION}",
+            f"this cache has format version {version!r:.40}; this program reads versions 1 to {FORMAT_VERSION}",
             remedy="install the featcache version that wrote it, or build the cache again",
         )
     keys = {"format_version", "format", "dataset", "shard_size", "compressor", "features", "skipped"}
-    keys |= {"versions", "checksums"}
+    keys |= {"versions", "checksums"} | ({"blocks"} if version == FORMAT_VERSION else set())
     item = _object(value, "manifest", keys)
-    _integer(item["format_version"], "format_version", FORMAT_VERSION, FORMAT_VERSION)
+    _integer(item["format_version"], "format_version", 1, FORMAT_VERSION)
     dataset = dataset_from_json(item["dataset"])
     features: dict[str, FeatureSpec] = {}
     for name, entry in _mapping(item["features"], "features").items():
@@ -429,13 +441,29 @@ def manifest_from_json(value: Json) -> Manifest:
         versions=versions,
         compressor=item["compressor"],
         format=_string(item["format"], "format", choices=FORMATS),
-        checksums={k: _sha256(v, "a checksum") for k, v in _mapping(item["checksums"], "checksums").items()},
+        checksums=_digests(item["checksums"], "checksums"),
+        blocks=_digests(item.get("blocks", {}), "blocks"),
     )
     if manifest.n_shards > MAX_SHARDS:
         _fail("shard_size", f"such that there are at most {MAX_SHARDS} shards", manifest.shard_size)
     if set(manifest.checksums) != set(manifest.arrays):
         _fail("checksums", "one for each stored array", sorted(manifest.checksums)[:8])
+    if version == FORMAT_VERSION and not (manifest.blocks and set(manifest.blocks) <= set(manifest.arrays)):
+        _fail("blocks", "digests of stored arrays' BLOCKS files", sorted(manifest.blocks)[:8])
+    if manifest.format == "wds":
+        _check_shared(manifest)
     return manifest
+
+
+def _digests(value: Json, what: str) -> dict[str, str]:
+    return {name: _sha256(digest, f"{what}.{name:.150}") for name, digest in _mapping(value, what).items()}
+
+
+def _check_shared(manifest: Manifest) -> None:
+    """In a webdataset cache one checksum file serves all arrays."""
+    for what, digests in (("checksums", manifest.checksums), ("blocks", manifest.blocks)):
+        if len(set(digests.values())) > 1 or (digests and set(digests) != set(manifest.arrays)):
+            _fail(what, "the same for all arrays of a webdataset cache", sorted(digests.values())[:2])
 
 
 def _as_cache_error(make: Callable[[], FeatureSpec]) -> FeatureSpec:
