@@ -62,7 +62,12 @@ class Location(Protocol):
 
 
 class Destination(Location, Protocol):
-    """A place that can be written to. Every `put` is atomic: readers see all of a file or nothing."""
+    """A place that can be written to. Every `put` is atomic: readers see all of a file or nothing.
+
+    conditional: whether `put_if` keeps its promise, as far as is known yet.
+    """
+
+    conditional: bool
 
     def put(self, name: str, content: bytes | Path) -> None: ...
 
@@ -153,6 +158,7 @@ class ObjectLocation:
     def __init__(self, url: str, store: Any) -> None:
         self.url, self.address = redact(url), url
         self._store = store
+        self.conditional = True
         # Google's conditions name an object's generation, the others' its entity tag.
         self._condition = "version" if url.startswith("gs://") else "e_tag"
 
@@ -246,6 +252,7 @@ class ObjectLocation:
                 return False
             except exceptions.NotSupportedError:
                 # Stores without conditional requests: the last writer wins.
+                self.conditional = False
                 obstore.put(self._store, name, content)
             return True
 

@@ -143,7 +143,8 @@ def _allowed_signers(path: Path) -> str:
     lines = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
     if not lines or "PRIVATE KEY" in text:
         raise UserError(
-            f"{path} holds no public key", remedy="give the .pub file, or lines as man ssh-keygen, ALLOWED SIGNERS, says"
+            f"{path} holds no public key",
+            remedy="give the .pub file, or lines as man ssh-keygen, ALLOWED SIGNERS, says",
         )
     keys = [f'{path.stem} namespaces="{_NAMESPACE}" {line}' if _KEY_TYPE.match(line) else line for line in lines]
     return "".join(line + "\n" for line in keys)
