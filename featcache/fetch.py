@@ -11,8 +11,9 @@ from pathlib import Path
 
 from featcache.errors import CacheError
 from featcache.remote import Location, Missing
+from featcache.store import blocks as hashes
 from featcache.store import files
-from featcache.store.blocks import BLOCK_BYTES, ShardBlocks, blocks_limit, blocks_path, check_block, parse_blocks
+from featcache.store.blocks import ShardBlocks, blocks_limit, blocks_path, check_block, parse_blocks
 from featcache.store.layout import index_bytes, sample_bytes, shard_samples
 from featcache.store.manifest import Manifest
 from featcache.store.verify import ShardFileEntry
@@ -137,7 +138,7 @@ def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress
     for _ in range(TRIES):
         digest, position = hashlib.sha256(), 0
         os.lseek(fd, 0, os.SEEK_SET)
-        while data := os.read(fd, BLOCK_BYTES):
+        while data := os.read(fd, hashes.BLOCK_BYTES):
             digest.update(data)
             position += len(data)
         if position > file.n_bytes:
@@ -170,7 +171,7 @@ def _fetch_blocks(
     digest, start = hashlib.sha256(), 0
     for index, data in _right_blocks(fd, blocks, stop_at_wrong=True):
         digest.update(data)
-        start = index * BLOCK_BYTES + len(data)
+        start = index * hashes.BLOCK_BYTES + len(data)
     os.ftruncate(fd, start)
     os.lseek(fd, start, os.SEEK_SET)
     fetched = 0
@@ -183,9 +184,9 @@ def _fetch_blocks(
                 stack.callback(os.close, old)
                 here = {index for index, _ in _right_blocks(old, blocks)}
         while start < file.n_bytes:
-            index = start // BLOCK_BYTES
+            index = start // hashes.BLOCK_BYTES
             if index in here:
-                data = os.pread(old, BLOCK_BYTES, start)
+                data = os.pread(old, hashes.BLOCK_BYTES, start)
                 with contextlib.suppress(CacheError):
                     check_block(blocks, index, data, file.name)
                     files.append(fd, data, partial)
@@ -193,7 +194,7 @@ def _fetch_blocks(
                     start += len(data)
                     continue
                 here.discard(index)  # it has changed since
-            stop = min([i * BLOCK_BYTES for i in here if i > index], default=file.n_bytes)
+            stop = min([i * hashes.BLOCK_BYTES for i in here if i > index], default=file.n_bytes)
             for data in verified_blocks(place, file.name, blocks, start, stop):
                 files.append(fd, data, partial)
                 digest.update(data)
@@ -208,16 +209,16 @@ def _fetch_blocks(
 
 def _right_blocks(fd: int, blocks: ShardBlocks, *, stop_at_wrong: bool = False) -> Iterator[tuple[int, bytes]]:
     """The blocks of an open file that are what they must be."""
-    for index in range(-(-blocks.n_bytes // BLOCK_BYTES)):
-        data = os.pread(fd, BLOCK_BYTES, index * BLOCK_BYTES)
+    for index in range(-(-blocks.n_bytes // hashes.BLOCK_BYTES)):
+        data = os.pread(fd, hashes.BLOCK_BYTES, index * hashes.BLOCK_BYTES)
         try:
             # A file that is too long ends in a block that is too long.
-            check_block(blocks, index, data[: blocks.n_bytes - index * BLOCK_BYTES], "")
+            check_block(blocks, index, data[: blocks.n_bytes - index * hashes.BLOCK_BYTES], "")
         except CacheError:
             if stop_at_wrong:
                 return
             continue
-        yield index, data[: blocks.n_bytes - index * BLOCK_BYTES]
+        yield index, data[: blocks.n_bytes - index * hashes.BLOCK_BYTES]
 
 
 def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int, stop: int) -> Iterator[bytes]:
@@ -227,13 +228,13 @@ def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int,
     """
     failures = 0
     while start < stop:
-        index = start // BLOCK_BYTES
+        index = start // hashes.BLOCK_BYTES
         block = bytearray()
         with contextlib.closing(place.chunks(name, start, stop)) as chunks:
             for data in chunks:
                 block += data
-                while block and len(block) >= min(BLOCK_BYTES, stop - start):
-                    whole = bytes(block[:BLOCK_BYTES])
+                while block and len(block) >= min(hashes.BLOCK_BYTES, stop - start):
+                    whole = bytes(block[: hashes.BLOCK_BYTES])
                     try:
                         check_block(blocks, index, whole, f"{place.url}/{name}")
                     except CacheError as error:
@@ -241,7 +242,7 @@ def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int,
                         if failures == TRIES:
                             raise CacheError(f"{error.what} ({TRIES} times)", remedy=_TELL) from error
                         break
-                    del block[:BLOCK_BYTES]
+                    del block[: hashes.BLOCK_BYTES]
                     yield whole
                     failures = 0
                     start, index = start + len(whole), index + 1

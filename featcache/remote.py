@@ -26,9 +26,8 @@ from featcache.store import files
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*)://")
 REMOTE_SCHEMES = ("s3", "gs", "hf", "http", "https")
 PIECE_BYTES = 8 << 20
-CHUNK_BYTES = 1 << 18
-# What must come between two failures for the second one to count as a first.
-_PROGRESS_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 16
+# Between two failures this much must come for the second one to count as a first.
 
 T = TypeVar("T")
 
@@ -197,7 +196,7 @@ class ObjectLocation:
                 raise missing(error, self._what(name), self.address) from error
             except (BaseError, OSError, ValueError) as error:
                 # A server that sends a few bytes and breaks off, again and again, is not making progress.
-                if start - counted >= _PROGRESS_BYTES:
+                if start - counted >= min(CHUNK_BYTES, PIECE_BYTES):
                     attempts.progress()
                     counted = start
                 attempts.failed(error)

@@ -22,6 +22,7 @@ from featcache.errors import CacheError, UserError
 from featcache.order import sequential_order
 from featcache.remote import is_remote, open_destination, open_location, parse_hub_url
 from featcache.share import list_remote, pull, push, subset, verify_remote
+from featcache.store import blocks as hashes
 from featcache.store import files
 from featcache.store.manage import collect_garbage
 from featcache.store.verify import verify
@@ -330,20 +331,21 @@ def test_stream_over_s3(source: Path, bucket, tmp_path: Path) -> None:
     assert cache.labels().tolist() == featcache.open(source).labels().tolist()
 
 
-def stream_blocks(web, directory: Path, limit: int, block: int) -> tuple[featcache.Cache, BlockCache]:
+def stream_blocks(web, directory: Path, limit: int, block: int, monkeypatch) -> tuple[featcache.Cache, BlockCache]:
+    """The cache of `source`, read in blocks of `block` bytes (it has none recorded of that length: whole shards are)."""
+    monkeypatch.setattr(hashes, "BLOCK_BYTES", block)
     cache = open_remote(f"{web.url}/cache", cache_dir=directory.parent / "unused")
-    blocks = BlockCache(open_location(f"{web.url}/cache"), directory, limit, block)
-    cache.backend.blocks = blocks
-    return cache, blocks
+    cache.backend.blocks = BlockCache(open_location(f"{web.url}/cache"), directory, limit)
+    return cache, cache.backend.blocks
 
 
 def directory_bytes(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.iterdir())
 
 
-def test_local_blocks_stay_within_their_bound(source: Path, web, tmp_path: Path) -> None:
+def test_local_blocks_stay_within_their_bound(source: Path, web, tmp_path: Path, monkeypatch) -> None:
     limit, block = 20 << 10, 2 << 10
-    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block)
+    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block, monkeypatch)
     rng = np.random.default_rng(0)
     whole = expected(cache.manifest, "tiny@5", SKIPPED)
     with cache.reader(["tiny@5", "vae/moments"], threads=3) as reader:
@@ -355,14 +357,14 @@ def test_local_blocks_stay_within_their_bound(source: Path, web, tmp_path: Path)
             assert directory_bytes(tmp_path / "blocks") <= limit + 3 * (block + 4)
     assert blocks.fetched_bytes > limit
     # A new process finds them again, within the bound.
-    reopened = BlockCache(open_location(f"{web.url}/cache"), tmp_path / "blocks", 10 << 10, block)
+    reopened = BlockCache(open_location(f"{web.url}/cache"), tmp_path / "blocks", 10 << 10)
     assert directory_bytes(tmp_path / "blocks") <= 10 << 10
     assert reopened.fetched_bytes == 0
 
 
-def test_sequential_order_fetches_every_block_once(source: Path, web, tmp_path: Path) -> None:
+def test_sequential_order_fetches_every_block_once(source: Path, web, tmp_path: Path, monkeypatch) -> None:
     limit, block = 64 << 10, 4 << 10
-    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block)
+    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block, monkeypatch)
     order = sequential_order(0, 0, len(cache), cache.manifest.shard_size, window=1)
     with cache.reader(["tiny@5"], threads=0) as reader:
         out = reader.allocate(8)
@@ -373,21 +375,21 @@ def test_sequential_order_fetches_every_block_once(source: Path, web, tmp_path: 
     assert blocks.fetched_bytes <= size
 
 
-def test_damaged_local_blocks_are_fetched_again(source: Path, web, tmp_path: Path) -> None:
+def test_damaged_local_blocks_are_fetched_again(source: Path, web, tmp_path: Path, monkeypatch) -> None:
     directory = tmp_path / "blocks"
-    cache, _ = stream_blocks(web, directory, 1 << 20, 4 << 10)
+    cache, _ = stream_blocks(web, directory, 1 << 20, 4 << 10, monkeypatch)
     labels = cache.labels()
     for p in directory.iterdir():
         corrupt(p, lambda data: data.__setitem__(0, data[0] ^ 0xFF))
     (directory / "1-2.new").write_bytes(b"left by a dead process")
-    cache, blocks = stream_blocks(web, directory, 1 << 20, 4 << 10)
+    cache, blocks = stream_blocks(web, directory, 1 << 20, 4 << 10, monkeypatch)
     assert cache.labels().tolist() == labels.tolist()
     assert blocks.fetched_bytes > 0
     assert not (directory / "1-2.new").exists()
 
 
 def test_streaming_with_a_full_disk_and_a_dead_server(source: Path, web, tmp_path, monkeypatch) -> None:
-    cache, _ = stream_blocks(web, tmp_path / "blocks", 1 << 20, 4 << 10)
+    cache, _ = stream_blocks(web, tmp_path / "blocks", 1 << 20, 4 << 10, monkeypatch)
 
     def full(self, data):
         raise OSError(28, "No space left on device")
