@@ -42,7 +42,7 @@ class FileServer(ThreadingHTTPServer):
             if self.cuts[name] > 0:
                 self.cuts[name] -= 1
                 return True
-            return bool(self.cut_every) and self.served % self.cut_every == 0
+            return bool(self.cut_every) and self.answers[name] % self.cut_every == 0
 
 
 class _Handler(BaseHTTPRequestHandler):
