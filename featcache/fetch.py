@@ -26,6 +26,10 @@ TRIES = 3
 _TELL = "tell whoever shares the cache; featcache verify checks it at its source"
 
 
+class DamagedSource(CacheError):
+    """The other place lacks a file, or sends other bytes than are wanted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """A file as the manifest wants it: length and SHA-256, and the hashes of its blocks where there are any."""
@@ -63,8 +67,8 @@ def _metadata(place: Location, name: str, limit: int) -> bytes:
         raise is_missing(place, name) from error
 
 
-def is_missing(place: Location, name: str) -> CacheError:
-    return CacheError(f"{place.url}/{name} is missing", remedy=_TELL)
+def is_missing(place: Location, name: str) -> DamagedSource:
+    return DamagedSource(f"{place.url}/{name} is missing", remedy=_TELL)
 
 
 def wanted(
@@ -80,7 +84,7 @@ def wanted(
         except Missing as error:
             raise is_missing(place, entry.name) from error
         if n_bytes > _most_bytes(manifest, entry):
-            raise CacheError(f"{place.url}/{entry.name} is damaged: it cannot have {n_bytes} bytes", remedy=_TELL)
+            raise DamagedSource(f"{place.url}/{entry.name} is damaged: it cannot have {n_bytes} bytes", remedy=_TELL)
     return Wanted(name=entry.name, n_bytes=n_bytes, sha256=sha256, blocks=blocks)
 
 
@@ -128,8 +132,8 @@ def fetch(
         os.close(fd)
 
 
-def _damaged(place: Location, file: Wanted, what: str) -> CacheError:
-    return CacheError(f"{place.url}/{file.name} is damaged: {what}", remedy=_TELL)
+def _damaged(place: Location, file: Wanted, what: str) -> DamagedSource:
+    return DamagedSource(f"{place.url}/{file.name} is damaged: {what}", remedy=_TELL)
 
 
 def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> int:
@@ -240,7 +244,7 @@ def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int,
                     except CacheError as error:
                         failures += 1
                         if failures == TRIES:
-                            raise CacheError(f"{error.what} ({TRIES} times)", remedy=_TELL) from error
+                            raise DamagedSource(f"{error.what} ({TRIES} times)", remedy=_TELL) from error
                         break
                     del block[: hashes.BLOCK_BYTES]
                     yield whole
