@@ -14,7 +14,7 @@ from pathlib import Path
 from featcache import fetch as transfer
 from featcache.errors import CacheError
 from featcache.remote import Location, open_location
-from featcache.share import in_parallel, required_root
+from featcache.share import in_parallel, refuse_links, required_root
 from featcache.store import files
 from featcache.store.blocks import ShardBlocks, blocks_path
 from featcache.store.layout import STATE
@@ -50,6 +50,7 @@ def restore(
     broken. What the copy cannot give (features that it lacks or has with other bytes, or damaged itself) is reported.
     """
     manifest = read_root(path)
+    refuse_links(path, manifest)
     place = open_location(source)
     theirs = required_root(place)
     mended = repair_metadata(path)

@@ -214,7 +214,7 @@ def pull(
     require_authentic(place, whole, expect, signed_by)
     part = subset(whole, features, samples)
     target = Path(target)
-    _refuse_links(target, part)
+    refuse_links(target, part)
     recorded = {array: transfer.read_checksums(place, whole, array) for array in part.arrays}
     blocks = {array: transfer.read_blocks(place, whole, array) for array in part.arrays}
     moved, n_bytes = [0, 0, 0], dict[str, int]()
@@ -266,7 +266,7 @@ def pull(
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
 
 
-def _refuse_links(target: Path, part: Manifest) -> None:
+def refuse_links(target: Path, part: Manifest) -> None:
     """Raise `CacheError` where writing the cache would lead out of its directory."""
     for name in (STATE, SIGNATURE, *ROOT_NAMES.values(), *(part.arrays if part.format == "zarr" else ())):
         files.inside(target, name)
