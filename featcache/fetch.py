@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +37,14 @@ class Wanted:
     n_bytes: int
     sha256: str
     blocks: ShardBlocks | None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that is in place now: the hashes of its bytes, and how many of them came over the wire."""
+
+    hashes: files.Hashes
+    n_bytes: int
 
 
 def checksums_limit(manifest: Manifest) -> int:
@@ -104,9 +111,8 @@ def fetch(
     *,
     damaged: Path | None = None,
     progress: Progress | None = None,
-) -> int:
-    """Bring one file from `place` to `target`, which takes its name only if every byte is right. Returns the bytes that
-    came over the wire.
+) -> Fetched:
+    """Bring one file from `place` to `target`, which takes its name only if every byte is right.
 
     What has come so far is kept in `partial` (on the same disk), also when the process is killed, and is checked again
     before it is continued: with hashes of blocks after its last whole block, else after its last byte. Blocks that are
@@ -121,11 +127,11 @@ def fetch(
         raise CacheError(f"{partial} cannot be used: {error.strerror}", remedy=f"rm {partial}") from error
     try:
         if file.blocks is not None:
-            n_bytes = _fetch_blocks(place, file, file.blocks, fd, partial, damaged, progress)
+            found = _fetch_blocks(place, file, file.blocks, fd, partial, damaged, progress)
         else:
-            n_bytes = _fetch_bytes(place, file, fd, partial, progress)
+            found = _fetch_bytes(place, file, fd, partial, progress)
         files.publish(fd, partial, target)
-        return n_bytes
+        return found
     except Missing as error:
         raise is_missing(place, file.name) from error
     finally:
@@ -136,26 +142,27 @@ def _damaged(place: Location, file: Wanted, what: str) -> DamagedSource:
     return DamagedSource(f"{place.url}/{file.name} is damaged: {what}", remedy=_TELL)
 
 
-def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> int:
+def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> Fetched:
     """A file without hashes of blocks: checked as a whole, at the end."""
     fetched = 0
     for _ in range(TRIES):
-        digest, position = hashlib.sha256(), 0
+        hasher, position = files.Hasher(), 0
         os.lseek(fd, 0, os.SEEK_SET)
         while data := os.read(fd, hashes.BLOCK_BYTES):
-            digest.update(data)
+            hasher.update(memoryview(data))
             position += len(data)
         if position > file.n_bytes:
             os.ftruncate(fd, 0)
             continue
         for data in place.chunks(file.name, position, file.n_bytes):
             files.append(fd, data, partial)
-            digest.update(data)
+            hasher.update(memoryview(data))
             fetched += len(data)
             if progress is not None:
                 progress(len(data))
-        if digest.hexdigest() == file.sha256:
-            return fetched
+        found = hasher.result()
+        if found.sha256 == file.sha256:
+            return Fetched(found, fetched)
         os.ftruncate(fd, 0)
     raise _damaged(place, file, "its bytes do not match the recorded SHA-256")
 
@@ -168,13 +175,13 @@ def _fetch_blocks(
     partial: Path,
     damaged: Path | None,
     progress: Progress | None,
-) -> int:
+) -> Fetched:
     """A file with hashes of its blocks: each is checked before it is written."""
     if blocks.n_bytes != file.n_bytes:
         raise _damaged(place, file, "its manifest and the hashes of its blocks disagree about its length")
-    digest, start = hashlib.sha256(), 0
+    hasher, start = files.Hasher(), 0
     for index, data in _right_blocks(fd, blocks, stop_at_wrong=True):
-        digest.update(data)
+        hasher.update(memoryview(data))
         start = index * hashes.BLOCK_BYTES + len(data)
     os.ftruncate(fd, start)
     os.lseek(fd, start, os.SEEK_SET)
@@ -194,21 +201,22 @@ def _fetch_blocks(
                 with contextlib.suppress(CacheError):
                     check_block(blocks, index, data, file.name)
                     files.append(fd, data, partial)
-                    digest.update(data)
+                    hasher.update(memoryview(data))
                     start += len(data)
                     continue
                 here.discard(index)  # it has changed since
             stop = min([i * hashes.BLOCK_BYTES for i in here if i > index], default=file.n_bytes)
             for data in verified_blocks(place, file.name, blocks, start, stop):
                 files.append(fd, data, partial)
-                digest.update(data)
+                hasher.update(memoryview(data))
                 start += len(data)
                 fetched += len(data)
                 if progress is not None:
                     progress(len(data))
-    if digest.hexdigest() != file.sha256:
+    found = hasher.result()
+    if found.sha256 != file.sha256:
         raise _damaged(place, file, "the hashes of its blocks contradict its SHA-256")
-    return fetched
+    return Fetched(found, fetched)
 
 
 def _right_blocks(fd: int, blocks: ShardBlocks, *, stop_at_wrong: bool = False) -> Iterator[tuple[int, bytes]]:

@@ -6,7 +6,6 @@ sound itself. Every file is replaced whole and at once, so this can be killed an
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +81,8 @@ def restore(
             files.make_directory(target.parent)
             file = transfer.wanted(place, manifest, entry, sha256, of_array[entry.shard] if of_array else None)
             partial = folder / f"{entry.name.replace('/', '+')}.fetched"
-            n_bytes[entry.name] = transfer.fetch(place, file, target, partial, damaged=target, progress=progress)
+            fetched = transfer.fetch(place, file, target, partial, damaged=target, progress=progress)
+            n_bytes[entry.name] = fetched.n_bytes
         except transfer.DamagedSource as error:
             refused.append(f"{entry.name}: {error.what}")
 
@@ -125,7 +125,6 @@ def _copy(local: Location, place: Location, name: str, limit: int, mended: list[
 
 def _sha256(path: Path) -> str | None:
     try:
-        with path.open("rb", buffering=0) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+        return files.sha256_of(path)
+    except CacheError:
         return None

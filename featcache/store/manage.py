@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError
-from featcache.store import files
+from featcache.store import files, locks
 from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, STATE
 from featcache.store.manifest import Manifest
 from featcache.store.root import find_root, read_root
@@ -17,6 +17,7 @@ from featcache.store.writer import (
     building_directory,
     cache_lock,
     publish,
+    remove_building,
     state_directory,
     unfinished_features,
 )
@@ -62,7 +63,10 @@ def cache_info(path: str | Path) -> CacheInfo:
     if find_root(path) is None:
         return CacheInfo(path=path, manifest=None, unfinished=unfinished)
     try:
-        return CacheInfo(path=path, manifest=read_root(path), unfinished=unfinished)
+        manifest = read_root(path)
+        # What a builder left that died after it had made its features visible is not unfinished.
+        unfinished = tuple(name for name in unfinished if name not in manifest.features)
+        return CacheInfo(path=path, manifest=manifest, unfinished=unfinished)
     except CacheError as error:
         return CacheInfo(path=path, manifest=None, unfinished=unfinished, problem=error.what)
 
@@ -139,11 +143,11 @@ def collect_garbage(path: str | Path, *, dry_run: bool = False) -> list[tuple[st
         arrays = set(manifest.arrays) if manifest is not None else set()
         live, dead = set(), []
         for name in unfinished_features(path):
-            fd = files.try_lock(building_directory(path, name) / "lock")
-            if fd is None:
+            held = locks.try_lock(building_directory(path, name) / "lock")
+            if held is None:
                 live.add(name)
             else:
-                dead.append((name, fd))
+                dead.append((name, held))
         removed = _orphans(path, arrays, live, set(manifest.features if manifest else ()))
         removed += [p for p in sorted(path.rglob("*" + files.PART_SUFFIX)) if not _belongs_to(p, path, live)]
         if manifest is None and not live:
@@ -151,15 +155,16 @@ def collect_garbage(path: str | Path, *, dry_run: bool = False) -> list[tuple[st
         removed += sorted((state_directory(path) / "push").glob("*.jsonl"))
         result = [(str(p.relative_to(path)), p.stat().st_size) for p in dict.fromkeys(removed)]
         if not dry_run:
+            # First, so that no process that is thought dead puts another file in place.
+            for name, held in dead:
+                remove_building(path, name, held)
             for file in dict.fromkeys(removed):
                 files.remove_file(file)
                 files.remove_empty_directory(file.parent)
                 if file.parent.parent != path:
                     files.remove_empty_directory(file.parent.parent)
-            for name, _ in dead:
-                files.remove_tree(building_directory(path, name))
-        for _, fd in dead:
-            files.unlock(fd)
+        for _, held in dead:
+            held.release()
         if not dry_run and manifest is None and not live:
             files.remove_file(state_directory(path) / "dataset.json")
     return result

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from featcache.errors import CacheError
 from featcache.reader import Cache, open_cache
 from featcache.store import files, wds
+from featcache.store.blocks import MAX_BLOCKS_BYTES, ShardBlocks, blocks_bytes
 from featcache.store.layout import (
+    BLOCKS,
+    CHECKSUMS,
     ROOT_METADATA,
     ROOT_NAMES,
     canonical_json,
@@ -25,11 +30,16 @@ from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
 from featcache.store.root import find_root, node_metadata, parse_root, read_root, root_bytes
 from featcache.store.writer import (
     cache_lock,
-    check_checksums,
+    checksum_files,
     checksums_path,
     checksums_text,
+    clear_parts,
+    read_record,
     shard_names,
+    vouched_for,
 )
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,34 +150,51 @@ def verify(
     for name, content in metadata_files(manifest).items():
         n_files += 1
         n_bytes += len(content)
-        if not _equals(path / name, content):
+        if not _equals(path, name, content):
             problems.append(Problem(path=str(path / name), what="missing, or not as the manifest says"))
-    recorded = {}
-    for array in sorted(manifest.arrays):
-        if features is not None and not any(array in manifest.features[f].arrays for f in features):
-            continue
-        where = path / checksums_path(manifest, array)
+    chosen = manifest if features is None or manifest.format == "wds" else manifest.only(features)
+    records = {array: read_record(path, manifest, array) for array in sorted(chosen.arrays)}
+    for name, digest in checksum_files(manifest, chosen.arrays).items():
         try:
-            sums = files.read_bounded(where, manifest.n_shards * 160)
-            n_bytes += len(sums)
-            recorded[array] = check_checksums(sums, manifest, array, str(where))
+            data = files.read_bounded(files.inside(path, name), MAX_BLOCKS_BYTES)
         except CacheError as error:
-            problems.append(Problem(path=str(where), what=error.what))
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(_digest, path / e.name): e for e in shard_files(manifest, features)}
-        for job in as_completed(jobs):
-            entry = jobs[job]
-            digest, length = job.result()
-            n_files += 1
-            n_bytes += length
-            wrong = shard_problem(entry, digest, length, recorded.get(entry.array))
-            if wrong is not None:
-                where_ = str(path / entry.name)
-                problems += [
-                    Problem(path=where_, what=wrong, feature=name, shard=entry.shard) for name in entry.features
-                ]
-            if progress is not None:
-                progress(length)
+            problems.append(Problem(path=str(path / name), what=error.what))
+            continue
+        n_bytes += len(data)
+        if hashlib.sha256(data).hexdigest() != digest:
+            problems.append(Problem(path=str(path / name), what="damaged: not the file that the manifest names"))
+    # Hashes of the shards of arrays of which nothing is left that tells sound ones from damaged ones.
+    untold: dict[str, dict[int, str]] = {a: {} for a, r in records.items() if r.checksums is None and r.blocks is None}
+
+    def check(entry: ShardFileEntry) -> tuple[ShardFileEntry, str | None, int]:
+        """What is wrong with a shard's file, and its length."""
+        record = records[entry.array]
+        found, length = _hashes(path, entry.name, with_blocks=record.checksums is None)
+        wrong = shard_problem(entry, found.sha256 if found else None, length, record.checksums)
+        if wrong is None and found is not None and record.checksums is None:
+            if record.agrees(entry.shard, found) is False:
+                wrong = "its bytes do not match the recorded hashes of its blocks"
+            elif entry.array in untold:
+                untold[entry.array][entry.shard] = found.sha256
+        return entry, wrong, length
+
+    sound: dict[str, list[ShardFileEntry]] = {array: [] for array in untold}
+    for entry, wrong, length in _in_threads(check, shard_files(manifest, features), threads):
+        n_files += 1
+        n_bytes += length
+        if wrong is not None:
+            problems += _shard_problems(path, entry, wrong)
+        elif entry.array in untold:
+            sound[entry.array].append(entry)
+        if progress is not None:
+            progress(length)
+    for array, digests in untold.items():
+        # All of them together may still be what the manifest stands for.
+        lines = [digests.get(shard, "") for shard in range(manifest.n_shards)]
+        text = checksums_text(lines, shard_names(manifest, array))
+        if hashlib.sha256(text).hexdigest() != manifest.checksums[array]:
+            for entry in sound[array]:
+                problems += _shard_problems(path, entry, "cannot be told sound from damaged: its checksum is lost")
     problems += _unexpected(path, manifest)
     if not problems:
         problems += inconsistencies(open_cache(path), str(path))
@@ -175,17 +202,41 @@ def verify(
     return Report(path=str(path), problems=tuple(problems), n_files=n_files, n_bytes=n_bytes)
 
 
-def _equals(path: Path, content: bytes) -> bool:
+def _equals(path: Path, name: str, content: bytes) -> bool:
     try:
-        return files.read_bounded(path, len(content)) == content
+        return files.read_bounded(files.inside(path, name), len(content)) == content
     except CacheError:
         return False
 
 
-def _digest(path: Path) -> tuple[str | None, int]:
+def _shard_problems(path: Path, entry: ShardFileEntry, what: str) -> list[Problem]:
+    where = str(path / entry.name)
+    return [Problem(path=where, what=what, feature=name, shard=entry.shard) for name in entry.features]
+
+
+def _in_threads(
+    work: Callable[[ShardFileEntry], _Result], entries: Iterable[ShardFileEntry], threads: int | None
+) -> Iterator[_Result]:
+    """Results of `work`, as they come; a few entries are taken ahead, for there may be millions."""
+    waiting: set[Future[_Result]] = set()
+    with ThreadPoolExecutor(threads) as pool:
+        for entry in entries:
+            waiting.add(pool.submit(work, entry))
+            if len(waiting) >= 64:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in waiting)
+
+
+def _hashes(path: Path, name: str, *, with_blocks: bool) -> tuple[files.Hashes | None, int]:
+    """Hashes of a file in the cache (of its blocks only if asked for), None if it cannot be read; its length."""
     try:
-        return files.sha256_of(path), path.stat().st_size
-    except OSError:
+        file = files.inside(path, name)
+        if with_blocks:
+            found = files.hashes_of(file)
+            return found, found.blocks.n_bytes
+        return files.Hashes(files.sha256_of(file), ShardBlocks(0, b"")), file.stat().st_size
+    except (CacheError, OSError):
         return None, 0
 
 
@@ -212,7 +263,12 @@ def _unexpected(path: Path, manifest: Manifest) -> list[Problem]:
     else:
         known, candidates = set(), []
         for array in manifest.arrays:
-            names = {*shard_names(manifest, array), ROOT_METADATA, "SHA256SUMS"}
+            names = {
+                *shard_names(manifest, array),
+                ROOT_METADATA,
+                CHECKSUMS,
+                *([BLOCKS] if array in manifest.blocks else []),
+            }
             known |= {path / array / name for name in names}
             if (path / array).is_dir():
                 candidates += [p for p in (path / array).iterdir() if not p.is_dir()]
@@ -263,21 +319,48 @@ def repair_metadata(path: str | Path) -> list[str]:
     rewritten = []
     with cache_lock(path):
         manifest = read_root(path)
+        clear_parts(path, manifest, manifest.features)
         for name, content in metadata_files(manifest).items():
-            if not _equals(path / name, content):
-                files.make_directory((path / name).parent)
-                files.atomic_write(path / name, [content])
+            if not _equals(path, name, content):
+                target = files.inside(path, name)
+                files.make_directory(target.parent)
+                files.atomic_write(target, [content])
                 rewritten.append(name)
-        for array in sorted(manifest.arrays):
-            name = checksums_path(manifest, array)
-            names = shard_names(manifest, array)
-            folder = (path / name).parent
+        for name, array in _lost(path, manifest).items():
+            # From the shards, if they are those that the manifest stands for.
             try:
-                check_checksums(files.read_bounded(path / name, manifest.n_shards * 160), manifest, array, name)
+                found = vouched_for(path, manifest, array, range(manifest.n_shards))
+                hashes = [found[shard] for shard in range(manifest.n_shards)]
             except CacheError:
-                digests = [_digest(folder / shard)[0] or "" for shard in names]
-                text = checksums_text(digests, names)
-                if hashlib.sha256(text).hexdigest() == manifest.checksums[array]:
-                    files.atomic_write(path / name, [text])
-                    rewritten.append(name)
+                hashes = [_hashes(path, shard, with_blocks=True)[0] for shard in _names_of(manifest, array)]
+                if None in hashes:
+                    continue
+            data = _checksum_file(manifest, array, name, [h for h in hashes if h is not None])
+            if hashlib.sha256(data).hexdigest() == checksum_files(manifest, [array])[name]:
+                files.atomic_write(files.inside(path, name), [data])
+                rewritten.append(name)
     return rewritten
+
+
+def _lost(path: Path, manifest: Manifest) -> dict[str, str]:
+    """Names of checksum files that are missing or damaged, and an array whose shards they are of."""
+    lost = {}
+    for array in sorted(manifest.arrays):
+        for name, digest in checksum_files(manifest, [array]).items():
+            with contextlib.suppress(CacheError):
+                if files.sha256_of(files.inside(path, name)) == digest:
+                    continue
+            lost[name] = array
+    return lost
+
+
+def _names_of(manifest: Manifest, array: str) -> list[str]:
+    """Names of an array's shards, relative to the cache."""
+    where = Path(checksums_path(manifest, array))
+    return [str(where.with_name(name)) for name in shard_names(manifest, array)]
+
+
+def _checksum_file(manifest: Manifest, array: str, name: str, hashes: Sequence[files.Hashes]) -> bytes:
+    if name == checksums_path(manifest, array):
+        return checksums_text([found.sha256 for found in hashes], shard_names(manifest, array))
+    return blocks_bytes([found.blocks for found in hashes])

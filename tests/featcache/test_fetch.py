@@ -75,7 +75,8 @@ def test_a_flipped_bit_in_a_pull_is_fetched_again(source: Path, tmp_path: Path) 
         pull(f"{web.url}/cache", tmp_path / "copy")
         assert tree(tmp_path / "copy") == tree(source)
         if read_root(source).blocks:
-            assert web.sent_bytes < 12 * MEBIBYTE + 10 * MEBIBYTE
+            # A damaged block breaks off the request that it came in, of 8 MiB at most.
+            assert web.sent_bytes < 12 * MEBIBYTE + 2 * 8 * MEBIBYTE + MEBIBYTE
         web.flips[f"cache/{LARGE_FILE}"] = (5 * MEBIBYTE + 7, 1000)
         with pytest.raises(CacheError, match=f"{LARGE_FILE} is damaged"):
             pull(f"{web.url}/cache", tmp_path / "other")

@@ -30,7 +30,18 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keys `alice` and `bob` without a passphrase, `locked` with one."""
     folder = tmp_path_factory.mktemp("keys")
     for name, passphrase in (("alice", ""), ("bob", ""), ("locked", "a passphrase")):
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-C", f"{name}@host", "-f", str(folder / name)]
+        command = [
+            "ssh-keygen",
+            "-q",
+            "-t",
+            "ed25519",
+            "-N",
+            passphrase,
+            "-C",
+            f"{name}@host",
+            "-f",
+            str(folder / name),
+        ]
         subprocess.run(command, check=True)
     return folder
 
@@ -134,10 +145,10 @@ def test_every_reason_is_said(cache: Path, keys: Path, tmp_path: Path) -> None:
     sign(cache, keys / "alice")
     assert check(cache, alice) == "alice"
     lines = tmp_path / "allowed_signers"
-    lines.write_text(f"# who may\ncarol@host,alice@host namespaces=\"featcache\" {alice.read_text()}")
+    lines.write_text(f'# who may\ncarol@host,alice@host namespaces="featcache" {alice.read_text()}')
     assert check(cache, lines) in ("carol@host", "alice@host")
-    lines.write_text(f"alice@host namespaces=\"git\" {alice.read_text()}")
-    with pytest.raises(CacheError, match="not by a key in|is wrong"):
+    lines.write_text(f'alice@host namespaces="git" {alice.read_text()}')
+    with pytest.raises(CacheError, match=r"not by a key in|is wrong"):
         check(cache, lines)
     with pytest.raises(CacheError, match="signed, but not by a key in"):
         check(cache, keys / "bob.pub")

@@ -52,7 +52,6 @@ class FileServer(ThreadingHTTPServer):
                 return True
             return bool(self.cut_every) and self.answers[name] % self.cut_every == 0
 
-
     def flipped(self, name: str, start: int, data: bytes) -> bytes:
         offset, times = self.flips.get(name, (0, 0))
         if not times or not start <= offset < start + len(data):
