@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from featcache.encoders import hub
+from featcache.build import BuildRequest, prepare
+from featcache.encoders import EncoderChoice, hub
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.missing import require_weights
 from featcache.errors import WeightsUnavailable
@@ -37,11 +38,9 @@ def test_what_is_brought_or_embedded_or_random_is_not_missing(tmp_path: Path) ->
         require_weights(WeightsSource(weights_dir=tmp_path), vae_name="sd-ft-ema", encoders=["dinov2-b"])
 
 
-def test_a_build_names_them_all(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = cli(
-        *["featcache", "build", "--data", "shapes", "--limit", "8", "--encoder", "dinov2-b", "--encoder", "mocov3-b"],
-        *("--weights-dir", str(tmp_path), "--device", "cpu"),
-    )
-    assert done.returncode == 2
-    assert all(name in done.stderr for name in ("'sd-ft-ema'", "'dinov2-b'", "'mocov3-b'"))
+def test_a_build_names_them_all(tmp_path: Path) -> None:
+    choices = (EncoderChoice(name="dinov2-b"), EncoderChoice(name="mocov3-b"))
+    request = BuildRequest(data="shapes", limit=8, encoders=choices, weights_dir=tmp_path)
+    with pytest.raises(WeightsUnavailable) as caught:
+        prepare(request, device="cpu")
+    assert all(name in caught.value.what for name in ("'sd-ft-ema'", "'dinov2-b'", "'mocov3-b'"))
