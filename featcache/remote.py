@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -47,7 +47,7 @@ class Location(Protocol):
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start` to `stop` of a file, exactly; raises `Missing`, or `CacheError` after retries."""
 
-    def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+    def chunks(self, name: str, start: int, stop: int) -> Generator[bytes, None, None]:
         """As `read`, in order and as they come; a broken connection goes on where it broke."""
 
     def read_whole(self, name: str, limit: int) -> tuple[bytes, str | None]:
@@ -123,7 +123,7 @@ class LocalLocation:
     def read(self, name: str, start: int, stop: int) -> bytes:
         return b"".join(self.chunks(name, start, stop))
 
-    def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+    def chunks(self, name: str, start: int, stop: int) -> Generator[bytes, None, None]:
         with self._open(name) as file:
             file.seek(start)
             while start < stop:
@@ -175,7 +175,7 @@ class ObjectLocation:
     def read(self, name: str, start: int, stop: int) -> bytes:
         return b"".join(self.chunks(name, start, stop))
 
-    def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+    def chunks(self, name: str, start: int, stop: int) -> Generator[bytes, None, None]:
         import obstore
         from obstore.exceptions import BaseError
 
@@ -295,13 +295,13 @@ def open_destination(url: str) -> ObjectLocation:
     return ObjectLocation(text, _object_store(text, scheme))
 
 
-def _client_options(url: str) -> dict[str, Any]:
+def _client_options(url: str) -> Any:
     # The time is for a request of at most PIECE_BYTES; one that is cut off goes on where it was.
     return {"timeout": "60s", "connect_timeout": "5s", "allow_http": url.startswith("http://")}
 
 
 # Our own retries start a request anew from where it broke; the library's would multiply with them.
-_NO_RETRIES: dict[str, Any] = {"max_retries": 0}
+_NO_RETRIES: Any = {"max_retries": 0}
 
 
 def _object_store(url: str, scheme: str) -> Any:

@@ -377,9 +377,10 @@ def push(
             present = set(existing.arrays) if existing is not None else set()
             _claim(local, place, manifest, present, replace_unfinished)
             result = _send_shards(source, manifest, place, recorded, present, threads, read_back, journal, progress)
-            content: dict[str, bytes | Path] = dict(metadata_files(merged))
+            content = metadata_files(merged)
             root = content.pop(ROOT_NAMES[merged.format])
-            for name, data in (content | _block_files(source, manifest, existing)).items():
+            metadata: dict[str, bytes | Path] = {**content, **_block_files(source, manifest, existing)}
+            for name, data in metadata.items():
                 place.put(name, data)
             # Another push may have finished meanwhile: then merge with it and try again (its shards are there
             # already).
