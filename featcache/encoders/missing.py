@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from featcache.encoders import text, vae, vision
@@ -41,14 +42,14 @@ def _finders(
     weights: WeightsSource, vae_name: str | None, encoders: Iterable[str], texts: Iterable[str]
 ) -> Iterator[Callable[[], Path]]:
     """One function for each file, which finds it or raises `WeightsUnavailable`."""
-    if vae_name in VAES and (hub_id := VAES[vae_name].hub_id) is not None:
-        yield lambda name=vae_name, hub=hub_id: vae.find_file(name, hub, weights)  # type: ignore[misc]
+    entry = VAES.get(vae_name or "")
+    if entry is not None and entry.hub_id is not None:
+        yield partial(vae.find_file, vae_name or "", entry.hub_id, weights)
     for name in encoders:
         if name in ENCODERS:
-            yield lambda name=name: vision.find_file(name, ENCODERS[name], weights)  # type: ignore[misc]
+            yield partial(vision.find_file, name, ENCODERS[name], weights)
     for name in texts:
-        if name in TEXTS and TEXTS[name].hub_id is not None:
+        hub_id = TEXTS[name].hub_id if name in TEXTS else None
+        if hub_id is not None:
             for what, files in text.needed_files():
-                yield lambda name=name, what=what, files=files: text.find_file(  # type: ignore[misc]
-                    name, str(TEXTS[name].hub_id), weights, files, what
-                )
+                yield partial(text.find_file, name, hub_id, weights, files, what)

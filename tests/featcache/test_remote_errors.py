@@ -59,9 +59,9 @@ def refused(call: Callable[[], object], match: str) -> UserError:
     return caught.value
 
 
-def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch, milliseconds: int = 300) -> None:
     options = remote._client_options
-    monkeypatch.setattr(remote, "_client_options", lambda url: options(url) | {"timeout": "300ms"})
+    monkeypatch.setattr(remote, "_client_options", lambda url: options(url) | {"timeout": f"{milliseconds}ms"})
 
 
 # Causes
@@ -77,7 +77,7 @@ def test_a_name_that_is_not_known() -> None:
 
 
 def test_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    short_timeouts(monkeypatch)
+    short_timeouts(monkeypatch, 80)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
