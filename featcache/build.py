@@ -483,7 +483,7 @@ def check_request(request: BuildRequest) -> None:
 
 def _resolution(request: BuildRequest, existing: Any) -> int:
     if existing is not None:
-        cached = int(existing.manifest.dataset.preprocessing["resolution"])
+        cached = existing.manifest.dataset.resolution
         if request.resolution not in (None, cached):
             raise CacheError(
                 f"{request.into} holds images at {cached} px, so features at {request.resolution} px cannot join it",
@@ -683,9 +683,9 @@ def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[A
             remedy="Pass the same --data, unchanged, or build a new cache with --out.",
         )
     ours = next((e.info for e in encoders if hasattr(e, "info")), None)
-    if ours is not None and cached.vae is not None and ours["sha256"] != cached.vae["sha256"]:
+    if ours is not None and cached.vae is not None and ours["sha256"] != cached.vae.get("sha256"):
         raise CacheError(
-            f"{existing.path} was built with VAE {cached.vae['name']!r} ({cached.vae['sha256'][:12]}), "
+            f"{existing.path} was built with VAE {cached.vae['name']!r} ({str(cached.vae.get('sha256'))[:12]}), "
             f"but this build would use {ours['name']!r} ({ours['sha256'][:12]})",
             remedy=f"Type --vae {cached.vae['name']} with the same weights, or build a new cache with --out.",
         )

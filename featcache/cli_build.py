@@ -163,7 +163,7 @@ def _say_difference(data: str, path: Path, decoder: str) -> None:
     from featcache.images import open_source
 
     dataset = featcache.open(path).manifest.dataset
-    resolution = int(dataset.preprocessing["resolution"])
+    resolution = dataset.resolution
     source = open_source(data, resolution=resolution)
     order = sample_order(len(source), seed=dataset.order_seed)[: min(32, dataset.count)]
     found = difference(source, [int(i) for i in order], resolution, decoder)

@@ -26,7 +26,7 @@ def print_info(cache: Any) -> None:
     console.print(f"digest {cache_digest(manifest)}")
     console.print(
         f"{len(cache)} images of {len(dataset.class_names)} classes from {dataset.source}; "
-        f"{dataset.preprocessing['resolution']} px {dataset.preprocessing['crop']}; "
+        f"{dataset.preprocessing.get('resolution', '?')} px {dataset.preprocessing.get('crop', '')}; "
         f"shards of {manifest.shard_size}; order seed {dataset.order_seed}"
         + ("; mirrored view" if dataset.flip else "")
     )

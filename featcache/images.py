@@ -27,6 +27,9 @@ from featcache.errors import UserError
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
 CROP_NAME = "adm-center-crop"
 
+# More than anybody draws; a manifest from anybody may say any number.
+MAX_RECORDED_SHAPES = 10_000_000
+
 
 class BadImage(UserError):
     """A file that cannot be decoded; carries the sample's key."""
@@ -325,10 +328,10 @@ def find_data(data: str | None, *, into: Path | None = None) -> str:
 
 def recorded_shapes(description: str) -> tuple[str, int] | None:
     """``--data`` and number of images of the embedded set that a manifest's source describes, None for other sources."""
-    if not description.startswith("shapes "):
+    seed, count = (re.search(rf" {word}=(\d{{1,18}})(?: |$)", description) for word in ("seed", "count"))
+    if not description.startswith("shapes ") or seed is None or count is None or int(count[1]) > MAX_RECORDED_SHAPES:
         return None
-    words = dict(part.split("=") for part in description.split() if "=" in part)
-    return f"shapes:{words['seed']}", int(words["count"])
+    return f"shapes:{seed[1]}", int(count[1])
 
 
 def fingerprint(source: Source, indices: Sequence[int] | np.ndarray) -> str:

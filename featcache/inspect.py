@@ -15,6 +15,7 @@ from featcache.images import BadImage, Source, fingerprint, open_source, recorde
 THUMB = 128
 MARGIN = 6
 HEADER = 34
+MAX_CHANNELS = 1 << 14
 
 
 def source_of(cache: Any, data: str | None) -> Source | None:
@@ -26,7 +27,7 @@ def source_of(cache: Any, data: str | None) -> Source | None:
     from featcache.build import sample_order
 
     dataset = cache.manifest.dataset
-    resolution = int(dataset.preprocessing["resolution"])
+    resolution = dataset.resolution
     shapes = recorded_shapes(dataset.source)
     if shapes is not None:
         return open_source(shapes[0], resolution=resolution, limit=shapes[1])
@@ -56,7 +57,7 @@ def images_of(cache: Any, data: str | None, indices: Sequence[int]) -> np.ndarra
         order = sample_order(len(source), seed=dataset.order_seed)
         slots = cache.slots(np.asarray(indices))
         try:
-            return np.stack([source.load(int(order[s]), int(dataset.preprocessing["resolution"]))[0] for s in slots])
+            return np.stack([source.load(int(order[s]), dataset.resolution)[0] for s in slots])
         except BadImage as error:
             raise UserError(f"{error.what}") from error
     return _decoded(cache, indices)
@@ -68,7 +69,12 @@ def _decoded(cache: Any, indices: Sequence[int]) -> np.ndarray:
     from featcache.encoders.base import WeightsSource
     from featcache.encoders.vae import decode_latents, load_vae
 
+    cache.require(["vae/moments"])
     dataset, spec = cache.manifest.dataset, cache.manifest.features["vae/moments"]
+    if dataset.vae is None:
+        raise UserError(
+            f"{cache.path} does not say of which VAE its latents are", remedy="Pass the images with --data."
+        )
     random = spec.provenance["seed"] if spec.provenance.get("weights") == "random" else None
     vae, _ = load_vae(dataset.vae["name"], WeightsSource(random_seed=random))
     moments = read_feature(cache, "vae/moments", indices)
@@ -98,7 +104,7 @@ def pca_rgb(tokens: np.ndarray) -> np.ndarray:
     1st and 99th percentile. The sign of a component is chosen so that its largest loading is positive.
     """
     n, T, C = tokens.shape
-    flat = tokens.reshape(-1, C).astype(np.float64)
+    flat = np.nan_to_num(tokens.reshape(-1, C).astype(np.float64), posinf=0.0, neginf=0.0)
     flat -= flat.mean(axis=0)
     _, vectors = np.linalg.eigh(flat.T @ flat)
     top = vectors[:, ::-1][:, :3]
@@ -110,17 +116,31 @@ def pca_rgb(tokens: np.ndarray) -> np.ndarray:
     return (colours * 255).round().astype(np.uint8).reshape(n, side, side, 3)
 
 
+def _has_tokens(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a feature is tokens on a square grid, `[T, C]`, or `[L, T, C]` of a group of VAE layers."""
+    if len(shape) != (3 if name.startswith("vae/G") else 2) or not (name.startswith("vae/G") or "@" in name):
+        return False
+    return round(shape[-2] ** 0.5) ** 2 == shape[-2] and 3 <= shape[-1] <= MAX_CHANNELS
+
+
 def contact_sheet(cache: Any, *, data: str | None = None, count: int = 6) -> Image.Image:
     """Rows: samples; columns: the image, then PCA-RGB of each cached layer (levels layer by layer, then tokens)."""
     indices = list(range(min(count, len(cache))))
+    if not indices:
+        raise UserError(f"{cache.path} holds no images")
+    cache.require(["label"])
     title = "image" if source_of(cache, data) is not None else "decoded latent"
     columns: list[tuple[str, np.ndarray]] = [(title, images_of(cache, data, indices))]
     for name, spec in cache.manifest.features.items():
+        if not _has_tokens(name, spec.shape):
+            continue
         if name.startswith("vae/G"):
             features = read_feature(cache, name, indices)
             layers = spec.provenance.get("layers") or [str(i) for i in range(features.shape[1])]
-            columns += [(f"{name[4:]} {layer}", pca_rgb(features[:, i])) for i, layer in enumerate(layers)]
-        elif "@" in name:
+            columns += [
+                (f"{name[4:]} {layer}", pca_rgb(features[:, i])) for i, layer in enumerate(layers[: features.shape[1]])
+            ]
+        else:
             columns.append((name, pca_rgb(read_feature(cache, name, indices))))
     labels = cache.labels()[: len(indices)]
     names = cache.manifest.dataset.class_names
@@ -138,7 +158,12 @@ def contact_sheet(cache: Any, *, data: str | None = None, count: int = 6) -> Ima
             smooth = Image.Resampling.LANCZOS if c == 0 else Image.Resampling.NEAREST
             sheet.paste(Image.fromarray(pixels).resize((THUMB, THUMB), smooth), (x, y))
             if c == 0:
-                draw.text((x, y + THUMB), names[labels[r]][:20], fill="#333", font=font)
+                draw.text(
+                    (x, y + THUMB),
+                    (names[labels[r]] if 0 <= labels[r] < len(names) else str(labels[r]))[:20],
+                    fill="#333",
+                    font=font,
+                )
     return sheet
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from featcache.build import BuildRequest, Progress, pick_device, prepare
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError
+from featcache.images import find_data, recorded_shapes
 from featcache.pipeline import Meter, run_shards
 from featcache.store import CacheWriter
 
@@ -60,17 +61,13 @@ def repair_shards(
 
 
 def _data_of(description: str, data: str | None) -> str:
-    words = dict(part.split("=") for part in description.split() if "=" in part)
-    if description.startswith("shapes "):
-        return f"shapes:{words['seed']}"
-    from featcache.images import find_data
-
-    return find_data(data)
+    shapes = recorded_shapes(description)
+    return shapes[0] if shapes is not None else find_data(data)
 
 
 def _limit_of(description: str) -> int | None:
-    words = dict(part.split("=") for part in description.split() if "=" in part)
-    return int(words["count"]) if description.startswith("shapes ") else None
+    shapes = recorded_shapes(description)
+    return shapes[1] if shapes is not None else None
 
 
 def _by_weights(
@@ -92,6 +89,8 @@ def _encoders_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         encoder, at, layer = name.rpartition("@")
         if at:
+            if not layer.isascii() or not layer.isdigit():
+                raise CacheError(f"{name!r} does not name an encoder's layer, so it cannot be made again")
             layers.setdefault(encoder, []).append(int(layer))
             norms.add(manifest.features[name].provenance.get("final_norm", True))
     if len(norms) > 1:
@@ -114,6 +113,8 @@ def _texts_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
     texts = [name.removeprefix("text/") for name in names if name.startswith("text/")]
     if not texts:
         return {}
+    if "text/count" not in manifest.features:
+        raise CacheError("the manifest does not say of which captions its text features are")
     recorded = manifest.features["text/count"].provenance["captions"]
     return {
         "texts": tuple(sorted({name.partition(".")[0] for name in texts} - {"count"})),

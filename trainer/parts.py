@@ -187,7 +187,7 @@ def backbone_config(config: RunConfig, cache: Any) -> ModelConfig:
     return model_config(
         config.model,
         latent_channels=dataset.vae["latent_channels"],
-        latent_size=dataset.preprocessing["resolution"] // dataset.vae["downsampling"],
+        latent_size=dataset.resolution // dataset.vae["downsampling"],
         num_classes=len(dataset.class_names),
         qk_norm=config.qk_norm,
         attention=config.attention,

@@ -97,7 +97,7 @@ def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir
         random_seed=moments["seed"] if moments.get("weights") == "random" else None,
     )
     module, origin = load_vae(vae["name"], source)
-    if vae["sha256"] is not None and origin["sha256"] != vae["sha256"]:
+    if vae.get("sha256") is not None and origin["sha256"] != vae["sha256"]:
         raise UserError(
             f"the VAE {vae['name']!r} found here ({origin['sha256'][:12]}) is not the one the cache was made with "
             f"({vae['sha256'][:12]})",

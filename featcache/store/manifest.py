@@ -38,7 +38,9 @@ MAX_COUNT = 1 << 40
 MAX_SAMPLE_BYTES = 1 << 32
 MAX_SHARD_SIZE = 1 << 20
 MAX_SHARDS = 1 << 20
+MAX_SHARD_FILES = 1 << 22
 MAX_DEPTH = 24
+MAX_RESOLUTION = 1 << 13
 
 _COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9_@-]|\.(?!\.))*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})?\Z")
@@ -139,6 +141,13 @@ class DatasetSpec:
         if self.vae is not None:
             object.__setattr__(self, "vae", _plain_json(self.vae, "vae"))
         parse_dataset(self.to_json())
+
+    @property
+    def resolution(self) -> int:
+        """Side of the crop, in pixels; raises `CacheError` if the cache does not say."""
+        if "resolution" not in self.preprocessing:
+            raise CacheError("the cache's metadata does not say at which resolution its images were taken")
+        return int(self.preprocessing["resolution"])
 
     def to_json(self) -> dict[str, Json]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -337,7 +346,7 @@ def parse_feature(value: Json) -> dict[str, Json]:
         max_length=16,
     )
     views = _integer(item["views"], f"views of {name}", 1, 2)
-    _mapping(item["provenance"], f"provenance of {name}")
+    _provenance(item["provenance"], name)
     if math.prod(shape) * views > MAX_SAMPLE_BYTES:
         _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} values", shape)
     stored = stored_arrays(codec, tuple(shape), dtype)
@@ -355,13 +364,72 @@ def parse_dataset(value: Json) -> dict[str, Json]:
     for name in _sequence(item["class_names"], "dataset.class_names", 1 << 20):
         _string(name, "a class name")
     _sha256(item["fingerprint"], "dataset.fingerprint")
-    _mapping(item["preprocessing"], "dataset.preprocessing")
+    _preprocessing(item["preprocessing"])
     _integer(item["order_seed"], "dataset.order_seed", 0, (1 << 63) - 1)
     _boolean(item["flip"], "dataset.flip")
     if item["vae"] is not None:
-        _mapping(item["vae"], "dataset.vae")
+        _vae(item["vae"])
     _integer(item["grid"], "dataset.grid", 0, 1 << 16)
     return item
+
+
+def _number(value: Json, what: str) -> float:
+    if type(value) not in (int, float) or not abs(value) <= 1e30:
+        _fail(what, "a number", value)
+    return value
+
+
+def _preprocessing(value: Json) -> None:
+    """What is read from it anywhere; a cache may say more, or nothing."""
+    item = _mapping(value, "dataset.preprocessing")
+    for key, highest in (("resolution", MAX_RESOLUTION), ("available", MAX_COUNT)):
+        if key in item:
+            _integer(item[key], f"dataset.preprocessing.{key}", 1, highest)
+    for key in ("crop", "decode"):
+        if key in item:
+            _string(item[key], f"dataset.preprocessing.{key}")
+
+
+def _vae(value: Json) -> None:
+    item = _mapping(value, "dataset.vae")
+    needed = ("name", "latent_channels", "downsampling", "scaling_factor", "shift_factor")
+    if not set(needed) <= set(item):
+        _fail("dataset.vae", f"an object with the keys {needed}", sorted(item)[:8])
+    _string(item["name"], "dataset.vae.name")
+    for key in ("latent_channels", "downsampling"):
+        _integer(item[key], f"dataset.vae.{key}", 1, 1 << 16)
+    for key in ("scaling_factor", "shift_factor"):
+        _number(item[key], f"dataset.vae.{key}")
+    if item["scaling_factor"] == 0:
+        _fail("dataset.vae.scaling_factor", "another number than", 0)
+    if item.get("sha256") is not None:
+        _string(item["sha256"], "dataset.vae.sha256")
+    if item.get("pixel_range") is not None:
+        for bound in _sequence(item["pixel_range"], "dataset.vae.pixel_range", 2):
+            _number(bound, "dataset.vae.pixel_range")
+
+
+def _provenance(value: Json, name: str) -> None:
+    """What is read from it anywhere; the rest is for people."""
+    item, what = _mapping(value, f"provenance of {name}"), f"provenance of {name}: "
+    if item.get("seed") is not None or item.get("weights") == "random":
+        _integer(item.get("seed"), what + "seed", 0, (1 << 64) - 1)
+    for key in ("weights", "sha256"):
+        if item.get(key) is not None:
+            _string(item[key], what + key)
+    if "final_norm" in item:
+        _boolean(item["final_norm"], what + "final_norm")
+    if item.get("layers") is not None:
+        for layer in _sequence(item["layers"], what + "layers", 1 << 12):
+            _string(layer, what + "a layer", max_length=256)
+    if "captions" in item or name == "text/count":
+        captions = _mapping(item.get("captions"), what + "captions")
+        if not {"from", "key", "identity", "per_image"} <= set(captions):
+            _fail(what + "captions", "an object that says from, key, identity and per_image", sorted(captions)[:8])
+        _string(captions["from"], what + "captions.from")
+        if captions["key"] is not None:
+            _string(captions["key"], what + "captions.key")
+        _integer(captions["per_image"], what + "captions.per_image", 1, 1 << 20)
 
 
 def _feature(value: Json) -> FeatureSpec:
@@ -450,8 +518,15 @@ def manifest_from_json(value: Json) -> Manifest:
         _fail("checksums", "one for each stored array", sorted(manifest.checksums)[:8])
     if version == FORMAT_VERSION and not (manifest.blocks and set(manifest.blocks) <= set(manifest.arrays)):
         _fail("blocks", "digests of stored arrays' BLOCKS files", sorted(manifest.blocks)[:8])
+    if len(manifest.arrays) * manifest.n_shards > MAX_SHARD_FILES:
+        _fail("shard_size", f"such that there are at most {MAX_SHARD_FILES} shard files", manifest.shard_size)
     if manifest.format == "wds":
         _check_shared(manifest)
+    moments = features.get("vae/moments")
+    if moments is not None and dataset.vae is not None:
+        channels = 2 * dataset.vae["latent_channels"]
+        if len(moments.shape) != 3 or moments.shape[0] != channels:
+            _fail("shape of vae/moments", f"[{channels}, height, width], as its VAE has them", moments.shape)
     return manifest
 
 

@@ -923,13 +923,15 @@ def remove_others(
 
 
 def clear_parts(path: Path, manifest: Manifest, features: Iterable[str]) -> None:
-    """Remove temporary files of metadata in the features' directories. The caller holds the cache's lock, under which
-    alone they are made.
+    """Remove temporary files in the directories of features that are complete, or whose lock the caller holds.
+
+    The caller holds the cache's lock, under which alone temporary files of metadata are made.
     """
     if manifest.format == "zarr":
         for array in {a for name in features for a in manifest.features[name].arrays}:
             for folder in {array, array.split("/")[0]}:
-                remove_others(files.inside(path, folder), (), _METADATA, only_parts=True)
+                for pattern in (_METADATA, _SHARD):
+                    remove_others(files.inside(path, folder), (), pattern, only_parts=True)
 
 
 def unfinished_features(path: Path) -> list[str]:

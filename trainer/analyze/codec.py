@@ -76,7 +76,7 @@ def _encoder(subject: Subject, name: str) -> Any:
     spec, options = subject.cache.manifest.features[name], subject.options
     random = spec.provenance.get("seed") if spec.provenance.get("weights") == "random" else None
     weights = WeightsSource(weights_dir=Path(options.weights_dir) if options.weights_dir else None, random_seed=random)
-    resolution = int(subject.cache.manifest.dataset.preprocessing["resolution"])
+    resolution = subject.cache.manifest.dataset.resolution
     try:
         if name.startswith("vae/"):
             levels = tuple(n.split("/")[1] for n in subject.levels)

@@ -332,7 +332,7 @@ class CacheImages:
                 f"the images of the cache {self.cache.path} are needed, and it was built from a folder",
                 remedy="Pass the folder: --data DIR (or saved statistics: --reference FILE.npz).",
             )
-        resolution = int(dataset.preprocessing["resolution"])
+        resolution = dataset.resolution
         order = sample_order(len(source), seed=dataset.order_seed)
         slots = self.cache.slots(np.arange(self.count))
         with ThreadPoolExecutor(DECODE_THREADS) as pool:

@@ -334,7 +334,7 @@ def open_reference(
     if isinstance(images, NpzImages):
         _check_resolution(images.resolution, resolution, str(where))
     if isinstance(images, CacheImages):
-        _check_resolution(int(images.cache.manifest.dataset.preprocessing["resolution"]), resolution, str(where))
+        _check_resolution(images.cache.manifest.dataset.resolution, resolution, str(where))
     return stored, images
 
 
