@@ -470,3 +470,17 @@ def hashes_of(path: Path) -> Hashes:
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror}") from error
     return hasher.result()
+
+
+def append(fd: int, data: bytes, path: Path) -> None:
+    """Write all of `data` to the open file `path`; raises `CacheError` if the disk refuses."""
+    with explained(path, "written"):
+        write_all(fd, memoryview(data))
+
+
+def publish(fd: int, part: Path, target: Path) -> None:
+    """Give the finished file `part`, open as `fd`, its final name on the same disk, durably; raises `CacheError`."""
+    with explained(target, "written"):
+        _fsync(fd)
+        _rename(part, target)
+        fsync_directory(target.parent)

@@ -6,21 +6,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from gcs_server import serve_gcs
+from large_cache import without_blocks
 from store_helpers import COUNT, add, base_features, build, corrupt, expected, moments, tokens, tree
 from web_server import serve
 
 import featcache
-from featcache import remote
+from featcache import remote, remote_errors
 from featcache.errors import CacheError, UserError
 from featcache.order import sequential_order
 from featcache.remote import is_remote, open_destination, open_location, parse_hub_url
 from featcache.share import list_remote, pull, push, subset, verify_remote
+from featcache.store import blocks as hashes
 from featcache.store import files
 from featcache.store.manage import collect_garbage
 from featcache.store.verify import verify
@@ -32,7 +37,7 @@ SKIPPED = (4, 20)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_fsync", lambda fd: None)
-    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_errors, "FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,14 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture
 def web(source: Path):
     with serve(source.parent) as server:
+        yield server
+
+
+@pytest.fixture
+def plain_web(source: Path, tmp_path: Path):
+    """The cache as an earlier version wrote it, without hashes of blocks: so blocks may have any length here."""
+    without_blocks(shutil.copytree(source, tmp_path / "plain" / "cache"))
+    with serve(tmp_path / "plain") as server:
         yield server
 
 
@@ -84,7 +97,7 @@ def test_pull_of_other_formats(tmp_path: Path, options) -> None:
 
 
 def test_connections_cut_in_the_middle(source: Path, web, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("featcache.share.PIECE_BYTES", 2000)
+    monkeypatch.setattr(remote, "PIECE_BYTES", 1500)
     web.cut_every = 3
     pull(f"{web.url}/cache", tmp_path / "copy", threads=4)
     assert tree(tmp_path / "copy") == tree(source)
@@ -94,7 +107,7 @@ def test_connections_cut_in_the_middle(source: Path, web, tmp_path: Path, monkey
 def test_a_server_that_dies_and_comes_back(source: Path, web, tmp_path: Path) -> None:
     url, target = f"{web.url}/cache", tmp_path / "copy"
     web.cuts["cache/dino@9/c.2.0.0"] = 10**6
-    with pytest.raises(CacheError, match=r"c\.2\.0\.0 failed 6 times(.|\n)*run the same command again"):
+    with pytest.raises(CacheError, match=r"c\.2\.0\.0 failed 8 times(.|\n)*run the same command again"):
         pull(url, target, threads=1)
     with pytest.raises(CacheError, match="unfinished"):
         featcache.open(target)
@@ -209,27 +222,28 @@ def test_root_goes_last_and_nobody_sees_half(source: Path, bucket, monkeypatch) 
 
     def put(self, name, content):
         order.append(name)
-        if len(order) == 9:
+        if len(order) == 14:
             raise CacheError("the network is gone")
         with pytest.raises(CacheError, match="no cache at"):
             pull(url, "nowhere")
         return real_put(self, name, content)
 
     def put_if(self, name, content, previous):
-        order.append(name)
-        return real_put_if(self, name, content, previous)
+        done = real_put_if(self, name, content, previous)
+        order.extend([name] * done)
+        return done
 
     monkeypatch.setattr(remote.ObjectLocation, "put", put)
     monkeypatch.setattr(remote.ObjectLocation, "put_if", put_if)
     with pytest.raises(CacheError, match="network is gone"):
         push(source, url, threads=1)
-    first = order[:8] + order[9:]
+    first = order[:13] + order[14:]
     assert objects(bucket).keys() == {f"cache/{name}" for name in first}
     assert collect_garbage(source, dry_run=True)
     # The rerun sends only what is missing, the root document last of all.
-    order[:] = [""] * 10
+    order[:] = [""] * 15
     push(source, url, threads=1)
-    resent = order[10:]
+    resent = order[15:]
     assert not set(first) & set(resent)
     assert resent[-1] == "zarr.json"
     assert {k.removeprefix("cache/"): v for k, v in objects(bucket).items()} == tree(source)
@@ -251,6 +265,8 @@ def test_two_pushes_at_once_both_arrive(source: Path, bucket, monkeypatch) -> No
     calls = []
 
     def put_if(self, name, content, previous):
+        if name != "zarr.json":
+            return real(self, name, content, previous)
         calls.append(name)
         if len(calls) == 1:
             push(source, url, features=["vae/moments"])
@@ -260,6 +276,136 @@ def test_two_pushes_at_once_both_arrive(source: Path, bucket, monkeypatch) -> No
     push(source, url, features=["dino@9"])
     assert set(list_remote(url)[0].manifest.features) == {"dino@9", "vae/moments", "key", "label"}
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("store", ["gcs", "s3"])
+def test_many_pushes_at_once_all_arrive(source: Path, s3_bucket: str, tmp_path: Path, store: str, monkeypatch) -> None:
+    """Of the same and of different features, from two copies of the cache, to one place. Nothing is left here."""
+    copy = shutil.copytree(source, tmp_path / "copy")
+    names = ["vae/moments", "vae/G3", "dino@9", "tiny@5"]
+    jobs = [(cache, name) for cache in (source, copy) for name in names]
+    with serve_gcs("shared") as google:
+        if store == "gcs":
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+        url = "gs://shared/cache" if store == "gcs" else f"s3://{s3_bucket}/cache"
+        start = threading.Barrier(len(jobs))
+
+        def one(job: tuple[Path, str]) -> None:
+            start.wait()
+            push(job[0], url, features=[job[1]], threads=2)
+
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(one, jobs))
+        assert set(list_remote(url)[0].manifest.features) == {*names, "label", "key"}
+        assert verify_remote(url).ok
+    assert tree(copy) == tree(source)
+    assert not (source / ".featcache").exists()
+
+
+def test_a_push_removes_its_own_journal_alone(source: Path, s3_bucket: str) -> None:
+    other = source / ".featcache/push/0123456789abcdef.jsonl"
+    other.parent.mkdir(parents=True)
+    other.write_text("another push's\n")
+    try:
+        push(source, f"s3://{s3_bucket}/cache", features=["dino@9"])
+        assert [p.name for p in other.parent.iterdir()] == [other.name]
+    finally:
+        shutil.rmtree(source / ".featcache")
+
+
+def test_pushes_of_other_bytes_do_not_mix(source: Path, s3_bucket: str, tmp_path: Path, monkeypatch) -> None:
+    """An unfinished push keeps others from sending other bytes of its features, unless they are told to."""
+    url = f"s3://{s3_bucket}/cache"
+    real = remote.ObjectLocation.put
+
+    def put(self, name, content):
+        if name == "dino@9/c.2.0.0":
+            raise CacheError("the network is gone")
+        return real(self, name, content)
+
+    monkeypatch.setattr(remote.ObjectLocation, "put", put)
+    with pytest.raises(CacheError, match="network is gone"):
+        push(source, url, features=["dino@9"])
+    monkeypatch.setattr(remote.ObjectLocation, "put", real)
+    shutil.rmtree(source / ".featcache")
+    # Other bytes under the same name.
+    specs = [*base_features(), tokens("dino@9", views=2)]
+    other = build(tmp_path / "other", specs, skipped=SKIPPED)
+    with pytest.raises(CacheError, match=r"begun to send 'dino@9.*' with other bytes(.|\n)*--replace-unfinished"):
+        push(other, url, features=["dino@9"])
+    push(other, url, features=["dino@9"], replace_unfinished=True)
+    assert verify_remote(url).ok
+    with pytest.raises(CacheError, match="with other bytes"):
+        push(source, url, features=["dino@9"])
+
+
+def test_a_store_without_conditional_requests(source: Path, s3_bucket: str, monkeypatch) -> None:
+    """The last writer wins; whoever was overwritten notices and merges again."""
+    import obstore
+    from obstore.exceptions import NotSupportedError
+
+    real, raced = obstore.put, []
+
+    def put(store, name, content, **options):
+        if "mode" in options:
+            raise NotSupportedError("no conditions here")
+        done = real(store, name, content, **options)
+        if name == "zarr.json" and not raced:
+            # Another push, which began earlier, overwrites what we have just written.
+            raced.append(name)
+            push(source, f"s3://{s3_bucket}/other", features=["vae/G3"])
+            data = bytes(obstore.get(open_destination(f"s3://{s3_bucket}/other")._store, name).bytes())
+            for key, value in objects_of(s3_bucket, "other/").items():
+                if key != name:
+                    real(store, key, value)
+            real(store, name, data)
+        return done
+
+    monkeypatch.setattr(obstore, "put", put)
+    push(source, f"s3://{s3_bucket}/cache", features=["dino@9"])
+    held = set(list_remote(f"s3://{s3_bucket}/cache")[0].manifest.features)
+    assert held == {"label", "key", "dino@9", "vae/G3"} and len(raced) == 1
+
+
+def objects_of(bucket: str, prefix: str) -> dict[str, bytes]:
+    import boto3
+
+    found = objects((bucket, boto3.client("s3")))
+    return {name.removeprefix(prefix): data for name, data in found.items() if name.startswith(prefix)}
+
+
+def test_the_root_document_grows_while_it_is_read(source: Path, tmp_path: Path) -> None:
+    """Length and bytes come in one answer: a longer document in between cannot cut it short."""
+    shutil.copytree(source, tmp_path / "cache")
+    with serve(tmp_path) as web:
+        list_remote(f"{web.url}/cache")
+        assert web.answers["cache/zarr.json"] == 1
+
+
+# Links
+
+
+def test_a_pull_writes_through_no_link(source: Path, web, tmp_path: Path) -> None:
+    for name in ("vae", "tiny@5", ".featcache", "zarr.json", "featcache.sig"):
+        target, outside = tmp_path / f"target {name}", tmp_path / f"outside {name}"
+        outside.mkdir()
+        pull(f"{web.url}/cache", target, features=["dino@9"])
+        (target / name).unlink(missing_ok=True)
+        (target / name).symlink_to(outside)
+        with pytest.raises(CacheError, match="symbolic link"):
+            pull(f"{web.url}/cache", target)
+        assert not list(outside.iterdir())
+
+
+def test_nothing_is_read_through_a_link_of_a_received_folder(source: Path, tmp_path: Path, s3_bucket: str) -> None:
+    for number, name in enumerate(("tiny@5", "tiny@5/c.1.0.0", "tiny@5/SHA256SUMS", "tiny@5/BLOCKS")):
+        received = shutil.copytree(source, tmp_path / f"received{number}")
+        shutil.move(received / name, tmp_path / f"elsewhere{number}")
+        (received / name).symlink_to(tmp_path / f"elsewhere{number}")
+        with pytest.raises(CacheError, match="symbolic link"):
+            pull(str(received), tmp_path / f"copy{number}")
+        with pytest.raises(CacheError, match="symbolic link"):
+            push(received, f"s3://{s3_bucket}/cache{number}")
 
 
 def test_push_refuses_damage_and_conflicts(source: Path, bucket, tmp_path: Path) -> None:
@@ -287,7 +433,7 @@ def test_what_arrives_damaged_is_noticed(source: Path, bucket, monkeypatch) -> N
 
 
 def test_wrong_credentials_and_missing_bucket(source: Path, bucket) -> None:
-    with pytest.raises(CacheError, match="does not exist or may not be written"):
+    with pytest.raises(CacheError, match="there is no bucket 'no-such-bucket-here'"):
         push(source, "s3://no-such-bucket-here/cache")
     with pytest.raises(UserError):
         open_destination("s3://")
@@ -326,20 +472,21 @@ def test_stream_over_s3(source: Path, bucket, tmp_path: Path) -> None:
     assert cache.labels().tolist() == featcache.open(source).labels().tolist()
 
 
-def stream_blocks(web, directory: Path, limit: int, block: int) -> tuple[featcache.Cache, BlockCache]:
+def stream_blocks(web, directory: Path, limit: int, block: int, monkeypatch) -> tuple[featcache.Cache, BlockCache]:
+    """The cache at `web`, read in blocks of `block` bytes."""
+    monkeypatch.setattr(hashes, "BLOCK_BYTES", block)
     cache = open_remote(f"{web.url}/cache", cache_dir=directory.parent / "unused")
-    blocks = BlockCache(open_location(f"{web.url}/cache"), directory, limit, block)
-    cache.backend.blocks = blocks
-    return cache, blocks
+    cache.backend.blocks = BlockCache(open_location(f"{web.url}/cache"), directory, limit)
+    return cache, cache.backend.blocks
 
 
 def directory_bytes(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.iterdir())
 
 
-def test_local_blocks_stay_within_their_bound(source: Path, web, tmp_path: Path) -> None:
+def test_local_blocks_stay_within_their_bound(source: Path, plain_web, tmp_path: Path, monkeypatch) -> None:
     limit, block = 20 << 10, 2 << 10
-    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block)
+    cache, blocks = stream_blocks(plain_web, tmp_path / "blocks", limit, block, monkeypatch)
     rng = np.random.default_rng(0)
     whole = expected(cache.manifest, "tiny@5", SKIPPED)
     with cache.reader(["tiny@5", "vae/moments"], threads=3) as reader:
@@ -351,14 +498,14 @@ def test_local_blocks_stay_within_their_bound(source: Path, web, tmp_path: Path)
             assert directory_bytes(tmp_path / "blocks") <= limit + 3 * (block + 4)
     assert blocks.fetched_bytes > limit
     # A new process finds them again, within the bound.
-    reopened = BlockCache(open_location(f"{web.url}/cache"), tmp_path / "blocks", 10 << 10, block)
+    reopened = BlockCache(open_location(f"{plain_web.url}/cache"), tmp_path / "blocks", 10 << 10)
     assert directory_bytes(tmp_path / "blocks") <= 10 << 10
     assert reopened.fetched_bytes == 0
 
 
-def test_sequential_order_fetches_every_block_once(source: Path, web, tmp_path: Path) -> None:
+def test_sequential_order_fetches_every_block_once(source: Path, plain_web, tmp_path: Path, monkeypatch) -> None:
     limit, block = 64 << 10, 4 << 10
-    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block)
+    cache, blocks = stream_blocks(plain_web, tmp_path / "blocks", limit, block, monkeypatch)
     order = sequential_order(0, 0, len(cache), cache.manifest.shard_size, window=1)
     with cache.reader(["tiny@5"], threads=0) as reader:
         out = reader.allocate(8)
@@ -369,21 +516,21 @@ def test_sequential_order_fetches_every_block_once(source: Path, web, tmp_path: 
     assert blocks.fetched_bytes <= size
 
 
-def test_damaged_local_blocks_are_fetched_again(source: Path, web, tmp_path: Path) -> None:
+def test_damaged_local_blocks_are_fetched_again(source: Path, plain_web, tmp_path: Path, monkeypatch) -> None:
     directory = tmp_path / "blocks"
-    cache, _ = stream_blocks(web, directory, 1 << 20, 4 << 10)
+    cache, _ = stream_blocks(plain_web, directory, 1 << 20, 4 << 10, monkeypatch)
     labels = cache.labels()
     for p in directory.iterdir():
         corrupt(p, lambda data: data.__setitem__(0, data[0] ^ 0xFF))
     (directory / "1-2.new").write_bytes(b"left by a dead process")
-    cache, blocks = stream_blocks(web, directory, 1 << 20, 4 << 10)
+    cache, blocks = stream_blocks(plain_web, directory, 1 << 20, 4 << 10, monkeypatch)
     assert cache.labels().tolist() == labels.tolist()
     assert blocks.fetched_bytes > 0
     assert not (directory / "1-2.new").exists()
 
 
 def test_streaming_with_a_full_disk_and_a_dead_server(source: Path, web, tmp_path, monkeypatch) -> None:
-    cache, _ = stream_blocks(web, tmp_path / "blocks", 1 << 20, 4 << 10)
+    cache, _ = stream_blocks(web, tmp_path / "blocks", 1 << 20, 4 << 10, monkeypatch)
 
     def full(self, data):
         raise OSError(28, "No space left on device")
@@ -393,7 +540,7 @@ def test_streaming_with_a_full_disk_and_a_dead_server(source: Path, web, tmp_pat
     assert len(labels) == COUNT - len(SKIPPED)
     web.broken = True
     reader = cache.reader(["dino@9"])
-    with pytest.raises(CacheError, match="failed 6 times"):
+    with pytest.raises(CacheError, match="failed 8 times"):
         reader.read([0], reader.allocate(1))
 
 
@@ -429,14 +576,14 @@ def test_gcs_writes_of_two_pushes_both_arrive(source: Path, monkeypatch) -> None
         raced = []
 
         def put_if(self, name, content, previous):
-            if not raced:
+            if name == "zarr.json" and not raced:
                 raced.append(name)
                 push(source, url, features=["dino@9"])
             return real(self, name, content, previous)
 
         monkeypatch.setattr(remote.ObjectLocation, "put_if", put_if)
         push(source, url, features=["vae/G3"])
-        assert google.refused == ["cache/zarr.json"]
+        assert [name for name in google.refused if not name.endswith("SHA256SUMS")] == ["cache/zarr.json"]
         held = set(list_remote(url)[0].manifest.features)
         assert held == {"label", "key", "dino@9", "vae/G3"}
         assert verify_remote(url).ok
@@ -516,7 +663,11 @@ def test_push_to_the_hub_is_one_commit(source: Path, monkeypatch) -> None:
         def create_repo(self, repository, **options):
             assert (repository, options["repo_type"]) == ("me/set", "dataset")
 
+        def repo_info(self, repository, **options):
+            return SimpleNamespace(sha="parent")
+
         def create_commit(self, repository, operations, **options):
+            assert options["parent_commit"] == "parent"
             commits.append({o.path_in_repo: o.path_or_fileobj for o in operations})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
