@@ -27,7 +27,7 @@ def _summary_of(path: str, shape: object) -> dict[str, Any]:
             f"{path} holds moments {found}, but the checkpoint is of a backbone for {shape}",
             remedy="Pass the cache of the VAE and resolution that it was trained with.",
         )
-    return runs.summary_of(cache)
+    return runs.summary_of(cache, [name for name in ("vae/moments", "label") if name in cache.manifest.features])
 
 
 def import_checkpoint(

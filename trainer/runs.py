@@ -336,8 +336,8 @@ def read_json(path: Path, default: Any) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!s:.200}", remedy=_REMAKE) from error
     if default is not None and not isinstance(value, type(default)):
-        kinds = {dict: "an object", list: "a list"}
-        raise UserError(f"{path} is damaged: it does not hold {kinds[type(default)]}", remedy=_REMAKE)
+        kind = "a list" if isinstance(default, list) else "an object"
+        raise UserError(f"{path} is damaged: it does not hold {kind}", remedy=_REMAKE)
     return value
 
 

@@ -189,3 +189,11 @@ def test_text_from_outside_is_shown_as_it_is_and_obeyed_in_nothing(text: str) ->
 
 def test_secrets_are_shown_nowhere() -> None:
     assert safe("read https://u:hunter2@h/x?sig=s") == "read https://***@h/x?sig=***"
+
+
+@pytest.mark.parametrize("module", ["featcache.cli", "trainer.cli"])
+def test_modules_end_like_the_commands(module: str, tmp_path: Path) -> None:
+    words = {"featcache.cli": ["info", "a\x1b[31m" * 60], "trainer.cli": ["report", "a\x1b[31m" * 60]}[module]
+    done = subprocess.run([sys.executable, "-m", module, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr + done.stdout
