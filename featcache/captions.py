@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from featcache.sources.opening import first_line
 
 KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
 JSON_KEYS = ("caption", "captions", "text")
+MAX_LINE_CHARACTERS = 8 << 20
 COUNT_THREADS = 16
 COUNT_AT_ONCE = 4096  # samples a task: a task each would hold gigabytes of them for a large set
 
@@ -219,7 +220,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, strict=True)  # else a quote that is never closed swallows what follows
+            rows = csv.reader(_lines(file), strict=True)  # else a quote that is never closed swallows what follows
             for row in rows:
                 line = rows.line_num
                 if any("\0" in cell for cell in row):
@@ -235,6 +236,14 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             f"--captions {path} is not a CSV file in UTF-8: after line {line}: {first_line(error)}",
             remedy="Write it again in UTF-8, each quote closed, and quotes inside of quotes doubled.",
         ) from error
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Lines of a file. Raises `csv.Error` for one so long that it would fill the memory (a device, a binary file)."""
+    while line := file.readline(MAX_LINE_CHARACTERS):
+        if len(line) == MAX_LINE_CHARACTERS:
+            raise csv.Error(f"a line of {MAX_LINE_CHARACTERS:,} characters or more")
+        yield line
 
 
 def _key_column(path: Path, header: Sequence[str]) -> int:
