@@ -395,6 +395,13 @@ class ImportRequest:
     shard_size: int | None = None
 
 
+def open_latents(path: Path, layout: str, *, vae: str | None = None) -> Latents:
+    """The latents at `path`; raises `UserError` for an unknown layout or files that do not follow it."""
+    if layout not in LAYOUTS:
+        raise UserError(f"there is no layout {layout!r}", remedy=f"use one of {', '.join(LAYOUTS)}")
+    return _SafetensorsLatents(path, layout, vae) if layout == "lightningdit" else _NpyLatents(path, layout, vae)
+
+
 def import_latents(request: ImportRequest, progress: Callable[[int], None] | None = None) -> Manifest:
     """Turn latents of another project into a cache with `label`, `key` and `vae/moments`; returns its
     manifest.
@@ -407,10 +414,7 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
     """
     from featcache.codecs import encode, numpy_view
 
-    if request.layout not in LAYOUTS:
-        raise UserError(f"there is no layout {request.layout!r}", remedy=f"use one of {', '.join(LAYOUTS)}")
-    make = _SafetensorsLatents if request.layout == "lightningdit" else _NpyLatents
-    latents: Latents = make(Path(request.source), request.layout, request.vae)
+    latents = open_latents(Path(request.source), request.layout, vae=request.vae)
     n, views = len(latents), latents.views
     sample = latents.read(0)
     _, channels, h, w = sample.shape

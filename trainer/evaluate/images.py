@@ -17,8 +17,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from featcache.decoders import decode_pil
 from featcache.errors import UserError
-from featcache.images import EXTENSIONS, BadImage, center_crop, decode
+from featcache.images import EXTENSIONS, MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.opening import Unreadable, explained, read_file
 
 T = TypeVar("T")
 
@@ -135,7 +137,8 @@ class NpzImages:
             image_bytes = int(np.prod(shape[1:])) * dtype.itemsize
             for start in range(0, shape[0], batch_size):
                 rows = min(batch_size, shape[0] - start)
-                data = stream.read(rows * image_bytes)
+                with explained(str(self.path), "Write the file again."):
+                    data = stream.read(rows * image_bytes)
                 if len(data) != rows * image_bytes:
                     raise UserError(
                         f"{self.path} ends early: {shape[0]} images announced", remedy="Write the file again."
@@ -148,18 +151,23 @@ class NpzImages:
             if "arr_1.npy" not in archive.namelist():
                 return None
             with _member(archive, "arr_1", self.path) as stream:
-                labels = np.lib.format.read_array(stream, allow_pickle=False)
-        return labels.astype(np.int64)
+                shape, dtype = _array_header(stream, self.path)
+                if len(shape) != 1 or dtype.kind not in "iu" or shape[0] != self.count:
+                    raise UserError(
+                        f"{self.path} holds labels {list(shape)} of {dtype}, expected {self.count} integers",
+                        remedy="Write one class index for each image into arr_1.",
+                    )
+                with explained(str(self.path), "Write the file again."):
+                    data = stream.read(shape[0] * dtype.itemsize)
+                if len(data) != shape[0] * dtype.itemsize:
+                    raise UserError(f"{self.path} ends early: {shape[0]} labels announced", remedy="Write it again.")
+        return np.frombuffer(data, dtype).astype(np.int64)
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
     """The archive behind an npz file; `UserError` if it is none."""
-    try:
+    with explained(str(path), "Pass another file, or write it again.", wrong="is not a readable npz file"):
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is not a readable npz file: {error}", remedy="Pass another file, or write it again."
-        ) from error
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
@@ -168,15 +176,14 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
             f"{path} has no array {name!r} (it has {', '.join(archive.namelist())})",
             remedy="Images belong into arr_0, uint8 [N, R, R, 3]: trainer sample --format npz does so.",
         )
-    return archive.open(f"{name}.npy")
+    with explained(str(path), "Write the file again."):
+        return archive.open(f"{name}.npy")
 
 
 def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
+    with explained(str(path), "Write it with numpy.savez.", wrong="holds no plain numpy array"):
         shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} holds no plain numpy array: {error}", remedy="Write it with numpy.savez.") from error
     if fortran or dtype.hasobject:
         raise UserError(
             f"{path} holds a Fortran-ordered or object array", remedy="Write a plain C-ordered uint8 array."
@@ -216,11 +223,10 @@ class FolderImages:
 
     def _load(self, file: Path) -> np.ndarray:
         try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise BadImage(str(file), error.strerror or str(error)) from error
-        image = decode(data, str(file))
-        return center_crop(image, self.resolution) if self.resolution else np.asarray(image)
+            data = read_file(file, MAX_FILE_BYTES)
+        except Unreadable as error:
+            raise BadImage(str(file), str(error)) from error
+        return decode_pil(data, str(file), self.resolution) if self.resolution else np.asarray(decode(data, str(file)))
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """See `ImageSet.batches`."""
@@ -257,12 +263,10 @@ class TarImages:
     def _samples(self) -> Iterator[dict[str, Any]]:
         import webdataset
 
-        try:
+        with explained(self.pattern, "Write the shard again.", wrong="cannot be read"):
             yield from webdataset.WebDataset(
                 self.pattern, shardshuffle=False, empty_check=False, handler=webdataset.reraise_exception
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.pattern} cannot be read: {error}", remedy="Write the shard again.") from error
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """See `ImageSet.batches`."""
@@ -286,7 +290,8 @@ class TarImages:
     def labels(self) -> np.ndarray | None:
         """See `ImageSet.labels`; reads the shards once."""
         found = [sample.get("cls") for sample in self._samples()]
-        labels = [int(label) for label in found if label is not None]
+        with explained(f"{self.pattern}: a .cls member", "Write class numbers as text."):
+            labels = [int(label) for label in found if label is not None]
         return np.array(labels, dtype=np.int64) if labels and len(labels) == len(found) else None
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from featcache.errors import UserError
+from featcache.images import MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.opening import Unreadable, read_file
 from trainer.report.charts import Chart, render_svg
 
 STYLE = """
@@ -110,20 +112,27 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+def read_picture(path: Path) -> tuple[bytes, Image.Image]:
+    """A JPEG, PNG or WebP file: its bytes, and the picture in RGB.
+
+    Raises:
+        UserError: it is something else, or damaged.
+    """
+    try:
+        data = read_file(path, MAX_FILE_BYTES)
+        return data, decode(data, str(path))
+    except (BadImage, Unreadable) as error:
+        reason = error.reason if isinstance(error, BadImage) else str(error)
+        raise UserError(
+            f"{path} is not an image that can be shown: {reason}", remedy="Delete the file or draw it again."
+        ) from error
+
+
 def _png(image: Path | np.ndarray) -> tuple[bytes, int, int]:
     if isinstance(image, Path):
-        try:
-            data = image.read_bytes()
-            with Image.open(io.BytesIO(data)) as opened:
-                opened.verify()
-                if opened.format == "PNG":
-                    return data, *opened.size
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"{image} is not an image that can be shown: {error}",
-                remedy="Delete the file or draw it again.",
-            ) from error
+        data, picture = read_picture(image)
+        if data[:4] == b"\x89PNG":
+            return data, *picture.size
     else:
         picture = Image.fromarray(np.ascontiguousarray(image))
     buffer = io.BytesIO()

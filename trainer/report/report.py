@@ -9,11 +9,10 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
 from trainer.report.charts import Chart, Series, smoothed_series
 from trainer.report.data import Column, RunData
-from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html
+from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html, read_picture
 from trainer.report.table import (
     Published,
     flatten,
@@ -297,8 +296,8 @@ def _resolution(run: RunData) -> int | None:
 
 def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
     """Tiles down the first column of a grid PNG, or the whole picture if the size of a tile is not known."""
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
+    _, picture = read_picture(path)
+    pixels = np.asarray(picture)
     H, W, _ = pixels.shape
     if side is None or H % side or W % side:
         return [pixels]
