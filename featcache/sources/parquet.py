@@ -41,7 +41,7 @@ from featcache.sources.opening import explained
 
 ROWS_AT_ONCE = 16
 MAX_GROUP_ROWS = 1 << 24
-_MAX_RATIO = 100  # of the images in a row group to its bytes in the file
+_MAX_RATIO = 100  # of the images in a row group to the file
 _SMALL_BYTES = 256 << 20  # below this any ratio will do
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
@@ -130,7 +130,7 @@ class ParquetSource(EncodedSource):
         place, expected = self.places[file], int(self.starts[group + 1] - self.starts[group])
         places: list[tuple[int, int]] = []
         with _opened_parquet(place) as parquet:
-            limit = self._spool.end + _most_bytes(parquet.metadata.row_group(number), self.image_column)
+            limit = self._spool.end + max(_SMALL_BYTES, _MAX_RATIO * place.size_bytes)
             rows = parquet.iter_batches(ROWS_AT_ONCE, row_groups=[number], columns=[self.image_column])
             for value in itertools.chain.from_iterable(batch.column(0) for batch in rows):
                 data = value.get("bytes") if hasattr(value, "keys") else value
@@ -140,8 +140,8 @@ class ParquetSource(EncodedSource):
                     continue
                 if self._spool.end + len(data) > limit:
                     raise UserError(
-                        f"{_where(place)}: the images of row group {number} are more than {_MAX_RATIO} times as large "
-                        "as its bytes in the file",
+                        f"{_where(place)}: the images of row group {number} alone are {_MAX_RATIO} times as large as "
+                        "the file",
                         remedy="Do not use it if it comes from others; else unpack it into a folder.",
                     )
                 self._spool.append(data)
@@ -155,13 +155,6 @@ class ParquetSource(EncodedSource):
 
 def _where(place: Place) -> str:
     return redact(f"{place.location.url}/{place.name}")
-
-
-def _most_bytes(group: Any, column: str) -> int:
-    """How many bytes the images of a row group may have together, by those that it has in the file."""
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    packed = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
-    return max(_SMALL_BYTES, _MAX_RATIO * packed)
 
 
 @contextlib.contextmanager
