@@ -253,7 +253,7 @@ def _key_column(path: Path, header: Sequence[str]) -> int:
     if named is None or len(cells) < 2:
         raise UserError(
             f"--captions {path} must have a header with a column named {', '.join(KEY_COLUMNS[:-1])} or "
-            f"{KEY_COLUMNS[-1]} and at least one of captions, but has {', '.join(cells)[:300] or 'nothing'}",
+            f"{KEY_COLUMNS[-1]} and at least one of captions, but has {', '.join(map(repr, cells))[:300] or 'nothing'}",
             remedy="Write for example: key,caption",
         )
     if cells.count(named) > 1:

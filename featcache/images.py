@@ -107,6 +107,10 @@ class Budget:
                 self._changed.notify_all()
 
 
+# PIL's blocks are 16 MB otherwise: malloc takes such from a heap of each thread's own, and keeps them there when they are
+# freed, which adds up. Larger ones go back to the system.
+Image.core.set_block_size(1 << 30)
+
 # Threads take from the second while they hold of the first, never the other way round: nobody waits for ever.
 FILES_IN_FLIGHT = Budget(1 << 30)
 PIXELS_IN_FLIGHT = Budget(2 << 30)

@@ -180,9 +180,9 @@ class _NpyLatents:
         ):
             by_name = dict(json.loads(data)["labels"])
             found = [by_name[name] for name in self._names]
-            wrong = next((label for label in found if type(label) is not int), None)
-            if wrong is not None:
-                raise ValueError(f"{wrong!r:.40} is no integer")
+            wrong = [label for label in found if type(label) is not int]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r:.40} is no integer")
         self.labels = _checked_labels(found, path)
         first = self._values(0)
         if first.ndim != 3 or len(first) % 2 or not first.size:
@@ -345,6 +345,11 @@ class _SafetensorsLatents:
         pick = epoch_order(0, 0, len(self))[: min(len(self), _STATS_SAMPLES)]
         C = self._shape[0]
         values = np.stack([self.read(int(i))[0, :C] for i in np.sort(pick)]).astype(np.float64)
+        if not np.isfinite(values).all() or values.min() == values.max():
+            raise UserError(
+                f"{path}: the latents hold values that are not finite, or are all the same",
+                remedy="Make the latents again.",
+            )
         return values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
 
 

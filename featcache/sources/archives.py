@@ -60,6 +60,11 @@ class Place:
     name: str
     size_bytes: int
 
+    @property
+    def where(self) -> str:
+        """Path or URL, to be shown."""
+        return redact(f"{self.location.url}/{self.name}")
+
 
 @dataclass(frozen=True)
 class Member:
@@ -143,7 +148,7 @@ class ArchiveSource(EncodedSource):
         try:
             return place.location.read(place.name, start, stop)
         except Missing as error:
-            raise UserError(f"{_where(place)} is gone", remedy="Bring it again.") from error
+            raise UserError(f"{place.where} is gone", remedy="Bring it again.") from error
         except CacheError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:
                 raise BadImage(self.key(index), f"{place.name}: {error.what}") from error
@@ -207,10 +212,6 @@ class ArchiveSource(EncodedSource):
         if len(data) != size or zlib.crc32(data) != int(self.checksums[index]):
             raise BadImage(self.key(index), f"{place.name}: the member is not what the zip's directory says (CRC-32)")
         return data
-
-
-def _where(place: Place) -> str:
-    return redact(f"{place.location.url}/{place.name}")
 
 
 def is_unicode(text: str) -> bool:
@@ -287,17 +288,17 @@ def _tar_members(
     stop = place.size_bytes if stop is None else stop
     length = stop - start
     file = opened(place, start, stop, limit_bytes=MAX_TEXT_BYTES)
-    with explained(_where(place), _BRING_AGAIN, wrong="is not a whole tar"):
+    with explained(place.where, _BRING_AGAIN, wrong="is not a whole tar"):
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (a window onto another file: nothing to close)
         after = 0
     while True:
-        with explained(_where(place), _BRING_AGAIN, wrong="is not a whole tar"):
+        with explained(place.where, _BRING_AGAIN, wrong="is not a whole tar"):
             member = tar.next()
         if member is None:
             break
         if member.size < 0 or member.offset < after or (member.isreg() and member.offset_data + member.size > length):
             raise UserError(
-                f"{_where(place)} is not a whole tar: {member.name!r} claims {member.size} bytes", remedy=_BRING_AGAIN
+                f"{place.where} is not a whole tar: {member.name!r} claims {member.size} bytes", remedy=_BRING_AGAIN
             )
         after = member.offset_data
         tar.members = []  # type: ignore[attr-defined]
@@ -310,28 +311,28 @@ def _tar_members(
 
 def _refuse_kind(place: Place, name: str, command: str) -> NoReturn:
     raise UserError(
-        f"{_where(place)}: {name!r} is a link or something else that holds no bytes of its own",
+        f"{place.where}: {name!r} is a link or something else that holds no bytes of its own",
         remedy=f"Pack the files again with links followed: {command} ...",
     )
 
 
 def _check_tar_end(place: Place, file: io.BufferedReader, at: int) -> None:
     """tarfile ends at the first header that it does not understand, as if nothing followed. Raises `UserError`."""
-    with explained(_where(place), _BRING_AGAIN):
+    with explained(place.where, _BRING_AGAIN):
         file.seek(at)
         mark = file.read(1024)
         if mark.strip(b"\0") or at % 512:
-            raise UserError(f"{_where(place)} is not a whole tar: no header at byte {at}", remedy=_BRING_AGAIN)
+            raise UserError(f"{place.where} is not a whole tar: no header at byte {at}", remedy=_BRING_AGAIN)
         if len(mark) < 1024:
             raise UserError(
-                f"{_where(place)} is not a whole tar: its end mark, two blocks of zeros, is missing at byte {at}",
+                f"{place.where} is not a whole tar: its end mark, two blocks of zeros, is missing at byte {at}",
                 remedy=f"{_BRING_AGAIN} Some programs leave the mark out; if you know that this one did, add it: "
                 "head -c 1024 /dev/zero >> FILE.tar",
             )
         while rest := file.read(BLOCK_BYTES):
             if rest.strip(b"\0"):
                 raise UserError(
-                    f"{_where(place)} goes on after its end mark at byte {at}: several tars joined to one file?",
+                    f"{place.where} goes on after its end mark at byte {at}: several tars joined to one file?",
                     remedy="Join tars with: tar --concatenate --file=FIRST.tar NEXT.tar",
                 )
 
@@ -341,7 +342,7 @@ def _image_name(place: Place, name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise UserError(
-            f"{_where(place)}: the member {name!r} has an absolute name, or one with '..' or NUL",
+            f"{place.where}: the member {name!r} has an absolute name, or one with '..' or NUL",
             remedy="Pack the files again with names relative to their folder.",
         )
     return str(path)
@@ -378,14 +379,14 @@ def plain_tars(places: Sequence[Place]) -> Iterator[Member]:
 def zips(places: Sequence[Place]) -> Iterator[Member]:
     """A zipped folder of class folders; members stored or deflated."""
     for a, place in enumerate(places):
-        with explained(_where(place), _BRING_AGAIN, wrong="is not a whole zip"):
+        with explained(place.where, _BRING_AGAIN, wrong="is not a whole zip"):
             # Reads the directory at once: 46 bytes or more for each member.
             archive = zipfile.ZipFile(opened(place, limit_bytes=_MAX_DIRECTORY_BYTES))
         with archive:
             members = archive.infolist()
             _check_zip_directory(place, archive, members)
             for member in members:
-                if not _is_image(member.filename):
+                if not _is_image(member.orig_filename):  # `filename` ends at a NUL
                     continue
                 _check_zip_member(place, member)
                 where = (a, member.header_offset, member.compress_size, member.compress_type)
@@ -394,7 +395,7 @@ def zips(places: Sequence[Place]) -> Iterator[Member]:
 
 def _check_zip_directory(place: Place, archive: zipfile.ZipFile, members: Sequence[zipfile.ZipInfo]) -> None:
     """Raises `UserError` if entries are missing, or members overlap each other or the directory."""
-    with explained(_where(place), _BRING_AGAIN):
+    with explained(place.where, _BRING_AGAIN):
         tail = place.location.read(place.name, max(0, place.size_bytes - _MAX_ZIP_TAIL_BYTES), place.size_bytes)
         last = tail[-22:]
         record = last if last[:4] == b"PK\5\6" and last[-2:] == b"\0\0" else tail[tail.rindex(b"PK\5\6") :]
@@ -402,26 +403,26 @@ def _check_zip_directory(place: Place, archive: zipfile.ZipFile, members: Sequen
     # Beyond 65,535 members the number here is all ones, or what is left of the true one.
     if count not in (0xFFFF, len(members) & 0xFFFF):
         raise UserError(
-            f"{_where(place)} is not a whole zip: its directory holds {len(members)} entries instead of {count}",
+            f"{place.where} is not a whole zip: its directory holds {len(members)} entries instead of {count}",
             remedy=_BRING_AGAIN,
         )
     free = 0
     for member in sorted(members, key=lambda member: member.header_offset):
         if member.header_offset < free:
             raise UserError(
-                f"{_where(place)} is damaged: {member.filename!r} lies on top of another member",
+                f"{place.where} is damaged: {member.filename!r} lies on top of another member",
                 remedy="Do not use it: honest programs write no such zips.",
             )
         free = member.header_offset + 30 + len(member.orig_filename) + member.compress_size
     if free > archive.start_dir:  # type: ignore[attr-defined]
-        raise UserError(f"{_where(place)} is not a whole zip: its last member is cut", remedy=_BRING_AGAIN)
+        raise UserError(f"{place.where} is not a whole zip: its last member is cut", remedy=_BRING_AGAIN)
 
 
 def _check_zip_member(place: Place, member: zipfile.ZipInfo) -> None:
     """Raises `UserError` for an image that cannot be had, or that is smaller than what it unpacks to by too much."""
     if member.compress_type not in (_STORED, _DEFLATED) or member.flag_bits & 0x41:
         raise UserError(
-            f"{_where(place)}: {member.filename!r} is encrypted or packed by an unusual method",
+            f"{place.where}: {member.filename!r} is encrypted or packed by an unusual method",
             remedy="Unpack it, or zip it again without a password.",
         )
     kind = stat.S_IFMT(member.external_attr >> 16)
@@ -431,7 +432,7 @@ def _check_zip_member(place: Place, member: zipfile.ZipInfo) -> None:
     grows = size > _SMALL_BYTES and size > _MAX_RATIO * packed
     if size > MAX_FILE_BYTES or grows or (member.compress_type == _STORED and size != packed):
         raise UserError(
-            f"{_where(place)}: {member.filename!r} claims {size} bytes in {packed}; images have at most "
+            f"{place.where}: {member.filename!r} claims {size} bytes in {packed}; images have at most "
             f"{MAX_FILE_BYTES:,}, and no more than {_MAX_RATIO} times what they are packed to",
             remedy="Do not use it if it comes from others; else unpack it, and pass the folder.",
         )
@@ -453,33 +454,31 @@ def webdataset(places: Sequence[Place]) -> Iterator[Member]:
             kind = "image" if f".{extension.lower()}" in EXTENSIONS else extension
             if kind in found:
                 raise UserError(
-                    f"{_where(place)}: sample {name!r} has two members {base!r} and {found[kind][0]!r}",
+                    f"{place.where}: sample {name!r} has two members {base!r} and {found[kind][0]!r}",
                     remedy="Make the shard again with one image, and one file of a kind, for each sample.",
                 )
             found[kind] = (f"{name}.{extension}", member.offset_data, member.size)
             if kind in ("cls", "json"):
                 if member.size > MAX_TEXT_BYTES:
                     raise UserError(
-                        f"{_where(place)}: {member.name!r} has {member.size} bytes, more than the {MAX_TEXT_BYTES:,} "
+                        f"{place.where}: {member.name!r} has {member.size} bytes, more than the {MAX_TEXT_BYTES:,} "
                         "that are read",
                         remedy="Make the shard again with small .cls and .json members.",
                     )
-                with explained(_where(place), _BRING_AGAIN):
+                with explained(place.where, _BRING_AGAIN):
                     file.seek(member.offset_data)
                     data = file.read(member.size)
-                labels[kind] = _wds_label(data, kind)
+                labels[kind] = key_text(data.strip()) if kind == "cls" else _json_label(data)
         yield from _wds_sample(a, place, found, labels)
 
 
-def _wds_label(data: bytes, kind: str) -> str | None:
-    """The class in a ``.cls`` or ``.json`` member, None if it holds none."""
-    if kind == "cls":
-        return key_text(data.strip())
+def _json_label(data: bytes) -> str | None:
+    """The class in a ``.json`` member: "" where it has none, None where it is damaged or the class is no class."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    label = value.get("label", value.get("cls")) if isinstance(value, dict) else None
+    label = value.get("label", value.get("cls", "")) if isinstance(value, dict) else ""
     return str(label) if isinstance(label, int | str) and not isinstance(label, bool) else None
 
 
@@ -492,7 +491,12 @@ def _wds_sample(
         return
     name, offset, size = image
     text, beside = (found[kind][1:] if kind in found else (0, 0) for kind in ("txt", "json"))
-    label = labels.get("cls") or labels.get("json") or ""
+    label = labels.get("cls") or labels.get("json", "")
+    if label is None:
+        raise UserError(
+            f"{place.where}: the .json beside {name!r} is damaged, or its label is neither a number nor a name",
+            remedy="Make the shard again, with the label as an integer; or put it into .cls.",
+        )
     yield Member(_image_name(place, name), label, a, offset, size, text=text, json=beside)
 
 
@@ -593,7 +597,7 @@ def _is_flat(place: Place) -> bool:
     for member, _ in _tar_members(place):
         if _is_image(member.name):
             return "/" not in member.name.removeprefix("./")
-    raise UserError(f"{_where(place)} holds no images ({', '.join(EXTENSIONS)})", remedy="Check --data.")
+    raise UserError(f"{place.where} holds no images ({', '.join(EXTENSIONS)})", remedy="Check --data.")
 
 
 def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -> ArchiveSource:

@@ -140,21 +140,17 @@ class ParquetSource(EncodedSource):
                     continue
                 if self._spool.end + len(data) > limit:
                     raise UserError(
-                        f"{_where(place)}: the images of row group {number} alone are {_MAX_RATIO} times as large as "
+                        f"{place.where}: the images of row group {number} alone are {_MAX_RATIO} times as large as "
                         "the file",
                         remedy="Do not use it if it comes from others; else unpack it into a folder.",
                     )
                 self._spool.append(data)
         if len(places) != expected:
             raise UserError(
-                f"{_where(place)} is damaged: row group {number} holds {len(places)} images in {expected} rows",
+                f"{place.where} is damaged: row group {number} holds {len(places)} images in {expected} rows",
                 remedy="Download it again.",
             )
         return np.array(places, np.int64)
-
-
-def _where(place: Place) -> str:
-    return redact(f"{place.location.url}/{place.name}")
 
 
 @contextlib.contextmanager
@@ -165,7 +161,7 @@ def _opened_parquet(place: Place) -> Iterator[Any]:
 
     # Column chunks are streamed in blocks instead of being read whole.
     with (
-        explained(_where(place), "Download it again."),
+        explained(place.where, "Download it again."),
         pq.ParquetFile(pa.PythonFile(opened(place), mode="r"), buffer_size=BLOCK_BYTES) as parquet,
     ):
         yield parquet
@@ -192,7 +188,7 @@ def open_parquet(pattern: str, *, name: str) -> ParquetSource:
             label_column = _column(names, LABEL_COLUMNS, place, "labels")
             if f and found != image_column:
                 raise UserError(
-                    f"{_where(place)} has its images in {found!r}, the first file in {image_column!r}",
+                    f"{place.where} has its images in {found!r}, the first file in {image_column!r}",
                     remedy="Pass files of one data set.",
                 )
             image_column = found
@@ -236,13 +232,13 @@ def _check_types(schema: Any, image_column: str, label_column: str, place: Place
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)):
         raise UserError(
-            f"{_where(place)}: the column {image_column!r} holds {kind}, no encoded images",
+            f"{place.where}: the column {image_column!r} holds {kind}, no encoded images",
             remedy="Store each image as a PNG or JPEG file's bytes.",
         )
     kind = schema.field(label_column).type
     if not pa.types.is_integer(kind):
         raise UserError(
-            f"{_where(place)}: the column {label_column!r} holds {kind}, no integers",
+            f"{place.where}: the column {label_column!r} holds {kind}, no integers",
             remedy="Store each image's class as an integer, from 0.",
         )
 
@@ -252,7 +248,7 @@ def _check_rows(metadata: Any, place: Place) -> None:
     most = max([metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)], default=0)
     if most > MAX_GROUP_ROWS or not 0 <= metadata.num_rows <= place.size_bytes:
         raise UserError(
-            f"{_where(place)} claims {metadata.num_rows} rows, {most} in one row group, in {place.size_bytes} bytes",
+            f"{place.where} claims {metadata.num_rows} rows, {most} in one row group, in {place.size_bytes} bytes",
             remedy=f"Write at least a byte for each image, and row groups of at most {MAX_GROUP_ROWS:,} rows.",
         )
 
@@ -263,13 +259,13 @@ def _labels(parquet: Any, number: int, column: str, place: Place) -> np.ndarray:
     rows = parquet.metadata.row_group(number).num_rows
     if found.null_count or len(found) != rows:
         raise UserError(
-            f"{_where(place)}: row group {number} has {len(found) - found.null_count} labels for {rows} rows",
+            f"{place.where}: row group {number} has {len(found) - found.null_count} labels for {rows} rows",
             remedy="Use a split with labels, such as train.",
         )
     labels = found.to_numpy()
     if len(labels) and labels.max() >= MAX_CLASSES:
         raise UserError(
-            f"{_where(place)}: row group {number} has the label {labels.max()}, but classes are numbered from 0 to "
+            f"{place.where}: row group {number} has the label {labels.max()}, but classes are numbered from 0 to "
             f"{MAX_CLASSES - 1:,}",
             remedy="Number the classes from 0.",
         )

@@ -191,7 +191,8 @@ def _safetensors() -> list[bytes]:
     import torch
     from safetensors.torch import save
 
-    tensors = {"latents": torch.ones(3, 4, 2, 2), "latents_flip": torch.ones(3, 4, 2, 2), "labels": torch.arange(3)}
+    values = torch.arange(48.0).reshape(3, 4, 2, 2)
+    tensors = {"latents": values, "latents_flip": values.flip(3).contiguous(), "labels": torch.arange(3)}
     half = {name: tensor.bfloat16() if name != "labels" else tensor.int() for name, tensor in tensors.items()}
     return [save(tensors), save(half, {"a": "b"})]
 
