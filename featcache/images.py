@@ -209,7 +209,7 @@ def _opened(data: bytes, key: str) -> ImageFile.ImageFile:
         # Its reader allocates the canvas when it opens.
         with room_for(_webp_size(data), key, resolution=None, bytes_per_pixel=0):
             return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
-    raise BadImage(key, "it is no JPEG, PNG or WebP")
+    raise BadImage(key, "not an image of a known format (JPEG, PNG, WebP)")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

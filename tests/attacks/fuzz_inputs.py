@@ -342,6 +342,8 @@ def _png_chunk(rng: random.Random, data: bytearray) -> bytearray:
         length = int.from_bytes(data[at : at + 4], "big")
         chunks.append((bytes(data[at + 4 : at + 8]), bytearray(data[at + 8 : at + 8 + length])))
         at += 12 + length
+    if not chunks:
+        return _number(rng, data)
     i = rng.randrange(len(chunks))
     kind, body = chunks[i]
     action = rng.randrange(4)
@@ -370,7 +372,7 @@ def _png_chunk(rng: random.Random, data: bytearray) -> bytearray:
 def _jpeg_segment(rng: random.Random, data: bytearray) -> bytearray:
     """A byte or a number in the segments before the scan."""
     markers = [m.start() for m in re.finditer(rb"\xff[\xc0-\xfe]", bytes(data[:1500]))]
-    at = rng.choice(markers) + rng.randrange(12)
+    at = rng.choice(markers or [0]) + rng.randrange(12)
     if at + 2 < len(data):
         data[at : at + 2] = rng.choice((rng.randbytes(2), struct.pack(">H", rng.choice(_NUMBERS) & 0xFFFF)))
     return data
@@ -379,7 +381,7 @@ def _jpeg_segment(rng: random.Random, data: bytearray) -> bytearray:
 def _webp_chunk(rng: random.Random, data: bytearray) -> bytearray:
     """A number in a chunk's header, or behind it where sizes and flags are."""
     places = [m.start() for m in re.finditer(rb"RIFF|VP8[ LX]|ANIM|ANMF|ALPH|EXIF|ICCP", bytes(data))]
-    at = rng.choice(places) + rng.choice((4, 4, 8, 12, 14, 16, 18))
+    at = rng.choice(places or [0]) + rng.choice((4, 4, 8, 12, 14, 16, 18))
     size = rng.choice((1, 2, 3, 4))
     data[at : at + size] = (rng.choice(_NUMBERS) % (1 << 8 * size)).to_bytes(size, "little")
     return data
