@@ -20,7 +20,8 @@ from featcache.decoders import check_decoder
 from featcache.encoders import TINY
 from featcache.errors import CacheError, UserError
 from featcache.images import CROP_NAME, Source, fingerprint, open_source, recorded_shapes
-from featcache.pipeline import Meter, Stage, Work, key_bytes, run_shards
+from featcache.keys import from_printable, key_bytes
+from featcache.pipeline import Meter, Stage, Work, run_shards
 from featcache.request import BuildRequest
 from featcache.store import CacheWriter
 from featcache.store.layout import recommended_shard_size, stored_arrays
@@ -128,7 +129,9 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
         decoder=decoder,
         flip=dataset.flip,
         skip_bad=request.on_bad_image == "skip" and existing is None,
-        holes=frozenset(s.key for s in existing.manifest.skipped) if existing is not None else frozenset(),
+        holes=frozenset(from_printable(s.key) for s in existing.manifest.skipped)
+        if existing is not None
+        else frozenset(),
         known=_known_content(path, len(order)) if existing is not None and "content" not in again else None,
         threads=request.workers or min(16, max(1, os.cpu_count() or 1)),
         texts=[e for e in texts.encoders if any(name in wanted for name in e.provenance)],

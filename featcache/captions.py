@@ -11,19 +11,22 @@ import csv
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
 from featcache.errors import UserError
 from featcache.images import ShapesSource, Source
+from featcache.keys import printable
+from featcache.sources.opening import first_line
 
 KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
 JSON_KEYS = ("caption", "captions", "text")
+MAX_LINE_CHARACTERS = 8 << 20
 COUNT_THREADS = 16
 COUNT_AT_ONCE = 4096  # samples a task: a task each would hold gigabytes of them for a large set
 
@@ -159,18 +162,14 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
 def read_table(path: Path, source: Source) -> TableCaptions:
     """A CSV file: one column that names the image (one of :data:`KEY_COLUMNS`), every other one holds captions.
 
-    Images are named by key, with or without its extension. Several captions of an image are several columns, several
+    Images are named by key (as :func:`featcache.keys.printable` writes it), with or without its extension. Several captions of an image are several columns, several
     rows, or both; empty cells are none. Rows of images that the source lacks are passed over and counted in the remark.
 
     Raises:
-        UserError: no such file, no such columns, no row names an image of the source, or a name without extension is
-            that of several images.
+        UserError: no such file or no such columns; a line that is not CSV in UTF-8, holds NUL, or has more cells than the
+            header; no row names an image of the source, or a name without extension is that of several images.
     """
-    try:
-        file = path.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise UserError(f"--captions {path}: {error.strerror}", remedy="Pass a CSV file.") from error
-    numbers = {source.key(i): i for i in range(len(source))}
+    numbers = {printable(source.key(i)): i for i in range(len(source))}
     stems: dict[str, list[int]] = {}
     for name, i in numbers.items():
         stem, extension = os.path.splitext(name)  # noqa: PTH122 (keys are no paths of this machine)
@@ -178,49 +177,88 @@ def read_table(path: Path, source: Source) -> TableCaptions:
             stems.setdefault(stem, []).append(i)
     text, lengths, owners = bytearray(), [0], list[int]()
     rows_seen, strays, stray = 0, 0, ""
-    with file:
-        rows = csv.reader(file)
-        try:
-            header = [cell.strip() for cell in next(rows, [])]
-            column = next((header.index(name) for name in KEY_COLUMNS if name in header), None)
-            if column is None or len(header) < 2:
-                raise UserError(
-                    f"--captions {path} must have a header with a column named {', '.join(KEY_COLUMNS[:-1])} or "
-                    f"{KEY_COLUMNS[-1]} and at least one of captions, but has {', '.join(header) or 'nothing'}",
-                    remedy="Write for example: key,caption",
-                )
-            for row in rows:
-                if not row:
-                    continue  # an empty line
-                rows_seen += 1
-                name = row[column].strip() if len(row) > column else ""
-                found = [numbers[name]] if name in numbers else stems.get(name, [])
-                if not found:
-                    stray = name if not strays else stray
-                    strays += 1
-                    continue
-                if len(found) > 1:
-                    raise UserError(
-                        f"--captions {path}: {name!r} may be {source.key(found[0])!r} or {source.key(found[1])!r}",
-                        remedy="Name such images with their extensions.",
-                    )
-                for i, cell in enumerate(row):
-                    if i != column and (caption := cell.strip()):
-                        text += caption.encode()
-                        lengths.append(len(text))
-                        owners.append(found[0])
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"--captions {path} is not a CSV file in UTF-8: {error}") from error
+    lines = _rows(path)
+    _, header = next(lines, (0, []))
+    column = _key_column(path, header)
+    for line, row in lines:
+        rows_seen += 1
+        if len(row) > len(header):
+            raise UserError(
+                f"--captions {path}, line {line}: {len(row)} cells under a header of {len(header)}",
+                remedy='Put captions that hold commas between quotes: key,"one, two"',
+            )
+        name = row[column].strip() if len(row) > column else ""
+        found = [numbers[name]] if name in numbers else stems.get(name, [])
+        if not found:
+            stray = name if not strays else stray
+            strays += 1
+            continue
+        if len(found) > 1:
+            raise UserError(
+                f"--captions {path}: {name!r} may be {source.key(found[0])!r} or {source.key(found[1])!r}",
+                remedy="Name such images with their extensions.",
+            )
+        for i, cell in enumerate(row):
+            if i != column and (caption := cell.strip()):
+                text += caption.encode()
+                lengths.append(len(text))
+                owners.append(found[0])
     if strays == rows_seen:
         raise UserError(
-            f"--captions {path} names none of the images of {source.description}, such as {source.key(0)!r}",
-            remedy=f"Its column {header[column]!r} must hold such keys, with or without the extension.",
+            f"--captions {path} names none of the images of {source.description}, such as {printable(source.key(0))!r}",
+            remedy=f"Its column {header[column].strip()!r} must hold such keys, with or without the extension.",
         )
     packed = _packed(path, source, text, np.array(lengths, np.int64), np.array(owners, np.int64))
     if not strays:
         return packed
     remark = f"{strays} of {rows_seen} rows of {path} name no image of {source.description}, such as {stray!r}"
     return replace(packed, remark=remark)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Lines of a CSV file that are not empty, with their numbers. Raises `UserError` for what is no CSV in UTF-8."""
+    line = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(_lines(file), strict=True)  # else a quote that is never closed swallows what follows
+            for row in rows:
+                line = rows.line_num
+                if any("\0" in cell for cell in row):
+                    raise UserError(
+                        f"--captions {path}, line {line} holds a NUL byte", remedy="Write it again as text."
+                    )
+                if row:
+                    yield line, row
+    except OSError as error:
+        raise UserError(f"--captions {path}: {first_line(error)}", remedy="Pass a CSV file.") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"--captions {path} is not a CSV file in UTF-8: after line {line}: {first_line(error)}",
+            remedy="Write it again in UTF-8, each quote closed, and quotes inside of quotes doubled.",
+        ) from error
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Lines of a file. Raises `csv.Error` for one so long that it would fill the memory (a device, a binary file)."""
+    while line := file.readline(MAX_LINE_CHARACTERS):
+        if len(line) == MAX_LINE_CHARACTERS:
+            raise csv.Error(f"a line of {MAX_LINE_CHARACTERS:,} characters or more")
+        yield line
+
+
+def _key_column(path: Path, header: Sequence[str]) -> int:
+    """Which column names the images. Raises `UserError` if none does, two do, or it is the only one."""
+    cells = [cell.strip() for cell in header]
+    named = next((name for name in KEY_COLUMNS if name in cells), None)
+    if named is None or len(cells) < 2:
+        raise UserError(
+            f"--captions {path} must have a header with a column named {', '.join(KEY_COLUMNS[:-1])} or "
+            f"{KEY_COLUMNS[-1]} and at least one of captions, but has {', '.join(map(repr, cells))[:300] or 'nothing'}",
+            remedy="Write for example: key,caption",
+        )
+    if cells.count(named) > 1:
+        raise UserError(f"--captions {path} has two columns named {named!r}", remedy="Rename or remove one of them.")
+    return cells.index(named)
 
 
 def _packed(path: Path, source: Source, text: bytearray, ends: np.ndarray, owners: np.ndarray) -> TableCaptions:

@@ -15,47 +15,51 @@ import numpy as np
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.images import BadImage, Source, center_crop, decode
+from featcache.images import BadImage, Source, center_crop, decoded, room_for
+from featcache.sources.opening import first_line
 
 Decoder = Callable[[bytes, str, int], np.ndarray]
 
 
 def decode_pil(data: bytes, key: str, resolution: int) -> np.ndarray:
     """The exact crop: uint8 [R, R, 3]. Raises `BadImage`."""
-    return center_crop(decode(data, key), resolution)
+    with decoded(data, key, resolution=resolution) as image:
+        return center_crop(image, resolution)
 
 
-def _is_colour_jpeg(data: bytes) -> bool:
-    """Whether libjpeg-turbo may decode it: three components, YCbCr."""
+def _colour_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of what libjpeg-turbo may decode (three components, YCbCr); None for anything else."""
     import simplejpeg
 
     if data[:3] != b"\xff\xd8\xff":
-        return False
+        return None
     try:
-        _, _, colourspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
-        return False
-    return colourspace == "YCbCr"
+        return None
+    return (width, height) if colourspace == "YCbCr" else None
 
 
 def decode_turbo(data: bytes, key: str, resolution: int) -> np.ndarray:
     """Halved during decoding as often as the exact crop would halve: uint8 [R, R, 3]. Raises `BadImage`."""
     import simplejpeg
 
-    if not _is_colour_jpeg(data):
+    size = _colour_jpeg_size(data)
+    if size is None:
         return decode_pil(data, key, resolution)
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    width, height = size
     halvings = 0
     while min(width, height) >> halvings >= 2 * resolution and halvings < 3:
         halvings += 1
-    try:
-        # min_height asks for the smallest scaled size that is not below it.
-        pixels = simplejpeg.decode_jpeg(
-            data, "RGB", fastdct=False, min_height=height >> halvings, min_width=width >> halvings, min_factor=1
-        )
-    except ValueError as error:
-        raise BadImage(key, str(error)) from error
-    return center_crop(Image.fromarray(pixels), resolution)
+    with room_for(size, key, resolution=resolution):
+        try:
+            # min_height asks for the smallest scaled size that is not below it.
+            pixels = simplejpeg.decode_jpeg(
+                data, "RGB", fastdct=False, min_height=height >> halvings, min_width=width >> halvings, min_factor=1
+            )
+        except ValueError as error:
+            raise BadImage(key, first_line(error)) from error
+        return center_crop(Image.fromarray(pixels), resolution)
 
 
 def decode_nvjpeg(data: bytes, key: str, resolution: int) -> np.ndarray:
@@ -63,14 +67,16 @@ def decode_nvjpeg(data: bytes, key: str, resolution: int) -> np.ndarray:
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    if not _is_colour_jpeg(data):
+    size = _colour_jpeg_size(data)
+    if size is None:
         return decode_pil(data, key, resolution)
-    try:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, device="cuda")
-    except RuntimeError as error:
-        raise BadImage(key, str(error).splitlines()[0]) from error
-    return center_crop(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), resolution)
+    with room_for(size, key, resolution=resolution):
+        try:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, device="cuda")
+        except RuntimeError as error:
+            raise BadImage(key, first_line(error)) from error
+        return center_crop(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), resolution)
 
 
 DECODERS: Mapping[str, Decoder] = {"pil": decode_pil, "turbo": decode_turbo, "nvjpeg": decode_nvjpeg}

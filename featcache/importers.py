@@ -22,8 +22,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,15 +34,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from featcache.errors import UserError
+from featcache.keys import key_bytes, printable
 from featcache.order import epoch_order
+from featcache.sources.opening import Unreadable, explained, file_size, first_line, read_file
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import DatasetSpec, FeatureSpec, Manifest
 from featcache.store.writer import CacheWriter
 
 LAYOUTS = ("repa", "edm2", "lightningdit")
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' clamp of a posterior's log-variance
 _MAX_FILE_BYTES = 64 << 20
-_MAX_JSON_BYTES = 1 << 30
+_MAX_JSON_BYTES = 256 << 20
+_MAX_STATS_BYTES = 256 << 10
+_MAX_CLASSES = 1 << 20  # as many as a manifest names
 _STATS_SAMPLES = 4096
 
 
@@ -67,45 +74,90 @@ def moments_from_std(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values[:C], clamped.astype(np.float32)]).astype(np.float32)
 
 
-def _load_npy(data: bytes, where: str) -> np.ndarray:
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{where} is not a .npy file: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise UserError(f"{where} does not hold an array of floating-point numbers")
-    return array
+def parse_npy(data: bytes, where: str) -> np.ndarray:
+    """The array of a `.npy` file in memory, which must hold as many bytes as its header claims; never an object.
+
+    Raises:
+        UserError: it is something else.
+    """
+    file = io.BytesIO(data)
+    with explained(where, "Make the file again.", wrong="is not a .npy file"):
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        count = (len(data) - file.tell()) // max(1, dtype.itemsize)
+        # In Python's integers, which do not overflow.
+        if math.prod(shape) != count or count * dtype.itemsize != len(data) - file.tell():
+            raise ValueError(f"its header claims {shape} of {dtype}, but {len(data) - file.tell()} bytes follow")
+        return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 
 class _Files:
-    """A folder or a zip archive, read without unpacking."""
+    """A folder or a zip archive that somebody made, read without unpacking. Links may not lead out of the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.archive: zipfile.ZipFile | None = None
         if path.is_file():
-            try:
+            with explained(
+                str(path), "Give the folder (or .zip) with the latents.", wrong="is not a whole zip archive"
+            ):
                 self.archive = zipfile.ZipFile(path)
-            except zipfile.BadZipFile as error:
-                raise UserError(f"{path} is neither a folder nor a zip archive") from error
         elif not path.is_dir():
-            raise UserError(f"there is nothing at {path}", remedy="give the folder (or .zip) with the latents")
+            raise UserError(f"there is nothing at {path}", remedy="Give the folder (or .zip) with the latents.")
+        self._root = path.resolve()
 
     def names(self, suffix: str) -> list[str]:
+        """Files of that suffix, sorted, in all folders that are no links."""
         if self.archive is not None:
             return sorted(name for name in self.archive.namelist() if name.endswith(suffix))
-        return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*" + suffix))
+
+        def refuse(error: OSError) -> None:
+            raise UserError(f"{self.path}: {first_line(error)}", remedy="Check the folder's permissions.") from error
+
+        return sorted(
+            (Path(folder).relative_to(self.path) / name).as_posix()
+            for folder, _, names in os.walk(self.path, onerror=refuse)
+            for name in names
+            if name.endswith(suffix)
+        )
 
     def size(self, name: str) -> int:
-        return self.archive.getinfo(name).file_size if self.archive else (self.path / name).stat().st_size
+        """Bytes of a file. Raises `UserError` if it is missing or no file."""
+        if self.archive is not None:
+            try:
+                return self.archive.getinfo(name).file_size
+            except KeyError as error:
+                raise self._unreadable(name, "there is no such member") from error
+        try:
+            return file_size(self._inside(name))
+        except Unreadable as error:
+            raise self._unreadable(name, str(error)) from error
 
     def read(self, name: str, limit_bytes: int) -> bytes:
+        """The bytes of a file. Raises `UserError` if it is missing, no file, damaged, or larger than `limit_bytes`."""
+        if self.size(name) > limit_bytes:
+            raise self._unreadable(name, f"it has more than the {limit_bytes} bytes it may have")
+        if self.archive is not None:
+            if self.archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise self._unreadable(name, "it is packed by an unusual method")
+            with explained(f"{self.path}: {name}", "Bring it again.", wrong="cannot be read"):
+                return self.archive.read(name)
         try:
-            if self.size(name) > limit_bytes:
-                raise UserError(f"{self.path}: {name} is larger than the {limit_bytes} bytes it may have")
-            return self.archive.read(name) if self.archive else (self.path / name).read_bytes()
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({error})") from error
+            return read_file(self._inside(name), limit_bytes)
+        except Unreadable as error:
+            raise self._unreadable(name, str(error)) from error
+
+    def _inside(self, name: str) -> Path:
+        path = self.path / name
+        if not path.resolve().is_relative_to(self._root):
+            raise self._unreadable(name, "it is a link that leads out of the folder")
+        return path
+
+    def _unreadable(self, name: str, why: str) -> UserError:
+        return UserError(f"{self.path}: {name} cannot be read: {why}", remedy="Bring the folder again, as a whole.")
 
 
 class _NpyLatents:
@@ -120,14 +172,20 @@ class _NpyLatents:
         self._names = self._files.names(".npy")
         if not self._names:
             raise UserError(f"{path} holds no .npy files", remedy=f"give the folder that --from {layout} means")
-        try:
-            listed = json.loads(self._files.read("dataset.json", _MAX_JSON_BYTES))["labels"]
-            by_name = {str(name): int(label) for name, label in listed}
-            self.labels = np.array([by_name[name] for name in self._names], np.int64)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"dataset.json in {path} does not give each .npy file its label ({error!r})") from error
+        data = self._files.read("dataset.json", _MAX_JSON_BYTES)
+        with explained(
+            f"dataset.json in {path}",
+            'It must hold {"labels": [[file, number], ...]}.',
+            wrong="does not give each .npy file its label",
+        ):
+            by_name = dict(json.loads(data)["labels"])
+            found = [by_name[name] for name in self._names]
+            wrong = [label for label in found if type(label) is not int]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r:.40} is no integer")
+        self.labels = _checked_labels(found, path)
         first = self._values(0)
-        if first.ndim != 3 or len(first) % 2:
+        if first.ndim != 3 or len(first) % 2 or not first.size:
             raise UserError(f"{path}: {self._names[0]} has shape {first.shape}, not [2C, h, w]")
         self._shape = first.shape
         C = len(first)
@@ -161,7 +219,12 @@ class _NpyLatents:
 
     def _values(self, index: int) -> np.ndarray:
         name = self._names[index]
-        return _load_npy(self._files.read(name, _MAX_FILE_BYTES), name)
+        values = parse_npy(self._files.read(name, _MAX_FILE_BYTES), name)
+        if values.dtype.kind != "f":
+            raise UserError(
+                f"{name} holds {values.dtype}, no floating-point numbers", remedy="Store the latents as float32."
+            )
+        return values
 
     def read(self, index: int) -> np.ndarray:
         values = self._values(index)
@@ -179,21 +242,36 @@ class _SafetensorsLatents:
         self._paths = sorted(path.glob("*.safetensors")) if path.is_dir() else []
         if not self._paths:
             raise UserError(f"{path} holds no .safetensors files", remedy=f"give the folder that --from {layout} means")
+        for file in self._paths:
+            _check_inside(path, file)
         labels: list[np.ndarray] = []
         self._starts = [0]
         self._shape: list[int] = []
         for file in self._paths:
-            with _open_safetensors(file) as tensors:
+            # Numbers only come out of here; whatever is wrong with the file, the library says.
+            with explained(str(file), "Bring the file again.", wrong="is not a safetensors file of latents"):
+                tensors = _open_safetensors(file)
                 missing = {"latents", "latents_flip", "labels"} - set(tensors.keys())
                 if missing:
-                    raise UserError(f"{file} lacks {', '.join(sorted(missing))}")
-                labels.append(tensors.get_tensor("labels").numpy().astype(np.int64).reshape(-1))
+                    raise UserError(f"{file} lacks {', '.join(sorted(missing))}", remedy="Bring the file again.")
                 shape = tensors.get_slice("latents").get_shape()
-                if len(shape) != 4 or shape != tensors.get_slice("latents_flip").get_shape():
-                    raise UserError(f"{file}: latents have shape {shape}, not [n, C, h, w] twice")
-                if shape[0] != len(labels[-1]) or (len(labels) > 1 and shape[1:] != self._shape):
-                    raise UserError(f"{file} does not fit together with its labels or with the first file")
-                self._shape = shape[1:]
+                flipped, count = tensors.get_slice("latents_flip").get_shape(), tensors.get_slice("labels").get_shape()
+                kinds = {tensors.get_slice(name).get_dtype() for name in ("latents", "latents_flip")}
+                found = tensors.get_tensor("labels")
+            if len(shape) != 4 or 0 in shape or shape != flipped or not kinds <= _FLOATS:
+                raise UserError(
+                    f"{file}: latents are {shape} and {flipped} of {', '.join(sorted(kinds))}, not [n, C, h, w] twice "
+                    "of floating-point numbers",
+                    remedy="Bring the file again.",
+                )
+            if count not in ([shape[0]], [shape[0], 1]) or found.is_floating_point() or found.is_complex():
+                raise UserError(
+                    f"{file}: labels are {count} of {found.dtype}, not {shape[0]} integers", remedy="Bring it again."
+                )
+            labels.append(_checked_labels(found.reshape(-1).tolist(), file))
+            if len(labels) > 1 and shape[1:] != self._shape:
+                raise UserError(f"{file} does not fit together with the first file", remedy="Bring files of one set.")
+            self._shape = shape[1:]
             self._starts.append(self._starts[-1] + len(labels[-1]))
         self.labels = np.concatenate(labels)
         mean, std = self._channel_statistics(path)
@@ -237,8 +315,9 @@ class _SafetensorsLatents:
 
     def read(self, index: int) -> np.ndarray:
         path, row = self._place(index)
-        tensors = _cached_safetensors(path)
-        means = [tensors.get_slice(name)[row : row + 1].float().numpy() for name in ("latents", "latents_flip")]
+        with explained(str(path), "Bring the file again."):
+            tensors = _cached_safetensors(path)
+            means = [tensors.get_slice(name)[row : row + 1].float().numpy() for name in ("latents", "latents_flip")]
         mean = np.concatenate(means)  # [2, C, h, w]
         return np.concatenate([mean, np.full_like(mean, LOG_VARIANCE_RANGE[0])], axis=1)
 
@@ -248,32 +327,58 @@ class _SafetensorsLatents:
         if stats.is_file():
             import torch
 
-            try:
-                found = torch.load(stats, map_location="cpu", weights_only=True)
+            _check_inside(path, stats)
+            with explained(str(stats), "Bring it again, or remove it.", wrong="cannot be read"):
+                try:
+                    data = read_file(stats, _MAX_STATS_BYTES)
+                except Unreadable as error:
+                    raise ValueError(str(error)) from error
+                found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
                 mean, std = (found[name].double().numpy().reshape(-1) for name in ("mean", "std"))
-            except Exception as error:  # torch raises many kinds for a malformed file
-                raise UserError(f"{stats} cannot be read: {error!s:.200}") from error
-            if len(mean) != self._shape[0] or len(std) != self._shape[0] or not (std > 0).all():
-                raise UserError(f"{stats} is for {len(mean)} channels, the latents have {self._shape[0]}")
+            if len(mean) != self._shape[0] or len(std) != self._shape[0] or not ((std > 0) & np.isfinite(mean)).all():
+                raise UserError(
+                    f"{stats} is for {len(mean)} channels, the latents have {self._shape[0]}; or it holds a standard "
+                    "deviation of zero or less",
+                    remedy="Remove it: the statistics are then taken from the latents.",
+                )
             return mean, std
         pick = epoch_order(0, 0, len(self))[: min(len(self), _STATS_SAMPLES)]
         C = self._shape[0]
         values = np.stack([self.read(int(i))[0, :C] for i in np.sort(pick)]).astype(np.float64)
+        if not np.isfinite(values).all() or values.min() == values.max():
+            raise UserError(
+                f"{path}: the latents hold values that are not finite, or are all the same",
+                remedy="Make the latents again.",
+            )
         return values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
 
 
 def _open_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    file_size(path)  # a FIFO would be waited for
+    return safe_open(path, framework="pt")
 
 
 @lru_cache(maxsize=8)
 def _cached_safetensors(path: Path) -> Any:
-    return _open_safetensors(path).__enter__()
+    return _open_safetensors(path)
+
+
+def _check_inside(folder: Path, file: Path) -> None:
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{file} is a link that leads out of the folder", remedy="Bring the folder again, as a whole.")
+
+
+def _checked_labels(labels: Sequence[int], where: Path) -> np.ndarray:
+    """Labels as int64. Raises `UserError` for one that no class has."""
+    wrong = next((label for label in labels if not 0 <= label < _MAX_CLASSES), None)
+    if wrong is not None:
+        raise UserError(
+            f"{where}: a label is {wrong!s:.20}, but classes are numbered from 0 to {_MAX_CLASSES - 1:,}",
+            remedy="Number the classes from 0.",
+        )
+    return np.array(labels, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +400,13 @@ class ImportRequest:
     shard_size: int | None = None
 
 
+def open_latents(path: Path, layout: str, *, vae: str | None = None) -> Latents:
+    """The latents at `path`; raises `UserError` for an unknown layout or files that do not follow it."""
+    if layout not in LAYOUTS:
+        raise UserError(f"there is no layout {layout!r}", remedy=f"use one of {', '.join(LAYOUTS)}")
+    return _SafetensorsLatents(path, layout, vae) if layout == "lightningdit" else _NpyLatents(path, layout, vae)
+
+
 def import_latents(request: ImportRequest, progress: Callable[[int], None] | None = None) -> Manifest:
     """Turn latents of another project into a cache with `label`, `key` and `vae/moments`; returns its
     manifest.
@@ -307,24 +419,19 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
     """
     from featcache.codecs import encode, numpy_view
 
-    if request.layout not in LAYOUTS:
-        raise UserError(f"there is no layout {request.layout!r}", remedy=f"use one of {', '.join(LAYOUTS)}")
-    make = _SafetensorsLatents if request.layout == "lightningdit" else _NpyLatents
-    latents: Latents = make(Path(request.source), request.layout, request.vae)
+    latents = open_latents(Path(request.source), request.layout, vae=request.vae)
     n, views = len(latents), latents.views
     sample = latents.read(0)
     _, channels, h, w = sample.shape
     n_classes = int(latents.labels.max()) + 1
-    if latents.labels.min() < 0:
-        raise UserError(f"{request.source}: a label is negative ({latents.labels.min()})")
     class_names = request.class_names or tuple(str(i) for i in range(n_classes))
     if len(class_names) < n_classes:
         raise UserError(f"there are {n_classes} classes, but only {len(class_names)} names")
     digest = hashlib.sha256(request.layout.encode())
     for i in range(n):
-        digest.update(f"{latents.key(i)}\0{latents.labels[i]}\0{latents.signature(i)}\n".encode())
+        digest.update(key_bytes(f"{latents.key(i)}\0{latents.labels[i]}\0{latents.signature(i)}\n"))
     dataset = DatasetSpec(
-        name=request.name or Path(request.source).name,
+        name=printable(request.name or Path(request.source).name),
         count=n,
         class_names=class_names,
         fingerprint=digest.hexdigest(),
@@ -341,11 +448,11 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
         vae=latents.vae,
         grid=max(1, h * latents.vae["downsampling"] // 16),
     )
-    key_bytes = max(len(latents.key(i).encode()) for i in range(n))
+    longest = max(len(key_bytes(latents.key(i))) for i in range(n))
     provenance = {"imported_from": request.layout}
     specs = [
         FeatureSpec(name="label", shape=(), codec="raw", dtype="int64", provenance=provenance),
-        FeatureSpec(name="key", shape=(key_bytes,), codec="raw", dtype="uint8", provenance=provenance),
+        FeatureSpec(name="key", shape=(longest,), codec="raw", dtype="uint8", provenance=provenance),
         FeatureSpec(
             name="vae/moments",
             shape=(channels, h, w),
@@ -360,9 +467,9 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
         writer.begin(specs)
         for shard in writer.pending():
             indices = [order[slot] for slot in writer.slots(shard)]
-            keys = np.zeros((len(indices), key_bytes), np.uint8)
+            keys = np.zeros((len(indices), longest), np.uint8)
             for row, index in enumerate(indices):
-                key = latents.key(index).encode()
+                key = key_bytes(latents.key(index))
                 keys[row, : len(key)] = np.frombuffer(key, np.uint8)
             moments = np.stack([latents.read(index) for index in indices])  # [n, views, 2C, h, w]
             stored = _encode(moments if views > 1 else moments[:, 0], request.codec, encode, numpy_view)
@@ -378,5 +485,5 @@ def _encode(values: np.ndarray, codec: str, encode: Callable, numpy_view: Callab
     import torch
 
     if not np.isfinite(values).all():
-        raise UserError("the latents hold values that are not finite")
+        raise UserError("the latents hold values that are not finite", remedy="Make the latents again.")
     return {suffix: numpy_view(tensor) for suffix, tensor in encode(codec, torch.from_numpy(values)).items()}

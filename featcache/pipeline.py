@@ -23,6 +23,7 @@ import numpy as np
 from featcache.captions import Captions
 from featcache.errors import CacheError, UserError
 from featcache.images import BadImage, Source
+from featcache.keys import key_bytes, printable
 from featcache.store.layout import stored_arrays
 from featcache.store.manifest import FeatureSpec
 
@@ -374,11 +375,6 @@ class _Part:
                 self.arrays[encoder.lengths][""][rows] = tokens.lengths.numpy() * good[:, None]
 
 
-def key_bytes(key: str) -> bytes:
-    """A key as it is stored: file names that are no UTF-8 keep their bytes."""
-    return key.encode("utf-8", "surrogateescape")
-
-
 class _Device:
     """Runs encoders and codecs and sends what they store to a shard's arrays."""
 
@@ -528,7 +524,7 @@ def _write(writer: ShardWriter, part: _Part, finish: Callable[[], None], meter: 
     finish()
     start = time.perf_counter()
     if part.bad:
-        writer.skip(part.shard, part.bad)
+        writer.skip(part.shard, [(slot, printable(key), printable(reason)) for slot, key, reason in part.bad])
     for feature, arrays in part.arrays.items():
         writer.write_shard(feature, part.shard, arrays)
     part.free()

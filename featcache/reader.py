@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from featcache.errors import CacheError
+from featcache.keys import key_text
 from featcache.order import epoch_order, sequential_order
 from featcache.store.backends import Backend, ShardFile, StridedShard, open_backend
 from featcache.store.layout import sample_bytes
@@ -144,12 +145,12 @@ class Cache:
         return whole
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Keys (source paths) of the samples `start` to `stop`."""
+        """Keys (source paths) of the samples `start` to `stop`, as :mod:`featcache.keys` describes them."""
         stop = len(self) if stop is None else min(stop, len(self))
         with self.reader([_KEY]) as reader:
             out = reader.allocate(max(0, stop - start))
             reader.read(np.arange(start, stop), out)
-        return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in out[_KEY]]
+        return [key_text(bytes(row)) for row in out[_KEY]]
 
     def reader(
         self,

@@ -26,10 +26,23 @@ import numpy as np
 
 from featcache.errors import UserError
 from featcache.images import BadImage, EncodedSource
-from featcache.remote import Missing
-from featcache.sources.archives import BLOCK_BYTES, Place, find_places, opened
+from featcache.keys import printable
+from featcache.redact import redact
+from featcache.sources.archives import (
+    BLOCK_BYTES,
+    MAX_CLASSES,
+    MAX_NAME_CHARACTERS,
+    Place,
+    find_places,
+    is_unicode,
+    opened,
+)
+from featcache.sources.opening import explained
 
 ROWS_AT_ONCE = 16
+MAX_GROUP_ROWS = 1 << 24
+_MAX_RATIO = 100  # of the images in a row group to the file
+_SMALL_BYTES = 256 << 20  # below this any ratio will do
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
 
@@ -93,7 +106,15 @@ class ParquetSource(EncodedSource):
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         return f"{self.identities[self.groups[group][0]]}:{index - int(self.starts[group])}"
 
+    def size_bytes(self, index: int) -> int:
+        return self._place(index)[1]
+
     def read(self, index: int) -> bytes:
+        offset, size = self._place(index)
+        return os.pread(self._spool.file.fileno(), size, offset)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Where a row's image lies in the temporary file: offset and size; its row group is unpacked if it was not yet."""
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         spool = self._spool
         with spool.lock:
@@ -102,19 +123,33 @@ class ParquetSource(EncodedSource):
         offset, size = map(int, spool.places[group][index - int(self.starts[group])])
         if size < 0:
             raise BadImage(self.key(index), "the row holds no image")
-        return os.pread(spool.file.fileno(), size, offset)
+        return offset, size
 
     def _unpack(self, group: int) -> np.ndarray:
         file, number = self.groups[group]
-        places = []
-        with _opened_parquet(self.places[file]) as parquet:
+        place, expected = self.places[file], int(self.starts[group + 1] - self.starts[group])
+        places: list[tuple[int, int]] = []
+        with _opened_parquet(place) as parquet:
+            limit = self._spool.end + max(_SMALL_BYTES, _MAX_RATIO * place.size_bytes)
             rows = parquet.iter_batches(ROWS_AT_ONCE, row_groups=[number], columns=[self.image_column])
             for value in itertools.chain.from_iterable(batch.column(0) for batch in rows):
                 data = value.get("bytes") if hasattr(value, "keys") else value
                 data = data.as_py() if data is not None else None
                 places.append((self._spool.end, len(data) if data is not None else -1))
-                if data is not None:
-                    self._spool.append(data)
+                if data is None:
+                    continue
+                if self._spool.end + len(data) > limit:
+                    raise UserError(
+                        f"{place.where}: the images of row group {number} alone are {_MAX_RATIO} times as large as "
+                        "the file",
+                        remedy="Do not use it if it comes from others; else unpack it into a folder.",
+                    )
+                self._spool.append(data)
+        if len(places) != expected:
+            raise UserError(
+                f"{place.where} is damaged: row group {number} holds {len(places)} images in {expected} rows",
+                remedy="Download it again.",
+            )
         return np.array(places, np.int64)
 
 
@@ -124,19 +159,12 @@ def _opened_parquet(place: Place) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    where = f"{place.location.url}/{place.name}"
-    try:
-        # Column chunks are streamed in blocks instead of being read whole.
-        with pq.ParquetFile(pa.PythonFile(opened(place), mode="r"), buffer_size=BLOCK_BYTES) as parquet:
-            yield parquet
-    except UserError:
-        raise
-    except Missing as error:
-        raise UserError(f"{where} is gone", remedy="Check --data.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{where} is damaged, or no parquet file: {str(error).splitlines()[0]}", remedy="Download it again."
-        ) from error
+    # Column chunks are streamed in blocks instead of being read whole.
+    with (
+        explained(place.where, "Download it again."),
+        pq.ParquetFile(pa.PythonFile(opened(place), mode="r"), buffer_size=BLOCK_BYTES) as parquet,
+    ):
+        yield parquet
 
 
 def open_parquet(pattern: str, *, name: str) -> ParquetSource:
@@ -156,25 +184,35 @@ def open_parquet(pattern: str, *, name: str) -> ParquetSource:
     for f, place in enumerate(places):
         with _opened_parquet(place) as parquet:
             names = parquet.schema_arrow.names
-            image_column = _column(names, IMAGE_COLUMNS, place, "images")
+            found = _column(names, IMAGE_COLUMNS, place, "images")
             label_column = _column(names, LABEL_COLUMNS, place, "labels")
+            if f and found != image_column:
+                raise UserError(
+                    f"{place.where} has its images in {found!r}, the first file in {image_column!r}",
+                    remedy="Pass files of one data set.",
+                )
+            image_column = found
+            _check_types(parquet.schema_arrow, image_column, label_column, place)
             class_names = class_names or _class_names(parquet.schema_arrow, label_column)
             identities.append(_identity(place))
+            _check_rows(parquet.metadata, place)
             for number in range(parquet.num_row_groups):
                 groups.append((f, number))
-                rows.append(parquet.metadata.row_group(number).num_rows)
-                column = parquet.read_row_group(number, columns=[label_column]).column(0)
-                labels.append(np.asarray(column.to_numpy(), np.int64))
+                labels.append(_labels(parquet, number, label_column, place))
+                rows.append(len(labels[-1]))
     every = np.concatenate(labels) if labels else np.empty(0, np.int64)
     if not len(every):
-        raise UserError(f"{pattern} holds no rows", remedy="Check --data.")
+        raise UserError(f"{redact(pattern)} holds no rows", remedy="Check --data.")
     if every.min() < 0:
-        raise UserError(f"{pattern} has rows without a label (-1)", remedy="Use a split with labels, such as train.")
+        raise UserError(
+            f"{redact(pattern)} has rows without a label ({every.min()})",
+            remedy="Use a split with labels, such as train.",
+        )
     count = int(every.max()) + 1
     if class_names is None or len(class_names) < count:
         class_names = tuple(str(i) for i in range(count))
     return ParquetSource(
-        name=name,
+        name=printable(name),
         class_names=class_names,
         places=tuple(places),
         identities=tuple(identities),
@@ -183,6 +221,55 @@ def open_parquet(pattern: str, *, name: str) -> ParquetSource:
         labels=every,
         image_column=image_column,
     )
+
+
+def _check_types(schema: Any, image_column: str, label_column: str, place: Place) -> None:
+    """Raises `UserError` unless images are bytes, or structures with a field of bytes, and labels are integers."""
+    import pyarrow as pa
+
+    kind = schema.field(image_column).type
+    if pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)):
+        raise UserError(
+            f"{place.where}: the column {image_column!r} holds {kind}, no encoded images",
+            remedy="Store each image as a PNG or JPEG file's bytes.",
+        )
+    kind = schema.field(label_column).type
+    if not pa.types.is_integer(kind):
+        raise UserError(
+            f"{place.where}: the column {label_column!r} holds {kind}, no integers",
+            remedy="Store each image's class as an integer, from 0.",
+        )
+
+
+def _check_rows(metadata: Any, place: Place) -> None:
+    """Raises `UserError` for more rows than the file can hold images: their labels alone would fill the memory."""
+    most = max([metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)], default=0)
+    if most > MAX_GROUP_ROWS or not 0 <= metadata.num_rows <= place.size_bytes:
+        raise UserError(
+            f"{place.where} claims {metadata.num_rows} rows, {most} in one row group, in {place.size_bytes} bytes",
+            remedy=f"Write at least a byte for each image, and row groups of at most {MAX_GROUP_ROWS:,} rows.",
+        )
+
+
+def _labels(parquet: Any, number: int, column: str, place: Place) -> np.ndarray:
+    """Labels int64 of a row group. Raises `UserError` for missing ones and for numbers that no class has."""
+    found = parquet.read_row_group(number, columns=[column]).column(0)
+    rows = parquet.metadata.row_group(number).num_rows
+    if found.null_count or len(found) != rows:
+        raise UserError(
+            f"{place.where}: row group {number} has {len(found) - found.null_count} labels for {rows} rows",
+            remedy="Use a split with labels, such as train.",
+        )
+    labels = found.to_numpy()
+    if len(labels) and labels.max() >= MAX_CLASSES:
+        raise UserError(
+            f"{place.where}: row group {number} has the label {labels.max()}, but classes are numbered from 0 to "
+            f"{MAX_CLASSES - 1:,}",
+            remedy="Number the classes from 0.",
+        )
+    return np.asarray(labels, np.int64)
 
 
 def _column(names: Sequence[str], usual: Sequence[str], place: Place, what: str) -> str:
@@ -197,9 +284,14 @@ def _class_names(schema: Any, label_column: str) -> tuple[str, ...] | None:
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         names = features[label_column]["names"]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         return None
-    return tuple(map(str, names)) if isinstance(names, list) else None
+    usable = isinstance(names, list) and len(names) <= MAX_CLASSES and all(map(_is_class_name, names))
+    return tuple(names) if usable else None
+
+
+def _is_class_name(name: object) -> bool:
+    return isinstance(name, str) and len(name) <= MAX_NAME_CHARACTERS and is_unicode(name)
 
 
 def _identity(place: Place) -> str:

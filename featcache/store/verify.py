@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from featcache.errors import CacheError
+from featcache.keys import key_bytes
 from featcache.reader import Cache, open_cache
 from featcache.store import files, wds
 from featcache.store.blocks import MAX_BLOCKS_BYTES, ShardBlocks, blocks_bytes
@@ -301,9 +302,9 @@ def inconsistencies(cache: Cache, where: str) -> list[Problem]:
         hashes = []
         for start in range(0, len(cache), piece):
             for key in cache.keys(start, start + piece):
-                hashes.append(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
-                if not key or "\ufffd" in key:
-                    problems.append(Problem(path=f"{where}/key", what=f"key {key!r} is empty or not UTF-8"))
+                hashes.append(int.from_bytes(hashlib.sha256(key_bytes(key)).digest()[:8], "little"))
+                if not key:
+                    problems.append(Problem(path=f"{where}/key", what="a sample's key is empty"))
         if len(np.unique(np.array(hashes, np.uint64))) != len(hashes):
             problems.append(Problem(path=f"{where}/key", what="two samples have the same key"))
     return problems

@@ -5,26 +5,23 @@ Nothing here holds more than a few batches in memory.
 
 from __future__ import annotations
 
-import lzma
 import math
 import queue
 import re
-import struct
 import threading
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from featcache.decoders import decode_pil
 from featcache.errors import UserError
-from featcache.images import EXTENSIONS, BadImage, center_crop, decode
+from featcache.images import EXTENSIONS, MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.opening import Unreadable, explained, read_file
 
 T = TypeVar("T")
 
@@ -131,19 +128,20 @@ class NpzImages:
         return check_batch(np.empty((0, *shape[1:]), dtype), None, str(self.path))
 
     def _header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        with _explained(self.path), open_npz(self.path) as archive, _member(archive, name, self.path) as stream:
+        with _opened(self.path), open_npz(self.path) as archive, _member(archive, name, self.path) as stream:
             return _array_header(stream, self.path)
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """See `ImageSet.batches`."""
-        with _explained(self.path), open_npz(self.path) as archive, _member(archive, "arr_0", self.path) as stream:
+        with _opened(self.path), open_npz(self.path) as archive, _member(archive, "arr_0", self.path) as stream:
             shape, dtype = _array_header(stream, self.path)
             # Judged before a byte is read: a wrong dtype would be misread, a wrong shape misallocated.
             check_batch(np.empty((0, *shape[1:]), dtype), None, str(self.path))
             image_bytes = int(np.prod(shape[1:])) * dtype.itemsize
             for start in range(0, shape[0], batch_size):
                 rows = min(batch_size, shape[0] - start)
-                data = stream.read(rows * image_bytes)
+                with explained(str(self.path), "Write the file again."):
+                    data = stream.read(rows * image_bytes)
                 if len(data) != rows * image_bytes:
                     raise UserError(
                         f"{self.path} ends early: {shape[0]} images announced", remedy="Write the file again."
@@ -152,36 +150,24 @@ class NpzImages:
 
     def labels(self) -> np.ndarray | None:
         """See `ImageSet.labels`."""
-        with open_npz(self.path) as archive:
-            if "arr_1.npy" not in archive.namelist():
-                return None
-        labels = read_arrays(self.path, ("arr_1",))["arr_1"]
-        if labels.ndim != 1 or labels.dtype.kind not in "iuf":
+        labels = read_arrays(self.path, ("arr_1",)).get("arr_1")
+        if labels is None:
+            return None
+        if labels.dtype.kind not in "iu" or labels.shape != (self.count,):
             raise UserError(
-                f"{self.path}: arr_1 is no list of labels", remedy="Write int64 [N] there, or leave it out."
+                f"{self.path} holds labels {list(labels.shape)} of {labels.dtype}, expected {self.count} integers",
+                remedy="Write one class index for each image into arr_1.",
             )
-        with np.errstate(invalid="ignore"):
-            return labels.astype(np.int64)
+        return labels.astype(np.int64)
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever zipfile and numpy find wrong with an npz file, as a UserError."""
-    try:
-        yield
-    except (
-        *(OSError, EOFError, ValueError, TypeError, KeyError, OverflowError, SyntaxError, RuntimeError, MemoryError),
-        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
-    ) as error:
-        raise UserError(
-            f"{path} is not a readable npz file: {' '.join(str(error).split()) or type(error).__name__:.200}",
-            remedy="Pass another file, or write it again.",
-        ) from error
+def _opened(path: Path) -> AbstractContextManager[None]:
+    return explained(str(path), "Pass another file, or write it again.", wrong="is not a readable npz file")
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
     """The archive behind an npz file; `UserError` if it is none."""
-    with _explained(path):
+    with _opened(path):
         return zipfile.ZipFile(path)
 
 
@@ -192,7 +178,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         UserError: not an npz file, or an array that is damaged, too large or of objects.
     """
     found = {}
-    with open_npz(path) as archive, _explained(path):
+    with open_npz(path) as archive, _opened(path):
         for name in names:
             if f"{name}.npy" not in archive.namelist():
                 continue
@@ -214,15 +200,14 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
             f"{path} has no array {name!r} (it has {', '.join(archive.namelist())})",
             remedy="Images belong into arr_0, uint8 [N, R, R, 3]: trainer sample --format npz does so.",
         )
-    return archive.open(f"{name}.npy")
+    with explained(str(path), "Write the file again."):
+        return archive.open(f"{name}.npy")
 
 
 def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
+    with explained(str(path), "Write it with numpy.savez.", wrong="holds no plain numpy array"):
         shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
-    except (KeyError, ValueError, SyntaxError, tokenize.TokenError) as error:
-        raise UserError(f"{path} holds no plain numpy array: {error}", remedy="Write it with numpy.savez.") from error
     if (fortran and len(shape) > 1) or dtype.hasobject or any(n < 0 for n in shape):
         raise UserError(
             f"{path} holds a Fortran-ordered or object array", remedy="Write a plain C-ordered uint8 array."
@@ -262,11 +247,10 @@ class FolderImages:
 
     def _load(self, file: Path) -> np.ndarray:
         try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise BadImage(str(file), error.strerror or str(error)) from error
-        image = decode(data, str(file))
-        return center_crop(image, self.resolution) if self.resolution else np.asarray(image)
+            data = read_file(file, MAX_FILE_BYTES)
+        except Unreadable as error:
+            raise BadImage(str(file), str(error)) from error
+        return decode_pil(data, str(file), self.resolution) if self.resolution else np.asarray(decode(data, str(file)))
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """See `ImageSet.batches`."""
@@ -303,12 +287,10 @@ class TarImages:
     def _samples(self) -> Iterator[dict[str, Any]]:
         import webdataset
 
-        try:
+        with explained(self.pattern, "Write the shard again.", wrong="cannot be read"):
             yield from webdataset.WebDataset(
                 self.pattern, shardshuffle=False, empty_check=False, handler=webdataset.reraise_exception
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.pattern} cannot be read: {error}", remedy="Write the shard again.") from error
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """See `ImageSet.batches`."""
@@ -332,7 +314,8 @@ class TarImages:
     def labels(self) -> np.ndarray | None:
         """See `ImageSet.labels`; reads the shards once."""
         found = [sample.get("cls") for sample in self._samples()]
-        labels = [int(label) for label in found if label is not None]
+        with explained(f"{self.pattern}: a .cls member", "Write class numbers as text."):
+            labels = [int(label) for label in found if label is not None]
         return np.array(labels, dtype=np.int64) if labels and len(labels) == len(found) else None
 
 

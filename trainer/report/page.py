@@ -6,9 +6,7 @@ import base64
 import html
 import io
 import math
-import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from featcache.errors import UserError
+from featcache.images import MAX_FILE_BYTES, BadImage, decode
 from featcache.store import files
 from trainer.report.charts import Chart, render_svg
 
@@ -117,33 +116,26 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever Pillow finds wrong with a picture, its refusal of gigantic ones included, as a UserError."""
+def read_picture(path: Path) -> tuple[bytes, Image.Image]:
+    """A JPEG, PNG or WebP file: its bytes, and the picture in RGB.
+
+    Raises:
+        UserError: it is something else, or damaged.
+    """
+    data = files.read_bounded(path, MAX_FILE_BYTES)
     try:
-        yield
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        return data, decode(data, str(path))
+    except BadImage as error:
         raise UserError(
-            f"{path} is not an image that can be shown: {error}", remedy="Delete the file or draw it again."
+            f"{path} is not an image that can be shown: {error.reason}", remedy="Delete the file or draw it again."
         ) from error
-
-
-def read_pixels(path: Path) -> np.ndarray:
-    """A picture's pixels, uint8 [H, W, 3]. Raises UserError if it is none."""
-    data = files.read_bounded(path, MAX_PICTURE_BYTES)
-    with _explained(path), Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def _png(image: Path | np.ndarray) -> tuple[bytes, int, int]:
     if isinstance(image, Path):
-        data = files.read_bounded(image, MAX_PICTURE_BYTES)
-        with _explained(image):
-            with Image.open(io.BytesIO(data)) as opened:
-                opened.verify()
-                if opened.format == "PNG":
-                    return data, *opened.size
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
+        data, picture = read_picture(image)
+        if data[:4] == b"\x89PNG":
+            return data, *picture.size
     else:
         picture = Image.fromarray(np.ascontiguousarray(image))
     buffer = io.BytesIO()

@@ -13,7 +13,7 @@ import numpy as np
 from featcache.store import files
 from trainer.report.charts import Chart, Series, smoothed_series
 from trainer.report.data import Column, RunData
-from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html, read_pixels
+from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html, read_picture
 from trainer.report.table import (
     Published,
     flatten,
@@ -292,7 +292,8 @@ def _resolution(run: RunData) -> int | None:
 
 def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
     """Tiles down the first column of a grid PNG, or the whole picture if the size of a tile is not known."""
-    pixels = read_pixels(path)
+    _, picture = read_picture(path)
+    pixels = np.asarray(picture)
     H, W, _ = pixels.shape
     if side is None or H % side or W % side:
         return [pixels]
