@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from featcache.console import ByteBar, console
+from featcache.console import ByteBar, console, safe
 from featcache.errors import UserError
+from featcache.redact import redact
 
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. [default: all]")]
@@ -43,26 +44,34 @@ def list_caches(
     for title in ("cache", "images", "size", "features"):
         table.add_column(title, no_wrap=title != "features", overflow="fold")
     hidden = ("label", "key", "content")
+    problems: list[str] = []
     if "://" in place:
         from featcache.share import list_remote
 
         for listed in list_remote(place):
             names = [n for n in listed.manifest.features if n not in hidden]
-            table.add_row(listed.url, str(listed.manifest.dataset.count), size_text(listed.n_bytes), " ".join(names))
+            count = str(listed.manifest.dataset.count)
+            table.add_row(safe(redact(listed.url)), count, size_text(listed.n_bytes), safe(" ".join(names)))
     else:
         from featcache.store import manage
 
         for info in manage.list_caches(place):
             names = [n for n in info.manifest.features if n not in hidden] if info.manifest else []
-            notes = [f"[yellow]unfinished: {' '.join(info.unfinished)}[/yellow]"] if info.unfinished else []
-            notes += [f"[red]{info.problem}[/red]"] if info.problem else []
+            notes = [f"[yellow]unfinished: {safe(' '.join(info.unfinished))}[/yellow]"] if info.unfinished else []
+            if info.problem:
+                problems.append(f"{safe(info.path)}  [red]{safe(info.problem)}[/red]")
+                continue
             count = str(info.manifest.dataset.count) if info.manifest else "-"
-            table.add_row(str(info.path), count, size_text(info.n_bytes), " ".join([*names, *notes]))
-    if not table.row_count:
+            size = size_text(info.n_bytes) if info.manifest else "-"
+            table.add_row(safe(info.path), count, size, " ".join([safe(" ".join(names)), *notes]).strip())
+    if not table.row_count and not problems:
         raise UserError(
             f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
         )
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    for line in problems:
+        console.print(line)
 
 
 def _counted(problems: Sequence[object]) -> str:
@@ -147,38 +156,62 @@ def remove(
     cache: CachePath,
     features: Annotated[str | None, typer.Option(help="Features to remove; without it the whole cache.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Delete for good instead of moving to the trash.")] = False,
 ) -> None:
-    """Remove features of a cache, or (without --features) the whole cache."""
-    import featcache
+    """Remove features of a cache, or (without --features) the whole cache. featcache restore undoes it."""
+    import shlex
+
     from featcache.describe import size_text
     from featcache.store import manage
-    from featcache.store.files import remove_tree
 
     names = _split(features)
     what = f"{', '.join(names)} of {cache}" if names else f"the whole cache {cache}"
-    opened = featcache.open(cache)
     if names:
-        opened.require(names)
-    if not yes and not _confirmed(f"remove {what}?"):
+        import featcache
+
+        featcache.open(cache).require(names)
+    if not yes and not _confirmed(f"remove {what}{' for good' if now else ''}?"):
         raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
+    place = cache if names else cache.parent
     if names:
-        console.print(f"removed {what}: {size_text(manage.remove_features(cache, names))}")
+        size = f": {size_text(manage.remove_features(cache, names, now=now))}"
     else:
-        remove_tree(cache)
-        console.print(f"removed {what}")
+        manage.remove_cache(cache, now=now)
+        size = ""
+    console.print(safe(f"removed {what}{size}"))
+    if not now:
+        undo, empty = shlex.quote(str(cache)), shlex.quote(str(place))
+        console.print(safe(f"it is in the trash; to undo: featcache restore {undo}"))
+        console.print(safe(f"to free the space now: featcache gc {empty} --older-than 0d"))
+
+
+def restore(
+    cache: CachePath,
+    features: Annotated[str | None, typer.Option(help="Only these features. [default: what was removed last]")] = None,
+) -> None:
+    """Undo featcache rm: bring a removed cache, or the features removed last, back from the trash."""
+    from featcache.store import manage
+
+    console.print(safe(f"restored {manage.restore(cache, _split(features))}"))
 
 
 def collect_garbage(
-    cache: CachePath,
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache, or of several caches.", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
 ) -> None:
-    """Remove what dead builds left behind (they can then no longer be continued)."""
+    """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
     from featcache.describe import size_text
-    from featcache.store import manage
+    from featcache.store import manage, trash
 
-    removed = manage.collect_garbage(cache, dry_run=dry_run)
+    removed = manage.collect_garbage(
+        cache,
+        dry_run=dry_run,
+        older_than_s=trash.parse_age(older_than),
+        warn=lambda line: console.print(f"[yellow]kept[/yellow] {safe(line)}"),
+    )
     for name, n_bytes in removed:
-        console.print(f"{'would remove' if dry_run else 'removed'} {name}  {size_text(n_bytes)}")
+        console.print(f"{'would remove' if dry_run else 'removed'} {safe(name)}  {size_text(n_bytes)}")
     console.print(f"{len(removed)} leftovers, {size_text(sum(n for _, n in removed))}")
 
 
@@ -336,6 +369,7 @@ def register(app: typer.Typer) -> None:
     app.command(name="ls")(list_caches)
     app.command()(verify)
     app.command(name="rm")(remove)
+    app.command()(restore)
     app.command(name="gc")(collect_garbage)
     app.command()(push)
     app.command()(pull)

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -314,9 +315,7 @@ class CacheWriter:
         or provenance.
         """
         with cache_lock(self.path):
-            current = _existing_manifest(self.path)
-            if current is not None:
-                self._base = current
+            self._base = self._current()
             others = {name for name in unfinished_features(self.path) if name not in {s.name for s in specs}}
             check_no_nesting([*self._base.features, *others, *(s.name for s in specs)])
             for spec in specs:
@@ -329,6 +328,16 @@ class CacheWriter:
                 self._take(spec.name)
                 self._specs[spec.name] = spec
                 self._done[spec.name] = self._resume(spec)
+
+    def _current(self) -> Manifest:
+        """The manifest as it is now; raises `CacheError` if the cache was removed since this writer opened it."""
+        current = _existing_manifest(self.path)
+        if current is None:
+            raise CacheError(
+                f"the cache {self.path} was removed while this build was under way",
+                remedy=f"featcache restore {shlex.quote(str(self.path))} brings it back; or run the same command again",
+            )
+        return current
 
     def _take(self, name: str) -> None:
         directory = building_directory(self.path, name)
@@ -497,7 +506,7 @@ class CacheWriter:
                 remedy="run the same build command again: it goes on where it stopped",
             )
         with cache_lock(self.path):
-            current = _existing_manifest(self.path) or self._base
+            current = self._current()
             features = {**current.features, **self._specs}
             skipped = {entry.slot: entry for entry in current.skipped}
             checksums = dict(current.checksums)
