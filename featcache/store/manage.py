@@ -10,7 +10,7 @@ from pathlib import Path
 
 from featcache.errors import CacheError, UserError
 from featcache.store import files, trash
-from featcache.store.layout import ROOT_METADATA, ROOT_NAMES, STATE, index_bytes, sample_bytes, shard_samples
+from featcache.store.layout import ROOT_NAMES, STATE, index_bytes, sample_bytes, shard_samples
 from featcache.store.manifest import FeatureSpec, Manifest
 from featcache.store.names import OwnNames, first_foreign, own_files, regular_files
 from featcache.store.root import find_root, read_root
@@ -329,9 +329,7 @@ def _old_state(path: Path, folder: str, journals: re.Pattern[str]) -> list[tuple
     ]
 
 
-def _remove_empty_folders(
-    path: Path, manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]
-) -> None:
+def _remove_empty_folders(path: Path, manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]) -> None:
     in_use = _in_use(manifest, specs, live)
     names = OwnNames.of(manifest, [spec for spec in specs.values() if spec is not None])
     for folder in names.folders[:-1]:

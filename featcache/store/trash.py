@@ -400,7 +400,9 @@ def _bring_back(cache: Path, manifest: Manifest, entry: Entry, part: Manifest) -
         if name in manifest.features or name in unfinished:
             remedy = f"featcache rm {shlex.quote(str(cache))} --features {name} removes what is there"
             if name in unfinished:
-                remedy = f"an unfinished build of it is there; featcache gc {shlex.quote(str(cache))} removes a dead one"
+                remedy = (
+                    f"an unfinished build of it is there; featcache gc {shlex.quote(str(cache))} removes a dead one"
+                )
             raise CacheError(f"{name} of {cache} is in the way: it was made again meanwhile", remedy=remedy)
     check_no_nesting([*manifest.features, *part.features, *unfinished])
     require_same_dataset(manifest, part, cache)

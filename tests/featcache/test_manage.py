@@ -23,6 +23,7 @@ from featcache.store.root import read_root, root_bytes
 from featcache.store.verify import verify
 
 DAY_S = 86_400.0
+SMALL = {"count": 4, "shard_size": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,12 @@ def test_gc_follows_no_link_and_leaves_what_is_not_its_own(tmp_path: Path) -> No
     removed = {name for name, _ in manage.collect_garbage(path)}
     assert tree(other) == before
     assert set(leftovers) <= removed
-    assert {name.split("/")[0] for name in removed} <= {"dead@1", "dead@1.scale", "tiny@5", "zarr.json.0123456789abcdef.part"}
+    assert {name.split("/")[0] for name in removed} <= {
+        "dead@1",
+        "dead@1.scale",
+        "tiny@5",
+        "zarr.json.0123456789abcdef.part",
+    }
     assert all((path / name).read_bytes() == b"mine" for name in users)
     assert not (path / "dead@1").exists()
     assert not (path / ".featcache/building").exists()
@@ -301,7 +307,7 @@ def every_kill(action: Callable[[], object], prepare: Callable[[], object]) -> I
 @pytest.mark.parametrize("now", [False, True], ids=["trash", "now"])
 def test_rm_of_a_cache_killed_anywhere(tmp_path: Path, now: bool) -> None:
     path = tmp_path / "cache"
-    whole = tree(build(tmp_path / "whole"))
+    whole = tree(build(tmp_path / "whole", **SMALL))
 
     def prepare() -> None:
         for entry in (path, tmp_path / ".featcache-trash"):
@@ -331,8 +337,8 @@ def test_rm_of_a_cache_killed_anywhere(tmp_path: Path, now: bool) -> None:
 def test_rm_of_features_killed_anywhere(tmp_path: Path, now: bool) -> None:
     path = tmp_path / "cache"
     specs = [*base_features()[:1], moments(), tokens()]
-    whole = tree(build(tmp_path / "whole", specs))
-    rest = tree(build(tmp_path / "rest", specs[:1]))
+    whole = tree(build(tmp_path / "whole", specs, **SMALL))
+    rest = tree(build(tmp_path / "rest", specs[:1], **SMALL))
     names = ["tiny@5", "vae/moments"]
 
     def prepare() -> None:
@@ -361,7 +367,7 @@ def test_rm_of_features_killed_anywhere(tmp_path: Path, now: bool) -> None:
 def test_restore_of_features_killed_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     specs = [*base_features()[:1], moments(), tokens()]
-    whole = tree(build(tmp_path / "whole", specs))
+    whole = tree(build(tmp_path / "whole", specs, **SMALL))
     shutil.copytree(tmp_path / "whole", tmp_path / "trashed")
     manage.remove_features(tmp_path / "trashed", ["tiny@5", "vae/moments"])
 
@@ -383,7 +389,7 @@ def test_restore_of_features_killed_anywhere(tmp_path: Path) -> None:
 
 def test_gc_killed_anywhere_can_be_run_again(tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    build(tmp_path / "whole")
+    build(tmp_path / "whole", **SMALL)
     clean = tree(tmp_path / "whole")
     dead_build(tmp_path / "whole")
 
@@ -436,7 +442,9 @@ def test_the_trash_keeps_a_users_own_files(tmp_path: Path) -> None:
     assert manage.kept_in_trash(tmp_path, older_than_s=0) == [(trashed, "thesis.txt")]
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("7d", 7 * DAY_S), ("0d", 0.0), ("36h", 36 * 3600.0), ("1.5w", 10.5 * DAY_S)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("7d", 7 * DAY_S), ("0d", 0.0), ("36h", 36 * 3600.0), ("1.5w", 10.5 * DAY_S)]
+)
 def test_ages(text: str, seconds: float) -> None:
     assert trash.parse_age(text) == seconds
 
