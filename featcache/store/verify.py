@@ -387,6 +387,7 @@ def _check_array(
             checked.problems.append(Problem(path=str(path / where), what=error.what))
     ledger = Ledger(path, array, manifest.checksums[array], manifest.n_shards)
     parts = _sampled(manifest, array, blocks, plan)
+    most_bytes = _most_bytes(manifest, array)
     n_files = n_read = n_unread = 0
 
     def jobs() -> Iterator[_Job]:
@@ -403,7 +404,7 @@ def _check_array(
                 n_unread += 1
                 continue
             of_shard = None if blocks is None else blocks[entry.shard]
-            yield _Job(path, entry, digest, of_shard, None if parts is None else parts[entry.shard])
+            yield _Job(path, entry, digest, of_shard, None if parts is None else parts[entry.shard], most_bytes)
 
     for job, result in _mapped(pool, _check_shard, jobs(), 4 * plan.threads):
         n_files, n_read = n_files + 1, n_read + result.n_bytes
@@ -424,6 +425,16 @@ def _check_array(
     checked.arrays[array] = (n_files, n_read, n_unread)
     (checked.bad.add if len(checked.problems) > before else checked.bad.discard)(array)
     return n_bytes
+
+
+def _most_bytes(manifest: Manifest, array: str) -> int:
+    """The longest that a shard file can be, compressed samples included: those that do not compress grow a little."""
+    entry = next(_array_files(manifest, array))
+    if entry.n_bytes is not None:
+        return entry.n_bytes
+    length = sample_bytes(*manifest.arrays[array])
+    n = shard_samples(manifest.dataset.count, manifest.shard_size, 0)
+    return n * (length + length // 128 + 1024) + index_bytes(manifest.shard_size)
 
 
 def _small_file(path: Path, name: str, limit: int, problems: list[Problem]) -> bytes | None:
@@ -477,13 +488,14 @@ def _looks_unchanged(path: Path, entry: ShardFileEntry, ledger: Ledger) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One shard to check. `parts`: numbers of the blocks to read, None for all."""
+    """One shard to check. `parts`: numbers of the blocks to read, None for all. most_bytes: more it cannot have."""
 
     path: Path
     entry: ShardFileEntry
     digest: str | None
     blocks: ShardBlocks | None
     parts: list[int] | None
+    most_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,6 +520,8 @@ def _check_shard(job: _Job) -> _Result:
         length = entry.n_bytes if job.blocks is None else job.blocks.n_bytes
         if length is not None and status.st_size != length:
             return _Result(f"has {status.st_size} bytes instead of {length}", 0)
+        if status.st_size > job.most_bytes:
+            return _Result(f"has {status.st_size} bytes, more than its samples can take", 0)
         if job.parts is not None and job.blocks is not None:
             return _check_blocks(fd, job)
         digest, blocks = _hashes(fd, job.blocks is not None)
