@@ -11,30 +11,35 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
-from collections.abc import Callable
+import socket
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from featcache.errors import CacheError, UserError
+from featcache.redact import redact
+from featcache.remote_errors import Attempts, Missing, first_line, missing, no_credentials, retrying
+from featcache.store import files
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*)://")
 REMOTE_SCHEMES = ("s3", "gs", "hf", "http", "https")
 PIECE_BYTES = 8 << 20
-_ATTEMPTS = 6
-_FIRST_PAUSE_S = 0.1
+CHUNK_BYTES = 1 << 16
+# Between two failures this much must come for the second one to count as a first.
 
 T = TypeVar("T")
 
 
-class Missing(Exception):
-    """There is nothing of that name."""
-
-
 class Location(Protocol):
-    """A place that holds files by name. Names use '/' and never begin with it."""
+    """A place that holds files by name. Names use '/' and never begin with it.
+
+    `url` is for people: without the secrets that `address` may hold.
+    """
 
     url: str
+    address: str
 
     def size(self, name: str) -> int:
         """Length in bytes; raises `Missing`."""
@@ -42,12 +47,26 @@ class Location(Protocol):
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start` to `stop` of a file, exactly; raises `Missing`, or `CacheError` after retries."""
 
+    def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """As `read`, in order and as they come; a broken connection goes on where it broke."""
+
+    def read_whole(self, name: str, limit: int) -> tuple[bytes, str | None]:
+        """A small file and the version that these bytes are, in one request.
+
+        Raises `Missing`, or `CacheError` if it is longer than `limit` or cannot be had.
+        """
+
     def directories(self) -> list[str]:
         """Names of the immediate subdirectories, as far as the place can list them."""
 
 
 class Destination(Location, Protocol):
-    """A place that can be written to. Every `put` is atomic: readers see all of a file or nothing."""
+    """A place that can be written to. Every `put` is atomic: readers see all of a file or nothing.
+
+    conditional: whether `put_if` keeps its promise, as far as is known yet.
+    """
+
+    conditional: bool
 
     def put(self, name: str, content: bytes | Path) -> None: ...
 
@@ -67,7 +86,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
         return False
     if match[1] not in REMOTE_SCHEMES:
         raise UserError(
-            f"{path}: there is no way to reach {match[1]}://",
+            f"{redact(os.fspath(path))}: there is no way to reach {match[1]}://",
             remedy=f"use a local path or one of {', '.join(s + '://' for s in REMOTE_SCHEMES)}",
         )
     return True
@@ -77,104 +96,131 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(path).removeprefix("file://"))
 
 
-def retrying(what: str, call: Callable[[], T]) -> T:
-    """The result of `call`, tried again with growing pauses while the network fails; raises `CacheError` in
-    the end.
-
-    What a retry cannot mend (missing, forbidden) is raised at once.
-    """
-    from obstore import exceptions
-
-    final = (
-        exceptions.PermissionDeniedError,
-        exceptions.UnauthenticatedError,
-        exceptions.InvalidPathError,
-        exceptions.NotSupportedError,
-        exceptions.UnknownConfigurationKeyError,
-    )
-    for attempt in range(_ATTEMPTS):
-        try:
-            return call()
-        except FileNotFoundError as error:
-            raise Missing(what) from error
-        except final as error:
-            raise CacheError(
-                f"{what} was refused: {_first_line(error)}",
-                remedy="check the URL and the credentials (docs/sharing.md says where they are taken from)",
-            ) from error
-        except (exceptions.BaseError, OSError, ValueError) as error:
-            if attempt == _ATTEMPTS - 1:
-                raise CacheError(
-                    f"{what} failed {_ATTEMPTS} times: {_first_line(error)}",
-                    remedy="run the same command again when the connection is better: it goes on where it stopped",
-                ) from error
-            time.sleep(_FIRST_PAUSE_S * 2**attempt)
-    raise AssertionError
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
-
-
 class LocalLocation:
-    """A directory, read-only (writing goes through `featcache.store.files`)."""
+    """A directory, read-only (writing goes through `featcache.store.files`). No link below it is followed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.url = str(path)
+        self.url = self.address = str(path)
 
-    def size(self, name: str) -> int:
+    def _open(self, name: str) -> BinaryIO:
+        where = files.inside(self.path, name)
         try:
-            return (self.path / name).stat().st_size
-        except FileNotFoundError as error:
-            raise Missing(name) from error
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        try:
-            with (self.path / name).open("rb") as file:
-                file.seek(start)
-                data = file.read(stop - start)
-        except FileNotFoundError as error:
+            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise Missing(name) from error
         except OSError as error:
-            raise CacheError(f"{self.path / name} cannot be read: {error.strerror}") from error
-        if len(data) != stop - start:
-            raise CacheError(f"{self.path / name} is shorter than expected")
-        return data
+            raise CacheError(f"{where} cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise CacheError(f"{where} is not a file")
+        return os.fdopen(fd, "rb")
+
+    def size(self, name: str) -> int:
+        with self._open(name) as file:
+            return os.fstat(file.fileno()).st_size
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        return b"".join(self.chunks(name, start, stop))
+
+    def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        with self._open(name) as file:
+            file.seek(start)
+            while start < stop:
+                try:
+                    data = file.read(min(CHUNK_BYTES, stop - start))
+                except OSError as error:
+                    raise CacheError(f"{self.path / name} cannot be read: {error.strerror}") from error
+                if not data:
+                    raise CacheError(f"{self.path / name} is shorter than expected")
+                start += len(data)
+                yield data
+
+    def read_whole(self, name: str, limit: int) -> tuple[bytes, str | None]:
+        with self._open(name) as file:
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
+        if len(data) > limit:
+            raise too_long(f"{self.path / name}", limit)
+        return data, None
 
     def directories(self) -> list[str]:
         return sorted(p.name for p in self.path.iterdir() if p.is_dir()) if self.path.is_dir() else []
+
+
+def too_long(where: str, limit: int) -> CacheError:
+    return CacheError(f"{where} is longer than the {limit} bytes that such a file may have")
 
 
 class ObjectLocation:
     """A prefix in an object store, or a directory of a web server."""
 
     def __init__(self, url: str, store: Any) -> None:
-        self.url = url
+        self.url, self.address = redact(url), url
         self._store = store
+        self.conditional = True
         # Google's conditions name an object's generation, the others' its entity tag.
         self._condition = "version" if url.startswith("gs://") else "e_tag"
 
     def _what(self, name: str) -> str:
         return f"{self.url}/{name}"
 
+    def _retrying(self, name: str, call: Callable[[], T]) -> T:
+        return retrying(self._what(name), self.address, call)
+
     def size(self, name: str) -> int:
         import obstore
 
-        return int(retrying(self._what(name), lambda: obstore.head(self._store, name))["size"])
+        return int(self._retrying(name, lambda: obstore.head(self._store, name))["size"])
 
     def read(self, name: str, start: int, stop: int) -> bytes:
+        return b"".join(self.chunks(name, start, stop))
+
+    def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        import obstore
+        from obstore.exceptions import BaseError
+
+        attempts, counted = Attempts(self._what(name), self.address), start
+        while start < stop:
+            end = min(start + PIECE_BYTES, stop)
+            try:
+                answer = obstore.get(self._store, name, options={"range": (start, end)})
+                for chunk in answer.stream(min_chunk_size=CHUNK_BYTES):
+                    data = bytes(chunk)
+                    if len(data) > end - start:
+                        raise OSError(f"more bytes came than the {end - start} that were asked for")
+                    start += len(data)
+                    yield data
+                if start < end:
+                    raise OSError(f"{end - start} bytes less came than were asked for")
+            except FileNotFoundError as error:
+                raise missing(error, self._what(name), self.address) from error
+            except (BaseError, OSError, ValueError) as error:
+                # A server that sends a few bytes and breaks off, again and again, is not making progress.
+                if start - counted >= min(CHUNK_BYTES, PIECE_BYTES):
+                    attempts.progress()
+                    counted = start
+                attempts.failed(error)
+
+    def read_whole(self, name: str, limit: int) -> tuple[bytes, str | None]:
         import obstore
 
-        def attempt() -> bytes:
-            data = bytes(obstore.get_range(self._store, name, start=start, end=stop))
-            if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes came instead of {stop - start}")
-            return data
+        where = self._what(name)
 
-        if stop <= start:
-            return b""
-        return retrying(self._what(name), attempt)
+        def attempt() -> tuple[bytes, str | None]:
+            answer = obstore.get(self._store, name)
+            size = int(answer.meta["size"])
+            if size > limit:
+                raise too_long(where, limit)
+            content = bytearray()
+            for chunk in answer.stream(min_chunk_size=CHUNK_BYTES):
+                content += bytes(chunk)
+                if len(content) > size:
+                    break
+            if len(content) != size:
+                raise OSError(f"{len(content)} bytes came instead of {size}")
+            return bytes(content), self._version(answer.meta)
+
+        return self._retrying(name, attempt)
 
     def directories(self) -> list[str]:
         import obstore
@@ -183,13 +229,13 @@ class ObjectLocation:
             found = obstore.list_with_delimiter(self._store)
             return sorted(str(prefix).rstrip("/").split("/")[-1] for prefix in found["common_prefixes"])
 
-        return retrying(self.url, attempt)
+        return retrying(self.url, self.address, attempt)
 
     def put(self, name: str, content: bytes | Path) -> None:
         import obstore
 
         try:
-            retrying(self._what(name), lambda: obstore.put(self._store, name, content))
+            self._retrying(name, lambda: obstore.put(self._store, name, content))
         except Missing as error:
             raise CacheError(f"{self.url} does not exist or may not be written to") from error
 
@@ -205,20 +251,28 @@ class ObjectLocation:
                 return False
             except exceptions.NotSupportedError:
                 # Stores without conditional requests: the last writer wins.
+                self.conditional = False
                 obstore.put(self._store, name, content)
             return True
 
-        return retrying(self._what(name), attempt)
+        try:
+            return self._retrying(name, attempt)
+        except Missing as error:
+            if previous is None:
+                raise CacheError(f"{self.url} does not exist or may not be written to") from error
+            return False  # what was to be replaced has been removed meanwhile
 
     def version(self, name: str) -> str | None:
         import obstore
 
         try:
-            head = retrying(self._what(name), lambda: obstore.head(self._store, name))
+            return self._version(self._retrying(name, lambda: obstore.head(self._store, name)))
         except Missing:
             return None
-        condition = head["version"] if self._condition == "version" else head["e_tag"]
-        return condition or f"{head['size']}@{head['last_modified']}"
+
+    def _version(self, meta: Any) -> str:
+        condition = meta["version"] if self._condition == "version" else meta["e_tag"]
+        return condition or f"{meta['size']}@{meta['last_modified']}"
 
 
 def open_location(url: str | os.PathLike[str]) -> Location:
@@ -237,23 +291,69 @@ def open_destination(url: str) -> ObjectLocation:
     text = url.rstrip("/")
     scheme = text.split("://")[0]
     if scheme not in ("s3", "gs"):
-        raise UserError(f"{url} can only be read", remedy="push to a local path, s3://, gs:// or hf://")
+        raise UserError(f"{redact(url)} can only be read", remedy="push to a local path, s3://, gs:// or hf://")
     return ObjectLocation(text, _object_store(text, scheme))
+
+
+def _client_options(url: str) -> dict[str, Any]:
+    # The time is for a request of at most PIECE_BYTES; one that is cut off goes on where it was.
+    return {"timeout": "60s", "connect_timeout": "5s", "allow_http": url.startswith("http://")}
+
+
+# Our own retries start a request anew from where it broke; the library's would multiply with them.
+_NO_RETRIES: dict[str, Any] = {"max_retries": 0}
 
 
 def _object_store(url: str, scheme: str) -> Any:
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
-    options: dict[str, Any] = {"client_options": {"timeout": "120s", "connect_timeout": "10s"}}
-    # Our own retries start a request anew from where it broke; the library's would add to each of them.
-    options["retry_config"] = {"max_retries": 2}
-    if scheme == "http":
-        options["client_options"]["allow_http"] = True
-    if scheme == "s3":
-        options |= _s3_options(options)
-    # What Google's own clients understand: an emulator, spoken to without credentials.
-    if scheme == "gs" and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
+    options: dict[str, Any] = {"client_options": _client_options(url), "retry_config": _NO_RETRIES}
+    try:
+        if scheme == "s3":
+            options |= _s3_options(url)
+        if scheme == "gs":
+            options |= _gs_options(url)
+        return from_url(url, **options)
+    except (BaseError, ValueError) as error:
+        raise UserError(f"{redact(url)} cannot be reached: {first_line(error)}") from error
+
+
+def _s3_options(url: str) -> dict[str, Any]:
+    """What the store does not take from the environment by itself: plain-http endpoints, profiles of
+    `~/.aws`. Raises `CacheError` where there are no credentials.
+    """
+    found: dict[str, Any] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        found = {"config": {"endpoint": endpoint}, "client_options": _client_options(endpoint)}
+    from_environment = {
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    }
+    if not from_environment.isdisjoint(os.environ) or _is_true("AWS_SKIP_SIGNATURE"):
+        return found
+    if (Path.home() / ".aws").is_dir():
+        try:
+            from obstore.auth.boto3 import Boto3CredentialProvider
+
+            found["credential_provider"] = Boto3CredentialProvider()
+            return found
+        except (ImportError, ValueError):
+            pass  # no boto3, or nothing of use in that folder: an instance's role is left
+    metadata = os.environ.get("AWS_METADATA_ENDPOINT", _METADATA)
+    if _is_true("AWS_EC2_METADATA_DISABLED") or not _answers(metadata):
+        raise no_credentials(url)
+    return found
+
+
+def _gs_options(url: str) -> dict[str, Any]:
+    """What Google's own clients understand: an emulator, spoken to without credentials. Raises `CacheError` where
+    there are no credentials.
+    """
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         base = emulator if "://" in emulator else f"http://{emulator}"
         account = {
             "gcs_base_url": base,
@@ -262,39 +362,43 @@ def _object_store(url: str, scheme: str) -> Any:
             "private_key": "",
             "private_key_id": "",
         }
-        options["config"] = {"service_account_key": json.dumps(account)}
-        options["client_options"]["allow_http"] = base.startswith("http://")
-    try:
-        return from_url(url, **options)
-    except (BaseError, ValueError) as error:
-        raise UserError(f"{url} cannot be reached: {_first_line(error)}") from error
+        return {"config": {"service_account_key": json.dumps(account)}, "client_options": _client_options(base)}
+    names = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH")
+    configured = any(os.environ.get(name) for name in (*names, "GOOGLE_SERVICE_ACCOUNT_KEY"))
+    adc = Path.home() / ".config" / "gcloud" / "application_default_credentials.json"
+    if configured or adc.is_file() or _is_true("GOOGLE_SKIP_SIGNATURE"):
+        return {}
+    if not _answers(f"http://{os.environ.get('GCE_METADATA_HOST', urlsplit(_METADATA).netloc)}"):
+        raise no_credentials(url)
+    return {}
 
 
-def _s3_options(options: dict[str, Any]) -> dict[str, Any]:
-    """What the store does not take from the environment by itself: plain-http endpoints, profiles of
-    `~/.aws`.
+# Where a cloud's machine asks for the credentials of its role.
+_METADATA = "http://169.254.169.254"
+_METADATA_TIMEOUT_S = 1.0
+
+
+def _answers(endpoint: str) -> bool:
+    """Whether anything listens at a metadata service: elsewhere than in a cloud nothing does, and waiting for it in
+    every request would take minutes.
     """
-    found: dict[str, Any] = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        found["config"] = {"endpoint": endpoint}
-        if endpoint.startswith("http://"):
-            found["client_options"] = {**options["client_options"], "allow_http": True}
-    from_environment = {"AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE"}
-    if from_environment.isdisjoint(os.environ) and (Path.home() / ".aws").is_dir():
-        try:
-            from obstore.auth.boto3 import Boto3CredentialProvider
-        except ImportError:
-            return found
-        found["credential_provider"] = Boto3CredentialProvider()
-    return found
+    parts = urlsplit(endpoint)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 80), timeout=_METADATA_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def parse_hub_url(url: str) -> tuple[str, str, str]:
     """Repository, revision and path of `hf://datasets/OWNER/NAME[@REVISION][/PATH]`; raises `UserError`."""
     match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?", url.rstrip("/"))
     if match is None or ".." in url:
-        raise UserError(f"{url} is not understood", remedy="write hf://datasets/OWNER/NAME[@REVISION][/PATH]")
+        raise UserError(f"{redact(url)} is not understood", remedy="write hf://datasets/OWNER/NAME[@REVISION][/PATH]")
     return match[1], match[2] or "main", match[3] or ""
 
 
@@ -305,9 +409,8 @@ def _hub_location(url: str) -> ObjectLocation:
 
     repository, revision, path = parse_hub_url(url)
     base = f"{constants.ENDPOINT}/datasets/{repository}/resolve/{revision}/{path}".rstrip("/")
-    client: Any = {"timeout": "120s", "connect_timeout": "10s"}
-    client["allow_http"] = base.startswith("http://")
+    client = _client_options(base)
     token = get_token()
     if token:
         client["default_headers"] = {"authorization": f"Bearer {token}"}
-    return ObjectLocation(url, HTTPStore.from_url(base, client_options=client, retry_config={"max_retries": 2}))
+    return ObjectLocation(url, HTTPStore.from_url(base, client_options=client, retry_config=_NO_RETRIES))

@@ -7,18 +7,22 @@ anything of it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import random
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from featcache import fetch as transfer
 from featcache.errors import CacheError
 from featcache.remote import (
-    PIECE_BYTES,
     Destination,
     Location,
     Missing,
@@ -28,11 +32,21 @@ from featcache.remote import (
     open_location,
     parse_hub_url,
 )
+from featcache.remote_errors import first_line
+from featcache.signing import (
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE,
+    parse_digest,
+    read_signature,
+    require_digest,
+    require_signature,
+)
 from featcache.store import files
+from featcache.store.blocks import blocks_path
 from featcache.store.layout import ROOT_NAMES, STATE
 from featcache.store.manage import cache_bytes
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
-from featcache.store.root import parse_root, read_root
+from featcache.store.root import cache_digest, parse_root, read_root
 from featcache.store.verify import (
     Problem,
     Report,
@@ -44,9 +58,11 @@ from featcache.store.verify import (
 )
 from featcache.store.writer import (
     CacheWriter,
+    building_directory,
     cache_lock,
-    check_checksums,
     checksums_path,
+    journal_entry,
+    journal_name,
     require_same_dataset,
 )
 
@@ -78,18 +94,21 @@ class Transfer:
 
 def read_remote_root(place: Location) -> Manifest | None:
     """The manifest of the cache at a place, None if there is none; raises `CacheError` if it is damaged."""
+    return _read_root(place)[0]
+
+
+def _read_root(place: Location) -> tuple[Manifest | None, str | None]:
+    """The manifest of the cache at a place, and the version of the document that these very bytes are."""
     for format_name, name in ROOT_NAMES.items():
         try:
-            size = place.size(name)
-            if size > MAX_METADATA_BYTES:
-                raise CacheError(f"{place.url}/{name} is longer than a manifest may be")
-            manifest = parse_root(place.read(name, 0, size), f"{place.url}/{name}")
+            data, version = place.read_whole(name, MAX_METADATA_BYTES)
         except Missing:
             continue
+        manifest = parse_root(data, f"{place.url}/{name}")
         if manifest.format != format_name:
             raise CacheError(f"{place.url}/{name} is damaged: it describes a cache of format {manifest.format!r}")
-        return manifest
-    return None
+        return manifest, version
+    return None, None
 
 
 def list_remote(url: str) -> list[Listed]:
@@ -103,28 +122,34 @@ def list_remote(url: str) -> list[Listed]:
         return [Listed(url=place.url, manifest=here)]
     found = []
     for name in place.directories():
-        manifest = read_remote_root(open_location(f"{place.url}/{name}"))
+        manifest = read_remote_root(open_location(f"{place.address}/{name}"))
         if manifest is not None:
             found.append(Listed(url=f"{place.url}/{name}", manifest=manifest))
     return found
 
 
-def _required_root(place: Location) -> Manifest:
+def required_root(place: Location) -> Manifest:
+    """The manifest of the cache at a place; raises `CacheError` if there is none."""
     manifest = read_remote_root(place)
     if manifest is None:
         raise CacheError(f"there is no cache at {place.url}", remedy=f"featcache ls {place.url} lists what is there")
     return manifest
 
 
-def _read_checksums(place: Location, manifest: Manifest, array: str) -> list[str]:
-    name = checksums_path(manifest, array)
+def remote_signature(place: Location) -> bytes | None:
+    """The signature file of the cache at a place, None if there is none."""
     try:
-        size = place.size(name)
-        if size > manifest.n_shards * 160:
-            raise CacheError(f"{place.url}/{name} is damaged: it is too long")
-        return check_checksums(place.read(name, 0, size), manifest, array, f"{place.url}/{name}")
-    except Missing as error:
-        raise CacheError(f"{place.url}/{name} is missing") from error
+        return place.read_whole(SIGNATURE, MAX_SIGNATURE_BYTES)[0]
+    except Missing:
+        return None
+
+
+def require_authentic(place: Location, manifest: Manifest, expect: str | None, signed_by: Path | None) -> str | None:
+    """Raise `CacheError` unless the cache is the expected one, signed by one of the signers. Returns who signed it."""
+    require_digest(manifest, expect, place.url)
+    if signed_by is None:
+        return None
+    return require_signature(manifest, remote_signature(place), signed_by, place.url)
 
 
 def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | None) -> Manifest:
@@ -166,23 +191,33 @@ def pull(
     features: Sequence[str] | None = None,
     samples: int | None = None,
     threads: int = 8,
+    expect: str | None = None,
+    signed_by: Path | None = None,
     progress: Progress | None = None,
 ) -> Transfer:
     """Copy a cache, or part of one, from `url` (or a local path) into the directory `target`.
 
     Every shard is checked against the recorded SHA-256 before it takes its name; an interrupted pull goes on
-    where it stopped; readers of `target` see its features only when all of them are there. Pulling more
-    features into the same directory later adds them. `progress` is called with bytes as they arrive.
+    where it stopped, inside a shard too; readers of `target` see its features only when all of them are there.
+    Pulling more features into the same directory later adds them. `progress` is called with bytes as they arrive.
 
-    Raises `CacheError` for a place without a cache, a damaged source, a target that holds something else, or
-    a connection that stays broken.
+    expect: the digest that the whole cache at `url` must have; signed_by: a public key or allowed-signers file, one of
+    which must have signed it. Both are checked before anything else is fetched.
+
+    Raises `CacheError` for a place without a cache or with another one, a damaged source, a target that holds
+    something else, or a connection that stays broken.
     """
+    if expect is not None:
+        parse_digest(expect)
     place = open_location(url)
-    whole = _required_root(place)
+    whole = required_root(place)
+    require_authentic(place, whole, expect, signed_by)
     part = subset(whole, features, samples)
-    recorded = {array: _read_checksums(place, whole, array) for array in part.arrays}
     target = Path(target)
-    moved = [0, 0, 0]
+    _refuse_links(target, part)
+    recorded = {array: transfer.read_checksums(place, whole, array) for array in part.arrays}
+    blocks = {array: transfer.read_blocks(place, whole, array) for array in part.arrays}
+    moved, n_bytes = [0, 0, 0], dict[str, int]()
     with CacheWriter.create(
         target,
         part.dataset,
@@ -192,6 +227,7 @@ def pull(
         versions=part.versions,
     ) as writer:
         writer.begin([part.features[name] for name in sorted(part.features)])
+        _refuse_other_bytes(writer.manifest, part, str(target))
         by_shard: dict[tuple[str, int], list[ShardFileEntry]] = {}
         for entry in shard_files(part):
             key = (entry.features[0] if part.format == "zarr" else "", entry.shard)
@@ -199,22 +235,25 @@ def pull(
         todo = []
         for (feature, shard), entries in by_shard.items():
             names = [feature] if feature else sorted(part.features)
-            if all(shard in writer.finished(name) for name in names):
+            if all(_is_there(writer, part, name, shard, recorded) for name in names):
                 moved[2] += len(entries)
             else:
                 todo.append((names, shard, entries))
 
         def fetch(job: tuple[list[str], int, list[ShardFileEntry]]) -> None:
-            _, shard, entries = job
+            names, shard, entries = job
             for entry in entries:
-                expected = recorded[entry.array][shard]
-                size = entry.n_bytes if entry.n_bytes is not None else _size(place, entry.name)
-                download(place, entry.name, size, target / entry.name, expected, progress)
-                moved[1] += size
+                of_array = blocks[entry.array]
+                file = transfer.wanted(
+                    place, whole, entry, recorded[entry.array][shard], of_array[shard] if of_array is not None else None
+                )
+                partial = building_directory(target, names[0]) / f"{entry.name.replace('/', '+')}.fetched"
+                n_bytes[entry.name] = transfer.fetch(place, file, target / entry.name, partial, progress=progress)
 
         def done(job: tuple[list[str], int, list[ShardFileEntry]]) -> None:
             names, shard, entries = job
             moved[0] += len(entries)
+            moved[1] += sum(n_bytes[entry.name] for entry in entries)
             inside = writer.slots(shard)
             writer.skip(shard, [(s.slot, s.key, s.reason) for s in part.skipped if s.slot in inside])
             for name in names:
@@ -223,14 +262,43 @@ def pull(
 
         in_parallel(todo, fetch, done, threads)
         manifest = writer.finish()
+    _carry_signature(place, whole, target, manifest)
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
 
 
-def _size(place: Location, name: str) -> int:
-    try:
-        return place.size(name)
-    except Missing as error:
-        raise CacheError(f"{place.url}/{name} is missing") from error
+def _refuse_links(target: Path, part: Manifest) -> None:
+    """Raise `CacheError` where writing the cache would lead out of its directory."""
+    for name in (STATE, SIGNATURE, *ROOT_NAMES.values(), *(part.arrays if part.format == "zarr" else ())):
+        files.inside(target, name)
+
+
+def _refuse_other_bytes(existing: Manifest, ours: Manifest, where: str) -> None:
+    """Raise `CacheError` if a feature is there already, with other bytes than ours."""
+    for name in sorted(set(existing.features) & set(ours.features)):
+        if any(existing.checksums[array] != ours.checksums[array] for array in ours.features[name].arrays):
+            raise CacheError(
+                f"{where} holds {name!r} already, with other bytes",
+                remedy="choose another place, or leave that feature out with --features",
+            )
+
+
+def _is_there(writer: CacheWriter, part: Manifest, feature: str, shard: int, recorded: dict[str, list[str]]) -> bool:
+    """Whether an earlier pull brought this shard, and from a cache with the same bytes."""
+    if shard not in writer.finished(feature):
+        return False
+    if feature in writer.manifest.features:
+        return True
+    entry = building_directory(writer.path, feature) / journal_name(shard)
+    with contextlib.suppress(CacheError):
+        digests = journal_entry(entry, part.features[feature], part.dataset.count)[0]
+        return all(recorded[array][shard] == digest for array, digest in digests.items())
+    return False
+
+
+def _carry_signature(place: Location, whole: Manifest, target: Path, manifest: Manifest) -> None:
+    """The signature comes along where all of the cache did."""
+    if cache_digest(manifest) == cache_digest(whole) and (signature := remote_signature(place)) is not None:
+        files.atomic_write(files.inside(target, SIGNATURE), [signature])
 
 
 def in_parallel(jobs: Iterable[Any], work: Callable[[Any], None], done: Callable[[Any], None], threads: int) -> None:
@@ -264,38 +332,6 @@ def in_parallel(jobs: Iterable[Any], work: Callable[[Any], None], done: Callable
         raise failure
 
 
-def download(
-    place: Location, name: str, size: int, target: Path, expected: str, progress: Progress | None = None
-) -> None:
-    """Fetch one file in pieces, each retried, and give it its name only if its SHA-256 is `expected`.
-
-    Raises `CacheError` if it cannot be had or its bytes are wrong, twice.
-    """
-    for attempt in range(2):
-        try:
-            with files.atomic_stream(target) as stream:
-                for start in range(0, size, PIECE_BYTES):
-                    data = place.read(name, start, min(start + PIECE_BYTES, size))
-                    stream.write(data)
-                    if progress is not None:
-                        progress(len(data))
-                if stream.digest() != expected:
-                    raise _WrongBytes
-                return
-        except Missing as error:
-            raise CacheError(f"{place.url}/{name} is missing") from error
-        except _WrongBytes as error:
-            if attempt:
-                raise CacheError(
-                    f"{place.url}/{name} is damaged: its bytes do not match the recorded SHA-256",
-                    remedy="tell whoever shares the cache; featcache verify checks it at its source",
-                ) from error
-
-
-class _WrongBytes(Exception):
-    pass
-
-
 def push(
     cache: str | Path,
     url: str,
@@ -303,53 +339,158 @@ def push(
     features: Sequence[str] | None = None,
     threads: int = 8,
     read_back: bool = True,
+    replace_unfinished: bool = False,
     progress: Progress | None = None,
 ) -> Transfer:
     """Copy the local `cache` (or some features) to `url`: s3://, gs://, hf:// or a local path.
 
     Each shard is checked against the recorded SHA-256 before it leaves and, with `read_back`, after it has
     arrived. The root document goes last, so a reader sees the old cache or the new one. Features that are at
-    `url` already stay; a push that was interrupted goes on where it stopped. `progress` is called with bytes
-    as they are sent.
+    `url` already stay; a push that was interrupted goes on where it stopped. Pushes to one place may run at the same
+    time. `progress` is called with bytes as they are sent.
+
+    replace_unfinished: send over what an unfinished push left there of a feature with other bytes.
 
     Raises `CacheError` for a damaged cache, or a place that holds a cache of other images or other bytes
     under the same feature name.
     """
     source = Path(cache)
-    manifest = subset(read_root(source), features, None)
+    whole = read_root(source)
+    manifest = subset(whole, features, None)
     if not is_remote(url):
         return pull(str(source), local_path(url), features=features, threads=threads, progress=progress)
     if url.startswith("hf://"):
-        return _push_to_hub(source, manifest, url, progress)
+        return _push_to_hub(source, whole, manifest, url, progress)
     place = open_destination(url)
-    recorded = {array: _read_checksums(open_location(source), manifest, array) for array in manifest.arrays}
-    while True:
-        version = place.version(ROOT_NAMES[manifest.format])
-        existing = read_remote_root(place)
-        merged = _merge(existing, manifest, place.url)
-        present = set(existing.arrays) if existing is not None else set()
-        result = _send_shards(source, manifest, place, recorded, present, threads, read_back, progress)
-        content = metadata_files(merged)
-        root = content.pop(ROOT_NAMES[merged.format])
-        for array in manifest.arrays:
-            if array not in present:
-                name = checksums_path(manifest, array)
-                content[name] = (source / name).read_bytes()
-        for name, data in content.items():
-            place.put(name, data)
-        # Another push may have finished meanwhile: then merge with it and try again (its shards are there
-        # already).
-        if place.put_if(ROOT_NAMES[merged.format], root, version):
-            _tidy(source, place.url)
-            return replace(result, manifest=merged)
+    local = open_location(source)
+    recorded = {array: transfer.read_checksums(local, manifest, array) for array in manifest.arrays}
+    with _push_journal(source, place.address) as journal:
+        for _ in range(_MERGES):
+            existing, version = _read_root(place)
+            merged = _merge(existing, manifest, place.url)
+            present = set(existing.arrays) if existing is not None else set()
+            _claim(local, place, manifest, present, replace_unfinished)
+            result = _send_shards(source, manifest, place, recorded, present, threads, read_back, journal, progress)
+            content: dict[str, bytes | Path] = dict(metadata_files(merged))
+            root = content.pop(ROOT_NAMES[merged.format])
+            for name, data in (content | _block_files(source, manifest, existing)).items():
+                place.put(name, data)
+            # Another push may have finished meanwhile: then merge with it and try again (its shards are there
+            # already).
+            if place.put_if(ROOT_NAMES[merged.format], root, version) and _holds(place, manifest):
+                signature = read_signature(source)
+                if signature is not None and cache_digest(merged) == cache_digest(whole):
+                    place.put(SIGNATURE, signature)
+                journal.remove()
+                return replace(result, manifest=merged)
+    raise _replaced_too_often(place)
 
 
-def _tidy(source: Path, url: str) -> None:
-    journal = _push_journal(source, url)
-    if journal.parent.is_dir():
-        files.remove_tree(journal.parent)
-        with cache_lock(source):
-            pass  # an idle cache loses its state directory on the way out
+_MERGES = 50
+
+
+def _replaced_too_often(place: Location) -> CacheError:
+    return CacheError(
+        f"{place.url} was replaced by others {_MERGES} times while this push was under way",
+        remedy="run the same command again when fewer pushes run: what has arrived is not sent twice",
+    )
+
+
+def _holds(place: Destination, ours: Manifest) -> bool:
+    """Whether what was pushed is in the root document. Where the store makes no conditional writes, another push may
+    just have replaced it: then we look a moment later.
+    """
+    if not place.conditional:
+        time.sleep(random.uniform(0.2, 1.0))
+    existing = read_remote_root(place)
+    return existing is not None and all(existing.checksums.get(a) == d for a, d in ours.checksums.items())
+
+
+def _block_files(source: Path, manifest: Manifest, existing: Manifest | None) -> dict[str, Path]:
+    """The files of block hashes that are not at the destination yet, checked: name -> where it is here."""
+    local, known = open_location(source), existing.blocks if existing is not None else {}
+    found = {}
+    for array in sorted(set(manifest.blocks) - set(known)):
+        transfer.read_blocks(local, manifest, array)
+        name = blocks_path(manifest, array)
+        found[name] = files.inside(source, name)
+    return found
+
+
+def _claim(local: Location, place: Destination, manifest: Manifest, present: set[str], replace_other: bool) -> None:
+    """Put the checksum files of the arrays to be sent, which nobody may replace by other ones: so two pushes of one
+    feature with different bytes cannot mix their shards.
+
+    Raises `CacheError` where other ones are there.
+    """
+    limit = transfer.checksums_limit(manifest)
+    for name in sorted({checksums_path(manifest, array) for array in manifest.arrays if array not in present}):
+        ours = local.read_whole(name, limit)[0]
+        while not place.put_if(name, ours, None):
+            try:
+                theirs, version = place.read_whole(name, limit)
+            except Missing:
+                continue
+            if theirs == ours or (replace_other and place.put_if(name, ours, version)):
+                break
+            if not replace_other:
+                raise CacheError(
+                    f"another push to {place.url} has begun to send {name.rpartition('/')[0] or 'this cache'!r} "
+                    "with other bytes",
+                    remedy="if it is not running any more, add --replace-unfinished; else push to another URL",
+                )
+
+
+class _Journal:
+    """Which files of this cache an unfinished push to one place has sent: name, SHA-256 and the store's version, one a
+    line. A push that runs at the same time from the same cache to the same place does without.
+    """
+
+    def __init__(self, path: Path, fd: int | None) -> None:
+        self.path, self._fd = path, fd
+        self.sent: dict[str, tuple[str, str]] = {}
+        if fd is None:
+            return
+        for line in os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace").splitlines():
+            try:
+                name, digest, version = json.loads(line)
+            except ValueError:
+                continue  # the last line of a killed push
+            self.sent[str(name)] = (str(digest), str(version))
+        os.lseek(fd, 0, os.SEEK_END)
+
+    def note(self, name: str, digest: str, version: str) -> None:
+        """Record a file that has arrived. What cannot be recorded is sent again by the next push."""
+        if self._fd is not None:
+            with contextlib.suppress(CacheError):
+                files.append(self._fd, (json.dumps([name, digest, version]) + "\n").encode(), self.path)
+
+    def remove(self) -> None:
+        """The push is complete."""
+        if self._fd is None:
+            return
+        with cache_lock(self.path.parent.parent.parent):  # an idle cache loses its state directory on the way out
+            files.remove_file(self.path)
+            files.remove_empty_directory(self.path.parent)
+
+
+@contextlib.contextmanager
+def _push_journal(source: Path, address: str) -> Iterator[_Journal]:
+    """The journal of pushes from `source` to `address`; one that keeps nothing on a read-only disk."""
+    name = hashlib.sha256(address.encode()).hexdigest()[:16]
+    path = files.inside(source, f"{STATE}/push/{name}.jsonl")
+    fd = None
+    with contextlib.suppress(CacheError, OSError), cache_lock(source):
+        files.make_directory(path.parent)
+        fd = files.try_lock(path)
+    journal = _Journal(path, fd)
+    try:
+        yield journal
+    finally:
+        if fd is not None:
+            if not journal.sent:
+                journal.remove()
+            files.unlock(fd)
 
 
 def _merge(existing: Manifest | None, ours: Manifest, where: str) -> Manifest:
@@ -359,13 +500,7 @@ def _merge(existing: Manifest | None, ours: Manifest, where: str) -> Manifest:
     require_same_dataset(existing, ours, Path(where))
     if existing.format == "wds" and set(existing.features) != set(ours.features):
         raise CacheError(f"{where} holds a webdataset cache with other features")
-    for name in set(existing.features) & set(ours.features):
-        arrays = ours.features[name].arrays
-        if any(existing.checksums[array] != ours.checksums[array] for array in arrays):
-            raise CacheError(
-                f"{where} holds {name!r} already, with other bytes",
-                remedy="push to another URL, or leave that feature out with --features",
-            )
+    _refuse_other_bytes(existing, ours, where)
     features = {**existing.features, **ours.features}
     skipped = {entry.slot: entry for entry in (*existing.skipped, *ours.skipped)}
     return replace(
@@ -377,24 +512,6 @@ def _merge(existing: Manifest | None, ours: Manifest, where: str) -> Manifest:
     )
 
 
-def _push_journal(source: Path, url: str) -> Path:
-    """Which files of this cache an unfinished push has sent: name, SHA-256 and the store's version, one a
-    line.
-    """
-    return source / STATE / "push" / (hashlib.sha256(url.encode()).hexdigest()[:16] + ".jsonl")
-
-
-def _read_push_journal(path: Path) -> dict[str, tuple[str, str]]:
-    sent = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            name, digest, version = json.loads(line)
-        except ValueError:
-            continue  # the last line of a killed push
-        sent[str(name)] = (str(digest), str(version))
-    return sent
-
-
 def _send_shards(
     source: Path,
     manifest: Manifest,
@@ -403,32 +520,25 @@ def _send_shards(
     present: set[str],
     threads: int,
     read_back: bool,
+    journal: _Journal,
     progress: Progress | None,
 ) -> Transfer:
-    journal: Path | None = _push_journal(source, place.url)
-    assert journal is not None
-    sent = _read_push_journal(journal)
-    try:
-        files.make_directory(journal.parent)
-    except CacheError:
-        journal = None  # a cache on a read-only disk: an interrupted push starts anew
-    moved = [0, 0, 0]
+    sent, moved = journal.sent, [0, 0, 0]
     todo = []
     for entry in shard_files(manifest):
         if entry.array in present:
             moved[2] += 1
         else:
             todo.append(entry)
-    versions: dict[str, str | None] = {}
+    arrived: dict[str, tuple[int, str | None]] = {}
 
     def send(entry: ShardFileEntry) -> None:
         expected = recorded[entry.array][entry.shard]
         if entry.name in sent and sent[entry.name][0] == expected:
             version = place.version(entry.name)
             if version is not None and version == sent[entry.name][1]:
-                moved[2] += 1
                 return
-        path = source / entry.name
+        path = files.inside(source, entry.name)
         try:
             digest, size = files.sha256_of(path), path.stat().st_size
         except OSError as error:
@@ -441,17 +551,21 @@ def _send_shards(
         place.put(entry.name, path)
         if read_back and remote_sha256(place, entry.name, size) != expected:
             raise CacheError(f"{place.url}/{entry.name} did not arrive as it was sent")
-        versions[entry.name] = place.version(entry.name)
-        moved[0] += 1
-        moved[1] += size
+        arrived[entry.name] = size, place.version(entry.name)
         if progress is not None:
             progress(size)
 
     def done(entry: ShardFileEntry) -> None:
-        if entry.name in versions and journal is not None:
-            line = json.dumps([entry.name, recorded[entry.array][entry.shard], versions.pop(entry.name)])
-            with journal.open("a") as file:
-                file.write(line + "\n")
+        if entry.name not in arrived:
+            moved[2] += 1
+            return
+        size, version = arrived[entry.name]
+        moved[0] += 1
+        moved[1] += size
+        if version is not None:
+            # In memory too: this push may have to merge and look again.
+            sent[entry.name] = (recorded[entry.array][entry.shard], version)
+            journal.note(entry.name, *sent[entry.name])
 
     in_parallel(todo, send, done, threads)
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
@@ -460,22 +574,30 @@ def _send_shards(
 def remote_sha256(place: Location, name: str, size: int) -> str:
     """SHA-256 (hex) of a file at a place, read in pieces."""
     digest = hashlib.sha256()
-    for start in range(0, size, PIECE_BYTES):
-        digest.update(place.read(name, start, min(start + PIECE_BYTES, size)))
+    for data in place.chunks(name, 0, size):
+        digest.update(data)
     return digest.hexdigest()
 
 
 def verify_remote(
-    url: str, *, features: Sequence[str] | None = None, threads: int = 8, progress: Progress | None = None
+    url: str,
+    *,
+    features: Sequence[str] | None = None,
+    threads: int = 8,
+    expect: str | None = None,
+    signed_by: Path | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Check a cache where it lies, byte by byte as `verify` does a local one, without keeping what is read.
 
     Files that do not belong there are not looked for: not every place can list its files.
 
-    Raises `CacheError` if there is no readable cache at `url`, or the connection stays broken.
+    Raises `CacheError` if there is no readable cache at `url`, it is not the one that is `expect`ed and `signed_by`
+    asks for (as for `pull`), or the connection stays broken.
     """
     place = open_location(url)
-    manifest = _required_root(place)
+    manifest = required_root(place)
+    require_authentic(place, manifest, expect, signed_by)
     chosen = subset(manifest, features, None)
     problems: list[Problem] = []
     n_files = n_bytes = 0
@@ -486,8 +608,7 @@ def verify_remote(
     for name, content in metadata_files(manifest).items():
         n_files, n_bytes = n_files + 1, n_bytes + len(content)
         try:
-            size = place.size(name)
-            same = size == len(content) and place.read(name, 0, size) == content
+            same = place.read_whole(name, MAX_METADATA_BYTES)[0] == content
         except Missing:
             same = False
         if not same:
@@ -495,9 +616,13 @@ def verify_remote(
     recorded = {}
     for array in sorted(chosen.arrays):
         try:
-            recorded[array] = _read_checksums(place, manifest, array)
+            recorded[array] = transfer.read_checksums(place, manifest, array)
         except CacheError as error:
             problem(checksums_path(manifest, array), error.what)
+        try:
+            transfer.read_blocks(place, manifest, array)
+        except CacheError as error:
+            problem(blocks_path(manifest, array), error.what)
 
     found: list[tuple[ShardFileEntry, str | None, int]] = []
 
@@ -526,7 +651,7 @@ def verify_remote(
     return Report(path=place.url, problems=tuple(problems), n_files=n_files, n_bytes=n_bytes)
 
 
-def _push_to_hub(source: Path, manifest: Manifest, url: str, progress: Progress | None) -> Transfer:
+def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress | None) -> Transfer:
     """One commit to a data-set repository. The hub keeps uploaded files by SHA-256, so a rerun sends only
     the rest.
     """
@@ -534,48 +659,71 @@ def _push_to_hub(source: Path, manifest: Manifest, url: str, progress: Progress 
     from huggingface_hub.errors import HfHubHTTPError
 
     repository, revision, prefix = parse_hub_url(url)
-    place = open_location(url)
-    existing = read_remote_root(place)
-    merged = _merge(existing, manifest, url)
+    place, api = open_location(url), HfApi()
+    recorded = {array: transfer.read_checksums(open_location(source), manifest, array) for array in manifest.arrays}
+    try:
+        api.create_repo(repository, repo_type="dataset", exist_ok=True)
+        for _ in range(_MERGES):
+            # Another commit after this one makes ours fail: then we merge with what it brought.
+            parent = api.repo_info(repository, repo_type="dataset", revision=revision).sha
+            existing = read_remote_root(place)
+            merged = _merge(existing, manifest, url)
+            content, result = _to_send(source, whole, manifest, existing, merged, recorded)
+            operations = [
+                CommitOperationAdd(
+                    path_in_repo=f"{prefix}/{name}".lstrip("/"),
+                    path_or_fileobj=data if isinstance(data, bytes) else str(data),
+                )
+                for name, data in content.items()
+            ]
+            try:
+                api.create_commit(
+                    repository,
+                    operations,
+                    repo_type="dataset",
+                    revision=revision,
+                    parent_commit=parent,
+                    commit_message=f"featcache: {', '.join(sorted(manifest.features))}",
+                )
+            except HfHubHTTPError as error:
+                if error.response.status_code in (409, 412):
+                    continue
+                raise
+            if progress is not None:
+                progress(result.n_bytes)
+            return result
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CacheError(
+            f"{url} could not be written: {first_line(error)}",
+            remedy="log in (hf auth login) and run the same command again: what has arrived is not sent twice",
+        ) from error
+    raise _replaced_too_often(place)
+
+
+def _to_send(
+    source: Path,
+    whole: Manifest,
+    manifest: Manifest,
+    existing: Manifest | None,
+    merged: Manifest,
+    recorded: dict[str, list[str]],
+) -> tuple[dict[str, bytes | Path], Transfer]:
+    """Every file that a commit must bring, checked (name -> content), and what that amounts to."""
     present = set(existing.arrays) if existing is not None else set()
-    local = open_location(source)
-    recorded = {array: _read_checksums(local, manifest, array) for array in manifest.arrays}
-    content: dict[str, bytes | Path] = dict(metadata_files(merged))
-    for array in manifest.arrays:
-        if array not in present:
-            content[checksums_path(manifest, array)] = source / checksums_path(manifest, array)
+    content: dict[str, bytes | Path] = {**metadata_files(merged), **_block_files(source, manifest, existing)}
+    for array in set(manifest.arrays) - present:
+        name = checksums_path(manifest, array)
+        content[name] = files.inside(source, name)
     sizes, before = [], 0
     for entry in shard_files(manifest):
         if entry.array in present:
             before += 1
             continue
-        path = source / entry.name
+        path = files.inside(source, entry.name)
         if files.sha256_of(path) != recorded[entry.array][entry.shard]:
             raise CacheError(f"{path} is damaged: its bytes do not match the recorded SHA-256; nothing was sent")
         content[entry.name] = path
         sizes.append(path.stat().st_size)
-    operations = [
-        CommitOperationAdd(
-            path_in_repo=f"{prefix}/{name}".lstrip("/"),
-            path_or_fileobj=data if isinstance(data, bytes) else str(data),
-        )
-        for name, data in content.items()
-    ]
-    try:
-        api = HfApi()
-        api.create_repo(repository, repo_type="dataset", exist_ok=True)
-        api.create_commit(
-            repository,
-            operations,
-            repo_type="dataset",
-            revision=revision,
-            commit_message=f"featcache: {', '.join(sorted(manifest.features))}",
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CacheError(
-            f"{url} could not be written: {str(error).splitlines()[0][:300]}",
-            remedy="log in (hf auth login) and run the same command again: what has arrived is not sent twice",
-        ) from error
-    if progress is not None:
-        progress(sum(sizes))
-    return Transfer(manifest=merged, n_files=len(sizes), n_bytes=sum(sizes), n_files_before=before)
+    if cache_digest(merged) == cache_digest(whole) and (signature := read_signature(source)) is not None:
+        content[SIGNATURE] = signature
+    return content, Transfer(manifest=merged, n_files=len(sizes), n_bytes=sum(sizes), n_files_before=before)

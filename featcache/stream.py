@@ -1,8 +1,11 @@
 """Reading a cache where it lies: blocks of shards come over the wire and stay in a bounded local directory.
 
 A sample's bytes are found as in a local cache (by arithmetic, or by the shard's index), then taken from
-blocks of fixed size. Each block on disk ends in a crc32c, so a directory that survived a crash cannot serve
-damaged bytes. Every epoch in `sequential_order` fetches each block once; a global shuffle of a cache much
+blocks of 1 MiB. Each is checked against its recorded hash when it comes, and ends in a crc32c on disk, so a directory
+that survived a crash cannot serve damaged bytes either. Of a cache without such hashes, shards of at most 16 MiB are
+fetched whole once and checked against their SHA-256; larger ones cannot be checked.
+
+Every epoch in `sequential_order` fetches each block once; a global shuffle of a cache much
 larger than the directory fetches a block for every sample, which costs bandwidth: pull such a cache, or read
 it in sequential order.
 """
@@ -22,18 +25,23 @@ import google_crc32c
 import numpy as np
 
 from featcache.errors import CacheError
+from featcache.fetch import TRIES, is_missing, read_blocks, read_checksums, verified_blocks, wanted
 from featcache.reader import Cache
 from featcache.remote import Location, Missing, open_location
-from featcache.share import read_remote_root
+from featcache.share import require_authentic, required_root
+from featcache.store import blocks as hashes
 from featcache.store import wds
 from featcache.store.backends import ShardFile
+from featcache.store.blocks import BlockHasher, ShardBlocks
 from featcache.store.layout import index_bytes, sample_bytes, shard_name, shard_samples
 from featcache.store.manifest import Manifest
 from featcache.store.root import root_bytes
 from featcache.store.shards import decompress, parse_index
+from featcache.store.verify import ShardFileEntry
 
 DEFAULT_CACHE_BYTES = 10 << 30
-BLOCK_BYTES = 1 << 20
+# Up to this length a shard without hashes of its blocks is fetched whole, to be checked.
+WHOLE_BYTES = 16 << 20
 
 
 def default_cache_directory() -> Path:
@@ -49,16 +57,15 @@ class BlockCache:
     Several processes may share the directory; a block that another one evicted is fetched again.
     """
 
-    def __init__(self, place: Location, directory: Path, limit_bytes: int, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, place: Location, directory: Path, limit_bytes: int) -> None:
         self._place, self._directory = place, directory
-        self._limit, self._block = limit_bytes, block_bytes
-        if limit_bytes < 4 * block_bytes:
-            raise CacheError(f"a stream needs at least {4 * block_bytes} bytes of local cache, not {limit_bytes}")
+        self._limit, self._block = limit_bytes, hashes.BLOCK_BYTES
+        if limit_bytes < 4 * self._block:
+            raise CacheError(f"a stream needs at least {4 * self._block} bytes of local cache, not {limit_bytes}")
         self._lock = threading.Lock()
         self._known: OrderedDict[str, int] = OrderedDict()
         self._bytes = 0
         self._fetching: dict[str, threading.Lock] = {}
-        self._sizes: dict[str, int] = {}
         self._serial = itertools.count()
         self.fetched_bytes = 0
         try:
@@ -77,43 +84,56 @@ class BlockCache:
         with self._lock:
             self._evict()
 
-    def size(self, name: str) -> int:
-        """Length of a remote file (asked once)."""
-        if name not in self._sizes:
-            try:
-                self._sizes[name] = self._place.size(name)
-            except Missing as error:
-                raise CacheError(f"{self._place.url}/{name} is missing") from error
-        return self._sizes[name]
-
     def read_directly(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes that are wanted once, around the blocks."""
+        """Bytes that are wanted once, around the blocks and unchecked."""
         try:
             return self._place.read(name, start, stop)
         except Missing as error:
-            raise CacheError(f"{self._place.url}/{name} is missing") from error
+            raise is_missing(self._place, name) from error
 
-    def read(self, name: str, size: int, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of file `name` (of length `size`) from `start` on."""
+    def read(self, name: str, size: int, start: int, out: memoryview, recorded: ShardBlocks | None) -> None:
+        """Fill `out` with the bytes of file `name` (of length `size`) from `start` on, checked if its blocks are
+        recorded.
+        """
         position = 0
         while position < len(out):
             block, offset = divmod(start + position, self._block)
-            data = self._get(name, size, block)
+            data = self._get(name, size, block, recorded)
             piece = memoryview(data)[offset : offset + len(out) - position]
             if not piece:
                 raise CacheError(f"{self._place.url}/{name} is shorter than its manifest says")
             out[position : position + len(piece)] = piece
             position += len(piece)
 
-    def _get(self, name: str, size: int, block: int) -> bytes:
-        key = f"{name.replace('/', '+')}.{block}"
+    def fetch_whole(self, name: str, size: int, sha256: str) -> ShardBlocks:
+        """Fetch all blocks of a file, check them against its SHA-256, and keep them. Returns their hashes.
+
+        Raises `CacheError` if the bytes are wrong several times.
+        """
+        for _ in range(TRIES):
+            data = self.read_directly(name, 0, size)
+            with self._lock:
+                self.fetched_bytes += len(data)
+            if hashlib.sha256(data).hexdigest() == sha256:
+                hasher = BlockHasher()
+                hasher.update(memoryview(data))
+                for start in range(0, size, self._block):
+                    self._keep(_key(name, start // self._block), data[start : start + self._block])
+                return hasher.result()
+        raise CacheError(
+            f"{self._place.url}/{name} is damaged: its bytes do not match the recorded SHA-256",
+            remedy="tell whoever shares the cache; featcache verify checks it at its source",
+        )
+
+    def _get(self, name: str, size: int, block: int, recorded: ShardBlocks | None) -> bytes:
+        key = _key(name, block)
         with self._lock:
             lock = self._fetching.setdefault(key, threading.Lock())
         try:
             # One fetch for all threads that want the same block.
             with lock:
                 data = self._load(key)
-                return data if data is not None else self._fetch(key, name, size, block)
+                return data if data is not None else self._fetch(key, name, size, block, recorded)
         finally:
             with self._lock:
                 self._fetching.pop(key, None)
@@ -133,17 +153,26 @@ class BlockCache:
             self._bytes -= self._known.pop(key, 0)
         return None
 
-    def _fetch(self, key: str, name: str, size: int, block: int) -> bytes:
+    def _fetch(self, key: str, name: str, size: int, block: int, recorded: ShardBlocks | None) -> bytes:
         start = block * self._block
-        try:
-            data = self._place.read(name, start, min(start + self._block, size))
-        except Missing as error:
-            raise CacheError(f"{self._place.url}/{name} is missing") from error
-        temporary = self._directory / f"{os.getpid()}-{next(self._serial)}.new"
+        stop = min(start + self._block, size)
+        if recorded is None:
+            data = self.read_directly(name, start, stop)
+        else:
+            try:
+                data = b"".join(verified_blocks(self._place, name, recorded, start, stop))
+            except Missing as error:
+                raise is_missing(self._place, name) from error
         with self._lock:
             self.fetched_bytes += len(data)
+        self._keep(key, data)
+        return data
+
+    def _keep(self, key: str, data: bytes) -> None:
+        temporary = self._directory / f"{os.getpid()}-{next(self._serial)}.new"
+        with self._lock:
+            self._bytes += len(data) + 4 - self._known.pop(key, 0)
             self._known[key] = len(data) + 4
-            self._bytes += len(data) + 4
             self._evict()
         try:
             temporary.write_bytes(data + struct.pack("<I", google_crc32c.value(data)))
@@ -152,7 +181,6 @@ class BlockCache:
             # A full disk makes streaming slower, not wrong.
             with contextlib.suppress(OSError):
                 temporary.unlink()
-        return data
 
     def _evict(self) -> None:
         while self._bytes > self._limit and self._known:
@@ -162,18 +190,39 @@ class BlockCache:
                 (self._directory / key).unlink()
 
 
+def _key(name: str, block: int) -> str:
+    return f"{name.replace('/', '+')}.{block}"
+
+
+class _RemoteFile:
+    """A shard file behind a `BlockCache`. `recorded`: the hashes of its blocks, None if they cannot be checked."""
+
+    def __init__(self, blocks: BlockCache, name: str, size: int, recorded: ShardBlocks | None) -> None:
+        self._blocks, self.name, self.size, self._recorded = blocks, name, size, recorded
+
+    def read(self, start: int, out: memoryview) -> None:
+        self._blocks.read(self.name, self.size, start, out, self._recorded)
+
+    def tail(self, n_bytes: int) -> bytes:
+        """The last bytes. Unchecked ones need no whole block."""
+        if self._recorded is None:
+            return self._blocks.read_directly(self.name, self.size - n_bytes, self.size)
+        out = bytearray(n_bytes)
+        self.read(self.size - n_bytes, memoryview(out))
+        return bytes(out)
+
+
 class _RemoteShard:
     """One uncompressed shard: samples at equal distances."""
 
-    def __init__(self, blocks: BlockCache, name: str, size: int, length: int, start: int, stride: int) -> None:
-        self._blocks, self._name, self._size = blocks, name, size
-        self._length, self._start, self._stride = length, start, stride
+    def __init__(self, file: _RemoteFile, length: int, start: int, stride: int) -> None:
+        self._file, self._length, self._start, self._stride = file, length, start, stride
 
     def read_run(self, first: int, buffers: list[memoryview]) -> None:
         sample = first
         for buffer in buffers:
             if self._stride == self._length:
-                self._blocks.read(self._name, self._size, self._start + sample * self._stride, buffer)
+                self._file.read(self._start + sample * self._stride, buffer)
                 sample += len(buffer) // self._length
                 continue
             for place in range(0, len(buffer), self._length):
@@ -181,24 +230,20 @@ class _RemoteShard:
                 sample += 1
 
     def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        offset = self._start + sample * self._stride + part * len(buffer)
-        self._blocks.read(self._name, self._size, offset, buffer)
+        self._file.read(self._start + sample * self._stride + part * len(buffer), buffer)
 
 
 class _CompressedRemoteShard:
     """One compressed shard: offsets and lengths from its index."""
 
-    def __init__(
-        self, blocks: BlockCache, name: str, size: int, index: tuple[np.ndarray, np.ndarray], length: int, codec: str
-    ) -> None:
-        self._blocks, self._name, self._size = blocks, name, size
+    def __init__(self, file: _RemoteFile, index: tuple[np.ndarray, np.ndarray], length: int, codec: str) -> None:
+        self._file, self._length, self._codec = file, length, codec
         self._offsets, self._lengths = index
-        self._length, self._codec = length, codec
 
     def _read(self, sample: int, buffer: memoryview) -> None:
         raw = bytearray(int(self._lengths[sample]))
-        self._blocks.read(self._name, self._size, int(self._offsets[sample]), memoryview(raw))
-        decompress(self._codec, bytes(raw), np.frombuffer(buffer, np.uint8), self._name)
+        self._file.read(int(self._offsets[sample]), memoryview(raw))
+        decompress(self._codec, bytes(raw), np.frombuffer(buffer, np.uint8), self._file.name)
 
     def read_run(self, first: int, buffers: list[memoryview]) -> None:
         for buffer in buffers:
@@ -215,56 +260,115 @@ class _CompressedRemoteShard:
 class RemoteBackend:
     """Shards of a cache at a `Location`, through a `BlockCache`."""
 
-    def __init__(self, manifest: Manifest, blocks: BlockCache) -> None:
-        self.manifest, self.blocks = manifest, blocks
+    def __init__(self, place: Location, manifest: Manifest, blocks: BlockCache) -> None:
+        self.place, self.manifest, self.blocks = place, manifest, blocks
         self._layout = wds.tar_layout(manifest) if manifest.format == "wds" else None
         # Arrays' shards whose index was checked and found contiguous, one byte each.
         self._contiguous: dict[str, bytearray] = {}
+        # What is recorded of an array's shards, read when the first of them is opened.
+        self._blocks: dict[str, list[ShardBlocks] | None] = {}
+        self._checksums: dict[str, list[str]] = {}
+        self._whole: dict[str, ShardBlocks] = {}
+        self._lock = threading.RLock()
+
+    def _entry(self, array: str, shard: int) -> ShardFileEntry:
+        manifest = self.manifest
+        dtype, shape = manifest.arrays[array]
+        n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
+        if self._layout is not None:
+            return ShardFileEntry(wds.tar_name(shard), (), array, shard, self._layout.tar_bytes(n))
+        whole = n * sample_bytes(dtype, shape) + index_bytes(manifest.shard_size)
+        n_bytes = whole if manifest.compressor is None else None
+        return ShardFileEntry(f"{array}/{shard_name(shard, len(shape))}", (), array, shard, n_bytes)
+
+    def _file(self, entry: ShardFileEntry) -> _RemoteFile:
+        """The file of an entry, with what its bytes are to be checked against."""
+        manifest = self.manifest
+        key = "" if manifest.format == "wds" else entry.array
+        with self._lock:
+            if key not in self._blocks:
+                self._blocks[key] = read_blocks(self.place, manifest, entry.array)
+            recorded = self._blocks[key]
+            if recorded is not None:
+                shard = recorded[entry.shard]
+                return _RemoteFile(self.blocks, entry.name, shard.n_bytes, shard)
+            if key not in self._checksums:
+                self._checksums[key] = read_checksums(self.place, manifest, entry.array)
+            file = wanted(self.place, manifest, entry, self._checksums[key][entry.shard], None)
+            if file.n_bytes > WHOLE_BYTES:
+                return _RemoteFile(self.blocks, entry.name, file.n_bytes, None)
+            if entry.name not in self._whole:
+                self._whole[entry.name] = self.blocks.fetch_whole(entry.name, file.n_bytes, file.sha256)
+            return _RemoteFile(self.blocks, entry.name, file.n_bytes, self._whole[entry.name])
 
     def open_shard(self, array: str, shard: int) -> ShardFile:
-        manifest, blocks = self.manifest, self.blocks
+        manifest = self.manifest
         dtype, shape = manifest.arrays[array]
         length = sample_bytes(dtype, shape)
         n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
+        file = self._file(self._entry(array, shard))
         if self._layout is not None:
-            name, size = wds.tar_name(shard), self._layout.tar_bytes(n)
-            return _RemoteShard(blocks, name, size, length, self._layout.data_offset(array), self._layout.stride)
-        name = f"{array}/{shard_name(shard, len(shape))}"
+            return _RemoteShard(file, length, self._layout.data_offset(array), self._layout.stride)
         tail = index_bytes(manifest.shard_size)
-        if manifest.compressor is None:
-            size = n * length + tail
-            known = self._contiguous.setdefault(array, bytearray(manifest.n_shards))
-            if not known[shard]:
-                raw = blocks.read_directly(name, size - tail, size)
-                offsets, _ = parse_index(
-                    raw, n=n, shard_size=manifest.shard_size, file_bytes=size, sample_bytes=length, where=name
+        if file.size < tail:
+            raise CacheError(f"{file.name} is damaged: it is too short to hold its index")
+        known = self._contiguous.setdefault(array, bytearray(manifest.n_shards))
+        if not known[shard]:
+            index = parse_index(
+                file.tail(tail),
+                n=n,
+                shard_size=manifest.shard_size,
+                file_bytes=file.size,
+                sample_bytes=length if manifest.compressor is None else None,
+                where=file.name,
+            )
+            if manifest.compressor is not None:
+                return _CompressedRemoteShard(file, index, length, manifest.compressor)
+            if (index[0] != np.arange(n) * length).any():
+                raise CacheError(
+                    f"{file.name} was rewritten by another program: its samples are not in order",
+                    remedy="featcache verify finds such shards at their source",
                 )
-                if (offsets != np.arange(n) * length).any():
-                    raise CacheError(
-                        f"{name} was rewritten by another program: its samples are not in order",
-                        remedy="featcache verify finds such shards at their source",
-                    )
-                known[shard] = 1
-            return _RemoteShard(blocks, name, size, length, 0, length)
-        size = blocks.size(name)
-        if size < tail:
-            raise CacheError(f"{name} is damaged: it is too short to hold its index")
-        raw = blocks.read_directly(name, size - tail, size)
-        index = parse_index(raw, n=n, shard_size=manifest.shard_size, file_bytes=size, sample_bytes=None, where=name)
-        return _CompressedRemoteShard(blocks, name, size, index, length, manifest.compressor)
+            known[shard] = 1
+        return _RemoteShard(file, length, 0, length)
 
 
-def open_remote(url: str, *, cache_dir: str | Path | None = None, cache_bytes: int = DEFAULT_CACHE_BYTES) -> Cache:
+def unverified_features(manifest: Manifest) -> list[str]:
+    """Features whose bytes cannot be checked when they are streamed: without hashes of blocks, in large shards."""
+    if manifest.format == "wds":
+        layout = wds.tar_layout(manifest)
+        large = not manifest.blocks and layout.tar_bytes(manifest.shard_size) > WHOLE_BYTES
+        return sorted(manifest.features) if large else []
+    return [
+        name
+        for name, spec in sorted(manifest.features.items())
+        if any(
+            array not in manifest.blocks and sample_bytes(*stored) * manifest.shard_size > WHOLE_BYTES
+            for array, stored in spec.arrays.items()
+        )
+    ]
+
+
+def open_remote(
+    url: str,
+    *,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    expect: str | None = None,
+    signed_by: Path | None = None,
+) -> Cache:
     """Open the cache at `url` for reading through a local directory of at most `cache_bytes`.
 
-    Raises `CacheError` if there is no cache or the place cannot be reached.
+    expect, signed_by: as for `featcache.share.pull`.
+
+    Raises `CacheError` if there is no cache, it is another one, or the place cannot be reached.
     """
     place = open_location(url)
-    manifest = read_remote_root(place)
-    if manifest is None:
-        raise CacheError(f"there is no cache at {url}", remedy=f"featcache ls {url} lists what is there")
+    manifest = required_root(place)
+    require_authentic(place, manifest, expect, signed_by)
     base = default_cache_directory() if cache_dir is None else Path(cache_dir)
-    # By content: a cache that changes at its place never meets blocks of its former self.
-    name = hashlib.sha256(place.url.encode() + root_bytes(manifest)).hexdigest()[:16]
+    # By content: a cache that changes at its place never meets blocks of its former self. 'checked': nor blocks that
+    # an earlier version of this program kept without checking them.
+    name = hashlib.sha256(b"checked " + place.address.encode() + root_bytes(manifest)).hexdigest()[:16]
     blocks = BlockCache(place, base / name, cache_bytes)
-    return Cache(place.url, manifest, RemoteBackend(manifest, blocks))
+    return Cache(place.url, manifest, RemoteBackend(place, manifest, blocks))

@@ -357,3 +357,21 @@ def try_lock(path: Path) -> int | None:
 def unlock(fd: int) -> None:
     """Let go of a lock that `lock` or `try_lock` gave."""
     os.close(fd)
+
+
+def append(fd: int, data: bytes, path: Path) -> None:
+    """Write all of `data` to the open file `path`; raises `CacheError` if the disk refuses."""
+    try:
+        write_all(fd, memoryview(data))
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
+def publish(fd: int, part: Path, target: Path) -> None:
+    """Give the finished file `part`, open as `fd`, its final name on the same disk, durably; raises `CacheError`."""
+    try:
+        _fsync(fd)
+        _rename(part, target)
+        fsync_directory(target.parent)
+    except OSError as error:
+        raise _explain(error, target) from error

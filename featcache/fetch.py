@@ -1,0 +1,251 @@
+"""One shard file from another place: continued where it stopped, checked block by block, never twice what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from featcache.errors import CacheError
+from featcache.remote import Location, Missing
+from featcache.store import blocks as hashes
+from featcache.store import files
+from featcache.store.blocks import ShardBlocks, blocks_limit, blocks_path, check_block, parse_blocks
+from featcache.store.layout import index_bytes, sample_bytes, shard_samples
+from featcache.store.manifest import Manifest
+from featcache.store.verify import ShardFileEntry
+from featcache.store.writer import check_checksums, checksums_path
+
+Progress = Callable[[int], None]
+
+# Of a block that comes damaged, and of a whole shard without hashes of its blocks.
+TRIES = 3
+_TELL = "tell whoever shares the cache; featcache verify checks it at its source"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A file as the manifest wants it: length and SHA-256, and the hashes of its blocks where there are any."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+    blocks: ShardBlocks | None
+
+
+def checksums_limit(manifest: Manifest) -> int:
+    """The most bytes that a `SHA256SUMS` file may have."""
+    return manifest.n_shards * 160
+
+
+def read_checksums(place: Location, manifest: Manifest, array: str) -> list[str]:
+    """The SHA-256 of an array's shards, from a place; raises `CacheError` unless the manifest names that file."""
+    name = checksums_path(manifest, array)
+    data = _metadata(place, name, checksums_limit(manifest))
+    return check_checksums(data, manifest, array, f"{place.url}/{name}")
+
+
+def read_blocks(place: Location, manifest: Manifest, array: str) -> list[ShardBlocks] | None:
+    """The hashes of an array's blocks, from a place; None where the manifest names none."""
+    if array not in manifest.blocks:
+        return None
+    name = blocks_path(manifest, array)
+    return parse_blocks(_metadata(place, name, blocks_limit(manifest, array)), manifest, array, f"{place.url}/{name}")
+
+
+def _metadata(place: Location, name: str, limit: int) -> bytes:
+    try:
+        return place.read_whole(name, limit)[0]
+    except Missing as error:
+        raise is_missing(place, name) from error
+
+
+def is_missing(place: Location, name: str) -> CacheError:
+    return CacheError(f"{place.url}/{name} is missing", remedy=_TELL)
+
+
+def wanted(
+    place: Location, manifest: Manifest, entry: ShardFileEntry, sha256: str, blocks: ShardBlocks | None
+) -> Wanted:
+    """What the file of `entry` must be. Only a compressed one without blocks has to be asked for its length, which is
+    believed as far as it is possible.
+    """
+    n_bytes = entry.n_bytes if entry.n_bytes is not None else blocks.n_bytes if blocks is not None else None
+    if n_bytes is None:
+        try:
+            n_bytes = place.size(entry.name)
+        except Missing as error:
+            raise is_missing(place, entry.name) from error
+        if n_bytes > _most_bytes(manifest, entry):
+            raise CacheError(f"{place.url}/{entry.name} is damaged: it cannot have {n_bytes} bytes", remedy=_TELL)
+    return Wanted(name=entry.name, n_bytes=n_bytes, sha256=sha256, blocks=blocks)
+
+
+def _most_bytes(manifest: Manifest, entry: ShardFileEntry) -> int:
+    """The most bytes that a compressed shard may have: zstd and blosc hardly lengthen what they cannot shorten."""
+    dtype, shape = manifest.arrays[entry.array]
+    length = sample_bytes(dtype, shape)
+    n = shard_samples(manifest.dataset.count, manifest.shard_size, entry.shard)
+    return n * (length + length // 64 + 1024) + index_bytes(manifest.shard_size)
+
+
+def fetch(
+    place: Location,
+    file: Wanted,
+    target: Path,
+    partial: Path,
+    *,
+    damaged: Path | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Bring one file from `place` to `target`, which takes its name only if every byte is right. Returns the bytes that
+    came over the wire.
+
+    What has come so far is kept in `partial` (on the same disk), also when the process is killed, and is checked again
+    before it is continued: with hashes of blocks after its last whole block, else after its last byte. Blocks that are
+    right in the file `damaged` are taken from there.
+
+    Raises `CacheError` if it cannot be had or its bytes are wrong, several times.
+    """
+    files.make_directory(partial.parent)
+    try:
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise CacheError(f"{partial} cannot be used: {error.strerror}", remedy=f"rm {partial}") from error
+    try:
+        if file.blocks is not None:
+            n_bytes = _fetch_blocks(place, file, file.blocks, fd, partial, damaged, progress)
+        else:
+            n_bytes = _fetch_bytes(place, file, fd, partial, progress)
+        files.publish(fd, partial, target)
+        return n_bytes
+    except Missing as error:
+        raise is_missing(place, file.name) from error
+    finally:
+        os.close(fd)
+
+
+def _damaged(place: Location, file: Wanted, what: str) -> CacheError:
+    return CacheError(f"{place.url}/{file.name} is damaged: {what}", remedy=_TELL)
+
+
+def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> int:
+    """A file without hashes of blocks: checked as a whole, at the end."""
+    fetched = 0
+    for _ in range(TRIES):
+        digest, position = hashlib.sha256(), 0
+        os.lseek(fd, 0, os.SEEK_SET)
+        while data := os.read(fd, hashes.BLOCK_BYTES):
+            digest.update(data)
+            position += len(data)
+        if position > file.n_bytes:
+            os.ftruncate(fd, 0)
+            continue
+        for data in place.chunks(file.name, position, file.n_bytes):
+            files.append(fd, data, partial)
+            digest.update(data)
+            fetched += len(data)
+            if progress is not None:
+                progress(len(data))
+        if digest.hexdigest() == file.sha256:
+            return fetched
+        os.ftruncate(fd, 0)
+    raise _damaged(place, file, "its bytes do not match the recorded SHA-256")
+
+
+def _fetch_blocks(
+    place: Location,
+    file: Wanted,
+    blocks: ShardBlocks,
+    fd: int,
+    partial: Path,
+    damaged: Path | None,
+    progress: Progress | None,
+) -> int:
+    """A file with hashes of its blocks: each is checked before it is written."""
+    if blocks.n_bytes != file.n_bytes:
+        raise _damaged(place, file, "its manifest and the hashes of its blocks disagree about its length")
+    digest, start = hashlib.sha256(), 0
+    for index, data in _right_blocks(fd, blocks, stop_at_wrong=True):
+        digest.update(data)
+        start = index * hashes.BLOCK_BYTES + len(data)
+    os.ftruncate(fd, start)
+    os.lseek(fd, start, os.SEEK_SET)
+    fetched = 0
+    with contextlib.ExitStack() as stack:
+        here: set[int] = set()
+        old = -1
+        if damaged is not None:
+            with contextlib.suppress(OSError):
+                old = os.open(damaged, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                stack.callback(os.close, old)
+                here = {index for index, _ in _right_blocks(old, blocks)}
+        while start < file.n_bytes:
+            index = start // hashes.BLOCK_BYTES
+            if index in here:
+                data = os.pread(old, hashes.BLOCK_BYTES, start)
+                with contextlib.suppress(CacheError):
+                    check_block(blocks, index, data, file.name)
+                    files.append(fd, data, partial)
+                    digest.update(data)
+                    start += len(data)
+                    continue
+                here.discard(index)  # it has changed since
+            stop = min([i * hashes.BLOCK_BYTES for i in here if i > index], default=file.n_bytes)
+            for data in verified_blocks(place, file.name, blocks, start, stop):
+                files.append(fd, data, partial)
+                digest.update(data)
+                start += len(data)
+                fetched += len(data)
+                if progress is not None:
+                    progress(len(data))
+    if digest.hexdigest() != file.sha256:
+        raise _damaged(place, file, "the hashes of its blocks contradict its SHA-256")
+    return fetched
+
+
+def _right_blocks(fd: int, blocks: ShardBlocks, *, stop_at_wrong: bool = False) -> Iterator[tuple[int, bytes]]:
+    """The blocks of an open file that are what they must be."""
+    for index in range(-(-blocks.n_bytes // hashes.BLOCK_BYTES)):
+        data = os.pread(fd, hashes.BLOCK_BYTES, index * hashes.BLOCK_BYTES)
+        try:
+            # A file that is too long ends in a block that is too long.
+            check_block(blocks, index, data[: blocks.n_bytes - index * hashes.BLOCK_BYTES], "")
+        except CacheError:
+            if stop_at_wrong:
+                return
+            continue
+        yield index, data[: blocks.n_bytes - index * hashes.BLOCK_BYTES]
+
+
+def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int, stop: int) -> Iterator[bytes]:
+    """The blocks between `start` (a block's beginning) and `stop`, each checked; one that is wrong is fetched again.
+
+    Raises `Missing`, and `CacheError` for one that is wrong several times.
+    """
+    failures = 0
+    while start < stop:
+        index = start // hashes.BLOCK_BYTES
+        block = bytearray()
+        with contextlib.closing(place.chunks(name, start, stop)) as chunks:
+            for data in chunks:
+                block += data
+                while block and len(block) >= min(hashes.BLOCK_BYTES, stop - start):
+                    whole = bytes(block[: hashes.BLOCK_BYTES])
+                    try:
+                        check_block(blocks, index, whole, f"{place.url}/{name}")
+                    except CacheError as error:
+                        failures += 1
+                        if failures == TRIES:
+                            raise CacheError(f"{error.what} ({TRIES} times)", remedy=_TELL) from error
+                        break
+                    del block[: hashes.BLOCK_BYTES]
+                    yield whole
+                    failures = 0
+                    start, index = start + len(whole), index + 1
+                else:
+                    continue
+                break  # ask for that block again
