@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featcache.console import ByteBar, console, safe
 from featcache.errors import UserError
 from featcache.redact import redact
+
+if TYPE_CHECKING:
+    from featcache.store.verify import Report
 
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. [default: all]")]
@@ -82,6 +85,21 @@ def verify(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
     threads: Annotated[int | None, typer.Option(help="[default: one a core; 8 for a URL]")] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="Read only this part, drawn at random: 1% or 0.01. [default: every byte]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of --sample. [default: a fresh one]", min=0)] = None,
+    since_last: Annotated[
+        bool, typer.Option("--since-last", help="Only shards that no earlier verification found as they are now.")
+    ] = False,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record",
+            help="Note beside the cache when it was verified, how, and by whom. [default: --record; not at a URL]",
+            show_default=False,
+        ),
+    ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Encode damaged shards again from the images.")] = False,
     data: Annotated[str | None, typer.Option(help="Image folder, for --repair. Default as for build.")] = None,
     weights_dir: Annotated[Path | None, typer.Option(help="Pretrained weights, for --repair.")] = None,
@@ -89,39 +107,68 @@ def verify(
     captions: Annotated[Path | None, typer.Option(help="Table of captions, for --repair of text features.")] = None,
 ) -> None:
     """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
-    from featcache.describe import size_text
+    import shlex
+
+    from featcache import verified
     from featcache.remote import is_remote
     from featcache.share import verify_remote
-    from featcache.store.verify import repair_metadata
+    from featcache.store.verify import parse_fraction, repair_metadata
     from featcache.store.verify import verify as check
 
-    remote = is_remote(cache)
-    if remote and repair:
-        raise UserError(
-            f"{cache} cannot be repaired where it lies",
-            remedy="Repair the cache it was pushed from and push it again, or pull it to a folder first.",
-        )
-    with ByteBar("checking") as bar:
-        if remote:
-            report = verify_remote(cache, features=_split(features), threads=threads or 8, progress=bar.advance)
-        else:
-            report = check(Path(cache), features=_split(features), threads=threads, progress=bar.advance)
-    for problem in report.problems:
-        console.print(f"[red]damaged[/red] {problem}")
+    names, remote = _split(features), is_remote(cache)
+    fraction = None if sample is None else parse_fraction(sample)
+    for wrong, other in (("--repair", repair), ("--since-last", since_last)):
+        if other and remote:
+            raise UserError(
+                f"{wrong} is for a cache on this machine, and {redact(cache)} is not",
+                remedy="Leave it out, or pull the cache to a folder first.",
+            )
+        if other and fraction is not None:
+            raise UserError(f"{wrong} and --sample exclude each other", remedy="Leave one of them out.")
+    if seed is not None and fraction is None:
+        raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
+    keep = not remote if record is None else record
+
+    def checked() -> Report:
+        with ByteBar("checking") as bar:
+            if remote:
+                return verify_remote(
+                    cache, features=names, threads=threads or 8, fraction=fraction, seed=seed, progress=bar.advance
+                )
+            return check(
+                Path(cache),
+                features=names,
+                threads=threads,
+                fraction=fraction,
+                seed=seed,
+                since_last=since_last,
+                remember=keep,
+                progress=bar.advance,
+            )
+
+    def noted(report: Report) -> None:
+        reason = verified.record(cache, report, names) if keep else None
+        if reason is not None:
+            console.print(f"[yellow]not recorded[/yellow]: {safe(reason)}")
+
+    report = checked()
+    _show_problems(report, "damaged")
+    noted(report)
     if report.ok:
-        console.print(f"{cache}: sound ({report.n_files} files, {size_text(report.n_bytes)})")
+        console.print(f"{safe(redact(cache))}: sound ({_how_much(report)})")
         return
+    where = safe(shlex.quote(redact(cache)))
     if remote:
         console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
         raise typer.Exit(1)
     if not repair:
-        console.print(f"{_counted(report.problems)}; type: featcache verify {cache} --repair")
+        console.print(f"{_counted(report.problems)}; type: featcache verify {where} --repair")
         raise typer.Exit(1)
     from featcache.repair import repair_shards
 
     folder = Path(cache)
     for name in repair_metadata(folder):
-        console.print(f"metadata written again: {name}")
+        console.print(f"metadata written again: {safe(name)}")
     if report.damaged:
         from featcache.progress import RichProgress
 
@@ -135,13 +182,34 @@ def verify(
                 progress=progress,
                 captions=captions,
             )
-    with ByteBar("checking") as bar:
-        again = check(folder, features=_split(features), threads=threads, progress=bar.advance)
-    for problem in again.problems:
-        console.print(f"[red]still damaged[/red] {problem}")
+    again = checked()
+    _show_problems(again, "still damaged")
+    noted(again)
     if not again.ok:
         raise typer.Exit(1)
-    console.print(f"{cache}: repaired and sound")
+    console.print(f"{safe(cache)}: repaired and sound")
+
+
+_SHOWN_PROBLEMS = 100
+
+
+def _show_problems(report: Report, word: str) -> None:
+    for problem in report.problems[:_SHOWN_PROBLEMS]:
+        console.print(f"[red]{word}[/red] {safe(problem)}")
+    rest = len(report.problems) - _SHOWN_PROBLEMS
+    if rest > 0:
+        console.print(f"[red]{word}[/red] and {rest} more")
+
+
+def _how_much(report: Report) -> str:
+    from featcache.describe import size_text
+
+    words = f"{report.n_files} files, {size_text(report.n_bytes)}"
+    if report.fraction is not None:
+        return f"a sample of {100 * report.fraction:g} %: {words}; again with --seed {report.seed}"
+    if report.since_last:
+        return f"{words} read, {report.n_unread} shards as they were when last verified"
+    return words
 
 
 def _confirmed(question: str) -> bool:

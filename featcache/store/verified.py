@@ -116,7 +116,9 @@ def dump(entries: Sequence[Verification]) -> bytes:
 
 def parse(data: bytes, where: str) -> list[Verification]:
     """The entries of a record, the latest last; raises `CacheError` for anything but what `dump` writes."""
-    damaged = CacheError(f"{where} is damaged: it is no record of verifications", remedy="remove it: it is no part of the cache")
+    damaged = CacheError(
+        f"{where} is damaged: it is no record of verifications", remedy="remove it: it is no part of the cache"
+    )
     if len(data) > MAX_BYTES:
         raise damaged
     value = load_json(data, where)

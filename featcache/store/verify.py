@@ -129,11 +129,11 @@ def shard_files(manifest: Manifest, features: Iterable[str] | None = None) -> It
     """Every shard file of the cache (or of some features), by name relative to the cache, one by one."""
     if not manifest.features:
         return
-    for array in _arrays(manifest, features):
-        yield from _array_files(manifest, array)
+    for array in arrays_with_files(manifest, features):
+        yield from array_files(manifest, array)
 
 
-def _arrays(manifest: Manifest, features: Iterable[str] | None = None) -> list[str]:
+def arrays_with_files(manifest: Manifest, features: Iterable[str] | None = None) -> list[str]:
     """The arrays whose shard files are separate: in a cache of tars one stands for all."""
     if manifest.format == "wds":
         return sorted(manifest.arrays)[:1]
@@ -141,8 +141,8 @@ def _arrays(manifest: Manifest, features: Iterable[str] | None = None) -> list[s
     return [array for feature in sorted(wanted) for array in manifest.features[feature].arrays]
 
 
-def _array_files(manifest: Manifest, array: str, shards: Iterable[int] | None = None) -> Iterator[ShardFileEntry]:
-    """The files of one array, or some of them."""
+def array_files(manifest: Manifest, array: str, shards: Iterable[int] | None = None) -> Iterator[ShardFileEntry]:
+    """The shard files of one array, or some of them."""
     count, size = manifest.dataset.count, manifest.shard_size
     numbers = range(manifest.n_shards) if shards is None else shards
     if manifest.format == "wds":
@@ -181,6 +181,10 @@ def parse_fraction(text: str) -> float:
     return value
 
 
+def fresh_seed() -> int:
+    return random.SystemRandom().randrange(1 << 32)
+
+
 def verify(
     path: str | Path,
     *,
@@ -211,7 +215,7 @@ def verify(
     """
     path = Path(path)
     if fraction is not None and seed is None:
-        seed = random.SystemRandom().randrange(1 << 32)
+        seed = fresh_seed()
     plan = _Plan(fraction, seed, since_last, remember, threads or os.cpu_count() or 1, progress)
     checked = _Checked()
     previous: Manifest | None = None
@@ -228,7 +232,9 @@ def verify(
         if missing:
             have = ", ".join(sorted(manifest.features)) or "nothing"
             raise CacheError(f"{path} does not hold {', '.join(missing)}", remedy=f"it holds {have}")
-        again = [array for array in _arrays(manifest, features) if _must_check(array, manifest, previous, checked)]
+        again = [
+            array for array in arrays_with_files(manifest, features) if _must_check(array, manifest, previous, checked)
+        ]
         checked.problems.clear()
         _check(path, manifest, data, again, plan, checked)
         if fraction is None and not checked.problems:
@@ -386,7 +392,9 @@ def _check_array(
         except CacheError as error:
             checked.problems.append(Problem(path=str(path / where), what=error.what))
     ledger = Ledger(path, array, manifest.checksums[array], manifest.n_shards)
-    parts = _sampled(manifest, array, blocks, plan)
+    parts = None
+    if plan.fraction is not None and plan.seed is not None:
+        parts = sampled(manifest, array, blocks, plan.fraction, plan.seed)
     most_bytes = _most_bytes(manifest, array)
     n_files = n_read = n_unread = 0
 
@@ -395,7 +403,7 @@ def _check_array(
         digests = _recorded_digests(recorded, manifest, array)
         chosen = range(manifest.n_shards) if parts is None else sorted(parts)
         position = 0
-        for entry in _array_files(manifest, array, chosen):
+        for entry in array_files(manifest, array, chosen):
             if checked.full:
                 return
             lost = None if recorded is None else ""
@@ -429,7 +437,7 @@ def _check_array(
 
 def _most_bytes(manifest: Manifest, array: str) -> int:
     """The longest that a shard file can be, compressed samples included: those that do not compress grow a little."""
-    entry = next(_array_files(manifest, array))
+    entry = next(array_files(manifest, array))
     if entry.n_bytes is not None:
         return entry.n_bytes
     length = sample_bytes(*manifest.arrays[array])
@@ -454,23 +462,21 @@ def _recorded_digests(data: bytes | None, manifest: Manifest, array: str) -> Ite
         yield line[:64].decode("ascii", "replace") if line[64:] == f"  {name}\n".encode() else ""
 
 
-def _sampled(
-    manifest: Manifest, array: str, blocks: list[ShardBlocks] | None, plan: _Plan
-) -> dict[int, list[int] | None] | None:
-    """Shard -> its blocks to read (None: the whole shard) of a sample; None where all of the array is read.
+def sampled(
+    manifest: Manifest, array: str, blocks: list[ShardBlocks] | None, fraction: float, seed: int
+) -> dict[int, list[int] | None]:
+    """Shard -> its blocks to read (None: the whole shard) of a sample of an array.
 
     A function of the seed, the array and the number of its blocks (or shards) alone.
     """
-    if plan.fraction is None:
-        return None
-    draw = random.Random(f"{plan.seed}/{array}")
+    draw = random.Random(f"{seed}/{array}")
     if blocks is None:
         n = manifest.n_shards
-        return dict.fromkeys(draw.sample(range(n), math.ceil(plan.fraction * n)))
+        return dict.fromkeys(draw.sample(range(n), math.ceil(fraction * n)))
     firsts = np.cumsum([0, *(n_blocks(shard.n_bytes) for shard in blocks)])
     total = int(firsts[-1])
     found: dict[int, list[int] | None] = {}
-    for index in sorted(draw.sample(range(total), math.ceil(plan.fraction * total))):
+    for index in sorted(draw.sample(range(total), math.ceil(fraction * total))):
         shard = int(np.searchsorted(firsts, index, side="right")) - 1
         of_shard = found.setdefault(shard, [])
         assert of_shard is not None
@@ -686,7 +692,7 @@ def repair_metadata(path: str | Path) -> list[str]:
         for name, content in metadata_files(manifest).items():
             if not _equals(path, name, content):
                 write(name, content)
-        for array in _arrays(manifest):
+        for array in arrays_with_files(manifest):
             for name, content in _lost_hashes(path, manifest, array).items():
                 write(name, content)
     return rewritten
@@ -709,7 +715,7 @@ def _lost_hashes(path: Path, manifest: Manifest, array: str) -> dict[str, bytes]
     if not lost:
         return {}
     digests, blocks = [], []
-    for entry in _array_files(manifest, array):
+    for entry in array_files(manifest, array):
         try:
             fd = os.open(files.inside(path, entry.name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (OSError, CacheError):
@@ -721,7 +727,7 @@ def _lost_hashes(path: Path, manifest: Manifest, array: str) -> dict[str, bytes]
         digests.append(digest)
         blocks.append(of_shard or ShardBlocks(0, b""))
     folder = checksums_path(manifest, array).rpartition("/")[0]
-    names = [entry.name.removeprefix(f"{folder}/") for entry in _array_files(manifest, array)]
+    names = [entry.name.removeprefix(f"{folder}/") for entry in array_files(manifest, array)]
     made = {
         checksums_path(manifest, array): checksums_text(digests, names),
         blocks_path(manifest, array): blocks_bytes(blocks),

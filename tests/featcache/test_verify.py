@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,14 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_helpers import SHARD_SIZE, add, base_features, build, corrupt, dataset, moments, tokens, tree
+from store_helpers import add, base_features, build, corrupt, dataset, tokens, tree
 
 from featcache.errors import CacheError, UserError
-from featcache.store import CacheWriter, FeatureSpec, files, manage
+from featcache.share import pull, push, verify_remote
+from featcache.store import CacheWriter, FeatureSpec, files, manage, verified
 from featcache.store import verify as verification
 from featcache.store.layout import canonical_json
 from featcache.store.root import cache_digest, read_root, root_bytes
+from featcache.store.verified import Verification
 from featcache.store.verify import parse_fraction, repair_metadata, verify
+from featcache.verified import last, record
 
 WDS = {"format": "wds"}
 
@@ -225,7 +227,9 @@ def test_a_million_shards_in_a_small_manifest(tmp_path: Path) -> None:
     hostile_manifest(path, 1 << 20)
     assert (path / "zarr.json").stat().st_size < 8192
     started = time.monotonic()
-    peak = peak_mib("r = verify(sys.argv[1]); assert not r.ok and len(r.problems) <= 100_100, len(r.problems)", str(path))
+    peak = peak_mib(
+        "r = verify(sys.argv[1]); assert not r.ok and len(r.problems) <= 100_100, len(r.problems)", str(path)
+    )
     assert peak < 150
     assert time.monotonic() - started < 120
 
@@ -426,3 +430,139 @@ def test_a_cache_is_left_as_it_was_unless_asked(tmp_path: Path) -> None:
     verify(path, since_last=True)
     verify(path, fraction=0.5)
     assert tree(path) == before
+
+
+# The record
+
+
+def entry(**changes) -> Verification:
+    values = {"at": "2026-11-21T14:30:00Z", "by": "ann@lab", "version": "0.1.0", "digest": "0" * 64, "mode": "whole"}
+    return Verification(**{**values, "n_files": 3, "n_bytes": 4, "n_problems": 0, **changes})
+
+
+def test_the_record_keeps_the_latest_and_no_digest_covers_it(tmp_path: Path) -> None:
+    path = build(tmp_path / "cache")
+    before, digest = tree(path), cache_digest(read_root(path))
+    for seed in range(verified.MAX_ENTRIES + 5):
+        verified.record(path, verified.of_report(verify(path, fraction=0.5, seed=seed), ["tiny@5"]))
+    found = verified.read(path)
+    assert [e.seed for e in found] == list(range(5, verified.MAX_ENTRIES + 5))
+    assert (found[-1].digest, found[-1].mode, found[-1].fraction) == (digest, "sample", 0.5)
+    assert found[-1].sound
+    assert "@" in found[-1].by
+    assert {n: b for n, b in tree(path).items() if not n.startswith(".featcache/")} == before
+    assert cache_digest(read_root(path)) == digest
+    assert "changed since" not in found[-1].words(read_root(path))
+    add(path, [tokens("new@1")])
+    assert "changed since" in found[-1].words(read_root(path))
+    assert verified.read(path) == found  # a builder that finishes leaves it
+
+
+def test_a_record_is_bounded(tmp_path: Path) -> None:
+    long = entry(by="x" * 256, features=tuple("f" * 120 + f"{i:03d}" for i in range(64)))
+    data = verified.dump([long] * 40)
+    assert len(data) <= verified.MAX_BYTES
+    assert 2 <= len(verified.parse(data, "x")) < 20
+    with pytest.raises(CacheError, match="no record"):
+        verified.parse(data + b" " * verified.MAX_BYTES, "x")
+
+
+def odd_records() -> list[object]:
+    good = json.loads(verified.dump([entry()]))
+    (item,) = good["verifications"]
+    changes = [
+        {"at": "yesterday"},
+        {"at": 5},
+        {"by": ""},
+        {"by": "x" * 300},
+        {"digest": "0" * 63},
+        {"mode": "none"},
+        {"mode": "sample"},
+        {"n_files": -1},
+        {"n_bytes": 1.5},
+        {"n_problems": True},
+        {"fraction": 0.5},
+        {"seed": -1},
+        {"features": "tiny"},
+        {"features": [5]},
+        {"features": ["x"] * 65},
+        {"extra": 1},
+    ]
+    odd: list[object] = [{**good, "verifications": [{**item, **change}]} for change in changes]
+    odd += [{**good, "verifications": [item] * 21}, {**good, "format": 2}, {**good, "more": 1}, [], None, 5]
+    odd += [{**good, "verifications": {}}, {**good, "verifications": [5]}]
+    return odd
+
+
+@pytest.mark.parametrize("value", odd_records())
+def test_a_damaged_record_is_refused_and_begun_anew(tmp_path: Path, value: object) -> None:
+    path = build(tmp_path / "cache", [tokens()], count=2, shard_size=2)
+    assert verified.parse(verified.dump([entry()]), "x") == [entry()]
+    (path / ".featcache").mkdir()
+    (path / verified.NAME).write_bytes(canonical_json(value))
+    with pytest.raises(CacheError):
+        verified.read(path)
+    verified.record(path, entry())
+    assert verified.read(path) == [entry()]
+
+
+def test_a_record_behind_a_link_is_not_followed(tmp_path: Path) -> None:
+    path = build(tmp_path / "cache")
+    (tmp_path / "outside").mkdir()
+    (path / ".featcache").symlink_to(tmp_path / "outside")
+    with pytest.raises(CacheError, match="link"):
+        verified.record(path, entry())
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_verify_as_typed(tmp_path: Path, cli) -> None:
+    path = build(tmp_path / "cache")
+    done = cli("featcache", "verify", "cache", "--sample", "10%", "--seed", "7")
+    assert done.returncode == 0, done.stderr
+    assert "a sample of 10 %" in done.stdout
+    assert "--seed 7" in done.stdout
+    assert cli("featcache", "verify", "cache", "--since-last").returncode == 0
+    done = cli("featcache", "verify", "cache", "--since-last")
+    assert "as they were when last verified" in done.stdout
+    assert [e.mode for e in verified.read(path)] == ["sample", "since-last", "since-last"]
+    (path / "tiny@5" / "c.1.0.0").unlink()
+    done = cli("featcache", "verify", "cache", "--no-record")
+    assert done.returncode == 1
+    done = cli("featcache", "info", "cache")
+    assert "sound: what had changed" in done.stdout
+    done = cli("featcache", "verify", "cache", "--sample", "lots")
+    assert (done.returncode, "1%" in done.stderr) == (2, True)
+    done = cli("featcache", "verify", "cache", "--seed", "5")
+    assert done.returncode == 2
+
+
+# At a URL
+
+
+def test_a_sample_of_a_remote_cache_and_its_record(tmp_path: Path, s3_bucket: str, cli) -> None:
+    path = big(tmp_path / "cache")
+    url = f"s3://{s3_bucket}/caches/wide"
+    push(str(path), url)
+    read: list[int] = []
+    report = verify_remote(url, fraction=0.2, seed=3, progress=read.append)
+    assert report.ok
+    assert (report.seed, report.digest) == (3, cache_digest(read_root(path)))
+    assert 0 < sum(read) < 0.75 * verify(path).n_bytes
+    assert sum(read) == sum(_read_by(path, 3))  # the same blocks as of a local copy
+    assert last(url) is None
+    assert record(url, report, None) is None
+    done = cli("featcache", "verify", url, "--record")
+    assert done.returncode == 0, done.stderr
+    found = last(url)
+    assert found is not None
+    assert (found.mode, found.digest) == ("whole", report.digest)
+    pulled = tmp_path / "pulled"
+    pull(url, pulled)
+    assert cache_digest(read_root(pulled)) == report.digest
+    assert "can only be read" in (record("http://127.0.0.1:9/x", report, None) or "")
+
+
+def _read_by(path: Path, seed: int) -> list[int]:
+    read: list[int] = []
+    verify(path, fraction=0.2, seed=seed, progress=read.append)
+    return read
