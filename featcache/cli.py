@@ -10,7 +10,7 @@ import typer
 
 from featcache import commands
 from featcache.cli_build import build
-from featcache.console import console, run_app
+from featcache.console import console, run_app, safe
 from featcache.errors import UserError
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ def inspect(
     name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name
     target = out or Path(f"{name}.png")
     save_sheet(opened, target, data=data, count=count)
-    console.print(f"picture: [bold]{target}[/bold]")
+    console.print(f"picture: [bold]{safe(target)}[/bold]")
 
 
 def _images_at_hand(cache: Any) -> str | None:

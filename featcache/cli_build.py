@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from featcache.console import console
+from featcache.console import console, safe
 from featcache.errors import UserError
 
 _SOURCES = (
@@ -148,11 +148,13 @@ def build(
     if not result.first:
         return
     if not result.encoded:
-        console.print(f"{result.path} is complete already: nothing to encode")
+        console.print(f"{safe(result.path)} is complete already: nothing to encode")
     if result.skipped:
         console.print(f"[yellow]skipped {len(result.skipped)} bad images[/yellow], recorded in the manifest")
     images = result.count - len(result.skipped)
-    console.print(f"cache: [bold]{result.path}[/bold]   ({images} images)   next: featcache info {result.path}")
+    console.print(
+        f"cache: [bold]{safe(result.path)}[/bold]   ({images} images)   next: featcache info {safe(result.path)}"
+    )
 
 
 def _say_difference(data: str, path: Path, decoder: str) -> None:
@@ -168,7 +170,7 @@ def _say_difference(data: str, path: Path, decoder: str) -> None:
     order = sample_order(len(source), seed=dataset.order_seed)[: min(32, dataset.count)]
     found = difference(source, [int(i) for i in order], resolution, decoder)
     console.print(
-        f"--decode {decoder} against pil on {found.images} images: {found.mean:.3g} grey levels on average, "
+        f"--decode {safe(decoder)} against pil on {found.images} images: {found.mean:.3g} grey levels on average, "
         f"{found.largest} at most, {found.psnr_db:.1f} dB"
     )
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featcache.console import ByteBar, console, safe
+from featcache.console import ByteBar, console, plain, safe
 from featcache.errors import UserError
-from featcache.redact import redact
 
 if TYPE_CHECKING:
     from featcache.store.verify import Report
@@ -54,7 +53,7 @@ def list_caches(
         for listed in list_remote(place):
             names = [n for n in listed.manifest.features if n not in hidden]
             count = str(listed.manifest.dataset.count)
-            table.add_row(safe(redact(listed.url)), count, size_text(listed.n_bytes), safe(" ".join(names)))
+            table.add_row(safe(listed.url), count, size_text(listed.n_bytes), safe(" ".join(names)))
     else:
         from featcache.store import manage
 
@@ -120,7 +119,7 @@ def verify(
     for wrong, other in (("--repair", repair), ("--since-last", since_last)):
         if other and remote:
             raise UserError(
-                f"{wrong} is for a cache on this machine, and {redact(cache)} is not",
+                f"{wrong} is for a cache on this machine, and {cache} is not",
                 remedy="Leave it out, or pull the cache to a folder first.",
             )
         if other and fraction is not None:
@@ -155,9 +154,9 @@ def verify(
     _show_problems(report, "damaged")
     noted(report)
     if report.ok:
-        console.print(f"{safe(redact(cache))}: sound ({_how_much(report)})")
+        console.print(f"{safe(cache)}: sound ({_how_much(report)})")
         return
-    where = safe(shlex.quote(redact(cache)))
+    where = safe(shlex.quote(cache))
     if remote:
         console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
         raise typer.Exit(1)
@@ -238,7 +237,7 @@ def remove(
         import featcache
 
         featcache.open(cache).require(names)
-    if not yes and not _confirmed(f"remove {what}{' for good' if now else ''}?"):
+    if not yes and not _confirmed(plain(f"remove {what}{' for good' if now else ''}?")):
         raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
     place = cache if names else cache.parent
     if names:
@@ -297,7 +296,9 @@ def push(
 
     with ByteBar("pushing") as bar:
         done = share.push(cache, url, features=_split(features), threads=threads, progress=bar.advance)
-    console.print(f"{url}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there")
+    console.print(
+        f"{safe(url)}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there"
+    )
 
 
 def pull(
@@ -318,7 +319,7 @@ def pull(
             url, folder, features=_split(features), samples=samples, threads=threads, progress=bar.advance
         )
     console.print(
-        f"{folder}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
+        f"{safe(folder)}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
     )
 
 
@@ -345,7 +346,7 @@ def convert(
             compressor=compressor,
             progress=bar.advance,
         )
-    console.print(f"{target}: {manifest.dataset.count} samples as {to}")
+    console.print(f"{safe(target)}: {manifest.dataset.count} samples as {to}")
 
 
 def import_latents(
@@ -363,7 +364,7 @@ def import_latents(
     target = out or Path("caches") / f"{source.resolve().name}-{layout}"
     with ByteBar("importing") as bar:
         manifest = run(ImportRequest(source=source, out=target, layout=layout, vae=vae), bar.advance)
-    console.print(f"cache: [bold]{target}[/bold]   ({manifest.dataset.count} samples)")
+    console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
 
 
 def plan(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from typing import Any
 
 from rich.console import Console
 
-from featcache.errors import UserError
+from featcache.errors import UserError, os_error
+from featcache.redact import redact
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 EXIT_USER_ERROR = 2
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130
 
 
@@ -31,7 +32,13 @@ class ByteBar:
             TransferSpeedColumn,
         )
 
-        columns = (SpinnerColumn(), TextColumn(name), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn(safe(name)),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+        )
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task(name, total=None)
 
@@ -56,12 +63,17 @@ def print_error(error: UserError) -> None:
 def safe(value: object) -> str:
     """`value` as text that a terminal shows and does not obey: for whatever a file, a manifest or a server says.
 
-    Rich's markup is escaped; control characters other than newline and tab (so terminal escapes too), and the marks
+    Secrets in URLs are hidden (`featcache.redact`). Rich's markup is escaped; control characters other than newline and tab (so terminal escapes too), and the marks
     that reorder text, become a visible `\\xNN`, lone surrogates (bytes of file names that are not UTF-8) likewise.
     """
     from rich.markup import escape
 
-    return escape("".join(_visible(character) for character in str(value)))
+    return escape(plain(value))
+
+
+def plain(value: object) -> str:
+    """As :func:`safe`, for places that know no markup, such as questions."""
+    return "".join(_visible(character) for character in redact(str(value)))
 
 
 def _visible(character: str) -> str:
@@ -73,13 +85,16 @@ def _visible(character: str) -> str:
 
 
 def run_app(app: Any) -> int:
-    """Runs a typer application; user errors become a paragraph and exit code 2, Ctrl-C exit code 130.
+    """Runs a typer application and gives the exit code: whatever goes wrong becomes one paragraph.
 
-    With ``FEATCACHE_TRACEBACK=1`` in the environment, errors are raised as they are (for developers).
+    0: done. 1: done, and the answer is no (a damaged cache). 2: something the user can put right, a disk that refuses and
+    a lack of memory included. 70: a fault of the program. 128 + n: stopped by signal n (130: Ctrl-C).
+
+    With ``FEATCACHE_DEBUG=1`` in the environment, errors are raised as they are (for developers).
     """
     import typer
 
-    if os.environ.get("FEATCACHE_TRACEBACK"):
+    if debugging():
         return int(app(standalone_mode=False) or 0)
     try:
         code = int(app(standalone_mode=False) or 0)
@@ -95,22 +110,66 @@ def run_app(app: Any) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
-        print_error(
-            UserError(
-                f"{error.strerror}: {error.filename or 'while writing'}",
-                remedy="Free space or choose another place, then run the same command again: finished work is kept.",
-            )
-        )
+        print_error(os_error(error))
         return EXIT_USER_ERROR
     except Exception as error:
         # Usage errors (unknown options, missing arguments) of typer's parser, whose classes typer does not export.
         show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        return int(getattr(error, "exit_code", EXIT_USER_ERROR))
+        if show is not None:
+            show()
+            return int(getattr(error, "exit_code", EXIT_USER_ERROR))
+        known = _known(error)
+        if known is not None:
+            print_error(known)
+            return EXIT_USER_ERROR
+        print_error(_fault(error))
+        return EXIT_FAULT
+
+
+def debugging() -> bool:
+    """Whether errors are to be raised as they are: ``FEATCACHE_DEBUG``, or its former name ``FEATCACHE_TRACEBACK``."""
+    return any(os.environ.get(name, "") not in ("", "0") for name in ("FEATCACHE_DEBUG", "FEATCACHE_TRACEBACK"))
+
+
+def _known(error: Exception) -> UserError | None:
+    """What exceptions of the interpreter and of torch mean, where that is always the same."""
+    text = _first_line(error)
+    if type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "out of memory" in text.lower() and not isinstance(error, RecursionError)
+    ):
+        return UserError(
+            f"the GPU's memory is not enough: {text}",
+            remedy="Take a smaller --batch-size (for trainer run also --set accumulate=2 or more), or end other "
+            "programs on that GPU; finished work is kept.",
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
+        return UserError(
+            f"the memory of this machine is not enough{f': {text}' if text else ''}",
+            remedy="Take a smaller --batch-size or fewer samples, or end other programs; finished work is kept.",
+        )
+    if isinstance(error, RecursionError):
+        return UserError(
+            "a file or setting is nested too deeply to be read", remedy="Look at what was passed to the command."
+        )
+    return None
+
+
+def _fault(error: Exception) -> UserError:
+    line = _first_line(error)
+    return UserError(
+        f"an unforeseen fault ended the command: {type(error).__name__}{f': {line}' if line else ''}",
+        remedy="Work that was finished before is kept, and the same command continues it. This is a fault of the program: "
+        "please report it where you got the program from, with the command, this message and what "
+        "FEATCACHE_DEBUG=1 set before the same command prints.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # an exception whose own text fails
+        return ""
+    return lines[0][:300] if lines else ""
 
 
 def _interrupted() -> int:

@@ -36,22 +36,22 @@ def print_info(cache: Any, place: str | None = None) -> None:
     place: the path or URL that the cache was opened by.
     """
     manifest, dataset = cache.manifest, cache.manifest.dataset
-    console.print(f"[bold]{cache.path}[/bold]   fingerprint {cache.fingerprint[:16]}")
+    console.print(f"[bold]{safe(cache.path)}[/bold]   fingerprint {cache.fingerprint[:16]}")
     console.print(
-        f"{len(cache)} images of {len(dataset.class_names)} classes from {dataset.source}; "
-        f"{dataset.preprocessing['resolution']} px {dataset.preprocessing['crop']}; "
+        f"{len(cache)} images of {len(dataset.class_names)} classes from {safe(dataset.source)}; "
+        f"{safe(dataset.preprocessing.get('resolution'))} px {safe(dataset.preprocessing.get('crop'))}; "
         f"shards of {manifest.shard_size}; order seed {dataset.order_seed}"
         + ("; mirrored view" if dataset.flip else "")
     )
     console.print(f"verified: {_last_verification(cache, place or str(cache.path))}")
     if dataset.vae:
         console.print(
-            f"VAE {dataset.vae['name']}: {dataset.vae['latent_channels']} channels, 1/{dataset.vae['downsampling']} size, "
+            f"VAE {safe(dataset.vae['name'])}: {dataset.vae['latent_channels']} channels, 1/{dataset.vae['downsampling']} size, "
             f"scale {dataset.vae['scaling_factor']:g}"
         )
     if "text/count" in manifest.features:
         captions = manifest.features["text/count"].provenance["captions"]
-        console.print(f"captions: {captions['from']}; up to {captions['per_image']} an image")
+        console.print(f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} an image")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in (
         ("feature", "left"),
@@ -65,14 +65,14 @@ def print_info(cache: Any, place: str | None = None) -> None:
     for name, spec in manifest.features.items():
         size = spec_bytes(spec)
         origin = spec.provenance
-        weights = str(origin.get("weights", ""))
+        weights = safe(origin.get("weights", ""))
         if weights == "random":
-            weights = f"[yellow]RANDOM, seed {origin.get('seed')}[/yellow]"
+            weights = f"[yellow]RANDOM, seed {safe(origin.get('seed'))}[/yellow]"
         elif "sha256" in origin:
-            weights += f"  {str(origin['sha256'])[:12]}"
+            weights += f"  {safe(str(origin['sha256'])[:12])}"
         shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
         table.add_row(
-            name,
+            safe(name),
             shape,
             spec.codec if spec.codec != "raw" else spec.dtype,
             size_text(size),
@@ -81,4 +81,4 @@ def print_info(cache: Any, place: str | None = None) -> None:
         )
     console.print(table)
     for entry in manifest.skipped:
-        console.print(f"[yellow]skipped[/yellow] {entry.key}: {entry.reason}")
+        console.print(f"[yellow]skipped[/yellow] {safe(entry.key)}: {safe(entry.reason)}")

@@ -1,5 +1,10 @@
 """The one exception family that both command lines print as a short paragraph (exit code 2, no traceback)."""
 
+from __future__ import annotations
+
+import errno
+import os
+
 
 class UserError(Exception):
     """Something the user can put right.
@@ -21,3 +26,37 @@ class WeightsUnavailable(UserError):
 
 class CacheError(UserError):
     """A cache is missing, incomplete, damaged, of another format version, or does not hold what is asked of it."""
+
+
+_AGAIN = "then run the same command again: finished work is kept."
+_REMEDIES = {
+    errno.ENOSPC: f"Free some space, {_AGAIN}",
+    errno.EDQUOT: f"Free some space or have the quota raised, {_AGAIN}",
+    errno.EFBIG: f"Have the limit on file sizes raised (ulimit -f), {_AGAIN}",
+    errno.EACCES: f"Change its permissions or choose another place, {_AGAIN}",
+    errno.EPERM: f"Change its permissions or choose another place, {_AGAIN}",
+    errno.EROFS: f"Choose a place that can be written to, {_AGAIN}",
+    errno.EIO: f"The disk or its connection fails: check it (dmesg), {_AGAIN}",
+    errno.ESTALE: f"The network file system lost the file: mount it again, {_AGAIN}",
+    errno.ETIMEDOUT: f"Check the connection, {_AGAIN}",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "A file stands where a folder is needed: remove it or choose another place.",
+    errno.EISDIR: "A folder stands where a file is needed: remove it or choose another place.",
+    errno.ENOTEMPTY: "Something else writes there: choose another place.",
+    errno.EEXIST: "Remove it or choose another place.",
+    errno.ELOOP: "Links lead in a circle: put them right.",
+    errno.EMFILE: f"Have the limit on open files raised (ulimit -n), {_AGAIN}",
+    errno.ENFILE: f"The machine has too many files open: close programs, {_AGAIN}",
+    errno.ENOMEM: f"Free some memory, {_AGAIN}",
+}
+
+
+def os_error(error: OSError) -> UserError:
+    """What the operating system refused, in one line with the file, and what to do about it."""
+    places = [
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)
+    ]
+    what = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    where = f": {' -> '.join(places)}" if places else ""
+    return UserError(f"{what}{where}", remedy=_REMEDIES.get(error.errno or 0, f"Put that right, {_AGAIN}"))

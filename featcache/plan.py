@@ -185,7 +185,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     """The table that ``featcache plan`` shows."""
     from rich.table import Table
 
-    from featcache.console import console
+    from featcache.console import console, safe
     from featcache.describe import size_text
 
     def table(*titles: str) -> Any:
@@ -199,7 +199,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
         one = spec_bytes(spec)
         sizes.add_row(
-            spec.name,
+            safe(spec.name),
             shape,
             spec.codec if spec.codec != "raw" else spec.dtype,
             size_text(one),
@@ -215,10 +215,10 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         + (" (one of the two views)" if views > 1 else "")
     )
     fits = "fits" if total < plan.free_bytes else "[red]does not fit[/red]"
-    console.print(f"{plan.path}: {size_text(plan.free_bytes)} free on its disk, {fits}")
+    console.print(f"{safe(plan.path)}: {size_text(plan.free_bytes)} free on its disk, {fits}")
     rates = table("stage", "images/s")
     for stage, rate in plan.rates.items():
-        rates.add_row(stage, f"{rate:.3g}")
+        rates.add_row(safe(stage), f"{rate:.3g}")
     console.print(rates)
     hours, minutes = divmod(round(plan.seconds / 60), 60)
     console.print(
@@ -226,12 +226,12 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         + (" (timed with random weights)" if random else "")
     )
     for encoder, by_precision in plan.precision_rates.items():
-        speeds = table(f"encode {encoder}", "images/s")
+        speeds = table(f"encode {safe(encoder)}", "images/s")
         for kind, rate in by_precision.items():
             speeds.add_row(f"--precision {kind}", f"{rate:.3g}")
         console.print(speeds)
     for name, kinds in plan.precision.items():
-        errors = table(f"{name} against fp32", "mean cosine", "worst cosine", "relative error")
+        errors = table(f"{safe(name)} against fp32", "mean cosine", "worst cosine", "relative error")
         for kind, row in kinds.items():
             errors.add_row(
                 f"--precision {kind}",
@@ -243,7 +243,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     if plan.precision and plan.device == "cpu":
         console.print("tf32 is fp32 on a CPU: it exists on GPUs only")
     for name, codecs in plan.fidelity.items():
-        losses = table(name, "per image", "mean cosine", "worst cosine", "relative error")
+        losses = table(safe(name), "per image", "mean cosine", "worst cosine", "relative error")
         for codec, row in codecs.items():
             losses.add_row(
                 codec,

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from featcache.console import console
+from featcache.console import console, safe
 from featcache.pipeline import Meter, Stage
 
 PLAIN_EVERY_S = 10.0
@@ -62,7 +62,7 @@ class Bar:
 
     def show(self, name: str, total: int, done: int) -> None:
         """A new bar."""
-        self._task = self._progress.add_task(name, total=total, completed=done, text="")
+        self._task = self._progress.add_task(safe(name), total=total, completed=done, text="")
 
     def update(self, done: int, text: str | None = None) -> None:
         """Moves the bar; the text stays if there is no new one."""
@@ -70,11 +70,11 @@ class Bar:
             return
         self._progress.update(self._task, completed=done)
         if text is not None:
-            self._progress.update(self._task, text=text)
+            self._progress.update(self._task, text=safe(text))
 
     def warn(self, text: str) -> None:
         """A remark above the bar."""
-        console.print(f"[yellow]note:[/yellow] {text}")
+        console.print(f"[yellow]note:[/yellow] {safe(text)}")
 
 
 class RichBar(Bar):
@@ -89,7 +89,7 @@ class RichBar(Bar):
         """A new task of ``total`` units, of which ``done`` are behind it and do not count for the rate."""
         name = name or self._name
         if not console.is_terminal:
-            console.print(f"{name}: {total - done} {self._unit}")
+            console.print(f"{safe(name)}: {total - done} {self._unit}")
         self._done, self._since, self._start_s = done, done, time.monotonic()
         self.show(name, total, done)
 
@@ -116,7 +116,7 @@ class RichProgress(Bar):
     def start(self, *, total: int, done: int, note: str) -> None:
         self._total, self._done, self._since = total, done, done
         self._start_s = self._said_s = time.monotonic()
-        console.print(f"encoding {total - done} of {total} images: {note}")
+        console.print(f"encoding {total - done} of {total} images: {safe(note)}")
         self.show("encoding", total, done)
 
     def advance(self, images: int) -> None:

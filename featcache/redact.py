@@ -20,6 +20,11 @@ def redact(text: str) -> str:
     return _URL.sub(lambda match: _redact_url(match[0]), text)
 
 
+def is_redacted(text: str) -> bool:
+    """Whether `text` is a URL that lost something to `redact`, so that nothing can be opened with it."""
+    return _URL.fullmatch(text) is not None and _HIDDEN in text
+
+
 def _redact_url(url: str) -> str:
     try:
         parts = urlsplit(url)

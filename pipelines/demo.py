@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.console import console
+from featcache.console import console, safe
 from featcache.errors import UserError
 
 CACHE = Path("caches/demo")
@@ -46,7 +46,7 @@ def run_all(commands: list[str]) -> None:
         UserError: one of them failed.
     """
     for command in commands:
-        console.print(f"[bold]$ {command}[/bold]")
+        console.print(f"[bold]$ {safe(command)}[/bold]")
     cores = os.cpu_count() or 1
     # Alone, a command leaves one core to its decoding threads: OpenMP's barriers spin, and suffer when cores are short.
     threads = max(1, cores // len(commands) if len(commands) > 1 else cores - 1)
@@ -68,7 +68,7 @@ def run_all(commands: list[str]) -> None:
     def relay(method: str, process: subprocess.Popen[str]) -> None:
         for line in process.stdout or ():
             console.print(f"[dim]{method:>5} |[/dim] ", end="")
-            console.print(line.rstrip(), markup=False)
+            console.print(safe(line.rstrip()))
 
     readers = [threading.Thread(target=relay, args=(m, p)) for m, p in zip(METHODS, processes) if p.stdout is not None]
     for reader in readers:
@@ -147,7 +147,7 @@ def main() -> int:
     )
     draw_picture(RUNS / "samples.jpg")
     console.print(f"{', '.join(stages)}; {time.monotonic() - started:.0f} s in all")
-    console.print(f"report: [bold]{report.resolve()}[/bold]   (open it in a browser)")
+    console.print(f"report: [bold]{safe(report.resolve())}[/bold]   (open it in a browser)")
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featcache.console import console, run_app
+from featcache.console import console, run_app, safe
 from trainer import commands
 
 app = typer.Typer(
@@ -68,6 +68,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run of that name from its latest checkpoint.")
     ] = False,
+    expect: Annotated[
+        str | None, typer.Option(help="Digest that the cache must have (featcache info prints it).")
+    ] = None,
 ) -> None:
     """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
     given = {
@@ -91,13 +94,13 @@ def run(
 
         _leave_a_core()
         if not main:
-            train(config, resume=resume, watcher=Silent())
+            train(config, resume=resume, watcher=Silent(), expect=expect)
             return
         from trainer.progress import RichWatcher
 
         with RichWatcher() as watcher:
-            folder = train(config, resume=resume, watcher=watcher)
-        console.print(f"run: [bold]{folder}[/bold]   next: trainer eval {folder}")
+            folder = train(config, resume=resume, watcher=watcher, expect=expect)
+        console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(folder)}")
 
 
 @contextmanager
@@ -146,12 +149,20 @@ def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str]
 
 def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
     """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
+    from featcache.errors import UserError
+    from featcache.redact import is_redacted
     from trainer.config import RunConfig, apply_overrides, from_mapping, to_mapping
-    from trainer.runs import ROOT, load_config, newest_run
+    from trainer.runs import ROOT, checked_name, load_config, newest_run
 
     name = apply_overrides(values, overrides).get("name")
-    saved = to_mapping(load_config(ROOT / name if name else newest_run()))
-    return from_mapping(RunConfig, apply_overrides(saved | values, overrides))
+    run = ROOT / checked_name(str(name)) if name else newest_run()
+    config = from_mapping(RunConfig, apply_overrides(to_mapping(load_config(run)) | values, overrides))
+    if config.cache is not None and is_redacted(config.cache):
+        raise UserError(
+            f"the cache of {run}, {config.cache}, needs a password or token, and none is ever stored",
+            remedy="Pass its whole URL again: trainer run --resume --cache URL, or keep the secret in the environment.",
+        )
+    return config
 
 
 @app.command()
@@ -206,7 +217,7 @@ def sample(
     with RichBar("sampling", unit="images") as bar:
         result = sample_run(run, request, bar)
     if distributed.is_main():
-        console.print(f"images: [bold]{result.images}[/bold]   grid: {result.grid}")
+        console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")
 
 
 # Options of eval that say how to draw, so that they mean nothing where the images are there already.
@@ -331,8 +342,8 @@ def evaluate(
     if result is None:  # the main rank judges
         return
     for name, value in result.metrics.items():
-        console.print(f"{name:>24}  {value:.4g}")
-    console.print(f"report: [bold]{result.report}[/bold]")
+        console.print(f"{safe(name):>24}  {value:.4g}")
+    console.print(f"report: [bold]{safe(result.report)}[/bold]")
 
 
 @app.command()
@@ -371,7 +382,7 @@ def analyze(
     with RichBar("analysing", unit="diagnostics") as bar:
         pages = analyze_runs(runs, chosen, options, bar)
     for page in pages:
-        console.print(f"page: [bold]{page}[/bold]")
+        console.print(f"page: [bold]{safe(page)}[/bold]")
 
 
 @app.command()
@@ -384,7 +395,7 @@ def report(
     """Write the report of one run; of several, the same page as compare."""
     from trainer.evaluation import write_run_report
 
-    console.print(f"report: [bold]{write_run_report(runs, out)}[/bold]")
+    console.print(f"report: [bold]{safe(write_run_report(runs, out))}[/bold]")
 
 
 @app.command()
@@ -398,7 +409,7 @@ def recipes(
 
     found = list_recipes(text)
     for line in listing(found):
-        console.print(line, markup=False)
+        console.print(safe(line))
     console.print(f"{len(found)} recipes   next: trainer run --recipe RECIPE")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from featcache.console import console
+from featcache.console import console, safe
 
 
 def import_(
@@ -24,7 +24,7 @@ def import_(
     from trainer.exchange import import_checkpoint
 
     run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache)
-    console.print(f"run: [bold]{run}[/bold]   next: trainer sample {run}")
+    console.print(f"run: [bold]{safe(run)}[/bold]   next: trainer sample {safe(run)}")
 
 
 def export(
@@ -38,11 +38,11 @@ def export(
 ) -> None:
     """Write a run's averaged weights as a checkpoint that the public code loads."""
     from trainer.exchange import export_checkpoint
-    from trainer.runs import read_json
+    from trainer.runs import read_summary
 
-    console.print(f"checkpoint: [bold]{export_checkpoint(run, out, convention=to, step=step)}[/bold]")
-    if cache := read_json(run / "cache.json", {}).get("path"):
-        console.print(f"back again: trainer import {out} --cache {cache}", soft_wrap=True)
+    console.print(f"checkpoint: [bold]{safe(export_checkpoint(run, out, convention=to, step=step))}[/bold]")
+    if cache := (read_summary(run) or {}).get("path"):
+        console.print(f"back again: trainer import {safe(out)} --cache {safe(cache)}", soft_wrap=True)
 
 
 def stats(
@@ -66,7 +66,7 @@ def stats(
     made = write_statistics(
         images, out, network, resolution=resolution, features=features, limit=limit, batch_size=batch_size, data=data
     )
-    console.print(f"statistics of {made.count} images: [bold]{out}[/bold]")
+    console.print(f"statistics of {made.count} images: [bold]{safe(out)}[/bold]")
 
 
 def compare(
@@ -81,7 +81,7 @@ def compare(
 
     if len(runs) < 2:
         raise UserError("compare needs at least two runs", remedy="For one run: trainer report RUN")
-    console.print(f"page: [bold]{write_run_report(runs, out)}[/bold]")
+    console.print(f"page: [bold]{safe(write_run_report(runs, out))}[/bold]")
 
 
 def register(app: typer.Typer) -> None:

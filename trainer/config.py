@@ -19,6 +19,14 @@ from featcache.errors import UserError
 
 T = TypeVar("T")
 
+# Beyond these no arithmetic downstream holds: steps times the batch size counts samples in 64 bits.
+_COUNT = 2**31 - 1
+_MOST: Mapping[str, int] = {
+    **dict.fromkeys(("steps", "warmup_steps", "align_until", "log_every", "sample_every", "checkpoint_every"), _COUNT),
+    **dict.fromkeys(("batch_size", "accumulate", "keep_checkpoints", "resolution"), _COUNT),
+    "seed": 2**63 - 1,
+    "stream_gib": _COUNT,
+}
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -99,9 +107,14 @@ class RunConfig:
         for key in ("warmup_steps", "sample_every", "align_until", "weight_decay", "seed"):
             if (getattr(self, key) or 0) < 0:
                 raise UserError(f"{key} is {getattr(self, key)}, but it must not be negative")
+        for key, most in _MOST.items():
+            if (getattr(self, key) or 0) > most:
+                raise UserError(f"{key} is {getattr(self, key)}, but it can be {most:,} at most")
         for key in ("label_dropout", "ema_decay"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key} is {getattr(self, key)}, outside [0, 1]")
+        if not self.weight_decay < math.inf:
+            raise UserError(f"weight_decay is {self.weight_decay}, but it must be finite")
         for key in ("lr", "clip", "stream_gib"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
@@ -120,6 +133,10 @@ class RunConfig:
             )
         self._check_model()
         self._check_methods()
+        if self.published:
+            from trainer.recipes import parse_published
+
+            parse_published(self.published)
 
     def _check_model(self) -> None:
         from trainer.models import model_config
@@ -174,13 +191,13 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(sorted(fields))}"
-            raise UserError(f"unknown key {prefix}{key}", remedy=hint)
+            raise UserError(f"unknown key {prefix}{key!s:.80}", remedy=hint)
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
             clean[key] = adapter.validate_python(value)
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
-            raise UserError(f"{prefix}{key} = {value!r} is not valid: {problem}") from error
+            raise UserError(f"{prefix}{key} = {value!r:.200} is not valid: {problem}") from error
         if isinstance(value, bool) and not isinstance(clean[key], bool):  # True would pass for 1
             raise UserError(f"{prefix}{key} = {value!r} is not valid: a number is expected")
     return cls(**clean)
@@ -205,9 +222,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         UserError: an override without ``=``, or one below something that is no mapping.
     """
-    import yaml
-
     from trainer.align import method_names
+    from trainer.yaml_text import parse_yaml
 
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for override in overrides:
@@ -226,11 +242,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 raise UserError(f"--set {override!r}: {parent} is a value, not a group of keys")
             node[parent] = dict(child)
             node = node[parent]
-        try:
-            node[leaf] = number(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            problem = " ".join(str(error).split())
-            raise UserError(f"--set {override!r}: the value is not valid YAML: {problem}") from error
+        node[leaf] = number(parse_yaml(text, f"the value of --set {override!r:.200}"))
     return result
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from featcache.build import pick_device
 from featcache.errors import UserError, WeightsUnavailable
-from trainer import distributed, runs
+from trainer import distributed, locks, runs
 from trainer.config import RunConfig
 from trainer.models import forward_flops
-from trainer.recipes import Sampling
+from trainer.recipes import Sampling, parse_published
 from trainer.sampling import Bar, SampleRequest, sample_run
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
@@ -102,7 +102,7 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **result,
     }
-    _append_metrics(run / "metrics.json", entry)
+    _append_metrics(run, entry)
     return EvalResult(metrics=result["metrics"], report=write_run_report([run]))
 
 
@@ -188,11 +188,7 @@ def _stages(bar: Bar) -> Callable[[str, int, int | None], None]:
 
 def recipe_sampling(config: RunConfig) -> Sampling | None:
     """How the samples behind the recipe's published figures were drawn, if the run came from a recipe that says so."""
-    given = config.published.get("sampling")
-    if not isinstance(given, Mapping):
-        return None
-    values: dict[str, Any] = {**given, "interval": tuple(given.get("interval", (0.0, 1.0)))}
-    return Sampling(**values)
+    return parse_published(config.published).sampling if config.published else None
 
 
 def _with_defaults(request: EvalRequest, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
@@ -254,10 +250,12 @@ def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) 
 
 def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
     """What to compare with: ``--reference``, else the cache's own images. Returns (where, data folder)."""
+    from trainer.sample import cache_summary
+
     if request.reference is not None:
         return request.reference, request.data
-    summary = runs.read_json(run / "cache.json", {})
-    cache = summary.get("path", "")
+    summary = cache_summary(run)
+    cache = runs.cache_path(run, summary)
     if not cache:
         raise UserError(
             f"{run} was imported and has no cache, so there are no images to compare with",
@@ -286,7 +284,7 @@ def _data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
         ) from error
 
 
-def _append_metrics(path: Path, entry: dict[str, Any]) -> None:
+def _append_metrics(run: Path, entry: dict[str, Any]) -> None:
     """Adds an evaluation, replacing an earlier one of the same checkpoint with the same settings."""
 
     def identity(e: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -297,8 +295,9 @@ def _append_metrics(path: Path, entry: dict[str, Any]) -> None:
         )
 
     entry = json.loads(json.dumps(entry))
-    kept = [e for e in runs.read_json(path, []) if identity(e) != identity(entry)]
-    runs.write_text(path, json.dumps([*kept, entry], indent=1))
+    with locks.waiting(run, "metrics"):
+        kept = [e for e in runs.read_metrics(run) if identity(e) != identity(entry)]
+        runs.write_text(run / "metrics.json", json.dumps([*kept, entry], indent=1))
 
 
 def write_run_report(
@@ -343,11 +342,11 @@ def _reference_figures(folder: Path) -> list[Any]:
     from featcache.errors import CacheError
     from featcache.inspect import contact_sheet, images_of
     from trainer.report.page import Figure
-    from trainer.sample import grid_classes
+    from trainer.sample import cache_summary, grid_classes
 
-    summary = runs.read_json(folder / "cache.json", {})
     try:
-        cache = featcache.open(summary["path"])
+        summary = cache_summary(folder)
+        cache = featcache.open(runs.cache_path(folder, summary))
         data = None
         if not summary["dataset"]["source"].startswith("shapes "):
             data = _data_folder(summary, None)
@@ -391,7 +390,7 @@ def router_charts(folder: Path, name: str | None = None, points: int = 101) -> l
     from trainer import checkpoint
     from trainer.align.base import FeatureInfo
     from trainer.report.report import router_chart
-    from trainer.sample import run_model_config
+    from trainer.sample import cache_summary, run_model_config
 
     config = runs.load_config(folder)
     if config.methods != ("ahpa",) or not checkpoint.list_checkpoints(folder):
@@ -399,12 +398,12 @@ def router_charts(folder: Path, name: str | None = None, points: int = 101) -> l
     from trainer import align
     from trainer.parts import backbone_info
 
-    summary = runs.read_json(folder / "cache.json", {})
+    summary = cache_summary(folder)
     features = {name: FeatureInfo(shape=tuple(f["shape"])) for name, f in summary["features"].items()}
     info = backbone_info(config.model, run_model_config(folder, config))
     module: Any = align.build([("ahpa", config.method_config("ahpa"))], info, features)
     _, latest = checkpoint.find_checkpoint(folder)
-    module.load_state_dict(checkpoint.load_tensors(latest, "alignment"))
+    checkpoint.load_module(module, latest, "alignment")
     if config.method_config("ahpa").router == "content":
         return []  # its weights depend on the image, not on t alone
     t = torch.linspace(0, 1, points)
@@ -442,9 +441,10 @@ def _published(folder: Path, name: str) -> list[Any]:
     from trainer.report.table import Published
 
     config = runs.load_config(folder)
-    sampling = recipe_sampling(config)
-    source = str(config.published.get("source", "")) + (f": {sampling}" if sampling is not None else "")
+    if not config.published:
+        return []
+    entry = parse_published(config.published)
+    source = entry.source + (f": {entry.sampling}" if entry.sampling is not None else "")
     return [
-        Published(metric=metric, value=float(value), source=source, run=name)
-        for metric, value in config.published.get("metrics", {}).items()
+        Published(metric=metric, value=float(value), source=source, run=name) for metric, value in entry.metrics.items()
     ]

@@ -70,8 +70,6 @@ def import_checkpoint(
         steps=max(1, imported.step or 1),
     )
     run = runs.run_dir(config, root)
-    if run.exists():
-        raise UserError(f"{run} exists already", remedy="Type --name with another name.")
     dataset = {
         "name": "unknown",
         "source": f"imported checkpoint {path.name}",
@@ -85,7 +83,10 @@ def import_checkpoint(
     summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
     if cache is not None:
         summary = _summary_of(cache, features["vae/moments"]["shape"])
-    run.mkdir(parents=True)
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{run} exists already", remedy="Type --name with another name.") from None
     runs.write_text(run / "cache.json", json.dumps(summary, indent=1))
     runs.save_config(run, config)
     state = {

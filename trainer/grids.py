@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import WeightsUnavailable
+from featcache.errors import UserError, WeightsUnavailable
 from trainer.config import RunConfig
 from trainer.log import RunLog
 from trainer.sample import class_grid, load_decoder, save_png
@@ -35,5 +35,9 @@ class GridMaker:
         self._vae.to(next(ema.parameters()).device)
         pixels = class_grid(ema, self._vae, path=self._config.path, seed=self._config.seed)
         self._vae.to("cpu")
-        save_png(pixels, run / "samples" / f"step_{step:07d}.png")
+        try:
+            save_png(pixels, run / "samples" / f"step_{step:07d}.png")
+        except UserError as error:  # a picture is no reason to end a run; a disk that is full the log will find, too
+            self._warn(f"no sample grid at step {step}: {error.what}")
+            return
         log.image("samples", pixels, step)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+from featcache.errors import UserError
 
 
 class RunLog:
@@ -22,12 +25,16 @@ class RunLog:
             try:
                 import wandb
             except ImportError:
-                from featcache.errors import UserError
-
                 raise UserError(
                     "$WANDB_PROJECT is set, but wandb is not installed", remedy="Type: pip install wandb   or unset it"
                 ) from None
-            self._wandb = wandb.init(project=project, name=str(run), dir=str(run), resume="allow")
+            try:
+                self._wandb = wandb.init(project=project, name=str(run), dir=str(run), resume="allow")
+            except Exception as error:  # its own and the network's
+                raise UserError(
+                    f"Weights & Biases could not be reached: {type(error).__name__}: {error!s:.200}",
+                    remedy="Set WANDB_MODE=offline, or unset WANDB_PROJECT.",
+                ) from error
 
     def record(self, values: dict[str, Any]) -> None:
         """One line; numbers also become scalars at ``values["step"]``. NaN and infinity are null: JSON has neither."""
@@ -47,6 +54,7 @@ class RunLog:
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # the page beside the log, which is whole by now
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from featcache.build import pick_device
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError, os_error
+from featcache.redact import is_redacted, redact
 from featcache.remote import is_remote
 from trainer import checkpoint, distributed, runs
 from trainer.align.base import Alignment
@@ -69,36 +71,57 @@ class Job:
     watcher: Watcher
 
 
-def train(config: RunConfig, *, resume: bool, watcher: Watcher, root: Path = runs.ROOT) -> Path:
-    """Runs (or continues) one training run and returns its folder.
+def train(
+    config: RunConfig, *, resume: bool, watcher: Watcher, root: Path = runs.ROOT, expect: str | None = None
+) -> Path:
+    """Runs (or continues) one training run and returns its folder, which is held against other processes meanwhile.
+
+    Args:
+        expect: digest that the cache must have; None takes any.
 
     Raises:
-        UserError: bad input, or a cache that does not fit.
+        UserError: bad input, a cache that does not fit, a folder in use, or a disk that refuses.
         Diverged: a loss or gradient that is not finite (the step and the batch's keys are saved in ``diverged.json``).
         SystemExit: SIGTERM or Ctrl-C, after saving; 128 + the signal's number.
     """
     device_name = pick_device(config.device)
     with distributed.joined(device_name) as world:
-        return _train(config, resume, watcher if world.is_main else Silent(), root, world, world.device(device_name))
+        speaker = watcher if world.is_main else Silent()
+        return _train(config, resume, speaker, root, world, world.device(device_name), expect)
 
 
-def _train(config: RunConfig, resume: bool, watcher: Watcher, root: Path, world: World, device: torch.device) -> Path:
+def _train(
+    config: RunConfig,
+    resume: bool,
+    watcher: Watcher,
+    root: Path,
+    world: World,
+    device: torch.device,
+    expect: str | None,
+) -> Path:
     _prepare_device(device)
     share = _share(config, world)
     cache = find_cache(config)
-    run, config = _resolve(config, cache, device, root)
-    runs.check_resumable(run, config, cache, resume=resume)
-    parts = assemble(config, cache, device, world)
-    start, trained_s = _restore(parts, run)
-    job = Job(
-        config=config, cache=cache, run=run, parts=parts, world=world, device=device, share=share, watcher=watcher
-    )
-    _announce(job, start)
-    if start < config.steps:
-        runs.open_folder(run, config, cache, start, main=world.is_main)
-        with _stop_on_signals() as caught, _logging(job, start) as log:
-            _loop(job, log, caught, start=start, trained_s=trained_s)
-    return run
+    if expect is not None:
+        runs.check_digest(cache, expect)
+    with runs.claim(config, root) if world.is_main else nullcontext() as claimed:
+        run, config = _resolve(config, cache, device, root, claimed)
+        runs.check_resumable(run, config, cache, resume=resume)
+        remark = runs.check_same_bytes(run, cache)
+        parts = assemble(config, cache, device, world)
+        start, trained_s = _restore(parts, run)
+        job = Job(
+            config=config, cache=cache, run=run, parts=parts, world=world, device=device, share=share, watcher=watcher
+        )
+        _announce(job, start, remark)
+        if start < config.steps:
+            with _told_how_to_go_on(job):
+                lost = runs.open_folder(run, config, cache, parts.reads, start, main=world.is_main)
+                if lost:
+                    watcher.warn(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
+                with _stop_on_signals() as caught, _logging(job, start) as log:
+                    _loop(job, log, caught, start=start, trained_s=trained_s)
+        return run
 
 
 def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, trained_s: float) -> None:
@@ -323,12 +346,15 @@ def _share(config: RunConfig, world: World) -> Share:
     )
 
 
-def _resolve(config: RunConfig, cache: Any, device: torch.device, root: Path) -> tuple[Path, RunConfig]:
-    """The run's folder (the main rank chooses) and its settings with nothing left open, as ``config.yaml`` has them."""
-    run = distributed.from_main(runs.run_dir(config, root))
+def _resolve(
+    config: RunConfig, cache: Any, device: torch.device, root: Path, claimed: Path | None
+) -> tuple[Path, RunConfig]:
+    """The run's folder (the main rank's) and its settings with nothing left open, as ``config.yaml`` has them."""
+    run = distributed.from_main(claimed)
+    assert run is not None
     return run, dataclasses.replace(
         config,
-        cache=str(cache.path),
+        cache=redact(str(cache.path)),
         name=str(run.relative_to(root)),
         precision=precision_of(config, device),  # type: ignore[arg-type]
         clip=config.clip if config.clip is not None else 2.0 if "ahpa" in config.methods else 1.0,
@@ -345,8 +371,33 @@ def _restore(parts: Parts, run: Path) -> tuple[int, float]:
     return step, float(state.get("time_s", 0.0))
 
 
-def _announce(job: Job, start: int) -> None:
+@contextmanager
+def _told_how_to_go_on(job: Job) -> Iterator[None]:
+    """Whatever ends the training of a sound run early, a full disk first of all, says what is kept and how to go on."""
+    try:
+        yield
+    except Diverged:
+        raise
+    except (OSError, UserError) as error:
+        known = os_error(error) if isinstance(error, OSError) else error
+        try:
+            saved = checkpoint.list_checkpoints(job.run)
+        except (OSError, UserError):
+            saved = []
+        kept = f"step {saved[-1][0]} is saved" if saved else "nothing is saved yet"
+        words = ["trainer run --resume", f"--name {shlex.quote(str(job.config.name))}"]
+        if is_redacted(str(job.config.cache)):
+            words.append("--cache URL")
+        remedy = "" if known.remedy is None else known.remedy.strip()
+        remedy += f" Training goes on with: {' '.join(words)}"
+        kind = CacheError if isinstance(known, CacheError) else UserError
+        raise kind(f"training stopped ({kept}): {known.what}", remedy=remedy.strip()) from error
+
+
+def _announce(job: Job, start: int, remark: str | None) -> None:
     config = job.config
+    if remark is not None:
+        job.watcher.warn(remark)
     random = [
         n for n in random_features(job.cache) if n == "vae/moments" or n in getattr(job.parts.alignment, "reads", ())
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
 from trainer import align, checkpoint, distributed
 from trainer.align.base import Alignment, BackboneInfo
 from trainer.caches import available_features, build_command
@@ -45,6 +45,12 @@ class Parts:
     adversary_optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler | None
     sharded: bool
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the cached features that are trained on."""
+        aligned = self.alignment.reads if self.alignment is not None else ()
+        return tuple(dict.fromkeys(("vae/moments", "label", *aligned)))
 
     @property
     def adversary(self) -> nn.Module | None:
@@ -277,7 +283,16 @@ def load_parts(parts: Parts, path: Path, state: Mapping[str, Any]) -> None:
         moments = checkpoint.load_tensors(path, "adversary")
         checkpoint.load_optimizer(parts.adversary_optimizer, moments, _adversary_names(parts))
     if parts.scaler is not None:
-        parts.scaler.load_state_dict(dict(state["scaler"]))
+        _load_scaler(parts.scaler, path, state.get("scaler"))
+
+
+def _load_scaler(scaler: torch.amp.GradScaler, path: Path, saved: Mapping[str, float] | None) -> None:
+    if saved is None or saved.keys() != scaler.state_dict().keys() or not saved["scale"] > 0:
+        raise UserError(
+            f"{path / 'state.json'} holds no loss scale, which precision fp16 needs",
+            remedy="Remove this checkpoint's folder to go on from the one before.",
+        )
+    scaler.load_state_dict(dict(saved))
 
 
 def model_tensors(model: Any) -> dict[str, Tensor]:

@@ -19,7 +19,9 @@ from typing import Any, Literal
 
 from featcache.errors import UserError
 from trainer.config import RunConfig, from_mapping
+from trainer.yaml_text import read_yaml
 
+MAX_BASES = 16  # one upon the other
 RECIPE_KEYS = ("base", "title", "build")
 _OWN_KEYS = ("base", "title", "published")  # of one file alone
 PAPER_RESOLUTION = 256  # where a build line says nothing
@@ -257,9 +259,12 @@ def _layers(file: Path) -> list[Mapping[str, Any]]:
         following = (at.parent / str(base)).resolve()
         if not following.is_file():
             raise UserError(
-                f"{at}: base {base!r} does not exist ({following})", remedy="Write its path relative to the recipe."
+                f"{at}: base {base!r:.200} does not exist ({following})",
+                remedy="Write its path relative to the recipe.",
             )
         at = following
+        if len(chain) > MAX_BASES:
+            raise UserError(f"{file} has more than {MAX_BASES} bases")
     return layers
 
 
@@ -277,24 +282,11 @@ def _join(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     """The mapping in one file, its keys checked."""
-    import yaml
-
-    parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
-
-    class Loader(parser):
-        """Safe, and strict about keys: YAML itself lets the last of two win."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise UserError(f"{file}: key {key!r} is given twice", remedy="Keep one of them.")
-            return super().construct_mapping(node, deep=deep)
-
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(file)
+    if isinstance(values, dict) and isinstance(values.get("align"), dict):
+        for method, options in values["align"].items():
+            if options is not None and not isinstance(options, dict):
+                raise UserError(f"{file}: align.{method!s:.80} must hold options, not {options!r:.80}")
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold keys and values, for example 'method: ahpa'")
     valid = [*RECIPE_KEYS, *(f.name for f in dataclasses.fields(RunConfig))]
@@ -302,23 +294,28 @@ def _read(file: Path) -> dict[str, Any]:
         if key not in valid:
             near = difflib.get_close_matches(str(key), valid, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Valid keys: {', '.join(sorted(valid))}"
-            raise UserError(f"{file}: unknown key {key}", remedy=hint)
+            raise UserError(f"{file}: unknown key {key!s:.80}", remedy=hint)
     return values
 
 
-def _published(values: Any, file: Path) -> Published:
+def parse_published(values: Any) -> Published:
+    """What a recipe or a run's configuration says under ``published``. Raises UserError if it is not well formed."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{file}: published must hold source, metrics and sampling, not {values!r}")
+        raise UserError(f"published must hold source, metrics and sampling, not {values!r:.80}")
     entry = dict(values)
     sampling = entry.pop("sampling", None)
+    if sampling is not None:
+        if not isinstance(sampling, Mapping):
+            raise UserError(f"published.sampling must hold keys and values, not {sampling!r:.80}")
+        entry["sampling"] = from_mapping(Sampling, sampling, where="published.sampling")
+    if "source" not in entry:
+        raise UserError("published has no source", remedy="Write for example: source: AHPA, Table 3")
+    return from_mapping(Published, entry, where="published")
+
+
+def _published(values: Any, file: Path) -> Published:
     try:
-        if sampling is not None:
-            if not isinstance(sampling, Mapping):
-                raise UserError(f"published.sampling must hold keys and values, not {sampling!r}")
-            entry["sampling"] = from_mapping(Sampling, sampling, where="published.sampling")
-        if "source" not in entry:
-            raise UserError("published has no source", remedy="Write for example: source: AHPA, Table 3")
-        return from_mapping(Published, entry, where="published")
+        return parse_published(values)
     except UserError as error:
         raise UserError(f"{file}: {error.what}", remedy=error.remedy) from error
 
@@ -349,7 +346,10 @@ def parse_build(line: str) -> BuildLine:
     from featcache.cli_build import parse_resolution
     from featcache.encoders import parse_encoders, parse_levels
 
-    words = shlex.split(line)
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"{line!r} is not a featcache build line: {error}") from error
     if words[:2] != ["featcache", "build"]:
         raise UserError(f"{line!r} is not a featcache build line", remedy="Begin it with: featcache build")
     command: Any = typer.main.get_command(app)

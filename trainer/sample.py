@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,6 +17,7 @@ from torch import Tensor
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import decode_latents, load_vae
 from featcache.errors import UserError
+from featcache.store import files
 from trainer import checkpoint, runs
 from trainer.config import RunConfig
 from trainer.diffusion import ddpm, samplers
@@ -129,9 +131,9 @@ def cache_summary(run: Path) -> dict[str, Any]:
     """``cache.json`` of a run: path, fingerprint, dataset and features of the cache it was trained on.
 
     Raises:
-        UserError: the file is missing.
+        UserError: the file is missing or damaged.
     """
-    summary = runs.read_json(run / "cache.json", None)
+    summary = runs.read_summary(run)
     if summary is None:
         raise UserError(f"{run} has no cache.json, so its classes and latents are unknown", remedy="Train it again.")
     return summary
@@ -301,13 +303,13 @@ def class_grid(
 
 
 def save_png(pixels: np.ndarray, path: Path) -> None:
-    """uint8 [H, W, 3] to a PNG, replaced whole."""
+    """uint8 [H, W, 3] to a PNG, replaced whole. Raises UserError if the disk refuses."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(pixels).save(partial, format="PNG")
-    partial.replace(path)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    files.make_directory(path.parent)
+    files.atomic_write(path, [buffer.getbuffer()], durable=False)
 
 
 def choose_labels(kind: str, count: int, num_classes: int, *, seed: int) -> np.ndarray:

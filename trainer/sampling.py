@@ -16,6 +16,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from PIL import Image
 
 from featcache.build import pick_device
 from featcache.errors import UserError
-from trainer import distributed, runs
+from trainer import distributed, locks, runs
 from trainer.diffusion.guidance import Guidance
 from trainer.inference import Arithmetic, Network, applied, choose_arithmetic
 from trainer.sample import (
@@ -161,7 +162,9 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         images = folder / (f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format])
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
         _check_folder(folder, record)
-        if not images.exists():
+        with _held(folder, images, world) as wanted:
+            if not wanted:
+                return _result(images, folder, loaded, settings, request)
             draw = _Draw(
                 network=Network(loaded.model, arithmetic),
                 vae=vae,
@@ -175,9 +178,32 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
             )
             with applied(arithmetic):
                 _draw_to(folder, images, record, draw, world, bar)
-        return SampleResult(
-            images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
-        )
+        return _result(images, folder, loaded, settings, request)
+
+
+def _result(
+    images: Path, folder: Path, loaded: LoadedRun, settings: dict[str, Any], request: SampleRequest
+) -> SampleResult:
+    return SampleResult(
+        images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
+    )
+
+
+@contextmanager
+def _held(folder: Path, images: Path, world: distributed.World) -> Iterator[bool]:
+    """Holds the folder (on the main rank) while images are to be drawn into it; whether there are any, alike on all ranks.
+
+    Raises:
+        UserError: another process draws into it.
+    """
+    if not distributed.from_main(not images.exists()):
+        yield False
+        return
+    remedy = (
+        "Wait until it has ended: what it has drawn by then is used. Or draw to another folder: trainer sample --out."
+    )
+    with locks.hold(folder, "sampling", remedy=remedy) if world.is_main else nullcontext():
+        yield distributed.from_main(not images.exists())  # it may have been finished before we held it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featcache.errors import UserError
+from trainer.checkpoint import REAL_DTYPES
 from trainer.models.blocks import sincos_positions, time_frequencies
 from trainer.models.config import SIZES, ModelConfig
 
@@ -37,6 +38,16 @@ CONVENTIONS: tuple[Convention, ...] = ("repa", "sra", "sit", "dit")
 
 # What an official repository stores beside the backbone: heads of the alignment, dropped at inference.
 _HEAD_PREFIXES = ("projectors.", "ap_head.")
+# What tells a backbone's shape, with the number of axes.
+_NEEDED = {
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "t_embedder.mlp.0.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+    "final_layer.linear.bias": 1,
+}
 # Upper bound for the drift of an averaged position table; more is another table, e.g. another resolution's.
 _POSITION_DRIFT = 0.05
 
@@ -88,7 +99,9 @@ def import_official(
     content = _read(path)
     raw, chosen = _choose(content, weights, path)
     args = content.get("args") if chosen != "bare" else None
-    options: dict[str, Any] = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args or {})
+    options: dict[str, Any] = {}
+    if isinstance(args, argparse.Namespace | Mapping):
+        options = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
     raw = {_modern_key(key, raw, options): value.float() for key, value in raw.items()}
     extra = {key: value for key, value in raw.items() if key.startswith(_HEAD_PREFIXES)}
     state = {key: value for key, value in raw.items() if key not in extra}
@@ -199,8 +212,8 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
-        except SafetensorError as error:
-            raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+        except (SafetensorError, OSError, AttributeError, KeyError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as safetensors: {error!s:.300}") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, so that the optimiser's state, twice the size of the weights, is never read.
@@ -215,8 +228,10 @@ def _read(path: Path) -> dict[str, Any]:
             remedy="Only tensors, numbers and an argparse.Namespace are read. If you trust the file, "
             "save its state dict alone with the code that made it.",
         ) from error
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
+    except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint or state dict.")
     return content
@@ -237,9 +252,15 @@ def _choose(
             f"{path} has no {weights!r} weights; its entries are {', '.join(map(str, list(content)[:8]))}.",
             remedy=f"Ask for {available[0]!r} instead." if available else None,
         )
-    wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]!r} is not a tensor.")
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path}: {weights!r} is not a state dict.")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path}: {key!r:.100} is not a tensor with a name.")
+        if value.layout != torch.strided or value.dtype not in REAL_DTYPES or not value.numel():
+            raise UserError(f"{path}: {key!r:.100} does not hold real numbers.")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {key!r:.100} says that it is {list(value.shape)}, more than the file holds.")
     # torch.compile and DistributedDataParallel name their inner module.
     return {re.sub(r"^(_orig_mod\.|module\.)+", "", key): value for key, value in state.items()}, chosen
 
@@ -249,33 +270,42 @@ def _modern_key(key: str, state: Mapping[str, Tensor], options: Mapping[str, Any
     if not key.startswith("decoder_blocks."):
         return key
     first = sum(other.startswith("blocks.") and other.endswith("attn.qkv.weight") for other in state)
-    _, index, rest = key.split(".", 2)
-    return f"blocks.{int(index) + first}.{rest}"
+    found = re.fullmatch(r"decoder_blocks\.([0-9]{1,4})\.(.+)", key)
+    return key if found is None else f"blocks.{int(found[1]) + first}.{found[2]}"
 
 
 def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) -> tuple[ModelConfig, bool]:
     """Shapes tell everything but the heads. Gives a SiT configuration and whether the channels out are
     doubled."""
-    needed = ("x_embedder.proj", "y_embedder.embedding_table", "blocks.0.mlp.fc1", "final_layer.linear")
-    for key in ("pos_embed", *(f"{module}.weight" for module in needed)):
+    for key, axes in _NEEDED.items():
         if key not in state:
             raise UserError(
                 f"{path} is not a SiT or DiT state dict: it has no {key}. Its first keys are "
-                f"{', '.join(list(state)[:4])}."
+                f"{', '.join(list(state)[:4]):.300}."
             )
+        if state[key].ndim != axes:
+            raise UserError(f"{path} is not a SiT or DiT state dict: {key} has the shape {list(state[key].shape)}.")
     D, C, p, _ = state["x_embedder.proj.weight"].shape
     tokens = state["pos_embed"].shape[1]
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    numbers = {_block_number(key, path) for key in state if key.startswith("blocks.")}
+    depth = len(numbers)
+    if numbers != set(range(depth)):
+        raise UserError(f"{path} has {depth} blocks, but they are not numbered from 0 to {depth - 1}.")
+    out = state["final_layer.linear.weight"].shape[0]
+    if state["t_embedder.mlp.0.weight"].shape != (D, 2 * len(time_frequencies())) or out != len(
+        state["final_layer.linear.bias"]
+    ):
+        raise UserError(f"{path} is not a SiT or DiT state dict: its first or last layer has an unknown shape.")
     named = {(size_depth, width): size_heads for size_depth, width, size_heads in SIZES.values()}
     norm = state.get("blocks.0.attn.q_norm.weight")
     if heads is None:
-        heads = D // norm.shape[0] if norm is not None else named.get((depth, D))
+        heads = max(1, D // norm.shape[0]) if norm is not None and norm.ndim == 1 else named.get((depth, D))
     if heads is None:
         raise UserError(
             f"{path} has depth {depth} and width {D}, which is no named model, so its number of heads cannot be told.",
             remedy="Say how many attention heads it has.",
         )
-    doubled = state["final_layer.linear.weight"].shape[0] == 2 * p * p * C
+    doubled = out == 2 * p * p * C
     config = ModelConfig(
         family="sit",
         depth=depth,
@@ -289,6 +319,13 @@ def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) ->
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D,
     )
     return config, doubled
+
+
+def _block_number(key: str, path: Path) -> int:
+    found = re.match(r"blocks\.([0-9]{1,4})\.", key)
+    if found is None:
+        raise UserError(f"{path} has an unexpected key {key!r:.100}.")
+    return int(found[1])
 
 
 def _infer_convention(extra: Mapping[str, Tensor], options: Mapping[str, Any], path: Path, doubled: bool) -> Convention:

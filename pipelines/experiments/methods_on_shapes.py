@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featcache.console import console, run_app
+from featcache.console import console, run_app, safe
 from featcache.errors import UserError
 
 # Twice SiT-Ti's width of 192; the papers' 2048 is 1.8 times SiT-XL's 1152.
@@ -486,7 +486,7 @@ def main(
         error = values["embedded-FID_error"]
         shown = f"{values['embedded-FID']:.3g}" + (f" +- {error:.2g}" if error is not None else "")
         console.print(f"{NAMES[method]:>8}  embedded-FID at equal time {shown}")
-    console.print(f"figure: [bold]{figure}[/bold]")
+    console.print(f"figure: [bold]{safe(figure)}[/bold]")
 
 
 if __name__ == "__main__":

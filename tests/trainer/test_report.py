@@ -308,7 +308,7 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
         load_run(tmp_path)
     path = make_run(tmp_path / "run", points=10)
     (path / "metrics.json").write_text("[{")
-    with pytest.raises(UserError, match=r"metrics\.json cannot be read"):
+    with pytest.raises(UserError, match=r"metrics\.json is damaged"):
         load_run(path)
 
 

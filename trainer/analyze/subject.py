@@ -46,17 +46,16 @@ def open_cache(run: Path) -> Any:
         CacheError: it is gone, or another one lies in its place.
     """
     summary = sample.cache_summary(run)
+    path = runs.cache_path(run, summary)
     try:
-        cache = featcache.open(summary["path"])
+        cache = featcache.open(path)
     except UserError as error:
         raise CacheError(
             f"the cache of {run} cannot be opened: {error.what}",
             remedy="Run the command in the folder where the run was trained, or bring the cache back.",
         ) from error
     if cache.fingerprint != summary["fingerprint"]:
-        raise CacheError(
-            f"{summary['path']} is not the cache that {run} was trained on", remedy="Bring that cache back."
-        )
+        raise CacheError(f"{path} is not the cache that {run} was trained on", remedy="Bring that cache back.")
     return cache
 
 
@@ -106,7 +105,7 @@ class Subject:
         if alignment is None:
             return None
         _, path = checkpoint.find_checkpoint(self.run, self.step)
-        alignment.load_state_dict(checkpoint.load_tensors(path, "alignment"))
+        checkpoint.load_module(alignment, path, "alignment")
         return alignment.to(self.device).eval().requires_grad_(False)
 
     def _default_block(self) -> int:

@@ -5,12 +5,18 @@ Nothing here holds more than a few batches in memory.
 
 from __future__ import annotations
 
+import lzma
+import math
 import queue
 import re
+import struct
 import threading
+import tokenize
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +30,7 @@ T = TypeVar("T")
 
 DECODE_THREADS = 8
 PREFETCHED_BATCHES = 4
+MAX_ARRAY_BYTES = 2 << 30
 
 
 class ImageSet(Protocol):
@@ -110,7 +117,8 @@ class NpzImages:
     @property
     def count(self) -> int:
         """Number of images, from the array's header."""
-        return self._header("arr_0")[0][0]
+        shape, _ = self._header("arr_0")
+        return shape[0] if shape else 0
 
     @property
     def resolution(self) -> int:
@@ -123,12 +131,12 @@ class NpzImages:
         return check_batch(np.empty((0, *shape[1:]), dtype), None, str(self.path))
 
     def _header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        with open_npz(self.path) as archive, _member(archive, name, self.path) as stream:
+        with _explained(self.path), open_npz(self.path) as archive, _member(archive, name, self.path) as stream:
             return _array_header(stream, self.path)
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """See `ImageSet.batches`."""
-        with open_npz(self.path) as archive, _member(archive, "arr_0", self.path) as stream:
+        with _explained(self.path), open_npz(self.path) as archive, _member(archive, "arr_0", self.path) as stream:
             shape, dtype = _array_header(stream, self.path)
             # Judged before a byte is read: a wrong dtype would be misread, a wrong shape misallocated.
             check_batch(np.empty((0, *shape[1:]), dtype), None, str(self.path))
@@ -147,19 +155,57 @@ class NpzImages:
         with open_npz(self.path) as archive:
             if "arr_1.npy" not in archive.namelist():
                 return None
-            with _member(archive, "arr_1", self.path) as stream:
-                labels = np.lib.format.read_array(stream, allow_pickle=False)
-        return labels.astype(np.int64)
+        labels = read_arrays(self.path, ("arr_1",))["arr_1"]
+        if labels.ndim != 1 or labels.dtype.kind not in "iuf":
+            raise UserError(
+                f"{self.path}: arr_1 is no list of labels", remedy="Write int64 [N] there, or leave it out."
+            )
+        with np.errstate(invalid="ignore"):
+            return labels.astype(np.int64)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever zipfile and numpy find wrong with an npz file, as a UserError."""
+    try:
+        yield
+    except (
+        *(OSError, EOFError, ValueError, TypeError, KeyError, OverflowError, SyntaxError, RuntimeError, MemoryError),
+        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
+    ) as error:
+        raise UserError(
+            f"{path} is not a readable npz file: {' '.join(str(error).split()) or type(error).__name__:.200}",
+            remedy="Pass another file, or write it again.",
+        ) from error
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
     """The archive behind an npz file; `UserError` if it is none."""
-    try:
+    with _explained(path):
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is not a readable npz file: {error}", remedy="Pass another file, or write it again."
-        ) from error
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the arrays `names` that an npz file has, never unpickled, each of at most 2 GiB.
+
+    Raises:
+        UserError: not an npz file, or an array that is damaged, too large or of objects.
+    """
+    found = {}
+    with open_npz(path) as archive, _explained(path):
+        for name in names:
+            if f"{name}.npy" not in archive.namelist():
+                continue
+            with archive.open(f"{name}.npy") as stream:
+                shape, dtype = _array_header(stream, path)
+                n_bytes = math.prod(shape) * dtype.itemsize
+                if not 0 <= n_bytes <= min(MAX_ARRAY_BYTES, archive.getinfo(f"{name}.npy").file_size):
+                    raise UserError(f"{path}: {name} says that it is {list(shape)!s:.80}, which it is not")
+                data = stream.read(n_bytes)
+            if len(data) != n_bytes:
+                raise UserError(f"{path}: {name} ends early", remedy="Write the file again.")
+            found[name] = np.frombuffer(data, dtype).reshape(shape).copy()
+    return found
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
@@ -175,9 +221,9 @@ def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"{path} holds no plain numpy array: {error}", remedy="Write it with numpy.savez.") from error
-    if fortran or dtype.hasobject:
+    if (fortran and len(shape) > 1) or dtype.hasobject or any(n < 0 for n in shape):
         raise UserError(
             f"{path} holds a Fortran-ordered or object array", remedy="Write a plain C-ordered uint8 array."
         )

@@ -17,13 +17,23 @@ from torch import Tensor
 from featcache.errors import UserError
 from featcache.precision import tensor_float32
 from trainer.evaluate.extractors import Extractor
-from trainer.evaluate.images import CacheImages, ImageSet, NpzImages, check_batch, open_images, open_npz, prefetch
+from trainer.evaluate.images import (
+    CacheImages,
+    ImageSet,
+    NpzImages,
+    check_batch,
+    open_images,
+    open_npz,
+    prefetch,
+    read_arrays,
+)
 from trainer.evaluate.metrics import InceptionScore, Moments
 
 # As many reference images as ADM's own batches hold: precision and recall compare all pairs.
 DEFAULT_KEPT_FEATURES = 10_000
 KEPT_AT_ONCE = 2_048  # rows that wait on the device
 
+_REMAKE = "Make the statistics again: trainer stats"
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "pool", "provenance")
 
 # (stage, images done, images in all or None)
@@ -235,18 +245,20 @@ def load_statistics(path: Path) -> Statistics:
             f"{path} holds no statistics (it has {', '.join(sorted(names))})",
             remedy="Make them: trainer stats IMAGES --out FILE.npz",
         )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, np.ndarray] = {}
-            for name in _STORED:
-                if name in names:
-                    arrays[name] = file[name]
-        record = json.loads(arrays["provenance"].tobytes()) if "provenance" in arrays else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}", remedy="Make the statistics again: trainer stats") from error
+    arrays = read_arrays(path, _STORED)
+    for name, array in arrays.items():
+        if name != "provenance" and (array.dtype.kind != "f" or not np.isfinite(array).all()):
+            raise UserError(f"{path}: {name} does not hold finite real numbers", remedy=_REMAKE)
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if mean in arrays and arrays[covariance].shape != (len(arrays[mean]),) * 2:
-            raise UserError(f"{path}: {covariance} is {arrays[covariance].shape}, {mean} {arrays[mean].shape}")
+        if mean not in arrays:
+            continue
+        length = arrays[mean].shape[0] if arrays[mean].ndim == 1 else -1
+        if covariance not in arrays or arrays[covariance].shape != (length, length):
+            shape = arrays[covariance].shape if covariance in arrays else "missing"
+            raise UserError(f"{path}: {covariance} is {shape}, {mean} {arrays[mean].shape}", remedy=_REMAKE)
+    if "pool" in arrays and (arrays["pool"].ndim != 2 or arrays["pool"].shape[1:] != arrays["mu"].shape):
+        raise UserError(f"{path}: pool is {arrays['pool'].shape}, mu {arrays['mu'].shape}", remedy=_REMAKE)
+    record = _provenance(arrays.get("provenance"), path)
     resolution, count = record.pop("resolution", None), record.pop("count", None)
     if resolution is None and "arr_0" in names:
         images = NpzImages(path=path)
@@ -257,11 +269,26 @@ def load_statistics(path: Path) -> Statistics:
         covariance=arrays["sigma"].astype(np.float64),
         spatial_mean=arrays["mu_s"].astype(np.float64) if "mu_s" in arrays else None,
         spatial_covariance=arrays["sigma_s"].astype(np.float64) if "mu_s" in arrays else None,
-        features=torch.from_numpy(arrays["pool"]) if "pool" in arrays else None,
+        features=torch.from_numpy(arrays["pool"].astype(np.float32, copy=False)) if "pool" in arrays else None,
         count=count,
         resolution=resolution,
         provenance=record,
     )
+
+
+def _provenance(stored: np.ndarray | None, path: Path) -> dict[str, Any]:
+    """The JSON beside the arrays, empty where there is none. Raises UserError if it is damaged."""
+    if stored is None:
+        return {}
+    try:
+        record = json.loads(stored.tobytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its provenance is damaged: {error!s:.200}", remedy=_REMAKE) from error
+    whole = [record.get(name) for name in ("resolution", "count")] if isinstance(record, dict) else [""]
+    known = isinstance(record, dict) and isinstance(record.get("extractor", {}), dict)
+    if not known or not all(value is None or (type(value) is int and 0 <= value < 2**53) for value in whole):
+        raise UserError(f"{path}: its provenance is not what trainer stats writes", remedy=_REMAKE)
+    return record
 
 
 def write_statistics(

@@ -128,7 +128,7 @@ def model_config(name: str, *, latent_channels: int, latent_size: int, num_class
         close = difflib.get_close_matches(name, MODEL_NAMES, n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise UserError(
-            f"Unknown model {name!r}.",
+            f"Unknown model {name!r:.80}.",
             remedy=f"{hint}Models are SiT or DiT, a size ({', '.join(SIZES)}), a slash and a patch size "
             f"({', '.join(map(str, PATCH_SIZES))}): for example 'SiT-B/2'.",
         )

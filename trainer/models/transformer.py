@@ -161,6 +161,11 @@ def check_fit(model: Transformer, state: Mapping[str, Tensor], *, source: str = 
         for key, value in own.items()
         if key in state and state[key].shape != value.shape
     ]
+    problems += [
+        f"{key} holds {str(value.dtype).removeprefix('torch.')}, not real numbers"
+        for key, value in state.items()
+        if key in own and value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    ]
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(

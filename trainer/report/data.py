@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from featcache.errors import UserError
+from featcache.redact import redact
+from trainer import runs
+from trainer.yaml_text import read_yaml
+
+_LARGEST = 1e30  # beyond it, axes and averages of a page overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,63 +63,49 @@ class RunData:
         return max((int(c.steps[-1]) for c in self.log.values()), default=None)
 
 
-def _read_json(path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}",
-            remedy="Delete or repair the file; trainer eval writes it anew.",
-        ) from error
-
-
 def read_log(path: Path) -> dict[str, Column]:
     """log.jsonl => quantities by key.
 
     A last line without its end (the run is still writing, or was killed) is left out. After a resume the log
-    may hold
-    a step twice: the later entry counts.
+    may hold a step twice: the later entry counts. Values that are not finite numbers are left out, too.
 
     Raises:
-        UserError: any other line that is not a JSON object.
+        UserError: any other line that is not a JSON object with a step.
     """
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")
-    torn = lines.pop()  # "" after a complete last line
     rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate([*lines, torn], start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) + 1:
+    lines = list(runs.log_lines(path))
+    for number, line, entry in lines:
+        if entry is None:
+            if number == lines[-1][0]:
                 break
             raise UserError(
-                f"line {number} of {path} is not a JSON object with a step: {line[:60]!r}",
+                f"line {number} of {path} is not a JSON object with a step: {line[:60].decode('utf-8', 'replace')!r}",
                 remedy="Remove the damaged line; everything else in the log stays usable.",
-            ) from error
+            )
         # What a killed run logged beyond the checkpoint it resumed from never happened.
-        for later in [s for s in rows if s > step]:
-            del rows[later]
+        step = entry["step"]
+        if next(reversed(rows), -1) >= step:
+            rows = {earlier: row for earlier, row in rows.items() if earlier <= step}
         rows.setdefault(step, {}).update(entry)
     columns: dict[str, list[tuple[int, float, float]]] = {}
     for step, entry in rows.items():
-        time_s = entry.get("time_s")
-        time_s = float(time_s) if isinstance(time_s, int | float) else math.nan
+        time_s = _finite(entry.get("time_s"))
         for key, value in entry.items():
-            if key not in ("step", "time_s") and isinstance(value, int | float):
-                columns.setdefault(key, []).append((step, time_s, float(value)))
+            known = _finite(value)
+            if key not in ("step", "time_s") and known is not None:
+                columns.setdefault(key, []).append((step, math.nan if time_s is None else time_s, known))
     result = {}
     for key, points in columns.items():
         table = np.array(points, dtype=np.float64)
         result[key] = Column(steps=table[:, 0], time_s=table[:, 1], values=table[:, 2])
     return result
+
+
+def _finite(value: Any) -> float | None:
+    """A number of a log as a float; None for anything else, and for what no training measures."""
+    if isinstance(value, int | float) and -_LARGEST < value < _LARGEST:
+        return float(value)
+    return None
 
 
 def load_run(run_dir: Path | str) -> RunData:
@@ -132,14 +121,9 @@ def load_run(run_dir: Path | str) -> RunData:
             f"{path} is not a run directory: it has no config.yaml" if path.is_dir() else f"there is no run at {path}"
         )
         raise UserError(what, remedy="Pass a directory under ./runs, as made by: trainer run --name NAME")
-    config_text = config_path.read_text(encoding="utf-8")
-    try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{config_path} is not valid YAML: {error}", remedy="Restore the file as the run wrote it."
-        ) from error
-    evaluations = _read_json(path / "metrics.json", [])
+    config = read_yaml(config_path)
+    # Read again for the page, which shows it as written; settings of earlier versions may hold a URL's secrets.
+    config_text = redact(config_path.read_text(encoding="utf-8"))
     samples = sorted(
         (int(p.stem.removeprefix("step_")), p)
         for p in (path / "samples").glob("step_*.png")
@@ -150,8 +134,13 @@ def load_run(run_dir: Path | str) -> RunData:
         path=path,
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        cache=_read_json(path / "cache.json", {}),
+        cache=_shown(runs.read_json(path / "cache.json", {})),
         log=read_log(path / "log.jsonl"),
-        evaluations=[e for e in evaluations if isinstance(e, dict)] if isinstance(evaluations, list) else [],
+        evaluations=runs.read_metrics(path),
         samples=samples,
     )
+
+
+def _shown(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without the secrets that earlier versions left in it."""
+    return {key: redact(value) if isinstance(value, str) else value for key, value in summary.items()}

@@ -6,7 +6,9 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,10 @@ import numpy as np
 from PIL import Image
 
 from featcache.errors import UserError
+from featcache.store import files
 from trainer.report.charts import Chart, render_svg
+
+MAX_PICTURE_BYTES = 256 << 20
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fcfcfb;--ink:#1b1d20;--soft:#5b626b;--rule:#d8dadd;--grid:#e4e6e8;
@@ -110,20 +115,33 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever Pillow finds wrong with a picture, its refusal of gigantic ones included, as a UserError."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path} is not an image that can be shown: {error}", remedy="Delete the file or draw it again."
+        ) from error
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """A picture's pixels, uint8 [H, W, 3]. Raises UserError if it is none."""
+    data = files.read_bounded(path, MAX_PICTURE_BYTES)
+    with _explained(path), Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def _png(image: Path | np.ndarray) -> tuple[bytes, int, int]:
     if isinstance(image, Path):
-        try:
-            data = image.read_bytes()
+        data = files.read_bounded(image, MAX_PICTURE_BYTES)
+        with _explained(image):
             with Image.open(io.BytesIO(data)) as opened:
                 opened.verify()
                 if opened.format == "PNG":
                     return data, *opened.size
             picture = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"{image} is not an image that can be shown: {error}",
-                remedy="Delete the file or draw it again.",
-            ) from error
     else:
         picture = Image.fromarray(np.ascontiguousarray(image))
     buffer = io.BytesIO()

@@ -9,11 +9,11 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
+from featcache.store import files
 from trainer.report.charts import Chart, Series, smoothed_series
 from trainer.report.data import Column, RunData
-from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html
+from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html, read_pixels
 from trainer.report.table import (
     Published,
     flatten,
@@ -113,13 +113,8 @@ def router_chart(
 
 
 def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.make_directory(path.parent)
+    files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
     return path
 
 
@@ -297,8 +292,7 @@ def _resolution(run: RunData) -> int | None:
 
 def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
     """Tiles down the first column of a grid PNG, or the whole picture if the size of a tile is not known."""
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
+    pixels = read_pixels(path)
     H, W, _ = pixels.shape
     if side is None or H % side or W % side:
         return [pixels]

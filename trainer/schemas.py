@@ -1,0 +1,98 @@
+"""What the JSON files of a run folder may hold, checked when they are read: they may come from anybody.
+
+Only types and ranges that the code relies on; what else a file says is kept as it is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, Strict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from featcache.errors import UserError
+
+_Whole = Annotated[int, Strict(), Field(ge=0, le=2**53)]
+_Side = Annotated[int, Strict(), Field(ge=1, le=2**16)]
+_Text = Annotated[str, Strict(), Field(max_length=1 << 16)]
+_Number = Annotated[float, Field(strict=True)]
+_Finite = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e300, le=1e300)]
+
+
+class _Vae(TypedDict):
+    name: _Text
+    sha256: NotRequired[_Text | None]
+    latent_channels: _Side
+    downsampling: _Side
+    scaling_factor: NotRequired[_Finite]
+    shift_factor: NotRequired[_Finite]
+
+
+class _Preprocessing(TypedDict):
+    resolution: _Side
+
+
+class _Dataset(TypedDict):
+    source: _Text
+    class_names: Annotated[list[_Text], Field(min_length=1, max_length=1 << 20)]
+    preprocessing: _Preprocessing
+    vae: _Vae
+
+
+class _Feature(TypedDict):
+    shape: Annotated[list[_Side], Field(max_length=8)]
+    layers: NotRequired[list[_Text]]
+    weights: NotRequired[Any]
+    seed: NotRequired[Annotated[int, Strict()] | None]
+
+
+class Summary(TypedDict):
+    """``cache.json``."""
+
+    path: _Text
+    fingerprint: _Text
+    dataset: _Dataset
+    features: dict[_Text, _Feature]
+    digest: NotRequired[_Text]
+    layout: NotRequired[_Text]
+    checksums: NotRequired[dict[_Text, _Text]]
+
+
+class Evaluation(TypedDict):
+    """One entry of ``metrics.json``."""
+
+    step: NotRequired[_Whole | None]
+    metrics: NotRequired[dict[_Text, _Number]]
+    intervals: NotRequired[dict[_Text, tuple[_Number, _Number] | None] | None]
+    warnings: NotRequired[list[Any]]
+    sampler: NotRequired[dict[str, Any] | None]
+    settings: NotRequired[dict[str, Any] | None]
+
+
+class CheckpointState(TypedDict):
+    """``state.json`` of a checkpoint."""
+
+    step: _Whole
+    time_s: NotRequired[Annotated[float, Field(strict=True, ge=0, le=1e12)]]
+    scaler: NotRequired[dict[_Text, _Finite]]
+
+
+def check(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
+    """``value`` itself, once it is known to fit.
+
+    Raises:
+        UserError: naming the first entry that does not.
+    """
+    try:
+        _adapter(schema).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))[:200]
+        raise UserError(f"{where} is damaged: {place or 'it'}: {first['msg']:.200}", remedy=remedy) from error
+    return value
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
