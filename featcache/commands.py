@@ -51,6 +51,9 @@ def list_caches(
         from featcache.share import list_remote
 
         for listed in list_remote(place):
+            if listed.manifest is None:
+                problems.append(f"{safe(listed.url)}  [red]{safe(listed.problem)}[/red]")
+                continue
             names = [n for n in listed.manifest.features if n not in hidden]
             count = str(listed.manifest.dataset.count)
             table.add_row(safe(listed.url), count, size_text(listed.n_bytes), safe(" ".join(names)))
@@ -282,6 +285,27 @@ def collect_garbage(
     console.print(f"{len(removed)} leftovers, {size_text(sum(n for _, n in removed))}")
 
 
+def catalogue(
+    place: Annotated[
+        str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")
+    ] = "caches",
+    html: Annotated[Path | None, typer.Option(help="Page to write: one file, for a browser.")] = None,
+) -> None:
+    """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
+    from featcache import catalogue as page
+
+    rows = page.gather(place)
+    if not rows:
+        raise UserError(
+            f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
+        )
+    if html is not None:
+        page.write_page(rows, place, html)
+        console.print(f"page: [bold]{safe(html)}[/bold]   ({len(rows)} caches)")
+        return
+    page.print_rows(rows)
+
+
 def push(
     cache: CachePath,
     url: Annotated[
@@ -440,6 +464,7 @@ def register(app: typer.Typer) -> None:
     app.command(name="rm")(remove)
     app.command()(restore)
     app.command(name="gc")(collect_garbage)
+    app.command()(catalogue)
     app.command()(push)
     app.command()(pull)
     app.command()(convert)

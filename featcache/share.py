@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache import fetch as transfer
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
 from featcache.remote import (
     Destination,
     Location,
@@ -76,14 +76,15 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One cache at a place."""
+    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line."""
 
     url: str
-    manifest: Manifest
+    manifest: Manifest | None
+    problem: str | None = None
 
     @property
     def n_bytes(self) -> int:
-        return cache_bytes(self.manifest)
+        return 0 if self.manifest is None else cache_bytes(self.manifest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def _read_root(place: Location) -> tuple[Manifest | None, str | None]:
 def list_remote(url: str) -> list[Listed]:
     """Caches at `url`: itself, or its immediate subdirectories (where the place can list them).
 
-    Raises `CacheError` if the place cannot be reached.
+    One that cannot be read is listed with its problem. Raises `CacheError` if the place cannot be reached.
     """
     place = open_location(url)
     here = read_remote_root(place)
@@ -126,9 +127,14 @@ def list_remote(url: str) -> list[Listed]:
         return [Listed(url=place.url, manifest=here)]
     found = []
     for name in place.directories():
-        manifest = read_remote_root(open_location(f"{place.address}/{name}"))
+        url = f"{place.url}/{name}"
+        try:
+            manifest = read_remote_root(open_location(f"{place.address}/{name}"))
+        except UserError as error:
+            found.append(Listed(url=url, manifest=None, problem=" ".join(error.what.split())))
+            continue
         if manifest is not None:
-            found.append(Listed(url=f"{place.url}/{name}", manifest=manifest))
+            found.append(Listed(url=url, manifest=manifest))
     return found
 
 
