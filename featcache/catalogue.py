@@ -114,7 +114,9 @@ def _remote_rows(url: str) -> list[Row]:
     for listed in list_remote(url):
         name = listed.url.removeprefix(base.url).strip("/")
         place = open_location(f"{base.address}/{name}") if name else base
-        rows.append(_row(name or base.url.rsplit("/", 1)[-1], place.url, listed.manifest, listed.n_bytes, place, listed.problem))
+        rows.append(
+            _row(name or base.url.rsplit("/", 1)[-1], place.url, listed.manifest, listed.n_bytes, place, listed.problem)
+        )
     return rows
 
 

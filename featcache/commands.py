@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +10,7 @@ import typer
 
 from featcache.console import ByteBar, console, plain, safe
 from featcache.errors import UserError
+from featcache.redact import redact
 
 if TYPE_CHECKING:
     from featcache.store.verify import Report
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. [default: all]")]
 Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
+Expect = Annotated[str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it.")]
+SignedBy = Annotated[
+    Path | None, typer.Option(help="Public key or allowed-signers file (OpenSSH) of whoever must have signed it.")
+]
+Data = Annotated[str | None, typer.Option(help="Image folder, to encode again. Default as for build.")]
+WeightsDir = Annotated[Path | None, typer.Option(help="Pretrained weights, to encode again.")]
+Device = Annotated[str, typer.Option(help="For encoding again.")]
+Captions = Annotated[Path | None, typer.Option(help="Table of captions, to encode text features again.")]
 
 
 def _split(text: str | None) -> list[str] | None:
@@ -87,6 +96,8 @@ def verify(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
     threads: Annotated[int | None, typer.Option(help="[default: one a core; 8 for a URL]")] = None,
+    expect: Expect = None,
+    signed_by: SignedBy = None,
     sample: Annotated[
         str | None, typer.Option(help="Read only this part, drawn at random: 1% or 0.01. [default: every byte]")
     ] = None,
@@ -103,18 +114,17 @@ def verify(
         ),
     ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Encode damaged shards again from the images.")] = False,
-    data: Annotated[str | None, typer.Option(help="Image folder, for --repair. Default as for build.")] = None,
-    weights_dir: Annotated[Path | None, typer.Option(help="Pretrained weights, for --repair.")] = None,
-    device: Annotated[str, typer.Option(help="For --repair.")] = "auto",
-    captions: Annotated[Path | None, typer.Option(help="Table of captions, for --repair of text features.")] = None,
+    data: Data = None,
+    weights_dir: WeightsDir = None,
+    device: Device = "auto",
+    captions: Captions = None,
 ) -> None:
     """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
     import shlex
 
-    from featcache import verified
     from featcache.remote import is_remote
     from featcache.share import verify_remote
-    from featcache.store.verify import parse_fraction, repair_metadata
+    from featcache.store.verify import parse_fraction
     from featcache.store.verify import verify as check
 
     names, remote = _split(features), is_remote(cache)
@@ -130,6 +140,8 @@ def verify(
     if seed is not None and fraction is None:
         raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
     keep = not remote if record is None else record
+
+    _require_authentic(cache, expect, signed_by)
 
     def checked() -> Report:
         with ByteBar("checking") as bar:
@@ -148,14 +160,10 @@ def verify(
                 progress=bar.advance,
             )
 
-    def noted(report: Report) -> None:
-        reason = verified.record(cache, report, names) if keep else None
-        if reason is not None:
-            console.print(f"[yellow]not recorded[/yellow]: {safe(reason)}")
-
     report = checked()
     _show_problems(report, "damaged")
-    noted(report)
+    if keep:
+        _record(cache, report, names)
     if report.ok:
         console.print(f"{safe(cache)}: sound ({_how_much(report)})")
         return
@@ -164,35 +172,65 @@ def verify(
         console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
         raise typer.Exit(1)
     if not repair:
-        console.print(f"{_counted(report.problems)}; type: featcache verify {where} --repair")
+        console.print(
+            f"{_counted(report.problems)}; type: featcache repair {where}, with --from URL if there is another copy"
+        )
         raise typer.Exit(1)
-    from featcache.repair import repair_shards
+    _encode_again(Path(cache), report.damaged, data, weights_dir, device, captions)
+    _check_again(Path(cache), features, threads)
 
-    folder = Path(cache)
+
+def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -> None:
+    """Raises `CacheError` unless it is the expected cache, signed by one of the signers; says who signed it."""
+    if expect is None and signed_by is None:
+        return
+    from featcache.remote import open_location
+    from featcache.share import require_authentic, required_root
+
+    place = open_location(cache)
+    who = require_authentic(place, required_root(place), expect, signed_by)
+    if who is not None:
+        console.print(f"signed by {safe(who)}")
+
+
+def _encode_again(
+    folder: Path,
+    damaged: Mapping[str, Sequence[int]],
+    data: str | None,
+    weights_dir: Path | None,
+    device: str,
+    captions: Path | None,
+) -> None:
+    """Metadata from the manifest, damaged shards (feature -> numbers) from the images."""
+    from featcache.progress import RichProgress
+    from featcache.repair import repair_shards
+    from featcache.store.verify import repair_metadata
+
     for name in repair_metadata(folder):
         console.print(f"metadata written again: {safe(name)}")
-    if report.damaged:
-        from featcache.progress import RichProgress
-
+    if damaged:
         with RichProgress() as progress:
             repair_shards(
                 folder,
-                report.damaged,
+                damaged,
                 data=data,
                 weights_dir=weights_dir,
                 device=device,
                 progress=progress,
                 captions=captions,
             )
-    again = checked()
-    _show_problems(again, "still damaged")
-    noted(again)
-    if not again.ok:
-        raise typer.Exit(1)
-    console.print(f"{safe(cache)}: repaired and sound")
 
 
 _SHOWN_PROBLEMS = 100
+
+
+def _record(cache: str, report: Report, features: list[str] | None) -> None:
+    """Note the verification beside the cache; where that is not possible, say so."""
+    from featcache import verified
+
+    reason = verified.record(cache, report, features)
+    if reason is not None:
+        console.print(f"[yellow]not recorded[/yellow]: {safe(reason)}")
 
 
 def _show_problems(report: Report, word: str) -> None:
@@ -212,6 +250,67 @@ def _how_much(report: Report) -> str:
     if report.since_last:
         return f"{words} read, {report.n_unread} shards as they were when last verified"
     return words
+
+
+def _check_again(folder: Path, features: str | None, threads: int | None) -> None:
+    """Exit code 1 unless the cache is sound now."""
+    from featcache.store.verify import verify as check
+
+    with ByteBar("checking") as bar:
+        again = check(folder, features=_split(features), threads=threads, progress=bar.advance)
+    _show_problems(again, "still damaged")
+    _record(str(folder), again, _split(features))
+    if not again.ok:
+        raise typer.Exit(1)
+    console.print(f"{safe(folder)}: repaired and sound")
+
+
+def repair(
+    cache: CachePath,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Another copy (URL or folder): only what is damaged here is fetched from it."),
+    ] = None,
+    features: Features = None,
+    threads: Threads = 8,
+    data: Data = None,
+    weights_dir: WeightsDir = None,
+    device: Device = "auto",
+    captions: Captions = None,
+) -> None:
+    """Make a damaged cache whole again: from another copy of it (--from), else from the images."""
+    from featcache.describe import size_text
+
+    if source is None:
+        from featcache.store.verify import verify as check
+
+        with ByteBar("checking") as bar:
+            report = check(cache, features=_split(features), progress=bar.advance)
+        _encode_again(cache, report.damaged, data, weights_dir, device, captions)
+    else:
+        from featcache.restore import restore
+
+        with ByteBar("fetching") as bar:
+            done = restore(cache, source, features=_split(features), threads=threads, progress=bar.advance)
+        for name in done.files:
+            console.print(f"mended: {safe(name)}")
+        for what in done.refused:
+            console.print(f"[yellow]not mended[/yellow] {safe(what)}")
+        console.print(f"{size_text(done.n_bytes)} fetched from {safe(redact(source))}")
+    _check_again(cache, features, None)
+
+
+def sign(
+    cache: CachePath,
+    key: Annotated[
+        Path,
+        typer.Option(help="SSH key: the private one, or a public one whose private one is in an agent or on a token."),
+    ],
+) -> None:
+    """Vouch for a cache: sign its digest with an SSH key. Push and pull take the signature along."""
+    from featcache.signing import sign as run
+
+    console.print(f"{safe(cache)}: signed {run(cache, key.expanduser())}")
 
 
 def _confirmed(question: str) -> bool:
@@ -313,13 +412,23 @@ def push(
     ],
     features: Features = None,
     threads: Threads = 8,
+    replace_unfinished: Annotated[
+        bool, typer.Option("--replace-unfinished", help="Send over what a push of other bytes left unfinished there.")
+    ] = False,
 ) -> None:
     """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
     from featcache import share
     from featcache.describe import size_text
 
     with ByteBar("pushing") as bar:
-        done = share.push(cache, url, features=_split(features), threads=threads, progress=bar.advance)
+        done = share.push(
+            cache,
+            url,
+            features=_split(features),
+            threads=threads,
+            replace_unfinished=replace_unfinished,
+            progress=bar.advance,
+        )
     console.print(
         f"{safe(url)}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there"
     )
@@ -333,6 +442,8 @@ def pull(
     features: Features = None,
     samples: Annotated[int | None, typer.Option(help="Only the first so many samples (whole shards).", min=1)] = None,
     threads: Threads = 8,
+    expect: Expect = None,
+    signed_by: SignedBy = None,
 ) -> None:
     """Copy a cache, or a part of one, to this machine; resumable, verified on arrival."""
     from featcache import share
@@ -340,7 +451,14 @@ def pull(
 
     with ByteBar("pulling") as bar:
         done = share.pull(
-            url, folder, features=_split(features), samples=samples, threads=threads, progress=bar.advance
+            url,
+            folder,
+            features=_split(features),
+            samples=samples,
+            threads=threads,
+            expect=expect,
+            signed_by=signed_by,
+            progress=bar.advance,
         )
     console.print(
         f"{safe(folder)}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
@@ -465,6 +583,8 @@ def register(app: typer.Typer) -> None:
     app.command()(restore)
     app.command(name="gc")(collect_garbage)
     app.command()(catalogue)
+    app.command()(repair)
+    app.command()(sign)
     app.command()(push)
     app.command()(pull)
     app.command()(convert)

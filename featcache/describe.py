@@ -9,6 +9,7 @@ from rich.table import Table
 from featcache.build import spec_bytes
 from featcache.console import console, safe
 from featcache.errors import UserError
+from featcache.store.root import cache_digest
 
 
 def size_text(count_bytes: float) -> str:
@@ -37,6 +38,7 @@ def print_info(cache: Any, place: str | None = None) -> None:
     """
     manifest, dataset = cache.manifest, cache.manifest.dataset
     console.print(f"[bold]{safe(cache.path)}[/bold]   fingerprint {cache.fingerprint[:16]}")
+    console.print(f"digest {cache_digest(manifest)}")
     console.print(
         f"{len(cache)} images of {len(dataset.class_names)} classes from {safe(dataset.source)}; "
         f"{safe(dataset.preprocessing.get('resolution'))} px {safe(dataset.preprocessing.get('crop'))}; "

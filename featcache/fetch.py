@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,10 @@ TRIES = 3
 _TELL = "tell whoever shares the cache; featcache verify checks it at its source"
 
 
+class DamagedSource(CacheError):
+    """The other place lacks a file, or sends other bytes than are wanted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """A file as the manifest wants it: length and SHA-256, and the hashes of its blocks where there are any."""
@@ -34,6 +37,14 @@ class Wanted:
     n_bytes: int
     sha256: str
     blocks: ShardBlocks | None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that is in place now: the hashes of its bytes, and how many of them came over the wire."""
+
+    hashes: files.Hashes
+    n_bytes: int
 
 
 def checksums_limit(manifest: Manifest) -> int:
@@ -63,8 +74,8 @@ def _metadata(place: Location, name: str, limit: int) -> bytes:
         raise is_missing(place, name) from error
 
 
-def is_missing(place: Location, name: str) -> CacheError:
-    return CacheError(f"{place.url}/{name} is missing", remedy=_TELL)
+def is_missing(place: Location, name: str) -> DamagedSource:
+    return DamagedSource(f"{place.url}/{name} is missing", remedy=_TELL)
 
 
 def wanted(
@@ -80,7 +91,7 @@ def wanted(
         except Missing as error:
             raise is_missing(place, entry.name) from error
         if n_bytes > _most_bytes(manifest, entry):
-            raise CacheError(f"{place.url}/{entry.name} is damaged: it cannot have {n_bytes} bytes", remedy=_TELL)
+            raise DamagedSource(f"{place.url}/{entry.name} is damaged: it cannot have {n_bytes} bytes", remedy=_TELL)
     return Wanted(name=entry.name, n_bytes=n_bytes, sha256=sha256, blocks=blocks)
 
 
@@ -100,9 +111,8 @@ def fetch(
     *,
     damaged: Path | None = None,
     progress: Progress | None = None,
-) -> int:
-    """Bring one file from `place` to `target`, which takes its name only if every byte is right. Returns the bytes that
-    came over the wire.
+) -> Fetched:
+    """Bring one file from `place` to `target`, which takes its name only if every byte is right.
 
     What has come so far is kept in `partial` (on the same disk), also when the process is killed, and is checked again
     before it is continued: with hashes of blocks after its last whole block, else after its last byte. Blocks that are
@@ -117,41 +127,42 @@ def fetch(
         raise CacheError(f"{partial} cannot be used: {error.strerror}", remedy=f"rm {partial}") from error
     try:
         if file.blocks is not None:
-            n_bytes = _fetch_blocks(place, file, file.blocks, fd, partial, damaged, progress)
+            found = _fetch_blocks(place, file, file.blocks, fd, partial, damaged, progress)
         else:
-            n_bytes = _fetch_bytes(place, file, fd, partial, progress)
+            found = _fetch_bytes(place, file, fd, partial, progress)
         files.publish(fd, partial, target)
-        return n_bytes
+        return found
     except Missing as error:
         raise is_missing(place, file.name) from error
     finally:
         os.close(fd)
 
 
-def _damaged(place: Location, file: Wanted, what: str) -> CacheError:
-    return CacheError(f"{place.url}/{file.name} is damaged: {what}", remedy=_TELL)
+def _damaged(place: Location, file: Wanted, what: str) -> DamagedSource:
+    return DamagedSource(f"{place.url}/{file.name} is damaged: {what}", remedy=_TELL)
 
 
-def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> int:
+def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> Fetched:
     """A file without hashes of blocks: checked as a whole, at the end."""
     fetched = 0
     for _ in range(TRIES):
-        digest, position = hashlib.sha256(), 0
+        hasher, position = files.Hasher(), 0
         os.lseek(fd, 0, os.SEEK_SET)
         while data := os.read(fd, hashes.BLOCK_BYTES):
-            digest.update(data)
+            hasher.update(memoryview(data))
             position += len(data)
         if position > file.n_bytes:
             os.ftruncate(fd, 0)
             continue
         for data in place.chunks(file.name, position, file.n_bytes):
             files.append(fd, data, partial)
-            digest.update(data)
+            hasher.update(memoryview(data))
             fetched += len(data)
             if progress is not None:
                 progress(len(data))
-        if digest.hexdigest() == file.sha256:
-            return fetched
+        found = hasher.result()
+        if found.sha256 == file.sha256:
+            return Fetched(found, fetched)
         os.ftruncate(fd, 0)
     raise _damaged(place, file, "its bytes do not match the recorded SHA-256")
 
@@ -164,13 +175,13 @@ def _fetch_blocks(
     partial: Path,
     damaged: Path | None,
     progress: Progress | None,
-) -> int:
+) -> Fetched:
     """A file with hashes of its blocks: each is checked before it is written."""
     if blocks.n_bytes != file.n_bytes:
         raise _damaged(place, file, "its manifest and the hashes of its blocks disagree about its length")
-    digest, start = hashlib.sha256(), 0
+    hasher, start = files.Hasher(), 0
     for index, data in _right_blocks(fd, blocks, stop_at_wrong=True):
-        digest.update(data)
+        hasher.update(memoryview(data))
         start = index * hashes.BLOCK_BYTES + len(data)
     os.ftruncate(fd, start)
     os.lseek(fd, start, os.SEEK_SET)
@@ -190,21 +201,22 @@ def _fetch_blocks(
                 with contextlib.suppress(CacheError):
                     check_block(blocks, index, data, file.name)
                     files.append(fd, data, partial)
-                    digest.update(data)
+                    hasher.update(memoryview(data))
                     start += len(data)
                     continue
                 here.discard(index)  # it has changed since
             stop = min([i * hashes.BLOCK_BYTES for i in here if i > index], default=file.n_bytes)
             for data in verified_blocks(place, file.name, blocks, start, stop):
                 files.append(fd, data, partial)
-                digest.update(data)
+                hasher.update(memoryview(data))
                 start += len(data)
                 fetched += len(data)
                 if progress is not None:
                     progress(len(data))
-    if digest.hexdigest() != file.sha256:
+    found = hasher.result()
+    if found.sha256 != file.sha256:
         raise _damaged(place, file, "the hashes of its blocks contradict its SHA-256")
-    return fetched
+    return Fetched(found, fetched)
 
 
 def _right_blocks(fd: int, blocks: ShardBlocks, *, stop_at_wrong: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -240,7 +252,7 @@ def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int,
                     except CacheError as error:
                         failures += 1
                         if failures == TRIES:
-                            raise CacheError(f"{error.what} ({TRIES} times)", remedy=_TELL) from error
+                            raise DamagedSource(f"{error.what} ({TRIES} times)", remedy=_TELL) from error
                         break
                     del block[: hashes.BLOCK_BYTES]
                     yield whole

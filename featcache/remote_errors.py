@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from featcache.errors import CacheError
 from featcache.redact import redact
 
-ATTEMPTS = 6
+ATTEMPTS = 8
 FIRST_PAUSE_S = 0.1
 
 _AGAIN = "run the same command again when the connection is better: it goes on where it stopped"

@@ -81,7 +81,8 @@ def _by_weights(
     for name in damaged:
         origin = features[name].provenance
         groups.setdefault(origin.get("seed") if origin.get("weights") == "random" else None, []).append(name)
-    return [(names, seed) for seed, names in groups.items()]
+    # Without weights first: what they hold of the images is compared when the others are encoded.
+    return [(groups[seed], seed) for seed in sorted(groups, key=lambda seed: (seed is not None, seed or 0))]
 
 
 def _encoders_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:

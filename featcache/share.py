@@ -41,7 +41,7 @@ from featcache.signing import (
     require_digest,
     require_signature,
 )
-from featcache.store import files
+from featcache.store import files, locks
 from featcache.store.blocks import BLOCK_BYTES, ShardBlocks, blocks_path, check_block
 from featcache.store.layout import ROOT_NAMES, STATE
 from featcache.store.manage import cache_bytes
@@ -224,10 +224,11 @@ def pull(
     require_authentic(place, whole, expect, signed_by)
     part = subset(whole, features, samples)
     target = Path(target)
-    _refuse_links(target, part)
+    refuse_links(target, part)
     recorded = {array: transfer.read_checksums(place, whole, array) for array in part.arrays}
     blocks = {array: transfer.read_blocks(place, whole, array) for array in part.arrays}
-    moved, n_bytes = [0, 0, 0], dict[str, int]()
+    moved = [0, 0, 0]
+    arrived: dict[tuple[str, int], transfer.Fetched] = {}
     with CacheWriter.create(
         target,
         part.dataset,
@@ -236,7 +237,9 @@ def pull(
         format=part.format,
         versions=part.versions,
     ) as writer:
-        writer.begin([part.features[name] for name in sorted(part.features)])
+        # A copy of what has no hashes of blocks has none either, and so the same digest.
+        without = [name for name, spec in part.features.items() if whole.blocks.keys().isdisjoint(spec.arrays)]
+        writer.begin([part.features[name] for name in sorted(part.features)], without_blocks=without)
         _refuse_other_bytes(writer.manifest, part, str(target))
         by_shard: dict[tuple[str, int], list[ShardFileEntry]] = {}
         for entry in shard_files(part):
@@ -258,17 +261,20 @@ def pull(
                     place, whole, entry, recorded[entry.array][shard], of_array[shard] if of_array is not None else None
                 )
                 partial = building_directory(target, names[0]) / f"{entry.name.replace('/', '+')}.fetched"
-                n_bytes[entry.name] = transfer.fetch(place, file, target / entry.name, partial, progress=progress)
+                path = files.inside(target, entry.name)
+                arrived[entry.array, shard] = transfer.fetch(place, file, path, partial, progress=progress)
 
         def done(job: tuple[list[str], int, list[ShardFileEntry]]) -> None:
             names, shard, entries = job
             moved[0] += len(entries)
-            moved[1] += sum(n_bytes[entry.name] for entry in entries)
+            fetched = {entry.array: arrived.pop((entry.array, shard)) for entry in entries}
+            moved[1] += sum(file.n_bytes for file in fetched.values())
             inside = writer.slots(shard)
             writer.skip(shard, [(s.slot, s.key, s.reason) for s in part.skipped if s.slot in inside])
             for name in names:
-                digests = {array: recorded[array][shard] for array in part.features[name].arrays}
-                writer.adopt_shard(name, shard, digests)
+                arrays = part.features[name].arrays
+                of_tar = next(iter(fetched.values()))
+                writer.adopt_shard(name, shard, {array: fetched.get(array, of_tar).hashes for array in arrays})
 
         in_parallel(todo, fetch, done, threads)
         manifest = writer.finish()
@@ -276,7 +282,7 @@ def pull(
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
 
 
-def _refuse_links(target: Path, part: Manifest) -> None:
+def refuse_links(target: Path, part: Manifest) -> None:
     """Raise `CacheError` where writing the cache would lead out of its directory."""
     for name in (STATE, SIGNATURE, *ROOT_NAMES.values(), *(part.arrays if part.format == "zarr" else ())):
         files.inside(target, name)
@@ -300,7 +306,7 @@ def _is_there(writer: CacheWriter, part: Manifest, feature: str, shard: int, rec
         return True
     entry = building_directory(writer.path, feature) / journal_name(shard)
     with contextlib.suppress(CacheError):
-        digests = journal_entry(entry, part.features[feature], part.dataset.count)[0]
+        digests = journal_entry(entry, part.features[feature], part.dataset.count).checksums
         return all(recorded[array][shard] == digest for array, digest in digests.items())
     return False
 
@@ -391,7 +397,6 @@ def push(
                 signature = read_signature(source)
                 if signature is not None and cache_digest(merged) == cache_digest(whole):
                     place.put(SIGNATURE, signature)
-                journal.remove()
                 return replace(result, manifest=merged)
     raise _replaced_too_often(place)
 
@@ -456,51 +461,53 @@ class _Journal:
     line. A push that runs at the same time from the same cache to the same place does without.
     """
 
-    def __init__(self, path: Path, fd: int | None) -> None:
-        self.path, self._fd = path, fd
+    def __init__(self, path: Path, held: locks.Lock | None) -> None:
+        self.path, self._held, self._fd = path, held, -1
         self.sent: dict[str, tuple[str, str]] = {}
-        if fd is None:
+        if held is None:
             return
-        for line in os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace").splitlines():
+        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        for line in os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("utf-8", "replace").splitlines():
             try:
                 name, digest, version = json.loads(line)
             except ValueError:
                 continue  # the last line of a killed push
             self.sent[str(name)] = (str(digest), str(version))
-        os.lseek(fd, 0, os.SEEK_END)
 
     def note(self, name: str, digest: str, version: str) -> None:
         """Record a file that has arrived. What cannot be recorded is sent again by the next push."""
-        if self._fd is not None:
+        if self._fd >= 0:
             with contextlib.suppress(CacheError):
                 files.append(self._fd, (json.dumps([name, digest, version]) + "\n").encode(), self.path)
 
-    def remove(self) -> None:
-        """The push is complete."""
-        if self._fd is None:
+    def close(self, *, remove: bool) -> None:
+        """Let go of it; `remove` it with it."""
+        if self._held is None:
             return
+        os.close(self._fd)
         with cache_lock(self.path.parent.parent.parent):  # an idle cache loses its state directory on the way out
-            files.remove_file(self.path)
+            self._held.release(remove=remove)
             files.remove_empty_directory(self.path.parent)
 
 
 @contextlib.contextmanager
 def _push_journal(source: Path, address: str) -> Iterator[_Journal]:
-    """The journal of pushes from `source` to `address`; one that keeps nothing on a read-only disk."""
+    """The journal of pushes from `source` to `address`, removed by one that succeeds; on a read-only disk it keeps
+    nothing.
+    """
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
     path = files.inside(source, f"{STATE}/push/{name}.jsonl")
-    fd = None
-    with contextlib.suppress(CacheError, OSError), cache_lock(source):
+    held = None
+    with contextlib.suppress(CacheError), cache_lock(source):
         files.make_directory(path.parent)
-        fd = files.try_lock(path)
-    journal = _Journal(path, fd)
+        held = locks.try_lock(path)
+    journal = _Journal(path, held)
+    done = False
     try:
         yield journal
+        done = True
     finally:
-        if fd is not None:
-            if not journal.sent:
-                journal.remove()
-            files.unlock(fd)
+        journal.close(remove=done or not journal.sent)
 
 
 def _merge(existing: Manifest | None, ours: Manifest, where: str) -> Manifest:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from featcache.errors import CacheError
-from featcache.store import wds
+from featcache.store import files, wds
 from featcache.store.layout import sample_bytes, shard_name, shard_samples
 from featcache.store.manifest import Manifest
 from featcache.store.shards import decompress, read_index
@@ -153,15 +153,6 @@ class IndexedShard:
         buffer[:] = whole[part * len(buffer) : (part + 1) * len(buffer)]
 
 
-def _open(where: str) -> int:
-    try:
-        return os.open(where, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CacheError(
-            f"{where} cannot be read: {error.strerror}", remedy="featcache verify names all that is damaged"
-        ) from error
-
-
 class ZarrBackend:
     """Shards of a zarr cache in a directory."""
 
@@ -170,15 +161,18 @@ class ZarrBackend:
         # Arrays' shards whose index was checked and found contiguous, one byte each: reopening costs one
         # open().
         self._contiguous: dict[str, bytearray] = {}
+        self._folders: dict[str, Path] = {}
 
     def open_shard(self, array: str, shard: int) -> ShardFile:
         manifest = self.manifest
         dtype, shape = manifest.arrays[array]
-        where = str(self.path / array / shard_name(shard, len(shape)))
+        if array not in self._folders:
+            self._folders[array] = files.inside(self.path, array)
+        where = str(self._folders[array] / shard_name(shard, len(shape)))
         length = sample_bytes(dtype, shape)
         n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
         known = self._contiguous.setdefault(array, bytearray(manifest.n_shards))
-        fd = _open(where)
+        fd = files.open_to_read(Path(where))
         try:
             if known[shard]:
                 return StridedShard(fd, 0, length, length, n, where)
@@ -209,7 +203,7 @@ class WdsBackend:
     def open_shard(self, array: str, shard: int) -> ShardFile:
         manifest, layout = self.manifest, self._layout
         where = str(self.path / wds.tar_name(shard))
-        fd = _open(where)
+        fd = files.open_to_read(Path(where))
         try:
             checked = self._checked.setdefault(array, bytearray(manifest.n_shards))
             n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import secrets
-import shlex
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from featcache.errors import CacheError
+from featcache.store.blocks import BLOCK_BYTES, BlockHasher, ShardBlocks
 
 PART_SUFFIX = ".part"
+_LINK_REMEDY = "put what it stands for in its place, or remove it"
+_READ_REMEDY = "featcache verify names all that is damaged"
+# What file systems without hard links answer to a request for one.
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 _PART = re.compile(r"(.+?)(?:\.[0-9a-f]{16})?\.part\Z", re.DOTALL)
 _PIECE_BYTES = 8 << 20
 
@@ -49,10 +53,12 @@ def inside(root: Path, relative: str) -> Path:
         raise CacheError(f"{relative!r:.200} is no path inside a cache")
     for component in components:
         path = path / component
-        if path.is_symlink():
+        with explained(path, "read"):
+            linked = path.is_symlink()
+        if linked:
             raise CacheError(
                 f"{path} is a symbolic link; inside a cache none is followed",
-                remedy=f"put what it stands for in its place, or remove it: rm {shlex.quote(str(path))}",
+                remedy=_LINK_REMEDY,
             )
     return path
 
@@ -72,6 +78,15 @@ def _rename(source: Path, target: Path) -> None:
     source.replace(target)
 
 
+def _link(source: Path, target: Path) -> None:
+    """A second name; fails where `target` exists."""
+    os.link(source, target)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink()
+
+
 def _bytes_view(buffer: Buffer) -> memoryview:
     """The buffer as flat bytes, without a copy; a non-contiguous array is a programmer's mistake."""
     if isinstance(buffer, np.ndarray):
@@ -80,32 +95,106 @@ def _bytes_view(buffer: Buffer) -> memoryview:
     return memoryview(buffer).cast("B")
 
 
-def _explain(error: OSError, path: Path) -> CacheError:
+def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
+    """One line for whatever the system answered about `path`, which could not be `what`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CacheError(
-            f"the disk is full: {path} could not be written",
+            f"the disk is full: {path} could not be {what}",
             remedy="free some space and run the same command again: it goes on where it stopped",
         )
+    if error.errno == errno.ELOOP:
+        return CacheError(f"{path} is a symbolic link; inside a cache none is followed", remedy=_LINK_REMEDY)
     return CacheError(
-        f"{path} could not be written: {error.strerror or error}",
+        f"{path} could not be {what}: {error.strerror or error}",
         remedy="put that right and run the same command again: it goes on where it stopped",
     )
 
 
-def _create_part(path: Path) -> tuple[int, Path]:
-    """A new temporary file for `path`, open for writing."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PART_SUFFIX}")
+@contextlib.contextmanager
+def explained(path: Path, what: str) -> Iterator[None]:
+    """Errors of the system inside the block become a `CacheError` that says what `path` could not be."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, path, what) from error
+
+
+def _create_part(path: Path, folder: Path | None = None) -> tuple[int, Path]:
+    """A new temporary file for `path`, beside it or in `folder`, open for writing."""
+    name = path.name if folder is None else f"{path.parent.name}+{path.name}"
+    part = (folder or path.parent) / f"{name}.{secrets.token_hex(8)}{PART_SUFFIX}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(part, flags, 0o666), part
 
 
-def _update_all(digest: hashlib._Hash, views: list[memoryview]) -> None:
-    for view in views:
-        digest.update(view)
+def _put_first(part: Path, target: Path) -> bool:
+    """Give `part` its final name unless a file has that already; False if one has.
+
+    Two processes may try at once; whichever is first, the file keeps its name and its bytes.
+    """
+    try:
+        _link(part, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _put_first_without_links(part, target)
+    return True
+
+
+def _put_first_without_links(part: Path, target: Path) -> bool:
+    """As `_put_first`, where there are no hard links: whoever writes the same file loses its temporary file before
+    we look whether it has put it in place. So of two that do this at once at most one renames.
+    """
+    final = part_of(part.name)
+    for other in part.parent.iterdir():
+        if other.name != part.name and part_of(other.name) == final:
+            with contextlib.suppress(FileNotFoundError):
+                _unlink(other)
+    if target.exists():
+        return False
+    try:
+        _rename(part, target)
+    except FileNotFoundError:
+        if target.exists():
+            return False
+        raise
+    return True
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Of a file's bytes: SHA-256 in hex, and the hashes of its blocks."""
+
+    sha256: str
+    blocks: ShardBlocks
+
+
+class Hasher:
+    """SHA-256 and hashes of the blocks as bytes pass, in one go while a block is in the processor's cache."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._blocks = BlockHasher()
+
+    def update(self, view: memoryview) -> None:
+        for start in range(0, len(view), BLOCK_BYTES):
+            piece = view[start : start + BLOCK_BYTES]
+            self._sha256.update(piece)
+            self._blocks.update(piece)
+
+    def update_all(self, views: Sequence[memoryview]) -> None:
+        for view in views:
+            self.update(view)
+
+    def result(self) -> Hashes:
+        """Of what passed so far."""
+        return Hashes(self._sha256.hexdigest(), self._blocks.result())
 
 
 def fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _fsync(fd)
     finally:
@@ -123,28 +212,37 @@ def write_all(fd: int, data: memoryview) -> None:
 
 def make_directory(path: Path) -> None:
     """Create `path` and its parents durably."""
-    if path.is_dir():
-        return
+    with explained(path, "written"):
+        if path.is_dir():
+            return
     make_directory(path.parent)
-    try:
+    with explained(path, "written"):
         path.mkdir(exist_ok=True)
         fsync_directory(path.parent)
-    except OSError as error:
-        raise _explain(error, path) from error
 
 
-def atomic_write(path: Path, buffers: Sequence[Buffer], *, hashing: bool = False, durable: bool = True) -> str:
+def atomic_write(path: Path, buffers: Sequence[Buffer], *, folder: Path | None = None, durable: bool = True) -> str:
     """Write the concatenated `buffers` to `path`, all or nothing. Not `durable`: a power loss may leave it
-    damaged.
+    damaged. folder: where the temporary file is made; by default beside `path`.
 
-    Returns the SHA-256 of the bytes in hex if `hashing`, else an empty string.
+    Returns the SHA-256 of the bytes in hex.
 
     Raises `CacheError` if the file cannot be written; nothing is left behind then.
     """
     group = Group()
-    digest = group.write(path, buffers, hashing=hashing)
+    hashes = group.write(path, buffers, folder=folder)
     group.commit(durable=durable)
-    return digest
+    return hashes.sha256
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file of a group: open, under its temporary name, to become `target`."""
+
+    fd: int
+    part: Path
+    target: Path
+    replace: bool
 
 
 class Group:
@@ -155,83 +253,93 @@ class Group:
     """
 
     def __init__(self) -> None:
-        self._open: list[tuple[int, Path, Path]] = []
+        self._open: list[_Entry] = []
         self.n_bytes = 0
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def write(self, path: Path, buffers: Sequence[Buffer], *, hashing: bool = True) -> str:
-        """Write a temporary file; returns the SHA-256 (hex) of the bytes, empty unless `hashing`.
+    def write(
+        self, path: Path, buffers: Sequence[Buffer], *, folder: Path | None = None, replace: bool = True
+    ) -> Hashes:
+        """Write a temporary file for `path` (in `folder`, if given); returns the hashes of the bytes.
 
-        The hash runs in a second thread beside the write (both release the interpreter lock), so it costs
+        The hashes are taken in a second thread beside the write (both release the interpreter lock), so they cost
         nothing where the disk is slower than 1 GB/s.
+
+        replace: whether the file takes the place of one that has its name at `commit`. If not, that one stays.
 
         Raises `CacheError` if it cannot be written; that file is removed then.
         """
-        digest = hashlib.sha256()
+        hasher = Hasher()
         views = [_bytes_view(buffer) for buffer in buffers]
         n_bytes = sum(view.nbytes for view in views)
+        with explained(path, "written"):
+            fd, part = _create_part(path, folder)
         try:
-            fd, part = _create_part(path)
-        except OSError as error:
-            raise _explain(error, path) from error
-        try:
-            if hashing and n_bytes > _PIECE_BYTES:
+            if n_bytes > _PIECE_BYTES:
                 with ThreadPoolExecutor(1) as pool:
-                    hashed = pool.submit(_update_all, digest, views)
+                    hashed = pool.submit(hasher.update_all, views)
                     for view in views:
                         write_all(fd, view)
                     hashed.result()
             else:
-                if hashing:
-                    _update_all(digest, views)
+                hasher.update_all(views)
                 for view in views:
                     write_all(fd, view)
         except BaseException as error:
             os.close(fd)
             with contextlib.suppress(OSError):
-                part.unlink()
+                _unlink(part)
             if isinstance(error, OSError):
-                raise _explain(error, path) from error
+                raise explain(error, path) from error
             raise
-        self._open.append((fd, part, path))
+        self._open.append(_Entry(fd, part, path, replace))
         self.n_bytes += n_bytes
-        return digest.hexdigest() if hashing else ""
+        return hasher.result()
 
-    def commit(self, *, durable: bool = True) -> None:
+    def commit(self, *, durable: bool = True) -> list[Path]:
         """fsync every file, give each its name, fsync their directories.
+
+        Returns the files that had their names already and were not to be replaced: what lies there was put there,
+        complete, by another process.
 
         Raises `CacheError` if any of that fails; files of the group may then have their names or be gone.
         """
         entries, self._open, self.n_bytes = self._open, [], 0
-        path = Path()
+        path, there = Path(), []
         try:
             if durable:
-                for fd, _, target in entries:
-                    path = target
-                    _fsync(fd)
-            for _, part, path in entries:
-                _rename(part, path)
+                for entry in entries:
+                    path = entry.target
+                    _fsync(entry.fd)
+            for entry in entries:
+                path = entry.target
+                if entry.replace:
+                    _rename(entry.part, path)
+                elif not _put_first(entry.part, path):
+                    there.append(path)
             if durable:
-                for path in dict.fromkeys(target.parent for _, _, target in entries):
+                for path in dict.fromkeys(entry.target.parent for entry in entries):
                     fsync_directory(path)
         except OSError as error:
-            for _, part, _ in entries:
-                with contextlib.suppress(OSError):
-                    part.unlink()
-            raise _explain(error, path) from error
+            raise explain(error, path) from error
         finally:
-            for fd, _, _ in entries:
-                os.close(fd)
+            _discard(entries)
+        return there
 
     def abandon(self) -> None:
         """Remove what is not committed."""
-        for fd, part, _ in self._open:
-            os.close(fd)
-            with contextlib.suppress(OSError):
-                part.unlink()
-        self._open, self.n_bytes = [], 0
+        entries, self._open, self.n_bytes = self._open, [], 0
+        _discard(entries)
+
+
+def _discard(entries: Sequence[_Entry]) -> None:
+    """Close the files and remove what is left of their temporary names."""
+    for entry in entries:
+        os.close(entry.fd)
+        with contextlib.suppress(OSError):
+            _unlink(entry.part)
 
 
 class Stream:
@@ -239,16 +347,20 @@ class Stream:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._digest = hashlib.sha256()
+        self._hasher = Hasher()
 
     def write(self, data: Buffer) -> None:
         view = _bytes_view(data)
-        self._digest.update(view)
+        self._hasher.update(view)
         write_all(self._fd, view)
+
+    def hashes(self) -> Hashes:
+        """Of what was written so far."""
+        return self._hasher.result()
 
     def digest(self) -> str:
         """SHA-256 (hex) of what was written so far."""
-        return self._digest.hexdigest()
+        return self.hashes().sha256
 
 
 @contextlib.contextmanager
@@ -257,10 +369,8 @@ def atomic_stream(path: Path) -> Iterator[Stream]:
 
     Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any other exception.
     """
-    try:
+    with explained(path, "written"):
         fd, part = _create_part(path)
-    except OSError as error:
-        raise _explain(error, path) from error
     try:
         try:
             yield Stream(fd)
@@ -271,20 +381,21 @@ def atomic_stream(path: Path) -> Iterator[Stream]:
         fsync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            part.unlink()
+            _unlink(part)
         if isinstance(error, OSError):
-            raise _explain(error, path) from error
+            raise explain(error, path) from error
         raise
 
 
 def remove_file(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    """Remove a file; a missing one is fine. Raises `CacheError` if it cannot be removed."""
+    with explained(path, "removed"), contextlib.suppress(FileNotFoundError):
+        _unlink(path)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all in it; a missing one is fine."""
-    with contextlib.suppress(FileNotFoundError):
+    """Remove a directory and all in it; a missing one is fine. Raises `CacheError` if it cannot be removed."""
+    with explained(path, "removed"), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
 
 
@@ -293,19 +404,45 @@ def remove_empty_directory(path: Path) -> None:
         path.rmdir()
 
 
-def read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """The whole file; raises `CacheError` if it is longer than `limit_bytes` or not a regular file."""
+def names_in(path: Path) -> list[str]:
+    """Names in a directory, sorted; none if it does not exist. Raises `CacheError` if it cannot be read.
+
+    Without those that NFS keeps for files that were removed while open.
+    """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".nfs"))
+    except FileNotFoundError:
+        return []
     except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
+        raise explain(error, path, "read") from error
+
+
+def open_to_read(path: Path) -> int:
+    """A descriptor of a regular file. Neither follows a link in the last place nor waits for anything (a pipe).
+
+    Raises `CacheError` if it cannot be read or is something else.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise explain(error, path) from error
+        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=_READ_REMEDY) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CacheError(f"{path} is not a file", remedy=_READ_REMEDY)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """The whole file; raises `CacheError` if it is longer than `limit_bytes`, or cannot be read (`open_to_read`)."""
+    with os.fdopen(open_to_read(path), "rb") as file:
         try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise CacheError(f"{path} is not a file")
             # By its length, not by the limit: read(n) allocates n bytes at once.
-            data = file.read(min(status.st_size, limit_bytes) + 1)
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit_bytes) + 1)
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror}") from error
     if len(data) > limit_bytes:
@@ -314,64 +451,36 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hex, read in pieces (constant memory)."""
-    with path.open("rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def lock(path: Path) -> int:
-    """A descriptor holding an exclusive lock on the file `path` (created if need be), waiting for it.
-
-    The holder may unlink the file; whoever waited for it then starts over with a new one.
-    """
-    while True:
-        make_directory(path.parent)
+    """SHA-256 of a file in hex, read in pieces (constant memory); raises `CacheError` as `open_to_read`."""
+    with os.fdopen(open_to_read(path), "rb", buffering=0) as file:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # the directory was removed in between
+            return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise _explain(error, path) from error
-        fcntl.flock(fd, fcntl.LOCK_EX)
+            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def hashes_of(path: Path) -> Hashes:
+    """As `sha256_of`, with the hashes of the blocks."""
+    hasher = Hasher()
+    with os.fdopen(open_to_read(path), "rb", buffering=0) as file:
+        piece = memoryview(bytearray(_PIECE_BYTES))
         try:
-            held, current = os.fstat(fd), path.stat()
-        except FileNotFoundError:
-            os.close(fd)
-            continue
-        if (held.st_dev, held.st_ino) == (current.st_dev, current.st_ino):
-            return fd
-        os.close(fd)
-
-
-def try_lock(path: Path) -> int | None:
-    """A descriptor holding an exclusive lock on `path`, or None if another process holds it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
-
-
-def unlock(fd: int) -> None:
-    """Let go of a lock that `lock` or `try_lock` gave."""
-    os.close(fd)
+            while got := file.readinto(piece):
+                hasher.update(piece[:got])
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    return hasher.result()
 
 
 def append(fd: int, data: bytes, path: Path) -> None:
     """Write all of `data` to the open file `path`; raises `CacheError` if the disk refuses."""
-    try:
+    with explained(path, "written"):
         write_all(fd, memoryview(data))
-    except OSError as error:
-        raise _explain(error, path) from error
 
 
 def publish(fd: int, part: Path, target: Path) -> None:
     """Give the finished file `part`, open as `fd`, its final name on the same disk, durably; raises `CacheError`."""
-    try:
+    with explained(target, "written"):
         _fsync(fd)
         _rename(part, target)
         fsync_directory(target.parent)
-    except OSError as error:
-        raise _explain(error, target) from error

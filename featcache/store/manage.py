@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError, UserError
-from featcache.store import files, trash
+from featcache.store import files, locks, trash
 from featcache.store.layout import ROOT_NAMES, STATE, index_bytes, sample_bytes, shard_samples
 from featcache.store.manifest import FeatureSpec, Manifest
 from featcache.store.names import OwnNames, first_foreign, own_files, regular_files
 from featcache.store.root import find_root, read_root
 from featcache.store.wds import tar_layout
-from featcache.store.writer import building_directory, cache_lock, unfinished_features
+from featcache.store.writer import building_directory, cache_lock, remove_building, unfinished_features
 
 DEFAULT_AGE_S = trash.parse_age(trash.DEFAULT_AGE)
-_JOURNAL = re.compile(r"lock|spec\.json|\d{8}\.json")
 _PUSH_JOURNAL = re.compile(r"[0-9a-f]{16}\.jsonl")
 _NEVER = re.compile(r"(?!)")
 
@@ -66,12 +66,15 @@ def cache_info(path: str | Path) -> CacheInfo:
         complete = find_root(path) is not None
     except OSError as error:
         return CacheInfo(path=path, manifest=None, problem=_reason(error))
-    manifest, n_bytes, unfinished, problem = None, 0, (), None
+    unfinished: tuple[str, ...] = ()
+    manifest, n_bytes, problem = None, 0, None
     try:
         unfinished = tuple(sorted(unfinished_features(path)))
         if complete:
             manifest = read_root(path)
             n_bytes = cache_bytes(manifest)
+            # What a builder left that died after it had made its features visible is not unfinished.
+            unfinished = tuple(name for name in unfinished if name not in manifest.features)
         elif not (path / STATE).is_dir():
             problem = "not a cache: its root document or state folder is something else"
     except (UserError, OSError) as error:
@@ -177,7 +180,7 @@ def _remove_ghost(path: Path) -> None:
     state = path / STATE
     if path.is_symlink() or state.is_symlink() or not state.is_dir():
         return
-    if os.listdir(path) == [STATE] and os.listdir(state) == ["lock"]:  # noqa: PTH208
+    if files.names_in(path) == [STATE] and all(map(locks.is_lock_file, files.names_in(state))):
         with cache_lock(path):
             pass
         files.remove_empty_directory(path)
@@ -261,37 +264,48 @@ def _collect_cache(path: Path, dry_run: bool, older_than_s: float) -> list[tuple
         live, dead = set(), []
         try:
             for name in specs:
-                fd = files.try_lock(building_directory(path, name) / "lock")
-                if fd is None:
+                held = locks.try_lock(building_directory(path, name) / "lock")
+                if held is None:
                     live.add(name)
                 else:
-                    dead.append((name, fd))
+                    dead.append((name, held))
             if manifest is not None and complete and not dry_run:
                 for entry in trash.entries(trash.cache_trash(path)):
                     trash.settle(path, manifest, entry)
             removed = _leftovers(path, manifest, specs, live) if manifest is not None else []
             pushes = _old_state(path, f"{STATE}/push", _PUSH_JOURNAL)
             if not dry_run:
-                # Journals last: they say which files are the dead builds'.
+                # Runs first, so that no process that is thought dead puts another file in place; the rest of the
+                # journals last, for they say which files are the dead builds'.
+                for name, _ in dead:
+                    _remove_runs(building_directory(path, name))
                 for name, _ in removed:
                     files.remove_file(path / name)
                 if manifest is not None:
                     _remove_empty_folders(path, manifest, specs, live)
-                for folder in (str(building_directory(path, name).relative_to(path)) for name, _ in dead):
-                    for name, _ in _old_state(path, folder, _JOURNAL):
-                        files.remove_file(path / name)
-                    files.remove_empty_directory(path / folder)
+                for name, held in dead:
+                    remove_building(path, name, held)
                 for name, _ in [*pushes, *_old_state(path, STATE, _NEVER)]:
                     files.remove_file(path / name)
                 files.remove_empty_directory(path / STATE / "push")
             removed += pushes
             removed += _empty(trash.cache_trash(path), path, dry_run, older_than_s)
         finally:
-            for _, fd in dead:
-                files.unlock(fd)
+            for _, held in dead:
+                held.release()
         if not dry_run and not complete and not live:
             files.remove_file(files.inside(path, f"{STATE}/dataset.json"))
     return removed
+
+
+def _remove_runs(directory: Path) -> None:
+    """Take away where a dead build had its temporary files; each by one rename first."""
+    for name in files.names_in(directory):
+        run = directory / name
+        if run.is_dir() and not run.is_symlink():
+            gone = run.with_name(f"gone-{secrets.token_hex(8)}")
+            run.rename(gone)
+            files.remove_tree(gone)
 
 
 def _in_use(manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]) -> set[str]:

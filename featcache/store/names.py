@@ -11,7 +11,7 @@ from pathlib import Path
 
 from featcache.errors import CacheError
 from featcache.store import files
-from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, ROOT_NAMES, STATE, shard_name
+from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, ROOT_NAMES, SIGNATURE, STATE, shard_name
 from featcache.store.manifest import FeatureSpec, Manifest
 from featcache.store.wds import tar_name
 
@@ -50,6 +50,8 @@ class OwnNames:
     def owns(self, folder: str, name: str) -> bool:
         """Whether the file `name` in `folder` (relative, '' for the cache's own) is the store's, or a temporary of one."""
         name = files.part_of(name) or name
+        if folder == "" and name == SIGNATURE:
+            return True
         if self.format == "wds":
             return folder == "" and (name in (ROOT_NAMES["wds"], CHECKSUMS, BLOCKS) or self._is_tar(name))
         if folder in self.arrays:

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from featcache.errors import CacheError, UserError
-from featcache.store import files
+from featcache.store import files, locks
 from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, STATE, shard_name
 from featcache.store.manifest import (
     MAX_METADATA_BYTES,
@@ -155,10 +155,10 @@ def journaled(cache: Path) -> dict[str, FeatureSpec | None]:
     """
     building = files.inside(cache, f"{STATE}/building")
     found: dict[str, FeatureSpec | None] = {}
-    for folder in sorted(building.iterdir()) if building.is_dir() else ():
-        files.inside(cache, f"{STATE}/building/{folder.name}")
+    for entry in files.names_in(building):
+        folder = files.inside(cache, f"{STATE}/building/{entry}")
         record = folder / "spec.json"
-        name = folder.name.replace("+", "/")
+        name = entry.replace("+", "/")
         found[name] = None
         if record.is_file():
             spec = feature_from_json(load_json(files.read_bounded(record, MAX_SPEC_BYTES), str(record)))
@@ -179,11 +179,11 @@ def without_builders(cache: Path, features: Sequence[str]) -> Iterator[None]:
         for name in features:
             folder = building_directory(cache, name)
             if folder.is_dir():
-                fd = files.try_lock(files.inside(cache, str((folder / "lock").relative_to(cache))))
-                if fd is None:
+                lock = locks.try_lock(folder / "lock")
+                if lock is None:
                     busy.append(name)
                 else:
-                    held.append(fd)
+                    held.append(lock)
         if busy:
             raise CacheError(
                 f"another process is writing {', '.join(busy)} of {cache} at this moment; nothing was removed",
@@ -191,8 +191,8 @@ def without_builders(cache: Path, features: Sequence[str]) -> Iterator[None]:
             )
         yield
     finally:
-        for fd in held:
-            files.unlock(fd)
+        for lock in held:
+            lock.release()
 
 
 # Whole caches
@@ -227,7 +227,7 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
     if find_root(path) is None and not (path / STATE).is_dir():
         read_root(path)  # raises, saying what is there instead
     trash = folder_trash(path.parent)
-    lock = files.lock(files.inside(path, STATE) / "lock")
+    lock = locks.lock(files.inside(path, f"{STATE}/lock"))
     try:
         with without_builders(path, list(_building(path))):
             foreign = first_foreign(path, cache_names(path)) if now else None
@@ -240,7 +240,7 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
             target = trash / f"{_DELETING if now else ''}{_stamp()}-{path.name}"
             _rename(path, target)
     finally:
-        files.unlock(lock)
+        lock.release()
         if state_directory(path).is_dir():
             tidy(path)
     if not now:
@@ -251,8 +251,7 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
 
 
 def _building(cache: Path) -> list[str]:
-    building = files.inside(cache, f"{STATE}/building")
-    return sorted(folder.name.replace("+", "/") for folder in building.iterdir()) if building.is_dir() else []
+    return [name.replace("+", "/") for name in files.names_in(files.inside(cache, f"{STATE}/building"))]
 
 
 def tidy(cache: Path) -> None:

@@ -56,6 +56,7 @@ from featcache.store.writer import (
     cache_lock,
     checksums_path,
     checksums_text,
+    clear_parts,
 )
 
 MAX_PROBLEMS = 100_000
@@ -331,6 +332,8 @@ def _wait_for_publisher(lock: int) -> None:
             return
         except BlockingIOError:
             time.sleep(0.01)
+        except OSError:
+            return  # a file system without such locks
 
 
 def _inconsistencies(path: Path) -> list[Problem]:
@@ -396,6 +399,8 @@ def _check_array(
     if plan.fraction is not None and plan.seed is not None:
         parts = sampled(manifest, array, blocks, plan.fraction, plan.seed)
     most_bytes = _most_bytes(manifest, array)
+    # Without any record: all of them together may still be what the manifest stands for.
+    untold = _Untold(manifest, array) if recorded is None and blocks is None and parts is None else None
     n_files = n_read = n_unread = 0
 
     def jobs() -> Iterator[_Job]:
@@ -417,15 +422,15 @@ def _check_array(
     for job, result in _mapped(pool, _check_shard, jobs(), 4 * plan.threads):
         n_files, n_read = n_files + 1, n_read + result.n_bytes
         if result.what is not None:
-            where_ = str(path / job.entry.name)
-            checked.problems += [
-                Problem(path=where_, what=result.what, feature=name, shard=job.entry.shard)
-                for name in job.entry.features
-            ]
+            checked.problems += _problems(path, job.entry, result.what)
+        elif untold is not None:
+            untold.add(job.entry, result.sha256)
         if plan.remember and (result.what is not None or job.parts is None):
             ledger.note(job.entry.shard, result.mark if recorded is not None and result.what is None else b"")
         if plan.progress is not None:
             plan.progress(result.n_bytes)
+    if untold is not None:
+        checked.problems += untold.problems(path, MAX_PROBLEMS - len(checked.problems))
     if plan.remember:
         ledger.save()
     if parts is not None:
@@ -443,6 +448,35 @@ def _most_bytes(manifest: Manifest, array: str) -> int:
     length = sample_bytes(*manifest.arrays[array])
     n = shard_samples(manifest.dataset.count, manifest.shard_size, 0)
     return n * (length + length // 128 + 1024) + index_bytes(manifest.shard_size)
+
+
+class _Untold:
+    """Shards of an array of which nothing is left that tells sound ones from damaged ones, in order."""
+
+    def __init__(self, manifest: Manifest, array: str) -> None:
+        self._manifest, self._array = manifest, array
+        self._digest = hashlib.sha256()
+        self._shards = compact("L")
+
+    def add(self, entry: ShardFileEntry, sha256: str) -> None:
+        """A shard that looks sound, and its SHA-256."""
+        name = entry.name.rpartition("/")[2]
+        self._digest.update(f"{sha256}  {name}\n".encode())
+        self._shards.append(entry.shard)
+
+    def problems(self, path: Path, limit: int) -> list[Problem]:
+        """None if their checksums are together the ones that the manifest stands for."""
+        whole = len(self._shards) == self._manifest.n_shards
+        if whole and self._digest.hexdigest() == self._manifest.checksums[self._array]:
+            return []
+        what = "cannot be told sound from damaged: its checksum is lost"
+        entries = array_files(self._manifest, self._array, self._shards)
+        return [problem for entry in entries for problem in _problems(path, entry, what)][:limit]
+
+
+def _problems(path: Path, entry: ShardFileEntry, what: str) -> list[Problem]:
+    where = str(path / entry.name)
+    return [Problem(path=where, what=what, feature=name, shard=entry.shard) for name in entry.features]
 
 
 def _small_file(path: Path, name: str, limit: int, problems: list[Problem]) -> bytes | None:
@@ -509,6 +543,7 @@ class _Result:
     what: str | None
     n_bytes: int
     mark: bytes = b""
+    sha256: str = ""
 
 
 def _check_shard(job: _Job) -> _Result:
@@ -533,9 +568,9 @@ def _check_shard(job: _Job) -> _Result:
         digest, blocks = _hashes(fd, job.blocks is not None)
         what = _shard_problem(entry, digest, status.st_size, job.digest)
         if what is None and blocks != job.blocks:
-            what = "the hashes of its blocks are not the recorded ones"
+            what = "its bytes do not match the recorded hashes of its blocks"
         mark = identity(status)
-        return _Result(what, status.st_size, mark if identity(os.fstat(fd)) == mark else b"")
+        return _Result(what, status.st_size, mark if identity(os.fstat(fd)) == mark else b"", digest)
     except OSError:
         return _Result("missing or unreadable", 0)
     finally:
@@ -689,6 +724,7 @@ def repair_metadata(path: str | Path) -> list[str]:
 
     with cache_lock(path):
         manifest = read_root(path)
+        clear_parts(path, manifest, manifest.features)
         for name, content in metadata_files(manifest).items():
             if not _equals(path, name, content):
                 write(name, content)

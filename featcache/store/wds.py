@@ -14,13 +14,16 @@ from __future__ import annotations
 import os
 import tarfile
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from featcache.errors import CacheError
-from featcache.store.files import Buffer
 from featcache.store.layout import sample_bytes
 from featcache.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from featcache.store.files import Buffer
 
 _BLOCK = 512
 _SLOT_DIGITS = 9

@@ -2,12 +2,17 @@
 
 During a build the directory holds, besides finished features,
 
-    <array>/c.<shard>.0...            finished shards, each renamed into place
+    <array>/c.<shard>.0...            finished shards, each put into place whole
     .featcache/lock                   held for moments: creating, beginning, finishing, removing
     .featcache/dataset.json           dataset and shard size until the first feature is finished
-    .featcache/building/<feature>/    lock (held by the builder), spec.json, and per finished shard
-    <number>.json
-                                      with its checksums and its skipped slots
+    .featcache/building/<feature>/    lock (held by the builder), spec.json, `run` (which names the next), and
+      run-<16 hex digits>/            temporary files of the builder and of those who joined it
+      <number>.json                   for each finished shard its checksums and its skipped slots
+
+A process that is thought dead may live on and write the same shards as its replacement. Within one run the first file
+that is put in a shard's place stays: whoever comes second takes the hashes of what lies there. Whoever begins anew
+makes a new run and removes the old one's directory before clearing away shards that are not journaled; so nothing that
+was written in an earlier run can take a name any more.
 
 `finish` turns the journal into checksum files and metadata, renames the root document into place and removes
 the journal. Nothing final depends on time, order or interruptions, so a resumed build ends in the same bytes.
@@ -19,18 +24,29 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import shlex
+import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from featcache.errors import CacheError
-from featcache.store import files
+from featcache.store import files, locks
+from featcache.store.blocks import (
+    ShardBlocks,
+    blocks_bytes,
+    blocks_from_json,
+    blocks_limit,
+    blocks_path,
+    parse_blocks,
+)
 from featcache.store.layout import (
+    BLOCKS,
     CHECKSUMS,
     COMPRESSORS,
     ROOT_METADATA,
@@ -65,7 +81,14 @@ GROUP_BYTES = 1 << 30
 GROUP_FILES = 128
 
 _ENTRY = re.compile(r"(\d{8})\.json\Z")
+_RUN = re.compile(r"run-[0-9a-f]{16}\Z")
+_SHARD = re.compile(r"c(?:\.\d+)+\Z")
+_METADATA = re.compile(rf"(?:{CHECKSUMS}|{BLOCKS}|{'|'.join(map(re.escape, ROOT_NAMES.values()))})\Z")
+_PARTS = re.compile("")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+# How long what another machine has written may stay unseen: NFS trusts what it knows of a directory for a minute.
+STALE_S = 90.0
+STALE_POLL_S = 0.5
 
 
 def state_directory(path: Path) -> Path:
@@ -77,22 +100,48 @@ def cache_lock(path: Path) -> Iterator[None]:
     """Hold the lock on a cache's metadata (for moments). On the way out an idle cache loses its state
     directory.
     """
-    state = state_directory(path)
-    fd = files.lock(state / "lock")
+    state = files.inside(path, STATE)
+    held = locks.lock(files.inside(path, f"{STATE}/lock"))
+    idle = False
     try:
+        # Whoever wrote these under this lock is dead.
+        remove_others(state, (), _PARTS, only_parts=True)
+        remove_others(path, (), _METADATA, only_parts=True)
         yield
+        _clear_published(path)
         files.remove_empty_directory(state / "building")
         if find_root(path) is not None and not (state / "building").exists():
             files.remove_file(state / "dataset.json")
-        if {entry.name for entry in state.iterdir()} == {"lock"}:
-            files.remove_file(state / "lock")
-            files.remove_empty_directory(state)
+        idle = all(map(locks.is_lock_file, files.names_in(state)))
     finally:
-        os.close(fd)
+        held.release(remove=idle)
+    if idle:
+        # Only now: NFS keeps a file that is open. Whoever has made a new lock there meanwhile keeps the directory.
+        files.remove_empty_directory(state)
+
+
+def _clear_published(path: Path) -> None:
+    """Remove what builders who died after publishing (or while repairing) left. The caller holds the cache's lock."""
+    with contextlib.suppress(CacheError):
+        names = unfinished_features(path)
+        published = set(read_root(path).features) if names and find_root(path) is not None else set()
+        for name in published.intersection(names):
+            held = locks.try_lock(building_directory(path, name) / "lock")
+            if held is not None:
+                remove_building(path, name, held)
+
+
+def remove_building(path: Path, name: str, held: locks.Lock) -> None:
+    """Remove the directory of a build that is over. The caller holds the cache's lock, so nobody else takes it up."""
+    # Released first: NFS would keep the open file and so the directory.
+    held.release()
+    # What cannot be removed now, whoever next takes the cache's lock will remove.
+    with contextlib.suppress(CacheError):
+        files.remove_tree(building_directory(path, name))
 
 
 def building_directory(path: Path, feature: str) -> Path:
-    return state_directory(path) / "building" / feature.replace("/", "+")
+    return files.inside(path, f"{STATE}/building/{feature.replace('/', '+')}")
 
 
 def journal_name(shard: int) -> str:
@@ -110,13 +159,15 @@ class CacheWriter:
         self.path = path
         self._base = base
         self._specs: dict[str, FeatureSpec] = {}
-        self._locks: dict[str, int] = {}
+        self._locks: dict[str, locks.Lock] = {}
+        self._runs: dict[str, Path] = {}
+        self._without_blocks: set[str] = set()
         self._done: dict[str, set[int]] = {}
         self._skipped: dict[int, list[Skipped]] = {}
         self._written: set[int] = set()
         self._repairs: dict[str, set[int]] | None = None
         self._group = files.Group()
-        self._unrecorded: list[tuple[str, int, dict[str, str]]] = []
+        self._unrecorded: list[tuple[str, int, dict[str, files.Hashes]]] = []
         self._last_commit_s = time.monotonic()
 
     # Opening
@@ -188,7 +239,8 @@ class CacheWriter:
         """A writer that may rewrite just these shards (feature -> shard numbers) of complete features.
 
         `write_shard` replaces them; `finish` records the checksums of what was written. Re-encoding on the
-        same hardware and software gives the recorded bytes back, elsewhere it may differ in the last bit.
+        same hardware and software gives the recorded bytes back, elsewhere it may differ in the last bit. Where an
+        array's checksums are lost, all its shards must be repaired that nothing else vouches for: see `finish`.
         """
         writer = cls.open(path)
         repairs = {name: set(numbers) for name, numbers in shards.items()}
@@ -201,12 +253,17 @@ class CacheWriter:
             set(repairs) != set(writer._base.features) or len(set(map(frozenset, repairs.values()))) > 1
         ):
             raise CacheError("a tar holds all features: repair the same shards of all of them")
+        writer._repairs = repairs
+        writer._without_blocks = {
+            name for name in repairs if writer._base.blocks.keys().isdisjoint(writer._base.features[name].arrays)
+        }
         with cache_lock(writer.path):
             for name in repairs:
                 writer._specs[name] = writer._base.features[name]
                 writer._take(name)
+                writer._make_directories(name)
                 writer._done[name] = set(range(writer.n_shards)) - repairs[name]
-        writer._repairs = repairs
+            clear_parts(writer.path, writer._base, repairs)
         return writer
 
     @classmethod
@@ -228,8 +285,10 @@ class CacheWriter:
         for spec in specs:
             complete = existing.features.get(spec.name)
             record = building_directory(path, spec.name) / "spec.json"
-            if complete is None and not record.is_file():
-                raise CacheError(f"no build of {spec.name!r} of {path} is under way")
+            if complete is None:
+                if not record.is_file():
+                    raise CacheError(f"no build of {spec.name!r} of {path} is under way")
+                writer._runs[spec.name] = _run_directory(path, spec.name)
             begun = complete or feature_from_json(
                 load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record))
             )
@@ -240,11 +299,20 @@ class CacheWriter:
         return writer
 
     def refresh(self) -> None:
-        """Take note of the shards that writers who joined have finished."""
+        """Take note of the shards that writers who joined have finished. They must have, and must have closed.
+
+        A network file system may take a while to show what another machine has written: what is missing is looked
+        for again until `STALE_S` have passed.
+        """
         self.commit()
-        for name, spec in self._specs.items():
-            if name in self._locks:
-                self._done[name] = self._journaled_shards(spec)
+        deadline = time.monotonic() + STALE_S
+        while True:
+            for name, spec in self._specs.items():
+                if name in self._locks:
+                    self._done[name] = self._journaled_shards(spec)
+            if not self.pending() or time.monotonic() > deadline:
+                return
+            time.sleep(STALE_POLL_S)
 
     def __enter__(self) -> Self:
         return self
@@ -267,8 +335,8 @@ class CacheWriter:
 
     def _release(self) -> None:
         self._group.abandon()
-        for fd in self._locks.values():
-            os.close(fd)
+        for held in self._locks.values():
+            held.release()
         self._locks.clear()
 
     # What there is
@@ -306,10 +374,11 @@ class CacheWriter:
 
     # Building
 
-    def begin(self, specs: Sequence[FeatureSpec]) -> None:
+    def begin(self, specs: Sequence[FeatureSpec], *, without_blocks: Collection[str] = ()) -> None:
         """Declare the features that this writer will write. Shards of an interrupted build count as written.
 
-        A feature that is complete already and declared alike has nothing pending.
+        A feature that is complete already and declared alike has nothing pending. without_blocks: features that are
+        to have no hashes of blocks, to be copies of ones that have none.
 
         Raises `CacheError` if another process builds one of them, or if one exists with another shape, codec
         or provenance.
@@ -318,6 +387,7 @@ class CacheWriter:
             self._base = self._current()
             others = {name for name in unfinished_features(self.path) if name not in {s.name for s in specs}}
             check_no_nesting([*self._base.features, *others, *(s.name for s in specs)])
+            self._without_blocks |= set(without_blocks)
             for spec in specs:
                 complete = self._base.features.get(spec.name)
                 if complete is not None:
@@ -326,8 +396,15 @@ class CacheWriter:
                     self._done[spec.name] = set(range(self.n_shards))
                     continue
                 self._take(spec.name)
+                self._resume(spec)
                 self._specs[spec.name] = spec
-                self._done[spec.name] = self._resume(spec)
+                self._done[spec.name] = self._journaled_shards(spec)
+            self._clear_unjournaled()
+            clear_parts(self.path, self._planned(), self._locks)
+
+    def _planned(self) -> Manifest:
+        """The manifest with the begun features."""
+        return replace(self._base, features={**self._base.features, **self._specs})
 
     def _current(self) -> Manifest:
         """The manifest as it is now; raises `CacheError` if the cache was removed since this writer opened it."""
@@ -340,47 +417,65 @@ class CacheWriter:
         return current
 
     def _take(self, name: str) -> None:
+        """Lock a feature and begin a new run of its build; what an earlier run has under way is void from now on."""
         directory = building_directory(self.path, name)
         files.make_directory(directory)
-        fd = files.try_lock(directory / "lock")
-        if fd is None:
+        held = locks.try_lock(directory / "lock")
+        if held is None:
+            known = locks.holder(directory / "lock")
             raise CacheError(
                 f"another process is writing {name!r} of {self.path} at this moment",
-                remedy="wait for it to finish, or build other features meanwhile",
+                remedy=known or "wait for it to finish, or build other features meanwhile",
             )
-        self._locks[name] = fd
+        self._locks[name] = held
+        for entry in files.names_in(directory):
+            earlier = directory / entry
+            if earlier.is_dir() and not earlier.is_symlink():
+                # By one step, so that nobody makes a file in it while it is being removed.
+                gone = directory / f"gone-{secrets.token_hex(8)}"
+                with files.explained(earlier, "removed"):
+                    earlier.rename(gone)
+                with contextlib.suppress(CacheError):
+                    files.remove_tree(gone)
+            elif files.part_of(entry) is not None:
+                files.remove_file(earlier)
+        run = f"run-{secrets.token_hex(8)}"
+        files.make_directory(directory / run)
+        files.atomic_write(directory / "run", [run.encode()], durable=False)
+        self._runs[name] = directory / run
 
-    def _resume(self, spec: FeatureSpec) -> set[int]:
-        """Shards of `spec` that an earlier build finished; clears away what it left half done."""
-        directory = building_directory(self.path, spec.name)
-        record = directory / "spec.json"
+    def _resume(self, spec: FeatureSpec) -> None:
+        """Record what is built, or make sure that an earlier build was of the same."""
+        record = building_directory(self.path, spec.name) / "spec.json"
         if record.is_file():
             earlier = feature_from_json(load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record)))
             _require_same_feature(earlier, spec, self.path)
         else:
             files.atomic_write(record, [canonical_json(spec.to_json())])
-        for leftover in directory.glob("*" + files.PART_SUFFIX):
-            files.remove_file(leftover)
-        self._prepare(spec)
-        return self._journaled_shards(spec)
 
     def _journaled_shards(self, spec: FeatureSpec) -> set[int]:
         """Shards of a feature under way that are journaled and whole."""
+        directory = building_directory(self.path, spec.name)
         done = set()
-        for entry in building_directory(self.path, spec.name).iterdir():
-            match = _ENTRY.match(entry.name)
+        for name in files.names_in(directory):
+            match = _ENTRY.match(name)
             if match and self._shard_is_whole(spec, int(match[1])):
                 with contextlib.suppress(CacheError):
-                    journal_entry(entry, spec, self.dataset.count)
+                    journal_entry(directory / name, spec, self.dataset.count)
                     done.add(int(match[1]))
         return done
 
-    def _prepare(self, spec: FeatureSpec) -> None:
-        """Make the directories for a feature's shards and clear away half-written ones."""
-        for array in spec.arrays:
-            files.make_directory(self.path / array)
-            for leftover in (self.path / array).glob("*" + files.PART_SUFFIX):
-                files.remove_file(leftover)
+    def _make_directories(self, feature: str) -> None:
+        for array in self._specs[feature].arrays:
+            files.make_directory(files.inside(self.path, array))
+
+    def _clear_unjournaled(self) -> None:
+        """Remove shards, whole or not, that are in place but not journaled: nobody knows what their bytes are."""
+        for name in self._locks:
+            self._make_directories(name)
+            for array, (_, shape) in self._specs[name].arrays.items():
+                kept = {shard_name(shard, len(shape)) for shard in self._done[name]}
+                remove_others(files.inside(self.path, array), kept, _SHARD)
 
     def _shard_is_whole(self, spec: FeatureSpec, shard: int) -> bool:
         if shard >= self.n_shards:
@@ -389,11 +484,7 @@ class CacheWriter:
         for array, (dtype, shape) in spec.arrays.items():
             path = self.path / array / shard_name(shard, len(shape))
             expected = n * sample_bytes(dtype, shape) + index_bytes(self.shard_size)
-            try:
-                size = path.stat().st_size
-            except OSError:
-                return False
-            if self._base.compressor is None and size != expected:
+            if not has_bytes(path, expected if self._base.compressor is None else None):
                 return False
         return True
 
@@ -439,14 +530,18 @@ class CacheWriter:
         self._store(feature, shard, {feature + suffix: values for suffix, values in arrays.items()})
 
     def _store(self, feature: str, shard: int, arrays: dict[str, np.ndarray]) -> None:
-        checksums = {}
+        hashes = {}
         for array, (_, shape) in self._specs[feature].arrays.items():
             buffers = encode_shard(arrays[array], self.shard_size, self._base.compressor)
             target = self.path / array / shard_name(shard, len(shape))
-            checksums[array] = self._group.write(target, buffers)
-        self._written_to_group([(feature, shard, checksums)])
+            hashes[array] = self._write_file(feature, target, buffers)
+        self._written_to_group([(feature, shard, hashes)])
 
-    def _written_to_group(self, shards: list[tuple[str, int, dict[str, str]]]) -> None:
+    def _write_file(self, feature: str, target: Path, buffers: Sequence[files.Buffer]) -> files.Hashes:
+        """A shard's file, into the group. In a repair it takes the damaged one's place."""
+        return self._group.write(target, buffers, folder=self._runs[feature], replace=self._repairs is not None)
+
+    def _written_to_group(self, shards: list[tuple[str, int, dict[str, files.Hashes]]]) -> None:
         """Note shards whose files are in the group; commit it when it is large or old enough."""
         self._unrecorded += shards
         for feature, shard, _ in shards:
@@ -463,35 +558,52 @@ class CacheWriter:
         """
         shards, self._unrecorded = self._unrecorded, []
         try:
-            self._group.commit()
+            there = {path: files.hashes_of(path) for path in self._group.commit()}
             while shards:
-                self._record(*shards[0])
+                feature, shard, hashes = shards[0]
+                for array in hashes if there else ():
+                    target = self.path / self._shard_file(array, shard)
+                    hashes[array] = there.get(target, hashes[array])
+                if there and not self._shard_is_whole(self._specs[feature], shard):
+                    raise CacheError(f"shard {shard} of {feature!r} was put into {self.path} by another program")
+                self._record(feature, shard, hashes)
                 del shards[0]
         finally:
             self._last_commit_s = time.monotonic()
             for feature, shard, _ in shards:
                 self._done[feature].discard(shard)
 
-    def _record(self, feature: str, shard: int, checksums: dict[str, str]) -> None:
+    def _shard_file(self, array: str, shard: int) -> str:
+        """Name of a shard's file, relative to the cache."""
+        spec = next(spec for spec in self._specs.values() if array in spec.arrays)
+        return f"{array}/{shard_name(shard, len(spec.arrays[array][1]))}"
+
+    def _record(self, feature: str, shard: int, hashes: Mapping[str, files.Hashes]) -> None:
         """Journal one finished shard of one feature."""
-        skipped = [vars(entry) for entry in self._skipped.get(shard, [])]
-        entry = canonical_json({"checksums": checksums, "skipped": skipped})
+        with_blocks = () if feature in self._without_blocks else self._arrays_with_blocks(feature)
+        entry = {
+            "checksums": {array: found.sha256 for array, found in hashes.items()},
+            "blocks": {array: hashes[array].blocks.to_json() for array in with_blocks},
+            "skipped": [vars(entry) for entry in self._skipped.get(shard, [])],
+        }
         # After its shards are durable, and not itself: a lost or damaged entry only means writing a shard
         # again.
         target = building_directory(self.path, feature) / journal_name(shard)
-        files.atomic_write(target, [entry], durable=False)
+        files.atomic_write(target, [canonical_json(entry)], folder=self._runs[feature], durable=False)
         self._done[feature].add(shard)
+
+    def _arrays_with_blocks(self, feature: str) -> Iterable[str]:
+        """Those of a feature's arrays whose hashes of blocks its journal keeps."""
+        return self._specs[feature].arrays
 
     def finished(self, feature: str) -> frozenset[int]:
         """Shards of a begun feature that are written."""
         return frozenset(self._done[feature])
 
-    def adopt_shard(self, feature: str, shard: int, checksums: Mapping[str, str]) -> None:
-        """Record a shard whose files are in place already (array -> SHA-256 of its file), fetched and
-        checked.
-        """
+    def adopt_shard(self, feature: str, shard: int, hashes: Mapping[str, files.Hashes]) -> None:
+        """Record a shard whose files are in place already (array -> hashes of its file), fetched and checked."""
         self._written.add(shard)
-        self._record(feature, shard, dict(checksums))
+        self._record(feature, shard, hashes)
 
     def finish(self) -> Manifest:
         """Make the begun features visible, all at once, and remove the journal. Returns the new manifest.
@@ -509,48 +621,64 @@ class CacheWriter:
             current = self._current()
             features = {**current.features, **self._specs}
             skipped = {entry.slot: entry for entry in current.skipped}
-            checksums = dict(current.checksums)
+            sums = Sums(dict(current.checksums), dict(current.blocks))
             for name in self._locks:
-                skipped |= {entry.slot: entry for entry in self._seal(name, checksums)}
+                skipped |= {entry.slot: entry for entry in self._seal(name, sums)}
             manifest = replace(
                 current,
                 features={name: features[name] for name in sorted(features)},
                 skipped=tuple(skipped[slot] for slot in sorted(skipped)),
-                checksums=dict(sorted(checksums.items())),
+                checksums=dict(sorted(sums.checksums.items())),
+                blocks=dict(sorted(sums.blocks.items())),
             )
-            self._publish(manifest)
-            for name in self._specs:
-                files.remove_tree(building_directory(self.path, name))
-            self._release()
+            publish(self.path, manifest, set(self._specs), self._group)
+            while self._locks:
+                name, held = self._locks.popitem()
+                remove_building(self.path, name, held)
         self._base = manifest
         return manifest
 
-    def _seal(self, name: str, checksums: dict[str, str]) -> list[Skipped]:
+    def _seal(self, name: str, sums: Sums) -> list[Skipped]:
         """Write the checksum files of one feature's arrays; returns its skipped slots."""
         spec = self._specs[name]
-        repaired = None if self._repairs is None else self._repairs[name]
-        lines = {
-            array: [""] * self.n_shards if repaired is None else recorded_checksums(self.path, self._base, array)
-            for array in spec.arrays
-        }
-        skipped: list[Skipped] = []
-        for shard in range(self.n_shards) if repaired is None else sorted(repaired):
-            digests, entries = self._journaled(spec, shard)
-            for array, digest in digests.items():
-                lines[array][shard] = digest
-            skipped += entries
-        for array, (_, shape) in spec.arrays.items():
-            names = [shard_name(shard, len(shape)) for shard in range(self.n_shards)]
-            text = checksums_text(lines[array], names)
-            checksums[array] = self._group.write(self.path / array / CHECKSUMS, [text])
-        return skipped
+        entries = self._journal_of(spec)
+        for array in spec.arrays:
+            self._seal_array(
+                array, {shard: self._hashes(entry, array, shard) for shard, entry in entries.items()}, sums
+            )
+        return [skipped for entry in entries.values() for skipped in entry.skipped]
 
-    def _journaled(self, spec: FeatureSpec, shard: int) -> tuple[dict[str, str], tuple[Skipped, ...]]:
-        path = building_directory(self.path, spec.name) / journal_name(shard)
-        return journal_entry(path, spec, self.dataset.count)
+    def _journal_of(self, spec: FeatureSpec) -> dict[int, JournalEntry]:
+        """What was written of a feature by this build, or in this repair: shard -> entry."""
+        shards = range(self.n_shards) if self._repairs is None else sorted(self._repairs[spec.name])
+        directory = building_directory(self.path, spec.name)
+        return {shard: journal_entry(directory / journal_name(shard), spec, self.dataset.count) for shard in shards}
 
-    def _publish(self, manifest: Manifest) -> None:
-        publish(self.path, manifest, set(self._specs), self._group)
+    def _hashes(self, entry: JournalEntry, array: str, shard: int) -> files.Hashes:
+        """Hashes of a journaled shard's file. Those of its blocks are taken now, if an earlier version wrote it."""
+        if array in entry.blocks:
+            return files.Hashes(entry.checksums[array], entry.blocks[array])
+        path = files.inside(self.path, self._shard_file(array, shard))
+        found = files.hashes_of(path)
+        if found.sha256 != entry.checksums[array]:
+            raise CacheError(
+                f"{path} is damaged: its bytes do not match the SHA-256 that was recorded when it was written",
+                remedy=f"remove it and run the same build command again: rm {shlex.quote(str(path))}",
+            )
+        return found
+
+    def _seal_array(self, array: str, written: dict[int, files.Hashes], sums: Sums) -> None:
+        """Write the checksum files of one array, of which these shards were written now."""
+        shards = written
+        if self._repairs is not None:
+            shards = written | vouched_for(self.path, self._base, array, set(range(self.n_shards)) - set(written))
+        ordered = [shards[shard] for shard in range(self.n_shards)]
+        manifest = self._planned()
+        text = checksums_text([found.sha256 for found in ordered], shard_names(manifest, array))
+        sums.checksums[array] = self._group.write(self.path / checksums_path(manifest, array), [text]).sha256
+        if not any(array in self._specs[name].arrays for name in self._without_blocks):
+            data = blocks_bytes([found.blocks for found in ordered])
+            sums.blocks[array] = self._group.write(self.path / blocks_path(manifest, array), [data]).sha256
 
 
 def _writer_class(manifest: Manifest) -> type[CacheWriter]:
@@ -574,8 +702,8 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
         content |= {path / node / ROOT_METADATA: nodes[node] for node in (*parents, *manifest.features[name].arrays)}
     for target, node in content.items():
         document = canonical_json(node)
-        if not target.is_file() or target.read_bytes() != document:
-            group.write(target, [document], hashing=False)
+        if not _holds(files.inside(path, str(target.relative_to(path))), document):
+            group.write(target, [document])
     group.commit()
     files.atomic_write(path / ROOT_NAMES[manifest.format], [root_bytes(manifest)])
 
@@ -616,17 +744,76 @@ def check_checksums(data: bytes, manifest: Manifest, array: str, where: str) -> 
 
 def read_checksums(path: Path, manifest: Manifest, array: str) -> list[str]:
     """The SHA-256 of an array's shards; raises `CacheError` if the file is missing or damaged."""
-    where = path / checksums_path(manifest, array)
+    where = files.inside(path, checksums_path(manifest, array))
     return check_checksums(files.read_bounded(where, manifest.n_shards * 160), manifest, array, str(where))
 
 
-def recorded_checksums(path: Path, manifest: Manifest, array: str) -> list[str]:
-    """As `read_checksums`, but where that file is damaged itself, the SHA-256 of the shards as they are."""
-    try:
-        return read_checksums(path, manifest, array)
-    except CacheError:
-        folder = (path / checksums_path(manifest, array)).parent
-        return [files.sha256_of(folder / name) for name in shard_names(manifest, array)]
+def read_blocks(path: Path, manifest: Manifest, array: str) -> list[ShardBlocks]:
+    """The hashes of the blocks of an array's shards; raises `CacheError` if that file is missing or damaged."""
+    name = blocks_path(manifest, array)
+    data = files.read_bounded(files.inside(path, name), blocks_limit(manifest, array))
+    return parse_blocks(data, manifest, array, str(path / name))
+
+
+def checksum_files(manifest: Manifest, arrays: Iterable[str] | None = None) -> dict[str, str]:
+    """Name -> SHA-256 of the checksum files of some arrays (default all), relative to the cache."""
+    found: dict[str, str] = {}
+    for array in sorted(manifest.checksums if arrays is None else arrays):
+        found[checksums_path(manifest, array)] = manifest.checksums[array]
+        if array in manifest.blocks:
+            found[blocks_path(manifest, array)] = manifest.blocks[array]
+    return found
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is recorded of the shards of one array; None where the file that says so is missing or damaged."""
+
+    checksums: list[str] | None
+    blocks: list[ShardBlocks] | None
+
+    def agrees(self, shard: int, found: files.Hashes) -> bool | None:
+        """Whether these are the hashes of a shard's recorded bytes; None if nothing is left to tell by."""
+        if self.checksums is not None:
+            return found.sha256 == self.checksums[shard]
+        if self.blocks is not None:
+            return found.blocks == self.blocks[shard]
+        return None
+
+
+def read_record(path: Path, manifest: Manifest, array: str) -> Record:
+    """What is left of the record of an array's shards."""
+    checksums, blocks = None, None
+    with contextlib.suppress(CacheError):
+        checksums = read_checksums(path, manifest, array)
+    if array in manifest.blocks:
+        with contextlib.suppress(CacheError):
+            blocks = read_blocks(path, manifest, array)
+    return Record(checksums, blocks)
+
+
+def vouched_for(path: Path, manifest: Manifest, array: str, shards: Collection[int]) -> dict[int, files.Hashes]:
+    """Hashes of some shards of an array, of those bytes that the manifest stands for.
+
+    Raises `CacheError` for a shard that has other bytes, and if nothing is left to tell by.
+    """
+    record = read_record(path, manifest, array)
+    with_blocks = array in manifest.blocks
+    names, found = shard_names(manifest, array), {}
+    for shard in sorted(shards):
+        if record.checksums is not None and (record.blocks is not None or not with_blocks):
+            blocks = record.blocks[shard] if record.blocks is not None else ShardBlocks(0, b"")
+            found[shard] = files.Hashes(record.checksums[shard], blocks)
+            continue
+        name = str(Path(checksums_path(manifest, array)).with_name(names[shard]))
+        hashes = files.hashes_of(files.inside(path, name))
+        if not record.agrees(shard, hashes):
+            raise CacheError(
+                f"{path / name} cannot be told sound from damaged: the checksums of {array!r} are lost",
+                remedy=f"encode all its shards again: featcache verify {shlex.quote(str(path))} --repair",
+            )
+        found[shard] = hashes
+    return found
 
 
 def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> None:
@@ -659,37 +846,103 @@ def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> N
         )
 
 
-def journal_entry(path: Path, spec: FeatureSpec, count: int) -> tuple[dict[str, str], tuple[Skipped, ...]]:
+@dataclass
+class Sums:
+    """Array -> SHA-256 of its checksum files, as they are written."""
+
+    checksums: dict[str, str]
+    blocks: dict[str, str]
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """A finished shard of a feature: hashes of its files by array, and its skipped slots."""
+
+    checksums: dict[str, str]
+    blocks: dict[str, ShardBlocks]
+    skipped: tuple[Skipped, ...]
+
+
+def journal_entry(path: Path, spec: FeatureSpec, count: int) -> JournalEntry:
+    """Read one; raises `CacheError` if it is damaged."""
     value = load_json(files.read_bounded(path, MAX_METADATA_BYTES), str(path))
     damaged = CacheError(
         f"{path} is damaged",
         remedy="remove that file and run the same build command again: it writes that shard anew",
     )
-    if not isinstance(value, dict) or set(value) != {"checksums", "skipped"}:
+    # Version 1 knew no blocks.
+    if not isinstance(value, dict) or {*value, "blocks"} != {"checksums", "skipped", "blocks"}:
         raise damaged
-    checksums = value["checksums"]
+    checksums, blocks = value["checksums"], value.get("blocks", {})
     if not isinstance(checksums, dict) or set(checksums) != set(spec.arrays):
         raise damaged
     if not all(isinstance(digest, str) and _SHA256.match(digest) for digest in checksums.values()):
         raise damaged
-    return checksums, skipped_from_json(value["skipped"], count)
+    if not isinstance(blocks, dict) or not set(blocks) <= set(spec.arrays):
+        raise damaged
+    parsed = {array: blocks_from_json(entry, str(path)) for array, entry in blocks.items()}
+    return JournalEntry(checksums, parsed, skipped_from_json(value["skipped"], count))
 
 
 def _existing_manifest(path: Path) -> Manifest | None:
     if find_root(path) is not None:
         return read_root(path)
-    record = state_directory(path) / "dataset.json"
+    record = files.inside(path, f"{STATE}/dataset.json")
     if record.is_file():
         return manifest_from_json(load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record)))
     return None
 
 
+def _run_directory(path: Path, feature: str) -> Path:
+    """Where the run of a build that is under way has its temporary files."""
+    directory = building_directory(path, feature)
+    name = files.read_bounded(directory / "run", 64).decode("ascii", "replace")
+    if not _RUN.match(name):
+        raise CacheError(f"{directory / 'run'} is damaged", remedy="start the build again")
+    return files.inside(directory, name)
+
+
+def has_bytes(path: Path, n_bytes: int | None) -> bool:
+    """Whether there is a regular file at `path`, of that length if given."""
+    try:
+        status = path.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and n_bytes in (None, status.st_size)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return files.read_bounded(path, len(content)) == content
+    except CacheError:
+        return False
+
+
+def remove_others(
+    directory: Path, kept: Collection[str], pattern: re.Pattern[str], *, only_parts: bool = False
+) -> None:
+    """Remove files whose names (or final names, of temporary ones) match, but for those kept. only_parts: only
+    temporary ones.
+    """
+    for name in files.names_in(directory):
+        final = files.part_of(name)
+        if name not in kept and (final or not only_parts) and pattern.match(final or name):
+            files.remove_file(directory / name)
+
+
+def clear_parts(path: Path, manifest: Manifest, features: Iterable[str]) -> None:
+    """Remove temporary files of metadata in the features' directories. The caller holds the cache's lock, under which
+    alone they are made.
+    """
+    if manifest.format == "zarr":
+        for array in {a for name in features for a in manifest.features[name].arrays}:
+            for folder in {array, array.split("/")[0]}:
+                remove_others(files.inside(path, folder), (), _METADATA, only_parts=True)
+
+
 def unfinished_features(path: Path) -> list[str]:
     """Features of which an unfinished build is in the cache's directory."""
-    building = state_directory(path) / "building"
-    if not building.is_dir():
-        return []
-    names = [entry.name.replace("+", "/") for entry in building.iterdir()]
+    names = [name.replace("+", "/") for name in files.names_in(files.inside(path, f"{STATE}/building"))]
     for name in names:
         check_feature_name(name)
     return names

@@ -1,6 +1,5 @@
 """Nothing is written or read through a link inside a cache, and temporary names cannot be foreseen."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -25,10 +24,10 @@ def test_a_temporary_file_has_a_name_of_its_own(tmp_path: Path) -> None:
     group = files.Group()
     for _ in range(3):
         group.write(tmp_path / "c.0", [b"x"])
-    names = os.listdir(tmp_path)
+    names = [p.name for p in tmp_path.iterdir()]
     assert len(names) == 3 and {files.part_of(name) for name in names} == {"c.0"}
     group.commit()
-    assert os.listdir(tmp_path) == ["c.0"]
+    assert [p.name for p in tmp_path.iterdir()] == ["c.0"]
 
 
 def test_inside(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from featcache.build import BuildRequest, build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.repair import repair_shards
-from featcache.store.verify import verify
+from featcache.store.verify import repair_metadata, verify
 
 
 class Quiet:
@@ -92,6 +92,28 @@ def test_a_missing_shard_comes_back_too(
     assert victim.name in found.stdout
     mended = cli("featcache", "verify", str(copy), "--repair", "--data", str(folder))
     assert mended.returncode == 0, mended.stderr
+    assert files(copy) == files(sound)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["sums", "sums and a shard"])
+@pytest.mark.parametrize("blocks", [True, False], ids=["with blocks", "without blocks"])
+def test_a_wrong_shard_is_mended_where_the_checksums_are_lost(
+    sound: Path, folder: Path, tmp_path: Path, lost: bool, blocks: bool
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(sound, copy)
+    array = copy / "vae" / "G3"
+    shards = sorted(array.glob("c.*"))
+    (array / "SHA256SUMS").unlink()
+    if not blocks:
+        (array / "BLOCKS").unlink()
+    if lost:
+        shards[2].unlink()
+    flip_bit(shards[1])
+    report = verify(copy)
+    assert report.damaged["vae/G3"] == ([1, 2] if blocks and lost else [1] if blocks else [0, 1, 2])
+    repair_metadata(copy)
+    repair_shards(copy, report.damaged, data=str(folder), weights_dir=None, device="cpu", progress=Quiet())
     assert files(copy) == files(sound)
 
 

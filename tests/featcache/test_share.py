@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from gcs_server import serve_gcs
+from large_cache import without_blocks
 from store_helpers import COUNT, add, base_features, build, corrupt, expected, moments, tokens, tree
 from web_server import serve
 
@@ -46,6 +47,14 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture
 def web(source: Path):
     with serve(source.parent) as server:
+        yield server
+
+
+@pytest.fixture
+def plain_web(source: Path, tmp_path: Path):
+    """The cache as an earlier version wrote it, without hashes of blocks: so blocks may have any length here."""
+    without_blocks(shutil.copytree(source, tmp_path / "plain" / "cache"))
+    with serve(tmp_path / "plain") as server:
         yield server
 
 
@@ -86,7 +95,7 @@ def test_pull_of_other_formats(tmp_path: Path, options) -> None:
 
 
 def test_connections_cut_in_the_middle(source: Path, web, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(remote, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(remote, "PIECE_BYTES", 1500)
     web.cut_every = 3
     pull(f"{web.url}/cache", tmp_path / "copy", threads=4)
     assert tree(tmp_path / "copy") == tree(source)
@@ -96,7 +105,7 @@ def test_connections_cut_in_the_middle(source: Path, web, tmp_path: Path, monkey
 def test_a_server_that_dies_and_comes_back(source: Path, web, tmp_path: Path) -> None:
     url, target = f"{web.url}/cache", tmp_path / "copy"
     web.cuts["cache/dino@9/c.2.0.0"] = 10**6
-    with pytest.raises(CacheError, match=r"c\.2\.0\.0 failed 6 times(.|\n)*run the same command again"):
+    with pytest.raises(CacheError, match=r"c\.2\.0\.0 failed 8 times(.|\n)*run the same command again"):
         pull(url, target, threads=1)
     with pytest.raises(CacheError, match="unfinished"):
         featcache.open(target)
@@ -332,7 +341,7 @@ def test_stream_over_s3(source: Path, bucket, tmp_path: Path) -> None:
 
 
 def stream_blocks(web, directory: Path, limit: int, block: int, monkeypatch) -> tuple[featcache.Cache, BlockCache]:
-    """The cache of `source`, read in blocks of `block` bytes (it has none recorded of that length: whole shards are)."""
+    """The cache at `web`, read in blocks of `block` bytes."""
     monkeypatch.setattr(hashes, "BLOCK_BYTES", block)
     cache = open_remote(f"{web.url}/cache", cache_dir=directory.parent / "unused")
     cache.backend.blocks = BlockCache(open_location(f"{web.url}/cache"), directory, limit)
@@ -343,9 +352,9 @@ def directory_bytes(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.iterdir())
 
 
-def test_local_blocks_stay_within_their_bound(source: Path, web, tmp_path: Path, monkeypatch) -> None:
+def test_local_blocks_stay_within_their_bound(source: Path, plain_web, tmp_path: Path, monkeypatch) -> None:
     limit, block = 20 << 10, 2 << 10
-    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block, monkeypatch)
+    cache, blocks = stream_blocks(plain_web, tmp_path / "blocks", limit, block, monkeypatch)
     rng = np.random.default_rng(0)
     whole = expected(cache.manifest, "tiny@5", SKIPPED)
     with cache.reader(["tiny@5", "vae/moments"], threads=3) as reader:
@@ -357,14 +366,14 @@ def test_local_blocks_stay_within_their_bound(source: Path, web, tmp_path: Path,
             assert directory_bytes(tmp_path / "blocks") <= limit + 3 * (block + 4)
     assert blocks.fetched_bytes > limit
     # A new process finds them again, within the bound.
-    reopened = BlockCache(open_location(f"{web.url}/cache"), tmp_path / "blocks", 10 << 10)
+    reopened = BlockCache(open_location(f"{plain_web.url}/cache"), tmp_path / "blocks", 10 << 10)
     assert directory_bytes(tmp_path / "blocks") <= 10 << 10
     assert reopened.fetched_bytes == 0
 
 
-def test_sequential_order_fetches_every_block_once(source: Path, web, tmp_path: Path, monkeypatch) -> None:
+def test_sequential_order_fetches_every_block_once(source: Path, plain_web, tmp_path: Path, monkeypatch) -> None:
     limit, block = 64 << 10, 4 << 10
-    cache, blocks = stream_blocks(web, tmp_path / "blocks", limit, block, monkeypatch)
+    cache, blocks = stream_blocks(plain_web, tmp_path / "blocks", limit, block, monkeypatch)
     order = sequential_order(0, 0, len(cache), cache.manifest.shard_size, window=1)
     with cache.reader(["tiny@5"], threads=0) as reader:
         out = reader.allocate(8)
@@ -375,14 +384,14 @@ def test_sequential_order_fetches_every_block_once(source: Path, web, tmp_path: 
     assert blocks.fetched_bytes <= size
 
 
-def test_damaged_local_blocks_are_fetched_again(source: Path, web, tmp_path: Path, monkeypatch) -> None:
+def test_damaged_local_blocks_are_fetched_again(source: Path, plain_web, tmp_path: Path, monkeypatch) -> None:
     directory = tmp_path / "blocks"
-    cache, _ = stream_blocks(web, directory, 1 << 20, 4 << 10, monkeypatch)
+    cache, _ = stream_blocks(plain_web, directory, 1 << 20, 4 << 10, monkeypatch)
     labels = cache.labels()
     for p in directory.iterdir():
         corrupt(p, lambda data: data.__setitem__(0, data[0] ^ 0xFF))
     (directory / "1-2.new").write_bytes(b"left by a dead process")
-    cache, blocks = stream_blocks(web, directory, 1 << 20, 4 << 10, monkeypatch)
+    cache, blocks = stream_blocks(plain_web, directory, 1 << 20, 4 << 10, monkeypatch)
     assert cache.labels().tolist() == labels.tolist()
     assert blocks.fetched_bytes > 0
     assert not (directory / "1-2.new").exists()
@@ -399,7 +408,7 @@ def test_streaming_with_a_full_disk_and_a_dead_server(source: Path, web, tmp_pat
     assert len(labels) == COUNT - len(SKIPPED)
     web.broken = True
     reader = cache.reader(["dino@9"])
-    with pytest.raises(CacheError, match="failed 6 times"):
+    with pytest.raises(CacheError, match="failed 8 times"):
         reader.read([0], reader.allocate(1))
 
 

@@ -1,13 +1,14 @@
 """A web server for tests: files with byte ranges, and on request connections cut in the middle of an
-answer.
+answer, flipped bits, a slow line, and answers that no honest server gives.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,11 @@ from urllib.parse import unquote
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves `root`. `cut(name, n)` makes the next `n` answers for that file break off half-way."""
+    """Serves `root`.
+
+    cuts: the next so many answers for a file break off half-way. flips: offset of a byte of a file that is sent with a
+    flipped bit, the next so many times. bytes_per_s: how fast bodies are sent. odd: what answers for a file instead.
+    """
 
     daemon_threads = True
 
@@ -25,6 +30,9 @@ class FileServer(ThreadingHTTPServer):
         self.cuts: Counter[str] = Counter()
         self.answers: Counter[str] = Counter()
         self.cut_every = 0
+        self.flips: dict[str, tuple[int, int]] = {}
+        self.bytes_per_s: float | None = None
+        self.odd: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
         self.served = 0
         self.sent_bytes = 0
         self.broken = False
@@ -42,7 +50,16 @@ class FileServer(ThreadingHTTPServer):
             if self.cuts[name] > 0:
                 self.cuts[name] -= 1
                 return True
-            return bool(self.cut_every) and self.served % self.cut_every == 0
+            return bool(self.cut_every) and self.answers[name] % self.cut_every == 0
+
+    def flipped(self, name: str, start: int, data: bytes) -> bytes:
+        offset, times = self.flips.get(name, (0, 0))
+        if not times or not start <= offset < start + len(data):
+            return data
+        self.flips[name] = (offset, times - 1)
+        changed = bytearray(data)
+        changed[offset - start] ^= 4
+        return bytes(changed)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -64,12 +81,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(2)
             return
         name = unquote(self.path).removeprefix(self.server.prefix).lstrip("/")
+        if name in self.server.odd:
+            self.server.answers[name] += 1
+            self.server.odd[name](self)
+            return
         path = self.server.root / name
         if ".." in name or not path.is_file():
             self.send_error(404)
             return
         data = path.read_bytes()
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start = 0
         if match:
             start, stop = int(match[1]), min(int(match[2]) + 1, len(data))
             self.send_response(206)
@@ -90,9 +112,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(2)
             return
-        self.wfile.write(data)
-        with self.server.lock:
-            self.server.sent_bytes += len(data)
+        self._send(self.server.flipped(name, start, data))
+
+    def _send(self, data: bytes) -> None:
+        step = 1 << 16 if self.server.bytes_per_s else len(data)
+        for start in range(0, len(data), max(1, step)):
+            piece = data[start : start + step]
+            try:
+                self.wfile.write(piece)
+            except OSError:  # the client has had enough
+                self.close_connection = True
+                return
+            with self.server.lock:
+                self.server.sent_bytes += len(piece)
+            if self.server.bytes_per_s:
+                time.sleep(len(piece) / self.server.bytes_per_s)
 
 
 @contextmanager

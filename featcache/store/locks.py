@@ -1,0 +1,246 @@
+"""Locks between processes, on any file system.
+
+A lock is flock's where the file system knows it: the kernel lets go of it when its holder dies. Where it does not
+(Lustre without `-o flock`, NFS without a lock manager), a file `<lock>.owner` is the lock: made with O_EXCL, which says
+who holds it. One whose process is dead is taken over on the machine that it ran on; elsewhere nobody can know, so the
+user is told. POSIX record locks are not tried in between: file systems that refuse flock refuse them too, and a process
+loses them by closing any other descriptor of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import secrets
+import shlex
+import stat
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import CacheError
+from featcache.store import files
+
+OWNER_SUFFIX = ".owner"
+POLL_S = 0.02
+# How long a holder on another machine is waited for: locks that are waited for are held for moments.
+MAX_WAIT_S = 120.0
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class Lock:
+    """A lock that is held, on the file `path`."""
+
+    def __init__(self, path: Path, fd: int | None) -> None:
+        self.path, self._fd = path, fd  # without a descriptor, the owner file is the lock
+
+    def release(self, *, remove: bool = False) -> None:
+        """Let go of it; `remove` removes its file first, which only a holder may. Twice is once."""
+        if self.path is _RELEASED:
+            return
+        path, self.path = self.path, _RELEASED
+        if remove:
+            files.remove_file(path)
+        if self._fd is None:
+            files.remove_file(_owner_file(path))
+        else:
+            # Not by closing alone: a forked child may have the descriptor too.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            os.close(self._fd)
+
+
+_RELEASED = Path()
+
+
+def lock(path: Path) -> Lock:
+    """An exclusive lock on the file `path` (created if need be), waited for.
+
+    The holder may remove the file; whoever waited for it then starts over with a new one.
+
+    Raises `CacheError` if it cannot be had, or is held on another machine for more than two minutes.
+    """
+    waited_since, holder = time.monotonic(), ""
+    while True:
+        files.make_directory(path.parent)
+        fd = _open(path)
+        if fd is None:
+            continue  # the directory was removed in between
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            os.close(fd)
+            if error.errno not in _NO_FLOCK:
+                raise files.explain(error, path, "locked") from error
+        else:
+            if _is_current(fd, path):
+                return Lock(path, fd)
+            os.close(fd)
+            continue
+        if _take_owner_file(path):
+            return Lock(path, None)
+        owner = _owner(path)
+        if owner.get("token", "") != holder:
+            waited_since, holder = time.monotonic(), str(owner.get("token", ""))
+        if owner and owner.get("machine") != _machine() and time.monotonic() - waited_since > MAX_WAIT_S:
+            raise CacheError(f"{path} is held by {_describe(owner)}", remedy=_remedy(path))
+        time.sleep(POLL_S)
+
+
+def try_lock(path: Path) -> Lock | None:
+    """An exclusive lock on `path`, or None if another process holds it."""
+    fd = _open(path)
+    if fd is None:
+        raise CacheError(f"{path} could not be locked: its folder is gone")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError as error:
+        os.close(fd)
+        if error.errno not in _NO_FLOCK:
+            raise files.explain(error, path, "locked") from error
+        return Lock(path, None) if _take_owner_file(path) else None
+    return Lock(path, fd)
+
+
+def holder(path: Path) -> str | None:
+    """Who holds the lock on `path`, and what to do about it, where that is known and on another machine."""
+    owner = _owner(path)
+    if not owner or owner.get("machine") == _machine():
+        return None
+    return f"{_describe(owner)}; {_remedy(path)}"
+
+
+def is_lock_file(name: str) -> bool:
+    """Whether a file of this name in a directory of ours is a lock or says who holds it."""
+    return name in ("lock", "lock" + OWNER_SUFFIX)
+
+
+def _open(path: Path) -> int | None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise files.explain(error, path, "locked") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CacheError(f"{path} is not a file, so it cannot be locked", remedy="remove it")
+    return fd
+
+
+def _is_current(fd: int, path: Path) -> bool:
+    """Whether the locked file is still the one that others would lock."""
+    try:
+        held, current = os.fstat(fd), path.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return (held.st_dev, held.st_ino) == (current.st_dev, current.st_ino)
+
+
+# Owner files
+
+
+def _owner_file(path: Path) -> Path:
+    return path.with_name(path.name + OWNER_SUFFIX)
+
+
+def _machine() -> str:
+    """Names what process numbers mean something in: this start of this machine, and the container on it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return platform.node()
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in the kernel's own count, so that a number used again is not taken for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _take_owner_file(path: Path) -> bool:
+    """Become the owner, if there is none or it is dead."""
+    if _create_owner(path):
+        return True
+    owner = _owner(path)
+    token = str(owner.get("token", ""))
+    if not token or not _is_dead(owner):
+        return False
+    # One process only may remove the file of one dead owner: whoever makes the file that is named for it.
+    claim = path.with_name(f"{path.name}.{token}.claim")
+    if not _create(claim, b""):
+        return False
+    try:
+        if _owner(path).get("token") == token:
+            files.remove_file(_owner_file(path))
+    finally:
+        files.remove_file(claim)
+    return _create_owner(path)
+
+
+def _create_owner(path: Path) -> bool:
+    pid, token = os.getpid(), secrets.token_hex(8)
+    owner = {
+        "host": platform.node(),
+        "machine": _machine(),
+        "pid": pid,
+        "started": _started(pid),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "token": token,
+    }
+    # NFS may answer that the file is there to the very request that made it, if its first answer was lost.
+    return _create(_owner_file(path), json.dumps(owner).encode()) or _owner(path).get("token") == token
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Make a file that is not there yet, with all its bytes at once; False if it is."""
+    group = files.Group()
+    try:
+        group.write(path, [data], replace=False)
+        return not group.commit(durable=False)
+    except CacheError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return False  # the directory was removed in between
+        raise
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """What an owner file says; nothing where there is none, or it is damaged."""
+    try:
+        owner = json.loads(files.read_bounded(_owner_file(path), 4096))
+    except (CacheError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    pid = owner.get("pid")
+    if owner.get("machine") != _machine() or type(pid) is not int or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return _started(pid) != str(owner.get("started"))
+
+
+def _describe(owner: dict[str, Any]) -> str:
+    return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('time')}"
+
+
+def _remedy(path: Path) -> str:
+    return f"if that process is gone, remove the file it left: rm {shlex.quote(str(_owner_file(path)))}"
