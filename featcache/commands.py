@@ -129,14 +129,18 @@ def verify(
 
     names, remote = _split(features), is_remote(cache)
     fraction = None if sample is None else parse_fraction(sample)
-    for wrong, other in (("--repair", repair), ("--since-last", since_last)):
-        if other and remote:
-            raise UserError(
-                f"{wrong} is for a cache on this machine, and {cache} is not",
-                remedy="Leave it out, or pull the cache to a folder first.",
-            )
-        if other and fraction is not None:
-            raise UserError(f"{wrong} and --sample exclude each other", remedy="Leave one of them out.")
+    if remote and repair:
+        raise UserError(
+            f"{cache} cannot be repaired where it lies",
+            remedy="Repair the cache it was pushed from and push it again, or pull it to a folder first.",
+        )
+    if remote and since_last:
+        raise UserError(
+            f"--since-last looks at files on this machine, and {cache} is elsewhere",
+            remedy="Leave it out, or type --sample 1% instead.",
+        )
+    if fraction is not None and (repair or since_last):
+        raise UserError("--sample goes with neither --repair nor --since-last", remedy="Leave one of them out.")
     if seed is not None and fraction is None:
         raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
     keep = not remote if record is None else record
