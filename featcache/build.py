@@ -205,6 +205,7 @@ def _prepare_texts(
             raise UserError("captions are named, but no text encoder", remedy="Type for example: --text clip-l")
         return _Texts()
     from featcache.encoders.base import WeightsSource
+    from featcache.encoders.missing import require_weights
     from featcache.encoders.text import TextEncoder
 
     captions = open_captions(source, table=request.captions, key=request.caption_key)
@@ -218,6 +219,7 @@ def _prepare_texts(
             remedy="Check --captions, or --caption-key.",
         )
     weights = WeightsSource(weights_dir=request.weights_dir, random_seed=request.random_weights)
+    require_weights(weights, vae_name=None, texts=request.texts)
     encoders = [
         TextEncoder(name, weights, captions=per_image, compute=compute, batch_size=request.batch_size)
         for name in request.texts
@@ -527,6 +529,7 @@ def _encoders(
     """
     from featcache.encoders.base import WeightsSource
     from featcache.encoders.custom import UserEncoder, is_custom
+    from featcache.encoders.missing import require_weights
     from featcache.encoders.vae import LEVELS, VaeEncoder
     from featcache.encoders.vision import VisionEncoder
 
@@ -539,8 +542,11 @@ def _encoders(
     only_tiny = bool(request.encoders) and all(choice.name == TINY for choice in request.encoders)
     vae = request.vae or (TINY if only_tiny else "sd-ft-ema")
     levels = request.levels or (LEVELS if only_tiny and vae == TINY and need_vae else ())
+    with_vae = need_vae or bool(levels) or add_vae
+    names = [choice.name for choice in request.encoders if not is_custom(choice.name)]
+    require_weights(weights, vae_name=vae if with_vae else None, encoders=names, texts=request.texts)
     encoders: list[Any] = []
-    if need_vae or levels or add_vae:
+    if with_vae:
         encoders.append(VaeEncoder(vae, weights, resolution=resolution, levels=levels, compute=compute))
         grid = encoders[0].grid
     for choice in request.encoders:

@@ -24,6 +24,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from featcache.console import errors, safe
 from featcache.errors import CacheError
 from featcache.fetch import TRIES, is_missing, read_blocks, read_checksums, verified_blocks, wanted
 from featcache.reader import Cache
@@ -366,6 +367,12 @@ def open_remote(
     place = open_location(url)
     manifest = required_root(place)
     require_authentic(place, manifest, expect, signed_by)
+    if unchecked := unverified_features(manifest):
+        errors.print(
+            f"[yellow]note[/yellow]: what is streamed of {safe(', '.join(unchecked))} cannot be checked, since this cache "
+            "has no hashes of blocks. featcache pull checks every byte; featcache convert CACHE NEW --to "
+            f"{manifest.format} makes a copy that has them."
+        )
     base = default_cache_directory() if cache_dir is None else Path(cache_dir)
     # By content: a cache that changes at its place never meets blocks of its former self. 'checked': nor blocks that
     # an earlier version of this program kept without checking them.

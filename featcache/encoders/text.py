@@ -99,7 +99,13 @@ def _brought(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str
     return None
 
 
-def _find(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str], what: str) -> Path:
+def needed_files() -> list[tuple[str, tuple[str, ...]]]:
+    """What a pretrained text encoder needs: what it is, and names of files of which one will do."""
+    return [("weights", tuple(_WEIGHTS_FILES)), *((f"vocabulary ({file})", (file,)) for file in VOCABULARY_FILES)]
+
+
+def find_file(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str], what: str) -> Path:
+    """The first of `files` that is brought or on the hub; raises `WeightsUnavailable`."""
     found = _brought(name, hub_id, weights, files)
     if found is not None:
         return found
@@ -144,7 +150,7 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, Any, dict[s
         origin: dict[str, Any] = {"weights": "random", "seed": seed}
     else:
         assert entry.hub_id is not None
-        state = _state(_find(name, entry.hub_id, weights, _WEIGHTS_FILES, "weights"))
+        state = _state(find_file(name, entry.hub_id, weights, _WEIGHTS_FILES, "weights"))
         model = build_text(entry)
         try:
             model.load_state_dict({key: value.float() for key, value in state.items()})
@@ -163,7 +169,7 @@ def _load_tokenizer(name: str, entry: TextEntry, weights: WeightsSource, *, need
     """The tokenizer, and what the manifest says of it: the SHA-256 of both files, or that it knows bytes only."""
     if entry.hub_id is None or not (needed or _brought(name, entry.hub_id, weights, VOCABULARY_FILES[:1])):
         return _byte_tokenizer(entry), _BYTES
-    files = [_find(name, entry.hub_id, weights, (file,), f"vocabulary ({file})") for file in VOCABULARY_FILES]
+    files = [find_file(name, entry.hub_id, weights, (file,), f"vocabulary ({file})") for file in VOCABULARY_FILES]
     if files[0].parent != files[1].parent:
         raise UserError(
             f"{files[0]} and {files[1]} are of different places", remedy=f"Bring both {' and '.join(VOCABULARY_FILES)}."

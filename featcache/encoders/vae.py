@@ -70,7 +70,7 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
         vae = seeded(weights.random_seed, lambda: build_vae(entry.model_class, entry.config))
         origin = {"weights": "random", "seed": weights.random_seed}
     else:
-        state = _find_state(name, entry.hub_id, weights)
+        state = load_file(find_file(name, entry.hub_id, weights))
         vae = _filled(build_vae(entry.model_class, entry.config), state, entry.hub_id)
         origin = {"weights": entry.hub_id}
     vae = vae.eval().requires_grad_(False)
@@ -125,14 +125,15 @@ def _filled(vae: nn.Module, state: dict[str, Tensor], where: str) -> nn.Module:
     return vae
 
 
-def _find_state(name: str, hub_id: str, weights: WeightsSource) -> dict[str, Tensor]:
+def find_file(name: str, hub_id: str, weights: WeightsSource) -> Path:
+    """The file of pretrained weights; raises `WeightsUnavailable`."""
     if weights.weights_dir is not None:
         stems = (name, hub_id.split("/")[1], hub_id.replace("/", "--"), hub_id)
         found = find_weights(weights.weights_dir, stems)
         if found is not None:
-            return load_file(found)
+            return found
     try:
-        return load_file(hub_file(hub_id, _FILES))
+        return hub_file(hub_id, _FILES)
     except HubUnreachable as error:
         raise unavailable(name, hub_id, str(error)) from error
 

@@ -7,6 +7,7 @@ each encoder. Patch tokens leave row-major, without class or register tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def load_vision(name: str, weights: WeightsSource, *, input_px: int) -> tuple[nn
         origin: dict[str, Any] = {"weights": "random", "seed": weights.random_seed}
     else:
         model = build_vision(entry, input_px=input_px)
-        state = to_timm(_find_state(name, entry, weights), entry.key_format)
+        state = to_timm(load_file(find_file(name, entry, weights)), entry.key_format)
         try:
             model.load_state_dict(_filtered(state, model))
         except (RuntimeError, KeyError) as error:
@@ -75,17 +76,18 @@ def _filtered(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in filtered.items() if not key.startswith("head.")}
 
 
-def _find_state(name: str, entry: VisionEntry, weights: WeightsSource) -> dict[str, Tensor]:
+def find_file(name: str, entry: VisionEntry, weights: WeightsSource) -> Path:
+    """The file of pretrained weights; raises `WeightsUnavailable`."""
     hub_id = entry.hub_id or ""
     if weights.weights_dir is not None:
         stems = (name, entry.timm_name, entry.architecture)
         found = find_weights(weights.weights_dir, (*stems, hub_id.replace("/", "--"), hub_id) if hub_id else stems)
         if found is not None:
-            return load_file(found)
+            return found
     if not hub_id:
         raise unavailable(name, None, "", entry.weights_page)
     try:
-        return load_file(hub_file(hub_id, ("model.safetensors", "pytorch_model.bin")))
+        return hub_file(hub_id, ("model.safetensors", "pytorch_model.bin"))
     except HubUnreachable as error:
         raise unavailable(name, hub_id, str(error)) from error
 

@@ -17,10 +17,12 @@ from web_server import FileServer, serve
 
 import featcache
 from featcache import remote_errors
+from featcache.convert import convert
 from featcache.errors import CacheError
 from featcache.share import pull
 from featcache.store.blocks import BLOCK_BYTES
 from featcache.store.root import read_root
+from featcache.stream import unverified_features
 
 MEBIBYTE = 1 << 20
 
@@ -61,12 +63,18 @@ def test_a_flipped_bit_is_never_read_as_a_value(source: Path, tmp_path: Path) ->
         assert web.flips[f"cache/{LARGE_FILE}"] == (offset, 1000 - 3)
 
 
-def test_a_large_shard_without_hashes_of_blocks_is_named(tmp_path: Path) -> None:
-    from featcache.stream import unverified_features
-
-    path = build_large(tmp_path / "cache", mebibytes=17)
-    assert unverified_features(read_root(path)) == []
-    assert unverified_features(without_blocks(path)) == [LARGE]
+def test_a_large_shard_without_hashes_of_blocks_is_named(tmp_path: Path, capsys) -> None:
+    """And a copy that `convert` makes, as the note says, has them."""
+    path = build_large(tmp_path / "from" / "cache", mebibytes=17)
+    with serve(path.parent) as web:
+        right = first_sample(f"{web.url}/cache", tmp_path / "a")
+        assert "cannot be checked" not in capsys.readouterr().err
+        without_blocks(path)
+        assert np.array_equal(first_sample(f"{web.url}/cache", tmp_path / "b"), right)
+        said = capsys.readouterr().err
+        assert f"streamed of {LARGE} cannot be checked" in said and "--to zarr" in said
+    convert(path, tmp_path / "new", to="zarr")
+    assert unverified_features(read_root(tmp_path / "new")) == []
 
 
 def test_a_flipped_bit_in_a_pull_is_fetched_again(source: Path, tmp_path: Path) -> None:

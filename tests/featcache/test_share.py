@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -274,6 +276,136 @@ def test_two_pushes_at_once_both_arrive(source: Path, bucket, monkeypatch) -> No
     push(source, url, features=["dino@9"])
     assert set(list_remote(url)[0].manifest.features) == {"dino@9", "vae/moments", "key", "label"}
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("store", ["gcs", "s3"])
+def test_many_pushes_at_once_all_arrive(source: Path, s3_bucket: str, tmp_path: Path, store: str, monkeypatch) -> None:
+    """Of the same and of different features, from two copies of the cache, to one place. Nothing is left here."""
+    copy = shutil.copytree(source, tmp_path / "copy")
+    names = ["vae/moments", "vae/G3", "dino@9", "tiny@5"]
+    jobs = [(cache, name) for cache in (source, copy) for name in names]
+    with serve_gcs("shared") as google:
+        if store == "gcs":
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+        url = "gs://shared/cache" if store == "gcs" else f"s3://{s3_bucket}/cache"
+        start = threading.Barrier(len(jobs))
+
+        def one(job: tuple[Path, str]) -> None:
+            start.wait()
+            push(job[0], url, features=[job[1]], threads=2)
+
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(one, jobs))
+        assert set(list_remote(url)[0].manifest.features) == {*names, "label", "key"}
+        assert verify_remote(url).ok
+    assert tree(copy) == tree(source)
+    assert not (source / ".featcache").exists()
+
+
+def test_a_push_removes_its_own_journal_alone(source: Path, s3_bucket: str) -> None:
+    other = source / ".featcache/push/0123456789abcdef.jsonl"
+    other.parent.mkdir(parents=True)
+    other.write_text("another push's\n")
+    try:
+        push(source, f"s3://{s3_bucket}/cache", features=["dino@9"])
+        assert [p.name for p in other.parent.iterdir()] == [other.name]
+    finally:
+        shutil.rmtree(source / ".featcache")
+
+
+def test_pushes_of_other_bytes_do_not_mix(source: Path, s3_bucket: str, tmp_path: Path, monkeypatch) -> None:
+    """An unfinished push keeps others from sending other bytes of its features, unless they are told to."""
+    url = f"s3://{s3_bucket}/cache"
+    real = remote.ObjectLocation.put
+
+    def put(self, name, content):
+        if name == "dino@9/c.2.0.0":
+            raise CacheError("the network is gone")
+        return real(self, name, content)
+
+    monkeypatch.setattr(remote.ObjectLocation, "put", put)
+    with pytest.raises(CacheError, match="network is gone"):
+        push(source, url, features=["dino@9"])
+    monkeypatch.setattr(remote.ObjectLocation, "put", real)
+    shutil.rmtree(source / ".featcache")
+    # Other bytes under the same name.
+    specs = [*base_features(), tokens("dino@9", views=2)]
+    other = build(tmp_path / "other", specs, skipped=SKIPPED)
+    with pytest.raises(CacheError, match=r"begun to send 'dino@9.*' with other bytes(.|\n)*--replace-unfinished"):
+        push(other, url, features=["dino@9"])
+    push(other, url, features=["dino@9"], replace_unfinished=True)
+    assert verify_remote(url).ok
+    with pytest.raises(CacheError, match="with other bytes"):
+        push(source, url, features=["dino@9"])
+
+
+def test_a_store_without_conditional_requests(source: Path, s3_bucket: str, monkeypatch) -> None:
+    """The last writer wins; whoever was overwritten notices and merges again."""
+    import obstore
+    from obstore.exceptions import NotSupportedError
+
+    real, raced = obstore.put, []
+
+    def put(store, name, content, **options):
+        if "mode" in options:
+            raise NotSupportedError("no conditions here")
+        done = real(store, name, content, **options)
+        if name == "zarr.json" and not raced:
+            # Another push, which began earlier, overwrites what we have just written.
+            raced.append(name)
+            push(source, f"s3://{s3_bucket}/other", features=["vae/G3"])
+            data = bytes(obstore.get(open_destination(f"s3://{s3_bucket}/other")._store, name).bytes())
+            for key, value in objects_of(s3_bucket, "other/").items():
+                if key != name:
+                    real(store, key, value)
+            real(store, name, data)
+        return done
+
+    monkeypatch.setattr(obstore, "put", put)
+    push(source, f"s3://{s3_bucket}/cache", features=["dino@9"])
+    held = set(list_remote(f"s3://{s3_bucket}/cache")[0].manifest.features)
+    assert held == {"label", "key", "dino@9", "vae/G3"} and len(raced) == 1
+
+
+def objects_of(bucket: str, prefix: str) -> dict[str, bytes]:
+    import boto3
+
+    found = objects((bucket, boto3.client("s3")))
+    return {name.removeprefix(prefix): data for name, data in found.items() if name.startswith(prefix)}
+
+
+def test_the_root_document_grows_while_it_is_read(source: Path, tmp_path: Path) -> None:
+    """Length and bytes come in one answer: a longer document in between cannot cut it short."""
+    shutil.copytree(source, tmp_path / "cache")
+    with serve(tmp_path) as web:
+        list_remote(f"{web.url}/cache")
+        assert web.answers["cache/zarr.json"] == 1
+
+
+# Links
+
+
+def test_a_pull_writes_through_no_link(source: Path, web, tmp_path: Path) -> None:
+    for name in ("vae", "tiny@5", ".featcache", "zarr.json", "featcache.sig"):
+        target, outside = tmp_path / f"target {name}", tmp_path / f"outside {name}"
+        outside.mkdir()
+        pull(f"{web.url}/cache", target, features=["dino@9"])
+        (target / name).unlink(missing_ok=True)
+        (target / name).symlink_to(outside)
+        with pytest.raises(CacheError, match="symbolic link"):
+            pull(f"{web.url}/cache", target)
+        assert not list(outside.iterdir())
+
+
+def test_nothing_is_read_through_a_link_of_a_received_folder(source: Path, tmp_path: Path, s3_bucket: str) -> None:
+    for number, name in enumerate(("tiny@5", "tiny@5/c.1.0.0", "tiny@5/SHA256SUMS", "tiny@5/BLOCKS")):
+        received = shutil.copytree(source, tmp_path / f"received{number}")
+        shutil.move(received / name, tmp_path / f"elsewhere{number}")
+        (received / name).symlink_to(tmp_path / f"elsewhere{number}")
+        with pytest.raises(CacheError, match="symbolic link"):
+            pull(str(received), tmp_path / f"copy{number}")
+        with pytest.raises(CacheError, match="symbolic link"):
+            push(received, f"s3://{s3_bucket}/cache{number}")
 
 
 def test_push_refuses_damage_and_conflicts(source: Path, bucket, tmp_path: Path) -> None:

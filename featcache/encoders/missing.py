@@ -1,0 +1,54 @@
+"""All the weights that a command lacks, in one error, before any of them is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from featcache.encoders import text, vae, vision
+from featcache.encoders.base import WeightsSource
+from featcache.encoders.table import ENCODERS, TEXTS, VAES
+from featcache.errors import WeightsUnavailable
+
+
+def require_weights(
+    weights: WeightsSource, *, vae_name: str | None, encoders: Iterable[str] = (), texts: Iterable[str] = ()
+) -> None:
+    """Find, or download, the pretrained files of all these; names that have none (embedded, a user's) are passed over.
+
+    Raises:
+        WeightsUnavailable: it names every file that is neither here nor to be had.
+    """
+    errors: list[WeightsUnavailable] = []
+    if weights.random_seed is None:
+        for find in _finders(weights, vae_name, encoders, texts):
+            try:
+                find()
+            except WeightsUnavailable as error:
+                errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        lines = "".join(f"\n  {error.what}" for error in errors)
+        raise WeightsUnavailable(
+            f"{len(errors)} files of pretrained weights are missing:{lines}",
+            remedy="Either bring them all and pass --weights-dir DIR (see docs/encoders.md),\n"
+            "or pass --random-weights 0 to try things out with random weights (the cache is marked accordingly).",
+        )
+
+
+def _finders(
+    weights: WeightsSource, vae_name: str | None, encoders: Iterable[str], texts: Iterable[str]
+) -> Iterator[Callable[[], Path]]:
+    """One function for each file, which finds it or raises `WeightsUnavailable`."""
+    if vae_name in VAES and (hub_id := VAES[vae_name].hub_id) is not None:
+        yield lambda name=vae_name, hub=hub_id: vae.find_file(name, hub, weights)  # type: ignore[misc]
+    for name in encoders:
+        if name in ENCODERS:
+            yield lambda name=name: vision.find_file(name, ENCODERS[name], weights)  # type: ignore[misc]
+    for name in texts:
+        if name in TEXTS and TEXTS[name].hub_id is not None:
+            for what, files in text.needed_files():
+                yield lambda name=name, what=what, files=files: text.find_file(  # type: ignore[misc]
+                    name, str(TEXTS[name].hub_id), weights, files, what
+                )
