@@ -842,7 +842,7 @@ def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> N
         raise CacheError(
             f"{path} holds {have.name!r} already (complete or begun), with another {key}: "
             f"{have.to_json()[key]!r:.300} there, {want.to_json()[key]!r:.300} here",
-            remedy=f"featcache rm {path} {have.name} removes it; or choose another --out",
+            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another --out",
         )
 
 
