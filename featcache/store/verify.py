@@ -6,6 +6,7 @@ In constant memory, whatever the manifest claims: shards are named one by one, f
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import math
@@ -221,28 +222,27 @@ def verify(
     checked = _Checked()
     previous: Manifest | None = None
     for _ in range(_ATTEMPTS):
-        data = _read_root_bytes(path)
-        try:
-            manifest = _parse(path, data)
-        except CacheError as error:
-            if _unchanged(path, data):
-                problem = Problem(path=str(find_root(path)), what=error.what)
-                return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
-            continue
-        missing = [name for name in features or () if name not in manifest.features]
-        if missing:
-            have = ", ".join(sorted(manifest.features)) or "nothing"
-            raise CacheError(f"{path} does not hold {', '.join(missing)}", remedy=f"it holds {have}")
-        again = [
-            array for array in arrays_with_files(manifest, features) if _must_check(array, manifest, previous, checked)
-        ]
-        checked.problems.clear()
-        _check(path, manifest, data, again, plan, checked)
-        if fraction is None and not checked.problems:
-            checked.problems += _inconsistencies(path)
-        if not checked.problems or _unchanged(path, data):
-            return checked.report(path, manifest, plan)
-        previous = manifest
+        with _opened_root(path) as root:
+            try:
+                manifest = root.manifest()
+            except CacheError as error:
+                if _unchanged(path, root):
+                    problem = Problem(path=str(root.path), what=error.what)
+                    return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
+                continue
+            missing = [name for name in features or () if name not in manifest.features]
+            if missing:
+                have = ", ".join(sorted(manifest.features)) or "nothing"
+                raise CacheError(f"{path} does not hold {', '.join(missing)}", remedy=f"it holds {have}")
+            every = arrays_with_files(manifest, features)
+            again = [array for array in every if _must_check(array, manifest, previous, checked)]
+            checked.problems.clear()
+            _check(path, manifest, root.data, again, plan, checked)
+            if fraction is None and not checked.problems:
+                checked.problems += _inconsistencies(path)
+            if not checked.problems or _unchanged(path, root):
+                return checked.report(path, manifest, plan)
+            previous = manifest
     raise CacheError(
         f"{path} changed {_ATTEMPTS} times while it was checked",
         remedy="run it again when no build or removal is under way",
@@ -292,36 +292,62 @@ class _Checked:
         )
 
 
-def _read_root_bytes(path: Path) -> bytes:
+@dataclass(frozen=True)
+class _Root:
+    """A root document, kept open: so no other file can have its inode, and one put in its place is told from it even
+    if its bytes are the same (a feature removed and added again).
+    """
+
+    path: Path
+    fd: int
+    data: bytes
+
+    def manifest(self) -> Manifest:
+        if len(self.data) > MAX_METADATA_BYTES:
+            raise CacheError(f"{self.path} is longer than the {MAX_METADATA_BYTES} bytes that such a file may have")
+        manifest = parse_root(self.data, str(self.path))
+        if ROOT_NAMES[manifest.format] != self.path.name:
+            raise CacheError(f"it describes a cache of format {manifest.format!r}")
+        return manifest
+
+    def is_current(self) -> bool:
+        try:
+            held, current = os.fstat(self.fd), self.path.stat()
+        except FileNotFoundError:
+            return False
+        return (held.st_dev, held.st_ino) == (current.st_dev, current.st_ino)
+
+
+@contextlib.contextmanager
+def _opened_root(path: Path) -> Iterator[_Root]:
+    """The root document of the cache at `path`; raises `CacheError` if there is none."""
     root = find_root(path)
     if root is None:
         read_root(path)  # raises, saying what is there instead
         raise AssertionError
-    return files.read_bounded(root, MAX_METADATA_BYTES)
+    fd = files.open_to_read(root)
+    try:
+        with os.fdopen(os.dup(fd), "rb") as file:
+            data = file.read(min(os.fstat(fd).st_size, MAX_METADATA_BYTES) + 1)
+        yield _Root(root, fd, data)
+    finally:
+        os.close(fd)
 
 
-def _parse(path: Path, data: bytes) -> Manifest:
-    root = find_root(path)
-    manifest = parse_root(data, str(root))
-    if root is not None and ROOT_NAMES[manifest.format] != root.name:
-        raise CacheError(f"it describes a cache of format {manifest.format!r}")
-    return manifest
-
-
-def _unchanged(path: Path, data: bytes) -> bool:
-    """Whether the root document is still `data`, once whoever is publishing at this moment is done.
+def _unchanged(path: Path, root: _Root) -> bool:
+    """Whether the root document was not replaced, once whoever is publishing at this moment is done.
 
     Raises `CacheError` where there is no cache any more.
     """
-    try:
+    with contextlib.suppress(OSError, CacheError):
         lock = os.open(files.inside(path, f"{STATE}/lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, CacheError):
-        return _read_root_bytes(path) == data
-    try:
-        _wait_for_publisher(lock)
-        return _read_root_bytes(path) == data
-    finally:
-        os.close(lock)
+        try:
+            _wait_for_publisher(lock)
+        finally:
+            os.close(lock)
+    if find_root(path) is None:
+        read_root(path)
+    return root.is_current()
 
 
 def _wait_for_publisher(lock: int) -> None:
