@@ -41,7 +41,7 @@ def info(cache: CachePath) -> None:
     import featcache
     from featcache.describe import print_info
 
-    print_info(featcache.open(cache))
+    print_info(featcache.open(cache), cache)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from featcache.errors import UserError
 from featcache.redact import redact
 from featcache.request import BuildRequest
 from featcache.settings import Given, takes
+
+if TYPE_CHECKING:
+    from featcache.store.verify import Report
 
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. [default: all]")]
@@ -55,28 +58,37 @@ def list_caches(
     for title in ("cache", "images", "size", "features"):
         table.add_column(title, no_wrap=title != "features", overflow="fold")
     hidden = ("label", "key", "content")
+    problems: list[str] = []
     if "://" in place:
         from featcache.share import list_remote
 
         for listed in list_remote(place):
+            if listed.manifest is None:
+                problems.append(f"{safe(listed.url)}  [red]{safe(listed.problem)}[/red]")
+                continue
             names = [n for n in listed.manifest.features if n not in hidden]
-            table.add_row(
-                safe(listed.url), str(listed.manifest.dataset.count), size_text(listed.n_bytes), safe(" ".join(names))
-            )
+            count = str(listed.manifest.dataset.count)
+            table.add_row(safe(listed.url), count, size_text(listed.n_bytes), safe(" ".join(names)))
     else:
         from featcache.store import manage
 
         for info in manage.list_caches(place):
             names = [n for n in info.manifest.features if n not in hidden] if info.manifest else []
             notes = [f"[yellow]unfinished: {safe(' '.join(info.unfinished))}[/yellow]"] if info.unfinished else []
-            notes += [f"[red]{safe(info.problem)}[/red]"] if info.problem else []
+            if info.problem:
+                problems.append(f"{safe(info.path)}  [red]{safe(info.problem)}[/red]")
+                continue
             count = str(info.manifest.dataset.count) if info.manifest else "-"
-            table.add_row(safe(info.path), count, size_text(info.n_bytes), " ".join([*map(safe, names), *notes]))
-    if not table.row_count:
+            size = size_text(info.n_bytes) if info.manifest else "-"
+            table.add_row(safe(info.path), count, size, " ".join([safe(" ".join(names)), *notes]).strip())
+    if not table.row_count and not problems:
         raise UserError(
             f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
         )
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    for line in problems:
+        console.print(line)
 
 
 def _counted(problems: Sequence[object]) -> str:
@@ -89,6 +101,21 @@ def verify(
     threads: Annotated[int | None, typer.Option(help="[default: one a core; 8 for a URL]")] = None,
     expect: Expect = None,
     signed_by: SignedBy = None,
+    sample: Annotated[
+        str | None, typer.Option(help="Read only this part, drawn at random: 1% or 0.01. [default: every byte]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of --sample. [default: a fresh one]", min=0)] = None,
+    since_last: Annotated[
+        bool, typer.Option("--since-last", help="Only shards that no earlier verification found as they are now.")
+    ] = False,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record",
+            help="Note beside the cache when it was verified, how, and by whom. [default: --record; not at a URL]",
+            show_default=False,
+        ),
+    ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Encode damaged shards again from the images.")] = False,
     data: Data = None,
     weights_dir: WeightsDir = None,
@@ -96,34 +123,64 @@ def verify(
     captions: Captions = None,
 ) -> None:
     """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
-    from featcache.describe import size_text
+    import shlex
+
     from featcache.remote import is_remote
     from featcache.share import verify_remote
+    from featcache.store.verify import parse_fraction
     from featcache.store.verify import verify as check
 
-    remote = is_remote(cache)
+    names, remote = _split(features), is_remote(cache)
+    fraction = None if sample is None else parse_fraction(sample)
     if remote and repair:
         raise UserError(
             f"{cache} cannot be repaired where it lies",
             remedy="Repair the cache it was pushed from and push it again, or pull it to a folder first.",
         )
+    if remote and since_last:
+        raise UserError(
+            f"--since-last looks at files on this machine, and {cache} is elsewhere",
+            remedy="Leave it out, or type --sample 1% instead.",
+        )
+    if fraction is not None and (repair or since_last):
+        raise UserError("--sample goes with neither --repair nor --since-last", remedy="Leave one of them out.")
+    if seed is not None and fraction is None:
+        raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
+    keep = not remote if record is None else record
+
     _require_authentic(cache, expect, signed_by)
-    with ByteBar("checking") as bar:
-        if remote:
-            report = verify_remote(cache, features=_split(features), threads=threads or 8, progress=bar.advance)
-        else:
-            report = check(Path(cache), features=_split(features), threads=threads, progress=bar.advance)
-    for problem in report.problems:
-        console.print(f"[red]damaged[/red] {safe(problem)}")
+
+    def checked() -> Report:
+        with ByteBar("checking") as bar:
+            if remote:
+                return verify_remote(
+                    cache, features=names, threads=threads or 8, fraction=fraction, seed=seed, progress=bar.advance
+                )
+            return check(
+                Path(cache),
+                features=names,
+                threads=threads,
+                fraction=fraction,
+                seed=seed,
+                since_last=since_last,
+                remember=keep,
+                progress=bar.advance,
+            )
+
+    report = checked()
+    _show_problems(report, "damaged")
+    if keep:
+        _record(cache, report, names)
     if report.ok:
-        console.print(f"{safe(cache)}: sound ({report.n_files} files, {size_text(report.n_bytes)})")
+        console.print(f"{safe(cache)}: sound ({_how_much(report)})")
         return
+    where = safe(shlex.quote(cache))
     if remote:
         console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
         raise typer.Exit(1)
     if not repair:
         console.print(
-            f"{_counted(report.problems)}; type: featcache repair {safe(cache)}, with --from URL if there is another copy"
+            f"{_counted(report.problems)}; type: featcache repair {where}, with --from URL if there is another copy"
         )
         raise typer.Exit(1)
     _encode_again(Path(cache), report.damaged, data, weights_dir, device, captions)
@@ -171,14 +228,45 @@ def _encode_again(
             )
 
 
+_SHOWN_PROBLEMS = 100
+
+
+def _record(cache: str, report: Report, features: list[str] | None) -> None:
+    """Note the verification beside the cache; where that is not possible, say so."""
+    from featcache import verified
+
+    reason = verified.record(cache, report, features)
+    if reason is not None:
+        console.print(f"[yellow]not recorded[/yellow]: {safe(reason)}")
+
+
+def _show_problems(report: Report, word: str) -> None:
+    for problem in report.problems[:_SHOWN_PROBLEMS]:
+        console.print(f"[red]{word}[/red] {safe(problem)}")
+    rest = len(report.problems) - _SHOWN_PROBLEMS
+    if rest > 0:
+        console.print(f"[red]{word}[/red] and {rest} more")
+
+
+def _how_much(report: Report) -> str:
+    from featcache.describe import size_text
+
+    words = f"{report.n_files} files, {size_text(report.n_bytes)}"
+    if report.fraction is not None:
+        return f"a sample of {100 * report.fraction:g} %: {words}; again with --seed {report.seed}"
+    if report.since_last:
+        return f"{words} read, {report.n_unread} shards as they were when last verified"
+    return words
+
+
 def _check_again(folder: Path, features: str | None, threads: int | None) -> None:
     """Exit code 1 unless the cache is sound now."""
     from featcache.store.verify import verify as check
 
     with ByteBar("checking") as bar:
         again = check(folder, features=_split(features), threads=threads, progress=bar.advance)
-    for problem in again.problems:
-        console.print(f"[red]still damaged[/red] {safe(problem)}")
+    _show_problems(again, "still damaged")
+    _record(str(folder), again, _split(features))
     if not again.ok:
         raise typer.Exit(1)
     console.print(f"{safe(folder)}: repaired and sound")
@@ -244,39 +332,84 @@ def remove(
     cache: CachePath,
     features: Annotated[str | None, typer.Option(help="Features to remove; without it the whole cache.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Delete for good instead of moving to the trash.")] = False,
 ) -> None:
-    """Remove features of a cache, or (without --features) the whole cache."""
-    import featcache
+    """Remove features of a cache, or (without --features) the whole cache. featcache restore undoes it."""
+    import shlex
+
     from featcache.describe import size_text
     from featcache.store import manage
-    from featcache.store.files import remove_tree
 
     names = _split(features)
     what = f"{', '.join(names)} of {cache}" if names else f"the whole cache {cache}"
-    opened = featcache.open(cache)
     if names:
-        opened.require(names)
-    if not yes and not _confirmed(f"remove {plain(what)}?"):
+        import featcache
+
+        featcache.open(cache).require(names)
+    if not yes and not _confirmed(plain(f"remove {what}{' for good' if now else ''}?")):
         raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
+    place = cache if names else cache.parent
     if names:
-        console.print(f"removed {safe(what)}: {size_text(manage.remove_features(cache, names))}")
+        size = f": {size_text(manage.remove_features(cache, names, now=now))}"
     else:
-        remove_tree(cache)
-        console.print(f"removed {safe(what)}")
+        manage.remove_cache(cache, now=now)
+        size = ""
+    console.print(safe(f"removed {what}{size}"))
+    if not now:
+        undo, empty = shlex.quote(str(cache)), shlex.quote(str(place))
+        console.print(safe(f"it is in the trash; to undo: featcache restore {undo}"))
+        console.print(safe(f"to free the space now: featcache gc {empty} --older-than 0d"))
+
+
+def restore(
+    cache: CachePath,
+    features: Annotated[str | None, typer.Option(help="Only these features. [default: what was removed last]")] = None,
+) -> None:
+    """Undo featcache rm: bring a removed cache, or the features removed last, back from the trash."""
+    from featcache.store import manage
+
+    console.print(safe(f"restored {manage.restore(cache, _split(features))}"))
 
 
 def collect_garbage(
-    cache: CachePath,
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache, or of several caches.", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
 ) -> None:
-    """Remove what dead builds left behind (they can then no longer be continued)."""
+    """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
     from featcache.describe import size_text
-    from featcache.store import manage
+    from featcache.store import manage, trash
 
-    removed = manage.collect_garbage(cache, dry_run=dry_run)
+    removed = manage.collect_garbage(
+        cache,
+        dry_run=dry_run,
+        older_than_s=trash.parse_age(older_than),
+        warn=lambda line: console.print(f"[yellow]kept[/yellow] {safe(line)}"),
+    )
     for name, n_bytes in removed:
         console.print(f"{'would remove' if dry_run else 'removed'} {safe(name)}  {size_text(n_bytes)}")
     console.print(f"{len(removed)} leftovers, {size_text(sum(n for _, n in removed))}")
+
+
+def catalogue(
+    place: Annotated[
+        str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")
+    ] = "caches",
+    html: Annotated[Path | None, typer.Option(help="Page to write: one file, for a browser.")] = None,
+) -> None:
+    """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
+    from featcache import catalogue as page
+
+    rows = page.gather(place)
+    if not rows:
+        raise UserError(
+            f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
+        )
+    if html is not None:
+        page.write_page(rows, place, html)
+        console.print(f"page: [bold]{safe(html)}[/bold]   ({len(rows)} caches)")
+        return
+    page.print_rows(rows)
 
 
 def push(
@@ -409,7 +542,9 @@ def register(app: typer.Typer) -> None:
     app.command(name="ls")(list_caches)
     app.command()(verify)
     app.command(name="rm")(remove)
+    app.command()(restore)
     app.command(name="gc")(collect_garbage)
+    app.command()(catalogue)
     app.command()(repair)
     app.command()(sign)
     app.command()(push)

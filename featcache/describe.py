@@ -8,6 +8,7 @@ from rich.table import Table
 
 from featcache.build import spec_bytes
 from featcache.console import console, safe
+from featcache.errors import UserError
 from featcache.store.root import cache_digest
 
 
@@ -19,8 +20,22 @@ def size_text(count_bytes: float) -> str:
     return f"{count_bytes:.3g} TB"
 
 
-def print_info(cache: Any) -> None:
-    """Dataset, preprocessing, VAE, then one line a feature with its layout, codec, size and origin."""
+def _last_verification(cache: Any, place: str) -> str:
+    """The latest verification on record, in a line."""
+    from featcache import verified
+
+    try:
+        found = verified.last(place)
+    except UserError as error:
+        return f"[yellow]{safe(error.what)}[/yellow]"
+    return "never (on record)" if found is None else safe(found.words(cache.manifest))
+
+
+def print_info(cache: Any, place: str | None = None) -> None:
+    """Dataset, last verification, VAE, then one line a feature with its layout, codec, size and origin.
+
+    place: the path or URL that the cache was opened by.
+    """
     manifest, dataset = cache.manifest, cache.manifest.dataset
     console.print(f"[bold]{safe(cache.path)}[/bold]   fingerprint {cache.fingerprint[:16]}")
     console.print(f"digest {cache_digest(manifest)}")
@@ -30,6 +45,7 @@ def print_info(cache: Any) -> None:
         f"shards of {manifest.shard_size}; order seed {dataset.order_seed}"
         + ("; mirrored view" if dataset.flip else "")
     )
+    console.print(f"verified: {_last_verification(cache, place or str(cache.path))}")
     if dataset.vae:
         console.print(
             f"VAE {safe(dataset.vae['name'])}: {dataset.vae['latent_channels']} channels, 1/{dataset.vae['downsampling']} size, "

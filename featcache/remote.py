@@ -14,6 +14,7 @@ import re
 import socket
 import stat
 from collections.abc import Callable, Generator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -55,6 +56,9 @@ class Location(Protocol):
 
         Raises `Missing`, or `CacheError` if it is longer than `limit` or cannot be had.
         """
+
+    def modified(self, name: str) -> datetime | None:
+        """When a file was written, None where the place does not say; raises `Missing`."""
 
     def directories(self) -> list[str]:
         """Names of the immediate subdirectories, as far as the place can list them."""
@@ -143,6 +147,10 @@ class LocalLocation:
             raise too_long(f"{self.path / name}", limit)
         return data, None
 
+    def modified(self, name: str) -> datetime | None:
+        with self._open(name) as file:
+            return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
+
     def directories(self) -> list[str]:
         return sorted(p.name for p in self.path.iterdir() if p.is_dir()) if self.path.is_dir() else []
 
@@ -221,6 +229,13 @@ class ObjectLocation:
             return bytes(content), self._version(answer.meta)
 
         return self._retrying(name, attempt)
+
+    def modified(self, name: str) -> datetime | None:
+        import obstore
+
+        moment = self._retrying(name, lambda: obstore.head(self._store, name))["last_modified"]
+        # A web server that does not say is given the beginning of time.
+        return moment if moment.timestamp() > 0 else None
 
     def directories(self) -> list[str]:
         import obstore

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache import fetch as transfer
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
 from featcache.remote import (
     Destination,
     Location,
@@ -42,7 +42,7 @@ from featcache.signing import (
     require_signature,
 )
 from featcache.store import files, locks
-from featcache.store.blocks import blocks_path
+from featcache.store.blocks import BLOCK_BYTES, ShardBlocks, blocks_path, check_block
 from featcache.store.layout import ROOT_NAMES, STATE
 from featcache.store.manage import cache_bytes
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
@@ -51,8 +51,12 @@ from featcache.store.verify import (
     Problem,
     Report,
     ShardFileEntry,
+    array_files,
+    arrays_with_files,
+    fresh_seed,
     inconsistencies,
     metadata_files,
+    sampled,
     shard_files,
     shard_problem,
 )
@@ -72,14 +76,15 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One cache at a place."""
+    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line."""
 
     url: str
-    manifest: Manifest
+    manifest: Manifest | None
+    problem: str | None = None
 
     @property
     def n_bytes(self) -> int:
-        return cache_bytes(self.manifest)
+        return 0 if self.manifest is None else cache_bytes(self.manifest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,7 @@ def _read_root(place: Location) -> tuple[Manifest | None, str | None]:
 def list_remote(url: str) -> list[Listed]:
     """Caches at `url`: itself, or its immediate subdirectories (where the place can list them).
 
-    Raises `CacheError` if the place cannot be reached.
+    One that cannot be read is listed with its problem. Raises `CacheError` if the place cannot be reached.
     """
     place = open_location(url)
     here = read_remote_root(place)
@@ -122,9 +127,14 @@ def list_remote(url: str) -> list[Listed]:
         return [Listed(url=place.url, manifest=here)]
     found = []
     for name in place.directories():
-        manifest = read_remote_root(open_location(f"{place.address}/{name}"))
+        url = f"{place.url}/{name}"
+        try:
+            manifest = read_remote_root(open_location(f"{place.address}/{name}"))
+        except UserError as error:
+            found.append(Listed(url=url, manifest=None, problem=" ".join(error.what.split())))
+            continue
         if manifest is not None:
-            found.append(Listed(url=f"{place.url}/{name}", manifest=manifest))
+            found.append(Listed(url=url, manifest=manifest))
     return found
 
 
@@ -594,11 +604,14 @@ def verify_remote(
     threads: int = 8,
     expect: str | None = None,
     signed_by: Path | None = None,
+    fraction: float | None = None,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check a cache where it lies, byte by byte as `verify` does a local one, without keeping what is read.
 
-    Files that do not belong there are not looked for: not every place can list its files.
+    Files that do not belong there are not looked for: not every place can list its files. fraction, seed: read only a
+    sample, as `verify` does.
 
     Raises `CacheError` if there is no readable cache at `url`, it is not the one that is `expect`ed and `signed_by`
     asks for (as for `pull`), or the connection stays broken.
@@ -621,42 +634,85 @@ def verify_remote(
             same = False
         if not same:
             problem(name, "missing, or not as the manifest says")
-    recorded = {}
-    for array in sorted(chosen.arrays):
+    if fraction is not None and seed is None:
+        seed = fresh_seed()
+    found: list[tuple[ShardFileEntry, str | None, int]] = []
+    n_unread = 0
+    for array in arrays_with_files(chosen):
+        recorded: list[str] | None = None
+        blocks: list[ShardBlocks] | None = None
         try:
-            recorded[array] = transfer.read_checksums(place, manifest, array)
+            recorded = transfer.read_checksums(place, manifest, array)
         except CacheError as error:
             problem(checksums_path(manifest, array), error.what)
         try:
-            transfer.read_blocks(place, manifest, array)
+            blocks = transfer.read_blocks(place, manifest, array)
         except CacheError as error:
             problem(blocks_path(manifest, array), error.what)
+        parts: dict[int, list[int] | None] | None = None
+        if fraction is not None and seed is not None:
+            parts = sampled(manifest, array, blocks, fraction, seed)
+            n_unread += manifest.n_shards - len(parts)
 
-    found: list[tuple[ShardFileEntry, str | None, int]] = []
+        def check(entry: ShardFileEntry, blocks: Any = blocks, recorded: Any = recorded, parts: Any = parts) -> None:
+            some = None if parts is None else parts[entry.shard]
+            what, n_read = _check_remote(place, entry, recorded, some, blocks)
+            found.append((entry, what, n_read))
+            if progress is not None:
+                progress(n_read)
 
-    def check(entry: ShardFileEntry) -> None:
-        try:
-            size = place.size(entry.name)
-            digest = remote_sha256(place, entry.name, size) if entry.n_bytes in (None, size) else ""
-        except Missing:
-            size, digest = 0, None
-        found.append((entry, digest, size))
-        if progress is not None:
-            progress(size)
+        def done(_: ShardFileEntry) -> None:
+            nonlocal n_files, n_bytes
+            entry, what, n_read = found.pop()
+            n_files, n_bytes = n_files + 1, n_bytes + n_read
+            if what is not None:
+                problem(entry.name, what)
 
-    in_parallel(shard_files(chosen), check, lambda _: None, threads)
-    for entry, digest, size in found:
-        n_files, n_bytes = n_files + 1, n_bytes + size
-        what = shard_problem(entry, digest, size, recorded.get(entry.array))
-        if what is not None:
-            problem(entry.name, what)
-    if not problems:
+        in_parallel(array_files(chosen, array, None if parts is None else sorted(parts)), check, done, threads)
+    if not problems and fraction is None:
         from featcache.stream import open_remote
 
         with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
             problems += inconsistencies(open_remote(url, cache_dir=folder), place.url)
     problems.sort(key=lambda p: (p.path, p.what))
-    return Report(path=place.url, problems=tuple(problems), n_files=n_files, n_bytes=n_bytes)
+    return Report(
+        path=place.url,
+        problems=tuple(problems),
+        n_files=n_files,
+        n_bytes=n_bytes,
+        digest=cache_digest(manifest),
+        n_unread=n_unread,
+        fraction=fraction,
+        seed=seed if fraction is not None else None,
+    )
+
+
+def _check_remote(
+    place: Location,
+    entry: ShardFileEntry,
+    recorded: list[str] | None,
+    parts: list[int] | None,
+    blocks: list[ShardBlocks] | None,
+) -> tuple[str | None, int]:
+    """What is wrong with a shard at a place (or with some blocks of it), None if nothing is; and the bytes read."""
+    try:
+        size = place.size(entry.name)
+        if parts is None or blocks is None:
+            digest = remote_sha256(place, entry.name, size) if entry.n_bytes in (None, size) else ""
+            return shard_problem(entry, digest, size, recorded), size
+        shard, n_read = blocks[entry.shard], 0
+        if size != shard.n_bytes:
+            return f"has {size} bytes instead of {shard.n_bytes}", 0
+        for index in parts:
+            data = place.read(entry.name, index * BLOCK_BYTES, min(size, (index + 1) * BLOCK_BYTES))
+            n_read += len(data)
+            try:
+                check_block(shard, index, data, entry.name)
+            except CacheError:
+                return f"its block {index} does not match the recorded hash", n_read
+        return None, n_read
+    except Missing:
+        return shard_problem(entry, None, 0, recorded), 0
 
 
 def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress | None) -> Transfer:

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from featcache.errors import CacheError, UserError
 from featcache.store import files
+from featcache.store.layout import SIGNATURE
 from featcache.store.manifest import Manifest
 from featcache.store.root import cache_digest, read_root
 
-SIGNATURE = "featcache.sig"
 MAX_SIGNATURE_BYTES = 64 << 10
 _NAMESPACE = "featcache"
 _MAX_SIGNERS_BYTES = 1 << 20

@@ -29,6 +29,7 @@ WDS_ROOT = "featcache.json"
 ROOT_NAMES = {"zarr": ROOT_METADATA, "wds": WDS_ROOT}
 CHECKSUMS = "SHA256SUMS"
 BLOCKS = "BLOCKS"
+SIGNATURE = "featcache.sig"
 STATE = ".featcache"
 
 

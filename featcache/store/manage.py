@@ -1,97 +1,142 @@
-"""Listing caches, removing features, clearing away what dead builds left."""
+"""Listing caches, removing and restoring, clearing away what dead builds left."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from featcache.errors import CacheError
-from featcache.store import files, locks
-from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, STATE
-from featcache.store.manifest import Manifest
+from featcache.errors import CacheError, UserError
+from featcache.store import files, locks, trash
+from featcache.store.layout import ROOT_NAMES, STATE, index_bytes, sample_bytes, shard_samples
+from featcache.store.manifest import FeatureSpec, Manifest
+from featcache.store.names import OwnNames, first_foreign, own_files, regular_files
 from featcache.store.root import find_root, read_root
-from featcache.store.verify import shard_files
-from featcache.store.writer import (
-    building_directory,
-    cache_lock,
-    publish,
-    remove_building,
-    state_directory,
-    unfinished_features,
-)
+from featcache.store.wds import tar_layout
+from featcache.store.writer import building_directory, cache_lock, remove_building, unfinished_features
 
-_OURS = re.compile(rf"(?:c(?:\.\d+)+|{ROOT_METADATA}|{CHECKSUMS}|{BLOCKS})\Z")
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a builder gives such a name to a file in an array's directory."""
-    return bool(_OURS.match(files.part_of(name) or name))
+DEFAULT_AGE_S = trash.parse_age(trash.DEFAULT_AGE)
+_PUSH_JOURNAL = re.compile(r"[0-9a-f]{16}\.jsonl")
+_NEVER = re.compile(r"(?!)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheInfo:
-    """One line of a listing. `manifest` is None where nothing is complete yet or the root cannot be read."""
+    """One line of a listing. `manifest` is None where nothing is complete yet or the root cannot be read.
+
+    n_bytes: of the complete features' shards, by the manifest (0 for compressed ones, which it does not know).
+    problem: why the entry cannot be used, in one line.
+    """
 
     path: Path
     manifest: Manifest | None
     unfinished: tuple[str, ...] = ()
     problem: str | None = None
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the complete features' shards, by the manifest (0 for compressed ones, which it does not
-        know).
-        """
-        return 0 if self.manifest is None else cache_bytes(self.manifest)
+    n_bytes: int = 0
 
 
 def cache_bytes(manifest: Manifest, features: Sequence[str] | None = None) -> int:
-    """Bytes of all uncompressed shard files, indices included."""
-    if not manifest.features:
+    """Bytes of all uncompressed shard files, indices included; 0 for compressed ones."""
+    if not manifest.features or manifest.compressor is not None:
         return 0
-    return sum(entry.n_bytes or 0 for entry in shard_files(manifest, features))
+    count, size, n_shards = manifest.dataset.count, manifest.shard_size, manifest.n_shards
+    if manifest.format == "wds":
+        layout = tar_layout(manifest)
+        last = layout.tar_bytes(shard_samples(count, size, n_shards - 1))
+        return (n_shards - 1) * layout.tar_bytes(size) + last
+    chosen = manifest.features if features is None else features
+    arrays = [array for name in chosen for array in manifest.features[name].arrays.values()]
+    return sum(count * sample_bytes(dtype, shape) + n_shards * index_bytes(size) for dtype, shape in arrays)
+
+
+def is_cache(path: Path) -> bool:
+    """Whether `path` holds a cache or an unfinished one, readable or not."""
+    return any(os.path.lexists(path / name) for name in (*ROOT_NAMES.values(), STATE))
 
 
 def cache_info(path: str | Path) -> CacheInfo:
-    """What lies at `path`; raises `CacheError` if it is no cache at all."""
+    """What lies at `path`; what is wrong with it is in `problem`. Raises `CacheError` if it is no cache at all."""
     path = Path(path)
-    if find_root(path) is None and not (path / STATE).is_dir():
-        read_root(path)
-    unfinished = tuple(sorted(unfinished_features(path)))
-    if find_root(path) is None:
-        return CacheInfo(path=path, manifest=None, unfinished=unfinished)
     try:
-        manifest = read_root(path)
-        # What a builder left that died after it had made its features visible is not unfinished.
-        unfinished = tuple(name for name in unfinished if name not in manifest.features)
-        return CacheInfo(path=path, manifest=manifest, unfinished=unfinished)
-    except CacheError as error:
-        return CacheInfo(path=path, manifest=None, unfinished=unfinished, problem=error.what)
+        if not is_cache(path):
+            read_root(path)  # raises, saying what is there instead
+        complete = find_root(path) is not None
+    except OSError as error:
+        return CacheInfo(path=path, manifest=None, problem=_reason(error))
+    unfinished: tuple[str, ...] = ()
+    manifest, n_bytes, problem = None, 0, None
+    try:
+        unfinished = tuple(sorted(unfinished_features(path)))
+        if complete:
+            manifest = read_root(path)
+            n_bytes = cache_bytes(manifest)
+            # What a builder left that died after it had made its features visible is not unfinished.
+            unfinished = tuple(name for name in unfinished if name not in manifest.features)
+        elif not (path / STATE).is_dir():
+            problem = "not a cache: its root document or state folder is something else"
+    except (UserError, OSError) as error:
+        problem = _reason(error)
+    return CacheInfo(path=path, manifest=manifest, unfinished=unfinished, problem=problem, n_bytes=n_bytes)
+
+
+def _reason(error: UserError | OSError) -> str:
+    what = error.what if isinstance(error, UserError) else f"cannot be read: {error.strerror or error}"
+    return " ".join(what.split())
 
 
 def list_caches(directory: str | Path) -> list[CacheInfo]:
-    """Caches in `directory`: itself, or its immediate subdirectories, by name."""
+    """Caches in `directory`: itself, or its immediate subdirectories, by name. Files and other folders are left out.
+
+    An entry that cannot be read or makes no sense is listed with its problem.
+
+    Raises `CacheError` if `directory` itself cannot be listed.
+    """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise CacheError(f"there is no directory {directory}", remedy="featcache build makes a cache under ./caches")
-    if find_root(directory) is not None or (directory / STATE).is_dir():
-        return [cache_info(directory)]
-    found = [p for p in sorted(directory.iterdir()) if p.is_dir()]
-    return [cache_info(p) for p in found if find_root(p) is not None or (p / STATE).is_dir()]
+    try:
+        if not directory.is_dir():
+            raise CacheError(
+                f"there is no directory {directory}", remedy="featcache build makes a cache under ./caches"
+            )
+        if is_cache(directory):
+            return [cache_info(directory)]
+        found = sorted(directory.iterdir())
+    except OSError as error:
+        raise CacheError(f"{directory} cannot be listed: {error.strerror}") from error
+    return [info for path in found if (info := _entry_info(path)) is not None]
 
 
-def remove_features(path: str | Path, features: Sequence[str]) -> int:
-    """Remove complete features from a zarr cache; returns the bytes freed.
+def _entry_info(path: Path) -> CacheInfo | None:
+    """One entry of a folder of caches, None if it has nothing to do with them."""
+    try:
+        if path.is_symlink() and not path.exists():
+            return CacheInfo(path=path, manifest=None, problem=f"a link to nothing: {path.readlink()}")
+        if path.is_dir() and is_cache(path):
+            return cache_info(path)
+        if path.is_dir():
+            os.scandir(path).close()  # a folder that cannot be looked into may well be a cache
+        return None
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError to pathlib
+        reason = error.strerror if isinstance(error, OSError) else "a link to itself"
+        return CacheInfo(path=path, manifest=None, problem=f"cannot be read: {reason}")
 
-    Readers stop seeing them first; those that have shards open may go on reading. A crash in between leaves
-    files that `collect_garbage` removes.
 
-    Raises `CacheError` if a feature is not there or the cache is one of tars.
+# Removing
+
+
+def remove_features(path: str | Path, features: Sequence[str], *, now: bool = False) -> int:
+    """Move complete features of a zarr cache to its trash, or (`now`) delete them for good; returns their bytes.
+
+    Readers stop seeing them first; those that have shards open may go on reading. What a crash in between leaves,
+    `restore` brings back and `collect_garbage` clears away.
+
+    Raises `CacheError` if a feature is not there or is being repaired, or if the cache is one of tars.
     """
     path = Path(path)
     read_root(path)
+    files.inside(path, STATE)
     with cache_lock(path):
         manifest = read_root(path)
         if manifest.format != "zarr":
@@ -102,96 +147,206 @@ def remove_features(path: str | Path, features: Sequence[str]) -> int:
                 f"{path} does not hold {', '.join(missing)}",
                 remedy=f"it holds {', '.join(sorted(manifest.features)) or 'no features'}",
             )
-        arrays = [array for name in features for array in manifest.features[name].arrays]
-        kept = set(manifest.features) - set(features)
-        publish(path, manifest.only(kept), set())
-        return sum(_remove_array(path, array, kept) for array in arrays)
+        with trash.without_builders(path, features):
+            return trash.move_features(path, manifest, features, now=now)
 
 
-def _remove_array(path: Path, array: str, kept: set[str]) -> int:
-    """Delete the files of one array that are ours; returns their bytes."""
-    freed = _remove_ours(path / array)
-    parent = (path / array).parent
-    if parent != path and not any(name.startswith(parent.name + "/") for name in kept):
-        files.remove_file(parent / ROOT_METADATA)
-        files.remove_empty_directory(parent)
-    return freed
+def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
+    """See `trash.remove_cache`."""
+    return trash.remove_cache(path, now=now)
 
 
-def _remove_ours(directory: Path) -> int:
-    freed = 0
-    for entry in directory.iterdir() if directory.is_dir() else ():
-        if _is_ours(entry.name) and entry.is_file() and not entry.is_symlink():
-            freed += entry.stat().st_size
-            files.remove_file(entry)
-    files.remove_empty_directory(directory)
-    return freed
+def restore(path: str | Path, features: Sequence[str] | None = None) -> str:
+    """Undo the latest `remove_features` or `remove_cache` at `path`; returns what came back, in words.
 
+    features: bring back just these. Without, a cache that is there gets the features that it lost last; where there is
+    none, the latest removed one of that name comes back.
 
-def collect_garbage(path: str | Path, *, dry_run: bool = False) -> list[tuple[str, int]]:
-    """Remove what dead builds and interrupted removals left: (name, bytes) of each thing removed.
-
-    An unfinished feature whose builder lives is left alone; one whose builder is dead is removed, so that it
-    can no longer be resumed. Only files with names that a builder gives are deleted. With `dry_run` nothing
-    is.
+    Raises `CacheError` if the trash holds nothing for it, or something is in the way; nothing is changed then.
     """
     path = Path(path)
+    place = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    _remove_ghost(place)
+    whole = [e for e in trash.entries(trash.folder_trash(place.parent)) if e.name == place.name and not e.deleting]
+    in_cache = find_root(place) is not None and bool(trash.entries(trash.cache_trash(place)))
+    if features is None and (not os.path.lexists(place) or (whole and not in_cache)):
+        trash.restore_cache(place)
+        return str(path)
+    return f"{', '.join(trash.restore_features(place, features))} of {path}"
+
+
+def _remove_ghost(path: Path) -> None:
+    """Take away the folder that a process leaves which waited for the lock of a cache while it was removed."""
+    state = path / STATE
+    if path.is_symlink() or state.is_symlink() or not state.is_dir():
+        return
+    if files.names_in(path) == [STATE] and all(map(locks.is_lock_file, files.names_in(state))):
+        with cache_lock(path):
+            pass
+        files.remove_empty_directory(path)
+
+
+# Clearing away
+
+
+def collect_garbage(
+    path: str | Path,
+    *,
+    dry_run: bool = False,
+    older_than_s: float = DEFAULT_AGE_S,
+    warn: Callable[[str], None] = lambda _: None,
+) -> list[tuple[str, int]]:
+    """Remove what dead builds, interrupted removals and pushes left, and what lies in the trash for long enough.
+
+    path: a cache or a folder of caches. An unfinished feature whose builder lives is left alone; one whose builder is
+    dead is removed, so that it can no longer be resumed. Only files whose names follow from manifests and journals are
+    deleted, and nothing that is reached through a link.
+
+    Returns (name relative to `path`, bytes) of each thing removed, or with `dry_run` of what would be. `warn` is called
+    with a line for each cache of a folder that could not be cleared, and for what must stay in the trash.
+
+    Raises `CacheError` if there is no cache at `path`, or it cannot be cleared.
+    """
+    path = Path(path)
+    if is_cache(path):
+        return _collect_cache(path, dry_run, older_than_s)
+    if not path.is_dir() or not (trash.folder_trash(path).is_dir() or any(info.path for info in list_caches(path))):
+        read_root(path)
+    removed = []
+    for info in list_caches(path):
+        try:
+            found = _collect_cache(info.path, dry_run, older_than_s)
+            removed += [(f"{info.path.name}/{name}", n_bytes) for name, n_bytes in found]
+        except (UserError, OSError) as error:
+            warn(f"{info.path}: {_reason(error)}")
+    for entry, foreign in kept_in_trash(path, older_than_s=older_than_s):
+        warn(f"{entry} holds files that are not the cache's, such as {foreign}: look, then remove that folder by hand")
+    bin_ = trash.folder_trash(path)
+    return removed + _empty(bin_, path, dry_run, older_than_s)
+
+
+def kept_in_trash(folder: Path, *, older_than_s: float) -> list[tuple[Path, str]]:
+    """Removed caches that are old enough to go but hold somebody's own files: (where, one of those files)."""
+    found = []
+    for entry in trash.entries(trash.folder_trash(folder)):
+        if entry.expired(older_than_s) and (foreign := _foreign(entry)) is not None:
+            found.append((entry.path, foreign))
+    return found
+
+
+def _foreign(entry: trash.Entry) -> str | None:
+    if entry.name is None or entry.deleting:
+        return None
+    return first_foreign(entry.path, trash.cache_names(entry.path))
+
+
+def _empty(bin_: Path, path: Path, dry_run: bool, older_than_s: float) -> list[tuple[str, int]]:
+    removed = []
+    for entry in trash.entries(bin_):
+        if not entry.expired(older_than_s) or _foreign(entry) is not None:
+            continue
+        removed.append((str(entry.path.relative_to(path)), trash.tree_bytes(entry.path)))
+        if not dry_run:
+            trash.delete(entry)
+    if not dry_run:
+        files.remove_empty_directory(bin_)
+    return removed
+
+
+def _collect_cache(path: Path, dry_run: bool, older_than_s: float) -> list[tuple[str, int]]:
+    files.inside(path, STATE)
     if find_root(path) is None and not (path / STATE).is_dir():
         read_root(path)
     with cache_lock(path):
-        manifest = read_root(path) if find_root(path) is not None else None
-        arrays = set(manifest.arrays) if manifest is not None else set()
+        complete = find_root(path) is not None
+        manifest = trash.known_manifest(path)
+        specs = trash.journaled(path)
         live, dead = set(), []
-        for name in unfinished_features(path):
-            held = locks.try_lock(building_directory(path, name) / "lock")
-            if held is None:
-                live.add(name)
-            else:
-                dead.append((name, held))
-        removed = _orphans(path, arrays, live, set(manifest.features if manifest else ()))
-        removed += [p for p in sorted(path.rglob("*" + files.PART_SUFFIX)) if not _belongs_to(p, path, live)]
-        if manifest is None and not live:
-            removed += sorted(path.glob("*.tar"))
-        removed += sorted((state_directory(path) / "push").glob("*.jsonl"))
-        result = [(str(p.relative_to(path)), p.stat().st_size) for p in dict.fromkeys(removed)]
-        if not dry_run:
-            # First, so that no process that is thought dead puts another file in place.
-            for name, held in dead:
-                remove_building(path, name, held)
-            for file in dict.fromkeys(removed):
-                files.remove_file(file)
-                files.remove_empty_directory(file.parent)
-                if file.parent.parent != path:
-                    files.remove_empty_directory(file.parent.parent)
-        for _, held in dead:
-            held.release()
-        if not dry_run and manifest is None and not live:
-            files.remove_file(state_directory(path) / "dataset.json")
-    return result
+        try:
+            for name in specs:
+                held = locks.try_lock(building_directory(path, name) / "lock")
+                if held is None:
+                    live.add(name)
+                else:
+                    dead.append((name, held))
+            if manifest is not None and complete and not dry_run:
+                for entry in trash.entries(trash.cache_trash(path)):
+                    trash.settle(path, manifest, entry)
+            removed = _leftovers(path, manifest, specs, live) if manifest is not None else []
+            pushes = _old_state(path, f"{STATE}/push", _PUSH_JOURNAL)
+            if not dry_run:
+                # Runs first, so that no process that is thought dead puts another file in place; the rest of the
+                # journals last, for they say which files are the dead builds'.
+                for name, _ in dead:
+                    _remove_runs(building_directory(path, name))
+                for name, _ in removed:
+                    files.remove_file(path / name)
+                if manifest is not None:
+                    _remove_empty_folders(path, manifest, specs, live)
+                for name, held in dead:
+                    remove_building(path, name, held)
+                for name, _ in [*pushes, *_old_state(path, STATE, _NEVER)]:
+                    files.remove_file(path / name)
+                files.remove_empty_directory(path / STATE / "push")
+            removed += pushes
+            removed += _empty(trash.cache_trash(path), path, dry_run, older_than_s)
+        finally:
+            for _, held in dead:
+                held.release()
+        if not dry_run and not complete and not live:
+            files.remove_file(files.inside(path, f"{STATE}/dataset.json"))
+    return removed
 
 
-def _belongs_to(file: Path, path: Path, live: set[str]) -> bool:
-    """Whether a half-written file may be a live builder's."""
-    relative = file.relative_to(path)
-    if relative.parts[0] == STATE:
-        return len(relative.parts) > 2 and relative.parts[2].replace("+", "/") in live
-    if file.parent == path:
-        return bool(live)
-    return any(str(relative.parent) in (name, name + ".scale") for name in live)
+def _remove_runs(directory: Path) -> None:
+    """Take away where a dead build had its temporary files; each by one rename first."""
+    for name in files.names_in(directory):
+        run = directory / name
+        if run.is_dir() and not run.is_symlink():
+            gone = run.with_name(f"gone-{secrets.token_hex(8)}")
+            run.rename(gone)
+            files.remove_tree(gone)
 
 
-def _orphans(path: Path, arrays: set[str], live: set[str], features: set[str]) -> list[Path]:
-    """Files of ours in directories that are no array of the manifest nor of a live build."""
-    keep = arrays | live | {name + ".scale" for name in live}
-    groups = {name.split("/")[0] for name in features | live if "/" in name}
+def _in_use(manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]) -> set[str]:
+    """Arrays that are complete or that a live builder writes."""
+    built = {array for name in live for array in getattr(specs[name], "arrays", ())}
+    return set(manifest.arrays) | built
+
+
+def _leftovers(
+    path: Path, manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]
+) -> list[tuple[str, int]]:
+    """The store's files that no complete feature and no live builder needs."""
+    names = OwnNames.of(manifest, [spec for spec in specs.values() if spec is not None])
+    in_use = _in_use(manifest, specs, live)
+    groups = {array.split("/")[0] for array in in_use if "/" in array}
+    written = {array for name in live for array in getattr(specs[name] or manifest.features.get(name), "arrays", ())}
+    complete = find_root(path) is not None
     found = []
-    for directory in sorted([*path.glob("*/"), *path.glob("*/*/")]):
-        name = str(directory.relative_to(path))
-        if name.split("/")[0] == STATE or name in keep or directory.is_symlink():
-            continue
-        for entry in sorted(directory.iterdir()):
-            if name in groups and entry.name == ROOT_METADATA:
-                continue
-            if _is_ours(entry.name) and entry.is_file() and not entry.is_symlink():
-                found.append(entry)
+    for folder in names.folders:
+        kept = folder in in_use or folder in groups or (folder == "" and (complete or bool(live)))
+        for name, n_bytes in own_files(path, names, folder):
+            temporary = files.part_of(Path(name).name) is not None
+            being_written = folder in written or (folder == "" and bool(live) and manifest.format == "wds")
+            if (temporary and not being_written) or not kept:
+                found.append((name, n_bytes))
     return found
+
+
+def _old_state(path: Path, folder: str, journals: re.Pattern[str]) -> list[tuple[str, int]]:
+    """Files in a state folder whose names `journals` matches, and temporaries of those and of `dataset.json`."""
+    return [
+        (f"{folder}/{name}", n_bytes)
+        for name, n_bytes in regular_files(path, folder)
+        if journals.fullmatch(files.part_of(name) or name) or files.part_of(name) == "dataset.json"
+    ]
+
+
+def _remove_empty_folders(path: Path, manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]) -> None:
+    in_use = _in_use(manifest, specs, live)
+    names = OwnNames.of(manifest, [spec for spec in specs.values() if spec is not None])
+    for folder in names.folders[:-1]:
+        linked = any((path / part).is_symlink() for part in (folder, folder.split("/")[0]))
+        if not linked and not any(array == folder or array.startswith(f"{folder}/") for array in in_use):
+            files.remove_empty_directory(path / folder)

@@ -1,12 +1,24 @@
-"""Is every byte of a cache what its builder wrote, and do the samples make sense together?"""
+"""Is every byte of a cache what its builder wrote, and do the samples make sense together?
+
+In constant memory, whatever the manifest claims: shards are named one by one, few are under way at a time, and after
+`MAX_PROBLEMS` the rest is not looked at. Only regular files are opened, none through a link.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+import math
+import os
+import random
+import stat
+import time
+from array import array as compact
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,34 +28,50 @@ from featcache.errors import CacheError
 from featcache.keys import key_bytes
 from featcache.reader import Cache, open_cache
 from featcache.store import files, wds
-from featcache.store.blocks import MAX_BLOCKS_BYTES, ShardBlocks, blocks_bytes
+from featcache.store.blocks import (
+    BLOCK_BYTES,
+    BlockHasher,
+    ShardBlocks,
+    blocks_bytes,
+    blocks_limit,
+    blocks_path,
+    check_block,
+    n_blocks,
+    parse_blocks,
+)
 from featcache.store.layout import (
-    BLOCKS,
-    CHECKSUMS,
     ROOT_METADATA,
     ROOT_NAMES,
+    SCALE_SUFFIX,
+    STATE,
     canonical_json,
     index_bytes,
     sample_bytes,
+    shard_name,
     shard_samples,
 )
+from featcache.store.ledger import Ledger, identity
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
-from featcache.store.root import find_root, node_metadata, parse_root, read_root, root_bytes
+from featcache.store.names import OwnNames
+from featcache.store.root import cache_digest, find_root, node_metadata, parse_root, read_root, root_bytes
 from featcache.store.writer import (
     cache_lock,
-    checksum_files,
     checksums_path,
     checksums_text,
     clear_parts,
-    read_record,
-    shard_names,
-    vouched_for,
 )
 
-_Result = TypeVar("_Result")
+MAX_PROBLEMS = 100_000
+_ATTEMPTS = 10
+_PUBLISHING_S = 30.0  # a publisher holds the lock for moments
+_MAX_KEY_BYTES = 1 << 16
+_PIECE_BYTES = 64 << 20
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """One thing wrong. `feature` and `shard` are set where encoding that shard again would mend it."""
 
@@ -58,12 +86,22 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `verify` found, and how much it read."""
+    """What `verify` found, and how much it read.
+
+    digest: of the cache that was checked (`cache_digest`), None where its root document is damaged. n_unread: shards
+    that were not read, because the sample did not fall on them or they are as they were when last checked. fraction,
+    seed: of the sample, None where there was none. since_last: whether only what changed was read.
+    """
 
     path: str
     problems: tuple[Problem, ...]
     n_files: int
     n_bytes: int
+    digest: str | None = None
+    n_unread: int = 0
+    fraction: float | None = None
+    seed: int | None = None
+    since_last: bool = False
 
     @property
     def ok(self) -> bool:
@@ -91,23 +129,39 @@ class ShardFileEntry:
 
 
 def shard_files(manifest: Manifest, features: Iterable[str] | None = None) -> Iterator[ShardFileEntry]:
-    """Every shard file of the cache (or of some features), by name relative to the cache."""
-    wanted = set(manifest.features) if features is None else set(features)
-    count, size = manifest.dataset.count, manifest.shard_size
-    if manifest.format == "wds":
-        layout = wds.tar_layout(manifest)
-        array = next(iter(sorted(manifest.arrays)))
-        for shard, name in enumerate(shard_names(manifest, array)):
-            tar_bytes = layout.tar_bytes(shard_samples(count, size, shard))
-            yield ShardFileEntry(name, tuple(sorted(manifest.features)), array, shard, tar_bytes)
+    """Every shard file of the cache (or of some features), by name relative to the cache, one by one."""
+    if not manifest.features:
         return
-    for feature in sorted(wanted):
-        for array, (dtype, shape) in manifest.features[feature].arrays.items():
-            length = sample_bytes(dtype, shape)
-            for shard, name in enumerate(shard_names(manifest, array)):
-                whole = shard_samples(count, size, shard) * length + index_bytes(size)
-                n_bytes = whole if manifest.compressor is None else None
-                yield ShardFileEntry(f"{array}/{name}", (feature,), array, shard, n_bytes)
+    for array in arrays_with_files(manifest, features):
+        yield from array_files(manifest, array)
+
+
+def arrays_with_files(manifest: Manifest, features: Iterable[str] | None = None) -> list[str]:
+    """The arrays whose shard files are separate: in a cache of tars one stands for all."""
+    if manifest.format == "wds":
+        return sorted(manifest.arrays)[:1]
+    wanted = manifest.features if features is None else set(features)
+    return [array for feature in sorted(wanted) for array in manifest.features[feature].arrays]
+
+
+def array_files(manifest: Manifest, array: str, shards: Iterable[int] | None = None) -> Iterator[ShardFileEntry]:
+    """The shard files of one array, or some of them."""
+    count, size = manifest.dataset.count, manifest.shard_size
+    numbers = range(manifest.n_shards) if shards is None else shards
+    if manifest.format == "wds":
+        layout, every = wds.tar_layout(manifest), tuple(sorted(manifest.features))
+        for shard in numbers:
+            yield ShardFileEntry(
+                wds.tar_name(shard), every, array, shard, layout.tar_bytes(shard_samples(count, size, shard))
+            )
+        return
+    dtype, shape = manifest.arrays[array]
+    feature = array.removesuffix(SCALE_SUFFIX)
+    length = sample_bytes(dtype, shape)
+    for shard in numbers:
+        whole = shard_samples(count, size, shard) * length + index_bytes(size)
+        n_bytes = whole if manifest.compressor is None else None
+        yield ShardFileEntry(f"{array}/{shard_name(shard, len(shape))}", (feature,), array, shard, n_bytes)
 
 
 def metadata_files(manifest: Manifest) -> dict[str, bytes]:
@@ -118,12 +172,32 @@ def metadata_files(manifest: Manifest) -> dict[str, bytes]:
     return found
 
 
+def parse_fraction(text: str) -> float:
+    """A fraction in (0, 1] from '1%' or '0.01'; raises `CacheError` for anything else."""
+    number, percent = (text.strip()[:-1], 100.0) if text.strip().endswith("%") else (text.strip(), 1.0)
+    try:
+        value = float(number) / percent
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise CacheError(f"{text!r:.40} is no part of a cache", remedy="type a percentage such as 1%, or 0.01")
+    return value
+
+
+def fresh_seed() -> int:
+    return random.SystemRandom().randrange(1 << 32)
+
+
 def verify(
     path: str | Path,
     *,
     features: Sequence[str] | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    fraction: float | None = None,
+    seed: int | None = None,
+    since_last: bool = False,
+    remember: bool = False,
 ) -> Report:
     """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped
     slots.
@@ -131,76 +205,440 @@ def verify(
     features: check only these. threads: default one a core. progress: called with the bytes of each checked
     file.
 
-    Raises `CacheError` only if there is no cache at `path`; whatever is wrong inside one is in the report.
+    fraction: read only this part of the bytes, drawn at random with `seed` (default: a fresh one): blocks of 1 MiB where
+    their hashes are recorded, else whole shards. Metadata are checked whole, labels and keys then not. since_last: skip
+    shards that an earlier call with `remember` found sound and whose size, times and inode are as they were then.
+    remember: keep note of sound shards for that in the cache's state folder (where it can be written).
+
+    What a builder, a removal or a restoration publishes meanwhile is taken into account: before problems are reported
+    the root document is read again, and where it has changed, what changed is checked again.
+
+    Raises `CacheError` only if there is no cache at `path` (any more), it lacks one of `features`, or changes again and
+    again; whatever is wrong inside one is in the report.
     """
     path = Path(path)
+    if fraction is not None and seed is None:
+        seed = fresh_seed()
+    plan = _Plan(fraction, seed, since_last, remember, threads or os.cpu_count() or 1, progress)
+    checked = _Checked()
+    previous: Manifest | None = None
+    for _ in range(_ATTEMPTS):
+        with _opened_root(path) as root:
+            try:
+                manifest = root.manifest()
+            except CacheError as error:
+                if _unchanged(path, root):
+                    problem = Problem(path=str(root.path), what=error.what)
+                    return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
+                continue
+            missing = [name for name in features or () if name not in manifest.features]
+            if missing:
+                have = ", ".join(sorted(manifest.features)) or "nothing"
+                raise CacheError(f"{path} does not hold {', '.join(missing)}", remedy=f"it holds {have}")
+            every = arrays_with_files(manifest, features)
+            again = [array for array in every if _must_check(array, manifest, previous, checked)]
+            checked.problems.clear()
+            _check(path, manifest, root.data, again, plan, checked)
+            if fraction is None and not checked.problems:
+                checked.problems += _inconsistencies(path)
+            if not checked.problems or _unchanged(path, root):
+                return checked.report(path, manifest, plan)
+            previous = manifest
+    raise CacheError(
+        f"{path} changed {_ATTEMPTS} times while it was checked",
+        remedy="run it again when no build or removal is under way",
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How to check."""
+
+    fraction: float | None
+    seed: int | None
+    since_last: bool
+    remember: bool
+    threads: int
+    progress: Callable[[int], None] | None
+
+
+@dataclass
+class _Checked:
+    """What was found so far. `arrays`: array -> (files read, bytes read, shards not read)."""
+
+    problems: list[Problem] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)
+    arrays: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    metadata: tuple[int, int] = (0, 0)
+
+    @property
+    def full(self) -> bool:
+        return len(self.problems) >= MAX_PROBLEMS
+
+    def report(self, path: Path, manifest: Manifest, plan: _Plan) -> Report:
+        problems = sorted(self.problems, key=lambda p: (p.path, p.what, p.feature or ""))
+        if self.full:
+            problems.append(Problem(path=str(path), what=f"{len(problems)} problems: the rest was not checked"))
+        counts = [found for array, found in self.arrays.items() if array in manifest.arrays]
+        return Report(
+            path=str(path),
+            problems=tuple(problems),
+            n_files=self.metadata[0] + sum(n for n, _, _ in counts),
+            n_bytes=self.metadata[1] + sum(n for _, n, _ in counts),
+            digest=cache_digest(manifest),
+            n_unread=sum(n for _, _, n in counts),
+            fraction=plan.fraction,
+            seed=plan.seed if plan.fraction is not None else None,
+            since_last=plan.since_last,
+        )
+
+
+@dataclass(frozen=True)
+class _Root:
+    """A root document, kept open: so no other file can have its inode, and one put in its place is told from it even
+    if its bytes are the same (a feature removed and added again).
+    """
+
+    path: Path
+    fd: int
+    data: bytes
+
+    def manifest(self) -> Manifest:
+        if len(self.data) > MAX_METADATA_BYTES:
+            raise CacheError(f"{self.path} is longer than the {MAX_METADATA_BYTES} bytes that such a file may have")
+        manifest = parse_root(self.data, str(self.path))
+        if ROOT_NAMES[manifest.format] != self.path.name:
+            raise CacheError(f"it describes a cache of format {manifest.format!r}")
+        return manifest
+
+    def is_current(self) -> bool:
+        try:
+            held, current = os.fstat(self.fd), self.path.stat()
+        except FileNotFoundError:
+            return False
+        return (held.st_dev, held.st_ino) == (current.st_dev, current.st_ino)
+
+
+@contextlib.contextmanager
+def _opened_root(path: Path) -> Iterator[_Root]:
+    """The root document of the cache at `path`; raises `CacheError` if there is none."""
     root = find_root(path)
     if root is None:
         read_root(path)  # raises, saying what is there instead
         raise AssertionError
-    problems: list[Problem] = []
+    fd = files.open_to_read(root)
     try:
-        data = files.read_bounded(root, MAX_METADATA_BYTES)
-        manifest = parse_root(data, str(root))
-        if ROOT_NAMES[manifest.format] != root.name:
-            raise CacheError(f"it describes a cache of format {manifest.format!r}")
+        with os.fdopen(os.dup(fd), "rb") as file:
+            data = file.read(min(os.fstat(fd).st_size, MAX_METADATA_BYTES) + 1)
+        yield _Root(root, fd, data)
+    finally:
+        os.close(fd)
+
+
+def _unchanged(path: Path, root: _Root) -> bool:
+    """Whether the root document was not replaced, once whoever is publishing at this moment is done.
+
+    Raises `CacheError` where there is no cache any more.
+    """
+    with contextlib.suppress(OSError, CacheError):
+        lock = os.open(files.inside(path, f"{STATE}/lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            _wait_for_publisher(lock)
+        finally:
+            os.close(lock)
+    if find_root(path) is None:
+        read_root(path)
+    return root.is_current()
+
+
+def _wait_for_publisher(lock: int) -> None:
+    deadline = time.monotonic() + _PUBLISHING_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            return  # a file system without such locks
+
+
+def _inconsistencies(path: Path) -> list[Problem]:
+    try:
+        return inconsistencies(open_cache(path), str(path))
     except CacheError as error:
-        problem = Problem(path=str(root), what=error.what)
-        return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
+        return [Problem(path=str(path), what=error.what)]
+
+
+def _must_check(array: str, manifest: Manifest, previous: Manifest | None, checked: _Checked) -> bool:
+    """Whether an array was not yet found sound as it now is."""
+    if previous is None or array in checked.bad or array not in checked.arrays:
+        return True
+    frames = [(m.dataset, m.shard_size, m.format, m.compressor) for m in (manifest, previous)]
+    digests = [(m.checksums.get(array), m.blocks.get(array)) for m in (manifest, previous)]
+    return frames[0] != frames[1] or digests[0] != digests[1]
+
+
+def _check(
+    path: Path, manifest: Manifest, root: bytes, arrays: Collection[str], plan: _Plan, checked: _Checked
+) -> None:
+    """Check metadata and the shards of `arrays`; what is found goes into `checked`."""
     n_files = n_bytes = 0
     for name, content in metadata_files(manifest).items():
-        n_files += 1
-        n_bytes += len(content)
-        if not _equals(path, name, content):
-            problems.append(Problem(path=str(path / name), what="missing, or not as the manifest says"))
-    chosen = manifest if features is None or manifest.format == "wds" else manifest.only(features)
-    records = {array: read_record(path, manifest, array) for array in sorted(chosen.arrays)}
-    for name, digest in checksum_files(manifest, chosen.arrays).items():
+        n_files, n_bytes = n_files + 1, n_bytes + len(content)
+        same = root == content if name == ROOT_NAMES[manifest.format] else _equals(path, name, content)
+        if not same:
+            checked.problems.append(Problem(path=str(path / name), what="missing, or not as the manifest says"))
+    with ThreadPoolExecutor(plan.threads) as pool:
+        for array in arrays:
+            if checked.full:
+                break
+            n_bytes += _check_array(path, manifest, array, plan, checked, pool)
+    checked.metadata = (n_files, n_bytes)
+    checked.problems += _unexpected(path, manifest, MAX_PROBLEMS - len(checked.problems))
+
+
+def _check_array(
+    path: Path, manifest: Manifest, array: str, plan: _Plan, checked: _Checked, pool: ThreadPoolExecutor
+) -> int:
+    """Check one array's (or the tars') checksum files and shards; returns the bytes of the checksum files."""
+    before = len(checked.problems)
+    recorded = _small_file(path, checksums_path(manifest, array), manifest.n_shards * 160, checked.problems)
+    if recorded is not None and hashlib.sha256(recorded).hexdigest() != manifest.checksums[array]:
+        what = "is damaged: it is not the file that the manifest names"
+        checked.problems.append(Problem(path=str(path / checksums_path(manifest, array)), what=what))
+        recorded = None
+    elif recorded is not None and recorded.count(b"\n") != manifest.n_shards:
+        what = f"does not list the {manifest.n_shards} shards"
+        checked.problems.append(Problem(path=str(path / checksums_path(manifest, array)), what=what))
+    blocks: list[ShardBlocks] | None = None
+    n_bytes = len(recorded or b"")
+    if array in manifest.blocks:
+        where = blocks_path(manifest, array)
+        data = _small_file(path, where, blocks_limit(manifest, array), checked.problems)
+        n_bytes += len(data or b"")
         try:
-            data = files.read_bounded(files.inside(path, name), MAX_BLOCKS_BYTES)
+            blocks = None if data is None else parse_blocks(data, manifest, array, where)
         except CacheError as error:
-            problems.append(Problem(path=str(path / name), what=error.what))
-            continue
+            checked.problems.append(Problem(path=str(path / where), what=error.what))
+    ledger = Ledger(path, array, manifest.checksums[array], manifest.n_shards)
+    parts = None
+    if plan.fraction is not None and plan.seed is not None:
+        parts = sampled(manifest, array, blocks, plan.fraction, plan.seed)
+    most_bytes = _most_bytes(manifest, array)
+    # Without any record: all of them together may still be what the manifest stands for.
+    untold = _Untold(manifest, array) if recorded is None and blocks is None and parts is None else None
+    n_files = n_read = n_unread = 0
+
+    def jobs() -> Iterator[_Job]:
+        nonlocal n_unread
+        digests = _recorded_digests(recorded, manifest, array)
+        chosen = range(manifest.n_shards) if parts is None else sorted(parts)
+        position = 0
+        for entry in array_files(manifest, array, chosen):
+            if checked.full:
+                return
+            lost = None if recorded is None else ""
+            digest = next((d for d in digests if (position := position + 1) > entry.shard), lost)
+            if plan.since_last and _looks_unchanged(path, entry, ledger):
+                n_unread += 1
+                continue
+            of_shard = None if blocks is None else blocks[entry.shard]
+            yield _Job(path, entry, digest, of_shard, None if parts is None else parts[entry.shard], most_bytes)
+
+    for job, result in _mapped(pool, _check_shard, jobs(), 4 * plan.threads):
+        n_files, n_read = n_files + 1, n_read + result.n_bytes
+        if result.what is not None:
+            checked.problems += _problems(path, job.entry, result.what)
+        elif untold is not None:
+            untold.add(job.entry, result.sha256)
+        if plan.remember and (result.what is not None or job.parts is None):
+            ledger.note(job.entry.shard, result.mark if recorded is not None and result.what is None else b"")
+        if plan.progress is not None:
+            plan.progress(result.n_bytes)
+    if untold is not None:
+        checked.problems += untold.problems(path, MAX_PROBLEMS - len(checked.problems))
+    if plan.remember:
+        ledger.save()
+    if parts is not None:
+        n_unread = manifest.n_shards - len(parts)
+    checked.arrays[array] = (n_files, n_read, n_unread)
+    (checked.bad.add if len(checked.problems) > before else checked.bad.discard)(array)
+    return n_bytes
+
+
+def _most_bytes(manifest: Manifest, array: str) -> int:
+    """The longest that a shard file can be, compressed samples included: those that do not compress grow a little."""
+    entry = next(array_files(manifest, array))
+    if entry.n_bytes is not None:
+        return entry.n_bytes
+    length = sample_bytes(*manifest.arrays[array])
+    n = shard_samples(manifest.dataset.count, manifest.shard_size, 0)
+    return n * (length + length // 128 + 1024) + index_bytes(manifest.shard_size)
+
+
+class _Untold:
+    """Shards of an array of which nothing is left that tells sound ones from damaged ones, in order."""
+
+    def __init__(self, manifest: Manifest, array: str) -> None:
+        self._manifest, self._array = manifest, array
+        self._digest = hashlib.sha256()
+        self._shards = compact("L")
+
+    def add(self, entry: ShardFileEntry, sha256: str) -> None:
+        """A shard that looks sound, and its SHA-256."""
+        name = entry.name.rpartition("/")[2]
+        self._digest.update(f"{sha256}  {name}\n".encode())
+        self._shards.append(entry.shard)
+
+    def problems(self, path: Path, limit: int) -> list[Problem]:
+        """None if their checksums are together the ones that the manifest stands for."""
+        whole = len(self._shards) == self._manifest.n_shards
+        if whole and self._digest.hexdigest() == self._manifest.checksums[self._array]:
+            return []
+        what = "cannot be told sound from damaged: its checksum is lost"
+        entries = array_files(self._manifest, self._array, self._shards)
+        return [problem for entry in entries for problem in _problems(path, entry, what)][:limit]
+
+
+def _problems(path: Path, entry: ShardFileEntry, what: str) -> list[Problem]:
+    where = str(path / entry.name)
+    return [Problem(path=where, what=what, feature=name, shard=entry.shard) for name in entry.features]
+
+
+def _small_file(path: Path, name: str, limit: int, problems: list[Problem]) -> bytes | None:
+    try:
+        return files.read_bounded(files.inside(path, name), limit)
+    except CacheError as error:
+        problems.append(Problem(path=str(path / name), what=error.what))
+        return None
+
+
+def _recorded_digests(data: bytes | None, manifest: Manifest, array: str) -> Iterator[str]:
+    """The shards' SHA-256 from a `SHA256SUMS` file, one by one; '' where a line is not as it must be."""
+    ndim = None if manifest.format == "wds" else len(manifest.arrays[array][1])
+    lines = iter(data.splitlines(keepends=True)) if data is not None else iter(())
+    for shard, line in enumerate(lines):
+        name = wds.tar_name(shard) if ndim is None else shard_name(shard, ndim)
+        yield line[:64].decode("ascii", "replace") if line[64:] == f"  {name}\n".encode() else ""
+
+
+def sampled(
+    manifest: Manifest, array: str, blocks: list[ShardBlocks] | None, fraction: float, seed: int
+) -> dict[int, list[int] | None]:
+    """Shard -> its blocks to read (None: the whole shard) of a sample of an array.
+
+    A function of the seed, the array and the number of its blocks (or shards) alone.
+    """
+    draw = random.Random(f"{seed}/{array}")
+    if blocks is None:
+        n = manifest.n_shards
+        return dict.fromkeys(draw.sample(range(n), math.ceil(fraction * n)))
+    firsts = np.cumsum([0, *(n_blocks(shard.n_bytes) for shard in blocks)])
+    total = int(firsts[-1])
+    found: dict[int, list[int] | None] = {}
+    for index in sorted(draw.sample(range(total), math.ceil(fraction * total))):
+        shard = int(np.searchsorted(firsts, index, side="right")) - 1
+        of_shard = found.setdefault(shard, [])
+        assert of_shard is not None
+        of_shard.append(index - int(firsts[shard]))
+    return found
+
+
+def _looks_unchanged(path: Path, entry: ShardFileEntry, ledger: Ledger) -> bool:
+    try:
+        status = files.inside(path, entry.name).lstat()
+    except (OSError, CacheError):
+        return False
+    return stat.S_ISREG(status.st_mode) and ledger.unchanged(entry.shard, status)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One shard to check. `parts`: numbers of the blocks to read, None for all. most_bytes: more it cannot have."""
+
+    path: Path
+    entry: ShardFileEntry
+    digest: str | None
+    blocks: ShardBlocks | None
+    parts: list[int] | None
+    most_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    what: str | None
+    n_bytes: int
+    mark: bytes = b""
+    sha256: str = ""
+
+
+def _check_shard(job: _Job) -> _Result:
+    entry = job.entry
+    try:
+        fd = os.open(files.inside(job.path, entry.name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except CacheError as error:
+        return _Result(error.what, 0)
+    except OSError:
+        return _Result("missing or unreadable", 0)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            return _Result("missing or unreadable: it is not a file", 0)
+        length = entry.n_bytes if job.blocks is None else job.blocks.n_bytes
+        if length is not None and status.st_size != length:
+            return _Result(f"has {status.st_size} bytes instead of {length}", 0)
+        if status.st_size > job.most_bytes:
+            return _Result(f"has {status.st_size} bytes, more than its samples can take", 0)
+        if job.parts is not None and job.blocks is not None:
+            return _check_blocks(fd, job)
+        digest, blocks = _hashes(fd, job.blocks is not None)
+        what = _shard_problem(entry, digest, status.st_size, job.digest)
+        if what is None and blocks != job.blocks:
+            what = "its bytes do not match the recorded hashes of its blocks"
+        mark = identity(status)
+        return _Result(what, status.st_size, mark if identity(os.fstat(fd)) == mark else b"", digest)
+    except OSError:
+        return _Result("missing or unreadable", 0)
+    finally:
+        os.close(fd)
+
+
+def _check_blocks(fd: int, job: _Job) -> _Result:
+    assert job.blocks is not None
+    n_bytes = 0
+    for index in job.parts or ():
+        data = os.pread(fd, BLOCK_BYTES, index * BLOCK_BYTES)
         n_bytes += len(data)
-        if hashlib.sha256(data).hexdigest() != digest:
-            problems.append(Problem(path=str(path / name), what="damaged: not the file that the manifest names"))
-    # Hashes of the shards of arrays of which nothing is left that tells sound ones from damaged ones.
-    untold: dict[str, dict[int, str]] = {a: {} for a, r in records.items() if r.checksums is None and r.blocks is None}
+        try:
+            check_block(job.blocks, index, data, job.entry.name)
+        except CacheError:
+            return _Result(f"its block {index} does not match the recorded hash", n_bytes)
+    return _Result(None, n_bytes)
 
-    def check(entry: ShardFileEntry) -> tuple[ShardFileEntry, str | None, int]:
-        """What is wrong with a shard's file, and its length."""
-        record = records[entry.array]
-        found, length = _hashes(path, entry.name, with_blocks=record.checksums is None)
-        wrong = shard_problem(entry, found.sha256 if found else None, length, record.checksums)
-        if wrong is None and found is not None and record.checksums is None:
-            if record.agrees(entry.shard, found) is False:
-                wrong = "its bytes do not match the recorded hashes of its blocks"
-            elif entry.array in untold:
-                untold[entry.array][entry.shard] = found.sha256
-        return entry, wrong, length
 
-    sound: dict[str, list[ShardFileEntry]] = {array: [] for array in untold}
-    for entry, wrong, length in _in_threads(check, shard_files(manifest, features), threads):
-        n_files += 1
-        n_bytes += length
-        if wrong is not None:
-            problems += _shard_problems(path, entry, wrong)
-        elif entry.array in untold:
-            sound[entry.array].append(entry)
-        if progress is not None:
-            progress(length)
-    for array, digests in untold.items():
-        # All of them together may still be what the manifest stands for.
-        lines = [digests.get(shard, "") for shard in range(manifest.n_shards)]
-        text = checksums_text(lines, shard_names(manifest, array))
-        if hashlib.sha256(text).hexdigest() != manifest.checksums[array]:
-            for entry in sound[array]:
-                problems += _shard_problems(path, entry, "cannot be told sound from damaged: its checksum is lost")
-    problems += _unexpected(path, manifest)
-    if not problems:
-        problems += inconsistencies(open_cache(path), str(path))
-    problems.sort(key=lambda p: (p.path, p.what, p.feature or ""))
-    return Report(path=str(path), problems=tuple(problems), n_files=n_files, n_bytes=n_bytes)
+def _hashes(fd: int, with_blocks: bool) -> tuple[str, ShardBlocks | None]:
+    """SHA-256 (hex) of an open file and, if asked for, the hashes of its blocks: read once, in constant memory."""
+    digest, blocks = hashlib.sha256(), BlockHasher() if with_blocks else None
+    buffer = bytearray(BLOCK_BYTES)
+    view = memoryview(buffer)
+    while n := os.readv(fd, [buffer]):
+        digest.update(view[:n])
+        if blocks is not None:
+            blocks.update(view[:n])
+    return digest.hexdigest(), None if blocks is None else blocks.result()
+
+
+def _mapped(pool: ThreadPoolExecutor, work: Callable[[T], R], jobs: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
+    """(job, result) in order, with at most `ahead` jobs under way or waiting."""
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    for job in jobs:
+        waiting.append((job, pool.submit(work, job)))
+        if len(waiting) >= ahead:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
 
 
 def _equals(path: Path, name: str, content: bytes) -> bool:
@@ -210,71 +648,45 @@ def _equals(path: Path, name: str, content: bytes) -> bool:
         return False
 
 
-def _shard_problems(path: Path, entry: ShardFileEntry, what: str) -> list[Problem]:
-    where = str(path / entry.name)
-    return [Problem(path=where, what=what, feature=name, shard=entry.shard) for name in entry.features]
-
-
-def _in_threads(
-    work: Callable[[ShardFileEntry], _Result], entries: Iterable[ShardFileEntry], threads: int | None
-) -> Iterator[_Result]:
-    """Results of `work`, as they come; a few entries are taken ahead, for there may be millions."""
-    waiting: set[Future[_Result]] = set()
-    with ThreadPoolExecutor(threads) as pool:
-        for entry in entries:
-            waiting.add(pool.submit(work, entry))
-            if len(waiting) >= 64:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        yield from (future.result() for future in waiting)
-
-
-def _hashes(path: Path, name: str, *, with_blocks: bool) -> tuple[files.Hashes | None, int]:
-    """Hashes of a file in the cache (of its blocks only if asked for), None if it cannot be read; its length."""
-    try:
-        file = files.inside(path, name)
-        if with_blocks:
-            found = files.hashes_of(file)
-            return found, found.blocks.n_bytes
-        return files.Hashes(files.sha256_of(file), ShardBlocks(0, b"")), file.stat().st_size
-    except (CacheError, OSError):
-        return None, 0
-
-
 def shard_problem(entry: ShardFileEntry, digest: str | None, length: int, recorded: list[str] | None) -> str | None:
     """What is wrong with a shard file, None if nothing is.
 
     digest: SHA-256 (hex) of its bytes, None if it could not be read. length: its bytes. recorded: digests of the
     array's shards by number; None, if they are lost, leaves the length to go by.
     """
+    return _shard_problem(entry, digest, length, None if recorded is None else recorded[entry.shard])
+
+
+def _shard_problem(entry: ShardFileEntry, digest: str | None, length: int, expected: str | None) -> str | None:
     if digest is None:
         return "missing or unreadable"
     if entry.n_bytes is not None and length != entry.n_bytes:
         return f"has {length} bytes instead of {entry.n_bytes}"
-    if recorded is not None and digest != recorded[entry.shard]:
+    if expected is not None and digest != expected:
         return "its bytes do not match the recorded SHA-256"
     return None
 
 
-def _unexpected(path: Path, manifest: Manifest) -> list[Problem]:
-    """Files among the shards that no builder of this cache put there."""
-    if manifest.format == "wds":
-        known = {path / entry.name for entry in shard_files(manifest)}
-        found: Iterable[Path] = path.glob("*.tar*")
-    else:
-        known, candidates = set(), []
-        for array in manifest.arrays:
-            names = {
-                *shard_names(manifest, array),
-                ROOT_METADATA,
-                CHECKSUMS,
-                *([BLOCKS] if array in manifest.blocks else []),
-            }
-            known |= {path / array / name for name in names}
-            if (path / array).is_dir():
-                candidates += [p for p in (path / array).iterdir() if not p.is_dir()]
-        found = candidates
-    return [Problem(path=str(p), what="does not belong here") for p in sorted(set(found) - known)]
+def _unexpected(path: Path, manifest: Manifest, limit: int) -> list[Problem]:
+    """Files among the shards that no builder of this cache put there; temporary files of a builder are none of them."""
+    names = OwnNames.of(manifest)
+    folders = [""] if manifest.format == "wds" else sorted(manifest.arrays)
+    found: list[Problem] = []
+    for folder in folders:
+        try:
+            entries = os.scandir(files.inside(path, folder))
+        except (OSError, CacheError):
+            continue  # its shards are reported
+        with entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) or names.owns(folder, entry.name):
+                    continue
+                if manifest.format == "wds" and ".tar" not in entry.name:
+                    continue
+                if len(found) >= limit:
+                    return found
+                found.append(Problem(path=str(path / folder / entry.name), what="does not belong here"))
+    return found
 
 
 def inconsistencies(cache: Cache, where: str) -> list[Problem]:
@@ -284,29 +696,41 @@ def inconsistencies(cache: Cache, where: str) -> list[Problem]:
     manifest = cache.manifest
     count, piece = manifest.dataset.count, 1 << 14
     skipped = np.zeros(0, np.int64) if not manifest.skipped else np.array([s.slot for s in manifest.skipped])
-    problems = []
+    problems: list[Problem] = []
+
+    def problem(feature: str, what: str) -> None:
+        if len(problems) < MAX_PROBLEMS:
+            problems.append(Problem(path=f"{where}/{feature}", what=what))
+
     if "label" in manifest.features:
         n_classes = len(manifest.dataset.class_names)
+        dtype, shape = manifest.arrays["label"]
+        if math.prod(shape) != 1 or dtype.kind not in "iu":
+            problem("label", f"labels are {dtype} {list(shape)}, not one integer a sample")
+            return problems
         with cache.reader(["label"], slots=True) as reader:
             for start in range(0, count, piece):
                 out = reader.allocate(min(piece, count - start))
                 reader.read(np.arange(start, start + len(out["label"])), out)
                 labels = out["label"].reshape(len(out["label"]), -1)[:, 0].astype(np.int64)
                 hole = np.isin(np.arange(start, start + len(labels)), skipped)
-                bad = np.flatnonzero((labels < -1) | (labels >= n_classes) | ((labels == -1) != hole))
-                if len(bad):
-                    what = f"label {labels[bad[0]]} in slot {start + bad[0]} ({n_classes} classes"
-                    what += ", skipped)" if hole[bad[0]] else ")"
-                    problems.append(Problem(path=f"{where}/label", what=what))
+                for row in np.flatnonzero((labels < -1) | (labels >= n_classes) | ((labels == -1) != hole))[:1]:
+                    what = f"label {labels[row]} in slot {start + row} ({n_classes} classes"
+                    problem("label", what + (", skipped)" if hole[row] else ")"))
     if "key" in manifest.features:
-        hashes = []
+        length = sample_bytes(*manifest.arrays["key"])
+        if length > _MAX_KEY_BYTES:
+            problem("key", f"keys of {length} bytes are no paths")
+            return problems
+        hashes = compact("Q")
+        piece = max(1, min(piece, _PIECE_BYTES // length))
         for start in range(0, len(cache), piece):
             for key in cache.keys(start, start + piece):
                 hashes.append(int.from_bytes(hashlib.sha256(key_bytes(key)).digest()[:8], "little"))
                 if not key:
-                    problems.append(Problem(path=f"{where}/key", what="a sample's key is empty"))
-        if len(np.unique(np.array(hashes, np.uint64))) != len(hashes):
-            problems.append(Problem(path=f"{where}/key", what="two samples have the same key"))
+                    problem("key", "a sample's key is empty")
+        if len(np.unique(np.frombuffer(hashes, np.uint64) if hashes else [])) != len(hashes):
+            problem("key", "two samples have the same key")
     return problems
 
 
@@ -318,50 +742,57 @@ def repair_metadata(path: str | Path) -> list[str]:
     """
     path = Path(path)
     rewritten = []
+
+    def write(name: str, content: bytes) -> None:
+        target = files.inside(path, name)
+        files.make_directory(target.parent)
+        files.atomic_write(target, [content])
+        rewritten.append(name)
+
     with cache_lock(path):
         manifest = read_root(path)
         clear_parts(path, manifest, manifest.features)
         for name, content in metadata_files(manifest).items():
             if not _equals(path, name, content):
-                target = files.inside(path, name)
-                files.make_directory(target.parent)
-                files.atomic_write(target, [content])
-                rewritten.append(name)
-        for name, array in _lost(path, manifest).items():
-            # From the shards, if they are those that the manifest stands for.
-            try:
-                found = vouched_for(path, manifest, array, range(manifest.n_shards))
-                hashes = [found[shard] for shard in range(manifest.n_shards)]
-            except CacheError:
-                hashes = [_hashes(path, shard, with_blocks=True)[0] for shard in _names_of(manifest, array)]
-                if None in hashes:
-                    continue
-            data = _checksum_file(manifest, array, name, [h for h in hashes if h is not None])
-            if hashlib.sha256(data).hexdigest() == checksum_files(manifest, [array])[name]:
-                files.atomic_write(files.inside(path, name), [data])
-                rewritten.append(name)
+                write(name, content)
+        for array in arrays_with_files(manifest):
+            for name, content in _lost_hashes(path, manifest, array).items():
+                write(name, content)
     return rewritten
 
 
-def _lost(path: Path, manifest: Manifest) -> dict[str, str]:
-    """Names of checksum files that are missing or damaged, and an array whose shards they are of."""
-    lost = {}
-    for array in sorted(manifest.arrays):
-        for name, digest in checksum_files(manifest, [array]).items():
-            with contextlib.suppress(CacheError):
-                if files.sha256_of(files.inside(path, name)) == digest:
-                    continue
-            lost[name] = array
-    return lost
-
-
-def _names_of(manifest: Manifest, array: str) -> list[str]:
-    """Names of an array's shards, relative to the cache."""
-    where = Path(checksums_path(manifest, array))
-    return [str(where.with_name(name)) for name in shard_names(manifest, array)]
-
-
-def _checksum_file(manifest: Manifest, array: str, name: str, hashes: Sequence[files.Hashes]) -> bytes:
-    if name == checksums_path(manifest, array):
-        return checksums_text([found.sha256 for found in hashes], shard_names(manifest, array))
-    return blocks_bytes([found.blocks for found in hashes])
+def _lost_hashes(path: Path, manifest: Manifest, array: str) -> dict[str, bytes]:
+    """Name -> content of an array's damaged checksum files, where its shards still give what the manifest names."""
+    lost: dict[str, str] = {}
+    for name, digest, limit in (
+        (checksums_path(manifest, array), manifest.checksums[array], manifest.n_shards * 160),
+        *(
+            [(blocks_path(manifest, array), manifest.blocks[array], blocks_limit(manifest, array))]
+            if array in manifest.blocks
+            else []
+        ),
+    ):
+        data = _small_file(path, name, limit, [])
+        if data is None or hashlib.sha256(data).hexdigest() != digest:
+            lost[name] = digest
+    if not lost:
+        return {}
+    digests, blocks = [], []
+    for entry in array_files(manifest, array):
+        try:
+            fd = os.open(files.inside(path, entry.name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (OSError, CacheError):
+            return {}
+        with os.fdopen(fd, "rb"):
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return {}
+            digest, of_shard = _hashes(fd, True)
+        digests.append(digest)
+        blocks.append(of_shard or ShardBlocks(0, b""))
+    folder = checksums_path(manifest, array).rpartition("/")[0]
+    names = [entry.name.removeprefix(f"{folder}/") for entry in array_files(manifest, array)]
+    made = {
+        checksums_path(manifest, array): checksums_text(digests, names),
+        blocks_path(manifest, array): blocks_bytes(blocks),
+    }
+    return {n: made[n] for n, digest in lost.items() if hashlib.sha256(made[n]).hexdigest() == digest}

@@ -384,9 +384,7 @@ class CacheWriter:
         or provenance.
         """
         with cache_lock(self.path):
-            current = _existing_manifest(self.path)
-            if current is not None:
-                self._base = current
+            self._base = self._current()
             others = {name for name in unfinished_features(self.path) if name not in {s.name for s in specs}}
             check_no_nesting([*self._base.features, *others, *(s.name for s in specs)])
             self._without_blocks |= set(without_blocks)
@@ -407,6 +405,16 @@ class CacheWriter:
     def _planned(self) -> Manifest:
         """The manifest with the begun features."""
         return replace(self._base, features={**self._base.features, **self._specs})
+
+    def _current(self) -> Manifest:
+        """The manifest as it is now; raises `CacheError` if the cache was removed since this writer opened it."""
+        current = _existing_manifest(self.path)
+        if current is None:
+            raise CacheError(
+                f"the cache {self.path} was removed while this build was under way",
+                remedy=f"featcache restore {shlex.quote(str(self.path))} brings it back; or run the same command again",
+            )
+        return current
 
     def _take(self, name: str) -> None:
         """Lock a feature and begin a new run of its build; what an earlier run has under way is void from now on."""
@@ -610,7 +618,7 @@ class CacheWriter:
                 remedy="run the same build command again: it goes on where it stopped",
             )
         with cache_lock(self.path):
-            current = _existing_manifest(self.path) or self._base
+            current = self._current()
             features = {**current.features, **self._specs}
             skipped = {entry.slot: entry for entry in current.skipped}
             sums = Sums(dict(current.checksums), dict(current.blocks))
@@ -834,7 +842,7 @@ def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> N
         raise CacheError(
             f"{path} holds {have.name!r} already (complete or begun), with another {key}: "
             f"{have.to_json()[key]!r:.300} there, {want.to_json()[key]!r:.300} here",
-            remedy=f"featcache rm {path} {have.name} removes it; or choose another --out",
+            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another --out",
         )
 
 

@@ -155,7 +155,8 @@ def test_as_it_is_typed(
         done = cli("featcache", "repair", str(damaged), "--from", f"{web.url}/cache")
     assert done.returncode == 0, done.stderr
     assert "mended: dino@9/c.2.0.0" in done.stdout and "repaired and sound" in done.stdout
-    assert tree(damaged) == tree(sound)
+    # But for what the command line notes beside the cache.
+    assert {n: b for n, b in tree(damaged).items() if not n.startswith(".featcache/")} == tree(sound)
     flip(damaged / "dino@9/c.2.0.0")
     flip(sound / "dino@9/c.2.0.0")
     failed = cli("featcache", "repair", str(damaged), "--from", str(sound))

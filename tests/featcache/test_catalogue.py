@@ -1,0 +1,201 @@
+"""The page about a place's caches: what it says, and that nothing in a manifest can become part of the page."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from store_helpers import add, base_features, build, moments, tokens
+from web_server import serve
+
+from featcache import catalogue
+from featcache.share import list_remote, push
+from featcache.store import FeatureSpec, files, verified
+from featcache.store.manifest import Skipped
+from featcache.store.root import cache_digest, read_root, root_bytes
+from featcache.store.verify import verify
+
+HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}</style></title>\u202egnp\x1b[31m"
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_fsync", lambda fd: None)
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its elements with attributes, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def hostile(path: Path) -> Path:
+    """A cache whose manifest is valid and says whatever it can say."""
+    spec = FeatureSpec(
+        name="enc@1", shape=(16, 32), codec="int8", provenance={"weights": HOSTILE, "captions": {HOSTILE: HOSTILE}}
+    )
+    build(path, [*base_features(), spec])
+    manifest = read_root(path)
+    dataset = replace(
+        manifest.dataset,
+        name=HOSTILE,
+        source=f"https://ann:secret@host/{HOSTILE}",
+        class_names=(HOSTILE,) * 3,
+        preprocessing={"resolution": HOSTILE, "crop": {"x": HOSTILE}},
+        vae={"name": HOSTILE},
+    )
+    odd = replace(
+        manifest, dataset=dataset, versions={HOSTILE: HOSTILE}, skipped=(Skipped(slot=0, key=HOSTILE, reason=HOSTILE),)
+    )
+    (path / "zarr.json").write_bytes(root_bytes(odd))
+    return path
+
+
+def test_nothing_in_a_manifest_becomes_part_of_the_page(tmp_path: Path) -> None:
+    plain = build(tmp_path / "caches" / "plain")
+    harmless = Page(catalogue.render(catalogue.gather(str(plain)), "caches"))
+    path = hostile(tmp_path / "caches" / HOSTILE.replace("/", "_"))
+    shutil.rmtree(plain)
+    entry = verified.of_report(verify(path), ["tiny@5"])
+    assert entry is not None
+    (path / ".featcache").mkdir(exist_ok=True)
+    (path / verified.NAME).write_bytes(verified.dump([replace(entry, by=HOSTILE[:200], features=(HOSTILE[:100],))]))
+    html = catalogue.render(catalogue.gather(str(tmp_path / "caches")), HOSTILE)
+    page = Page(html)
+    allowed = {tag for tag, _ in harmless.elements}
+    assert {tag for tag, _ in page.elements} <= allowed | {"b", "i", "small"}
+    for tag in ("script", "style", "title", "meta"):
+        assert len(page.all(tag)) == len(harmless.all(tag)), tag
+    names = {name for _, attributes in page.elements for name in attributes}
+    assert not [name for name in names if name.startswith("on") or name in ("src", "href")]
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7*7 }}" in page.text
+    assert "\u202e" not in html
+    assert "\x1b" not in html
+    assert "secret" not in html
+
+
+def test_the_policy_allows_just_the_pages_own_script_and_style(tmp_path: Path) -> None:
+    import base64
+    import hashlib
+    import re
+
+    html = catalogue.render(catalogue.gather(str(build(tmp_path / "cache"))), "x")
+    policy = next(
+        m["content"] for m in Page(html).all("meta") if "content" in m and "default-src" in (m["content"] or "")
+    )
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for tag in ("script", "style"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        assert base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() in policy
+    assert not re.search(r"(?:https?:)?//[\w.]+/", html.replace(str(tmp_path), ""))
+
+
+def test_what_it_says(tmp_path: Path) -> None:
+    folder = tmp_path / "caches"
+    whole = build(folder / "whole", [*base_features(), tokens("dino@9", provenance={"weights": "random", "seed": 1})])
+    verified.record(whole, verified.of_report(verify(whole), None))
+    os.utime(whole / "zarr.json", (1_700_000_000, 1_700_000_000))
+    damaged = build(folder / "damaged", [tokens()])
+    (damaged / "tiny@5" / "c.1.0.0").unlink()
+    verified.record(damaged, verified.of_report(verify(damaged), None))
+    changed = build(folder / "changed", [tokens()])
+    verified.record(changed, verified.of_report(verify(changed), None))
+    add(changed, [moments()])
+    build(folder / "never")
+    (folder / "junk").mkdir()
+    (folder / "junk" / "zarr.json").write_text("{}")
+    rows = {row.name: row for row in catalogue.gather(str(folder))}
+    assert list(rows) == sorted(rows)
+    assert rows["whole"].encoders == ["VAE unknown", "dino (random weights)", "tiny"]
+    assert catalogue.time_text(rows["whole"].changed) == "2023-11-14 22:13 UTC"
+    assert rows["whole"].digest == cache_digest(read_root(whole))
+    assert [rows[n].current for n in ("whole", "changed", "never")] == [True, False, False]
+    assert "no attribute" in (rows["junk"].problem or "")
+    page = Page(catalogue.render(rows.values(), str(folder)))
+    badges = [a for a in page.all("span") if (a.get("class") or "").startswith("badge")]
+    assert sorted(str(a["class"]).split()[1] for a in badges) == ["bad", "good", "none", "old"]
+    for text in ("dino@9", "16x32", "int8", rows["whole"].digest, f"featcache pull {whole} caches/whole"):
+        assert text in page.text
+    bodies = {a["data-name"]: a for a in page.all("tbody")}
+    assert bodies["whole"]["data-changed"] == "1700000000"
+    assert int(bodies["whole"]["data-bytes"] or 0) == rows["whole"].n_bytes > 0
+
+
+def test_the_pull_command_is_quoted(tmp_path: Path) -> None:
+    (row,) = catalogue.gather(str(build(tmp_path / "a b;rm -rf ~")))
+    assert row.pull == f"featcache pull '{tmp_path}/a b;rm -rf ~' 'caches/a b;rm -rf ~'"
+
+
+def test_many_features_are_cut_off(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(catalogue, "_MAX_FEATURES", 3)
+    page = catalogue.render(catalogue.gather(str(build(tmp_path / "cache", [*base_features(), tokens("x@1")]))), "x")
+    assert "and 2 more" in page
+
+
+def test_of_a_bucket(tmp_path: Path, s3_bucket: str, cli) -> None:
+    url = f"s3://{s3_bucket}/team"
+    source = build(tmp_path / "cache")
+    push(str(source), f"{url}/good")
+    (tmp_path / "bad").mkdir()
+    import boto3
+
+    boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).put_object(
+        Bucket=s3_bucket, Key="team/bad/zarr.json", Body=b"[/red]not json"
+    )
+    assert [(found.manifest is None, found.problem is None) for found in list_remote(url)] == [
+        (True, False),
+        (False, True),
+    ]
+    done = cli("featcache", "verify", f"{url}/good", "--record")
+    assert done.returncode == 0, done.stderr
+    done = cli("featcache", "catalogue", url, "--html", "page.html")
+    assert done.returncode == 0, done.stderr
+    page = Page((tmp_path / "page.html").read_text())
+    assert f"featcache pull {url}/good caches/good" in page.text
+    assert "not valid JSON" in page.text
+    assert [str(a["class"]) for a in page.all("span") if "badge" in str(a.get("class"))] == ["badge good"]
+    done = cli("featcache", "ls", url)
+    assert done.returncode == 0, done.stderr
+    assert "not valid JSON" in done.stdout
+    done = cli("featcache", "catalogue", url)
+    assert "sound: every byte" in done.stdout
+
+
+def test_of_a_web_server(tmp_path: Path) -> None:
+    build(tmp_path / "site" / "cache")
+    with serve(tmp_path / "site") as server:
+        (row,) = catalogue.gather(f"{server.url}/cache")
+    assert row.name == "cache"
+    assert row.checked is None
+    assert row.manifest is not None
+
+
+def test_as_typed(tmp_path: Path, cli) -> None:
+    build(tmp_path / "caches" / "one")
+    done = cli("featcache", "catalogue")
+    assert done.returncode == 0, done.stderr
+    assert "featcache pull" in done.stdout
+    assert cli("featcache", "catalogue", "caches", "--html", "page.html").returncode == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    (tmp_path / "empty").mkdir()
+    assert cli("featcache", "catalogue", "empty").returncode == 2
