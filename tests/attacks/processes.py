@@ -42,8 +42,8 @@ class Job:
 
     argv: ("featcache" or "trainer", words...), or ("module:function", arguments...). folder: where it runs. watch:
     folder below which operations count. action: "kill", "tear" (kill; of a write half is made first) or "stop" at
-    operation `at` (from 1). log: file for the operations. network: what sockets send counts too. user: its number, 0
-    for this one. group_files: see `featcache.store.writer`.
+    operation `at` (from 1). log: file for the operations. network: what sockets send counts too. unprivileged: without
+    root's power over modes of files. group_files: see `featcache.store.writer`.
     """
 
     argv: Sequence[str]
@@ -54,7 +54,7 @@ class Job:
     at: int = 0
     log: str = ""
     network: bool = False
-    user: int = 0
+    unprivileged: bool = False
     group_files: int = 6
     environment: Mapping[str, str] = field(default_factory=dict)
 
