@@ -76,9 +76,7 @@ class Worker:
             self._process = None
 
 
-def run(
-    tally: Tally, root: Path, *, count: int, seed: int, first: int = 0, only: list[str] | None = None
-) -> int:
+def run(tally: Tally, root: Path, *, count: int, seed: int, first: int = 0, only: list[str] | None = None) -> int:
     """At least `count` inputs in chunks of about two seconds, going round the kinds; returns the next chunk's number."""
     kinds = [(m, k) for m, k in all_kinds() if not only or k in only or m in only]
     worker, sizes = Worker(), dict.fromkeys(kinds, 20)

@@ -113,7 +113,10 @@ def _index(folder: Path) -> Try:
         offsets, lengths = parse_index(
             raw, n=n, shard_size=4, file_bytes=len(raw) + body, sample_bytes=size, where="it"
         )
-        if any(o < 0 or length < 0 or o + length > body for o, length in zip(offsets.tolist(), lengths.tolist(), strict=True)):
+        if any(
+            o < 0 or length < 0 or o + length > body
+            for o, length in zip(offsets.tolist(), lengths.tolist(), strict=True)
+        ):
             raise Wrong(f"samples outside the file: {table}")
 
     return attempt
@@ -136,7 +139,9 @@ def _sample(folder: Path) -> Try:
     return attempt
 
 
-def _file(names: Callable[[str], bool], change: Callable[[bytes, random.Random], bytes], **options: Any) -> Callable[[Path], Try]:
+def _file(
+    names: Callable[[str], bool], change: Callable[[bytes, random.Random], bytes], **options: Any
+) -> Callable[[Path], Try]:
     """One file of a cache changed; then everything that reads caches is tried."""
 
     def make(folder: Path) -> Try:
@@ -220,7 +225,9 @@ def _state(folder: Path) -> Try:
 
 def _stored(writer: CacheWriter, spec: Any, shard: int) -> dict[str, np.ndarray]:
     slots = writer.slots(shard)
-    return {name[len(spec.name) :]: values(name, dtype, shape, slots, (3,)) for name, (dtype, shape) in spec.arrays.items()}
+    return {
+        name[len(spec.name) :]: values(name, dtype, shape, slots, (3,)) for name, (dtype, shape) in spec.arrays.items()
+    }
 
 
 class _Answers(ThreadingHTTPServer):
@@ -269,7 +276,9 @@ class _Liar(BaseHTTPRequestHandler):
             if lie == 0:
                 status = chance.choice((200, 201, 204, 206, 301, 304, 400, 403, 404, 416, 429, 500, 503, 999))
             elif lie == 1:
-                headers["Content-Range"] = chance.choice(("bytes 0-0/1", "bytes */5", "bytes 9-1/3", "x", f"bytes 0-{2**64}/{2**65}"))
+                headers["Content-Range"] = chance.choice(
+                    ("bytes 0-0/1", "bytes */5", "bytes 9-1/3", "x", f"bytes 0-{2**64}/{2**65}")
+                )
             elif lie == 2:
                 headers["Content-Length"] = chance.choice(("0", "1", str(len(data) + 7), str(2**63), "-1", "x"))
             elif lie == 3:
@@ -283,10 +292,12 @@ class _Liar(BaseHTTPRequestHandler):
                 headers["Location"] = self.path
                 status = 302
             elif lie == 7:
-                headers["ETag"] = chance.choice(("", '"y"', "\x7f" * 100, "W/\"x\""))
+                headers["ETag"] = chance.choice(("", '"y"', "\x7f" * 100, 'W/"x"'))
                 headers["Last-Modified"] = chance.choice(("yesterday", "", "Thu, 01 Jan 9999999 00:00:00 GMT"))
             else:
-                self.wfile.write(chance.choice((b"", b"\0" * 100, b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/9 x\r\n", b"SSH-2.0\r\n")))
+                self.wfile.write(
+                    chance.choice((b"", b"\0" * 100, b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/9 x\r\n", b"SSH-2.0\r\n"))
+                )
                 self._end()
                 return
         self.send_response(status)
@@ -366,7 +377,9 @@ def _is_shard(name: str) -> bool:
 
 
 def _anything(data: bytes, chance: random.Random) -> bytes:
-    return chance.choice((dump(chance.choice(LEAVES)), chance.randbytes(chance.randrange(300)), change_bytes(data, chance)))
+    return chance.choice(
+        (dump(chance.choice(LEAVES)), chance.randbytes(chance.randrange(300)), change_bytes(data, chance))
+    )
 
 
 def _is_node(name: str) -> bool:

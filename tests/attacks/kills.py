@@ -37,7 +37,14 @@ def kill_once(processes: Processes, scene: Scene, at: int, torn: bool, work: Pat
 
 
 def run(
-    processes: Processes, lab: Lab, tally: Tally, *, count: int, seed: int, first: int = 0, only: list[str] | None = None
+    processes: Processes,
+    lab: Lab,
+    tally: Tally,
+    *,
+    count: int,
+    seed: int,
+    first: int = 0,
+    only: list[str] | None = None,
 ) -> int:
     """`count` kills from number `first` on, going round the scenes; returns the number of the next one."""
     scenes = list(lab.scenes(processes, only))

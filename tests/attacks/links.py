@@ -195,7 +195,14 @@ def _holds_secret(folder: Path) -> bool:
 
 
 def run(
-    processes: Processes, lab: Lab, tally: Tally, *, count: int, seed: int, first: int = 0, only: list[str] | None = None
+    processes: Processes,
+    lab: Lab,
+    tally: Tally,
+    *,
+    count: int,
+    seed: int,
+    first: int = 0,
+    only: list[str] | None = None,
 ) -> int:
     """`count` trials from number `first` on, going round the scenes; returns the number of the next one."""
     work = lab.root / "links"

@@ -14,7 +14,25 @@ LEAVES: tuple[Any, ...] = (
     *("zarr.json", "c.0.0", "x" * 5000, "0" * 64, "\x00", "tiny@5.scale", "vae", "a.part", "\u202e", "[red]"),
     *([], {}, [[]], {"": {}}, [None], {"a": 1}, [[[[[[[[]]]]]]]]),
 )
-_WORDS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\0", b"\n", b",", b":", b"NaN", b"1e999", b"-", b"\xff", b"null", b"../", b"9" * 400)
+_WORDS = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b"\\",
+    b"\0",
+    b"\n",
+    b",",
+    b":",
+    b"NaN",
+    b"1e999",
+    b"-",
+    b"\xff",
+    b"null",
+    b"../",
+    b"9" * 400,
+)
 
 
 def change_bytes(data: bytes, chance: random.Random) -> bytes:
@@ -105,5 +123,13 @@ def change_json(data: bytes, chance: random.Random) -> bytes:
         return change_bytes(data, chance)
     depth = chance.choice((100, 1000, 100_000))
     return chance.choice(
-        (b"[" * depth, b'{"a":' * depth, b"[" * depth + b"]" * depth, b"9" * depth, b'{"a": 1, "a": 2}', b"", b"\xef\xbb\xbf{}")
+        (
+            b"[" * depth,
+            b'{"a":' * depth,
+            b"[" * depth + b"]" * depth,
+            b"9" * depth,
+            b'{"a": 1, "a": 2}',
+            b"",
+            b"\xef\xbb\xbf{}",
+        )
     )

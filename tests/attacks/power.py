@@ -124,7 +124,7 @@ class Disk:
         for entry in os.scandir(path):
             node: Node
             if entry.is_symlink():
-                node = Link(os.readlink(entry.path))
+                node = Link(str(Path(entry.path).readlink()))
             elif entry.is_dir():
                 node = self._load(Path(entry.path))
             else:
@@ -362,7 +362,11 @@ def _lost(scene: Scene, folder: Path) -> list[str]:
     target = scene.target(folder)
     if scene.truth is None:
         want = sorted(n for n in scene.whole if n.endswith("state.json"))
-        have = [str((p / "state.json").relative_to(target)) for r in target.glob("*") for _, p in checkpoint.list_checkpoints(r)]
+        have = [
+            str((p / "state.json").relative_to(target))
+            for r in target.glob("*")
+            for _, p in checkpoint.list_checkpoints(r)
+        ]
         return [] if set(want) <= set(have) else [f"a saved checkpoint is lost: {want} {have}"]
     root = next((n for n in ("zarr.json", "featcache.json") if n in scene.whole), None)
     if root is None:
@@ -415,5 +419,3 @@ def _known() -> set[str]:
     from tests.attacks.scenes import SCENES
 
     return set(SCENES)
-
-

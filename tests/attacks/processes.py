@@ -129,7 +129,10 @@ class Processes:
             how = HUNG
         path = self._outputs[pid]
         return Ended(
-            how=how, number=number, operations=operations, output=path.read_text(errors="replace") if path.exists() else ""
+            how=how,
+            number=number,
+            operations=operations,
+            output=path.read_text(errors="replace") if path.exists() else "",
         )
 
     def run(self, job: Job, timeout_s: float = 60) -> Ended:

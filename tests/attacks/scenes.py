@@ -33,7 +33,7 @@ from featcache.store.layout import STATE
 from featcache.store.manage import collect_garbage
 from featcache.store.verify import verify
 from tests.attacks.campaign import differences, fingerprint
-from tests.attacks.processes import Ended, Job, Processes
+from tests.attacks.processes import Job, Processes
 
 Values = dict[str, np.ndarray]
 View = Callable[[Path], dict[str, bytes]]
@@ -339,7 +339,13 @@ def has_option(program: str, command: str, option: str | None = None) -> bool:
 
 BUILD = ("--data", "shapes", "--limit", "10", "--shard-size", "4", "--batch-size", "4", "--workers", "1")
 MAKE = ("featcache", "build", *BUILD, "--vae", "tiny", "--vae-levels", "G3", "--encoder", "tiny@2", "--out", "c")
-INTO = (*("featcache", "build", "--data", "shapes", "--into", "c", "--encoder", "tiny@5"), "--batch-size", "4", "--workers", "1")
+INTO = (
+    *("featcache", "build", "--data", "shapes", "--into", "c", "--encoder", "tiny@5"),
+    "--batch-size",
+    "4",
+    "--workers",
+    "1",
+)
 RUN = (
     *("trainer", "run", "--model", "SiT-Nano/2", "--cache", "c", "--name", "r", "--steps", "3", "--batch-size", "4"),
     *("--device", "cpu", "--set", "checkpoint_every=1", "--set", "keep_checkpoints=2", "--set", "log_every=1"),
@@ -472,7 +478,12 @@ def _resumed(lab: Lab) -> Scene:
 
 def _into(lab: Lab) -> Scene:
     return Scene(
-        name="build into", argv=INTO, prepared=lab.workspace("build into"), targets=("c",), truth=lab.grown, must_open=True
+        name="build into",
+        argv=INTO,
+        prepared=lab.workspace("build into"),
+        targets=("c",),
+        truth=lab.grown,
+        must_open=True,
     )
 
 
@@ -545,7 +556,13 @@ def _gc(lab: Lab) -> Scene:
     (state / "00000000.json").write_text("{}")
     (folder / "c/zarr.json.part").write_bytes(b"half")
     return Scene(
-        name="gc", argv=("featcache", "gc", "c"), prepared=folder, targets=("c",), truth=lab.grown, must_open=True, gc=False
+        name="gc",
+        argv=("featcache", "gc", "c"),
+        prepared=folder,
+        targets=("c",),
+        truth=lab.grown,
+        must_open=True,
+        gc=False,
     )
 
 
@@ -712,7 +729,7 @@ def _export(lab: Lab) -> Scene:
         prepared=folder,
         targets=("out",),
         truth=None,
-        view=lambda folder: {name: b"" for name in tree(folder)},
+        view=lambda folder: dict.fromkeys(tree(folder), b""),
         gc=False,
     )
 
