@@ -14,6 +14,7 @@ import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import featcache
 from featcache.errors import CacheError
@@ -22,7 +23,7 @@ from featcache.share import read_remote_root
 from featcache.store.manage import collect_garbage
 from tests.attacks.campaign import Tally, dice, differences
 from tests.attacks.processes import HUNG, Ended, Processes
-from tests.attacks.scenes import INTO, MAKE, RUN, Lab, RemoteScene, Scene, Values, call, values_of
+from tests.attacks.scenes import INTO, MAKE, RUN, TRASH, Lab, RemoteScene, Scene, Values, call, trained, values_of
 
 BESIDE_S = 4.0
 TIMEOUT_S = 90
@@ -117,12 +118,16 @@ def _actors() -> dict[str, Actor]:
     }
 
 
-def pairs(lab: Lab) -> list[Pair]:
-    """All pairs of commands that are tried."""
-    actors = _actors()
+def all_values(lab: Lab) -> Values:
+    """Right values of everything that is built here."""
     other = lab.workspace("other")
     call(other, *OTHER)
-    truth = lab.grown | values_of(other / "c")
+    return lab.grown | values_of(other / "c")
+
+
+def pairs(lab: Lab, truth: Values, only: list[str] | None = None) -> list[Pair]:
+    """All pairs of commands that are tried, or those named."""
+    actors = _actors()
 
     def on_cache(first: str, second: str, *, start: str = "base", must_open: bool = True, again: bool = True) -> Pair:
         name = f"{first} | {second}"
@@ -138,35 +143,39 @@ def pairs(lab: Lab) -> list[Pair]:
             name=name,
             argv=actors[first].argv,
             prepared=folder,
-            targets=("c", "copy"),
+            targets=("c", "copy", TRASH),
             truth=truth,
             must_open=must_open,
             damaged="repair" in (first, second),
         )
         return Pair(name=name, scene=scene, first=actors[first], second=actors[second], again=again)
 
-    found = [on_cache("build tiny@5", second) for second in ("build tiny@5", "build G2", "rm tiny@2", "gc", "verify")]
-    found += [on_cache("build tiny@5", second) for second in ("info", "ls", "pull from", "convert", "rm G3")]
-    found += [on_cache("build tiny@5", "rm all", must_open=False, again=False)]
-    found += [on_cache("make", second, must_open=False) for second in ("make", "gc", "ls")]
-    found += [on_cache("rm tiny@2", second) for second in ("build tiny@5", "verify", "gc", "rm G3", "convert")]
-    found += [on_cache("rm all", "build tiny@5", must_open=False, again=False)]
-    found += [on_cache("gc", second) for second in ("build tiny@5", "rm tiny@2")]
-    found += [
-        on_cache("pull", "pull", start="grown", must_open=False),
-        on_cache("pull", "gc", start="grown", must_open=False),
-    ]
-    found += [on_cache("pull tiny@5", "pull G3", start="grown", must_open=False)]
-    found += [on_cache("repair", "build tiny@5", must_open=False), on_cache("repair", "repair", must_open=False)]
-    from tests.attacks.scenes import _trained
+    def wanted(name: str) -> bool:
+        return not only or name in only
 
-    folder = _trained(lab, "resume | resume")
-    scene = Scene(name="resume | resume", argv=RUN, prepared=folder, targets=("runs",), truth=None, gc=False)
-    found.append(Pair(name="resume | resume", scene=scene, first=actors["resume"], second=actors["resume"]))
+    on_caches: list[tuple[str, str, dict[str, Any]]] = [
+        *(("build tiny@5", second, {}) for second in ("build tiny@5", "build G2", "rm tiny@2", "gc", "verify")),
+        *(("build tiny@5", second, {}) for second in ("info", "ls", "pull from", "convert", "rm G3")),
+        ("build tiny@5", "rm all", {"must_open": False, "again": False}),
+        *(("make", second, {"must_open": False}) for second in ("make", "gc", "ls")),
+        *(("rm tiny@2", second, {}) for second in ("build tiny@5", "verify", "gc", "rm G3", "convert")),
+        ("rm all", "build tiny@5", {"must_open": False, "again": False}),
+        *(("gc", second, {}) for second in ("build tiny@5", "rm tiny@2")),
+        *(("pull", second, {"start": "grown", "must_open": False}) for second in ("pull", "gc")),
+        ("pull tiny@5", "pull G3", {"start": "grown", "must_open": False}),
+        *(("repair", second, {"must_open": False}) for second in ("build tiny@5", "repair")),
+    ]
+    found = [on_cache(a, b, **options) for a, b, options in on_caches if wanted(f"{a} | {b}")]
+    if wanted("resume | resume"):
+        folder = trained(lab, "resume | resume")
+        scene = Scene(name="resume | resume", argv=RUN, prepared=folder, targets=("runs",), truth=None, gc=False)
+        found.append(Pair(name="resume | resume", scene=scene, first=actors["resume"], second=actors["resume"]))
     if lab.s3 is not None:
         bucket = lab.bucket()
         for first, second in (("push G3", "push tiny@2"), ("push G3", "push"), ("push", "push")):
             name = f"{first} | {second}"
+            if not wanted(name):
+                continue
             remote = RemoteScene(
                 name=name,
                 argv=actors[first].argv,
@@ -284,7 +293,9 @@ def together(processes: Processes, lab: Lab, chance: random.Random, work: Path, 
     writers = ["build tiny@5", "build G2", "rm tiny@2", "rm G3", "gc", "build tiny@5"]
     names = chance.sample(writers, 3) + chance.sample(["verify", "info", "convert", "ls", "pull from"], 2)
     chance.shuffle(names)
-    scene = Scene(name="together", argv=(), prepared=lab.base, targets=("c", "copy"), truth=truth, must_open=True)
+    scene = Scene(
+        name="together", argv=(), prepared=lab.base, targets=("c", "copy", TRASH), truth=truth, must_open=True
+    )
     folder = scene.stage(work / "w")
     running = []
     for number, name in enumerate(names):
@@ -328,13 +339,13 @@ def run(
     """`count` rounds from number `first` on, going round the pairs; returns the number of the next one."""
     work = lab.root / "concurrency"
     work.mkdir(exist_ok=True)
-    found = [p for p in pairs(lab) if not only or p.name in only]
+    truth = all_values(lab)
+    found = pairs(lab, truth, only)
     operations: dict[str, int] = {}
     for pair in found:
         folder = pair.scene.stage(work / "w")
         operations[pair.name] = processes.run(pair.scene.job(folder, argv=pair.first.argv)).operations
     rounds: list[Pair | None] = [*found] + ([None] * 4 if not only or "together" in only else [])
-    truth = lab.grown | (values_of(lab.root / "scenes" / "other" / "c"))
     number = first
     while number < first + count and not tally.late:
         one = rounds[number % len(rounds)]
@@ -344,6 +355,8 @@ def run(
         else:
             problems, what = interleave(processes, one, operations[one.name], chance, work)
         name = "together" if one is None else one.name
-        tally.trial(name, problems, f"--only concurrency --seed {seed} --first {number}: {what}")
+        tally.trial(
+            name, problems, f"--only concurrency --scene '{name}' --seed {seed} --first {number} --count 1: {what}"
+        )
         number += 1
     return number

@@ -33,7 +33,7 @@ def kill_once(processes: Processes, scene: Scene, at: int, torn: bool, work: Pat
     failed = scene.repeat(processes, folder)
     wrong += failed or scene.wrong_at_end(folder)
     wrong += [f"after the repeated command: {w}" for w in scene.wrong_now(folder)]
-    return wrong
+    return wrong or scene.wrong_undone(processes, folder)
 
 
 def run(
@@ -57,7 +57,7 @@ def run(
         chance = dice("kill", seed, number)
         at, torn = chance.randint(1, max(1, scene.operations)), chance.random() < 0.4
         problems = kill_once(processes, scene, at, torn, work)
-        where = f"--only kills --seed {seed} --first {number}: operation {at} of {scene.operations}{', torn' * torn}"
+        where = f"--only kills --scene '{scene.name}' --seed {seed} --first {number} --count 1: operation {at} of {scene.operations}{', torn' * torn}"
         tally.trial(scene.name, problems, where)
         number += 1
     return number

@@ -12,13 +12,14 @@ import os
 import random
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from featcache.store.layout import STATE
 from tests.attacks.campaign import Tally, dice, differences, fingerprint
 from tests.attacks.power import read_log
 from tests.attacks.processes import HUNG, Processes
-from tests.attacks.scenes import RUN, SCENES, Lab, Scene, available, has_option
+from tests.attacks.scenes import RUN, SCENES, Lab, Scene, available, has_option, trained
 
 SECRET = b"SECRET-5b1e0c77"
 OWN = b"a user's own file\n"
@@ -32,7 +33,7 @@ KINDS = (
 _HEX = re.compile(r"[0-9a-f]{16}|\d{4,}\.partial")
 
 
-def readers(lab: Lab) -> dict[str, Scene]:
+def readers(lab: Lab, only: list[str] | None = None) -> dict[str, Scene]:
     """Scenes of commands that only read (or write elsewhere)."""
     cache = {
         "info": ("featcache", "info", "c"),
@@ -58,9 +59,9 @@ def readers(lab: Lab) -> dict[str, Scene]:
         if has_option(argv[0], argv[1]):
             outputs = ("copy", "place", "runs", "c.png")
             found[name] = Scene(name=name, argv=argv, prepared=folder, targets=("c", *outputs), truth=lab.grown)
-    from tests.attacks.scenes import _trained
-
-    folder = _trained(lab, "readers of a run")
+    if only and not any(name.startswith("trainer") for name in only):
+        return found
+    folder = trained(lab, "readers of a run")
     shutil.copytree(folder / "runs/r", folder / "runs/s")
     for name, argv in runs.items():
         outputs = ("weights.pt", "stats.npz")
@@ -89,7 +90,19 @@ def places_of(processes: Processes, scene: Scene, work: Path) -> tuple[str, ...]
             if path.startswith(f"{folder}/"):
                 found.add(path[len(str(folder)) + 1 :])
     inside = {n for n in found if any(n == t or n.startswith(t + "/") for t in scene.targets)}
-    return tuple(sorted(n for n in inside if not _HEX.search(n)))
+    # What a user typed may be a link: it is the user's own.
+    typed = {word.replace("{folder}/", "") for word in scene.argv} | {"runs", *(f"runs/{w}" for w in scene.argv)}
+    return tuple(sorted(n for n in inside - typed if not _HEX.search(n) and not _parent_of(n, typed)))
+
+
+def _parent_of(place: str, typed: set[str]) -> bool:
+    return any(path.startswith(place + "/") for path in typed)
+
+
+def ours(folder: Path, place: Path) -> bool:
+    """Whether a place is in a folder that is kept by the product alone: a cache's state, a checkpoint."""
+    parts = place.relative_to(folder).parts
+    return STATE in parts or any(re.fullmatch(r"\.?step_\d+(\.\w+)?", part) for part in parts)
 
 
 def plant(folder: Path, place: str, kind: str) -> str | None:
@@ -149,7 +162,7 @@ def attack(processes: Processes, attacked: Attacked, chance: random.Random, work
     own: dict[str, bytes] = {}
     target = scene.target(folder)
     if target.is_dir() and scene.name not in ("rm cache", "rm now"):
-        parents = sorted({target, *(p for p in target.rglob("*") if p.is_dir())})
+        parents = sorted(p for p in {target, *target.rglob("*")} if p.is_dir() and not ours(folder, p))
         mine = chance.choice(parents) / "my notes.txt"
         mine.write_bytes(OWN)
         own[str(mine.relative_to(folder))] = OWN
@@ -159,7 +172,7 @@ def attack(processes: Processes, attacked: Attacked, chance: random.Random, work
     except OSError as error:
         return [], f"{what}: cannot be ({error})"
     own = {n: data for n, data in own.items() if (folder / n).is_file()}
-    if planted is not None and scene.name not in ("rm cache", "rm now"):
+    if planted is not None and scene.name not in ("rm cache", "rm now") and not ours(folder, folder / planted):
         own[planted] = OWN
     before = fingerprint(beside)
     ended = processes.run(scene.job(folder, unprivileged=kind == "unreadable", group_files=128), TIMEOUT_S)
@@ -207,16 +220,20 @@ def run(
     """`count` trials from number `first` on, going round the scenes; returns the number of the next one."""
     work = lab.root / "links"
     work.mkdir(exist_ok=True)
-    reading = readers(lab)
-    scenes = [SCENES[n](lab) for n in SCENES if available(n) and n not in ("push s3", "pull web")]
-    scenes += [replace(scene, gc=False) for scene in reading.values()]
-    scenes = [s for s in scenes if not only or s.name in only]
+    reading = readers(lab, only)
+    names = [n for n in SCENES if available(n) and n not in ("push s3", "pull web") and (not only or n in only)]
+    scenes = [lab.scene(n) for n in names]
+    scenes += [scene for scene in reading.values() if not only or scene.name in only]
     attacked = [Attacked(scene=s, places=places_of(processes, s, work)) for s in scenes]
     tally.notes["places"] = {a.scene.name: len(a.places) for a in attacked}
     number = first
     while number < first + count and not tally.late:
         one = attacked[number % len(attacked)]
         problems, what = attack(processes, one, dice("links", seed, number), work)
-        tally.trial(one.scene.name, problems, f"--only links --seed {seed} --first {number}: {what}")
+        tally.trial(
+            one.scene.name,
+            problems,
+            f"--only links --scene '{one.scene.name}' --seed {seed} --first {number} --count 1: {what}",
+        )
         number += 1
     return number

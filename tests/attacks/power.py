@@ -30,7 +30,17 @@ _SECTOR = 512
 # What is worth losing power over; "trainer run" and "trainer resume" save checkpoints.
 NAMES = (
     *("build", "build wds", "build resumed", "build into", "repair", "verify repair from", "repair from"),
-    *("rm features", "rm cache", "rm now", "restore", "pull", "pull more", "push folder", "sign"),
+    *(
+        "rm features",
+        "rm cache",
+        "rm now",
+        "restore features",
+        "restore cache",
+        "pull",
+        "pull more",
+        "push folder",
+        "sign",
+    ),
     *("convert to wds", "convert to zarr", "import", "trainer run", "trainer resume", "trainer import"),
 )
 
@@ -409,7 +419,7 @@ def run(
                 continue
             repeats = state % repeat_every == 0
             problems = lose_power(processes, one, moment, folder, repeats=repeats)
-            where = f"--only power --seed {seed} --first {state}: after {moment} of {len(one.log)} operations, {mode}"
+            where = f"--only power --scene '{one.scene.name}' --seed {seed} --first {state} --count 1: after {moment} of {len(one.log)} operations, {mode}"
             tally.trial(one.scene.name, problems, where)
             number = state + 1
     return number

@@ -90,12 +90,13 @@ class Ended:
 class Processes:
     """The client of `server.py`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, trainer: bool = True) -> None:
+        """trainer: whether jobs may be the trainer's commands (it takes seconds to import)."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("FEATCACHE_", "AWS_"))}
         environment |= {"LD_PRELOAD": str(compiled_shim()), "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
         environment["PYTHONPATH"] = str(ROOT)
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.attacks.server"],
+            [sys.executable, "-m", "tests.attacks.server", *([] if trainer else ["--no-trainer"])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -153,9 +154,9 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[Processes]:
+def processes(*, trainer: bool = True) -> Iterator[Processes]:
     """A server of processes for the length of a block; raises `NoCompiler`."""
-    found = Processes()
+    found = Processes(trainer=trainer)
     try:
         yield found
     finally:

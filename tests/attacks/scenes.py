@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -38,6 +39,8 @@ from tests.attacks.processes import Job, Processes
 Values = dict[str, np.ndarray]
 View = Callable[[Path], dict[str, bytes]]
 
+# Where a whole cache goes when it is removed, beside it.
+TRASH = ".featcache-trash"
 # Of what is told of a finished step: what depends on the clock.
 TIMED = ("time_s", "images_per_s", "seconds", "date", "created", "took_s", "duration_s")
 
@@ -50,7 +53,8 @@ class Scene:
     the first is the one looked at. truth: right values of every array that may ever be seen (None: not a cache).
     must_open: readers see a complete cache at every moment. damaged: the cache is damaged when the command begins, so
     what is right before its end is only what `verify` calls sound. again: the words of a repeated command where they
-    differ. done: what a repeated command may say (exit code 2) when the first had done its work already. view: the
+    differ. done: what a repeated command may say (exit code 2) when the first had done its work already. undo: what brings back
+    what there was before (where this version has it). view: the
     bytes that must be those of an undisturbed run. network: what is sent counts as operations. gc: `featcache gc` is
     for this target. whole, base, operations: of the undisturbed run, what its target held before (which `gc` may
     leave), how many operations it made.
@@ -65,7 +69,8 @@ class Scene:
     damaged: bool = False
     again: Callable[[Path], tuple[str, ...]] | None = None
     done: str | None = None
-    view: View = field(default=lambda folder: tree(folder))
+    undo: tuple[str, ...] | None = None
+    view: View = field(default=lambda folder: cache_view(folder))
     network: bool = False
     gc: bool = True
     whole: dict[str, bytes] = field(default_factory=dict)
@@ -129,24 +134,43 @@ class Scene:
             return []
         return [] if ended.code == 0 else [f"the repeated command failed: {ended}"]
 
+    def wrong_undone(self, processes: Processes, folder: Path) -> list[str]:
+        """Takes the command back; what is not as it was before it."""
+        if self.undo is None or not has_option(*self.undo[:2]):
+            return []
+        ended = processes.run(self.job(folder, argv=self.undo, group_files=128))
+        if ended.code != 0:
+            return [f"it cannot be undone: {ended}"]
+        wrong = differences(cache_view(self.target(folder)), self.base)
+        return [f"undone, it is not as it was: {', '.join(wrong)}"] if wrong else []
+
     def wrong_after_gc(self, folder: Path) -> list[str]:
         """Clears up in an interrupted cache; what should not be there then."""
         target = self.target(folder)
-        if not self.gc or not target.is_dir() or (not any(target.iterdir())):
+        if not self.gc or not target.is_dir() or not any(target.iterdir()):
             return []
         try:
             collect_garbage(target)
         except UserError as error:
             # An empty folder or a few directories are no cache.
-            return [] if not tree(target) else [f"gc refuses: {error.what}"]
+            return [] if not cache_view(target) else [f"gc refuses: {error.what}"]
         except Exception as error:
             return [f"gc raises: {error!r}"]
-        have = tree(target)
+        have = cache_view(target)
         stray = sorted(set(have) - set(self.whole) - set(self.base))
         wrong = [f"gc leaves: {', '.join(stray[:5])}"] if stray else []
         if not self.must_open and not any(n in have for n in ("zarr.json", "featcache.json")) and have:
             wrong.append(f"gc leaves files of no cache: {', '.join(sorted(have)[:5])}")
         return wrong + [f"after gc: {w}" for w in self.wrong_now(folder)]
+
+
+# What may lie in a cache's state folder without being part of the cache: records of verifications, the trash.
+NOTES = tuple(f"{STATE}/{name}" for name in ("verified.json", "sound/", "trash/"))
+
+
+def cache_view(folder: Path) -> dict[str, bytes]:
+    """The files of a cache without what is noted beside it."""
+    return {name: data for name, data in tree(folder).items() if not name.startswith(NOTES)}
 
 
 @dataclass
@@ -216,7 +240,7 @@ class RemoteScene(Scene):
 
     def wrong_at_end(self, folder: Path) -> list[str]:
         wrong = differences(self.bucket.objects(), self.whole) if self.whole else []
-        wrong += differences(tree(self.target(folder)), self.base)
+        wrong += differences(cache_view(self.target(folder)), self.base)
         return [f"not as an undisturbed run leaves it: {', '.join(wrong)}"] if wrong else []
 
 
@@ -367,6 +391,8 @@ class Lab:
         """s3: URL of an S3 server, for the scenes that need one."""
         self.root = root
         self.s3 = s3
+        self._made: dict[str, Scene] = {}
+        self._measured: dict[str, Scene] = {}
         self._web: FileServer | None = None
         self.base = root / "base"
         self.base.mkdir(parents=True)
@@ -399,35 +425,43 @@ class Lab:
         return found
 
     def workspace(self, name: str, start: str = "base") -> Path:
-        """A copy of a workspace to prepare further."""
-        folder = self.root / "scenes" / name
+        """A new copy of a workspace to prepare further."""
+        serial = len(list((self.root / "scenes").glob("*")))
+        folder = self.root / "scenes" / f"{serial:03d}-{re.sub('[^a-z0-9]+', '-', name.lower())}"
         shutil.copytree(self.root / start, folder)
         return folder
 
-    def scene(self, name: str, **fields: Any) -> Scene:
+    def scene(self, name: str) -> Scene:
         """The scene of that name; raises KeyError."""
-        return replace(SCENES[name](self), **fields)
+        if name not in self._made:
+            self._made[name] = SCENES[name](self)
+        return self._made[name]
 
     def scenes(self, processes: Processes, names: list[str] | None = None) -> Iterator[Scene]:
         """Scenes with the result of an undisturbed run of each."""
         for name in names or list(SCENES):
             if not available(name) or (name in _NEED_S3 and self.s3 is None):
                 continue
-            yield self.measured(processes, SCENES[name](self))
+            yield self.measured(processes, self.scene(name))
 
     def measured(self, processes: Processes, scene: Scene) -> Scene:
         """The scene with its undisturbed result and number of operations."""
+        if scene.name in self._measured:
+            return self._measured[scene.name]
         folder = scene.stage(self.root / "whole" / scene.name)
-        base = tree(scene.target(folder)) if scene.target(folder).is_dir() else {}
+        base = cache_view(scene.target(folder)) if scene.target(folder).is_dir() else {}
         ended = processes.run(scene.job(folder))
         if ended.code != 0:
             raise RuntimeError(f"the scene {scene.name} fails undisturbed: {ended}")
         whole = scene.bucket.objects() if isinstance(scene, RemoteScene) else scene.view(scene.target(folder))
-        return replace(scene, whole=whole, operations=ended.operations, base=base)
+        self._measured[scene.name] = replace(scene, whole=whole, operations=ended.operations, base=base)
+        return self._measured[scene.name]
 
 
 def available(name: str) -> bool:
     """Whether the command that a scene needs exists in this version."""
+    if name == "sign" and shutil.which("ssh-keygen") is None:
+        return False
     needs = _NEEDS.get(name)
     return needs is None or has_option(*needs)
 
@@ -437,7 +471,8 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "repair from": ("featcache", "repair", "--from"),
     "verify repair from": ("featcache", "verify", "--from"),
     "rm now": ("featcache", "rm", "--now"),
-    "restore": ("featcache", "restore"),
+    "restore features": ("featcache", "restore"),
+    "restore cache": ("featcache", "restore"),
     "sign": ("featcache", "sign"),
 }
 
@@ -529,6 +564,7 @@ def _rm(lab: Lab) -> Scene:
         truth=lab.grown,
         must_open=True,
         done="does not hold",
+        undo=("featcache", "restore", "c"),
     )
 
 
@@ -537,10 +573,51 @@ def _rm_all(lab: Lab) -> Scene:
         name="rm cache",
         argv=("featcache", "rm", "c", "--yes"),
         prepared=lab.workspace("rm cache"),
-        targets=("c",),
+        targets=("c", TRASH),
         truth=lab.values,
         done="there is no cache",
+        undo=("featcache", "restore", "c"),
         gc=False,
+    )
+
+
+def _restore(lab: Lab) -> Scene:
+    folder = lab.workspace("restore features", "grown")
+    call(folder, "featcache", "rm", "c", "--features", "tiny@5,vae/G3", "--yes")
+    return Scene(
+        name="restore features",
+        argv=("featcache", "restore", "c"),
+        prepared=folder,
+        targets=("c",),
+        truth=lab.grown,
+        must_open=True,
+        done="trash|nothing|removed",
+    )
+
+
+def _restore_all(lab: Lab) -> Scene:
+    folder = lab.workspace("restore cache")
+    call(folder, "featcache", "rm", "c", "--yes")
+    return Scene(
+        name="restore cache",
+        argv=("featcache", "restore", "c"),
+        prepared=folder,
+        targets=("c", TRASH),
+        truth=lab.values,
+        done="trash|nothing|in the way|is there",
+    )
+
+
+def _sign(lab: Lab) -> Scene:
+    folder = lab.workspace("sign")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
+    return Scene(
+        name="sign",
+        argv=("featcache", "sign", "c", "--key", "key"),
+        prepared=folder,
+        targets=("c",),
+        truth=lab.values,
+        must_open=True,
     )
 
 
@@ -667,7 +744,8 @@ def _train(lab: Lab) -> Scene:
     )
 
 
-def _trained(lab: Lab, name: str) -> Path:
+def trained(lab: Lab, name: str) -> Path:
+    """A new workspace with a run `runs/r` of three steps."""
     folder = lab.workspace(name)
     ready = lab.root / "trained"
     if not ready.exists():
@@ -681,7 +759,7 @@ def _trained(lab: Lab, name: str) -> Path:
 
 
 def _resume(lab: Lab) -> Scene:
-    folder = _trained(lab, "trainer resume")
+    folder = trained(lab, "trainer resume")
     argv = tuple("5" if word == "3" else word for word in RUN)
     return Scene(
         name="trainer resume",
@@ -699,7 +777,7 @@ def _sample(lab: Lab) -> Scene:
     return Scene(
         name="trainer sample",
         argv=argv,
-        prepared=_trained(lab, "trainer sample"),
+        prepared=trained(lab, "trainer sample"),
         targets=("runs",),
         truth=None,
         view=run_view,
@@ -712,7 +790,7 @@ def _eval(lab: Lab) -> Scene:
     return Scene(
         name="trainer eval",
         argv=argv,
-        prepared=_trained(lab, "trainer eval"),
+        prepared=trained(lab, "trainer eval"),
         targets=("runs",),
         truth=None,
         view=run_view,
@@ -721,7 +799,7 @@ def _eval(lab: Lab) -> Scene:
 
 
 def _export(lab: Lab) -> Scene:
-    folder = _trained(lab, "trainer export")
+    folder = trained(lab, "trainer export")
     (folder / "out").mkdir()
     return Scene(
         name="trainer export",
@@ -735,7 +813,7 @@ def _export(lab: Lab) -> Scene:
 
 
 def _trainer_import(lab: Lab) -> Scene:
-    folder = _trained(lab, "trainer import")
+    folder = trained(lab, "trainer import")
     call(folder, "trainer", "export", "runs/r", "weights.pt")
     shutil.rmtree(folder / "runs")
     return Scene(
@@ -762,8 +840,15 @@ SCENES: dict[str, Callable[[Lab], Scene]] = {
     "rm features": _rm,
     "rm cache": _rm_all,
     "rm now": lambda lab: replace(
-        _rm_all(lab), name="rm now", argv=("featcache", "rm", "c", "--yes", "--now"), prepared=lab.workspace("rm now")
+        _rm_all(lab),
+        name="rm now",
+        argv=("featcache", "rm", "c", "--yes", "--now"),
+        prepared=lab.workspace("rm now"),
+        undo=None,
     ),
+    "restore features": _restore,
+    "restore cache": _restore_all,
+    "sign": _sign,
     "gc": _gc,
     "pull": _pull,
     "pull more": _pull_more,

@@ -1,6 +1,6 @@
 """Command lines in processes that can be killed or stopped at any file operation.
 
-`python -m tests.attacks.server`, with the shim preloaded, imports everything once and then forks a child for each job
+`python -m tests.attacks.server [--no-trainer]`, with the shim preloaded, imports everything once and then forks a child for each job
 that comes on standard input. A line there is a JSON array:
 
     ["start", {...the fields of `tests.attacks.processes.Job`...}]  answers the child's process id
@@ -34,31 +34,37 @@ def library() -> Any:
     return found
 
 
-def preload() -> None:
+_STORE = (
+    *("featcache.cli", "featcache.build", "featcache.repair", "featcache.convert", "featcache.share", "obstore.store"),
+    *("featcache.importers", "featcache.stream", "featcache.describe", "featcache.workers", "featcache.store.manage"),
+    *("featcache.encoders.vae", "featcache.encoders.vision", "featcache.progress", "store_helpers"),
+)
+_TRAINER = (
+    *("torch._dynamo", "torch.utils.tensorboard", "featcache.inspect", "matplotlib.pyplot", "scipy.linalg"),
+    *("trainer.cli", "trainer.loop", "trainer.sampling", "trainer.evaluation", "trainer.exchange", "trainer.progress"),
+    *("trainer.evaluate.extractors", "trainer.evaluate.judge", "trainer.report.report", "safetensors.torch"),
+)
+
+
+def preload(*, trainer: bool) -> None:
     """Import what any job may import, so that a fork costs milliseconds."""
     import torch
-    import torch._dynamo
-    import torch.utils.tensorboard
-    from tiny_runs import add_nano
 
     torch.set_num_threads(1)
-    for name in (
-        *("featcache.cli", "featcache.build", "featcache.repair", "featcache.convert", "featcache.share"),
-        *("featcache.importers", "featcache.stream", "featcache.describe", "featcache.workers", "featcache.inspect"),
-        *("featcache.encoders.vae", "featcache.encoders.vision", "featcache.store.manage", "obstore", "obstore.store"),
-        *("trainer.cli", "trainer.loop", "trainer.sampling", "trainer.evaluation", "trainer.exchange"),
-        *("trainer.evaluate.extractors", "trainer.evaluate.judge", "trainer.report.report", "trainer.progress"),
-        *("store_helpers", "matplotlib.pyplot", "safetensors.torch", "scipy.linalg"),
-    ):
+    for name in (*_STORE, *(_TRAINER if trainer else ())):
         importlib.import_module(name)
     from featcache.encoders.tiny import load_tiny_vae, load_tiny_vit
-    from trainer import align
 
     load_tiny_vae()
     load_tiny_vit()
-    add_nano()
-    for method in align.method_names():
-        align.config_class(method)
+    if trainer:
+        from tiny_runs import add_nano
+
+        from trainer import align
+
+        add_nano()
+        for method in align.method_names():
+            align.config_class(method)
 
 
 def run_job(job: dict[str, Any]) -> int:
@@ -139,7 +145,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints while it is imported
     shim = library()
-    preload()
+    preload(trainer="--no-trainer" not in sys.argv)
     counters: dict[int, int] = {}
     for line in sys.stdin:
         what, *rest = json.loads(line)
