@@ -111,11 +111,12 @@ class Scene:
         return wrong_in_cache(self.target(folder), self.truth, must_open=self.must_open)
 
     def wrong_at_end(self, folder: Path) -> list[str]:
-        """Whether the result differs from an undisturbed run's. Locks and journals of the interrupted one may be there
-        until `gc`: where the work was done already, the repeated command had nothing to do.
+        """Whether the result differs from an undisturbed run's. Locks, journals and temporary files of the interrupted one
+        may be there until `gc`: where the work was done already, the repeated command had nothing to do.
         """
         have = self.view(self.target(folder))
-        if self.gc and set(have) - set(self.whole) and all(n.startswith(STATE) for n in set(have) - set(self.whole)):
+        new = set(have) - set(self.whole)
+        if self.gc and new and all(name.startswith(STATE) or name.endswith(".part") for name in new):
             collect_garbage(self.target(folder))
             have = self.view(self.target(folder))
         wrong = differences(have, self.whole)
@@ -311,10 +312,10 @@ def wrong_in_runs(root: Path) -> list[str]:
 
 
 def run_view(root: Path) -> dict[str, bytes]:
-    """The files of run folders without what depends on the clock."""
+    """The files of run folders without what depends on the clock, and without locks (files that stay, empty)."""
     found = {}
     for name, data in tree(root).items():
-        if "tensorboard/" in name:
+        if "tensorboard/" in name or name.endswith("/.lock"):
             continue
         if name.endswith((".jsonl", ".json")):
             with contextlib.suppress(ValueError):
