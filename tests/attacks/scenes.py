@@ -491,22 +491,29 @@ def _build_wds(lab: Lab) -> Scene:
     return Scene(name="build wds", argv=argv, prepared=folder, targets=("c",), truth=lab.values)
 
 
+def stop_before_the_end(folder: Path, argv: tuple[str, ...]) -> None:
+    """A build that is stopped when all its shards are written and nothing is visible yet."""
+    from featcache.store import writer
+
+    saved, real = writer.GROUP_FILES, writer.CacheWriter.finish
+
+    def stop(self: Any) -> Any:
+        raise CacheError("stopped")
+
+    try:
+        writer.GROUP_FILES, writer.CacheWriter.finish = 1, stop  # type: ignore[method-assign]
+        with contextlib.suppress(RuntimeError):
+            call(folder, *argv)
+    finally:
+        writer.GROUP_FILES, writer.CacheWriter.finish = saved, real  # type: ignore[method-assign]
+
+
 def _resumed(lab: Lab) -> Scene:
     folder = lab.workspace("build resumed")
     cache = folder / "c"
     # As a kill between the journal's and the root document's writing leaves it.
     shutil.rmtree(cache)
-    from featcache.store import writer
-
-    saved, writer.GROUP_FILES = writer.GROUP_FILES, 1
-    real = writer.CacheWriter.finish
-    try:
-        writer.CacheWriter.finish = lambda self: (_ for _ in ()).throw(CacheError("stopped"))  # type: ignore
-        with contextlib.suppress(RuntimeError):
-            call(folder, *MAKE)
-    finally:
-        writer.CacheWriter.finish = real  # type: ignore[method-assign]
-        writer.GROUP_FILES = saved
+    stop_before_the_end(folder, MAKE)
     for entry in [*cache.glob("vae/moments/c.1.*"), *cache.glob(".featcache/building/*/00000002.json")]:
         entry.unlink()
     return Scene(name="build resumed", argv=MAKE, prepared=folder, targets=("c",), truth=lab.values)
@@ -624,14 +631,8 @@ def _sign(lab: Lab) -> Scene:
 
 def _gc(lab: Lab) -> Scene:
     folder = lab.workspace("gc")
-    state = folder / "c/.featcache/building/tiny@5"
-    state.mkdir(parents=True)
-    grown = lab.root / "grown" / "c"
-    shutil.copytree(grown / "tiny@5", folder / "c/tiny@5")
+    stop_before_the_end(folder, INTO)
     (folder / "c/tiny@5/c.2.0.0").rename(folder / "c/tiny@5/c.2.0.0.part")
-    (state / "lock").touch()
-    (state / "spec.json").write_text("{}")
-    (state / "00000000.json").write_text("{}")
     (folder / "c/zarr.json.part").write_bytes(b"half")
     return Scene(
         name="gc",
