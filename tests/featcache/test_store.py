@@ -561,7 +561,7 @@ def test_a_cache_of_version_1_stays_what_it_is(tmp_path: Path) -> None:
     pull(str(path), tmp_path / "copy", features=["new@1"])
     pull(str(path), tmp_path / "whole")
     assert tree(tmp_path / "whole") == tree(path)
-    remove_features(path, ["new@1"])
+    remove_features(path, ["new@1"], now=True)
     assert tree(path) == before
 
 
