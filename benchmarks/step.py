@@ -104,7 +104,8 @@ def write_cache(path: Path, samples: int) -> None:
 
 def run_config(options: dict[str, Any], method: str) -> Any:
     """The settings of one method's run."""
-    from trainer.config import RunConfig, from_mapping
+    from featcache.settings import from_mapping
+    from trainer.config import RunConfig
 
     return from_mapping(
         RunConfig,

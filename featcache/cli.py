@@ -47,7 +47,7 @@ def info(cache: CachePath) -> None:
 @app.command()
 def inspect(
     cache: CachePath,
-    out: Annotated[Path | None, typer.Option(help="PNG to write. [default: <cache name>.png]")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG to write. \\[default: <cache name>.png]")] = None,
     data: Data = None,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=64)] = 6,
 ) -> None:

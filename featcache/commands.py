@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from featcache.store.verify import Report
 
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
-Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. [default: all]")]
+Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. \\[default: all]")]
 Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
 Expect = Annotated[str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it.")]
 SignedBy = Annotated[
@@ -98,13 +98,13 @@ def _counted(problems: Sequence[object]) -> str:
 def verify(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
-    threads: Annotated[int | None, typer.Option(help="[default: one a core; 8 for a URL]")] = None,
+    threads: Annotated[int | None, typer.Option(help="\\[default: one a core; 8 for a URL]")] = None,
     expect: Expect = None,
     signed_by: SignedBy = None,
     sample: Annotated[
-        str | None, typer.Option(help="Read only this part, drawn at random: 1% or 0.01. [default: every byte]")
+        str | None, typer.Option(help="Read only this part, drawn at random: 1% or 0.01. \\[default: every byte]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of --sample. [default: a fresh one]", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of --sample. \\[default: a fresh one]", min=0)] = None,
     since_last: Annotated[
         bool, typer.Option("--since-last", help="Only shards that no earlier verification found as they are now.")
     ] = False,
@@ -112,7 +112,7 @@ def verify(
         bool | None,
         typer.Option(
             "--record/--no-record",
-            help="Note beside the cache when it was verified, how, and by whom. [default: --record; not at a URL]",
+            help="Note beside the cache when it was verified, how, and by whom. \\[default: --record; not at a URL]",
             show_default=False,
         ),
     ] = None,
@@ -363,7 +363,9 @@ def remove(
 
 def restore(
     cache: CachePath,
-    features: Annotated[str | None, typer.Option(help="Only these features. [default: what was removed last]")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Only these features. \\[default: what was removed last]")
+    ] = None,
 ) -> None:
     """Undo featcache rm: bring a removed cache, or the features removed last, back from the trash."""
     from featcache.store import manage
@@ -478,7 +480,7 @@ def convert(
     to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
     features: Features = None,
     shard_size: Annotated[int | None, typer.Option(help="Samples a shard of the new cache.", min=1)] = None,
-    compressor: Annotated[str | None, typer.Option(help="zstd or blosc, for zarr. [default: none]")] = None,
+    compressor: Annotated[str | None, typer.Option(help="zstd or blosc, for zarr. \\[default: none]")] = None,
 ) -> None:
     """Copy a cache into the other format, bit for bit."""
     from featcache.convert import convert as run
@@ -502,7 +504,7 @@ def import_latents(
     source: Annotated[Path, typer.Argument(help="Folder of latents.", show_default=False)],
     layout: Annotated[str, typer.Option("--from", help="Who made them: repa, edm2 or lightningdit.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the new cache. [default: ./caches/<folder>-<layout>]")
+        Path | None, typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]")
     ] = None,
     vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
 ) -> None:

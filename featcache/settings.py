@@ -37,9 +37,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 Given = dict[str, Any]
 """What was typed of a command's options: name of the field -> value. Options that were not typed are absent."""
 
+
+def _whole(value: object) -> object:
+    """``4e5``, which is how people write it, as the whole number it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 # Beyond these no arithmetic downstream holds: steps times the batch size counts samples in 64 bits.
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1), pydantic.BeforeValidator(_whole)]
+Index = Annotated[int, Field(ge=0, le=2**63 - 1), pydantic.BeforeValidator(_whole)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -140,7 +146,7 @@ def from_typed(cls: type[T], given: Given, **others: Any) -> T:
         return cls(**given, **others)
     except UserError as error:
         if isinstance(error.__cause__, pydantic.ValidationError):
-            flags = {name: _flag(name, option) for name, option in options_of(cls).items()}
+            flags = {name: flag_of(cls, name) for name in options_of(cls)}
             raise _explain(error.__cause__, cls, lambda name: flags.get(name, name)) from error.__cause__
         raise
 
@@ -160,9 +166,9 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def suggest(value: object, choices: Collection[str], *, shown: str | None = None) -> str:
+def suggest(value: object, choices: Collection[str]) -> str:
     """``"Did you mean 'x'? "`` for a near miss, else an empty string."""
-    near = difflib.get_close_matches(shown or str(value), list(choices), n=1)
+    near = difflib.get_close_matches(str(value), list(choices), n=1)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
@@ -296,12 +302,24 @@ def _parameter(cls: type, name: str, option: Option) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def flag_of(cls: type, name: str) -> str:
+    """``--batch-size`` of the field ``batch_size``."""
+    return _flag(name, options_of(cls)[name]).partition("/")[0]
+
+
 def _flag(name: str, option: Option) -> str:
     return option.flag or "--" + name.replace("_", "-")
 
 
 def _shown_default(field: dataclasses.Field[Any], text: str) -> str:
     default = field.default
-    if "[default" in text or "Default" in text or default in (None, False, ()) or default is dataclasses.MISSING:
+    if (
+        "[default" in text
+        or "Default" in text
+        or default is None
+        or default is False
+        or default == ()
+        or default is dataclasses.MISSING
+    ):
         return ""
     return f" [default: {default}]"

@@ -13,7 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from featcache.console import console, run_app, safe
+from featcache.errors import UserError
+from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
 from trainer import commands
+from trainer.analyze.config import AnalyzeConfig, parse_what
+from trainer.config import RunConfig, apply_overrides, load_recipe
+from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 
 app = typer.Typer(
     name="trainer",
@@ -25,45 +30,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
-WeightsDir = Annotated[Path | None, typer.Option(help="Folder with pretrained weights, searched before the hub.")]
-ClassesText = Annotated[str, typer.Option(help="balanced, random, or a list such as 207,360,387.")]
-Pixels = Annotated[str, typer.Option(help="round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")]
-GuidedChannels = Annotated[int | None, typer.Option(help="Guide only the first so many channels. [default: all]")]
-SamplingPrecision = Annotated[
-    str,
-    typer.Option(
-        "--precision", help="fp32, tf32 or bf16 (autocast of the backbone); auto is tf32 on a GPU, else fp32."
-    ),
-]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="Compile the backbone. [default: on a GPU]", show_default=False),
-]
-
 
 @app.command()
+@takes(RunConfig)
 def run(
-    method: Annotated[str | None, typer.Option(help="none, repa, ahpa, ...; join several with +.")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A row (ahpa/xl2) or a YAML file of settings; options here win over it.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Backbone, e.g. SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2.")] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="Feature cache. Default: the newest fitting one below ./caches.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Folder below ./runs. Default: from method and model.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Global batch size.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of AdamW.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
-    attention: Annotated[str | None, typer.Option(help="sdpa (torch's own, the default) or xformers.")] = None,
-    qk_norm: Annotated[
-        bool | None, typer.Option("--qk-norm/--no-qk-norm", help="Normalise queries and keys.", show_default=False)
-    ] = None,
-    weights_dir: WeightsDir = None,
+    given: Given,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options here win over it.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE for any other setting; repeatable.")
     ] = None,
@@ -75,23 +47,8 @@ def run(
     ] = None,
 ) -> None:
     """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
-    given = {
-        "method": method,
-        "model": model,
-        "cache": cache,
-        "name": name,
-        "steps": steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "seed": seed,
-        "device": device,
-        "precision": precision,
-        "attention": attention,
-        "qk_norm": qk_norm,
-        "weights_dir": None if weights_dir is None else str(weights_dir),
-    }
     with _one_voice() as main:
-        config = _run_config(recipe, {k: v for k, v in given.items() if v is not None}, set_ or [], resume=resume)
+        config = _run_config(recipe, given, set_ or [], resume=resume)
         from trainer.loop import Silent, train
 
         _leave_a_core()
@@ -145,7 +102,6 @@ def _leave_a_core() -> None:
 
 def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str], *, resume: bool) -> Any:
     """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top."""
-    from trainer.config import RunConfig, apply_overrides, from_mapping, load_recipe
 
     values = (load_recipe(recipe) if recipe is not None else {}) | given
     if resume:
@@ -155,9 +111,7 @@ def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str]
 
 def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
     """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
-    from featcache.errors import UserError
     from featcache.redact import is_redacted
-    from trainer.config import RunConfig, apply_overrides, from_mapping, to_mapping
     from trainer.runs import ROOT, checked_name, load_config, newest_run
 
     name = apply_overrides(values, overrides).get("name")
@@ -172,190 +126,67 @@ def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
 
 
 @app.command()
+@takes(SampleRequest)
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of the run, e.g. runs/ahpa.", show_default=False)],
-    num: Annotated[int, typer.Option(help="How many images.", min=1)] = 64,
-    sampler: Annotated[
-        str | None, typer.Option(help="SiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 250,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
-    interval: Annotated[str, typer.Option(help="Interval of t in which to guide: LOW,HIGH.")] = "0,1",
-    classes: ClassesText = "balanced",
-    seed: Annotated[int, typer.Option(help="With its index it fixes a sample's noise.")] = 0,
-    step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
-    device: Device = "auto",
-    weights_dir: WeightsDir = None,
-    format_: Annotated[
-        str, typer.Option("--format", help="npz (ADM's layout), wds (a WebDataset shard) or png.")
-    ] = "npz",
-    pixels: Pixels = "round",
-    guided_channels: GuidedChannels = None,
-    precision: SamplingPrecision = "auto",
-    compile_: Compile = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: RUN/samples/<settings>]")] = None,
+    given: Given,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
     from featcache.progress import RichBar
     from trainer import distributed
-    from trainer.diffusion.interval import Interval
-    from trainer.labels import Classes
-    from trainer.sampling import SampleRequest, sample_run
+    from trainer.sampling import sample_run
 
-    request = SampleRequest(
-        num=num,
-        sampler=sampler,
-        steps=steps,
-        guidance=guidance,
-        interval=Interval.parse(interval),
-        classes=Classes.parse(classes),
-        seed=seed,
-        checkpoint=step,
-        batch_size=batch_size,
-        device=device,
-        weights_dir=None if weights_dir is None else str(weights_dir),
-        format=format_,
-        pixels=pixels,
-        guided_channels=guided_channels,
-        precision=precision,
-        compile=compile_,
-        out=out,
-    )
+    request = from_typed(SampleRequest, given)
     with RichBar("sampling", unit="images") as bar:
         result = sample_run(run, request, bar)
     if distributed.is_main():
         console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")
 
 
-# Options of eval that say how to draw, so that they mean nothing where the images are there already.
-DRAWING = [
-    "figure",
-    "sampler",
-    "steps",
-    "guidance",
-    "interval",
-    "guided_channels",
-    "classes",
-    "pixels",
-    "step",
-    "precision",
-    "compile_",
-]
+# Settings of eval that say how to draw, so that they mean nothing where the images are there already.
+DRAWING = (
+    *("figure", "sampler", "steps", "guidance", "interval", "guided_channels", "classes", "pixels", "checkpoint"),
+    *("precision", "compile"),
+)
 
 
-def _refuse_typed(context: typer.Context, names: Sequence[str], why: str) -> None:
-    """Raises UserError if any of the options ``names`` (of the command's parameters) was typed."""
-    from featcache.errors import UserError
-
-    for option in context.command.params:
-        source = context.get_parameter_source(option.name or "")
-        if option.name in names and source is not None and source.name == "COMMANDLINE":
-            raise UserError(f"{option.opts[0]} {why}", remedy=f"Leave {option.opts[0]} out.")
+def _refuse(given: Given, names: Sequence[str], why: str) -> None:
+    """Raises UserError if any of the settings ``names`` was typed."""
+    for name in names:
+        if name in given:
+            flag = flag_of(EvalRequest if name == "figure" else SampleSettings, name)
+            raise UserError(f"{flag} {why}", remedy=f"Leave {flag} out.")
 
 
 @app.command(name="eval")
+@takes(SampleSettings, EvalRequest)
 def evaluate(
-    context: typer.Context,
-    run: Annotated[Path | None, typer.Argument(help="Folder of the run. [default: the newest below ./runs]")] = None,
+    given: Given,
+    run: Annotated[Path | None, typer.Argument(help="Folder of the run. \\[default: the newest below ./runs]")] = None,
     samples: Annotated[
         str | None, typer.Option(help="Judge these images (npz, tar, folder) by --reference instead of drawing some.")
     ] = None,
-    figure: Annotated[
-        str | None,
-        typer.Option(
-            help="Draw as the samples of this recipe's published figures, at its step. [default: the run's own]"
-        ),
-    ] = None,
-    num: Annotated[
-        int | None, typer.Option(help="Samples to judge. [default: 50,000; fewer on the CPU]", min=2)
-    ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="As for sample. [default: the recipe's, else sde or ddpm; on the CPU ode or ddim]"),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Sampling steps. [default: the recipe's, else 250; 32 on the CPU]", min=1)
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale. [default: the recipe's, else 1: none]")
-    ] = None,
-    interval: Annotated[
-        str | None,
-        typer.Option(
-            help="Interval of t in which to guide: LOW,HIGH. [default: the recipe's at its --guidance, else 0,1]"
-        ),
-    ] = None,
-    classes: ClassesText = "balanced",
-    extractor: Annotated[
-        str,
-        typer.Option(help="inception, dinov2, embedded; auto takes inception where its weights are, else embedded."),
-    ] = "auto",
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Reference images or statistics: npz or folder. [default: the cache's own images]"),
-    ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(help="fid,sfid,is,precision,recall,kid. [default: all of the extractor]")
-    ] = None,
-    bootstrap: Annotated[int, typer.Option(help="Replicates behind 95 % intervals; 0 is none.", min=0)] = 0,
-    data: Annotated[
-        str | None, typer.Option(help="Where the cache's images lie. [default: $FEATCACHE_DATA, else ./data/imagenet]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
-    device: Device = "auto",
-    weights_dir: WeightsDir = None,
-    pixels: Pixels = "round",
-    guided_channels: GuidedChannels = None,
-    precision: SamplingPrecision = "auto",
-    compile_: Compile = None,
     require_labels: Annotated[
         bool, typer.Option("--require-labels", help="With --samples: refuse images without class labels.")
     ] = False,
 ) -> None:
     """Sample a run, compare with reference images, write metrics.json and report.html."""
-    from featcache.errors import UserError
     from featcache.progress import RichBar
-    from trainer.diffusion.interval import Interval
-    from trainer.evaluation import EvalRequest, evaluate_images, evaluate_run
-    from trainer.labels import Classes
+    from trainer.evaluation import evaluate_images, evaluate_run
     from trainer.runs import newest_run
-    from trainer.sampling import SampleSettings
 
-    if samples is None:
-        _refuse_typed(context, ("require_labels",), "says what to accept of --samples, which were not given")
-    elif run is not None:
+    if samples is not None and run is not None:
         raise UserError("a run and --samples were both given", remedy="Leave one of them out.")
-    else:
-        _refuse_typed(context, DRAWING, "says how to draw images, and --samples are drawn already")
-    settings = SampleSettings(
-        num=num,
-        sampler=sampler,
-        steps=steps,
-        guidance=guidance,
-        interval=None if interval is None else Interval.parse(interval),
-        classes=Classes.parse(classes),
-        pixels=pixels,
-        guided_channels=guided_channels,
-        precision=precision,
-        compile=compile_,
-        seed=seed,
-        checkpoint=step,
-        batch_size=batch_size,
-        device=device,
-        weights_dir=None if weights_dir is None else str(weights_dir),
-    )
-    request = EvalRequest(
-        settings=settings,
-        figure=figure,
-        extractor=extractor,
-        reference=reference,
-        data=data,
-        bootstrap=bootstrap,
-        metrics=tuple(m.strip() for m in metrics.split(",")) if metrics else (),
-    )
+    if samples is not None:
+        _refuse(given, DRAWING, "says how to draw images, and --samples are drawn already")
+    elif require_labels:
+        raise UserError(
+            "--require-labels says what to accept of --samples, which were not given",
+            remedy="Leave --require-labels out.",
+        )
+    drawing = {name: value for name, value in given.items() if name in options_of(SampleSettings)}
+    judging = {name: value for name, value in given.items() if name not in drawing}
+    request = from_typed(EvalRequest, judging, settings=from_typed(SampleSettings, drawing))
     with RichBar("evaluating", unit="images") as bar:
         if samples is None:
             result = evaluate_run(run or newest_run(), request, bar)
@@ -369,38 +200,25 @@ def evaluate(
 
 
 @app.command()
+@takes(AnalyzeConfig)
 def analyze(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, e.g. runs/ahpa.", show_default=False)],
+    given: Given,
     what: Annotated[
         str,
         typer.Option(
             help="gsnr, gradient-angle, router, cknna, probe, spectrum, selfsim, pca, codec (join with commas), or all."
         ),
     ] = "all",
-    samples: Annotated[
-        int | None, typer.Option(help="Samples to look at. [default: 10,000; 512 on the CPU]", min=8)
-    ] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Where the cache's images lie, for pictures. [default: decode the latents]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of samples, noise and times.")] = 0,
-    device: Device = "auto",
-    weights_dir: WeightsDir = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for any other option; repeatable.")] = None,
 ) -> None:
     """See why an alignment works: diagnostics as numbers, plots and one page. [dim]Example: trainer analyze runs/ahpa[/dim]"""
-    from trainer.analyze import DIAGNOSTICS
-    from trainer.analyze.config import AnalyzeConfig, parse_what
-    from trainer.config import apply_overrides, from_mapping
-
-    chosen = parse_what(what, tuple(DIAGNOSTICS))
-    values = {"samples": samples, "step": step, "data": data, "seed": seed, "device": device}
-    values |= {"weights_dir": None if weights_dir is None else str(weights_dir)}
-    options = from_mapping(AnalyzeConfig, apply_overrides(values, set_ or []))
     from featcache.progress import RichBar
+    from trainer.analyze import DIAGNOSTICS
     from trainer.analyze.command import analyze_runs
 
+    chosen = parse_what(what, tuple(DIAGNOSTICS))
+    options = from_mapping(AnalyzeConfig, apply_overrides(given, set_ or []))
     with RichBar("analysing", unit="diagnostics") as bar:
         pages = analyze_runs(runs, chosen, options, bar)
     for page in pages:
@@ -411,7 +229,7 @@ def analyze(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file. [default: report.html in the run; comparison.html in the first]")
+        Path | None, typer.Option(help="HTML file. \\[default: report.html in the run; comparison.html in the first]")
     ] = None,
 ) -> None:
     """Write the report of one run; of several, the same page as compare."""

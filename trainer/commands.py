@@ -12,12 +12,14 @@ from featcache.console import console, safe
 
 def import_(
     path: Annotated[Path, typer.Argument(help="Official .pt checkpoint or state dict.", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="Folder below ./runs. [default: the file's name]")] = None,
+    name: Annotated[str | None, typer.Option(help="Folder below ./runs. \\[default: the file's name]")] = None,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
-    convention: Annotated[str | None, typer.Option(help="repa, sra, sit or dit. [default: told from the file]")] = None,
+    convention: Annotated[
+        str | None, typer.Option(help="repa, sra, sit or dit. \\[default: told from the file]")
+    ] = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="Cache whose VAE and classes it was trained with. [default: ImageNet and sd-ft-ema]"),
+        typer.Option(help="Cache whose VAE and classes it was trained with. \\[default: ImageNet and sd-ft-ema]"),
     ] = None,
 ) -> None:
     """Make a run folder from an official SiT, DiT, REPA or SRA checkpoint."""
@@ -32,9 +34,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="File to write, e.g. weights.pt.", show_default=False)],
     to: Annotated[
         str | None,
-        typer.Option(help="Whose code is to load it: repa, sra, sit or dit. [default: repa, or dit for DiT]"),
+        typer.Option(help="Whose code is to load it: repa, sra, sit or dit. \\[default: repa, or dit for DiT]"),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint. [default: the latest]")] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint. \\[default: the latest]")] = None,
 ) -> None:
     """Write a run's averaged weights as a checkpoint that the public code loads."""
     from trainer.exchange import export_checkpoint
@@ -72,7 +74,7 @@ def stats(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file to write. [default: comparison.html in the first run]")
+        Path | None, typer.Option(help="HTML file to write. \\[default: comparison.html in the first run]")
     ] = None,
 ) -> None:
     """Put runs side by side in one page: curves at equal steps and equal time, same-noise sample strips."""

@@ -6,35 +6,25 @@ A key that does not exist is an error with a suggestion, never a silent default.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import math
 import re
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from featcache.errors import UserError
+from featcache.settings import Count, Index, NotNegative, Option, Positive, Share, from_mapping, settings
 
 if TYPE_CHECKING:
     from trainer.models import ModelConfig
 
-T = TypeVar("T")
-
-# Beyond these no arithmetic downstream holds: steps times the batch size counts samples in 64 bits.
-_COUNT = 2**31 - 1
-_MOST: Mapping[str, int] = {
-    **dict.fromkeys(("steps", "warmup_steps", "align_until", "log_every", "sample_every", "checkpoint_every"), _COUNT),
-    **dict.fromkeys(("batch_size", "accumulate", "keep_checkpoints", "resolution"), _COUNT),
-    "seed": 2**63 - 1,
-    "stream_gib": _COUNT,
-}
+Beta = Annotated[float, Field(ge=0, lt=1)]
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RunConfig:
     """What one training run does.
 
@@ -61,70 +51,50 @@ class RunConfig:
         the latest stay. published: figures of the paper's row, for the report.
     """
 
-    method: str = "none"
-    align: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    align_until: int | None = None
-    model: str = "SiT-B/2"
-    cache: str | None = None
-    resolution: int | None = None
+    method: Annotated[str, Option("none, repa, ahpa, ...; join several with +.")] = "none"
+    align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    align_until: Index | None = None
+    model: Annotated[str, Option("Backbone, e.g. SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2.")] = "SiT-B/2"
+    cache: Annotated[str | None, Option("Feature cache. Default: the newest fitting one below ./caches.")] = None
+    resolution: Count | None = None
     vae: str | None = None
-    name: str | None = None
+    name: Annotated[str | None, Option("Folder below ./runs. Default: from method and model.")] = None
 
     path: Literal["linear", "cosine"] = "linear"
     time_sampling: Literal["uniform", "lognormal"] = "uniform"
-    label_dropout: float = 0.1
-    qk_norm: bool = False
+    label_dropout: Share = 0.1
+    qk_norm: Annotated[bool, Option("Normalise queries and keys.", flag="--qk-norm/--no-qk-norm")] = False
 
-    steps: int = 400_000
-    batch_size: int = 256
-    accumulate: int = 1
-    lr: float = 1e-4
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip: float | None = None
-    ema_decay: float = 0.9999
+    steps: Annotated[Count, Option("Training steps.")] = 400_000
+    batch_size: Annotated[Count, Option("Global batch size.")] = 256
+    accumulate: Count = 1
+    lr: Annotated[Positive, Option("Learning rate of AdamW.")] = 1e-4
+    warmup_steps: Index = 0
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    weight_decay: NotNegative = 0.0
+    clip: Positive | None = None
+    ema_decay: Share = 0.9999
     ema_warmup: bool = False
 
-    seed: int = 0
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    attention: Literal["sdpa", "xformers"] = "sdpa"
+    seed: Annotated[Index, Option("Seed of everything random.")] = 0
+    device: Annotated[str, Option("cpu, cuda or auto.")] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Option("auto, fp32, bf16 or fp16.")] = "auto"
+    attention: Annotated[Literal["sdpa", "xformers"], Option("sdpa (torch's own, the default) or xformers.")] = "sdpa"
     compile: bool | None = None
     shard: bool = False
-    weights_dir: str | None = None
+    weights_dir: Annotated[
+        str | None, Option("Folder with pretrained weights, searched before the hub.", typed=Path, parse=str)
+    ] = None
     stream_dir: str | None = None
-    stream_gib: float | None = None
+    stream_gib: Annotated[float, Field(gt=0, le=2**31 - 1, allow_inf_nan=False)] | None = None
 
-    log_every: int = 100
-    sample_every: int = 10_000
-    checkpoint_every: int = 10_000
-    keep_checkpoints: int = 2
+    log_every: Count = 100
+    sample_every: Index = 10_000
+    checkpoint_every: Count = 10_000
+    keep_checkpoints: Count = 2
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                raise UserError(
-                    f"{key} is {getattr(self, key)}, but it must be at least 1", remedy=f"Type --set {key}=1 or more."
-                )
-        for key in ("warmup_steps", "sample_every", "align_until", "weight_decay", "seed"):
-            if (getattr(self, key) or 0) < 0:
-                raise UserError(f"{key} is {getattr(self, key)}, but it must not be negative")
-        for key, most in _MOST.items():
-            if (getattr(self, key) or 0) > most:
-                raise UserError(f"{key} is {getattr(self, key)}, but it can be {most:,} at most")
-        for key in ("label_dropout", "ema_decay"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"{key} is {getattr(self, key)}, outside [0, 1]")
-        if not self.weight_decay < math.inf:
-            raise UserError(f"weight_decay is {self.weight_decay}, but it must be finite")
-        for key in ("lr", "clip", "stream_gib"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{key} is {value}, but it must be positive and finite")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas are {self.betas}, but each must be in [0, 1)")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts",
@@ -138,7 +108,7 @@ class RunConfig:
         self._check_model()
         self._check_methods()
         if self.published:
-            from trainer.recipes import parse_published
+            from trainer.published import parse_published
 
             parse_published(self.published)
 
@@ -193,47 +163,7 @@ class RunConfig:
         """The method's own frozen configuration, validated."""
         from trainer.align import config_class
 
-        return from_mapping(config_class(method), self.align.get(method, {}), where=f"align.{method}")
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """Builds the frozen dataclass ``cls`` from plain values (YAML, ``--set``), strictly.
-
-    Raises:
-        UserError: an unknown key (with the nearest valid one), or a value of the wrong type.
-    """
-    from pydantic import ValidationError
-
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    prefix = f"{where}." if where else ""
-    clean: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            remedy = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(sorted(fields))}"
-            raise UserError(f"unknown key {prefix}{key}", remedy=remedy)
-        if hasattr(hint := _hints(cls)[key], "parse"):  # a type that reads its own values
-            clean[key] = hint.parse(value)
-            continue
-        try:
-            clean[key] = _adapter(cls, key).validate_python(value)  # type: ignore[arg-type]
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            raise UserError(f"{prefix}{key} = {value!r:.200} is not valid: {problem}") from error
-        if isinstance(value, bool) and not isinstance(clean[key], bool):  # True would pass for 1
-            raise UserError(f"{prefix}{key} = {value!r} is not valid: a number is expected")
-    return cls(**clean)
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-@functools.cache
-def _adapter(cls: type, key: str) -> Any:
-    """What validates one field; it takes longer to make than to use."""
-    from pydantic import ConfigDict, TypeAdapter
-
-    return TypeAdapter(_hints(cls)[key], config=ConfigDict(arbitrary_types_allowed=True))
+        return from_mapping(config_class(method), self.align.get(method) or {}, where=f"align.{method}")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -282,16 +212,3 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 def number(value: Any) -> Any:
     """``1e-4``, which YAML 1.1 takes for text, as the number it looks like; anything else as it is."""
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
-def to_mapping(config: RunConfig) -> dict[str, Any]:
-    """Plain values of a configuration: what ``config.yaml`` holds and :func:`from_mapping` reads back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, tuple | list):
-            return [plain(v) for v in value]
-        return value
-
-    return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}

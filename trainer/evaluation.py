@@ -19,7 +19,8 @@ from trainer.diffusion.interval import Interval
 from trainer.models import forward_flops
 from trainer.published import Sampling, parse_published
 from trainer.recipes import load_recipe_file
-from trainer.sampling import Bar, SampleRequest, SampleSettings, sample_run
+from trainer.requests import EvalRequest, SampleRequest, SampleSettings
+from trainer.sampling import Bar, sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
@@ -29,26 +30,6 @@ CPU_SAMPLES, CPU_STEPS = 512, 32
 CPU_SAMPLERS = {"sit": "ode", "dit": "ddim"}
 CPU_BUDGET_FLOPS = 20e12  # some minutes on two cores
 REFERENCE_TILES = (4, 8)  # rows, columns
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalRequest:
-    """What ``trainer eval`` was asked for.
-
-    settings: how to draw; where one is None, what the run's recipe says of its published figures, else the default of the
-    device (the module's constants). The recipe's interval goes with the recipe's guidance scale alone: with another one
-    the default is to guide at all times. The judge takes number, seed, batch size, device and weights' folder from it too.
-    figure: name of the recipe whose published figures the run is judged beside, instead of its own: drawn at that recipe's
-    step and with its sampler and evaluations on any device.
-    """
-
-    settings: SampleSettings = SampleSettings()  # noqa: RUF009 (frozen)
-    figure: str | None = None
-    extractor: str = "auto"
-    reference: str | None = None
-    data: str | None = None
-    bootstrap: int = 0
-    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

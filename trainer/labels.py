@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from featcache.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KINDS = ("balanced", "random")
 
@@ -26,14 +28,17 @@ class Classes:
         return ",".join(map(str, self.chosen)) if self.chosen else self.kind
 
     @classmethod
-    def parse(cls, text: str) -> Classes:
-        """From ``balanced``, ``random`` or a list such as ``3,7``.
+    def parse(cls, value: Classes | str) -> Classes:
+        """From ``balanced``, ``random`` or a list such as ``3,7``; what is parsed already stays.
 
         Raises:
             UserError: anything else.
         """
-        if text.strip() in KINDS:
-            return cls(text.strip())
+        if isinstance(value, Classes):
+            return value
+        text = str(value).strip()
+        if text in KINDS:
+            return cls(text)
         try:
             chosen = tuple(int(part) for part in text.split(","))
         except ValueError:
@@ -48,6 +53,8 @@ class Classes:
         Raises:
             UserError: a chosen class outside 0..num_classes-1.
         """
+        import numpy as np
+
         if self.kind == "balanced":
             return np.arange(count) % num_classes
         if self.kind == "random":

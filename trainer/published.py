@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from featcache.errors import UserError
-from trainer.config import from_mapping
-from trainer.diffusion.interval import Interval
+from featcache.settings import Count, from_mapping, settings
+from trainer.diffusion.interval import Interval, ParsedInterval
 
 METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
 
@@ -29,7 +29,7 @@ PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
 _SOURCE = re.compile(r"(?P<paper>\w+), Table (?P<table>\S+)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Sampling:
     """How the samples behind published figures were drawn; None where the paper does not say.
 
@@ -38,9 +38,9 @@ class Sampling:
     """
 
     sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
-    steps: int | None = None
+    steps: Count | None = None
     guidance: float | None = 1.0
-    interval: Interval = Interval()  # noqa: RUF009 (frozen)
+    interval: ParsedInterval = Interval()
 
     def __str__(self) -> str:
         drawn = " ".join(str(part) for part in (self.sampler, self.steps) if part is not None)
@@ -53,7 +53,7 @@ class Sampling:
         return ", ".join(part for part in (drawn, guided) if part)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Published:
     """What a paper reports for a row.
 

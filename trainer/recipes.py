@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError
-from trainer.config import RunConfig, from_mapping
+from featcache.settings import from_mapping
+from trainer.config import RunConfig
 from trainer.published import Published, parse_published
 from trainer.yaml_text import read_yaml
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from featcache.errors import CacheError, UserError, os_error
 from featcache.redact import is_redacted, redact
+from featcache.settings import from_mapping, to_mapping
 from featcache.store import files
 from trainer import locks
-from trainer.config import RunConfig, from_mapping, to_mapping
+from trainer.config import RunConfig
 
 ROOT = Path("runs")
 

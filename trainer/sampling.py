@@ -34,6 +34,7 @@ from trainer.diffusion.guidance import Guidance
 from trainer.diffusion.interval import Interval, plain
 from trainer.inference import Arithmetic, Network, applied, choose_arithmetic
 from trainer.labels import Classes
+from trainer.requests import SampleRequest
 from trainer.sample import (
     LoadedRun,
     SampleConfig,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 GROUP = 8  # samples of one arithmetic unit on the CPU
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
-FORMATS = ("npz", "wds", "png")
 
 
 class Bar(Protocol):
@@ -64,76 +64,40 @@ class Bar(Protocol):
     def note(self, text: str) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """How samples are to be drawn. A number, steps, guidance or interval of None leaves the choice to who draws.
+def sample_config(request: SampleRequest, family: str) -> SampleConfig:
+    """What decides the numbers of the samples. Raises UserError for a sampler that the family has not, or wrong steps."""
+    sampler = check_sampler(family, request.sampler)
+    sampling_times(sampler, request.steps)
+    guidance = Guidance(scale=request.guidance, interval=request.interval, channels=request.guided_channels)
+    return SampleConfig(
+        sampler=sampler,
+        steps=request.steps,
+        guidance=Guidance() if guidance.scale == 1 else guidance,  # one record for all that draw alike
+        pixels=request.pixels,
+        seed=request.seed,
+    )
 
-    sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest.
-    precision, compile: see :func:`trainer.inference.choose_arithmetic`.
+
+def file_name(request: SampleRequest) -> str:
+    """Of the images, in their folder."""
+    return f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format]
+
+
+def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic) -> str:
+    """What the samples of checkpoint ``step`` depend on, one name for equal settings: defaults are left out, and so are an
+    interval and channels of guidance where the scale is 1.
     """
-
-    num: int | None = None
-    sampler: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    interval: Interval | None = None
-    guided_channels: int | None = None
-    classes: Classes = Classes()  # noqa: RUF009 (frozen)
-    pixels: str = "round"
-    seed: int = 0
-    checkpoint: int | None = None
-    batch_size: int = 64
-    device: str = "auto"
-    weights_dir: str | None = None
-    precision: str = "auto"
-    compile: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest(SampleSettings):
-    """Settings without a gap, and what is to be written: see :class:`SampleResult`. out: None names the folder itself."""
-
-    num: int = 64
-    steps: int = 250
-    guidance: float = 1.0
-    interval: Interval = Interval()  # noqa: RUF009 (frozen)
-    format: str = "npz"
-    out: Path | None = None
-
-    def config(self, family: str) -> SampleConfig:
-        """Raises UserError for a sampler that the family of backbones has not, wrong steps, pixel rule or format."""
-        if self.pixels not in ("round", "truncate"):
-            raise UserError(f"--pixels {self.pixels!r} is not known", remedy="Type one of: round, truncate")
-        if self.format not in FORMATS:
-            raise UserError(f"--format {self.format!r} is not known", remedy=f"Type one of: {', '.join(FORMATS)}")
-        sampler = check_sampler(family, self.sampler)
-        sampling_times(sampler, self.steps)
-        guidance = Guidance(scale=self.guidance, interval=self.interval, channels=self.guided_channels)
-        return SampleConfig(
-            sampler=sampler,
-            steps=self.steps,
-            guidance=Guidance() if guidance.scale == 1 else guidance,  # one record for all that draw alike
-            pixels=self.pixels,
-            seed=self.seed,
+    parts = [f"step_{step:07d}", f"{sampler}{request.steps}", f"seed{request.seed}"]
+    if request.guidance != 1:
+        parts.append(
+            f"cfg{plain(request.guidance)}" + (f"-{request.interval}" if request.interval != Interval() else "")
         )
-
-    def file_name(self) -> str:
-        """Of the images, in their folder."""
-        return f"samples_{self.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[self.format]
-
-    def folder_name(self, step: int, sampler: str, arithmetic: Arithmetic) -> str:
-        """What the samples of checkpoint ``step`` depend on, one name for equal settings: defaults are left out, and so are
-        an interval and channels of guidance where the scale is 1.
-        """
-        parts = [f"step_{step:07d}", f"{sampler}{self.steps}", f"seed{self.seed}"]
-        if self.guidance != 1:
-            parts.append(f"cfg{plain(self.guidance)}" + (f"-{self.interval}" if self.interval != Interval() else ""))
-            parts += [f"ch{self.guided_channels}"] if self.guided_channels else []
-        parts += [_short(str(self.classes).replace(",", "_"))] if self.classes != Classes() else []
-        parts += [self.pixels] if self.pixels != "round" else []
-        parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
-        parts += ["compiled"] if arithmetic.compile else []
-        return "-".join(parts)
+        parts += [f"ch{request.guided_channels}"] if request.guided_channels else []
+    parts += [_short(str(request.classes).replace(",", "_"))] if request.classes != Classes() else []
+    parts += [request.pixels] if request.pixels != "round" else []
+    parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
+    parts += ["compiled"] if arithmetic.compile else []
+    return "-".join(parts)
 
 
 def _short(text: str, most: int = 40) -> str:
@@ -169,14 +133,14 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
     with distributed.joined(device_name) as world:
         device = world.device(device_name)
         loaded = load_run(run, step=request.checkpoint, device=str(device))
-        config = request.config(loaded.model.cfg.family)
+        config = sample_config(request, loaded.model.cfg.family)
         dataset = loaded.summary["dataset"]
         vae = load_decoder(dataset["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir).to(device)
         settings = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
-        named = run / "samples" / request.folder_name(loaded.step, config.sampler, arithmetic)
-        folder = request.out or _find_folder(named, record, request.file_name())
-        images = folder / request.file_name()
+        named = run / "samples" / folder_name(request, loaded.step, config.sampler, arithmetic)
+        folder = request.out or _find_folder(named, record, file_name(request))
+        images = folder / file_name(request)
         _check_folder(folder, record)
         with _held(folder, images, world) as wanted:
             if not wanted:

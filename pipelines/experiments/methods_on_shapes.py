@@ -293,7 +293,8 @@ class _Judge:
 
         from featcache.progress import RichBar
         from trainer.evaluate.judge import evaluate
-        from trainer.sampling import SampleRequest, sample_run
+        from trainer.requests import SampleRequest
+        from trainer.sampling import sample_run
 
         folder = run / "samples" / f"judged_{step:07d}"
         request = SampleRequest(

@@ -199,7 +199,8 @@ def _case(folder: Path) -> Path:
 
 
 def _settings() -> dict[str, Any]:
-    from trainer.config import RunConfig, to_mapping
+    from featcache.settings import to_mapping
+    from trainer.config import RunConfig
 
     published = {
         "source": "AHPA, Table 3",
@@ -254,8 +255,8 @@ def _yaml_bytes(values: dict[str, Any], rng: random.Random) -> bytes:
 
 
 def _config(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
+    from featcache.settings import to_mapping
     from trainer import runs
-    from trainer.config import to_mapping
     from trainer.evaluation import recipe_sampling
 
     case, values = _case(folder), _settings()
@@ -356,10 +357,12 @@ class _NoCache:
 
 
 def _cache_json(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
+    from featcache.settings import from_mapping
     from trainer import runs
-    from trainer.config import RunConfig, from_mapping
-    from trainer.evaluation import EvalRequest, _reference, features_layers
+    from trainer.config import RunConfig
+    from trainer.evaluation import _reference, features_layers
     from trainer.report.data import load_run
+    from trainer.requests import EvalRequest
     from trainer.sample import cache_summary, load_decoder, run_model_config
 
     case, values = _case(folder), _summary()
@@ -388,8 +391,9 @@ def _cache_json(folder: Path, rng: random.Random) -> Callable[[], Callable[[], o
 
 
 def _metrics(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
+    from featcache.settings import from_mapping
     from trainer import runs
-    from trainer.config import RunConfig, from_mapping
+    from trainer.config import RunConfig
     from trainer.evaluation import _append_metrics
     from trainer.report.data import load_run
 
@@ -420,8 +424,9 @@ def _metrics(folder: Path, rng: random.Random) -> Callable[[], Callable[[], obje
 
 
 def _log(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
+    from featcache.settings import from_mapping
     from trainer import runs
-    from trainer.config import RunConfig, from_mapping
+    from trainer.config import RunConfig
     from trainer.report.data import load_run
 
     case = _case(folder)

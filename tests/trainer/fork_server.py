@@ -17,8 +17,9 @@ import torch.utils.tensorboard
 from tiny_runs import Listener, add_nano
 
 import trainer.loop
+from featcache.settings import from_mapping
 from trainer import align
-from trainer.config import RunConfig, from_mapping
+from trainer.config import RunConfig
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -84,7 +84,7 @@ def test_several_methods_are_joined_by_plus():
         ("repa", {"features": "dinov2-b@11"}, "list"),
         ("repa", {"features": ("a@1", "a@1")}, "twice"),
         ("repa", {"depth": 0}, "at least 1"),
-        ("repa", {"depth": 4.0}, "integer"),
+        ("repa", {"depth": 4.5}, "integer"),
         ("sara", {"patch_weight": 0, "structure_weight": 0, "adversarial_weight": 0}, "nothing is aligned"),
         ("sara", {"structure_reduction": "max"}, "mean, sum"),
         ("sara", {"discriminator_norm": "layer"}, "group, batch"),

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache.errors import UserError
-from trainer.config import RunConfig, apply_overrides, from_mapping, load_recipe, to_mapping
+from featcache.settings import from_mapping, to_mapping
+from trainer.config import RunConfig, apply_overrides, load_recipe
 
 
 def parse(values: dict[str, Any] | None = None, *overrides: str) -> RunConfig:

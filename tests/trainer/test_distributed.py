@@ -16,7 +16,7 @@ import torch
 from tiny_runs import Listener, add_nano, checkpoint_files, log_of, losses, settings
 
 from featcache.errors import UserError
-from trainer.config import to_mapping
+from featcache.settings import to_mapping
 from trainer.distributed import World, join
 from trainer.loop import train
 

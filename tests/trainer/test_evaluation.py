@@ -21,21 +21,13 @@ from featcache.request import BuildRequest
 from trainer import runs
 from trainer.config import RunConfig
 from trainer.diffusion.interval import Interval
-from trainer.evaluation import (
-    EvalRequest,
-    _beside,
-    _with_defaults,
-    evaluate_images,
-    evaluate_run,
-    router_charts,
-    write_run_report,
-)
+from trainer.evaluation import _beside, _with_defaults, evaluate_images, evaluate_run, router_charts, write_run_report
 from trainer.exchange import export_checkpoint, import_checkpoint
 from trainer.loop import train
 from trainer.models import build_model
 from trainer.recipes import list_recipes, load_recipe_file
+from trainer.requests import EvalRequest, SampleSettings
 from trainer.sample import load_run, run_model_config
-from trainer.sampling import SampleSettings
 
 
 class Quiet:
@@ -297,18 +289,24 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
         sampling = recipe.published.sampling
         bar = Quiet()
         asked, as_if = _beside(recipe.name, EvalRequest(), config, bar)
-        low, high = sampling.interval
+        low, high = sampling.interval.low, sampling.interval.high
         for device, sampler, steps in (("cuda", None, 250), ("cpu", "ode", 32)):
-            drawn = _with_defaults(asked, run, as_if, device, bar)
+            drawn = _with_defaults(asked.settings, run, as_if, device, bar)
             assert (drawn.sampler, drawn.steps) == (sampling.sampler or sampler, sampling.steps or steps), recipe.name
             assert drawn.guidance == (1.0 if sampling.guidance is None else sampling.guidance), recipe.name
-            assert drawn.interval == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
+            assert str(drawn.interval) == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
         assert any("scale its paper does not give" in note for note in bar.notes) == (sampling.guidance is None)
         assert any(f"not trained as {recipe.training} says" in note for note in bar.notes), "it is a tiny run"
-    typed = EvalRequest(sampler="heun", steps=7, guidance=2.0, checkpoint=5)
+    typed = EvalRequest(settings=SampleSettings(sampler="heun", steps=7, guidance=2.0, checkpoint=5))
     asked, as_if = _beside("repa/xl2-4m-interval", typed, config, Quiet())
-    drawn = _with_defaults(asked, run, as_if, "cuda", Quiet())
-    assert (drawn.sampler, drawn.steps, drawn.guidance, drawn.interval, drawn.checkpoint) == ("heun", 7, 2.0, "0,1", 5)
+    drawn = _with_defaults(asked.settings, run, as_if, "cuda", Quiet())
+    assert (drawn.sampler, drawn.steps, drawn.guidance, str(drawn.interval), drawn.checkpoint) == (
+        "heun",
+        7,
+        2.0,
+        "0,1",
+        5,
+    )
     with pytest.raises(UserError, match="haste/b2 has no published figures"):
         _beside("haste/b2", EvalRequest(), config, Quiet())
 
@@ -326,7 +324,7 @@ def test_evaluations_beside_figures_are_reported_with_them(root: Path, tmp_path:
     with pytest.raises(UserError, match="no checkpoint at step 400000") as caught:
         evaluate_run(run, replace(ASK, figure="ahpa/b2"), Quiet())
     assert caught.value.remedy == "It has: 3; choose one with --step"
-    evaluate_run(run, replace(ASK, figure="ahpa/b2", checkpoint=3, metrics=("fid",)), Quiet())
+    evaluate_run(run, changed(replace(ASK, figure="ahpa/b2", metrics=("fid",)), checkpoint=3), Quiet())
     *_, entry = json.loads((run / "metrics.json").read_text())
     assert entry["figure"] == load_recipe_file("ahpa/b2").values["published"]
     page = (run / "report.html").read_text()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache.errors import UserError
-from trainer.config import from_mapping
+from featcache.settings import from_mapping
 from trainer.diffusion.interval import Interval
 from trainer.published import Sampling
 

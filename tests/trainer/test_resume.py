@@ -17,8 +17,9 @@ import pytest
 from tiny_runs import Listener, assert_identical, keep_only, log_of, settings
 
 from featcache.errors import CacheError, UserError
+from featcache.settings import to_mapping
 from trainer import checkpoint
-from trainer.config import RunConfig, to_mapping
+from trainer.config import RunConfig
 from trainer.loop import train
 
 STEPS = 6

@@ -152,7 +152,8 @@ def test_names_that_no_folder_can_have(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("nano")
 def test_two_evaluations_do_not_draw_into_one_folder(shapes_cache: Path, tmp_path: Path) -> None:
-    from trainer.sampling import SampleRequest, sample_run
+    from trainer.requests import SampleRequest
+    from trainer.sampling import sample_run
 
     class Quiet:
         def begin(self, name: str, total: int, done: int = 0) -> None: ...
@@ -245,8 +246,9 @@ def test_no_secret_of_a_url_is_stored_or_shown(
     """The cache behind a URL with a password and a signed query; all that lands in the run folder and on the screen."""
     import trainer.loop
     from trainer.cli import _resumed_config
-    from trainer.evaluation import EvalRequest, _reference, write_run_report
+    from trainer.evaluation import _reference, write_run_report
     from trainer.progress import RichWatcher
+    from trainer.requests import EvalRequest
 
     url = "https://someone:hunter2@host/shapes?X-Amz-Signature=deadbeef"
     opened = featcache.open(shapes_cache)

@@ -33,6 +33,7 @@ from trainer.labels import Classes
 from trainer.loop import train
 from trainer.models import model_config
 from trainer.models.transformer import ModelOutput
+from trainer.requests import SampleRequest
 from trainer.sample import (
     SampleConfig,
     check_sampler,
@@ -44,7 +45,7 @@ from trainer.sample import (
     sampling_times,
     to_uint8,
 )
-from trainer.sampling import SampleRequest, sample_run
+from trainer.sampling import sample_run
 
 
 class Quiet:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from trainer.config import RunConfig, from_mapping
+from featcache.settings import from_mapping
+from trainer.config import RunConfig
 from trainer.models.config import SIZES
 
 NANO = "SiT-Nano/2"

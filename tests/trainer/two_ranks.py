@@ -18,7 +18,8 @@ from tiny_runs import Listener, add_nano
 
 import trainer.loop
 from featcache.errors import UserError
-from trainer.config import RunConfig, from_mapping
+from featcache.settings import from_mapping
+from trainer.config import RunConfig
 from trainer.distributed import StopSignal, average_gradients, from_main, join, leave
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from featcache.errors import UserError
-from featcache.settings import Count, Index, Names, settings, suggest
+from featcache.settings import Count, Index, Names, Option, settings, suggest
 
 
 @settings
@@ -39,17 +40,19 @@ class AnalyzeConfig:
         the mean is removed first. patch: row-major index of the reference patch (None: the token that stands out most).
     """
 
-    step: Index | None = None
+    step: Annotated[Index | None, Option("Checkpoint. [default: the latest]")] = None
     weights: Literal["auto", "ema", "model"] = "auto"
     labels: Literal["null", "given"] = "null"
     block: Count | None = None
 
-    samples: Annotated[int, Field(ge=8)] | None = None
+    samples: Annotated[
+        Annotated[int, Field(ge=8)] | None, Option("Samples to look at. [default: 10,000; 512 on the CPU]")
+    ] = None
     gradient_samples: Annotated[int, Field(ge=2)] = 128
     images: Count = 3
     times: Annotated[tuple[float, ...], Field(strict=False)] = (0.1, 0.3, 0.5, 0.7, 0.9)
     bins: Count = 10
-    seed: Index = 0
+    seed: Annotated[Index, Option("Seed of the choice of samples, noise and times.")] = 0
     batch_size: Count = 32
 
     gsnr: Literal["plugin", "unbiased"] = "plugin"
@@ -68,9 +71,13 @@ class AnalyzeConfig:
     spectrum_centred: bool = True
     patch: Index | None = None
 
-    device: str = "auto"
-    data: str | None = None
-    weights_dir: str | None = None
+    device: Annotated[str, Option("cpu, cuda, cuda:N or auto.")] = "auto"
+    data: Annotated[str | None, Option("Where the cache's images lie, for pictures. [default: decode the latents]")] = (
+        None
+    )
+    weights_dir: Annotated[
+        str | None, Option("Folder with pretrained weights, searched before the hub.", typed=Path, parse=str)
+    ] = None
 
     def __post_init__(self) -> None:
         if not self.times or any(not 0 < t < 1 for t in self.times):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import PlainValidator
 
 from featcache.errors import UserError
 
@@ -53,6 +56,10 @@ class Interval:
                 f"{value!r} is not an interval LOW,HIGH", remedy="Write two numbers, for example 0,0.7."
             ) from None
         return cls(low, high)
+
+
+# A field of settings that takes whatever `Interval.parse` reads.
+ParsedInterval = Annotated[Interval, PlainValidator(Interval.parse)]
 
 
 def plain(value: float) -> str:

@@ -1,0 +1,117 @@
+"""What sampling and evaluation are asked for: each option of ``trainer sample`` and ``trainer eval`` declared once. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import PlainValidator
+
+from featcache.errors import UserError
+from featcache.settings import Count, FilePath, Index, Names, NotNegative, Option, settings
+from trainer.diffusion.interval import Interval, ParsedInterval
+from trainer.labels import Classes
+
+ParsedClasses = Annotated[Classes, PlainValidator(Classes.parse)]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@settings
+class SampleSettings:
+    """How samples are to be drawn. A number, steps, guidance or interval of None leaves the choice to who draws.
+
+    sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest.
+    precision, compile: see :func:`trainer.inference.choose_arithmetic`.
+    """
+
+    num: Annotated[Count | None, Option("Samples to judge. [default: 50,000; fewer on the CPU]")] = None
+    sampler: Annotated[
+        str | None, Option("As for sample. [default: the recipe's, else sde or ddpm; on the CPU ode or ddim]")
+    ] = None
+    steps: Annotated[Count | None, Option("Sampling steps. [default: the recipe's, else 250; 32 on the CPU]")] = None
+    guidance: Annotated[
+        NotNegative | None, Option("Classifier-free guidance scale. [default: the recipe's, else 1: none]")
+    ] = None
+    interval: Annotated[
+        ParsedInterval | None,
+        Option(
+            "Interval of t in which to guide: LOW,HIGH. [default: the recipe's at its --guidance, else 0,1]",
+            typed=str,
+            parse=Interval.parse,
+        ),
+    ] = None
+    guided_channels: Annotated[Count | None, Option("Guide only the first so many channels. [default: all]")] = None
+    classes: Annotated[
+        ParsedClasses, Option("balanced, random, or a list such as 207,360,387.", typed=str, parse=Classes.parse)
+    ] = Classes()
+    pixels: Annotated[Literal["round", "truncate"], Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = (
+        "round"
+    )
+    seed: Annotated[Index, Option("With its index it fixes a sample's noise.")] = 0
+    checkpoint: Annotated[Index | None, Option("Checkpoint. [default: the latest]", flag="--step")] = None
+    batch_size: Annotated[Count, Option("Images at once.")] = 64
+    device: Annotated[str, Option("cpu, cuda, cuda:N or auto.")] = "auto"
+    weights_dir: Annotated[
+        str | None, Option("Folder with pretrained weights, searched before the hub.", typed=Path, parse=str)
+    ] = None
+    precision: Annotated[
+        str, Option("fp32, tf32 or bf16 (autocast of the backbone); auto is tf32 on a GPU, else fp32.")
+    ] = "auto"
+    compile: Annotated[bool | None, Option("Compile the backbone. [default: on a GPU]")] = None
+
+
+@settings
+class SampleRequest(SampleSettings):
+    """Settings without a gap, and what is to be written: see :class:`trainer.sampling.SampleResult`. out: None names the
+    folder itself."""
+
+    num: Annotated[Count, Option("How many images.")] = 64
+    sampler: Annotated[str | None, Option("SiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")] = None
+    steps: Annotated[Count, Option("Sampling steps.")] = 250
+    guidance: Annotated[NotNegative, Option("Classifier-free guidance scale; 1 is none.")] = 1.0
+    interval: Annotated[
+        ParsedInterval, Option("Interval of t in which to guide: LOW,HIGH.", typed=str, parse=Interval.parse)
+    ] = Interval()
+    format: Annotated[Literal["npz", "wds", "png"], Option("npz (ADM's layout), wds (a WebDataset shard) or png.")] = (
+        "npz"
+    )
+    out: Annotated[FilePath | None, Option("Folder to write to. [default: RUN/samples/<settings>]")] = None
+
+
+@settings
+class EvalRequest:
+    """What ``trainer eval`` is asked for.
+
+    settings: how to draw; where one is None, what the run's recipe says of its published figures, else the default of the
+    device (the constants of :mod:`trainer.evaluation`). The recipe's interval goes with the recipe's guidance scale alone:
+    with another one the default is to guide at all times. The judge takes number, seed, batch size, device and weights'
+    folder from it too. figure: name of the recipe whose published figures the run is judged beside, instead of its own:
+    drawn at that recipe's step and with its sampler and evaluations on any device.
+    """
+
+    settings: SampleSettings = SampleSettings()
+    figure: Annotated[
+        str | None,
+        Option("Draw as the samples of this recipe's published figures, at its step. [default: the run's own]"),
+    ] = None
+    extractor: Annotated[
+        str, Option("inception, dinov2, embedded; auto takes inception where its weights are, else embedded.")
+    ] = "auto"
+    reference: Annotated[
+        str | None, Option("Reference images or statistics: npz or folder. [default: the cache's own images]")
+    ] = None
+    metrics: Annotated[
+        Names,
+        Option("fid,sfid,is,precision,recall,kid. [default: all of the extractor]", typed=str, parse=_names),
+    ] = ()
+    bootstrap: Annotated[Index, Option("Replicates behind 95 % intervals; 0 is none.")] = 0
+    data: Annotated[
+        str | None, Option("Where the cache's images lie. [default: $FEATCACHE_DATA, else ./data/imagenet]")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.settings.num is not None and self.settings.num < 2:
+            raise UserError(f"--num {self.settings.num} is too few to judge", remedy="Type --num 2 or more.")
