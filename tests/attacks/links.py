@@ -224,7 +224,9 @@ def run(
     names = [n for n in SCENES if available(n) and n not in ("push s3", "pull web") and (not only or n in only)]
     scenes = [lab.scene(n) for n in names]
     scenes += [scene for scene in reading.values() if not only or scene.name in only]
-    attacked = [Attacked(scene=s, places=places_of(processes, s, work)) for s in scenes]
+    found = [Attacked(scene=s, places=places_of(processes, s, work)) for s in scenes]
+    # `trainer export` writes nothing but the file that the user names.
+    attacked = [one for one in found if one.places]
     tally.notes["places"] = {a.scene.name: len(a.places) for a in attacked}
     number = first
     while number < first + count and not tally.late:

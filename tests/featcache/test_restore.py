@@ -19,6 +19,7 @@ from web_server import serve
 from featcache import remote_errors
 from featcache.errors import CacheError
 from featcache.restore import restore
+from featcache.store import locks
 from featcache.store.blocks import BLOCK_BYTES
 from featcache.store.root import read_root
 
@@ -162,3 +163,14 @@ def test_as_it_is_typed(
     failed = cli("featcache", "repair", str(damaged), "--from", str(sound))
     assert failed.returncode == 1 and "not mended" in failed.stdout and "still damaged" in failed.stdout
     assert LARGE not in read_root(damaged).features
+
+
+def test_two_repairs_of_one_cache_at_once(sound: Path, damaged: Path) -> None:
+    """The second would write into the first one's partial files."""
+    flip(damaged / "dino@9" / "c.1.0.0")
+    held = locks.lock(damaged / ".featcache/restored/lock")
+    with pytest.raises(CacheError, match="another process is repairing"):
+        restore(damaged, str(sound))
+    held.release()
+    assert restore(damaged, str(sound)).files == ("dino@9/c.1.0.0",)
+    assert tree(damaged) == tree(sound)
