@@ -480,7 +480,7 @@ class _Journal:
         self.sent: dict[str, tuple[str, str]] = {}
         if held is None:
             return
-        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._fd = files.open_to_write(path, os.O_APPEND)
         for line in os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("utf-8", "replace").splitlines():
             try:
                 name, digest, version = json.loads(line)

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -318,9 +318,15 @@ def _prepare(blocks: Path, record: dict[str, Any]) -> None:
     runs.write_text(blocks / "settings.json", json.dumps(record))
 
 
+def _new_file(path: Path) -> BinaryIO:
+    """A new file: what lies under its temporary name (of a killed process, or a link or a pipe) goes."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
 def _save_block(path: Path, pixels: np.ndarray) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with _new_file(partial) as file:
         np.save(file, pixels, allow_pickle=False)
     partial.replace(path)
 
@@ -336,7 +342,7 @@ def _write_npz(blocks: Path, npz: Path, labels: np.ndarray) -> None:
     shape = next(_block_images(blocks, len(labels))).shape[1:]
     partial = npz.with_name(f".{npz.name}.partial")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with _new_file(partial) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for block in _block_images(blocks, len(labels)):
@@ -359,7 +365,7 @@ def _write_tar(blocks: Path, path: Path, labels: np.ndarray) -> None:
     import webdataset
 
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream, webdataset.TarWriter(stream, mtime=0) as tar:
+    with _new_file(partial) as stream, webdataset.TarWriter(stream, mtime=0) as tar:
         for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
             tar.write({"__key__": f"{i:06d}", "png": png, "cls": str(label).encode()})
     partial.replace(path)

@@ -49,7 +49,7 @@ class Page(HTMLParser):
 def hostile(path: Path) -> Path:
     """A cache whose manifest is valid and says whatever it can say."""
     spec = FeatureSpec(
-        name="enc@1", shape=(16, 32), codec="int8", provenance={"weights": HOSTILE, "captions": {HOSTILE: HOSTILE}}
+        name="enc@1", shape=(16, 32), codec="int8", provenance={"weights": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}}
     )
     build(path, [*base_features(), spec])
     manifest = read_root(path)
@@ -58,8 +58,8 @@ def hostile(path: Path) -> Path:
         name=HOSTILE,
         source=f"https://ann:secret@host/{HOSTILE}",
         class_names=(HOSTILE,) * 3,
-        preprocessing={"resolution": HOSTILE, "crop": {"x": HOSTILE}},
-        vae={"name": HOSTILE},
+        preprocessing={"note": {"x": HOSTILE}, "crop": HOSTILE},
+        vae={"name": HOSTILE, "latent_channels": 4, "downsampling": 8, "scaling_factor": 1, "shift_factor": 0},
     )
     odd = replace(
         manifest, dataset=dataset, versions={HOSTILE: HOSTILE}, skipped=(Skipped(slot=0, key=HOSTILE, reason=HOSTILE),)

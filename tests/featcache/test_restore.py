@@ -174,3 +174,19 @@ def test_two_repairs_of_one_cache_at_once(sound: Path, damaged: Path) -> None:
     held.release()
     assert restore(damaged, str(sound)).files == ("dino@9/c.1.0.0",)
     assert tree(damaged) == tree(sound)
+
+
+def test_pipes_and_folders_in_place_of_files(sound: Path, damaged: Path) -> None:
+    """Nothing waits for a pipe; a folder in the way is named."""
+    shard = damaged / "dino@9" / "c.1.0.0"
+    shard.unlink()
+    os.mkfifo(shard)
+    partial = damaged / ".featcache/restored/dino@9+c.1.0.0.fetched"
+    for make in (os.mkfifo, Path.mkdir):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        make(partial)
+        with pytest.raises(CacheError, match=r"fetched (is not a file|could not be written)"):
+            restore(damaged, str(sound))
+        partial.unlink() if partial.is_fifo() else partial.rmdir()
+    assert restore(damaged, str(sound)).files == ("dino@9/c.1.0.0",)
+    assert tree(damaged) == tree(sound)
