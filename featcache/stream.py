@@ -26,19 +26,20 @@ import numpy as np
 
 from featcache.console import errors, safe
 from featcache.errors import CacheError
-from featcache.fetch import TRIES, is_missing, read_blocks, read_checksums, verified_blocks, wanted
+from featcache.fetch import TRIES, verified_blocks, wanted
 from featcache.reader import Cache
-from featcache.remote import Location, Missing, open_location
+from featcache.remote import open_location
 from featcache.share import require_authentic, required_root
 from featcache.store import blocks as hashes
 from featcache.store import wds
 from featcache.store.backends import ShardFile
 from featcache.store.blocks import BlockHasher, ShardBlocks
-from featcache.store.layout import index_bytes, sample_bytes, shard_name, shard_samples
+from featcache.store.contents import ShardFileEntry, array_files, read_blocks, read_checksums
+from featcache.store.layout import index_bytes, sample_bytes, shard_samples
 from featcache.store.manifest import Manifest
+from featcache.store.places import Location, Missing, is_missing
 from featcache.store.root import root_bytes
 from featcache.store.shards import decompress, parse_index
-from featcache.store.verify import ShardFileEntry
 
 DEFAULT_CACHE_BYTES = 10 << 30
 # Up to this length a shard without hashes of its blocks is fetched whole, to be checked.
@@ -272,16 +273,6 @@ class RemoteBackend:
         self._whole: dict[str, ShardBlocks] = {}
         self._lock = threading.RLock()
 
-    def _entry(self, array: str, shard: int) -> ShardFileEntry:
-        manifest = self.manifest
-        dtype, shape = manifest.arrays[array]
-        n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
-        if self._layout is not None:
-            return ShardFileEntry(wds.tar_name(shard), (), array, shard, self._layout.tar_bytes(n))
-        whole = n * sample_bytes(dtype, shape) + index_bytes(manifest.shard_size)
-        n_bytes = whole if manifest.compressor is None else None
-        return ShardFileEntry(f"{array}/{shard_name(shard, len(shape))}", (), array, shard, n_bytes)
-
     def _file(self, entry: ShardFileEntry) -> _RemoteFile:
         """The file of an entry, with what its bytes are to be checked against."""
         manifest = self.manifest
@@ -307,7 +298,7 @@ class RemoteBackend:
         dtype, shape = manifest.arrays[array]
         length = sample_bytes(dtype, shape)
         n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
-        file = self._file(self._entry(array, shard))
+        file = self._file(next(array_files(manifest, array, [shard])))
         if self._layout is not None:
             return _RemoteShard(file, length, self._layout.data_offset(array), self._layout.stride)
         tail = index_bytes(manifest.shard_size)

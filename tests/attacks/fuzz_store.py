@@ -28,12 +28,12 @@ from featcache import remote
 from featcache.errors import CacheError, UserError
 from featcache.share import list_remote, pull, verify_remote
 from featcache.store import CacheWriter, files
+from featcache.store.contents import parse_checksums
 from featcache.store.manage import collect_garbage, list_caches
 from featcache.store.manifest import manifest_from_json
 from featcache.store.root import parse_root, root_bytes
 from featcache.store.shards import decompress, encode_shard, parse_index
 from featcache.store.verify import verify
-from featcache.store.writer import parse_checksums
 from tests.attacks.campaign import dice, fingerprint
 from tests.attacks.mutate import LEAVES, change_bytes, change_json, change_value, dump
 from tests.attacks.scenes import values_of
