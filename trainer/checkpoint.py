@@ -85,6 +85,9 @@ def save_checkpoint(
     partial = final.with_name(f".{final.name}.partial")
     try:
         _clear(final)
+        for path in (run / "log.jsonl", run):  # what the log says of the steps before is there when the checkpoint is
+            if path.exists():
+                _sync(path)
         _write(partial, tensors, {"step": step, **state})
         partial.rename(final)
         _sync(final.parent)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError
+from featcache.store import files
 from trainer import checkpoint, runs
 from trainer.config import RunConfig
 
@@ -83,18 +85,22 @@ def import_checkpoint(
     summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
     if cache is not None:
         summary = _summary_of(cache, features["vae/moments"]["shape"])
-    try:
-        run.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{run} exists already", remedy="Type --name with another name.") from None
-    runs.write_text(run / "cache.json", json.dumps(summary, indent=1))
-    runs.save_config(run, config)
+    if os.path.lexists(run):
+        raise UserError(f"{run} exists already", remedy="Type --name with another name.")
+    # Under another name until it is whole, so that an import that was killed can be repeated.
+    partial = run.with_name(f".{run.name}.importing")
+    files.remove_tree(partial)
+    files.make_directory(partial)
+    runs.write_text(partial / "cache.json", json.dumps(summary, indent=1))
+    runs.save_config(partial, config)
     state = {
         "model": imported.name,
         "method": "none",
         "imported": {"file": path.name, "convention": imported.convention, "weights": imported.weights},
     }
-    checkpoint.save_checkpoint(run, imported.step or 0, {"ema": imported.state}, state, keep=1)
+    checkpoint.save_checkpoint(partial, imported.step or 0, {"ema": imported.state}, state, keep=1)
+    partial.rename(run)
+    files.fsync_directory(run.parent)
     return run
 
 

@@ -29,6 +29,7 @@ from torch import nn
 
 from featcache.build import pick_device
 from featcache.errors import UserError
+from featcache.store import files
 from trainer import distributed, locks, runs
 from trainer.diffusion.guidance import Guidance
 from trainer.diffusion.interval import Interval, plain
@@ -176,14 +177,17 @@ def _held(folder: Path, images: Path, world: distributed.World) -> Iterator[bool
     Raises:
         UserError: another process draws into it.
     """
-    if not distributed.from_main(not images.exists()):
+    if not distributed.from_main(not images.exists() or (folder / "blocks").exists()):
         yield False
         return
     remedy = (
         "Wait until it has ended: what it has drawn by then is used. Or draw to another folder: trainer sample --out."
     )
     with locks.hold(folder, "sampling", remedy=remedy) if world.is_main else nullcontext():
-        yield distributed.from_main(not images.exists())  # it may have been finished before we held it
+        wanted = distributed.from_main(not images.exists())  # it may have been finished before we held it
+        if world.is_main and not wanted:
+            _clear_up(folder)
+        yield wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,15 +224,24 @@ def _draw_to(
     _draw_blocks(blocks, draw, missing[world.rank :: world.size], bar if world.is_main else None, world.size)
     distributed.barrier()
     if world.is_main:
-        write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
-        write(blocks, images, draw.labels[: draw.num])
         pixels = class_grid(
             draw.network, draw.vae, transport=draw.transport, seed=draw.config.seed, config=draw.config, unit=draw.unit
         )
         save_png(pixels, folder / "grid.png")
         runs.write_text(folder / "settings.json", json.dumps(record, indent=1))
-        shutil.rmtree(blocks)
+        # Last: where the images are, nothing is missing.
+        write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
+        write(blocks, images, draw.labels[: draw.num])
+        _clear_up(folder)
     distributed.barrier()
+
+
+def _clear_up(folder: Path) -> None:
+    """Takes away what drew the images, and temporary files of killed processes; the caller holds the folder."""
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
+    for path in folder.iterdir():
+        if files.part_of(path.name) in ("grid.png", "settings.json"):
+            path.unlink()
 
 
 def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | None, ranks: int) -> None:
