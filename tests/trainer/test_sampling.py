@@ -123,6 +123,22 @@ def test_a_cut_job_goes_on_where_it_stopped(runs_root: Path, tmp_path: Path, mon
     again = sample_run(runs_root / "sit", request(out=tmp_path / "cut"), Quiet())
     assert calls == ["000000.npy", "000001.npy", "000001.npy", "000002.npy"]
     assert again.images.read_bytes() == whole
+    # Killed when the images were there: what drew them goes. Before that, nothing counts as finished.
+    (tmp_path / "cut" / "blocks").mkdir()
+    (tmp_path / "cut" / "grid.png.0123456789abcdef.part").write_bytes(b"half")
+    sample_run(runs_root / "sit", request(out=tmp_path / "cut"), Quiet())
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    again.grid.unlink()
+    again.images.unlink()
+    monkeypatch.setattr(sampling, "_save_block", saved)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sampling, "save_png", stops)
+        sample_run(runs_root / "sit", request(out=tmp_path / "cut"), Quiet())
+    assert not again.images.exists()
 
 
 def test_two_ranks_and_a_killed_job_give_the_same_bytes(runs_root: Path, tmp_path: Path) -> None:
