@@ -142,6 +142,8 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         folder = request.out or _find_folder(named, record, file_name(request))
         images = folder / file_name(request)
         _check_folder(folder, record)
+        whole_blocks = -(-request.num // BLOCK) * BLOCK
+        labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
         with _held(folder, images, world) as wanted:
             if not wanted:
                 return _result(images, folder, loaded, settings, request)
@@ -150,9 +152,7 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
                 vae=vae,
                 config=config,
                 transport=loaded.transport,
-                labels=request.classes.labels(
-                    -(-request.num // BLOCK) * BLOCK, len(loaded.class_names), seed=request.seed
-                ),
+                labels=labels,
                 num=request.num,
                 unit=_unit(device, request.batch_size),
             )

@@ -324,7 +324,9 @@ def test_one_row_reads_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_overview_imports_nothing_heavy() -> None:
-    code = "from trainer.recipe_pages import page; import sys; page('', 80); print(*{'torch', 'numpy'} & {*sys.modules})"
+    code = (
+        "from trainer.recipe_pages import page; import sys; page('', 80); print(*{'torch', 'numpy'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
