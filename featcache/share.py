@@ -281,7 +281,8 @@ def download(
 
     Raises `CacheError` if it cannot be had or its bytes are wrong, twice.
     """
-    for attempt in range(2):
+    attempt = 0
+    while True:
         try:
             with files.atomic_stream(target) as stream:
                 for start in range(0, size, PIECE_BYTES):
@@ -296,7 +297,8 @@ def download(
         except Missing as error:
             raise CacheError(f"{place.url}/{name} is missing") from error
         except _WrongBytes as error:
-            if attempt:
+            attempt += 1
+            if attempt == 2:
                 raise CacheError(
                     f"{place.url}/{name} is damaged: its bytes do not match the recorded SHA-256",
                     remedy="tell whoever shares the cache; featcache verify checks it at its source",
@@ -515,15 +517,15 @@ def verify_remote(
             recorded[array] = _read_checksums(place, manifest, array)
         except CacheError as error:
             problem(checksums_path(manifest, array), error.what)
-    for name, digest in checksum_files(manifest, set(chosen.arrays) & set(manifest.blocks)).items():
+    for name, expected in checksum_files(manifest, set(chosen.arrays) & set(manifest.blocks)).items():
         if Path(name).name != BLOCKS:
             continue
         try:
             size = place.size(name)
-            whole = size <= MAX_BLOCKS_BYTES and remote_sha256(place, name, size) == digest
+            same = size <= MAX_BLOCKS_BYTES and remote_sha256(place, name, size) == expected
         except Missing:
-            whole = False
-        if not whole:
+            same = False
+        if not same:
             problem(name, "missing, or not the file that the manifest names")
 
     found: list[tuple[ShardFileEntry, str | None, int]] = []

@@ -332,10 +332,11 @@ def repair_metadata(path: str | Path) -> list[str]:
                 found = vouched_for(path, manifest, array, range(manifest.n_shards))
                 hashes = [found[shard] for shard in range(manifest.n_shards)]
             except CacheError:
-                hashes = [_hashes(path, shard, with_blocks=True)[0] for shard in _names_of(manifest, array)]
-                if None in hashes:
+                there = [_hashes(path, shard, with_blocks=True)[0] for shard in _names_of(manifest, array)]
+                hashes = [each for each in there if each is not None]
+                if len(hashes) < len(there):
                     continue
-            data = _checksum_file(manifest, array, name, [h for h in hashes if h is not None])
+            data = _checksum_file(manifest, array, name, hashes)
             if hashlib.sha256(data).hexdigest() == checksum_files(manifest, [array])[name]:
                 files.atomic_write(files.inside(path, name), [data])
                 rewritten.append(name)
