@@ -352,21 +352,23 @@ def parse_build(line: str) -> BuildLine:
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise UserError(f"{line!r} is not a featcache build line: {error}") from error
+        raise UserError(f"{line!r:.200} is not a featcache build line: {error}") from error
     if words[:2] != ["featcache", "build"]:
-        raise UserError(f"{line!r} is not a featcache build line", remedy="Begin it with: featcache build")
+        raise UserError(f"{line!r:.200} is not a featcache build line", remedy="Begin it with: featcache build")
     command: Any = typer.main.get_command(app)
     try:
         options = command.commands["build"].make_context("build", words[2:]).params
     except Exception as error:
         if not hasattr(error, "show"):  # not a usage error of typer's parser, whose classes it does not export
             raise
-        raise UserError(f"{line!r}: {error}") from error
+        raise UserError(f"{line!r:.200}: {error!s:.300}") from error
     features = ["vae/moments", "label", *(f"vae/{level}" for level in parse_levels(options["vae_levels"]))]
     encoders = parse_encoders(options["encoder"] or [])
     for choice in encoders:
         if not choice.layers:
-            raise UserError(f"{line!r} leaves the layers of {choice.name} open", remedy="Write them, e.g. dinov2-b@11.")
+            raise UserError(
+                f"{line!r:.200} leaves the layers of {choice.name} open", remedy="Write them, e.g. dinov2-b@11."
+            )
         features += [f"{choice.name}@{layer}" for layer in choice.layers]
     return BuildLine(
         features=tuple(features),
