@@ -359,7 +359,7 @@ def _trained_path(options: Mapping[str, Any], path: Path) -> str:
     given, predicted = str(options.get("path_type") or "linear"), str(options.get("prediction") or "v")
     if given.lower() not in names or predicted not in ("v", "velocity"):
         raise UserError(
-            f"{path} was trained with path {given!r} and prediction {predicted!r}; only velocity models on "
+            f"{path} was trained with path {given!r:.80} and prediction {predicted!r:.80}; only velocity models on "
             "the linear and the cosine (GVP) path can be imported."
         )
     return names[given.lower()]

@@ -45,7 +45,7 @@ from trainer.sample import (
     sampling_times,
     to_uint8,
 )
-from trainer.sampling import sample_run
+from trainer.sampling import folder_name, sample_run
 
 
 class Quiet:
@@ -402,7 +402,7 @@ def test_samples_under_an_interval_as_once_typed_are_found_and_continued(
 def test_long_lists_of_classes_have_folders_of_their_own() -> None:
     arithmetic = sampling.Arithmetic()
     one, two = (
-        request(classes=Classes("chosen", (*range(100, 130), last))).folder_name(1, "ode", arithmetic)
+        folder_name(request(classes=Classes("chosen", (*range(100, 130), last))), 1, "ode", arithmetic)
         for last in (1, 2)
     )
     assert one != two and len(one) < 80
