@@ -36,7 +36,9 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run, by rising step. Raises UserError for a link in their place."""
+    """Complete checkpoints of a run, by rising step; raises `UserError` where their folder is a link, which would have
+    those of another run removed as old ones.
+    """
     folder = files.inside(run, "checkpoints")
     try:
         found = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))] if folder.is_dir() else []
@@ -77,6 +79,7 @@ def save_checkpoint(
     from safetensors import SafetensorError
 
     final = checkpoint_path(run, step)
+    files.inside(run, "checkpoints")
     if (final / "state.json").is_file():
         return final
     partial = final.with_name(f".{final.name}.partial")

@@ -237,7 +237,9 @@ def _draw_to(
     _draw_blocks(blocks, draw, missing[world.rank :: world.size], bar if world.is_main else None, world.size)
     distributed.barrier()
     if world.is_main:
-        runs.write_text(folder / "settings.json", json.dumps(record, indent=1))  # before what would be taken for others'
+        runs.write_text(
+            folder / "settings.json", json.dumps(record, indent=1)
+        )  # before what would be taken for others'
         if not images.exists():
             write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
             write(blocks, images, draw.labels[: draw.num])

@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Collection, Iterator, Sequence
@@ -473,24 +474,32 @@ def names_in(path: Path) -> list[str]:
         raise explain(error, path, "read") from error
 
 
-def open_to_read(path: Path) -> int:
+def open_regular(path: Path, flags: int, *, remedy: str) -> int:
     """A descriptor of a regular file. Neither follows a link in the last place nor waits for anything (a pipe).
 
-    Raises `CacheError` if it cannot be read or is something else.
+    Raises `OSError` as `os.open` does, `CacheError` if it is something else.
     """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CacheError(f"{path} is not a file", remedy=remedy)
+    return fd
+
+
+def open_to_read(path: Path) -> int:
+    """`open_regular` for reading; raises `CacheError` if that cannot be."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+        return open_regular(path, os.O_RDONLY, remedy=_READ_REMEDY)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise explain(error, path) from error
         raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=_READ_REMEDY) from error
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CacheError(f"{path} is not a file", remedy=_READ_REMEDY)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+
+
+def open_to_write(path: Path, flags: int = 0) -> int:
+    """`open_regular` for reading and writing, made if it is not there; raises `CacheError` if that cannot be."""
+    with explained(path, "written"):
+        return open_regular(path, os.O_RDWR | os.O_CREAT | flags, remedy=f"remove it: rm -r {shlex.quote(str(path))}")
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
