@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -38,17 +39,26 @@ Given = dict[str, Any]
 """What was typed of a command's options: name of the field -> value. Options that were not typed are absent."""
 
 
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def number(value: object) -> object:
+    """``1e-4``, which YAML 1.1 takes for text, as the number it looks like; anything else as it is."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
 def _whole(value: object) -> object:
     """``4e5``, which is how people write it, as the whole number it is."""
+    value = number(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # Beyond these no arithmetic downstream holds: steps times the batch size counts samples in 64 bits.
 Count = Annotated[int, Field(ge=1, le=2**31 - 1), pydantic.BeforeValidator(_whole)]
 Index = Annotated[int, Field(ge=0, le=2**63 - 1), pydantic.BeforeValidator(_whole)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1), pydantic.BeforeValidator(number)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), pydantic.BeforeValidator(number)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), pydantic.BeforeValidator(number)]
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -123,10 +133,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in fields:
-            near = suggest(key, [prefix + name for name in fields], shown=f"{prefix}{key}")
-            raise UserError(
-                f"unknown key {prefix}{key}", remedy=near.strip() or f"Valid keys: {', '.join(sorted(fields))}"
-            )
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(sorted(fields))}"
+            raise UserError(f"unknown key {prefix}{key!s:.80}", remedy=remedy)
     try:
         return cls(**values)
     except UserError as error:

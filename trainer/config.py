@@ -6,7 +6,6 @@ A key that does not exist is an error with a suggestion, never a silent default.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from featcache.errors import UserError
-from featcache.settings import Count, Index, NotNegative, Option, Positive, Share, from_mapping, settings
+from featcache.settings import Count, Index, NotNegative, Option, Positive, Share, from_mapping, number, settings
 
 if TYPE_CHECKING:
     from trainer.models import ModelConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 @settings
@@ -207,8 +205,3 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             node = node[parent]
         node[leaf] = number(parse_yaml(text, f"the value of --set {override!r:.200}"))
     return result
-
-
-def number(value: Any) -> Any:
-    """``1e-4``, which YAML 1.1 takes for text, as the number it looks like; anything else as it is."""
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError
 from featcache.store import files
-from trainer import checkpoint, runs
+from trainer import checkpoint, locks, runs
 from trainer.config import RunConfig
 
 # What the public checkpoints were all trained on; the VAE's weights are checked only where a hash is known.
@@ -85,22 +84,19 @@ def import_checkpoint(
     summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
     if cache is not None:
         summary = _summary_of(cache, features["vae/moments"]["shape"])
-    if os.path.lexists(run):
-        raise UserError(f"{run} exists already", remedy="Type --name with another name.")
-    # Under another name until it is whole, so that an import that was killed can be repeated.
-    partial = run.with_name(f".{run.name}.importing")
-    files.remove_tree(partial)
-    files.make_directory(partial)
-    runs.write_text(partial / "cache.json", json.dumps(summary, indent=1))
-    runs.save_config(partial, config)
     state = {
         "model": imported.name,
         "method": "none",
         "imported": {"file": path.name, "convention": imported.convention, "weights": imported.weights},
     }
-    checkpoint.save_checkpoint(partial, imported.step or 0, {"ema": imported.state}, state, keep=1)
-    partial.rename(run)
-    files.fsync_directory(run.parent)
+    with locks.waiting(run.parent, f"{run.name}.import"):
+        if run.exists() or run.is_symlink():
+            raise UserError(f"{run} exists already", remedy="Type --name with another name.")
+        files.remove_parts(run.parent, of=[run.name])
+        with files.atomic_directory(run) as folder:
+            checkpoint.save_checkpoint(folder, imported.step or 0, {"ema": imported.state}, state, keep=1)
+            runs.write_text(folder / "cache.json", json.dumps(summary, indent=1))
+            runs.save_config(folder, config)
     return run
 
 
@@ -116,7 +112,7 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
     at, folder = checkpoint.find_checkpoint(run, step)
-    raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").is_file() else None
+    raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}
     config = runs.load_config(run)
     ema = checkpoint.load_tensors(folder, "ema")

@@ -78,6 +78,26 @@ class CheckpointState(TypedDict):
     scaler: NotRequired[dict[_Text, _Finite]]
 
 
+_Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"\A[^/\x00]+\Z")]  # of a file beside
+
+
+class Diagnostic(TypedDict):
+    """``<what>.json`` of the diagnostics."""
+
+    plots: list[_Stem]
+
+
+class _Compared(TypedDict):
+    plots: dict[_Stem, Any]
+
+
+class Comparison(TypedDict):
+    """``comparison.json`` of the diagnostics."""
+
+    compared: list[_Text]
+    diagnostics: dict[_Text, _Compared]
+
+
 def check(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
     """``value`` itself, once it is known to fit.
 

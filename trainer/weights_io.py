@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.store import files
+from trainer import locks
 from trainer.checkpoint import REAL_DTYPES
 from trainer.models.blocks import sincos_positions, time_frequencies
 from trainer.models.config import SIZES, ModelConfig
@@ -185,7 +187,13 @@ def export_official(
         content["args"]["path_type"] = names.get(interpolant, interpolant)
     if step is not None:
         content["steps"] = step
-    torch.save(content, path)
+    try:
+        with locks.alone(path), files.atomic_file(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's, in the place of what the disk said
+        if isinstance(error.__context__, OSError):
+            raise files.explain(error.__context__, path) from error
+        raise
     return path
 
 
@@ -351,7 +359,7 @@ def _trained_path(options: Mapping[str, Any], path: Path) -> str:
     given, predicted = str(options.get("path_type") or "linear"), str(options.get("prediction") or "v")
     if given.lower() not in names or predicted not in ("v", "velocity"):
         raise UserError(
-            f"{path} was trained with path {given!r} and prediction {predicted!r}; only velocity models on "
+            f"{path} was trained with path {given!r:.80} and prediction {predicted!r:.80}; only velocity models on "
             "the linear and the cosine (GVP) path can be imported."
         )
     return names[given.lower()]

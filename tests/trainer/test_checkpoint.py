@@ -120,12 +120,3 @@ def test_another_module_s_state_is_an_error(tmp_path: Path) -> None:
     path = checkpoint.save_checkpoint(tmp_path, 1, {"alignment": {"x": torch.zeros(2)}}, {}, keep=1)
     with pytest.raises(UserError, match="does not fit this run"):
         checkpoint.load_module(nn.Linear(2, 2), path, "alignment")
-
-
-def test_the_log_is_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes on after a loss of power has the lines of all steps up to its checkpoint."""
-    synced: list[str] = []
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: synced.append(path.name))
-    (tmp_path / "log.jsonl").write_text("{}\n")
-    save(tmp_path, 1)
-    assert synced.index("log.jsonl") < synced.index("state.json")

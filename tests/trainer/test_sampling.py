@@ -46,7 +46,7 @@ from trainer.sample import (
     sampling_times,
     to_uint8,
 )
-from trainer.sampling import sample_run
+from trainer.sampling import folder_name, sample_run
 
 
 class Quiet:
@@ -123,22 +123,6 @@ def test_a_cut_job_goes_on_where_it_stopped(runs_root: Path, tmp_path: Path, mon
     again = sample_run(runs_root / "sit", request(out=tmp_path / "cut"), Quiet())
     assert calls == ["000000.npy", "000001.npy", "000001.npy", "000002.npy"]
     assert again.images.read_bytes() == whole
-    # Killed when the images were there: what drew them goes. Before that, nothing counts as finished.
-    (tmp_path / "cut" / "blocks").mkdir()
-    (tmp_path / "cut" / "grid.png.0123456789abcdef.part").write_bytes(b"half")
-    sample_run(runs_root / "sit", request(out=tmp_path / "cut"), Quiet())
-    assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
-
-    def stops(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    again.grid.unlink()
-    again.images.unlink()
-    monkeypatch.setattr(sampling, "_save_block", saved)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sampling, "save_png", stops)
-        sample_run(runs_root / "sit", request(out=tmp_path / "cut"), Quiet())
-    assert not again.images.exists()
 
 
 def test_two_ranks_and_a_killed_job_give_the_same_bytes(runs_root: Path, tmp_path: Path) -> None:
@@ -426,7 +410,7 @@ def test_samples_under_an_interval_as_once_typed_are_found_and_continued(
 def test_long_lists_of_classes_have_folders_of_their_own() -> None:
     arithmetic = sampling.Arithmetic()
     one, two = (
-        request(classes=Classes("chosen", (*range(100, 130), last))).folder_name(1, "ode", arithmetic)
+        folder_name(request(classes=Classes("chosen", (*range(100, 130), last))), 1, "ode", arithmetic)
         for last in (1, 2)
     )
     assert one != two and len(one) < 80

@@ -13,7 +13,8 @@ import torch
 
 from featcache.build import pick_device
 from featcache.errors import UserError
-from trainer import runs
+from featcache.store import files
+from trainer import locks, runs, schemas
 from trainer.analyze import DIAGNOSTICS, diagnostic, draw, page
 from trainer.analyze.config import AnalyzeConfig
 from trainer.analyze.result import NotApplicable, Result
@@ -74,7 +75,8 @@ def analyze_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
     for skipped in unfit:
         progress.note(f"skipped: {skipped.what}")
     if len(done) > 1:
-        pages.insert(0, _compare(done[0] / "analysis", by_run, [f"{p} {s}" for p, s in zip(done, steps)]))
+        with _writing(done[0]) as folder:
+            pages.insert(0, _compare(folder, by_run, [f"{p} {s}" for p, s in zip(done, steps)]))
     for path in done:
         write_run_report([path])
     return pages
@@ -104,51 +106,67 @@ def _analyze(
             left_out[name] = error.what
         progress.advance(1)
     subject = next(iter(subjects.values()))
-    folder = path / "analysis"
-    folder.mkdir(parents=True, exist_ok=True)
     about = {
         "name": runs.display_name(path),
         "step": subject.step,
         "method": subject.config.method,
         "model": subject.config.model,
     }
-    for name in what:
-        _remove(folder, name)
-    for result, _ in results:
-        page.write_table(result, folder, about)
-        for plot in result.plots:
-            draw.save(plot.drawing, folder / plot.name)
-    out = folder / "index.html"
     title = f"Diagnostics of {about['name']}"
-    runs.write_text(out, page.run_page(title, _lead(subject), results, left_out, _read(out)))
+    with _writing(path) as folder:
+        out = folder / "index.html"
+        for name in what:
+            _remove(folder, name)
+        for result, _ in results:
+            page.write_table(result, folder, about)
+            for plot in result.plots:
+                draw.save(plot.drawing, folder / plot.name)
+        runs.write_text(out, page.run_page(title, _lead(subject), results, left_out, runs.read_page(out)))
     return out, [result for result, _ in results], subject.step
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+@contextlib.contextmanager
+def _writing(run: Path) -> Iterator[Path]:
+    """The folder of a run's diagnostics, for one process at a time: what another has written meanwhile is added to.
+
+    Raises:
+        UserError: it cannot be written to, or is a link.
+    """
+    folder = files.inside(run, "analysis")
+    with locks.waiting(folder, "writing"):
+        files.remove_parts(folder)
+        yield folder
 
 
 def _remove(folder: Path, what: str) -> None:
     """Deletes what an earlier call wrote for one diagnostic: it may have drawn plots that the new one does not."""
-    try:
-        drawn = json.loads((folder / f"{what}.json").read_text()).get("plots", [])
-    except (OSError, json.JSONDecodeError):
-        drawn = []
-    _remove_plots(folder, drawn)
+    _remove_plots(folder, _earlier(folder / f"{what}.json", schemas.Diagnostic).get("plots", ()))
     for kind in ("json", "csv"):
-        (folder / f"{what}.{kind}").unlink(missing_ok=True)
+        files.remove_file(folder / f"{what}.{kind}")
+
+
+def _earlier(path: Path, schema: Any) -> dict[str, Any]:
+    """What an earlier call wrote; nothing where it is not what one writes."""
+    try:
+        found: dict[str, Any] = schemas.check(runs.read_json(path, {}), schema, path, remedy="")
+    except UserError:
+        return {}
+    return found
 
 
 def _remove_plots(folder: Path, stems: Iterable[str]) -> None:
     for stem in stems:
         for kind in ("svg", "png"):
-            (folder / f"{Path(stem).name}.{kind}").unlink(missing_ok=True)
+            files.remove_file(folder / f"{stem}.{kind}")
 
 
 def _compare(folder: Path, by_run: Mapping[str, Sequence[Result]], compared: Sequence[str]) -> Path:
-    """Writes ``comparison.html``, its plots, and its lines as ``comparison.json`` into the first run's folder."""
+    """Writes ``comparison.html``, its plots, and its lines as ``comparison.json`` into the first run's folder.
+
+    The caller holds the folder.
+    """
     out, table = folder / "comparison.html", folder / "comparison.json"
-    old = runs.read_json(table, {})
+    old = _earlier(table, schemas.Comparison)
     same = old.get("compared") == list(compared)
     new = page.comparison_numbers(by_run)
     for what, found in old.get("diagnostics", {}).items():
@@ -162,7 +180,7 @@ def _compare(folder: Path, by_run: Mapping[str, Sequence[Result]], compared: Seq
     runs.write_text(table, json.dumps(document, indent=1) + "\n")
     title = "Diagnostics of " + ", ".join(by_run)
     lead = "The same samples, noise and timesteps for every run."
-    runs.write_text(out, page.comparison_page(title, lead, by_run, _read(out) if same else ""))
+    runs.write_text(out, page.comparison_page(title, lead, by_run, runs.read_page(out) if same else ""))
     return out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.store import files
 from trainer.analyze.result import Matrix, Strips
 from trainer.report.charts import Chart
 
@@ -21,7 +22,9 @@ SETTINGS: dict[Any, Any] = {
 
 
 def save(drawing: Chart | Strips | Matrix, stem: Path) -> list[Path]:
-    """Write ``stem.svg`` and ``stem.png`` (150 dots an inch)."""
+    """Write ``stem.svg`` and ``stem.png`` (150 dots an inch). Raises UserError if the disk refuses."""
+    import io
+
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,7 +42,9 @@ def save(drawing: Chart | Strips | Matrix, stem: Path) -> list[Path]:
         for kind in ("svg", "png"):
             path = stem.with_suffix(f".{kind}")
             metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-            figure.savefig(path, dpi=150, metadata=metadata)
+            picture = io.BytesIO()
+            figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
+            files.atomic_write(path, [picture.getbuffer()], durable=False)
             paths.append(path)
     return paths
 

@@ -192,9 +192,9 @@ def report_section(page: Path, link: str) -> str:
 
     link: the page as seen from the report.
     """
-    if not page.is_file():
-        return ""
-    parts = {key: html for key, html in _parts(page.read_text(encoding="utf-8")).items() if key[0] == "brief"}
+    from trainer.runs import read_page
+
+    parts = {key: html for key, html in _parts(read_page(page)).items() if key[0] == "brief"}
     more = f'<p><a href="{escape(link)}">All plots and numbers of the diagnostics</a></p>'
     return f"<style>{PLOT_STYLE}</style>{''.join(parts.values())}{more}" if parts else more
 

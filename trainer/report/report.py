@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from featcache.store import files
+from trainer import runs as run_folders
 from trainer.report.charts import Chart, Series, smoothed_series
 from trainer.report.data import Column, RunData
 from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html, read_picture
@@ -113,8 +114,7 @@ def router_chart(
 
 
 def _write(path: Path, text: str) -> Path:
-    files.make_directory(path.parent)
-    files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
+    run_folders.write_page(path, text)
     return path
 
 
@@ -259,7 +259,7 @@ def _diagnostics(out_html: Path, runs: Sequence[RunData]) -> str:
 
     items = []
     for run in runs:
-        page = run.path / "analysis" / "index.html" if run.path is not None else None
+        page = files.inside(run.path, "analysis/index.html") if run.path is not None else None
         if page is not None and page.is_file():
             # Percent-encoded, so that a run may be named as it likes.
             link = quote(os.path.relpath(page, out_html.parent))

@@ -1,0 +1,93 @@
+"""What do hashes of blocks cost beside the write of a shard? Ways to take them, written and fsynced in turn.
+
+python benchmarks/hashing.py [--folder DIR] [--rounds 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from blake3 import blake3
+
+from featcache.store.blocks import BLOCK_BYTES
+from featcache.store.files import Hasher, write_all
+
+SHARD_BYTES, SHARDS = 64 << 20, 8
+
+
+def blocks(data: memoryview) -> list[memoryview]:
+    return [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
+
+
+def sha256(data: memoryview) -> None:
+    hashlib.sha256(data)
+
+
+def sha256_of_blocks(data: memoryview) -> None:
+    for block in blocks(data):
+        hashlib.sha256(block)
+
+
+def blake3_of_blocks(data: memoryview) -> None:
+    for block in blocks(data):
+        blake3(block).digest()
+
+
+def both(data: memoryview) -> None:
+    Hasher().update(data)
+
+
+# Name -> functions that hash a shard, each in a thread beside the write.
+WAYS: dict[str, tuple[Callable[[memoryview], None], ...]] = {
+    "none": (),
+    "SHA-256 of the file": (sha256,),
+    "and BLAKE3 of blocks, block by block in the same thread": (both,),
+    "and BLAKE3 of blocks, in a third thread": (sha256, blake3_of_blocks),
+    "and SHA-256 of blocks, in a third thread": (sha256, sha256_of_blocks),
+}
+
+
+def gigabytes_a_second(
+    folder: Path, shards: list[memoryview], hashes: tuple[Callable[[memoryview], None], ...]
+) -> float:
+    start = time.perf_counter()
+    open_files = []
+    for i, data in enumerate(shards):
+        fd = os.open(folder / str(i), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(hash_, data) for hash_ in hashes]
+            write_all(fd, data)
+            for future in running:
+                future.result()
+        open_files.append(fd)
+    for fd in open_files:
+        os.fsync(fd)
+        os.close(fd)
+    return sum(map(len, shards)) / 1e9 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    shards = [memoryview(os.urandom(SHARD_BYTES)) for _ in range(SHARDS)]
+    found: dict[str, list[float]] = {name: [] for name in WAYS}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for _ in range(args.rounds):
+            for name, hashes in WAYS.items():
+                found[name].append(gigabytes_a_second(Path(folder), shards, hashes))
+    for name, rates in found.items():
+        print(f"{statistics.median(rates):5.2f} GB/s (best {max(rates):.2f})  {name}")
+
+
+if __name__ == "__main__":
+    main()
