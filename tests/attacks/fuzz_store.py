@@ -24,7 +24,7 @@ import pytest
 from store_helpers import base_features, build, dataset, tokens, tree, values, write_all
 
 import featcache
-from featcache import remote
+from featcache import remote_errors
 from featcache.errors import CacheError, UserError
 from featcache.share import list_remote, pull, verify_remote
 from featcache.store import CacheWriter, files
@@ -410,7 +410,7 @@ def _quick() -> Iterator[None]:
     """No disk is waited for, nor a server that refuses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_fsync", lambda fd: None)
-        patch.setattr(remote, "_FIRST_PAUSE_S", 0.0, raising=False)
+        patch.setattr(remote_errors, "FIRST_PAUSE_S", 0.0)
         yield
 
 
