@@ -21,8 +21,9 @@ from pathlib import Path
 from store_helpers import tree
 
 from tests.attacks.campaign import Tally, dice, differences
+from tests.attacks.lab import Lab
 from tests.attacks.processes import Processes
-from tests.attacks.scenes import Lab, Scene
+from tests.attacks.scenes import Scene
 
 _RECORD = struct.Struct("IIIIQQQ")
 _SECTOR = 512
@@ -430,6 +431,6 @@ def run(
 
 
 def _known() -> set[str]:
-    from tests.attacks.scenes import SCENES
+    from tests.attacks.lab import SCENES
 
     return set(SCENES)
