@@ -507,6 +507,7 @@ def _trainer_import(lab: Lab) -> Scene:
         name="trainer import",
         argv=("trainer", "import", "weights.pt", "--name", "official"),
         prepared=folder,
+        done="exists already",
         targets=("runs",),
         truth=None,
         view=run_view,
