@@ -79,18 +79,23 @@ class CheckpointState(TypedDict):
 
 
 def check(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
-    """``value`` itself, once it is known to fit.
+    """``value`` itself, once it is known to fit. Raises as :func:`parse`."""
+    parse(value, schema, where, remedy=remedy)
+    return value
+
+
+def parse(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
+    """``value`` as an instance of ``schema``.
 
     Raises:
-        UserError: naming the first entry that does not.
+        UserError: naming the first entry that does not fit.
     """
     try:
-        _adapter(schema).validate_python(value)
+        return _adapter(schema).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))[:200]
         raise UserError(f"{where} is damaged: {place or 'it'}: {first['msg']:.200}", remedy=remedy) from error
-    return value
 
 
 @cache
