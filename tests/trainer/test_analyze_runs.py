@@ -6,7 +6,6 @@ import csv
 import json
 import subprocess
 from collections.abc import Callable, Iterator
-from markupsafe import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
 from tiny_runs import Listener, add_nano, settings
 

@@ -13,8 +13,8 @@ from trainer.analyze.gradients import cosine, degrees
 from trainer.analyze.result import NotApplicable, Result
 from trainer.analyze.subject import Subject
 from trainer.plots import Chart, Plot, Series
-from trainer.typeset import measure
 from trainer.step import Draws
+from trainer.typeset import measure
 
 
 def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tuple[list[Tensor], list[Tensor], int]:

@@ -42,8 +42,8 @@ def _common_plots(results: Mapping[str, Result], runs: Sequence[str]) -> list[Pl
                 line = dataclasses.replace(plot.headline, label=label, colour=i % 8, dashed=i >= 8)
                 charts.setdefault(plot.name, []).append((plot, line))
         strips = [(plot.name, plot.drawing) for plot in result.plots if isinstance(plot.drawing, Strips)]
-        for name, drawing in strips[:1]:
-            pictures.setdefault(name, []).append((run, drawing))
+        for name, first in strips[:1]:
+            pictures.setdefault(name, []).append((run, first))
     out = []
     for name, lines in charts.items():
         base = lines[0][0]

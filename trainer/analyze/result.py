@@ -6,6 +6,7 @@ once more. Several runs' common plots are kept in the same form in ``comparison.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -110,10 +111,8 @@ def write_result(folder: Path, result: Result) -> None:
 def remove_result(folder: Path, what: str) -> None:
     """Deletes a diagnostic's files, its plots among them; it may not have been measured yet."""
     path = folder / f"{what}.json"
-    try:
+    with contextlib.suppress(UserError):  # what a damaged file names is not known
         remove_plots(folder, schemas.check(runs.read_json(path, {}), _Outline, path, remedy=_REMEDY).get("plots", ()))
-    except UserError:
-        pass  # what it names is not known
     for kind in ("json", "csv"):
         (folder / f"{what}.{kind}").unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.console import plain
 from trainer.plots import Chart, Matrix, Series, Strips
 
 WIDTH_INCHES, HEIGHT_INCHES = 4.6, 2.9
@@ -74,8 +75,8 @@ def _settings(salt: str, size: int) -> dict[Any, Any]:
 
 
 def _literal(text: str) -> str:
-    """Text for matplotlib, which takes what stands between dollars for mathematics."""
-    return text.replace("$", r"\$")
+    """Text for matplotlib, which takes what stands between dollars for mathematics and writes control characters."""
+    return plain(text).replace("$", r"\$")
 
 
 def render_svg(chart: Chart) -> str:
@@ -221,5 +222,5 @@ def _embed(svg: str, chart: Chart) -> str:
     # Coordinates need no more than two decimals; the text between the tags keeps all of its own.
     svg = re.sub(r"<[^>]*>", lambda m: re.sub(r"(\d\.\d\d)\d+", r"\1", m[0]), svg)
     svg = re.sub(r"\s+", " ", svg)
-    label = html.escape(f"{chart.title}: {chart.y_label} over {chart.x_label}", quote=True)
-    return re.sub(r"<svg ", f'<svg role="img" aria-label="{label}" ', svg, count=1)
+    label = html.escape(plain(f"{chart.title}: {chart.y_label} over {chart.x_label}"), quote=True)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

@@ -69,13 +69,14 @@ def _environment() -> Any:
         # Marks that reorder text and control characters are shown, as on a terminal.
         finalize=lambda value: value if isinstance(value, Markup) else plain(value),
     )
-    environment.filters |= {
+    filters: dict[str, Any] = {
         "number": number,
         "measure": measure,
         "setting": setting,
         "svg": lambda chart: Markup(render_svg(chart)),
         "picture": picture,
     }
+    environment.filters |= filters
     return environment
 
 
