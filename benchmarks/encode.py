@@ -309,7 +309,7 @@ def main(
     encoder: Annotated[str, typer.Option(help="Vision encoder.")] = "tiny",
     batch_size: Annotated[int, typer.Option(help="Images a batch.")] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    decode: Annotated[str, typer.Option(help="pil, turbo or nvjpeg.")] = "pil",
+    decode: Annotated[str, typer.Option(help="pil or turbo.")] = "pil",
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or auto.")] = "auto",
     seconds: Annotated[float, typer.Option(help="How long to measure each stage, in each round.")] = 1.0,
     rounds: Annotated[int, typer.Option(help="Of everything; the medians count.")] = 5,

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -242,7 +243,7 @@ def lead(plan: Plan) -> CacheWriter:
             shard_size=plan.work.shard_size,
             format=plan.request.format,
             compressor=plan.request.compressor,
-            versions=_versions(),
+            versions={"featcache": version("featcache-trainer"), **_versions()},
         )
     writer.begin(plan.specs)
     count = len(plan.work.order)
@@ -582,8 +583,6 @@ def _feature_specs(
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    from importlib.metadata import version
-
     return {package: version(package) for package in packages or ("torch", "timm", "diffusers", "pillow", "numpy")}
 
 

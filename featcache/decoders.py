@@ -2,8 +2,7 @@
 
 ``pil`` is the reference, byte for byte what the public preprocessing gives. ``turbo`` lets libjpeg-turbo halve a large
 JPEG while it decodes (scaled inverse DCT), where the exact crop decodes it whole and halves it with a box filter; the
-last resize is the same bicubic. ``nvjpeg`` decodes on the GPU's engine and crops as ``pil`` does. Files that are no RGB
-JPEG go the exact way under either.
+last resize is the same bicubic. Files that are no RGB JPEG go the exact way.
 """
 
 from __future__ import annotations
@@ -62,24 +61,7 @@ def decode_turbo(data: bytes, key: str, resolution: int) -> np.ndarray:
         return center_crop(Image.fromarray(pixels), resolution)
 
 
-def decode_nvjpeg(data: bytes, key: str, resolution: int) -> np.ndarray:
-    """Decoded by nvJPEG: uint8 [R, R, 3]. Raises `BadImage`."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    size = _colour_jpeg_size(data)
-    if size is None:
-        return decode_pil(data, key, resolution)
-    with room_for(size, key, resolution=resolution):
-        try:
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, device="cuda")
-        except RuntimeError as error:
-            raise BadImage(key, first_line(error)) from error
-        return center_crop(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), resolution)
-
-
-DECODERS: Mapping[str, Decoder] = {"pil": decode_pil, "turbo": decode_turbo, "nvjpeg": decode_nvjpeg}
+DECODERS: Mapping[str, Decoder] = {"pil": decode_pil, "turbo": decode_turbo}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +109,3 @@ def check_decoder(name: str) -> None:
             f"--decode {name} needs simplejpeg, which is not installed",
             remedy="pip install 'featcache-trainer[turbo]', or leave --decode out.",
         ) from error
-    if name == "nvjpeg":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("--decode nvjpeg needs a GPU", remedy="Type --decode turbo, or leave it out.")

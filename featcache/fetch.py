@@ -121,10 +121,7 @@ def fetch(
     Raises `CacheError` if it cannot be had or its bytes are wrong, several times.
     """
     files.make_directory(partial.parent)
-    try:
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise CacheError(f"{partial} cannot be used: {error.strerror}", remedy=f"rm {partial}") from error
+    fd = files.open_to_write(partial)
     try:
         if file.blocks is not None:
             found = _fetch_blocks(place, file, file.blocks, fd, partial, damaged, progress)
@@ -190,8 +187,8 @@ def _fetch_blocks(
         here: set[int] = set()
         old = -1
         if damaged is not None:
-            with contextlib.suppress(OSError):
-                old = os.open(damaged, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with contextlib.suppress(CacheError):
+                old = files.open_to_read(damaged)
                 stack.callback(os.close, old)
                 here = {index for index, _ in _right_blocks(old, blocks)}
         while start < file.n_bytes:

@@ -6,7 +6,8 @@ sound itself. Every file is replaced whole and at once, so this can be killed an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from featcache import fetch as transfer
 from featcache.errors import CacheError
 from featcache.remote import Location, open_location
 from featcache.share import in_parallel, refuse_links, required_root
-from featcache.store import files
+from featcache.store import files, locks
 from featcache.store.blocks import ShardBlocks, blocks_path
-from featcache.store.layout import STATE
+from featcache.store.layout import RESTORED, STATE
 from featcache.store.manifest import Manifest
 from featcache.store.root import read_root
 from featcache.store.verify import ShardFileEntry, repair_metadata, shard_files
@@ -52,6 +53,45 @@ def restore(
     refuse_links(path, manifest)
     place = open_location(source)
     theirs = required_root(place)
+    with _partial_files(path) as folder:
+        return _restored(path, manifest, place, theirs, features, folder, threads, progress)
+
+
+@contextlib.contextmanager
+def _partial_files(path: Path) -> Iterator[Path]:
+    """Where files are kept while they come, for this process alone. What has come stays if the repair fails or is
+    killed, so that the next one goes on with it; `featcache gc` removes it when no repair is under way.
+
+    Within the cache's directory, since a finished file is renamed into its place.
+    """
+    folder = files.inside(path, f"{STATE}/{RESTORED}")
+    with cache_lock(path):
+        files.make_directory(folder)
+        held = locks.try_lock(folder / "lock")
+    if held is None:
+        raise CacheError(
+            f"another process is repairing {path} from another copy at this moment", remedy="wait until it is done"
+        )
+    whole = False
+    try:
+        yield folder
+        whole = True
+    finally:
+        with cache_lock(path):  # an idle cache loses its state directory on the way out
+            held.release(remove=True)
+            (files.remove_tree if whole else files.remove_empty_directory)(folder)
+
+
+def _restored(
+    path: Path,
+    manifest: Manifest,
+    place: Location,
+    theirs: Manifest,
+    features: Sequence[str] | None,
+    folder: Path,
+    threads: int,
+    progress: transfer.Progress | None,
+) -> Restored:
     mended = repair_metadata(path)
     refused: list[str] = []
     recorded: dict[str, list[str]] = {}
@@ -65,8 +105,6 @@ def restore(
         except CacheError as error:
             refused.append(f"{array}: {error.what}")
     n_bytes: dict[str, int] = {}
-    # Within the cache's directory, since a finished file is renamed into its place.
-    folder = files.inside(path, f"{STATE}/restored")
 
     def mend(entry: ShardFileEntry) -> None:
         sha256 = recorded[entry.array][entry.shard]
@@ -87,8 +125,6 @@ def restore(
             refused.append(f"{entry.name}: {error.what}")
 
     in_parallel((e for e in shard_files(chosen) if e.array in recorded), mend, lambda _: None, threads)
-    with cache_lock(path):  # an idle cache loses its state directory on the way out
-        files.remove_tree(folder)
     return Restored(files=(*mended, *sorted(n_bytes)), n_bytes=sum(n_bytes.values()), refused=tuple(sorted(refused)))
 
 

@@ -43,10 +43,10 @@ from featcache.signing import (
 )
 from featcache.store import files, locks
 from featcache.store.blocks import BLOCK_BYTES, ShardBlocks, blocks_path, check_block
-from featcache.store.layout import ROOT_NAMES, STATE
+from featcache.store.layout import PUSHES, ROOT_NAMES, STATE
 from featcache.store.manage import cache_bytes
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
-from featcache.store.root import cache_digest, parse_root, read_root
+from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
 from featcache.store.verify import (
     Problem,
     Report,
@@ -104,16 +104,19 @@ def read_remote_root(place: Location) -> Manifest | None:
 
 def _read_root(place: Location) -> tuple[Manifest | None, str | None]:
     """The manifest of the cache at a place, and the version of the document that these very bytes are."""
-    for format_name, name in ROOT_NAMES.items():
-        try:
-            data, version = place.read_whole(name, MAX_METADATA_BYTES)
-        except Missing:
-            continue
-        manifest = parse_root(data, f"{place.url}/{name}")
-        if manifest.format != format_name:
-            raise CacheError(f"{place.url}/{name} is damaged: it describes a cache of format {manifest.format!r}")
-        return manifest, version
-    return None, None
+    found = _root_document(place)
+    if found is None:
+        return None, None
+    name, data, version = found
+    return parse_named_root(data, name, f"{place.url}/{name}"), version
+
+
+def _root_document(place: Location) -> tuple[str, bytes, str | None] | None:
+    """The name, bytes and version of the document where a cache's root document would be, None if there is none."""
+    for name in ROOT_NAMES.values():
+        with contextlib.suppress(Missing):
+            return name, *place.read_whole(name, MAX_METADATA_BYTES)
+    return None
 
 
 def list_remote(url: str) -> list[Listed]:
@@ -122,20 +125,30 @@ def list_remote(url: str) -> list[Listed]:
     One that cannot be read is listed with its problem. Raises `CacheError` if the place cannot be reached.
     """
     place = open_location(url)
-    here = read_remote_root(place)
+    document = _root_document(place)
+    here = None if document is None else _listed(place.url, *document[:2])
     if here is not None:
-        return [Listed(url=place.url, manifest=here)]
-    found = []
+        return [here]
+    found: list[Listed | None] = []
     for name in place.directories():
-        url = f"{place.url}/{name}"
+        below = f"{place.url}/{name}"
         try:
-            manifest = read_remote_root(open_location(f"{place.address}/{name}"))
+            document = _root_document(open_location(f"{place.address}/{name}"))
         except UserError as error:
-            found.append(Listed(url=url, manifest=None, problem=" ".join(error.what.split())))
+            found.append(Listed(url=below, manifest=None, problem=" ".join(error.what.split())))
             continue
-        if manifest is not None:
-            found.append(Listed(url=url, manifest=manifest))
-    return found
+        found.append(None if document is None else _listed(below, *document[:2]))
+    return [entry for entry in found if entry is not None]
+
+
+def _listed(url: str, name: str, data: bytes) -> Listed | None:
+    """What a listing says of a document; None for one of something else (a zarr array in a half-pushed cache)."""
+    try:
+        return Listed(url=url, manifest=parse_named_root(data, name, f"{url}/{name}"))
+    except NotACache:
+        return None
+    except CacheError as error:
+        return Listed(url=url, manifest=None, problem=" ".join(error.what.split()))
 
 
 def required_root(place: Location) -> Manifest:
@@ -467,7 +480,7 @@ class _Journal:
         self.sent: dict[str, tuple[str, str]] = {}
         if held is None:
             return
-        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._fd = files.open_to_write(path, os.O_APPEND)
         for line in os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("utf-8", "replace").splitlines():
             try:
                 name, digest, version = json.loads(line)
@@ -497,7 +510,7 @@ def _push_journal(source: Path, address: str) -> Iterator[_Journal]:
     nothing.
     """
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
-    path = files.inside(source, f"{STATE}/push/{name}.jsonl")
+    path = files.inside(source, f"{STATE}/{PUSHES}/{name}.jsonl")
     held = None
     with contextlib.suppress(CacheError), cache_lock(source):
         files.make_directory(path.parent)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcache.errors import UserError, os_error
+from featcache.errors import CacheError, UserError, os_error
 from featcache.store import files
 from trainer.distributed import like, local
 
@@ -36,13 +36,15 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run, by rising step."""
-    folder = run / "checkpoints"
+    """Complete checkpoints of a run, by rising step; raises `UserError` where their folder is a link, which would have
+    those of another run removed as old ones.
+    """
+    folder = files.inside(run, "checkpoints")
     try:
         found = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))] if folder.is_dir() else []
+        return sorted((int(m[1]), p) for m, p in found if (files.inside(folder, p.name) / "state.json").is_file())
     except OSError as error:
         raise os_error(error) from error
-    return sorted((int(m[1]), p) for m, p in found if (p / "state.json").is_file())
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path]:
@@ -77,17 +79,19 @@ def save_checkpoint(
     from safetensors import SafetensorError
 
     final = checkpoint_path(run, step)
+    files.inside(run, "checkpoints")
     if (final / "state.json").is_file():
         return final
     partial = final.with_name(f".{final.name}.partial")
     try:
+        files.make_directory(files.inside(run, "checkpoints"))
         _clear(final)
         _write(partial, tensors, {"step": step, **state})
         partial.rename(final)
         _sync(final.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CacheError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = os_error(error) if isinstance(error, OSError) else UserError(str(error))
+        reason = _reason(error)
         raise UserError(
             f"the checkpoint of step {step} could not be written to {final}: {reason.what}",
             remedy=reason.remedy or "Free some space or check the disk.",
@@ -96,19 +100,40 @@ def save_checkpoint(
     return final
 
 
+def _reason(error: Exception) -> UserError:
+    """What the disk, safetensors or the store said."""
+    if isinstance(error, UserError):
+        return error
+    return os_error(error) if isinstance(error, OSError) else UserError(str(error))
+
+
 def _clear(final: Path) -> None:
     """Makes way for a checkpoint: away with what killed processes left; what else has its name is set aside."""
-    for leftover in (*final.parent.glob(".step_*.partial"), *final.parent.glob(".step_*.removed")):
-        shutil.rmtree(leftover)
+    _clear_leftovers(final.parent)
     if final.exists() or final.is_symlink():
         final.rename(final.with_name(f"{final.name}.incomplete-{secrets.token_hex(4)}"))
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for leftover in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.removed")):
+        shutil.rmtree(leftover)
+
+
+def tidy(run: Path, *, keep: int) -> None:
+    """Finishes what a killed process left undone: its leftovers, and all but the ``keep`` latest checkpoints, go.
+
+    A disk that refuses is no reason to stop: it has the next checkpoint's saving refused aloud.
+    """
+    with contextlib.suppress(OSError, UserError):
+        _clear_leftovers(files.inside(run, "checkpoints"))
+    _remove_old(run, keep)
 
 
 def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     """A new folder with everything in it, on the disk when this returns."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True)
+    folder.mkdir()
     for stem, values in tensors.items():
         save_file({k: v.contiguous() for k, v in values.items()}, folder / f"{stem}.safetensors")
     (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
@@ -123,6 +148,7 @@ def _remove_old(run: Path, keep: int) -> None:
             # Renamed first, so that an interrupted removal never leaves half a checkpoint under a complete one's name.
             doomed = old.with_name(f".{old.name}.removed")
             old.rename(doomed)
+            _sync(doomed.parent)
             shutil.rmtree(doomed)
 
 
@@ -137,10 +163,10 @@ def load_tensors(checkpoint: Path, stem: str, *, device: str = "cpu") -> dict[st
 
     path = checkpoint / f"{stem}.safetensors"
     try:
+        os.close(files.open_to_read(path))  # neither a link nor a pipe
         return load_file(path, device=device)
-    except (OSError, SafetensorError) as error:
-        reason = os_error(error).what if isinstance(error, OSError) else str(error)
-        raise UserError(f"cannot read {path}: {reason:.300}", remedy=_REMEDY) from error
+    except (OSError, UserError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {_reason(error).what:.300}", remedy=_REMEDY) from error
     except (AttributeError, KeyError, ValueError) as error:  # types of numbers that torch or safetensors do not know
         raise UserError(f"cannot read {path}: it holds numbers of an unknown type", remedy=_REMEDY) from error
 

@@ -118,7 +118,7 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
     extractor = choose_extractor(request.extractor, settings.weights_dir, pick_device(settings.device), bar)
     result = _judge(samples, request.reference, extractor, request, bar, require_labels=require_labels)
     out = Path(f"{samples.rstrip('/')}.metrics.json")
-    runs.write_text(out, json.dumps(result, indent=1))
+    runs.write_page(out, json.dumps(result, indent=1))
     return EvalResult(metrics=result["metrics"], report=out)
 
 
@@ -291,7 +291,7 @@ def _append_metrics(run: Path, entry: dict[str, Any]) -> None:
         )
 
     entry = json.loads(json.dumps(entry))
-    with locks.waiting(run, "metrics"):
+    with locks.alone(run / "metrics.json"):
         kept = [e for e in runs.read_metrics(run) if identity(e) != identity(entry)]
         runs.write_text(run / "metrics.json", json.dumps([*kept, entry], indent=1))
 

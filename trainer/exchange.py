@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError
-from trainer import checkpoint, runs
+from featcache.store import files
+from trainer import checkpoint, locks, runs
 from trainer.config import RunConfig
 
 # What the public checkpoints were all trained on; the VAE's weights are checked only where a hash is known.
@@ -83,18 +84,19 @@ def import_checkpoint(
     summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
     if cache is not None:
         summary = _summary_of(cache, features["vae/moments"]["shape"])
-    try:
-        run.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{run} exists already", remedy="Type --name with another name.") from None
-    runs.write_text(run / "cache.json", json.dumps(summary, indent=1))
-    runs.save_config(run, config)
     state = {
         "model": imported.name,
         "method": "none",
         "imported": {"file": path.name, "convention": imported.convention, "weights": imported.weights},
     }
-    checkpoint.save_checkpoint(run, imported.step or 0, {"ema": imported.state}, state, keep=1)
+    with locks.waiting(run.parent, f"{run.name}.import"):
+        if run.exists() or run.is_symlink():
+            raise UserError(f"{run} exists already", remedy="Type --name with another name.")
+        files.remove_parts(run.parent, of=[run.name])
+        with files.atomic_directory(run) as folder:
+            checkpoint.save_checkpoint(folder, imported.step or 0, {"ema": imported.state}, state, keep=1)
+            runs.write_text(folder / "cache.json", json.dumps(summary, indent=1))
+            runs.save_config(folder, config)
     return run
 
 
@@ -110,7 +112,7 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
     at, folder = checkpoint.find_checkpoint(run, step)
-    raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").is_file() else None
+    raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}
     config = runs.load_config(run)
     ema = checkpoint.load_tensors(folder, "ema")

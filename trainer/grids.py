@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from featcache.errors import UserError, WeightsUnavailable
+from featcache.store import files
 from trainer.config import RunConfig
 from trainer.diffusion.transport import build_transport
 from trainer.log import RunLog
@@ -45,7 +46,7 @@ class GridMaker:
         pixels = class_grid(ema, self._vae.to(device), transport=transport, seed=self._config.seed)
         self._vae.to("cpu")
         try:
-            save_png(pixels, run / "samples" / f"step_{step:07d}.png")
+            save_png(pixels, files.inside(run, "samples") / f"step_{step:07d}.png")
         except UserError as error:  # a picture is no reason to end a run; a disk that is full the log will find, too
             self._warn(f"no sample grid at step {step}: {error.what}")
             return

@@ -52,6 +52,15 @@ def waiting(folder: Path, name: str) -> Iterator[None]:
         _release(lock)
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Whoever replaces the file ``path`` (atomically) in such a block is the only one who does; others wait. What killed
+    processes left of it goes first."""
+    with waiting(path.parent, path.name):
+        files.remove_parts(path.parent, of=[path.name])
+        yield
+
+
 def _take(path: Path) -> locks.Lock | None:
     while True:
         files.make_directory(path.parent)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError, os_error
+from featcache.store import files
 
 
 class RunLog:
@@ -20,12 +21,14 @@ class RunLog:
     def __init__(self, run: Path, *, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = run / "log.jsonl"
+        self._path = files.inside(run, "log.jsonl")
+        board = files.inside(run, "tensorboard")
+        files.inside(run, "wandb")
         self._file = self._path.open("a")
         self._warn = warn
         self._board: Any = None
         with self._told():
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(board), purge_step=step + 1)
         self._wandb: Any = None
         if project := os.environ.get("WANDB_PROJECT"):
             try:
@@ -45,10 +48,8 @@ class RunLog:
     def record(self, values: dict[str, Any]) -> None:
         """One line; numbers also become scalars at ``values["step"]``. NaN and infinity are null: JSON has neither."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        try:
+        with self._explained():
             self._write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise os_error(OSError(error.errno, error.strerror, str(self._path))) from error
         step = values["step"]
         scalars = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
         for name, value in scalars.items():
@@ -56,9 +57,21 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
+    def sync(self) -> None:
+        """Waits until the disk has every line: before a checkpoint that a resumed run will not write them again for."""
+        with self._explained():
+            os.fsync(self._file.fileno())
+
     def image(self, name: str, pixels: Any, step: int) -> None:
         """uint8 [H, W, 3] to TensorBoard."""
         self._on_board("add_image", name, pixels, step, dataformats="HWC")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise os_error(OSError(error.errno, error.strerror, str(self._path))) from error
 
     def _write(self, line: str) -> None:
         self._file.write(line)

@@ -113,6 +113,9 @@ def _train(
         remark = runs.check_same_bytes(run, cache)
         parts = assemble(config, cache, device, world)
         start, trained_s = _restore(parts, run)
+        if world.is_main:
+            runs.clear_leftovers(run)
+            checkpoint.tidy(run, keep=config.keep_checkpoints)
         job = Job(
             config=config, cache=cache, run=run, parts=parts, world=world, device=device, share=share, watcher=watcher
         )
@@ -164,6 +167,8 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
                 job.watcher.advance(done, {})
             with clock.paused() if saves or draws else nullcontext():
                 if saves:
+                    if log is not None:
+                        log.sync()
                     state = {"time_s": clock.trained_s}
                     save_parts(job.parts, job.run, done, config, job.world, state=state)
                 if draws and (ema := whole_ema(job.parts, job.world)) is not None and log is not None:

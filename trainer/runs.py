@@ -77,12 +77,15 @@ def claim(config: RunConfig, root: Path = ROOT) -> Iterator[Path]:
         UserError: another process works in it, or it cannot be made.
     """
     for folder in _candidates(config, root, taken=True):
+        files.make_directory(folder.parent)
         try:
-            folder.mkdir(parents=True, exist_ok=config.name is not None)
+            folder.mkdir()
+            files.fsync_directory(folder.parent)
         except FileExistsError as error:
             if config.name is None:
                 continue
-            raise os_error(error) from error
+            if not folder.is_dir():
+                raise os_error(error) from error
         except OSError as error:
             raise os_error(error) from error
         try:
@@ -237,11 +240,17 @@ def open_folder(run: Path, config: RunConfig, cache: Any, reads: Sequence[str], 
     """
     if not main:
         return 0
-    for leftover in run.glob("*.part"):  # of a process that was killed while it wrote
-        files.remove_file(leftover)
     write_text(run / "cache.json", json.dumps(summary_of(cache, reads), indent=1))
     save_config(run, config)
     return truncate_log(run, start)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Removes what a killed process left of files it was writing. The caller holds the run (:func:`claim`)."""
+    files.remove_parts(run, of=("config.yaml", "cache.json", "log.jsonl", "diverged.json"))
+    samples = files.inside(run, "samples")
+    if samples.is_dir():
+        files.remove_parts(samples)
 
 
 def _features(cache: Any) -> dict[str, Any]:
@@ -294,7 +303,11 @@ def find_runs(root: Path = ROOT) -> list[Path]:
                 times.append((run / file).stat().st_mtime)
         return max(times)
 
-    return sorted((p.parent for p in root.glob("**/config.yaml") if p.is_file()), key=age) if root.is_dir() else []
+    def is_run(config: Path) -> bool:
+        unfinished = any(map(files.is_part, config.relative_to(root).parts))  # of an import under way, or killed
+        return config.is_file() and not unfinished
+
+    return sorted((p.parent for p in root.glob("**/config.yaml") if is_run(p)), key=age) if root.is_dir() else []
 
 
 def display_name(run: Path) -> str:
@@ -317,6 +330,12 @@ def newest_run(root: Path = ROOT) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Replaces a small file atomically and durably. Raises UserError if the disk refuses."""
     files.atomic_write(path, [text.encode("utf-8", "backslashreplace")])
+
+
+def write_page(path: Path, text: str) -> None:
+    """As :func:`write_text`, for what several processes may write at once, and what can be made again."""
+    with locks.alone(path):
+        files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
 
 
 _REMAKE = "Remove it and run the command again."

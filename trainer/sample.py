@@ -334,4 +334,4 @@ def save_png(pixels: np.ndarray, path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     files.make_directory(path.parent)
-    files.atomic_write(path, [buffer.getbuffer()], durable=False)
+    files.atomic_write(path, [buffer.getbuffer()])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +29,7 @@ from torch import nn
 
 from featcache.build import pick_device
 from featcache.errors import UserError
+from featcache.store import files
 from trainer import distributed, locks, runs
 from trainer.diffusion.guidance import Guidance
 from trainer.diffusion.interval import Interval, plain
@@ -138,10 +139,10 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         vae = load_decoder(dataset["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir).to(device)
         settings = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
-        named = run / "samples" / folder_name(request, loaded.step, config.sampler, arithmetic)
+        named = files.inside(run, f"samples/{folder_name(request, loaded.step, config.sampler, arithmetic)}")
         folder = request.out or _find_folder(named, record, file_name(request))
-        images = folder / file_name(request)
-        _check_folder(folder, record)
+        images = files.inside(folder, file_name(request))
+        _check_folder(folder, record, images)
         whole_blocks = -(-request.num // BLOCK) * BLOCK
         labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
         with _held(folder, images, world) as wanted:
@@ -171,19 +172,32 @@ def _result(
 
 @contextmanager
 def _held(folder: Path, images: Path, world: distributed.World) -> Iterator[bool]:
-    """Holds the folder (on the main rank) while images are to be drawn into it; whether there are any, alike on all ranks.
+    """Holds the folder (on the main rank) while anything is to be done in it; whether there is, alike on all ranks.
 
     Raises:
         UserError: another process draws into it.
     """
-    if not distributed.from_main(not images.exists()):
+    if distributed.from_main(world.is_main and _is_complete(folder, images)):
         yield False
         return
     remedy = (
         "Wait until it has ended: what it has drawn by then is used. Or draw to another folder: trainer sample --out."
     )
     with locks.hold(folder, "sampling", remedy=remedy) if world.is_main else nullcontext():
-        yield distributed.from_main(not images.exists())  # it may have been finished before we held it
+        # It may have become so before we held it.
+        yield not distributed.from_main(world.is_main and _is_complete(folder, images))
+
+
+def _is_complete(folder: Path, images: Path) -> bool:
+    """Whether nothing is left to do: a process may have been killed after the images were there."""
+    others = [files.inside(folder, name).is_file() for name in ("grid.png", "settings.json")]
+    return images.exists() and all(others) and not _is_pending(folder, images)
+
+
+def _is_pending(folder: Path, images: Path) -> bool:
+    """Whether blocks for these images are still there. They may be for others, of a larger number, that were cut off."""
+    made_for = runs.read_json(files.inside(folder, "blocks/settings.json"), {}).get("file")
+    return bool(made_for == images.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,25 +224,35 @@ def _draw_to(
     folder: Path, images: Path, record: dict[str, Any], draw: _Draw, world: distributed.World, bar: Bar
 ) -> None:
     """This rank's share of the blocks; then, on the main rank, the files made of all of them."""
-    blocks = folder / "blocks"
+    blocks = files.inside(folder, "blocks")
+    missing: list[int] = []
     if world.is_main:
-        _prepare(blocks, record)
-    missing = [k for k in range(-(-draw.num // BLOCK)) if not _is_whole(blocks, draw.num, k)] if world.is_main else []
+        files.remove_parts(folder, of=[images.name, "grid.png", "settings.json"])
+        _prepare(blocks, record, images.name)
+        if not images.exists():
+            missing = [k for k in range(-(-draw.num // BLOCK)) if not _is_whole(blocks, draw.num, k)]
+        left = sum(_block_count(draw.num, k) for k in missing)
+        bar.begin("sampling", draw.num, done=draw.num - left)
     missing = distributed.from_main(missing)  # one list for all: another rank may be done with a block before we look
-    if world.is_main:
-        bar.begin("sampling", draw.num, done=draw.num - sum(_block_count(draw.num, k) for k in missing))
     _draw_blocks(blocks, draw, missing[world.rank :: world.size], bar if world.is_main else None, world.size)
     distributed.barrier()
     if world.is_main:
-        write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
-        write(blocks, images, draw.labels[: draw.num])
-        pixels = class_grid(
-            draw.network, draw.vae, transport=draw.transport, seed=draw.config.seed, config=draw.config, unit=draw.unit
-        )
-        save_png(pixels, folder / "grid.png")
-        runs.write_text(folder / "settings.json", json.dumps(record, indent=1))
-        shutil.rmtree(blocks)
+        runs.write_text(
+            folder / "settings.json", json.dumps(record, indent=1)
+        )  # before what would be taken for others'
+        if not images.exists():
+            write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
+            write(blocks, images, draw.labels[: draw.num])
+        if not (folder / "grid.png").exists():
+            save_png(_grid(draw), folder / "grid.png")
+        _remove_blocks(blocks)  # last: what tells that the folder is not complete
     distributed.barrier()
+
+
+def _grid(draw: _Draw) -> np.ndarray:
+    return class_grid(
+        draw.network, draw.vae, transport=draw.transport, seed=draw.config.seed, config=draw.config, unit=draw.unit
+    )
 
 
 def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | None, ranks: int) -> None:
@@ -288,17 +312,22 @@ def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
         return named
     found = [named] if named.exists() else []
     for folder in sorted(named.parent.glob(f"step_{record['step']:07d}-*/")):
+        if folder.is_symlink():
+            continue
         saved: dict[str, Any] = {}
         with suppress(UserError):  # a damaged record says nothing
-            saved = runs.read_json(folder / "settings.json", runs.read_json(folder / "blocks/settings.json", {}))
+            unfinished = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
+            saved = runs.read_json(folder / "settings.json", unfinished)
         if folder != named and saved.keys() >= record.keys() and _same(saved, record):
             found.append(folder)
     return max(found, key=lambda folder: (folder / file).exists(), default=named)
 
 
-def _check_folder(folder: Path, record: dict[str, Any]) -> None:
+def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
     """Refuses a folder with finished samples of other settings: they would be taken for the ones asked for."""
     saved = runs.read_json(folder / "settings.json", {})
+    if not saved and images.exists():  # earlier versions wrote the record after the images
+        saved = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
     if not _same(saved, record):
         now = json.loads(json.dumps(record))
         differing = [f"{k} {saved[k]}, not {now[k]}" for k in now if k in saved and saved[k] != now[k]]
@@ -308,21 +337,30 @@ def _check_folder(folder: Path, record: dict[str, Any]) -> None:
         )
 
 
-def _prepare(blocks: Path, record: dict[str, Any]) -> None:
-    """Keeps blocks of an earlier call only if it drew the same samples."""
-    blocks.mkdir(parents=True, exist_ok=True)
+def _prepare(blocks: Path, record: dict[str, Any], file: str) -> None:
+    """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for ``file``."""
+    files.make_directory(blocks)
     saved = runs.read_json(blocks / "settings.json", {})
     if saved and not _same(saved, record):
-        shutil.rmtree(blocks)
-        blocks.mkdir()
-    runs.write_text(blocks / "settings.json", json.dumps(record))
+        _remove_blocks(blocks)
+        files.make_directory(blocks)
+    files.remove_parts(blocks)
+    runs.write_text(blocks / "settings.json", json.dumps({**record, "file": file}))
+
+
+def _remove_blocks(blocks: Path) -> None:
+    """With their record after them. What else lies in their folder is not ours: it stays, and the folder with it."""
+    for name in files.names_in(blocks):
+        # Under the last of these names, blocks were written by earlier versions.
+        if re.fullmatch(r"[0-9]{6,}\.npy|\.[0-9]{6,}\.npy\.partial", name) or files.is_part(name):
+            files.remove_file(blocks / name)
+    files.remove_file(blocks / "settings.json")
+    files.remove_empty_directory(blocks)
 
 
 def _save_block(path: Path, pixels: np.ndarray) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with files.atomic_file(path) as file:
         np.save(file, pixels, allow_pickle=False)
-    partial.replace(path)
 
 
 def _block_images(blocks: Path, num: int) -> Iterator[np.ndarray]:
@@ -334,16 +372,14 @@ def _block_images(blocks: Path, num: int) -> Iterator[np.ndarray]:
 def _write_npz(blocks: Path, npz: Path, labels: np.ndarray) -> None:
     """Joins the blocks into an uncompressed npz, one block in memory at a time."""
     shape = next(_block_images(blocks, len(labels))).shape[1:]
-    partial = npz.with_name(f".{npz.name}.partial")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with files.atomic_file(npz) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for block in _block_images(blocks, len(labels)):
                 member.write(block.tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.save(member, labels.astype(np.int64), allow_pickle=False)
-    partial.replace(npz)
 
 
 def _pngs(blocks: Path, num: int) -> Iterator[bytes]:
@@ -358,18 +394,21 @@ def _write_tar(blocks: Path, path: Path, labels: np.ndarray) -> None:
     """One WebDataset shard; members carry no time, so equal samples make equal bytes."""
     import webdataset
 
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream, webdataset.TarWriter(stream, mtime=0) as tar:
+    with files.atomic_file(path) as stream, webdataset.TarWriter(stream, mtime=0) as tar:
         for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
             tar.write({"__key__": f"{i:06d}", "png": png, "cls": str(label).encode()})
-    partial.replace(path)
 
 
 def _write_pngs(blocks: Path, path: Path, labels: np.ndarray) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
-        folder = partial / f"{label:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i:06d}.png").write_bytes(png)
-    partial.replace(path)
+    with files.atomic_directory(path) as made:
+        for label in np.unique(labels):
+            files.make_directory(made / f"{label:04d}")
+        group = files.Group()
+        try:
+            for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
+                group.write(made / f"{label:04d}" / f"{i:06d}.png", [png])
+                if len(group) == BLOCK:
+                    group.commit()
+            group.commit()
+        finally:
+            group.abandon()

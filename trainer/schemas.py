@@ -78,6 +78,31 @@ class CheckpointState(TypedDict):
     scaler: NotRequired[dict[_Text, _Finite]]
 
 
+_Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"^[^/\x00]+$")]  # of a file beside
+
+
+class Diagnostic(TypedDict):
+    """``<what>.json`` of the diagnostics, as far as files are found by it; :mod:`trainer.plots` says how plots are kept.
+
+    Earlier versions kept the plots' names and no drawings.
+    """
+
+    plots: list[_Stem]
+    drawings: NotRequired[list[dict[str, Any]]]
+
+
+class _Compared(TypedDict):
+    plots: list[_Stem] | dict[_Stem, Any]
+    drawings: NotRequired[list[dict[str, Any]]]
+
+
+class Comparison(TypedDict):
+    """``comparison.json`` of the diagnostics."""
+
+    compared: list[_Text]
+    diagnostics: dict[_Text, _Compared]
+
+
 def check(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
     """``value`` itself, once it is known to fit. Raises as :func:`parse`."""
     parse(value, schema, where, remedy=remedy)

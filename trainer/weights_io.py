@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.store import files
+from trainer import locks
 from trainer.checkpoint import REAL_DTYPES
 from trainer.models.blocks import sincos_positions, time_frequencies
 from trainer.models.config import SIZES, ModelConfig
@@ -185,7 +187,13 @@ def export_official(
         content["args"]["path_type"] = names.get(interpolant, interpolant)
     if step is not None:
         content["steps"] = step
-    torch.save(content, path)
+    try:
+        with locks.alone(path), files.atomic_file(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's, in the place of what the disk said
+        if isinstance(error.__context__, OSError):
+            raise files.explain(error.__context__, path) from error
+        raise
     return path
 
 

@@ -14,12 +14,14 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -32,6 +34,7 @@ _READ_REMEDY = "featcache verify names all that is damaged"
 # What file systems without hard links answer to a request for one.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 _PART = re.compile(r"(.+?)(?:\.[0-9a-f]{16})?\.part\Z", re.DOTALL)
+_NEW_PART = re.compile(r"(.+)\.[0-9a-f]{16}\.part\Z", re.DOTALL)
 _PIECE_BYTES = 8 << 20
 
 
@@ -39,6 +42,23 @@ def part_of(name: str) -> str | None:
     """The final name that a temporary file's name belongs to, None if `name` is not temporary."""
     match = _PART.match(name)
     return match[1] if match else None
+
+
+def is_part(name: str) -> bool:
+    """Whether `name` is one that only this module gives: unlike `x.part`, no user's own."""
+    return _NEW_PART.match(name) is not None
+
+
+def remove_parts(folder: Path, of: Collection[str] | None = None) -> None:
+    """Remove the temporary files and directories (of the final names `of`, if given) that killed processes left in
+    `folder`. The caller holds a lock that whoever else writes them needs too. Raises `CacheError`.
+    """
+    for name in names_in(folder):
+        if is_part(name) and (of is None or part_of(name) in of):
+            path = folder / name
+            with explained(path, "removed"):
+                is_directory = path.is_dir() and not path.is_symlink()
+            (remove_tree if is_directory else remove_file)(path)
 
 
 def inside(root: Path, relative: str) -> Path:
@@ -50,14 +70,14 @@ def inside(root: Path, relative: str) -> Path:
     """
     path, components = root, Path(relative).parts
     if Path(relative).is_absolute() or ".." in components:
-        raise CacheError(f"{relative!r:.200} is no path inside a cache")
+        raise CacheError(f"{relative!r:.200} is no path inside a folder")
     for component in components:
         path = path / component
         with explained(path, "read"):
             linked = path.is_symlink()
         if linked:
             raise CacheError(
-                f"{path} is a symbolic link; inside a cache none is followed",
+                f"{path} is a symbolic link; inside a cache or a run none is followed",
                 remedy=_LINK_REMEDY,
             )
     return path
@@ -103,7 +123,7 @@ def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
             remedy="free some space and run the same command again: it goes on where it stopped",
         )
     if error.errno == errno.ELOOP:
-        return CacheError(f"{path} is a symbolic link; inside a cache none is followed", remedy=_LINK_REMEDY)
+        return CacheError(f"{path} is a symbolic link; inside a cache or a run none is followed", remedy=_LINK_REMEDY)
     return CacheError(
         f"{path} could not be {what}: {error.strerror or error}",
         remedy="put that right and run the same command again: it goes on where it stopped",
@@ -364,26 +384,63 @@ class Stream:
 
 
 @contextlib.contextmanager
-def atomic_stream(path: Path) -> Iterator[Stream]:
-    """Write `path` in pieces; it takes its name, durably, when the block ends without an exception.
-
-    Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any other exception.
-    """
+def _atomic(path: Path, *, durable: bool = True) -> Iterator[int]:
+    """A descriptor to write `path` with; see `atomic_stream`."""
     with explained(path, "written"):
         fd, part = _create_part(path)
     try:
         try:
-            yield Stream(fd)
-            _fsync(fd)
+            yield fd
+            if durable:
+                _fsync(fd)
         finally:
             os.close(fd)
         _rename(part, path)
-        fsync_directory(path.parent)
+        if durable:
+            fsync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             _unlink(part)
         if isinstance(error, OSError):
             raise explain(error, path) from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_stream(path: Path) -> Iterator[Stream]:
+    """Write `path` in pieces; it takes its name, durably, when the block ends without an exception.
+
+    Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any other exception.
+    """
+    with _atomic(path) as fd:
+        yield Stream(fd)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """As `atomic_stream`, as a file object for other libraries to write to and seek in. Not `durable`: as `atomic_write`."""
+    with _atomic(path, durable=durable) as fd, os.fdopen(fd, "wb", closefd=False) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A new directory, to be filled durably by the block; it takes the name `path`, durably, when the block ends.
+
+    Raises `CacheError` if the disk refuses or something else has that name; nothing is left behind after an exception.
+    """
+    make_directory(path.parent)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PART_SUFFIX}")
+    try:
+        with explained(path, "written"):
+            part.mkdir()
+        yield part
+        with explained(path, "written"):
+            fsync_directory(part)
+            _rename(part, path)
+            fsync_directory(path.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
         raise
 
 
@@ -417,24 +474,32 @@ def names_in(path: Path) -> list[str]:
         raise explain(error, path, "read") from error
 
 
-def open_to_read(path: Path) -> int:
+def open_regular(path: Path, flags: int, *, remedy: str) -> int:
     """A descriptor of a regular file. Neither follows a link in the last place nor waits for anything (a pipe).
 
-    Raises `CacheError` if it cannot be read or is something else.
+    Raises `OSError` as `os.open` does, `CacheError` if it is something else.
     """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CacheError(f"{path} is not a file", remedy=remedy)
+    return fd
+
+
+def open_to_read(path: Path) -> int:
+    """`open_regular` for reading; raises `CacheError` if that cannot be."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+        return open_regular(path, os.O_RDONLY, remedy=_READ_REMEDY)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise explain(error, path) from error
         raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=_READ_REMEDY) from error
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CacheError(f"{path} is not a file", remedy=_READ_REMEDY)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+
+
+def open_to_write(path: Path, flags: int = 0) -> int:
+    """`open_regular` for reading and writing, made if it is not there; raises `CacheError` if that cannot be."""
+    with explained(path, "written"):
+        return open_regular(path, os.O_RDWR | os.O_CREAT | flags, remedy=f"remove it: rm -r {shlex.quote(str(path))}")
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:

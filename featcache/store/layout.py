@@ -31,6 +31,8 @@ CHECKSUMS = "SHA256SUMS"
 BLOCKS = "BLOCKS"
 SIGNATURE = "featcache.sig"
 STATE = ".featcache"
+# Folders in it: journals of pushes, files on their way of a repair from another copy, marks of sound shards.
+PUSHES, RESTORED, SOUND = "push", "restored", "sound"
 
 
 def stored_arrays(

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from featcache.errors import CacheError
 from featcache.store import files
-from featcache.store.layout import STATE
+from featcache.store.layout import SOUND, STATE
 
-SOUND = "sound"
 _MARK_BYTES = 8
 _NONE = bytes(_MARK_BYTES)
 

@@ -17,7 +17,6 @@ import os
 import platform
 import secrets
 import shlex
-import stat
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,17 +133,12 @@ def is_lock_file(name: str) -> bool:
 
 
 def _open(path: Path) -> int | None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        fd = os.open(path, flags, 0o666)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise files.explain(error, path, "locked") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise CacheError(f"{path} is not a file, so it cannot be locked", remedy="remove it")
-    return fd
+        return files.open_to_write(path)
+    except CacheError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def _is_current(fd: int, path: Path) -> bool:

@@ -11,15 +11,22 @@ from pathlib import Path
 
 from featcache.errors import CacheError, UserError
 from featcache.store import files, locks, trash
-from featcache.store.layout import ROOT_NAMES, STATE, index_bytes, sample_bytes, shard_samples
-from featcache.store.manifest import FeatureSpec, Manifest
-from featcache.store.names import OwnNames, first_foreign, own_files, regular_files
+from featcache.store.layout import PUSHES, RESTORED, ROOT_NAMES, SOUND, STATE, index_bytes, sample_bytes, shard_samples
+from featcache.store.manifest import Manifest
+from featcache.store.names import Axes, OwnNames, first_foreign, own_files, regular_files
 from featcache.store.root import find_root, read_root
 from featcache.store.wds import tar_layout
-from featcache.store.writer import building_directory, cache_lock, remove_building, unfinished_features
+from featcache.store.writer import (
+    building_directory,
+    cache_lock,
+    known_manifest,
+    remove_building,
+    unfinished_features,
+)
 
 DEFAULT_AGE_S = trash.parse_age(trash.DEFAULT_AGE)
 _PUSH_JOURNAL = re.compile(r"[0-9a-f]{16}\.jsonl")
+_FETCHED = re.compile(r".+\.fetched|lock(?:\.owner)?", re.DOTALL)
 _NEVER = re.compile(r"(?!)")
 
 
@@ -259,21 +266,19 @@ def _collect_cache(path: Path, dry_run: bool, older_than_s: float) -> list[tuple
         read_root(path)
     with cache_lock(path):
         complete = find_root(path) is not None
-        manifest = trash.known_manifest(path)
+        manifest = known_manifest(path)
         specs = trash.journaled(path)
-        live, dead = set(), []
+        dead: list[tuple[str, locks.Lock]] = []
         try:
             for name in specs:
                 held = locks.try_lock(building_directory(path, name) / "lock")
-                if held is None:
-                    live.add(name)
-                else:
-                    dead.append((name, held))
+                dead += [] if held is None else [(name, held)]
+            live = set(specs) - {name for name, _ in dead}
             if manifest is not None and complete and not dry_run:
                 for entry in trash.entries(trash.cache_trash(path)):
                     trash.settle(path, manifest, entry)
             removed = _leftovers(path, manifest, specs, live) if manifest is not None else []
-            pushes = _old_state(path, f"{STATE}/push", _PUSH_JOURNAL)
+            state = _old_state(path)
             if not dry_run:
                 # Runs first, so that no process that is thought dead puts another file in place; the rest of the
                 # journals last, for they say which files are the dead builds'.
@@ -285,10 +290,11 @@ def _collect_cache(path: Path, dry_run: bool, older_than_s: float) -> list[tuple
                     _remove_empty_folders(path, manifest, specs, live)
                 for name, held in dead:
                     remove_building(path, name, held)
-                for name, _ in [*pushes, *_old_state(path, STATE, _NEVER)]:
+                for name, _ in state:
                     files.remove_file(path / name)
-                files.remove_empty_directory(path / STATE / "push")
-            removed += pushes
+                for folder in (PUSHES, RESTORED, SOUND):
+                    files.remove_empty_directory(path / STATE / folder)
+            removed += state
             removed += _empty(trash.cache_trash(path), path, dry_run, older_than_s)
         finally:
             for _, held in dead:
@@ -308,20 +314,12 @@ def _remove_runs(directory: Path) -> None:
             files.remove_tree(gone)
 
 
-def _in_use(manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]) -> set[str]:
-    """Arrays that are complete or that a live builder writes."""
-    built = {array for name in live for array in getattr(specs[name], "arrays", ())}
-    return set(manifest.arrays) | built
-
-
-def _leftovers(
-    path: Path, manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]
-) -> list[tuple[str, int]]:
+def _leftovers(path: Path, manifest: Manifest, specs: dict[str, Axes], live: set[str]) -> list[tuple[str, int]]:
     """The store's files that no complete feature and no live builder needs."""
-    names = OwnNames.of(manifest, [spec for spec in specs.values() if spec is not None])
-    in_use = _in_use(manifest, specs, live)
+    names = OwnNames.of(manifest, specs.values())
+    written = {array for name in live for array in specs[name]}
+    in_use = set(manifest.arrays) | written
     groups = {array.split("/")[0] for array in in_use if "/" in array}
-    written = {array for name in live for array in getattr(specs[name] or manifest.features.get(name), "arrays", ())}
     complete = find_root(path) is not None
     found = []
     for folder in names.folders:
@@ -334,19 +332,34 @@ def _leftovers(
     return found
 
 
-def _old_state(path: Path, folder: str, journals: re.Pattern[str]) -> list[tuple[str, int]]:
-    """Files in a state folder whose names `journals` matches, and temporaries of those and of `dataset.json`."""
-    return [
-        (f"{folder}/{name}", n_bytes)
-        for name, n_bytes in regular_files(path, folder)
-        if journals.fullmatch(files.part_of(name) or name) or files.part_of(name) == "dataset.json"
-    ]
+def _old_state(path: Path) -> list[tuple[str, int]]:
+    """What dead pushes, repairs from another copy and verifications left in the state folder.
+
+    A living push holds its journal, a living repair the lock beside what it has fetched so far: those stay. The caller
+    holds the cache's lock, under which alone these are taken.
+    """
+    found = []
+    for folder, names in ((PUSHES, _PUSH_JOURNAL), (RESTORED, _FETCHED), (SOUND, _NEVER)):
+        for name, n_bytes in regular_files(path, f"{STATE}/{folder}"):
+            place = path / STATE / folder
+            lock = {PUSHES: place / name, RESTORED: place / "lock"}.get(folder)
+            if (names.fullmatch(name) and not _is_held(lock)) or (files.part_of(name) and folder != RESTORED):
+                found.append((f"{STATE}/{folder}/{name}", n_bytes))
+    return found
 
 
-def _remove_empty_folders(path: Path, manifest: Manifest, specs: dict[str, FeatureSpec | None], live: set[str]) -> None:
-    in_use = _in_use(manifest, specs, live)
-    names = OwnNames.of(manifest, [spec for spec in specs.values() if spec is not None])
-    for folder in names.folders[:-1]:
+def _is_held(lock: Path | None) -> bool:
+    if lock is None or not lock.exists():
+        return False
+    held = locks.try_lock(lock)
+    if held is not None:
+        held.release()
+    return held is None
+
+
+def _remove_empty_folders(path: Path, manifest: Manifest, specs: dict[str, Axes], live: set[str]) -> None:
+    in_use = {*manifest.arrays, *(array for name in live for array in specs[name])}
+    for folder in OwnNames.of(manifest, specs.values()).folders[:-1]:
         linked = any((path / part).is_symlink() for part in (folder, folder.split("/")[0]))
         if not linked and not any(array == folder or array.startswith(f"{folder}/") for array in in_use):
             files.remove_empty_directory(path / folder)

@@ -8,33 +8,35 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from featcache.errors import CacheError
 from featcache.store import files
 from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, ROOT_NAMES, SIGNATURE, STATE, shard_name
-from featcache.store.manifest import FeatureSpec, Manifest
+from featcache.store.manifest import Manifest
 from featcache.store.wds import tar_name
 
 _NUMBER = re.compile(r"(?:c\.)?(\d{1,8})(?:\.|\Z)")
+# Array name -> axes of a stored sample; None where nothing readable says how many.
+Axes = Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
 class OwnNames:
     """The names that the store gives to files of a cache; in constant memory, however many shards there are.
 
-    arrays: array name -> axes of a stored sample. format, n_shards: as in the manifest.
+    format, n_shards: as in the manifest.
     """
 
     format: str
     n_shards: int
-    arrays: Mapping[str, int]
+    arrays: Axes
 
     @classmethod
-    def of(cls, manifest: Manifest, extra: Iterable[FeatureSpec] = ()) -> OwnNames:
-        """Those of a manifest's features and of `extra` ones (under construction, or removed)."""
-        specs = [*manifest.features.values(), *extra]
-        arrays = {array: len(shape) for spec in specs for array, (_, shape) in spec.arrays.items()}
-        return cls(manifest.format, manifest.n_shards, arrays)
+    def of(cls, manifest: Manifest, extra: Iterable[Axes] = ()) -> OwnNames:
+        """Those of a manifest's features and of `extra` arrays (under construction)."""
+        arrays = {array: axes for some in extra for array, axes in some.items()}
+        return cls(manifest.format, manifest.n_shards, arrays | axes_of(manifest.arrays))
 
     @property
     def folders(self) -> list[str]:
@@ -58,13 +60,18 @@ class OwnNames:
             return name in (ROOT_METADATA, CHECKSUMS, BLOCKS) or self._is_shard(name, self.arrays[folder])
         return name == ROOT_METADATA and (folder == "" or folder in self._groups)
 
-    def _is_shard(self, name: str, ndim: int) -> bool:
+    def _is_shard(self, name: str, ndim: int | None) -> bool:
         match = _NUMBER.match(name)
+        ndim = max(0, name.count(".") - 1) if ndim is None else ndim
         return match is not None and int(match[1]) < self.n_shards and name == shard_name(int(match[1]), ndim)
 
     def _is_tar(self, name: str) -> bool:
         match = _NUMBER.match(name)
         return match is not None and int(match[1]) < self.n_shards and name == tar_name(int(match[1]))
+
+
+def axes_of(arrays: Mapping[str, tuple[Any, tuple[int, ...]]]) -> dict[str, int | None]:
+    return {array: len(shape) for array, (_, shape) in arrays.items()}
 
 
 def regular_files(root: Path, folder: str) -> Iterator[tuple[str, int]]:

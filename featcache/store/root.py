@@ -21,6 +21,10 @@ from featcache.store.manifest import (
 _MANIFEST, _CHECKSUM = "featcache", "featcache_sha256"
 
 
+class NotACache(CacheError):
+    """A document that has nothing to do with caches, such as that of a zarr array."""
+
+
 def node_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Node path -> zarr metadata document of every array and every group but the root."""
     nodes: dict[str, dict[str, Any]] = {}
@@ -71,13 +75,21 @@ def parse_root(data: bytes, where: str) -> Manifest:
     document = load_json(data, where)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or _MANIFEST not in attributes:
-        raise CacheError(f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}")
+        raise NotACache(f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}")
     manifest = manifest_from_json(attributes[_MANIFEST])
     if canonical_json(document) != root_bytes(manifest):
         raise CacheError(
             f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest",
             remedy="get that file again from where the cache came from, or build the cache again",
         )
+    return manifest
+
+
+def parse_named_root(data: bytes, name: str, where: str) -> Manifest:
+    """As `parse_root`, of the file of that name, which says the format."""
+    manifest = parse_root(data, where)
+    if ROOT_NAMES[manifest.format] != name:
+        raise CacheError(f"{where} is damaged: it describes a cache of format {manifest.format!r}")
     return manifest
 
 
@@ -102,7 +114,4 @@ def read_root(path: Path) -> Manifest:
             f"there is no cache at {path}",
             remedy=f"featcache build --out {path} makes one; featcache ls DIR lists them",
         )
-    manifest = parse_root(files.read_bounded(root, MAX_METADATA_BYTES), str(root))
-    if ROOT_NAMES[manifest.format] != root.name:
-        raise CacheError(f"{root} is damaged: it describes a cache of format {manifest.format!r}")
-    return manifest
+    return parse_named_root(files.read_bounded(root, MAX_METADATA_BYTES), root.name, str(root))

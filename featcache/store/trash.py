@@ -22,21 +22,20 @@ from pathlib import Path
 
 from featcache.errors import CacheError, UserError
 from featcache.store import files, locks
-from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, STATE, shard_name
+from featcache.store.layout import BLOCKS, CHECKSUMS, ROOT_METADATA, SCALE_SUFFIX, STATE, shard_name
 from featcache.store.manifest import (
-    MAX_METADATA_BYTES,
     FeatureSpec,
     Manifest,
+    check_feature_name,
     check_no_nesting,
-    feature_from_json,
-    load_json,
-    manifest_from_json,
 )
-from featcache.store.names import OwnNames, first_foreign, own_files
+from featcache.store.names import Axes, OwnNames, axes_of, first_foreign, own_files
 from featcache.store.root import find_root, read_root, root_bytes
 from featcache.store.writer import (
     building_directory,
     cache_lock,
+    declared,
+    known_manifest,
     publish,
     require_same_dataset,
     state_directory,
@@ -49,7 +48,6 @@ _DELETING = "deleting-"
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
 _ENTRY = re.compile(rf"({_DELETING})?(\d{{8}}T\d{{6}}\.\d{{6}}Z)(?:-(.+))?\Z", re.DOTALL)
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-MAX_SPEC_BYTES = 1 << 20
 
 
 def _now_s() -> float:
@@ -138,33 +136,21 @@ def tree_bytes(path: Path) -> int:
 # Builds under way
 
 
-def known_manifest(cache: Path) -> Manifest | None:
-    """The manifest of a cache, or of the unfinished build that is there; None if neither says anything."""
-    if find_root(cache) is not None:
-        return read_root(cache)
-    record = files.inside(cache, f"{STATE}/dataset.json")
-    if not record.is_file():
-        return None
-    return manifest_from_json(load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record)))
+def journaled(cache: Path) -> dict[str, Axes]:
+    """Feature -> arrays that its unfinished build or repair (alive or dead) writes, as far as its declaration can be
+    read: else those that a feature of that name may have.
 
-
-def journaled(cache: Path) -> dict[str, FeatureSpec | None]:
-    """Feature -> what its unfinished build (alive or dead) declared; None where it declared nothing or is a repair.
-
-    Raises `CacheError` where a folder is a link, or what was declared is damaged.
+    Raises `CacheError` where a folder is a link.
     """
-    building = files.inside(cache, f"{STATE}/building")
-    found: dict[str, FeatureSpec | None] = {}
-    for entry in files.names_in(building):
-        folder = files.inside(cache, f"{STATE}/building/{entry}")
-        record = folder / "spec.json"
-        name = entry.replace("+", "/")
-        found[name] = None
-        if record.is_file():
-            spec = feature_from_json(load_json(files.read_bounded(record, MAX_SPEC_BYTES), str(record)))
-            if spec.name != name:
-                raise CacheError(f"{record} is damaged: it is of another feature", remedy=f"remove {folder} by hand")
-            found[name] = spec
+    found: dict[str, Axes] = {}
+    for name in _building(cache):
+        folder = building_directory(cache, name)
+        with contextlib.suppress(CacheError):
+            check_feature_name(name)
+            if folder.is_dir():
+                found[name] = dict.fromkeys((name, name + SCALE_SUFFIX))
+                spec = declared(folder)
+                found[name] = axes_of(spec.arrays) if spec.name == name else found[name]
     return found
 
 
@@ -202,10 +188,9 @@ def cache_names(cache: Path) -> OwnNames | None:
     """The store's names in a cache, complete or not; None where nothing readable says what it holds."""
     try:
         manifest = known_manifest(cache)
-        specs = [spec for spec in journaled(cache).values() if spec is not None]
+        return None if manifest is None else OwnNames.of(manifest, journaled(cache).values())
     except CacheError:
         return None
-    return None if manifest is None else OwnNames.of(manifest, specs)
 
 
 def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
@@ -310,7 +295,7 @@ def settle(cache: Path, manifest: Manifest, entry: Entry) -> int:
     record = _record(entry)
     if record is None:
         return 0
-    in_use = OwnNames.of(manifest, [spec for spec in journaled(cache).values() if spec is not None])
+    in_use = OwnNames.of(manifest, journaled(cache).values())
     groups = {array.split("/")[0] for array in in_use.arrays if "/" in array}
     moved = 0
     names = OwnNames.of(record)

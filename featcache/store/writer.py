@@ -206,7 +206,7 @@ class CacheWriter:
         manifest_from_json(wanted.to_json())
         _refuse_foreign_directory(path)
         with cache_lock(path):
-            existing = _existing_manifest(path)
+            existing = known_manifest(path)
             if existing is None:
                 files.atomic_write(state_directory(path) / "dataset.json", [canonical_json(wanted.to_json())])
                 return _writer_class(wanted)(path, wanted)
@@ -227,7 +227,7 @@ class CacheWriter:
         existing = None
         if find_root(path) is not None or (state_directory(path) / "dataset.json").is_file():
             with cache_lock(path):
-                existing = _existing_manifest(path)
+                existing = known_manifest(path)
         if existing is None:
             raise CacheError(f"there is no cache at {path}", remedy=f"featcache build --out {path} makes one")
         if dataset is not None:
@@ -276,7 +276,7 @@ class CacheWriter:
         Raises `CacheError` if a feature is not being built, or is being built otherwise than `specs` says.
         """
         path = Path(path)
-        existing = _existing_manifest(path)
+        existing = known_manifest(path)
         if existing is None:
             raise CacheError(f"no build of {path} is under way")
         if existing.format != "zarr":
@@ -289,10 +289,7 @@ class CacheWriter:
                 if not record.is_file():
                     raise CacheError(f"no build of {spec.name!r} of {path} is under way")
                 writer._runs[spec.name] = _run_directory(path, spec.name)
-            begun = complete or feature_from_json(
-                load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record))
-            )
-            _require_same_feature(begun, spec, path)
+            _require_same_feature(complete or declared(record.parent), spec, path)
             writer._specs[spec.name] = spec
             whole = set(range(writer.n_shards))
             writer._done[spec.name] = whole if complete is not None else writer._journaled_shards(spec)
@@ -408,7 +405,7 @@ class CacheWriter:
 
     def _current(self) -> Manifest:
         """The manifest as it is now; raises `CacheError` if the cache was removed since this writer opened it."""
-        current = _existing_manifest(self.path)
+        current = known_manifest(self.path)
         if current is None:
             raise CacheError(
                 f"the cache {self.path} was removed while this build was under way",
@@ -448,8 +445,7 @@ class CacheWriter:
         """Record what is built, or make sure that an earlier build was of the same."""
         record = building_directory(self.path, spec.name) / "spec.json"
         if record.is_file():
-            earlier = feature_from_json(load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record)))
-            _require_same_feature(earlier, spec, self.path)
+            _require_same_feature(declared(record.parent), spec, self.path)
         else:
             files.atomic_write(record, [canonical_json(spec.to_json())])
 
@@ -865,7 +861,7 @@ class JournalEntry:
 
 def journal_entry(path: Path, spec: FeatureSpec, count: int) -> JournalEntry:
     """Read one; raises `CacheError` if it is damaged."""
-    value = load_json(files.read_bounded(path, MAX_METADATA_BYTES), str(path))
+    value = _read_json(path)
     damaged = CacheError(
         f"{path} is damaged",
         remedy="remove that file and run the same build command again: it writes that shard anew",
@@ -884,13 +880,28 @@ def journal_entry(path: Path, spec: FeatureSpec, count: int) -> JournalEntry:
     return JournalEntry(checksums, parsed, skipped_from_json(value["skipped"], count))
 
 
-def _existing_manifest(path: Path) -> Manifest | None:
+def known_manifest(path: Path) -> Manifest | None:
+    """The manifest of a cache, or of the unfinished build that is there; None if neither says anything."""
     if find_root(path) is not None:
         return read_root(path)
     record = files.inside(path, f"{STATE}/dataset.json")
-    if record.is_file():
-        return manifest_from_json(load_json(files.read_bounded(record, MAX_METADATA_BYTES), str(record)))
-    return None
+    return manifest_from_json(_read_json(record)) if record.is_file() else None
+
+
+def _read_json(path: Path) -> Any:
+    return load_json(files.read_bounded(path, MAX_METADATA_BYTES), str(path))
+
+
+def declared(building: Path) -> FeatureSpec:
+    """What the unfinished build in a directory is of; raises `CacheError` if that is missing or damaged."""
+    record = building / "spec.json"
+    try:
+        return feature_from_json(_read_json(record))
+    except CacheError as error:
+        cache = shlex.quote(str(building.parents[2]))
+        raise CacheError(
+            f"{record} is damaged: {error.what}", remedy=f"featcache gc {cache} clears that unfinished build away"
+        ) from error
 
 
 def _run_directory(path: Path, feature: str) -> Path:

@@ -278,7 +278,8 @@ def _config(folder: Path, rng: random.Random) -> Callable[[], Callable[[], objec
 
 
 def _recipe(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
-    from trainer.recipes import listing, load_recipe_file, parse_build
+    from trainer.recipe_pages import describe, listing
+    from trainer.recipes import load_recipe_file
 
     case = _case(folder)
     (case / "base.yaml").write_text("model: SiT-B/2\nsteps: 50\nalign: {ahpa: {weight: 0.5}}\n")
@@ -293,8 +294,7 @@ def _recipe(folder: Path, rng: random.Random) -> Callable[[], Callable[[], objec
             recipe = load_recipe_file(path)
             listing([recipe])
             recipe.config()
-            if recipe.build:
-                parse_build(recipe.build)
+            describe(recipe)
 
         return read
 

@@ -224,7 +224,8 @@ def run(
     names = [n for n in SCENES if available(n) and n not in ("push s3", "pull web") and (not only or n in only)]
     scenes = [lab.scene(n) for n in names]
     scenes += [scene for scene in reading.values() if not only or scene.name in only]
-    attacked = [Attacked(scene=s, places=places_of(processes, s, work)) for s in scenes]
+    found = (Attacked(scene=s, places=places_of(processes, s, work)) for s in scenes)
+    attacked = [one for one in found if one.places]  # some write nothing but what was typed
     tally.notes["places"] = {a.scene.name: len(a.places) for a in attacked}
     number = first
     while number < first + count and not tally.late:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from store_helpers import tree
 
+from featcache.store import verify
 from tests.attacks import flips, fuzz_store, power
 from tests.attacks.campaign import Tally, dice
 from tests.attacks.mutate import change_json
@@ -84,7 +85,7 @@ def test_a_log_without_syncs_loses_data(server: Processes, lab: Lab, work: Path)
 def test_flips_that_verify_misses_are_reported(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = flips.caches(work)["zarr"]
     truth, names = values_of(path), sorted(tree(path))
-    monkeypatch.setattr("featcache.store.verify.shard_problem", lambda *_: None)
+    monkeypatch.setattr(verify, "_check_shard", lambda _: verify._Result(None, 0))
     shards = [name for name in names if not flips.is_metadata(name)]
     assert any("does not name it" in w for n in range(5) for w in flips.flip_once(path, truth, shards, dice(n)))
 

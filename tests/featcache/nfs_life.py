@@ -43,7 +43,7 @@ def life(path: Path) -> None:
     nothing_left(path)
     add(path, [tokens("new@1")])
     nothing_left(path)
-    remove_features(path, ["new@1"])
+    remove_features(path, ["new@1"], now=True)
     nothing_left(path)
     (path / "tiny@5" / "c.1.0.0").write_bytes(b"damaged")
     with CacheWriter.open_for_repair(path, {"tiny@5": [1]}) as repairing:

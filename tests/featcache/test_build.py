@@ -296,7 +296,7 @@ CASES = [
     (("--data", "shapes", "--encoder", "tiny", "--limit", "0"), "--limit"),
     (("--data", "shapes", "--encoder", "tiny", "--on-bad-image", "ignore"), "fail, skip"),
     (("--encoder", "tiny"), "--data"),
-    (("--data", "shapes", "--encoder", "tiny", "--decode", "gif"), "pil, turbo, nvjpeg"),
+    (("--data", "shapes", "--encoder", "tiny", "--decode", "gif"), "pil, turbo"),
     (("--data", "shapes", "--encoder", "tiny", "--schedule", "random"), "dynamic, static"),
     (("--data", "shapes", "--encoder", "tiny", "--text", "tiny", "--text-codec", "int3"), "int3"),
     (("--data", "shapes", "--encoder", "tiny", "--caption-key", "alt"), "--text clip-l"),

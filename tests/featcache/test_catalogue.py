@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from store_helpers import add, base_features, build, moments, tokens
+from store_helpers import add, base_features, build, moments, tokens, tree
 from web_server import serve
 
 from featcache import catalogue
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 def hostile(path: Path) -> Path:
     """A cache whose manifest is valid and says whatever it can say."""
     spec = FeatureSpec(
-        name="enc@1", shape=(16, 32), codec="int8", provenance={"weights": HOSTILE, "captions": {HOSTILE: HOSTILE}}
+        name="enc@1", shape=(16, 32), codec="int8", provenance={"weights": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}}
     )
     build(path, [*base_features(), spec])
     manifest = read_root(path)
@@ -58,8 +58,8 @@ def hostile(path: Path) -> Path:
         name=HOSTILE,
         source=f"https://ann:secret@host/{HOSTILE}",
         class_names=(HOSTILE,) * 3,
-        preprocessing={"resolution": HOSTILE, "crop": {"x": HOSTILE}},
-        vae={"name": HOSTILE},
+        preprocessing={"note": {"x": HOSTILE}, "crop": HOSTILE},
+        vae={"name": HOSTILE, "latent_channels": 4, "downsampling": 8, "scaling_factor": 1, "shift_factor": 0},
     )
     odd = replace(
         manifest, dataset=dataset, versions={HOSTILE: HOSTILE}, skipped=(Skipped(slot=0, key=HOSTILE, reason=HOSTILE),)
@@ -179,6 +179,25 @@ def test_of_a_bucket(tmp_path: Path, s3_bucket: str, cli) -> None:
     assert "not valid JSON" in done.stdout
     done = cli("featcache", "catalogue", url)
     assert "sound: every byte" in done.stdout
+
+
+def test_a_half_pushed_cache_is_no_list_of_caches(tmp_path: Path, s3_bucket: str, cli) -> None:
+    """Until its root document arrives, a push shows only documents of arrays and groups, in folders of their own."""
+    import boto3
+
+    source, client = build(tmp_path / "cache"), boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    for name, data in tree(source).items():
+        if name != "zarr.json":
+            client.put_object(Bucket=s3_bucket, Key=f"caches/c/{name}", Body=data)
+    assert list_remote(f"s3://{s3_bucket}/caches/c") == []
+    client.put_object(Bucket=s3_bucket, Key="caches/bad/zarr.json", Body=b'{"attributes": {"featcache": 1}}')
+    for url in (f"s3://{s3_bucket}/caches", f"s3://{s3_bucket}/caches/bad"):
+        (found,) = list_remote(url)
+        assert found.url.endswith("/bad")
+        assert "damaged" in (found.problem or "")
+    done = cli("featcache", "ls", f"s3://{s3_bucket}/caches/c")
+    assert done.returncode == 2
+    assert "no caches at" in done.stderr
 
 
 def test_of_a_web_server(tmp_path: Path) -> None:

@@ -984,13 +984,13 @@ def test_safetensors_of_other_kinds_are_refused(tmp_path: Path, changes: dict[st
     ["tar", "webdataset", "zip", "parquet", "jpeg", "png", "webp", "csv", "npy", "json", "npz", "safetensors"],
 )
 def test_mutated_files_are_read_or_refused(tmp_path: Path, kind: str) -> None:
-    from attacks.fuzz_inputs import run
+    from tests.attacks.fuzz_inputs import run
 
     assert run(kind, 200, seed=0, folder=tmp_path) == []
 
 
 def test_the_fuzzers_begin_with_files_that_are_read(tmp_path: Path) -> None:
-    from attacks.fuzz_inputs import KINDS
+    from tests.attacks.fuzz_inputs import KINDS
 
     for kind, (make, _, read) in KINDS.items():
         for i, data in enumerate(make()):

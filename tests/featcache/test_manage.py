@@ -17,7 +17,7 @@ from store_helpers import COUNT, SHARD_SIZE, add, base_features, build, dataset,
 
 import featcache
 from featcache.errors import CacheError, UserError
-from featcache.store import CacheWriter, files, manage, trash
+from featcache.store import CacheWriter, files, locks, manage, trash
 from featcache.store.layout import canonical_json
 from featcache.store.root import read_root, root_bytes
 from featcache.store.verify import verify
@@ -101,6 +101,61 @@ def test_gc_of_tars_leaves_foreign_tars(tmp_path: Path) -> None:
     removed = [name for name, _ in manage.collect_garbage(path)]
     assert "00000001.tar" in removed
     assert sorted(p.name for p in path.iterdir()) == ["00000077.tar", "photos.tar"]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"", b"\xff[", None], ids=["empty", "nothing", "bytes", "a folder"])
+def test_gc_clears_a_dead_build_whose_declaration_is_damaged(tmp_path: Path, content: bytes | None) -> None:
+    path = build(tmp_path / "x")
+    before = tree(path)
+    dead_build(path)
+    record = path / ".featcache/building/dead@1/spec.json"
+    record.unlink()
+    record.write_bytes(content) if content is not None else record.mkdir()
+    (path / "dead@1" / "mine.txt").write_bytes(b"mine")
+    removed = {name for name, _ in manage.collect_garbage(path)}
+    assert {"dead@1/c.0.0.0", "dead@1.scale/c.0.0"} <= removed
+    assert tree(path) == before | {"dead@1/mine.txt": b"mine"}
+
+
+def test_gc_leaves_a_live_build_whose_declaration_is_damaged(tmp_path: Path) -> None:
+    path = build(tmp_path / "x")
+    with CacheWriter.open(path) as writer:
+        writer.begin([tokens("live@1")])
+        write_all(writer, [tokens("live@1")])
+        (path / ".featcache/building/live@1/spec.json").write_bytes(b"{}")
+        assert manage.collect_garbage(path) == []
+        writer.finish()
+    assert verify(path).ok
+
+
+def test_gc_clears_the_state_that_killed_commands_leave(tmp_path: Path) -> None:
+    path = build(tmp_path / "x")
+    before = tree(path)
+    state = path / ".featcache"
+    left = ("restored/tiny@5+c.0.0.0.fetched", "restored/lock", "push/0123456789abcdef.jsonl")
+    left += ("sound/tiny@5.0123456789abcdef.part", "verified.json.0123456789abcdef.part")
+    for name in left:
+        (state / name).parent.mkdir(parents=True, exist_ok=True)
+        (state / name).write_bytes(b"half")
+    would = {name for name, _ in manage.collect_garbage(path, dry_run=True)}
+    assert {f".featcache/{name}" for name in left if "verified" not in name} == would
+    assert {name for name, _ in manage.collect_garbage(path)} == would
+    assert tree(path) == before
+
+
+def test_gc_leaves_what_a_living_repair_and_push_need(tmp_path: Path) -> None:
+    path = build(tmp_path / "x")
+    state = path / ".featcache"
+    names = ("restored/tiny@5+c.0.0.0.fetched", "push/0123456789abcdef.jsonl")
+    for name in names:
+        (state / name).parent.mkdir(parents=True, exist_ok=True)
+        (state / name).write_bytes(b"half")
+    held = [locks.try_lock(state / name) for name in ("restored/lock", names[1])]
+    assert all(held)
+    assert manage.collect_garbage(path) == []
+    assert all((state / name).exists() for name in names)
+    for lock in held:
+        lock.release()
 
 
 # Removing
@@ -461,7 +516,7 @@ def absurd(path: Path, **changes) -> Path:
     """A cache that is only a manifest: of an enormous set, in a few kilobytes."""
     build(path)
     manifest = read_root(path)
-    manifest = replace(manifest, dataset=replace(manifest.dataset, count=1 << 40), shard_size=1 << 20, **changes)
+    manifest = replace(manifest, dataset=replace(manifest.dataset, count=1 << 39), shard_size=1 << 20, **changes)
     shutil.rmtree(path)
     path.mkdir()
     (path / "zarr.json").write_bytes(root_bytes(manifest))

@@ -19,6 +19,7 @@ from web_server import serve
 from featcache import remote_errors
 from featcache.errors import CacheError
 from featcache.restore import restore
+from featcache.store import locks
 from featcache.store.blocks import BLOCK_BYTES
 from featcache.store.root import read_root
 
@@ -162,3 +163,30 @@ def test_as_it_is_typed(
     failed = cli("featcache", "repair", str(damaged), "--from", str(sound))
     assert failed.returncode == 1 and "not mended" in failed.stdout and "still damaged" in failed.stdout
     assert LARGE not in read_root(damaged).features
+
+
+def test_two_repairs_of_one_cache_at_once(sound: Path, damaged: Path) -> None:
+    """The second would write into the first one's partial files."""
+    flip(damaged / "dino@9" / "c.1.0.0")
+    held = locks.lock(damaged / ".featcache/restored/lock")
+    with pytest.raises(CacheError, match="another process is repairing"):
+        restore(damaged, str(sound))
+    held.release()
+    assert restore(damaged, str(sound)).files == ("dino@9/c.1.0.0",)
+    assert tree(damaged) == tree(sound)
+
+
+def test_pipes_and_folders_in_place_of_files(sound: Path, damaged: Path) -> None:
+    """Nothing waits for a pipe; a folder in the way is named."""
+    shard = damaged / "dino@9" / "c.1.0.0"
+    shard.unlink()
+    os.mkfifo(shard)
+    partial = damaged / ".featcache/restored/dino@9+c.1.0.0.fetched"
+    for make in (os.mkfifo, Path.mkdir):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        make(partial)
+        with pytest.raises(CacheError, match=r"fetched (is not a file|could not be written)"):
+            restore(damaged, str(sound))
+        partial.unlink() if partial.is_fifo() else partial.rmdir()
+    assert restore(damaged, str(sound)).files == ("dino@9/c.1.0.0",)
+    assert tree(damaged) == tree(sound)

@@ -324,9 +324,7 @@ def test_one_row_reads_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_overview_imports_nothing_heavy() -> None:
-    code = (
-        "from trainer.recipe_pages import page; import sys; page('', 80); print(*{'torch', 'numpy'} & {*sys.modules})"
-    )
+    code = "from trainer.recipe_pages import page; import sys; page('', 80); print(*{'torch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -659,6 +657,11 @@ def test_the_package_carries_the_files() -> None:
     import tomllib
 
     project = tomllib.loads((recipe_root().parent / "pyproject.toml").read_text())["tool"]["setuptools"]
-    carried = {file for pattern in project["package-data"]["pipelines"] for file in recipe_root().glob(pattern)}
+    carried = {
+        file
+        for pattern in project["package-data"]["pipelines"]
+        for file in recipe_root().glob(pattern)
+        if file.suffix == ".yaml"
+    }
     assert {paper.file for paper in papers()} <= carried
     assert all(yaml.safe_load(file.read_text())["trainings"] for file in carried)

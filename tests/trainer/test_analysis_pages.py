@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trainer.analyze.compare import compare
 from trainer.analyze.result import (
     About,
     Result,
+    read_about,
     read_comparison,
     read_results,
     write_about,
@@ -103,7 +105,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 def test_pages_hold_nothing_but_what_the_files_say(tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", result())
-    write_about(run / "analysis", About(lead="A small model.", left_out={"router": "it has none"}))
+    write_about(run / "analysis", About(lead="A small model.", left_out={"router": "it has none"}), asked=[])
     page = write_diagnostics(run, ["gsnr"])
     first = page.read_bytes()
     text = first.decode()
@@ -126,9 +128,31 @@ def test_a_measurement_replaces_the_earlier_one_and_its_files(tmp_path: Path) ->
     assert "plain" not in write_diagnostics(folder.parent, ["gsnr"]).read_text()
 
 
+def test_what_is_left_out_stays_until_it_is_asked_for_again(tmp_path: Path) -> None:
+    write_about(tmp_path, About(lead="a", left_out={"router": "none", "codec": "no"}), asked=["router", "codec"])
+    write_about(tmp_path, About(lead="b"), asked=["codec", "gsnr"])
+    assert read_about(tmp_path) == About(lead="b", left_out={"router": "none"})
+    (tmp_path / "about.json").write_text("{")
+    write_about(tmp_path, About(lead="c"), asked=["gsnr"])
+    assert read_about(tmp_path) == About(lead="c")
+
+
+def test_pictures_are_neither_written_nor_deleted_through_links(tmp_path: Path) -> None:
+    folder, outside = run_with(tmp_path / "run", result()) / "analysis", tmp_path / "outside"
+    shutil.move(folder / "tiles", outside)
+    (folder / "tiles").symlink_to(outside)
+    before = (outside / "grid.png").read_bytes()
+    assert (
+        'class="panels"' not in write_report(tmp_path / "r.html", [load_run(tmp_path / "run")], title="t").read_text()
+    )
+    with pytest.raises(UserError, match="tiles is a symbolic link"):
+        write_result(folder, result("other"))
+    assert (outside / "grid.png").read_bytes() == before
+
+
 def test_names_do_no_harm_on_pages_and_plots(tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", result(NASTY))
-    write_about(run / "analysis", About(lead=NASTY, left_out={NASTY: NASTY}))
+    write_about(run / "analysis", About(lead=NASTY, left_out={NASTY: NASTY}), asked=[])
     write_comparison(run / "analysis", ["a 1", "b 1"], compare({NASTY: [result(NASTY)], "b": [result(NASTY)]}))
     pages = [write_diagnostics(run, ["gsnr"]), write_diagnostics_comparison(run, ["gsnr"])]
     pages.append(write_report(tmp_path / "report.html", [load_run(run)], title=NASTY))

@@ -50,6 +50,17 @@ def test_leftovers_of_killed_processes_are_ignored_and_removed(tmp_path: Path) -
     assert sorted(p.name for p in folder.iterdir()) == ["step_0000001", "step_0000002", "step_0000003"]
 
 
+def test_checkpoints_behind_a_link_are_left_alone(tmp_path: Path) -> None:
+    """Saving removes old ones: behind a link they may be another run's."""
+    save(tmp_path / "other", 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "other" / "checkpoints")
+    for call in (lambda: checkpoint.find_checkpoint(tmp_path / "run"), lambda: save(tmp_path / "run", 2, keep=1)):
+        with pytest.raises(UserError, match="checkpoints is a symbolic link"):
+            call()
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "other")] == [1]
+
+
 def test_without_checkpoints_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint.find_checkpoint(tmp_path)

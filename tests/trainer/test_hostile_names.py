@@ -108,7 +108,7 @@ COMMANDS = [
     (2, "trainer", "sample", f"runs/{MATHS}", "--classes", f"[/]{TITLE}", "--device", "cpu"),
     (2, "trainer", "eval", "--samples", f"[/]{TITLE}", "--reference", "x", "--extractor", "embedded"),
     (0, "trainer", "recipes"),
-    (0, "trainer", "recipes", f"[/]{TITLE}"),
+    (2, "trainer", "recipes", f"[/]{TITLE}"),
     (0, "trainer", "report", f"runs/{MATHS}"),
     (0, "trainer", "report", f"runs/{MARKUP}{SCRIPT}"),
     (0, "trainer", "compare", f"runs/{MATHS}", f"runs/{MARKUP}{SCRIPT}", "--out", "[/].html"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -224,10 +225,17 @@ def test_grids_hold_a_class_a_row_and_the_same_noise_down_a_column(runs_root: Pa
 
 
 def test_formats_hold_the_same_pixels(runs_root: Path, tmp_path: Path) -> None:
+    # What lies under a temporary name is neither written through nor waited for.
+    (tmp_path / "own.txt").write_bytes(b"mine")
+    (tmp_path / "npz").mkdir()
+    (tmp_path / "npz" / ".samples_5.npz.partial").symlink_to(tmp_path / "own.txt")
+    (tmp_path / "wds").mkdir()
+    os.mkfifo(tmp_path / "wds" / ".samples_5.tar.partial")
     made = {
         f: sample_run(runs_root / "sit", request(num=5, out=tmp_path / f, format=f), Quiet())
         for f in ("npz", "wds", "png")
     }
+    assert (tmp_path / "own.txt").read_bytes() == b"mine"
     arrays = np.load(made["npz"].images, allow_pickle=False)
     with tarfile.open(made["wds"].images) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]

@@ -21,11 +21,11 @@ from trainer.analyze.result import (
     About,
     NotApplicable,
     Result,
-    read_about,
     remove_result,
     write_about,
     write_comparison,
     write_result,
+    writing,
 )
 from trainer.analyze.subject import Subject
 
@@ -82,7 +82,8 @@ def measure_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
     for skipped in unfit:
         progress.note(f"skipped: {skipped.what}")
     if len(done) > 1:
-        write_comparison(done[0] / "analysis", compared, compare(by_run))
+        with writing(done[0]) as folder:
+            write_comparison(folder, compared, compare(by_run))
     return done
 
 
@@ -109,14 +110,12 @@ def _measure(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: 
             left_out[name] = error.what
         progress.advance(1)
     subject = next(iter(subjects.values()))
-    folder = path / "analysis"
-    folder.mkdir(parents=True, exist_ok=True)
-    for result in results:
-        write_result(folder, result)
-    for name in left_out:
-        remove_result(folder, name)
-    earlier = {k: v for k, v in read_about(folder).left_out.items() if k not in what}
-    write_about(folder, About(lead=_lead(subject), left_out=earlier | left_out))
+    with writing(path) as folder:
+        for result in results:
+            write_result(folder, result)
+        for name in left_out:
+            remove_result(folder, name)
+        write_about(folder, About(lead=_lead(subject), left_out=left_out), asked=what)
     return results, subject.step
 
 

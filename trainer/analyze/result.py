@@ -11,19 +11,18 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from typing_extensions import TypedDict
 
 from featcache.errors import UserError
 from featcache.images import MAX_FILE_BYTES, BadImage, decode
 from featcache.store import files
-from trainer import runs, schemas
+from trainer import locks, runs, schemas
 from trainer.analyze import DIAGNOSTICS
 from trainer.plots import Plot, Strips
 
@@ -85,8 +84,27 @@ class About:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_about(folder: Path, about: About) -> None:
-    runs.write_text(folder / "about.json", json.dumps(dataclasses.asdict(about), indent=1) + "\n")
+@contextlib.contextmanager
+def writing(run: Path) -> Iterator[Path]:
+    """The folder of a run's diagnostics, for one process at a time: what another has written meanwhile is added to.
+
+    Raises:
+        UserError: it cannot be written to, or is a link.
+    """
+    folder = files.inside(run, "analysis")
+    with locks.waiting(folder, "writing"):
+        for place in (folder, files.inside(folder, "tiles")):
+            if place.is_dir():
+                files.remove_parts(place)
+        yield folder
+
+
+def write_about(folder: Path, about: About, *, asked: Sequence[str]) -> None:
+    """Replaces ``about.json``; what is left out of diagnostics that were not asked for now stays."""
+    path = folder / "about.json"
+    earlier = _earlier(path, About).get("left_out", {})
+    left_out = {what: why for what, why in earlier.items() if what not in asked} | dict(about.left_out)
+    runs.write_text(path, json.dumps({"lead": about.lead, "left_out": left_out}, indent=1) + "\n")
 
 
 def read_about(folder: Path) -> About:
@@ -110,18 +128,17 @@ def write_result(folder: Path, result: Result) -> None:
 
 def remove_result(folder: Path, what: str) -> None:
     """Deletes a diagnostic's files, its plots among them; it may not have been measured yet."""
-    path = folder / f"{what}.json"
-    with contextlib.suppress(UserError):  # what a damaged file names is not known
-        remove_plots(folder, schemas.check(runs.read_json(path, {}), _Outline, path, remedy=_REMEDY).get("plots", ()))
+    _remove_plots(folder, _earlier(folder / f"{what}.json", schemas.Diagnostic).get("plots", ()))
     for kind in ("json", "csv"):
-        (folder / f"{what}.{kind}").unlink(missing_ok=True)
+        files.remove_file(folder / f"{what}.{kind}")
 
 
-def remove_plots(folder: Path, names: Iterable[str]) -> None:
+def _remove_plots(folder: Path, names: Iterable[str]) -> None:
     """Deletes drawn plots and the pictures in them."""
-    for name in (Path(str(name)).name for name in names):
-        for file in (f"{name}.svg", f"{name}.png", f"tiles/{name}.png"):
-            (folder / file).unlink(missing_ok=True)
+    tiles = files.inside(folder, "tiles")
+    for name in names:
+        for path in (folder / f"{name}.svg", folder / f"{name}.png", tiles / f"{name}.png"):
+            files.remove_file(path)
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -134,7 +151,8 @@ def read_results(folder: Path) -> list[Result]:
     for what in DIAGNOSTICS:
         path = folder / f"{what}.json"
         if path.exists():
-            found.append(_section(Result, what, runs.read_json(path, {}), path))
+            stored = schemas.check(runs.read_json(path, {}), schemas.Diagnostic, path, remedy=_REMEDY)
+            found.append(_section(Result, what, stored, path))
     return found
 
 
@@ -145,12 +163,12 @@ def write_comparison(folder: Path, compared: Sequence[str], sections: Sequence[C
         compared: the runs and their checkpoints.
     """
     path = folder / "comparison.json"
-    old = _read_outlines(path)
+    old = _earlier(path, schemas.Comparison)
     kept = old.get("diagnostics", {})
     new = [section.what for section in sections]
     for what in list(kept):
         if old.get("compared") != list(compared) or what in new:
-            remove_plots(folder, kept.pop(what).get("plots", ()))
+            _remove_plots(folder, kept.pop(what)["plots"])
     kept |= {section.what: _document(section, folder) for section in sections}
     runs.write_text(path, json.dumps({"compared": list(compared), "diagnostics": kept}, indent=1) + "\n")
 
@@ -158,27 +176,18 @@ def write_comparison(folder: Path, compared: Sequence[str], sections: Sequence[C
 def read_comparison(folder: Path) -> list[Compared]:
     """The sections of ``comparison.json``, in the order of :data:`DIAGNOSTICS`. Raises UserError if it is damaged."""
     path = folder / "comparison.json"
-    stored = _read_outlines(path).get("diagnostics", {})
+    document = schemas.check(runs.read_json(path, {}), schemas.Comparison, path, remedy=_REMEDY)
+    stored = document["diagnostics"]
     return [_section(Compared, what, stored[what], path) for what in DIAGNOSTICS if what in stored]
 
 
-class _Outline(TypedDict):
-    """As much of a section's file as is looked at before its plots are known to be sound; earlier versions kept names of plots, no drawings."""
-
-    plots: NotRequired[list[str] | dict[str, Any]]
-    drawings: NotRequired[list[dict[str, Any]]]
-
-
-class _Outlines(TypedDict):
-    """``comparison.json``."""
-
-    compared: NotRequired[list[str]]
-    diagnostics: NotRequired[dict[str, _Outline]]
-
-
-def _read_outlines(path: Path) -> dict[str, Any]:
-    outlines: dict[str, Any] = schemas.check(runs.read_json(path, {}), _Outlines, path, remedy=_REMEDY)
-    return outlines
+def _earlier(path: Path, schema: Any) -> dict[str, Any]:
+    """What an earlier call wrote; nothing where it is not what one writes."""
+    try:
+        found: dict[str, Any] = schemas.check(runs.read_json(path, {}), schema, path, remedy=_REMEDY)
+    except UserError:
+        return {}
+    return found
 
 
 def _document(section: Section, folder: Path) -> dict[str, Any]:
@@ -197,17 +206,16 @@ def _document(section: Section, folder: Path) -> dict[str, Any]:
 _S = TypeVar("_S", bound=Section)
 
 
-def _section(kind: type[_S], what: str, stored: Any, path: Path) -> _S:
-    schemas.check(stored, _Outline, path, remedy=_REMEDY)
+def _section(kind: type[_S], what: str, stored: dict[str, Any], path: Path) -> _S:
     drawings = {str(plot.get("name")): plot for plot in stored.get("drawings", ())}
-    plots = [drawings.get(name, {"name": name, "drawing": None}) for name in stored.get("plots", ())]
+    plots = [drawings.get(name, {"name": name, "drawing": None}) for name in stored["plots"]]
     values = {"title": what, "question": "", **stored, "what": what, "plots": plots}
     section: _S = schemas.parse(values, kind, path, remedy=_REMEDY)
     return dataclasses.replace(section, plots=[_with_pictures(plot, path.parent) for plot in section.plots])
 
 
 def _tiles(folder: Path, plot: Plot) -> Path:
-    return folder / "tiles" / f"{plot.name}.png"
+    return files.inside(folder, "tiles") / f"{plot.name}.png"
 
 
 def _write_tiles(path: Path, strips: Strips) -> None:

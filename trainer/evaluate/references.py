@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from featcache.precision import tensor_float32
+from featcache.store import files
+from trainer import locks
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import (
     CacheImages,
@@ -209,7 +210,10 @@ def _versions() -> dict[str, str]:
 def save_statistics(path: Path, statistics: Statistics) -> None:
     """Write an npz in ADM's layout (`mu`, `sigma`, `mu_s`, `sigma_s`), plus `pool` and a JSON `provenance`.
 
-    Written under a temporary name and renamed. Float64 moments, float32 features.
+    Written whole or not at all. Float64 moments, float32 features.
+
+    Raises:
+        UserError: the disk refuses.
     """
     arrays: dict[str, np.ndarray] = {"mu": statistics.mean, "sigma": statistics.covariance}
     if statistics.spatial_mean is not None and statistics.spatial_covariance is not None:
@@ -223,13 +227,8 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         **statistics.provenance,
     }
     arrays["provenance"] = np.frombuffer(json.dumps(record, sort_keys=True).encode(), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    try:
-        np.savez(temporary, allow_pickle=False, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with locks.alone(path), files.atomic_file(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_statistics(path: Path) -> Statistics:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import runs
-from trainer.analyze.result import Section, read_about, read_comparison, read_results
+from trainer.analyze.result import Section, read_about, read_comparison, read_results, writing
 from trainer.plots import Chart, Plot
 from trainer.report.charts import save
 from trainer.report.data import RunData
@@ -25,33 +25,33 @@ def write_diagnostics(run: Path, drawn: Collection[str]) -> Path:
     Raises:
         UserError: a damaged file.
     """
-    folder = run / "analysis"
-    results, about = read_results(folder), read_about(folder)
-    _save_plots(folder, results, drawn)
-    return write_page(
-        folder / "index.html",
-        "diagnostics.html",
-        title=f"Diagnostics of {runs.display_name(run)}",
-        lead=about.lead,
-        left_out=about.left_out,
-        sections=[(result, _drawings(folder, result.plots)) for result in results],
-        shown_rows=SHOWN_ROWS,
-    )
+    with writing(run) as folder:
+        results, about = read_results(folder), read_about(folder)
+        _save_plots(folder, results, drawn)
+        return write_page(
+            folder / "index.html",
+            "diagnostics.html",
+            title=f"Diagnostics of {runs.display_name(run)}",
+            lead=about.lead,
+            left_out=about.left_out,
+            sections=[(result, _drawings(folder, result.plots)) for result in results],
+            shown_rows=SHOWN_ROWS,
+        )
 
 
 def write_diagnostics_comparison(run: Path, drawn: Collection[str]) -> Path:
     """Writes ``analysis/comparison.html`` from the ``comparison.json`` beside it; arguments and errors as above."""
-    folder = run / "analysis"
-    sections = read_comparison(folder)
-    _save_plots(folder, sections, drawn)
-    names = dict.fromkeys(name for section in sections for name in section.findings)
-    return write_page(
-        folder / "comparison.html",
-        "diagnostics_comparison.html",
-        title=f"Diagnostics of {', '.join(names)}",
-        lead="The same samples, noise and timesteps for every run.",
-        sections=[(section, _drawings(folder, section.plots)) for section in sections],
-    )
+    with writing(run) as folder:
+        sections = read_comparison(folder)
+        _save_plots(folder, sections, drawn)
+        names = dict.fromkeys(name for section in sections for name in section.findings)
+        return write_page(
+            folder / "comparison.html",
+            "diagnostics_comparison.html",
+            title=f"Diagnostics of {', '.join(names)}",
+            lead="The same samples, noise and timesteps for every run.",
+            sections=[(section, _drawings(folder, section.plots)) for section in sections],
+        )
 
 
 def in_brief(run: RunData) -> list[tuple[Section, dict[str, Any]]]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from featcache.console import plain
+from featcache.store import files
 from trainer.plots import Chart, Matrix, Series, Strips
 
 WIDTH_INCHES, HEIGHT_INCHES = 4.6, 2.9
@@ -74,7 +75,7 @@ def _settings(salt: str, size: int) -> dict[Any, Any]:
     }
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text for matplotlib, which takes what stands between dollars for mathematics and writes control characters."""
     return plain(text).replace("$", r"\$")
 
@@ -95,7 +96,10 @@ def render_svg(chart: Chart) -> str:
 
 
 def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
-    """Write ``<stem>.svg`` and ``<stem>.png`` (150 dots an inch), with fixed colours, title and legend."""
+    """Write ``<stem>.svg`` and ``<stem>.png`` (150 dots an inch), with fixed colours, title and legend.
+
+    Raises UserError if the disk refuses.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -113,11 +117,13 @@ def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
         else:
             _draw_strips(figure, axes, drawing)
         if isinstance(drawing, Strips):
-            figure.suptitle(_literal(drawing.title), fontsize=11, fontweight="bold", x=0.01, ha="left")
+            figure.suptitle(literal(drawing.title), fontsize=11, fontweight="bold", x=0.01, ha="left")
         else:
-            axes.set_title(_literal(drawing.title), loc="left", fontsize=11, fontweight="bold")
+            axes.set_title(literal(drawing.title), loc="left", fontsize=11, fontweight="bold")
         for kind, unstable in (("svg", "Date"), ("png", "Software")):
-            figure.savefig(stem.with_name(f"{stem.name}.{kind}"), dpi=150, metadata={unstable: None})
+            picture = io.BytesIO()
+            figure.savefig(picture, format=kind, dpi=150, metadata={unstable: None})
+            files.atomic_write(stem.with_name(f"{stem.name}.{kind}"), [picture.getbuffer()], durable=False)
 
 
 def _draw_chart(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grid: str) -> None:
@@ -130,7 +136,7 @@ def _draw_chart(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grid:
             axes.plot(*_thin(x, np.asarray(series.raw, dtype=float)), color=colour, linewidth=0.6, alpha=0.3)
         axes.plot(
             *_thin(x, y),
-            label=_literal(series.label),
+            label=literal(series.label),
             color=colour,
             linewidth=1.6,
             linestyle=(0, (4, 2)) if series.dashed else "-",
@@ -139,8 +145,8 @@ def _draw_chart(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grid:
             solid_capstyle="round",
         )
     _limit(axes, chart)
-    axes.set_xlabel(_literal(chart.x_label), color=ink)
-    axes.set_ylabel(_literal(chart.y_label), color=ink)
+    axes.set_xlabel(literal(chart.x_label), color=ink)
+    axes.set_ylabel(literal(chart.y_label), color=ink)
     axes.grid(True, axis="y", color=grid, linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(ink)
@@ -183,8 +189,8 @@ def _draw_matrix(figure: Any, axes: Any, matrix: Matrix) -> None:
                 dark = matrix.share(matrix.values[r, c]) > 2 / 3
                 text = f"{matrix.values[r, c]:.{matrix.decimals}f}"
                 axes.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    axes.set_xticks(range(C), [_literal(c) for c in matrix.columns], fontsize=8, rotation=30 if C > 6 else 0)
-    axes.set_yticks(range(R), [_literal(r) for r in matrix.rows], fontsize=8)
+    axes.set_xticks(range(C), [literal(c) for c in matrix.columns], fontsize=8, rotation=30 if C > 6 else 0)
+    axes.set_yticks(range(R), [literal(r) for r in matrix.rows], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(shown, ax=axes, shrink=0.8)
@@ -203,8 +209,8 @@ def _draw_strips(figure: Any, axes: Any, strips: Strips) -> None:
     figure.set_size_inches(1.1 + 0.95 * C, 0.7 + 0.95 * R)
     axes.imshow(canvas, interpolation="none")
     centres = np.arange(max(R, C)) * step + side / 2
-    axes.set_xticks(centres[:C], [_literal(c).replace(", ", "\n") for c in strips.columns], fontsize=8)
-    axes.set_yticks(centres[:R], [_literal(r) for r in strips.rows], fontsize=8)
+    axes.set_xticks(centres[:C], [literal(c).replace(", ", "\n") for c in strips.columns], fontsize=8)
+    axes.set_yticks(centres[:R], [literal(r) for r in strips.rows], fontsize=8)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
 

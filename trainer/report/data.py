@@ -12,10 +12,11 @@ import numpy as np
 
 from featcache.errors import UserError
 from featcache.redact import redact
+from featcache.store import files
 from trainer import runs
 from trainer.analyze.result import Result, read_results
 from trainer.plots import LARGEST
-from trainer.yaml_text import read_yaml
+from trainer.yaml_text import MAX_BYTES, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def load_run(run_dir: Path | str) -> RunData:
     """Read a run directory; parts a run has not written yet are empty.
 
     Raises:
-        UserError: no such directory, no config.yaml in it, or a damaged file.
+        UserError: no such directory, no config.yaml in it, or a damaged file or link.
     """
     path = Path(run_dir)
     config_path = path / "config.yaml"
@@ -125,10 +126,10 @@ def load_run(run_dir: Path | str) -> RunData:
         raise UserError(what, remedy="Pass a directory under ./runs, as made by: trainer run --name NAME")
     config = read_yaml(config_path)
     # Read again for the page, which shows it as written; settings of earlier versions may hold a URL's secrets.
-    config_text = redact(config_path.read_text(encoding="utf-8"))
+    config_text = redact(files.read_bounded(config_path, MAX_BYTES).decode("utf-8"))
     samples = sorted(
         (int(p.stem.removeprefix("step_")), p)
-        for p in (path / "samples").glob("step_*.png")
+        for p in files.inside(path, "samples").glob("step_*.png")
         if p.stem.removeprefix("step_").isdigit()
     )
     return RunData(
@@ -140,7 +141,7 @@ def load_run(run_dir: Path | str) -> RunData:
         log=read_log(path / "log.jsonl"),
         evaluations=runs.read_metrics(path),
         samples=samples,
-        diagnostics=read_results(path / "analysis"),
+        diagnostics=read_results(files.inside(path, "analysis")),
     )
 
 

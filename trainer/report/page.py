@@ -16,6 +16,7 @@ from featcache.console import plain
 from featcache.errors import UserError
 from featcache.images import MAX_FILE_BYTES, BadImage, decode
 from featcache.store import files
+from trainer import runs
 from trainer.report.charts import render_svg
 from trainer.typeset import measure, number, setting
 
@@ -49,9 +50,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     Raises:
         UserError: a picture that cannot be read, or the file cannot be written.
     """
-    text = _environment().get_template(template).render(values)
-    files.make_directory(path.parent)
-    files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
+    runs.write_page(path, _environment().get_template(template).render(values))
     return path
 
 
