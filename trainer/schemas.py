@@ -78,7 +78,7 @@ class CheckpointState(TypedDict):
     scaler: NotRequired[dict[_Text, _Finite]]
 
 
-_Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"\A[^/\x00]+\Z")]  # of a file beside
+_Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"^[^/\x00]+$")]  # of a file beside
 
 
 class Diagnostic(TypedDict):

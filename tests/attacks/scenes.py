@@ -824,6 +824,7 @@ def _trainer_import(lab: Lab) -> Scene:
         prepared=folder,
         targets=("runs",),
         truth=None,
+        done="exists already",
         view=run_view,
         gc=False,
     )

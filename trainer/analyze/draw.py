@@ -9,7 +9,7 @@ import numpy as np
 
 from featcache.store import files
 from trainer.analyze.result import Matrix, Strips
-from trainer.report.charts import Chart
+from trainer.report.charts import Chart, literal
 
 COLOURS = ("#1a66b0", "#c4541a", "#2a8458", "#8650a6", "#9a7400", "#b3316b", "#23828f", "#6a6f76")
 SETTINGS: dict[Any, Any] = {
@@ -58,7 +58,7 @@ def _chart(figure: Any, chart: Chart) -> None:
         axes.plot(
             np.asarray(series.x, dtype=float),
             np.asarray(series.y, dtype=float),
-            label=series.label,
+            label=literal(series.label),
             color=COLOURS[series.colour % len(COLOURS)],
             linestyle=(0, (4, 2)) if series.dashed else "-",
             linewidth=1.5,
@@ -67,9 +67,9 @@ def _chart(figure: Any, chart: Chart) -> None:
         )
     if chart.log_y:
         axes.set_yscale("log")
-    axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel(chart.x_label)
-    axes.set_ylabel(chart.y_label)
+    axes.set_title(literal(chart.title), loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(literal(chart.x_label))
+    axes.set_ylabel(literal(chart.y_label))
     axes.grid(True, axis="y", color="#e4e6e8", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -87,11 +87,11 @@ def _matrix(figure: Any, matrix: Matrix) -> None:
                 dark = matrix.values[r, c] > (matrix.low + 2 * matrix.high) / 3
                 text = f"{matrix.values[r, c]:.{matrix.decimals}f}"
                 axes.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    axes.set_xticks(range(C), matrix.columns, fontsize=8, rotation=30 if C > 6 else 0)
-    axes.set_yticks(range(R), matrix.rows, fontsize=8)
+    axes.set_xticks(range(C), [*map(literal, matrix.columns)], fontsize=8, rotation=30 if C > 6 else 0)
+    axes.set_yticks(range(R), [*map(literal, matrix.rows)], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(matrix.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(literal(matrix.title), loc="left", fontsize=11, fontweight="bold")
     figure.colorbar(shown, ax=axes, shrink=0.8)
 
 
@@ -109,8 +109,8 @@ def _strips(figure: Any, strips: Strips) -> None:
     axes = figure.add_subplot()
     axes.imshow(canvas, interpolation="none")
     centres = np.arange(max(R, C)) * step + side / 2
-    axes.set_xticks(centres[:C], [c.replace(", ", "\n") for c in strips.columns], fontsize=8)
-    axes.set_yticks(centres[:R], strips.rows, fontsize=8)
+    axes.set_xticks(centres[:C], [literal(c).replace(", ", "\n") for c in strips.columns], fontsize=8)
+    axes.set_yticks(centres[:R], [*map(literal, strips.rows)], fontsize=8)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    figure.suptitle(strips.title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(literal(strips.title), fontsize=11, fontweight="bold", x=0.01, ha="left")

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from featcache.console import plain
+
 WIDTH_INCHES, HEIGHT_INCHES = 4.6, 2.9
 SERIES_COLOURS = 8
 MAX_POINTS = 600
@@ -95,6 +97,11 @@ def _colour(index: int) -> str:
     return f"#0300{index % SERIES_COLOURS:02x}"
 
 
+def literal(text: str) -> str:
+    """``text`` for matplotlib to draw as it is: what is between two dollar signs it would take for mathematics."""
+    return plain(text).replace("$", r"\$")
+
+
 def render_svg(chart: Chart) -> str:
     """The chart as one `<svg>` element without fixed colours or ids, title and legend left to the page."""
     import matplotlib
@@ -129,8 +136,8 @@ def render_svg(chart: Chart) -> str:
                 solid_capstyle="round",
             )
         _limit(axes, chart)
-        axes.set_xlabel(chart.x_label, color=_INK)
-        axes.set_ylabel(chart.y_label, color=_INK)
+        axes.set_xlabel(literal(chart.x_label), color=_INK)
+        axes.set_ylabel(literal(chart.y_label), color=_INK)
         axes.grid(True, axis="y", color=_GRID, linewidth=0.6)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_INK)
