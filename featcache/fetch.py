@@ -9,24 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError
-from featcache.remote import Location, Missing
 from featcache.store import blocks as hashes
 from featcache.store import files
-from featcache.store.blocks import ShardBlocks, blocks_limit, blocks_path, check_block, parse_blocks
-from featcache.store.layout import index_bytes, sample_bytes, shard_samples
+from featcache.store.blocks import ShardBlocks, check_block
+from featcache.store.contents import ShardFileEntry, most_bytes
 from featcache.store.manifest import Manifest
-from featcache.store.verify import ShardFileEntry
-from featcache.store.writer import check_checksums, checksums_path
+from featcache.store.places import DamagedSource, Location, Missing, is_missing
 
 Progress = Callable[[int], None]
 
 # Of a block that comes damaged, and of a whole shard without hashes of its blocks.
 TRIES = 3
-_TELL = "tell whoever shares the cache; featcache verify checks it at its source"
-
-
-class DamagedSource(CacheError):
-    """The other place lacks a file, or sends other bytes than are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,37 +40,6 @@ class Fetched:
     n_bytes: int
 
 
-def checksums_limit(manifest: Manifest) -> int:
-    """The most bytes that a `SHA256SUMS` file may have."""
-    return manifest.n_shards * 160
-
-
-def read_checksums(place: Location, manifest: Manifest, array: str) -> list[str]:
-    """The SHA-256 of an array's shards, from a place; raises `CacheError` unless the manifest names that file."""
-    name = checksums_path(manifest, array)
-    data = _metadata(place, name, checksums_limit(manifest))
-    return check_checksums(data, manifest, array, f"{place.url}/{name}")
-
-
-def read_blocks(place: Location, manifest: Manifest, array: str) -> list[ShardBlocks] | None:
-    """The hashes of an array's blocks, from a place; None where the manifest names none."""
-    if array not in manifest.blocks:
-        return None
-    name = blocks_path(manifest, array)
-    return parse_blocks(_metadata(place, name, blocks_limit(manifest, array)), manifest, array, f"{place.url}/{name}")
-
-
-def _metadata(place: Location, name: str, limit: int) -> bytes:
-    try:
-        return place.read_whole(name, limit)[0]
-    except Missing as error:
-        raise is_missing(place, name) from error
-
-
-def is_missing(place: Location, name: str) -> DamagedSource:
-    return DamagedSource(f"{place.url}/{name} is missing", remedy=_TELL)
-
-
 def wanted(
     place: Location, manifest: Manifest, entry: ShardFileEntry, sha256: str, blocks: ShardBlocks | None
 ) -> Wanted:
@@ -90,17 +52,9 @@ def wanted(
             n_bytes = place.size(entry.name)
         except Missing as error:
             raise is_missing(place, entry.name) from error
-        if n_bytes > _most_bytes(manifest, entry):
-            raise DamagedSource(f"{place.url}/{entry.name} is damaged: it cannot have {n_bytes} bytes", remedy=_TELL)
+        if n_bytes > most_bytes(manifest, entry):
+            raise DamagedSource(f"{place.url}/{entry.name} is damaged: it cannot have {n_bytes} bytes")
     return Wanted(name=entry.name, n_bytes=n_bytes, sha256=sha256, blocks=blocks)
-
-
-def _most_bytes(manifest: Manifest, entry: ShardFileEntry) -> int:
-    """The most bytes that a compressed shard may have: zstd and blosc hardly lengthen what they cannot shorten."""
-    dtype, shape = manifest.arrays[entry.array]
-    length = sample_bytes(dtype, shape)
-    n = shard_samples(manifest.dataset.count, manifest.shard_size, entry.shard)
-    return n * (length + length // 64 + 1024) + index_bytes(manifest.shard_size)
 
 
 def fetch(
@@ -136,7 +90,7 @@ def fetch(
 
 
 def _damaged(place: Location, file: Wanted, what: str) -> DamagedSource:
-    return DamagedSource(f"{place.url}/{file.name} is damaged: {what}", remedy=_TELL)
+    return DamagedSource(f"{place.url}/{file.name} is damaged: {what}")
 
 
 def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> Fetched:
@@ -249,7 +203,7 @@ def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int,
                     except CacheError as error:
                         failures += 1
                         if failures == TRIES:
-                            raise DamagedSource(f"{error.what} ({TRIES} times)", remedy=_TELL) from error
+                            raise DamagedSource(f"{error.what} ({TRIES} times)") from error
                         break
                     del block[: hashes.BLOCK_BYTES]
                     yield whole

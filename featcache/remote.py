@@ -12,56 +12,22 @@ import json
 import os
 import re
 import socket
-import stat
 from collections.abc import Callable, Generator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from featcache.errors import CacheError, UserError
 from featcache.redact import redact
-from featcache.remote_errors import Attempts, Missing, first_line, missing, no_credentials, retrying
-from featcache.store import files
+from featcache.remote_errors import Attempts, first_line, missing, no_credentials, retrying
+from featcache.store.places import CHUNK_BYTES, LocalLocation, Location, Missing, too_long
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*)://")
 REMOTE_SCHEMES = ("s3", "gs", "hf", "http", "https")
 PIECE_BYTES = 8 << 20
-CHUNK_BYTES = 1 << 16
-# Between two failures this much must come for the second one to count as a first.
 
 T = TypeVar("T")
-
-
-class Location(Protocol):
-    """A place that holds files by name. Names use '/' and never begin with it.
-
-    `url` is for people: without the secrets that `address` may hold.
-    """
-
-    url: str
-    address: str
-
-    def size(self, name: str) -> int:
-        """Length in bytes; raises `Missing`."""
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes `start` to `stop` of a file, exactly; raises `Missing`, or `CacheError` after retries."""
-
-    def chunks(self, name: str, start: int, stop: int) -> Generator[bytes, None, None]:
-        """As `read`, in order and as they come; a broken connection goes on where it broke."""
-
-    def read_whole(self, name: str, limit: int) -> tuple[bytes, str | None]:
-        """A small file and the version that these bytes are, in one request.
-
-        Raises `Missing`, or `CacheError` if it is longer than `limit` or cannot be had.
-        """
-
-    def modified(self, name: str) -> datetime | None:
-        """When a file was written, None where the place does not say; raises `Missing`."""
-
-    def directories(self) -> list[str]:
-        """Names of the immediate subdirectories, as far as the place can list them."""
 
 
 class Destination(Location, Protocol):
@@ -98,65 +64,6 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(path).removeprefix("file://"))
-
-
-class LocalLocation:
-    """A directory, read-only (writing goes through `featcache.store.files`). No link below it is followed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.url = self.address = str(path)
-
-    def _open(self, name: str) -> BinaryIO:
-        where = files.inside(self.path, name)
-        try:
-            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise Missing(name) from error
-        except OSError as error:
-            raise CacheError(f"{where} cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise CacheError(f"{where} is not a file")
-        return os.fdopen(fd, "rb")
-
-    def size(self, name: str) -> int:
-        with self._open(name) as file:
-            return os.fstat(file.fileno()).st_size
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        return b"".join(self.chunks(name, start, stop))
-
-    def chunks(self, name: str, start: int, stop: int) -> Generator[bytes, None, None]:
-        with self._open(name) as file:
-            file.seek(start)
-            while start < stop:
-                try:
-                    data = file.read(min(CHUNK_BYTES, stop - start))
-                except OSError as error:
-                    raise CacheError(f"{self.path / name} cannot be read: {error.strerror}") from error
-                if not data:
-                    raise CacheError(f"{self.path / name} is shorter than expected")
-                start += len(data)
-                yield data
-
-    def read_whole(self, name: str, limit: int) -> tuple[bytes, str | None]:
-        with self._open(name) as file:
-            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
-        if len(data) > limit:
-            raise too_long(f"{self.path / name}", limit)
-        return data, None
-
-    def modified(self, name: str) -> datetime | None:
-        with self._open(name) as file:
-            return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
-
-    def directories(self) -> list[str]:
-        return sorted(p.name for p in self.path.iterdir() if p.is_dir()) if self.path.is_dir() else []
-
-
-def too_long(where: str, limit: int) -> CacheError:
-    return CacheError(f"{where} is longer than the {limit} bytes that such a file may have")
 
 
 class ObjectLocation:

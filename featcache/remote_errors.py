@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from featcache.errors import CacheError
 from featcache.redact import redact
+from featcache.store.places import Missing
 
 ATTEMPTS = 8
 FIRST_PAUSE_S = 0.1
@@ -20,10 +21,6 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _REFUSED_HOST = re.compile(r"\"tcp connect error\",\s*([\d.:\[\]a-f]+:\d+)")
 
 T = TypeVar("T")
-
-
-class Missing(Exception):
-    """There is nothing of that name."""
 
 
 def first_line(error: BaseException) -> str:

@@ -16,12 +16,21 @@ from featcache.errors import CacheError
 from featcache.remote import Location, open_location
 from featcache.share import in_parallel, refuse_links, required_root
 from featcache.store import files, locks
-from featcache.store.blocks import ShardBlocks, blocks_path
+from featcache.store.blocks import ShardBlocks, blocks_limit, blocks_path
+from featcache.store.contents import (
+    ShardFileEntry,
+    checksums_limit,
+    checksums_path,
+    read_blocks,
+    read_checksums,
+    shard_files,
+)
 from featcache.store.layout import RESTORED, STATE
 from featcache.store.manifest import Manifest
+from featcache.store.places import DamagedSource
 from featcache.store.root import read_root
-from featcache.store.verify import ShardFileEntry, repair_metadata, shard_files
-from featcache.store.writer import cache_lock, checksums_path
+from featcache.store.verify import repair_metadata
+from featcache.store.writer import cache_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +130,7 @@ def _restored(
             partial = folder / f"{entry.name.replace('/', '+')}.fetched"
             fetched = transfer.fetch(place, file, target, partial, damaged=target, progress=progress)
             n_bytes[entry.name] = fetched.n_bytes
-        except transfer.DamagedSource as error:
+        except DamagedSource as error:
             refused.append(f"{entry.name}: {error.what}")
 
     in_parallel((e for e in shard_files(chosen) if e.array in recorded), mend, lambda _: None, threads)
@@ -131,10 +140,10 @@ def _restored(
 def _record(local: Location, place: Location, manifest: Manifest, array: str, mended: list[str]) -> list[str]:
     """The SHA-256 of an array's shards; the file that says so is fetched if it is lost here."""
     try:
-        return transfer.read_checksums(local, manifest, array)
+        return read_checksums(local, manifest, array)
     except CacheError:
-        digests = transfer.read_checksums(place, manifest, array)
-        _copy(local, place, checksums_path(manifest, array), transfer.checksums_limit(manifest), mended)
+        digests = read_checksums(place, manifest, array)
+        _copy(local, place, checksums_path(manifest, array), checksums_limit(manifest), mended)
         return digests
 
 
@@ -143,10 +152,10 @@ def _blocks(
 ) -> list[ShardBlocks] | None:
     """The hashes of an array's blocks; the file that says so is fetched if it is lost here."""
     try:
-        return transfer.read_blocks(local, manifest, array)
+        return read_blocks(local, manifest, array)
     except CacheError:
-        found = transfer.read_blocks(place, manifest, array)
-        _copy(local, place, blocks_path(manifest, array), transfer.blocks_limit(manifest, array), mended)
+        found = read_blocks(place, manifest, array)
+        _copy(local, place, blocks_path(manifest, array), blocks_limit(manifest, array), mended)
         return found
 
 

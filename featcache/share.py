@@ -42,29 +42,25 @@ from featcache.signing import (
     require_signature,
 )
 from featcache.store import files, locks
-from featcache.store.blocks import BLOCK_BYTES, ShardBlocks, blocks_path, check_block
+from featcache.store.blocks import blocks_path
+from featcache.store.contents import (
+    ShardFileEntry,
+    checksums_limit,
+    checksums_path,
+    metadata_files,
+    read_blocks,
+    read_checksums,
+    shard_files,
+)
 from featcache.store.layout import PUSHES, ROOT_NAMES, STATE
 from featcache.store.manage import cache_bytes
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
 from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
-from featcache.store.verify import (
-    Problem,
-    Report,
-    ShardFileEntry,
-    array_files,
-    arrays_with_files,
-    fresh_seed,
-    inconsistencies,
-    metadata_files,
-    sampled,
-    shard_files,
-    shard_problem,
-)
+from featcache.store.verify import Problem, Report, inconsistencies, verify_place
 from featcache.store.writer import (
     CacheWriter,
     building_directory,
     cache_lock,
-    checksums_path,
     journal_entry,
     journal_name,
     require_same_dataset,
@@ -238,8 +234,8 @@ def pull(
     part = subset(whole, features, samples)
     target = Path(target)
     refuse_links(target, part)
-    recorded = {array: transfer.read_checksums(place, whole, array) for array in part.arrays}
-    blocks = {array: transfer.read_blocks(place, whole, array) for array in part.arrays}
+    recorded = {array: read_checksums(place, whole, array) for array in part.arrays}
+    blocks = {array: read_blocks(place, whole, array) for array in part.arrays}
     moved = [0, 0, 0]
     arrived: dict[tuple[str, int], transfer.Fetched] = {}
     with CacheWriter.create(
@@ -392,7 +388,7 @@ def push(
         return _push_to_hub(source, whole, manifest, url, progress)
     place = open_destination(url)
     local = open_location(source)
-    recorded = {array: transfer.read_checksums(local, manifest, array) for array in manifest.arrays}
+    recorded = {array: read_checksums(local, manifest, array) for array in manifest.arrays}
     with _push_journal(source, place.address) as journal:
         for _ in range(_MERGES):
             existing, version = _read_root(place)
@@ -440,7 +436,7 @@ def _block_files(source: Path, manifest: Manifest, existing: Manifest | None) ->
     local, known = open_location(source), existing.blocks if existing is not None else {}
     found = {}
     for array in sorted(set(manifest.blocks) - set(known)):
-        transfer.read_blocks(local, manifest, array)
+        read_blocks(local, manifest, array)
         name = blocks_path(manifest, array)
         found[name] = files.inside(source, name)
     return found
@@ -452,7 +448,7 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
 
     Raises `CacheError` where other ones are there.
     """
-    limit = transfer.checksums_limit(manifest)
+    limit = checksums_limit(manifest)
     for name in sorted({checksums_path(manifest, array) for array in manifest.arrays if array not in present}):
         ours = local.read_whole(name, limit)[0]
         while not place.put_if(name, ours, None):
@@ -580,7 +576,7 @@ def _send_shards(
                 remedy=f"featcache verify {source} --repair mends it",
             )
         place.put(entry.name, path)
-        if read_back and remote_sha256(place, entry.name, size) != expected:
+        if read_back and _sha256(place.chunks(entry.name, 0, size)) != expected:
             raise CacheError(f"{place.url}/{entry.name} did not arrive as it was sent")
         arrived[entry.name] = size, place.version(entry.name)
         if progress is not None:
@@ -602,10 +598,9 @@ def _send_shards(
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
 
 
-def remote_sha256(place: Location, name: str, size: int) -> str:
-    """SHA-256 (hex) of a file at a place, read in pieces."""
+def _sha256(pieces: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for data in place.chunks(name, 0, size):
+    for data in pieces:
         digest.update(data)
     return digest.hexdigest()
 
@@ -632,100 +627,24 @@ def verify_remote(
     place = open_location(url)
     manifest = required_root(place)
     require_authentic(place, manifest, expect, signed_by)
-    chosen = subset(manifest, features, None)
-    problems: list[Problem] = []
-    n_files = n_bytes = 0
+    subset(manifest, features, None)
 
-    def problem(name: str, what: str) -> None:
-        problems.append(Problem(path=f"{place.url}/{name}", what=what))
-
-    for name, content in metadata_files(manifest).items():
-        n_files, n_bytes = n_files + 1, n_bytes + len(content)
-        try:
-            same = place.read_whole(name, MAX_METADATA_BYTES)[0] == content
-        except Missing:
-            same = False
-        if not same:
-            problem(name, "missing, or not as the manifest says")
-    if fraction is not None and seed is None:
-        seed = fresh_seed()
-    found: list[tuple[ShardFileEntry, str | None, int]] = []
-    n_unread = 0
-    for array in arrays_with_files(chosen):
-        recorded: list[str] | None = None
-        blocks: list[ShardBlocks] | None = None
-        try:
-            recorded = transfer.read_checksums(place, manifest, array)
-        except CacheError as error:
-            problem(checksums_path(manifest, array), error.what)
-        try:
-            blocks = transfer.read_blocks(place, manifest, array)
-        except CacheError as error:
-            problem(blocks_path(manifest, array), error.what)
-        parts: dict[int, list[int] | None] | None = None
-        if fraction is not None and seed is not None:
-            parts = sampled(manifest, array, blocks, fraction, seed)
-            n_unread += manifest.n_shards - len(parts)
-
-        def check(entry: ShardFileEntry, blocks: Any = blocks, recorded: Any = recorded, parts: Any = parts) -> None:
-            some = None if parts is None else parts[entry.shard]
-            what, n_read = _check_remote(place, entry, recorded, some, blocks)
-            found.append((entry, what, n_read))
-            if progress is not None:
-                progress(n_read)
-
-        def done(_: ShardFileEntry) -> None:
-            nonlocal n_files, n_bytes
-            entry, what, n_read = found.pop()
-            n_files, n_bytes = n_files + 1, n_bytes + n_read
-            if what is not None:
-                problem(entry.name, what)
-
-        in_parallel(array_files(chosen, array, None if parts is None else sorted(parts)), check, done, threads)
-    if not problems and fraction is None:
+    def consistent() -> list[Problem]:
         from featcache.stream import open_remote
 
         with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
-            problems += inconsistencies(open_remote(url, cache_dir=folder), place.url)
-    problems.sort(key=lambda p: (p.path, p.what))
-    return Report(
-        path=place.url,
-        problems=tuple(problems),
-        n_files=n_files,
-        n_bytes=n_bytes,
-        digest=cache_digest(manifest),
-        n_unread=n_unread,
+            return inconsistencies(open_remote(url, cache_dir=folder), place.url)
+
+    return verify_place(
+        place,
+        manifest,
+        features=features,
+        threads=threads,
+        progress=progress,
         fraction=fraction,
-        seed=seed if fraction is not None else None,
+        seed=seed,
+        consistent=consistent,
     )
-
-
-def _check_remote(
-    place: Location,
-    entry: ShardFileEntry,
-    recorded: list[str] | None,
-    parts: list[int] | None,
-    blocks: list[ShardBlocks] | None,
-) -> tuple[str | None, int]:
-    """What is wrong with a shard at a place (or with some blocks of it), None if nothing is; and the bytes read."""
-    try:
-        size = place.size(entry.name)
-        if parts is None or blocks is None:
-            digest = remote_sha256(place, entry.name, size) if entry.n_bytes in (None, size) else ""
-            return shard_problem(entry, digest, size, recorded), size
-        shard, n_read = blocks[entry.shard], 0
-        if size != shard.n_bytes:
-            return f"has {size} bytes instead of {shard.n_bytes}", 0
-        for index in parts:
-            data = place.read(entry.name, index * BLOCK_BYTES, min(size, (index + 1) * BLOCK_BYTES))
-            n_read += len(data)
-            try:
-                check_block(shard, index, data, entry.name)
-            except CacheError:
-                return f"its block {index} does not match the recorded hash", n_read
-        return None, n_read
-    except Missing:
-        return shard_problem(entry, None, 0, recorded), 0
 
 
 def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress | None) -> Transfer:
@@ -737,7 +656,7 @@ def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, pr
 
     repository, revision, prefix = parse_hub_url(url)
     place, api = open_location(url), HfApi()
-    recorded = {array: transfer.read_checksums(open_location(source), manifest, array) for array in manifest.arrays}
+    recorded = {array: read_checksums(open_location(source), manifest, array) for array in manifest.arrays}
     try:
         api.create_repo(repository, repo_type="dataset", exist_ok=True)
         for _ in range(_MERGES):

@@ -22,23 +22,22 @@ from collections import OrderedDict
 from pathlib import Path
 
 import google_crc32c
-import numpy as np
 
 from featcache.console import errors, safe
 from featcache.errors import CacheError
-from featcache.fetch import TRIES, is_missing, read_blocks, read_checksums, verified_blocks, wanted
+from featcache.fetch import TRIES, verified_blocks, wanted
 from featcache.reader import Cache
-from featcache.remote import Location, Missing, open_location
+from featcache.remote import open_location
 from featcache.share import require_authentic, required_root
 from featcache.store import blocks as hashes
 from featcache.store import wds
-from featcache.store.backends import ShardFile
+from featcache.store.backends import Index, Indexed, Indices, ShardFile, Strided
 from featcache.store.blocks import BlockHasher, ShardBlocks
-from featcache.store.layout import index_bytes, sample_bytes, shard_name, shard_samples
+from featcache.store.contents import ShardFileEntry, array_files, read_blocks, read_checksums
+from featcache.store.layout import sample_bytes
 from featcache.store.manifest import Manifest
+from featcache.store.places import Location, Missing, is_missing
 from featcache.store.root import root_bytes
-from featcache.store.shards import decompress, parse_index
-from featcache.store.verify import ShardFileEntry
 
 DEFAULT_CACHE_BYTES = 10 << 30
 # Up to this length a shard without hashes of its blocks is fetched whole, to be checked.
@@ -213,49 +212,24 @@ class _RemoteFile:
         return bytes(out)
 
 
-class _RemoteShard:
-    """One uncompressed shard: samples at equal distances."""
+class _RemoteStrided(Strided):
+    def __init__(self, file: _RemoteFile, start: int, stride: int, length: int) -> None:
+        super().__init__(start, stride, length)
+        self._file = file
 
-    def __init__(self, file: _RemoteFile, length: int, start: int, stride: int) -> None:
-        self._file, self._length, self._start, self._stride = file, length, start, stride
-
-    def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        sample = first
+    def _fill(self, buffers: list[memoryview], offset: int) -> None:
         for buffer in buffers:
-            if self._stride == self._length:
-                self._file.read(self._start + sample * self._stride, buffer)
-                sample += len(buffer) // self._length
-                continue
-            for place in range(0, len(buffer), self._length):
-                self.read_part(sample, 0, buffer[place : place + self._length])
-                sample += 1
-
-    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        self._file.read(self._start + sample * self._stride + part * len(buffer), buffer)
+            self._file.read(offset, buffer)
+            offset += len(buffer)
 
 
-class _CompressedRemoteShard:
-    """One compressed shard: offsets and lengths from its index."""
+class _RemoteIndexed(Indexed):
+    def __init__(self, file: _RemoteFile, index: Index, compressor: str | None, sample_bytes: int) -> None:
+        super().__init__(index, compressor, sample_bytes, file.name)
+        self._file = file
 
-    def __init__(self, file: _RemoteFile, index: tuple[np.ndarray, np.ndarray], length: int, codec: str) -> None:
-        self._file, self._length, self._codec = file, length, codec
-        self._offsets, self._lengths = index
-
-    def _read(self, sample: int, buffer: memoryview) -> None:
-        raw = bytearray(int(self._lengths[sample]))
-        self._file.read(int(self._offsets[sample]), memoryview(raw))
-        decompress(self._codec, bytes(raw), np.frombuffer(buffer, np.uint8), self._file.name)
-
-    def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        for buffer in buffers:
-            for place in range(0, len(buffer), self._length):
-                self._read(first, buffer[place : place + self._length])
-                first += 1
-
-    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        whole = memoryview(bytearray(self._length))
-        self._read(sample, whole)
-        buffer[:] = whole[part * len(buffer) : (part + 1) * len(buffer)]
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        self._file.read(offset, buffer)
 
 
 class RemoteBackend:
@@ -264,23 +238,12 @@ class RemoteBackend:
     def __init__(self, place: Location, manifest: Manifest, blocks: BlockCache) -> None:
         self.place, self.manifest, self.blocks = place, manifest, blocks
         self._layout = wds.tar_layout(manifest) if manifest.format == "wds" else None
-        # Arrays' shards whose index was checked and found contiguous, one byte each.
-        self._contiguous: dict[str, bytearray] = {}
+        self._indices = Indices(manifest)
         # What is recorded of an array's shards, read when the first of them is opened.
         self._blocks: dict[str, list[ShardBlocks] | None] = {}
         self._checksums: dict[str, list[str]] = {}
         self._whole: dict[str, ShardBlocks] = {}
         self._lock = threading.RLock()
-
-    def _entry(self, array: str, shard: int) -> ShardFileEntry:
-        manifest = self.manifest
-        dtype, shape = manifest.arrays[array]
-        n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
-        if self._layout is not None:
-            return ShardFileEntry(wds.tar_name(shard), (), array, shard, self._layout.tar_bytes(n))
-        whole = n * sample_bytes(dtype, shape) + index_bytes(manifest.shard_size)
-        n_bytes = whole if manifest.compressor is None else None
-        return ShardFileEntry(f"{array}/{shard_name(shard, len(shape))}", (), array, shard, n_bytes)
 
     def _file(self, entry: ShardFileEntry) -> _RemoteFile:
         """The file of an entry, with what its bytes are to be checked against."""
@@ -306,32 +269,13 @@ class RemoteBackend:
         manifest = self.manifest
         dtype, shape = manifest.arrays[array]
         length = sample_bytes(dtype, shape)
-        n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
-        file = self._file(self._entry(array, shard))
+        file = self._file(next(array_files(manifest, array, [shard])))
         if self._layout is not None:
-            return _RemoteShard(file, length, self._layout.data_offset(array), self._layout.stride)
-        tail = index_bytes(manifest.shard_size)
-        if file.size < tail:
-            raise CacheError(f"{file.name} is damaged: it is too short to hold its index")
-        known = self._contiguous.setdefault(array, bytearray(manifest.n_shards))
-        if not known[shard]:
-            index = parse_index(
-                file.tail(tail),
-                n=n,
-                shard_size=manifest.shard_size,
-                file_bytes=file.size,
-                sample_bytes=length if manifest.compressor is None else None,
-                where=file.name,
-            )
-            if manifest.compressor is not None:
-                return _CompressedRemoteShard(file, index, length, manifest.compressor)
-            if (index[0] != np.arange(n) * length).any():
-                raise CacheError(
-                    f"{file.name} was rewritten by another program: its samples are not in order",
-                    remedy="featcache verify finds such shards at their source",
-                )
-            known[shard] = 1
-        return _RemoteShard(file, length, 0, length)
+            return _RemoteStrided(file, self._layout.data_offset(array), self._layout.stride, length)
+        index = self._indices.index(array, shard, file.size, file.tail, file.name)
+        if index is None:
+            return _RemoteStrided(file, 0, length, length)
+        return _RemoteIndexed(file, index, manifest.compressor, length)
 
 
 def unverified_features(manifest: Manifest) -> list[str]:

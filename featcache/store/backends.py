@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +14,12 @@ import numpy as np
 
 from featcache.errors import CacheError
 from featcache.store import files, wds
-from featcache.store.layout import sample_bytes, shard_name, shard_samples
+from featcache.store.layout import index_bytes, sample_bytes, shard_name, shard_samples
 from featcache.store.manifest import Manifest
-from featcache.store.shards import decompress, read_index
+from featcache.store.shards import decompress, parse_index
+
+# Offsets and lengths of a shard's samples, int64 [n] each.
+Index = tuple[np.ndarray, np.ndarray]
 
 
 class ShardFile(Protocol):
@@ -67,19 +70,44 @@ def _one_by_one(buffers: list[memoryview], length: int) -> Iterator[memoryview]:
             yield buffer[start : start + length]
 
 
-class StridedShard:
-    """Uncompressed samples at equal distances: sample i begins at `start + i * stride`.
+class Strided:
+    """Uncompressed samples at equal distances: sample i begins at `start + i * stride`."""
+
+    __slots__ = ("length", "start", "stride")
+
+    def __init__(self, start: int, stride: int, length: int) -> None:
+        self.start, self.stride, self.length = start, stride, length
+
+    def _fill(self, buffers: list[memoryview], offset: int) -> None:
+        """Fill the buffers with the file's bytes from `offset` on."""
+        raise NotImplementedError
+
+    def read_run(self, first: int, buffers: list[memoryview]) -> None:
+        offset = self.start + first * self.stride
+        if self.stride == self.length:
+            self._fill(buffers, offset)
+            return
+        for buffer in _one_by_one(buffers, self.length):
+            self._fill([buffer], offset)
+            offset += self.stride
+
+    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
+        self._fill([buffer], self.start + sample * self.stride + part * len(buffer))
+
+
+class StridedShard(Strided):
+    """`Strided` in a file on this machine.
 
     Mapped (`mapped` and `view` are the file's bytes), a sample is read from the file the first time (one request to
     the disk for all of it) and copied from the mapping ever after (no system call, no work by the page in the kernel:
     memory speed). `touched` tells which samples have been read.
     """
 
-    __slots__ = ("fd", "length", "mapped", "n", "start", "stride", "touched", "view", "where")
+    __slots__ = ("fd", "mapped", "n", "touched", "view", "where")
 
     def __init__(self, fd: int, start: int, stride: int, length: int, n: int, where: str) -> None:
-        self.fd, self.start, self.stride, self.length, self.where = fd, start, stride, length, where
-        self.n = n
+        super().__init__(start, stride, length)
+        self.fd, self.where, self.n = fd, where, n
         self.mapped: np.ndarray | None = None
         self.view = memoryview(b"")
         self.touched = bytearray()
@@ -97,60 +125,85 @@ class StridedShard:
         # The last user closes: a thread may still read from a shard that the cache of open files has dropped.
         os.close(self.fd)
 
-    def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        offset = self.start + first * self.stride
-        if self.stride == self.length:
-            _read_exactly(self.fd, buffers, offset, self.where)
-            return
-        for buffer in _one_by_one(buffers, self.length):
-            _read_exactly(self.fd, [buffer], offset, self.where)
-            offset += self.stride
-
-    def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        offset = self.start + sample * self.stride + part * len(buffer)
-        _read_exactly(self.fd, [buffer], offset, self.where)
+    def _fill(self, buffers: list[memoryview], offset: int) -> None:
+        _read_exactly(self.fd, buffers, offset, self.where)
 
 
-class IndexedShard:
+class Indexed:
     """Samples anywhere in the file, compressed or not."""
 
-    def __init__(
-        self,
-        fd: int,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        compressor: str | None,
-        sample_bytes: int,
-        where: str,
-    ) -> None:
-        self.fd, self.offsets, self.lengths, self.where = fd, offsets, lengths, where
-        self.compressor, self.sample_bytes = compressor, sample_bytes
+    def __init__(self, index: Index, compressor: str | None, sample_bytes: int, where: str) -> None:
+        self._offsets, self._lengths = index
+        self._compressor, self._sample_bytes, self._where = compressor, sample_bytes, where
 
-    def __del__(self) -> None:
-        os.close(self.fd)
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer with the file's bytes from `offset` on."""
+        raise NotImplementedError
 
     def _read(self, sample: int, buffer: memoryview) -> None:
-        offset, length = int(self.offsets[sample]), int(self.lengths[sample])
-        if self.compressor is None:
-            _read_exactly(self.fd, [buffer], offset, self.where)
+        if self._compressor is None:
+            self._fill(buffer, int(self._offsets[sample]))
             return
-        raw = bytearray(length)
-        _read_exactly(self.fd, [memoryview(raw)], offset, self.where)
-        decompress(self.compressor, bytes(raw), np.frombuffer(buffer, np.uint8), self.where)
+        raw = bytearray(int(self._lengths[sample]))
+        self._fill(memoryview(raw), int(self._offsets[sample]))
+        decompress(self._compressor, bytes(raw), np.frombuffer(buffer, np.uint8), self._where)
 
     def read_run(self, first: int, buffers: list[memoryview]) -> None:
-        for i, buffer in enumerate(_one_by_one(buffers, self.sample_bytes)):
+        for i, buffer in enumerate(_one_by_one(buffers, self._sample_bytes)):
             self._read(first + i, buffer)
 
     def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        if self.compressor is None:
-            offset = int(self.offsets[sample]) + part * len(buffer)
-            _read_exactly(self.fd, [buffer], offset, self.where)
+        if self._compressor is None:
+            self._fill(buffer, int(self._offsets[sample]) + part * len(buffer))
             return
         # Compressed samples decode as a whole; keep one part.
-        whole = memoryview(bytearray(self.sample_bytes))
+        whole = memoryview(bytearray(self._sample_bytes))
         self._read(sample, whole)
         buffer[:] = whole[part * len(buffer) : (part + 1) * len(buffer)]
+
+
+class IndexedShard(Indexed):
+    """`Indexed` in a file on this machine."""
+
+    def __init__(self, fd: int, index: Index, compressor: str | None, sample_bytes: int, where: str) -> None:
+        super().__init__(index, compressor, sample_bytes, where)
+        self._fd = fd
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        _read_exactly(self._fd, [buffer], offset, self._where)
+
+
+class Indices:
+    """The indices of a zarr cache's shards. Which were checked and found contiguous is kept, one byte each, so that
+    opening one again reads none.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._contiguous: dict[str, bytearray] = {}
+
+    def index(self, array: str, shard: int, size: int, tail: Callable[[int], bytes], where: str) -> Index | None:
+        """Where the samples of a shard of `size` bytes lie; None if uncompressed and one after another from 0 on.
+
+        tail: gives the last so many bytes of the file. Raises `CacheError` if the index is damaged.
+        """
+        manifest, n_bytes = self._manifest, index_bytes(self._manifest.shard_size)
+        known = self._contiguous.setdefault(array, bytearray(manifest.n_shards))
+        if known[shard]:
+            return None
+        if size < n_bytes:
+            raise CacheError(f"{where} is damaged: it is too short to hold its index")
+        length = sample_bytes(*manifest.arrays[array]) if manifest.compressor is None else None
+        n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
+        raw = tail(n_bytes)
+        found = parse_index(raw, n=n, shard_size=manifest.shard_size, file_bytes=size, sample_bytes=length, where=where)
+        if length is None or (found[0] != np.arange(n) * length).any():
+            return found
+        known[shard] = 1
+        return None
 
 
 class ZarrBackend:
@@ -158,9 +211,7 @@ class ZarrBackend:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        # Arrays' shards whose index was checked and found contiguous, one byte each: reopening costs one
-        # open().
-        self._contiguous: dict[str, bytearray] = {}
+        self._indices = Indices(manifest)
         self._folders: dict[str, Path] = {}
 
     def open_shard(self, array: str, shard: int) -> ShardFile:
@@ -171,22 +222,13 @@ class ZarrBackend:
         where = str(self._folders[array] / shard_name(shard, len(shape)))
         length = sample_bytes(dtype, shape)
         n = shard_samples(manifest.dataset.count, manifest.shard_size, shard)
-        known = self._contiguous.setdefault(array, bytearray(manifest.n_shards))
         fd = files.open_to_read(Path(where))
         try:
-            if known[shard]:
+            size = os.fstat(fd).st_size
+            index = self._indices.index(array, shard, size, lambda n: os.pread(fd, n, size - n), where)
+            if index is None:
                 return StridedShard(fd, 0, length, length, n, where)
-            offsets, lengths = read_index(
-                fd,
-                n=n,
-                shard_size=manifest.shard_size,
-                sample_bytes=length if manifest.compressor is None else None,
-                where=where,
-            )
-            if manifest.compressor is None and (offsets == np.arange(n) * length).all():
-                known[shard] = 1
-                return StridedShard(fd, 0, length, length, n, where)
-            return IndexedShard(fd, offsets, lengths, manifest.compressor, length, where)
+            return IndexedShard(fd, index, manifest.compressor, length, where)
         except BaseException:
             os.close(fd)
             raise

@@ -505,11 +505,17 @@ def open_to_write(path: Path, flags: int = 0) -> int:
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
     """The whole file; raises `CacheError` if it is longer than `limit_bytes`, or cannot be read (`open_to_read`)."""
     with os.fdopen(open_to_read(path), "rb") as file:
-        try:
+        return read_all(file.fileno(), path, limit_bytes)
+
+
+def read_all(fd: int, path: Path, limit_bytes: int) -> bytes:
+    """As `read_bounded`, of the open file `path`."""
+    try:
+        with os.fdopen(os.dup(fd), "rb") as file:
             # By its length, not by the limit: read(n) allocates n bytes at once.
-            data = file.read(min(os.fstat(file.fileno()).st_size, limit_bytes) + 1)
-        except OSError as error:
-            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+            data = file.read(min(os.fstat(fd).st_size, limit_bytes) + 1)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
     if len(data) > limit_bytes:
         raise CacheError(f"{path} is longer than the {limit_bytes} bytes that such a file may have")
     return data

@@ -277,6 +277,7 @@ def _collect_cache(path: Path, dry_run: bool, older_than_s: float) -> list[tuple
             if manifest is not None and complete and not dry_run:
                 for entry in trash.entries(trash.cache_trash(path)):
                     trash.settle(path, manifest, entry)
+                trash.remove_void(path, manifest)
             removed = _leftovers(path, manifest, specs, live) if manifest is not None else []
             state = _old_state(path)
             if not dry_run:

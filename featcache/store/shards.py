@@ -4,7 +4,6 @@ crc32c.
 
 from __future__ import annotations
 
-import os
 import struct
 from typing import Any
 
@@ -69,18 +68,6 @@ def parse_index(
     ):
         raise CacheError(f"{where} is damaged: its index points outside the file or at samples of another size")
     return offsets.astype(np.int64), lengths.astype(np.int64)
-
-
-def read_index(
-    fd: int, *, n: int, shard_size: int, sample_bytes: int | None, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """`parse_index` of an open shard file."""
-    file_bytes = os.fstat(fd).st_size
-    length = index_bytes(shard_size)
-    if file_bytes < length:
-        raise CacheError(f"{where} is damaged: it is too short to hold its index")
-    raw = os.pread(fd, length, file_bytes - length)
-    return parse_index(raw, n=n, shard_size=shard_size, file_bytes=file_bytes, sample_bytes=sample_bytes, where=where)
 
 
 def _numcodec(dtype: np.dtype, compressor: str) -> Any:

@@ -322,6 +322,7 @@ def restore_features(cache: Path, wanted: Sequence[str] | None) -> list[str]:
     """
     with cache_lock(cache):
         manifest = read_root(cache)
+        remove_void(cache, manifest)
         by_entry = _choose(cache, manifest, wanted)
         names = [name for chosen in by_entry.values() for name in chosen]
         for entry, chosen in by_entry.items():
@@ -331,8 +332,20 @@ def restore_features(cache: Path, wanted: Sequence[str] | None) -> list[str]:
         publish(cache, manifest, set(names))
         for entry, chosen in by_entry.items():
             _forget(entry, chosen)
+        remove_void(cache, manifest)
         files.remove_empty_directory(cache_trash(cache))
     return sorted(names)
+
+
+def remove_void(cache: Path, manifest: Manifest) -> None:
+    """Remove entries of the trash in which nothing lies: their removal never happened, or was undone. The caller holds
+    the cache's lock.
+    """
+    for entry in entries(cache_trash(cache)):
+        record = _record(entry)
+        specs = {} if record is None else record.features
+        if all(name in manifest.features and not _has_files(entry, spec) for name, spec in specs.items()):
+            delete(entry)
 
 
 def _forget(entry: Entry, names: Sequence[str]) -> None:

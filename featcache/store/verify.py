@@ -30,36 +30,30 @@ from featcache.reader import Cache, open_cache
 from featcache.store import files, wds
 from featcache.store.blocks import (
     BLOCK_BYTES,
-    BlockHasher,
     ShardBlocks,
     blocks_bytes,
-    blocks_limit,
     blocks_path,
     check_block,
     n_blocks,
     parse_blocks,
 )
-from featcache.store.layout import (
-    ROOT_METADATA,
-    ROOT_NAMES,
-    SCALE_SUFFIX,
-    STATE,
-    canonical_json,
-    index_bytes,
-    sample_bytes,
-    shard_name,
-    shard_samples,
+from featcache.store.contents import (
+    ShardFileEntry,
+    array_files,
+    arrays_with_files,
+    checksum_files,
+    checksums_path,
+    checksums_text,
+    metadata_files,
+    most_bytes,
 )
+from featcache.store.layout import ROOT_NAMES, STATE, sample_bytes, shard_name
 from featcache.store.ledger import Ledger, identity
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
 from featcache.store.names import OwnNames
-from featcache.store.root import cache_digest, find_root, node_metadata, parse_root, read_root, root_bytes
-from featcache.store.writer import (
-    cache_lock,
-    checksums_path,
-    checksums_text,
-    clear_parts,
-)
+from featcache.store.places import DamagedSource, LocalLocation, Location, Missing, Unreadable, read_small
+from featcache.store.root import cache_digest, find_root, parse_root, read_root
+from featcache.store.writer import cache_lock, clear_parts
 
 MAX_PROBLEMS = 100_000
 _ATTEMPTS = 10
@@ -115,61 +109,6 @@ class Report:
             if problem.feature is not None and problem.shard is not None:
                 shards.setdefault(problem.feature, set()).add(problem.shard)
         return {name: sorted(numbers) for name, numbers in sorted(shards.items())}
-
-
-@dataclass(frozen=True)
-class ShardFileEntry:
-    """One shard file of a cache as the manifest knows it. `features` are those that it holds (wds: all)."""
-
-    name: str
-    features: tuple[str, ...]
-    array: str
-    shard: int
-    n_bytes: int | None  # None where compressed
-
-
-def shard_files(manifest: Manifest, features: Iterable[str] | None = None) -> Iterator[ShardFileEntry]:
-    """Every shard file of the cache (or of some features), by name relative to the cache, one by one."""
-    if not manifest.features:
-        return
-    for array in arrays_with_files(manifest, features):
-        yield from array_files(manifest, array)
-
-
-def arrays_with_files(manifest: Manifest, features: Iterable[str] | None = None) -> list[str]:
-    """The arrays whose shard files are separate: in a cache of tars one stands for all."""
-    if manifest.format == "wds":
-        return sorted(manifest.arrays)[:1]
-    wanted = manifest.features if features is None else set(features)
-    return [array for feature in sorted(wanted) for array in manifest.features[feature].arrays]
-
-
-def array_files(manifest: Manifest, array: str, shards: Iterable[int] | None = None) -> Iterator[ShardFileEntry]:
-    """The shard files of one array, or some of them."""
-    count, size = manifest.dataset.count, manifest.shard_size
-    numbers = range(manifest.n_shards) if shards is None else shards
-    if manifest.format == "wds":
-        layout, every = wds.tar_layout(manifest), tuple(sorted(manifest.features))
-        for shard in numbers:
-            yield ShardFileEntry(
-                wds.tar_name(shard), every, array, shard, layout.tar_bytes(shard_samples(count, size, shard))
-            )
-        return
-    dtype, shape = manifest.arrays[array]
-    feature = array.removesuffix(SCALE_SUFFIX)
-    length = sample_bytes(dtype, shape)
-    for shard in numbers:
-        whole = shard_samples(count, size, shard) * length + index_bytes(size)
-        n_bytes = whole if manifest.compressor is None else None
-        yield ShardFileEntry(f"{array}/{shard_name(shard, len(shape))}", (feature,), array, shard, n_bytes)
-
-
-def metadata_files(manifest: Manifest) -> dict[str, bytes]:
-    """Name -> exact content of every file that follows from the manifest alone, the root document last."""
-    nodes = node_metadata(manifest) if manifest.format == "zarr" else {}
-    found = {f"{node}/{ROOT_METADATA}": canonical_json(content) for node, content in nodes.items()}
-    found[ROOT_NAMES[manifest.format]] = root_bytes(manifest)
-    return found
 
 
 def parse_fraction(text: str) -> float:
@@ -238,11 +177,11 @@ def verify(
             every = arrays_with_files(manifest, features)
             again = [array for array in every if _must_check(array, manifest, previous, checked)]
             checked.problems.clear()
-            _check(path, manifest, root.data, again, plan, checked)
+            _check(LocalLocation(path), manifest, root.data, again, plan, checked)
             if fraction is None and not checked.problems:
                 checked.problems += _inconsistencies(path)
             if not checked.problems or _unchanged(path, root):
-                return checked.report(path, manifest, plan)
+                return checked.report(str(path), manifest, plan)
             previous = manifest
     raise CacheError(
         f"{path} changed {_ATTEMPTS} times while it was checked",
@@ -250,9 +189,35 @@ def verify(
     )
 
 
+def verify_place(
+    place: Location,
+    manifest: Manifest,
+    *,
+    features: Sequence[str] | None,
+    threads: int,
+    progress: Callable[[int], None] | None,
+    fraction: float | None,
+    seed: int | None,
+    consistent: Callable[[], list[Problem]],
+) -> Report:
+    """Check the cache with that manifest at a place, byte by byte, without keeping what is read; as `verify` otherwise.
+
+    Files that do not belong there are not looked for: not every place can list its files. consistent: what is wrong
+    between labels, keys and skipped slots, asked where everything else is sound.
+
+    Raises `CacheError` if the connection stays broken.
+    """
+    plan = _Plan(fraction, fresh_seed() if seed is None else seed, False, False, threads, progress)
+    checked = _Checked()
+    _check(place, manifest, None, arrays_with_files(manifest, features), plan, checked)
+    if not checked.problems and fraction is None:
+        checked.problems += consistent()
+    return checked.report(place.url, manifest, plan)
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """How to check."""
+    """How to check. `since_last` and `remember` are for local caches."""
 
     fraction: float | None
     seed: int | None
@@ -275,13 +240,16 @@ class _Checked:
     def full(self) -> bool:
         return len(self.problems) >= MAX_PROBLEMS
 
-    def report(self, path: Path, manifest: Manifest, plan: _Plan) -> Report:
+    def problem(self, place: Location, name: str, what: str) -> None:
+        self.problems.append(Problem(path=f"{place.url}/{name}", what=what))
+
+    def report(self, where: str, manifest: Manifest, plan: _Plan) -> Report:
         problems = sorted(self.problems, key=lambda p: (p.path, p.what, p.feature or ""))
         if self.full:
-            problems.append(Problem(path=str(path), what=f"{len(problems)} problems: the rest was not checked"))
+            problems.append(Problem(path=where, what=f"{len(problems)} problems: the rest was not checked"))
         counts = [found for array, found in self.arrays.items() if array in manifest.arrays]
         return Report(
-            path=str(path),
+            path=where,
             problems=tuple(problems),
             n_files=self.metadata[0] + sum(n for n, _, _ in counts),
             n_bytes=self.metadata[1] + sum(n for _, n, _ in counts),
@@ -380,52 +348,37 @@ def _must_check(array: str, manifest: Manifest, previous: Manifest | None, check
 
 
 def _check(
-    path: Path, manifest: Manifest, root: bytes, arrays: Collection[str], plan: _Plan, checked: _Checked
+    place: Location, manifest: Manifest, root: bytes | None, arrays: Collection[str], plan: _Plan, checked: _Checked
 ) -> None:
-    """Check metadata and the shards of `arrays`; what is found goes into `checked`."""
+    """Check metadata and the shards of `arrays`; what is found goes into `checked`. root: the root document, if read."""
     n_files = n_bytes = 0
     for name, content in metadata_files(manifest).items():
         n_files, n_bytes = n_files + 1, n_bytes + len(content)
-        same = root == content if name == ROOT_NAMES[manifest.format] else _equals(path, name, content)
-        if not same:
-            checked.problems.append(Problem(path=str(path / name), what="missing, or not as the manifest says"))
+        known = root if name == ROOT_NAMES[manifest.format] else None
+        if not (_equals(place, name, content) if known is None else known == content):
+            checked.problem(place, name, "missing, or not as the manifest says")
     with ThreadPoolExecutor(plan.threads) as pool:
         for array in arrays:
             if checked.full:
                 break
-            n_bytes += _check_array(path, manifest, array, plan, checked, pool)
+            n_bytes += _check_array(place, manifest, array, plan, checked, pool)
     checked.metadata = (n_files, n_bytes)
-    checked.problems += _unexpected(path, manifest, MAX_PROBLEMS - len(checked.problems))
+    if isinstance(place, LocalLocation):
+        checked.problems += _unexpected(place.path, manifest, MAX_PROBLEMS - len(checked.problems))
 
 
 def _check_array(
-    path: Path, manifest: Manifest, array: str, plan: _Plan, checked: _Checked, pool: ThreadPoolExecutor
+    place: Location, manifest: Manifest, array: str, plan: _Plan, checked: _Checked, pool: ThreadPoolExecutor
 ) -> int:
     """Check one array's (or the tars') checksum files and shards; returns the bytes of the checksum files."""
     before = len(checked.problems)
-    recorded = _small_file(path, checksums_path(manifest, array), manifest.n_shards * 160, checked.problems)
-    if recorded is not None and hashlib.sha256(recorded).hexdigest() != manifest.checksums[array]:
-        what = "is damaged: it is not the file that the manifest names"
-        checked.problems.append(Problem(path=str(path / checksums_path(manifest, array)), what=what))
-        recorded = None
-    elif recorded is not None and recorded.count(b"\n") != manifest.n_shards:
-        what = f"does not list the {manifest.n_shards} shards"
-        checked.problems.append(Problem(path=str(path / checksums_path(manifest, array)), what=what))
-    blocks: list[ShardBlocks] | None = None
-    n_bytes = len(recorded or b"")
-    if array in manifest.blocks:
-        where = blocks_path(manifest, array)
-        data = _small_file(path, where, blocks_limit(manifest, array), checked.problems)
-        n_bytes += len(data or b"")
-        try:
-            blocks = None if data is None else parse_blocks(data, manifest, array, where)
-        except CacheError as error:
-            checked.problems.append(Problem(path=str(path / where), what=error.what))
-    ledger = Ledger(path, array, manifest.checksums[array], manifest.n_shards)
+    recorded, blocks, n_bytes = _recorded(place, manifest, array, checked)
+    path = place.path if isinstance(place, LocalLocation) and (plan.remember or plan.since_last) else None
+    ledger = None if path is None else Ledger(path, array, manifest.checksums[array], manifest.n_shards)
     parts = None
     if plan.fraction is not None and plan.seed is not None:
         parts = sampled(manifest, array, blocks, plan.fraction, plan.seed)
-    most_bytes = _most_bytes(manifest, array)
+    most = most_bytes(manifest, next(array_files(manifest, array)))
     # Without any record: all of them together may still be what the manifest stands for.
     untold = _Untold(manifest, array) if recorded is None and blocks is None and parts is None else None
     n_files = n_read = n_unread = 0
@@ -440,25 +393,25 @@ def _check_array(
                 return
             lost = None if recorded is None else ""
             digest = next((d for d in digests if (position := position + 1) > entry.shard), lost)
-            if plan.since_last and _looks_unchanged(path, entry, ledger):
+            if plan.since_last and path is not None and ledger is not None and _looks_unchanged(path, entry, ledger):
                 n_unread += 1
                 continue
             of_shard = None if blocks is None else blocks[entry.shard]
-            yield _Job(path, entry, digest, of_shard, None if parts is None else parts[entry.shard], most_bytes)
+            yield _Job(place, entry, digest, of_shard, None if parts is None else parts[entry.shard], most)
 
     for job, result in _mapped(pool, _check_shard, jobs(), 4 * plan.threads):
         n_files, n_read = n_files + 1, n_read + result.n_bytes
         if result.what is not None:
-            checked.problems += _problems(path, job.entry, result.what)
+            checked.problems += _problems(place, job.entry, result.what)
         elif untold is not None:
             untold.add(job.entry, result.sha256)
-        if plan.remember and (result.what is not None or job.parts is None):
+        if plan.remember and ledger is not None and (result.what is not None or job.parts is None):
             ledger.note(job.entry.shard, result.mark if recorded is not None and result.what is None else b"")
         if plan.progress is not None:
             plan.progress(result.n_bytes)
     if untold is not None:
-        checked.problems += untold.problems(path, MAX_PROBLEMS - len(checked.problems))
-    if plan.remember:
+        checked.problems += untold.problems(place, MAX_PROBLEMS - len(checked.problems))
+    if plan.remember and ledger is not None:
         ledger.save()
     if parts is not None:
         n_unread = manifest.n_shards - len(parts)
@@ -467,14 +420,33 @@ def _check_array(
     return n_bytes
 
 
-def _most_bytes(manifest: Manifest, array: str) -> int:
-    """The longest that a shard file can be, compressed samples included: those that do not compress grow a little."""
-    entry = next(array_files(manifest, array))
-    if entry.n_bytes is not None:
-        return entry.n_bytes
-    length = sample_bytes(*manifest.arrays[array])
-    n = shard_samples(manifest.dataset.count, manifest.shard_size, 0)
-    return n * (length + length // 128 + 1024) + index_bytes(manifest.shard_size)
+def _recorded(
+    place: Location, manifest: Manifest, array: str, checked: _Checked
+) -> tuple[bytes | None, list[ShardBlocks] | None, int]:
+    """An array's `SHA256SUMS`, not yet parsed, and the hashes of its blocks, where they are sound; and their bytes."""
+    found: dict[str, bytes | None] = {}
+    for name, sha256, limit in checksum_files(manifest, array):
+        try:
+            found[name] = read_small(place, name, limit)
+        except (Unreadable, DamagedSource) as error:
+            found[name] = None
+            checked.problem(place, name, error.what)
+            continue
+        if hashlib.sha256(found[name] or b"").hexdigest() != sha256:
+            found[name] = None
+            checked.problem(place, name, "is damaged: it is not the file that the manifest names")
+    n_bytes = sum(len(data or b"") for data in found.values())
+    name = checksums_path(manifest, array)
+    recorded, blocks = found[name], None
+    if recorded is not None and recorded.count(b"\n") != manifest.n_shards:
+        checked.problem(place, name, f"does not list the {manifest.n_shards} shards")
+    data = found.get(blocks_path(manifest, array))
+    if data is not None:
+        try:
+            blocks = parse_blocks(data, manifest, array, blocks_path(manifest, array))
+        except CacheError as error:
+            checked.problem(place, blocks_path(manifest, array), error.what)
+    return recorded, blocks, n_bytes
 
 
 class _Untold:
@@ -491,27 +463,19 @@ class _Untold:
         self._digest.update(f"{sha256}  {name}\n".encode())
         self._shards.append(entry.shard)
 
-    def problems(self, path: Path, limit: int) -> list[Problem]:
+    def problems(self, place: Location, limit: int) -> list[Problem]:
         """None if their checksums are together the ones that the manifest stands for."""
         whole = len(self._shards) == self._manifest.n_shards
         if whole and self._digest.hexdigest() == self._manifest.checksums[self._array]:
             return []
         what = "cannot be told sound from damaged: its checksum is lost"
         entries = array_files(self._manifest, self._array, self._shards)
-        return [problem for entry in entries for problem in _problems(path, entry, what)][:limit]
+        return [problem for entry in entries for problem in _problems(place, entry, what)][:limit]
 
 
-def _problems(path: Path, entry: ShardFileEntry, what: str) -> list[Problem]:
-    where = str(path / entry.name)
+def _problems(place: Location, entry: ShardFileEntry, what: str) -> list[Problem]:
+    where = f"{place.url}/{entry.name}"
     return [Problem(path=where, what=what, feature=name, shard=entry.shard) for name in entry.features]
-
-
-def _small_file(path: Path, name: str, limit: int, problems: list[Problem]) -> bytes | None:
-    try:
-        return files.read_bounded(files.inside(path, name), limit)
-    except CacheError as error:
-        problems.append(Problem(path=str(path / name), what=error.what))
-        return None
 
 
 def _recorded_digests(data: bytes | None, manifest: Manifest, array: str) -> Iterator[str]:
@@ -557,7 +521,7 @@ def _looks_unchanged(path: Path, entry: ShardFileEntry, ledger: Ledger) -> bool:
 class _Job:
     """One shard to check. `parts`: numbers of the blocks to read, None for all. most_bytes: more it cannot have."""
 
-    path: Path
+    place: Location
     entry: ShardFileEntry
     digest: str | None
     blocks: ShardBlocks | None
@@ -574,97 +538,106 @@ class _Result:
 
 
 def _check_shard(job: _Job) -> _Result:
-    entry = job.entry
+    name = job.entry.name
     try:
-        fd = os.open(files.inside(job.path, entry.name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except CacheError as error:
-        return _Result(error.what, 0)
-    except OSError:
+        if not isinstance(job.place, LocalLocation):
+            return _compared(job, _RemoteShard(job.place, name, job.place.size(name)))
+        with job.place.open(name) as file:
+            return _compared(job, _LocalShard(file.fileno()))
+    except Unreadable as error:
+        return _Result(f"missing or unreadable: {error.what}", 0)
+    except (Missing, OSError):
         return _Result("missing or unreadable", 0)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            return _Result("missing or unreadable: it is not a file", 0)
-        length = entry.n_bytes if job.blocks is None else job.blocks.n_bytes
-        if length is not None and status.st_size != length:
-            return _Result(f"has {status.st_size} bytes instead of {length}", 0)
-        if status.st_size > job.most_bytes:
-            return _Result(f"has {status.st_size} bytes, more than its samples can take", 0)
-        if job.parts is not None and job.blocks is not None:
-            return _check_blocks(fd, job)
-        digest, blocks = _hashes(fd, job.blocks is not None)
-        what = _shard_problem(entry, digest, status.st_size, job.digest)
-        if what is None and blocks != job.blocks:
-            what = "its bytes do not match the recorded hashes of its blocks"
-        mark = identity(status)
-        return _Result(what, status.st_size, mark if identity(os.fstat(fd)) == mark else b"", digest)
-    except OSError:
-        return _Result("missing or unreadable", 0)
-    finally:
-        os.close(fd)
 
 
-def _check_blocks(fd: int, job: _Job) -> _Result:
-    assert job.blocks is not None
+class _LocalShard:
+    """An open file, read once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._status = fd, os.fstat(fd)
+        self.n_bytes = self._status.st_size
+
+    def pieces(self) -> Iterator[memoryview]:
+        view = memoryview(bytearray(BLOCK_BYTES))
+        while n := os.readv(self._fd, [view]):
+            yield view[:n]
+
+    def read(self, start: int, stop: int) -> bytes:
+        return os.pread(self._fd, stop - start, start)
+
+    def mark(self) -> bytes:
+        """How the file looks, empty if it changed while it was read."""
+        return identity(self._status) if identity(os.fstat(self._fd)) == identity(self._status) else b""
+
+
+class _RemoteShard:
+    """A file elsewhere."""
+
+    def __init__(self, place: Location, name: str, n_bytes: int) -> None:
+        self._place, self._name, self.n_bytes = place, name, n_bytes
+
+    def pieces(self) -> Iterator[memoryview]:
+        return map(memoryview, self._place.chunks(self._name, 0, self.n_bytes))
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self._place.read(self._name, start, stop)
+
+    def mark(self) -> bytes:
+        return b""
+
+
+def _compared(job: _Job, shard: _LocalShard | _RemoteShard) -> _Result:
+    length = job.entry.n_bytes if job.blocks is None else job.blocks.n_bytes
+    if length is not None and shard.n_bytes != length:
+        return _Result(f"has {shard.n_bytes} bytes instead of {length}", 0)
+    if shard.n_bytes > job.most_bytes:
+        return _Result(f"has {shard.n_bytes} bytes, more than its samples can take", 0)
+    if job.parts is not None and job.blocks is not None:
+        return _check_blocks(shard, job.parts, job.blocks)
+    hasher = files.Hasher()
+    for piece in shard.pieces():
+        hasher.update(piece)
+    found, what = hasher.result(), None
+    if job.digest not in (None, found.sha256):
+        what = "its bytes do not match the recorded SHA-256"
+    elif job.blocks not in (None, found.blocks):
+        what = "its bytes do not match the recorded hashes of its blocks"
+    return _Result(what, shard.n_bytes, shard.mark(), found.sha256)
+
+
+def _check_blocks(shard: _LocalShard | _RemoteShard, parts: list[int], blocks: ShardBlocks) -> _Result:
     n_bytes = 0
-    for index in job.parts or ():
-        data = os.pread(fd, BLOCK_BYTES, index * BLOCK_BYTES)
+    for index in parts:
+        data = shard.read(index * BLOCK_BYTES, min(shard.n_bytes, (index + 1) * BLOCK_BYTES))
         n_bytes += len(data)
         try:
-            check_block(job.blocks, index, data, job.entry.name)
+            check_block(blocks, index, data, "")
         except CacheError:
             return _Result(f"its block {index} does not match the recorded hash", n_bytes)
     return _Result(None, n_bytes)
 
 
-def _hashes(fd: int, with_blocks: bool) -> tuple[str, ShardBlocks | None]:
-    """SHA-256 (hex) of an open file and, if asked for, the hashes of its blocks: read once, in constant memory."""
-    digest, blocks = hashlib.sha256(), BlockHasher() if with_blocks else None
-    buffer = bytearray(BLOCK_BYTES)
-    view = memoryview(buffer)
-    while n := os.readv(fd, [buffer]):
-        digest.update(view[:n])
-        if blocks is not None:
-            blocks.update(view[:n])
-    return digest.hexdigest(), None if blocks is None else blocks.result()
-
-
 def _mapped(pool: ThreadPoolExecutor, work: Callable[[T], R], jobs: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
     """(job, result) in order, with at most `ahead` jobs under way or waiting."""
     waiting: deque[tuple[T, Future[R]]] = deque()
-    for job in jobs:
-        waiting.append((job, pool.submit(work, job)))
-        if len(waiting) >= ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
-
-
-def _equals(path: Path, name: str, content: bytes) -> bool:
     try:
-        return files.read_bounded(files.inside(path, name), len(content)) == content
-    except CacheError:
+        for job in jobs:
+            waiting.append((job, pool.submit(work, job)))
+            if len(waiting) >= ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def _equals(place: Location, name: str, content: bytes) -> bool:
+    try:
+        return place.read_whole(name, len(content))[0] == content
+    except (Missing, Unreadable):
         return False
-
-
-def shard_problem(entry: ShardFileEntry, digest: str | None, length: int, recorded: list[str] | None) -> str | None:
-    """What is wrong with a shard file, None if nothing is.
-
-    digest: SHA-256 (hex) of its bytes, None if it could not be read. length: its bytes. recorded: digests of the
-    array's shards by number; None, if they are lost, leaves the length to go by.
-    """
-    return _shard_problem(entry, digest, length, None if recorded is None else recorded[entry.shard])
-
-
-def _shard_problem(entry: ShardFileEntry, digest: str | None, length: int, expected: str | None) -> str | None:
-    if digest is None:
-        return "missing or unreadable"
-    if entry.n_bytes is not None and length != entry.n_bytes:
-        return f"has {length} bytes instead of {entry.n_bytes}"
-    if expected is not None and digest != expected:
-        return "its bytes do not match the recorded SHA-256"
-    return None
 
 
 def _unexpected(path: Path, manifest: Manifest, limit: int) -> list[Problem]:
@@ -753,7 +726,7 @@ def repair_metadata(path: str | Path) -> list[str]:
         manifest = read_root(path)
         clear_parts(path, manifest, manifest.features)
         for name, content in metadata_files(manifest).items():
-            if not _equals(path, name, content):
+            if not _equals(LocalLocation(path), name, content):
                 write(name, content)
         for array in arrays_with_files(manifest):
             for name, content in _lost_hashes(path, manifest, array).items():
@@ -763,36 +736,30 @@ def repair_metadata(path: str | Path) -> list[str]:
 
 def _lost_hashes(path: Path, manifest: Manifest, array: str) -> dict[str, bytes]:
     """Name -> content of an array's damaged checksum files, where its shards still give what the manifest names."""
-    lost: dict[str, str] = {}
-    for name, digest, limit in (
-        (checksums_path(manifest, array), manifest.checksums[array], manifest.n_shards * 160),
-        *(
-            [(blocks_path(manifest, array), manifest.blocks[array], blocks_limit(manifest, array))]
-            if array in manifest.blocks
-            else []
-        ),
-    ):
-        data = _small_file(path, name, limit, [])
-        if data is None or hashlib.sha256(data).hexdigest() != digest:
-            lost[name] = digest
+    lost = _lost(path, checksum_files(manifest, array))
     if not lost:
         return {}
-    digests, blocks = [], []
-    for entry in array_files(manifest, array):
-        try:
-            fd = os.open(files.inside(path, entry.name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except (OSError, CacheError):
-            return {}
-        with os.fdopen(fd, "rb"):
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return {}
-            digest, of_shard = _hashes(fd, True)
-        digests.append(digest)
-        blocks.append(of_shard or ShardBlocks(0, b""))
+    try:
+        found = [files.hashes_of(files.inside(path, entry.name)) for entry in array_files(manifest, array)]
+    except CacheError:
+        return {}
     folder = checksums_path(manifest, array).rpartition("/")[0]
     names = [entry.name.removeprefix(f"{folder}/") for entry in array_files(manifest, array)]
     made = {
-        checksums_path(manifest, array): checksums_text(digests, names),
-        blocks_path(manifest, array): blocks_bytes(blocks),
+        checksums_path(manifest, array): checksums_text([hashes.sha256 for hashes in found], names),
+        blocks_path(manifest, array): blocks_bytes([hashes.blocks for hashes in found]),
     }
     return {n: made[n] for n, digest in lost.items() if hashlib.sha256(made[n]).hexdigest() == digest}
+
+
+def _lost(path: Path, names: Iterable[tuple[str, str, int]]) -> dict[str, str]:
+    """Name -> SHA-256 of those of some files that are missing or damaged."""
+    lost = {}
+    for name, sha256, limit in names:
+        try:
+            data = files.read_bounded(files.inside(path, name), limit)
+        except CacheError:
+            data = None
+        if data is None or hashlib.sha256(data).hexdigest() != sha256:
+            lost[name] = sha256
+    return lost

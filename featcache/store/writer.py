@@ -21,7 +21,6 @@ the journal. Nothing final depends on time, order or interruptions, so a resumed
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
@@ -37,14 +36,8 @@ import numpy as np
 
 from featcache.errors import CacheError
 from featcache.store import files, locks
-from featcache.store.blocks import (
-    ShardBlocks,
-    blocks_bytes,
-    blocks_from_json,
-    blocks_limit,
-    blocks_path,
-    parse_blocks,
-)
+from featcache.store.blocks import ShardBlocks, blocks_bytes, blocks_from_json, blocks_path
+from featcache.store.contents import checksums_path, checksums_text, shard_names, vouched_for
 from featcache.store.layout import (
     BLOCKS,
     CHECKSUMS,
@@ -73,7 +66,6 @@ from featcache.store.manifest import (
 )
 from featcache.store.root import find_root, node_metadata, read_root, root_bytes
 from featcache.store.shards import encode_shard
-from featcache.store.wds import tar_name
 
 # When a group of shards is made durable: whichever comes first.
 GROUP_S = 1.0
@@ -364,10 +356,6 @@ class CacheWriter:
         """Shards that are not yet complete for at least one of the begun features, in order."""
         done = [self._done[name] for name in self._specs]
         return [shard for shard in range(self.n_shards) if not all(shard in shards for shards in done)]
-
-    def pending_for(self, feature: str) -> list[int]:
-        """Shards of one begun feature that are not yet complete, in order."""
-        return [shard for shard in range(self.n_shards) if shard not in self._done[feature]]
 
     # Building
 
@@ -702,114 +690,6 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
             group.write(target, [document])
     group.commit()
     files.atomic_write(path / ROOT_NAMES[manifest.format], [root_bytes(manifest)])
-
-
-def shard_names(manifest: Manifest, array: str) -> list[str]:
-    """Names of the files that hold an array's shards, relative to where its `SHA256SUMS` is."""
-    if manifest.format == "wds":
-        return [tar_name(shard) for shard in range(manifest.n_shards)]
-    ndim = len(manifest.arrays[array][1])
-    return [shard_name(shard, ndim) for shard in range(manifest.n_shards)]
-
-
-def checksums_path(manifest: Manifest, array: str) -> str:
-    """Where the `SHA256SUMS` file of an array is, relative to the cache."""
-    return CHECKSUMS if manifest.format == "wds" else f"{array}/{CHECKSUMS}"
-
-
-def checksums_text(digests: Sequence[str], names: Sequence[str]) -> bytes:
-    """A `SHA256SUMS` file, as `sha256sum --check` reads it in its own directory."""
-    return "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)).encode("ascii")
-
-
-def parse_checksums(data: bytes, names: Sequence[str], where: str) -> list[str]:
-    """The shards' SHA-256 from a `SHA256SUMS` file; raises `CacheError` unless it is exactly as written."""
-    digests = [line[:64] for line in data.decode("ascii", "replace").splitlines()]
-    whole = len(digests) == len(names) and all(map(_SHA256.match, digests))
-    if not whole or checksums_text(digests, names) != data:
-        raise CacheError(f"{where} is damaged: it does not list {len(names)} shards and their SHA-256")
-    return digests
-
-
-def check_checksums(data: bytes, manifest: Manifest, array: str, where: str) -> list[str]:
-    """The shards' SHA-256 from the bytes of an array's `SHA256SUMS`, checked against the manifest."""
-    if hashlib.sha256(data).hexdigest() != manifest.checksums[array]:
-        raise CacheError(f"{where} is damaged: it is not the file that the manifest names")
-    return parse_checksums(data, shard_names(manifest, array), where)
-
-
-def read_checksums(path: Path, manifest: Manifest, array: str) -> list[str]:
-    """The SHA-256 of an array's shards; raises `CacheError` if the file is missing or damaged."""
-    where = files.inside(path, checksums_path(manifest, array))
-    return check_checksums(files.read_bounded(where, manifest.n_shards * 160), manifest, array, str(where))
-
-
-def read_blocks(path: Path, manifest: Manifest, array: str) -> list[ShardBlocks]:
-    """The hashes of the blocks of an array's shards; raises `CacheError` if that file is missing or damaged."""
-    name = blocks_path(manifest, array)
-    data = files.read_bounded(files.inside(path, name), blocks_limit(manifest, array))
-    return parse_blocks(data, manifest, array, str(path / name))
-
-
-def checksum_files(manifest: Manifest, arrays: Iterable[str] | None = None) -> dict[str, str]:
-    """Name -> SHA-256 of the checksum files of some arrays (default all), relative to the cache."""
-    found: dict[str, str] = {}
-    for array in sorted(manifest.checksums if arrays is None else arrays):
-        found[checksums_path(manifest, array)] = manifest.checksums[array]
-        if array in manifest.blocks:
-            found[blocks_path(manifest, array)] = manifest.blocks[array]
-    return found
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is recorded of the shards of one array; None where the file that says so is missing or damaged."""
-
-    checksums: list[str] | None
-    blocks: list[ShardBlocks] | None
-
-    def agrees(self, shard: int, found: files.Hashes) -> bool | None:
-        """Whether these are the hashes of a shard's recorded bytes; None if nothing is left to tell by."""
-        if self.checksums is not None:
-            return found.sha256 == self.checksums[shard]
-        if self.blocks is not None:
-            return found.blocks == self.blocks[shard]
-        return None
-
-
-def read_record(path: Path, manifest: Manifest, array: str) -> Record:
-    """What is left of the record of an array's shards."""
-    checksums, blocks = None, None
-    with contextlib.suppress(CacheError):
-        checksums = read_checksums(path, manifest, array)
-    if array in manifest.blocks:
-        with contextlib.suppress(CacheError):
-            blocks = read_blocks(path, manifest, array)
-    return Record(checksums, blocks)
-
-
-def vouched_for(path: Path, manifest: Manifest, array: str, shards: Collection[int]) -> dict[int, files.Hashes]:
-    """Hashes of some shards of an array, of those bytes that the manifest stands for.
-
-    Raises `CacheError` for a shard that has other bytes, and if nothing is left to tell by.
-    """
-    record = read_record(path, manifest, array)
-    with_blocks = array in manifest.blocks
-    names, found = shard_names(manifest, array), {}
-    for shard in sorted(shards):
-        if record.checksums is not None and (record.blocks is not None or not with_blocks):
-            blocks = record.blocks[shard] if record.blocks is not None else ShardBlocks(0, b"")
-            found[shard] = files.Hashes(record.checksums[shard], blocks)
-            continue
-        name = str(Path(checksums_path(manifest, array)).with_name(names[shard]))
-        hashes = files.hashes_of(files.inside(path, name))
-        if not record.agrees(shard, hashes):
-            raise CacheError(
-                f"{path / name} cannot be told sound from damaged: the checksums of {array!r} are lost",
-                remedy=f"encode all its shards again: featcache verify {shlex.quote(str(path))} --repair",
-            )
-        found[shard] = hashes
-    return found
 
 
 def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> None:

@@ -1,11 +1,12 @@
 """Runs the campaigns: `python -m tests.attacks [--only CAMPAIGN...] [--count N] [--seconds LIMIT] --out FILE`.
 
-Campaigns: kills, power, flips, pairs, fuzz, links, concurrency. Each has a number of trials as its standard; --count
-sets another. Trial number i of a seed is always the same one, so what failed can be repeated (`--first i --count 1`), and
+Campaigns: kills, power, flips, pairs, fuzz, links, concurrency; two run at a time, each in a process of its own. Each has
+a number of trials as its standard; --count sets another. Trial number i of a seed is always the same one, so what failed can be repeated (`--first i --count 1`), and
 a run that was cut off by --seconds goes on where it stopped when the same --out and --seed are given again.
 
 The result is a JSON file: per campaign the trials by scene, the failures by kind with a few of each, and how long it
-took; and the machine, the versions, the date and the command. Exit code 1 if anything failed.
+took; and the machine, the versions, the date and the command. Exit code 1 if anything failed. `python -m
+tests.attacks.report` puts it into docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,14 +29,15 @@ from typing import Any
 from tests.attacks.campaign import Tally
 from tests.attacks.processes import ROOT, NoCompiler, Processes, processes
 
+# The longest first, so that two beside each other end at about the same time.
 COUNTS = {
-    "kills": 600,
-    "power": 1200,
-    "flips": 10_000,
     "pairs": 1000,
     "fuzz": 200_000,
-    "links": 1500,
-    "concurrency": 400,
+    "kills": 400,
+    "concurrency": 160,
+    "links": 600,
+    "flips": 10_000,
+    "power": 900,
 }
 PACKAGES = ("torch", "numpy", "zarr", "obstore", "moto", "pillow", "pyarrow", "safetensors")
 
@@ -56,8 +59,8 @@ class Bench:
     @property
     def lab(self) -> Any:
         if self._lab is None:
+            from tests.attacks.lab import Lab
             from tests.attacks.s3 import serve_s3
-            from tests.attacks.scenes import Lab
 
             self._lab = Lab(self.root / "lab", s3=self._stack.enter_context(serve_s3()))
         return self._lab
@@ -111,6 +114,44 @@ def merged(earlier: dict[str, Any], tally: Tally, next_trial: int, seconds: floa
     return result
 
 
+def part_of(out: Path, name: str) -> Path:
+    """Where a campaign that runs beside others keeps its result."""
+    return out.with_name(f".{out.stem}.{name}.json")
+
+
+def run_process(options: list[str]) -> int:
+    return subprocess.run([sys.executable, "-m", "tests.attacks", *options], check=False).returncode
+
+
+def side_by_side(given: argparse.Namespace, found: dict[str, Any]) -> int:
+    """Each campaign in a process of its own, some at a time; their results become one file. Returns how many failed."""
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    options = ["--seed", str(given.seed), "--workers", "1"]
+    for name in ("scene", "count", "seconds", "folder"):
+        value = getattr(given, name)
+        options += [] if value is None else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    names = [name for name in COUNTS if name in given.only]
+    for name in names:
+        # What an earlier call found is gone on with.
+        if name in found["campaigns"] and not part_of(given.out, name).exists():
+            earlier = {"seed": given.seed, "campaigns": {name: found["campaigns"][name]}}
+            part_of(given.out, name).write_text(json.dumps(earlier))
+
+    def run(name: str) -> int:
+        return run_process(["--only", name, "--out", str(part_of(given.out, name)), *options])
+
+    with ThreadPoolExecutor(given.workers) as pool:
+        codes = dict(zip(names, pool.map(run, names), strict=True))
+    for name in names:
+        if part_of(given.out, name).exists():
+            found["campaigns"] |= json.loads(part_of(given.out, name).read_text())["campaigns"]
+    given.out.write_text(json.dumps({**description(given), "campaigns": found["campaigns"]}, indent=1) + "\n")
+    for name, code in codes.items():
+        if code in (0, 1):
+            part_of(given.out, name).unlink(missing_ok=True)
+    return sum(code != 0 for code in codes.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attacks", description=__doc__.split("\n\n")[0])
     parser.add_argument(
@@ -122,16 +163,19 @@ def main() -> int:
     parser.add_argument("--first", type=int, help="Number of the first trial. [default: where --out stopped, else 0]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="Limit for each campaign.")
+    parser.add_argument("--workers", type=int, default=2, help="Campaigns at a time. [default: 2]")
     parser.add_argument("--folder", type=Path, help="Where to work. [default: a temporary folder]")
     given = parser.parse_args()
-    os.nice(10)
-    import torch
-
-    torch.set_num_threads(1)
     found: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
     if found and found.get("seed") != given.seed:
         parser.error(f"{given.out} holds results of another seed ({found.get('seed')})")
     campaigns = found.setdefault("campaigns", {})
+    if given.workers > 1 and len(given.only) > 1 and given.first is None:
+        return 1 if side_by_side(given, found) else 0
+    os.nice(10)
+    import torch
+
+    torch.set_num_threads(1)
     failed = 0
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="attacks-", dir=given.folder)))

@@ -22,8 +22,9 @@ from featcache.remote import open_location
 from featcache.share import read_remote_root
 from featcache.store.manage import collect_garbage
 from tests.attacks.campaign import Tally, dice, differences
+from tests.attacks.lab import INTO, MAKE, RUN, Lab, call, trained
 from tests.attacks.processes import HUNG, Ended, Processes
-from tests.attacks.scenes import INTO, MAKE, RUN, TRASH, Lab, RemoteScene, Scene, Values, call, trained, values_of
+from tests.attacks.scenes import TRASH, RemoteScene, Scene, Values, values_of
 
 BESIDE_S = 4.0
 TIMEOUT_S = 90

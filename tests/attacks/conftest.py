@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.attacks.lab import Lab
 from tests.attacks.processes import NoCompiler, Processes, processes
-from tests.attacks.scenes import Lab
 
 
 def _served(*, trainer: bool) -> Iterator[Processes]:

@@ -1,6 +1,7 @@
 """Single bits flipped anywhere in a cache, and pairs of faults followed by a repair.
 
 Single flips: `verify` names every one; and a flip in metadata is an error on opening or reading, or changes no value that is read.
+A flip in a signature has it refused, or it still says the same of the same cache (a bit of its base64 that means nothing).
 Pairs: after two faults `verify --repair` may fail, and say so; it never calls a cache sound that has a wrong byte.
 """
 
@@ -8,18 +9,25 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from store_builder import SKIPPED
 from store_helpers import base_features, build, tokens, tree
 
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
+from featcache.signing import require_signature, sign
 from featcache.store import files
+from featcache.store.layout import SIGNATURE
+from featcache.store.manifest import Manifest
+from featcache.store.root import read_root
 from featcache.store.verify import verify
 from tests.attacks.campaign import Tally, dice, differences, fingerprint
+from tests.attacks.lab import INTO, MAKE, call
 from tests.attacks.processes import Processes
-from tests.attacks.scenes import INTO, MAKE, Values, call, has_option, values_of
+from tests.attacks.scenes import Values, has_option, values_of
 
 FORMATS = {
     "zarr": {},
@@ -39,9 +47,34 @@ def caches(root: Path) -> dict[str, Path]:
             path.parent.mkdir(parents=True)
             specs = [*base_features(), tokens("i@4", codec="int4")]
             found[name] = build(path, specs, count=7, shard_size=4, skipped=SKIPPED[:1], **options)
+            if shutil.which("ssh-keygen") is not None:
+                sign(path, signing_key(path.parent))
     finally:
         files._fsync = saved
     return found
+
+
+def signing_key(folder: Path) -> Path:
+    """A key for signatures in a folder, made if need be."""
+    key = folder / "key"
+    if not key.exists():
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    return key
+
+
+def wrong_signature(signature: bytes, manifest: Manifest, key: Path) -> list[str]:
+    """What a changed signature is taken for that it is not: of another cache, by anybody else, or a fault."""
+    signers = key.with_suffix(".pub")
+    wrong = []
+    for about, who in ((manifest, [key.stem]), (replace(manifest, versions={"x": "1"}), [])):
+        try:
+            name = require_signature(about, signature, signers, "it")
+            wrong += [] if name in who else [f"a changed signature is taken for {name}'s: {signature!r}"]
+        except UserError:
+            pass
+        except Exception as error:
+            wrong.append(f"a changed signature raises: {error!r}: {signature!r}")
+    return wrong
 
 
 def flip_at_random(path: Path, names: list[str], chance: random.Random) -> tuple[Path, int, bytes]:
@@ -68,6 +101,8 @@ def flip_once(path: Path, truth: Values, names: list[str], chance: random.Random
     victim, bit, original = flip_at_random(path, names, chance)
     name = str(victim.relative_to(path))
     try:
+        if name == SIGNATURE:
+            return wrong_signature(victim.read_bytes(), read_root(path), path.parent / "key")
         wrong = []
         try:
             report = verify(path, threads=1)
@@ -116,13 +151,14 @@ def run(tally: Tally, root: Path, *, count: int, seed: int, first: int = 0) -> i
 
 # A second fault of the same file as the first, or of its checksum file, is the hard case.
 FAULTS = ("flip", "flip", "delete", "shorten", "swap", "sums flip", "sums delete", "metadata flip")
+SUMS = ("SHA256SUMS", "BLOCKS")
 
 
 def damage(path: Path, fault: str, names: list[str], chance: random.Random) -> str:
     """Does one kind of harm; says what."""
     present = [n for n in names if (path / n).is_file()]
     shards = [n for n in present if not is_metadata(n)]
-    sums = [n for n in present if n.endswith("SHA256SUMS")]
+    sums = [n for n in present if n.endswith(SUMS)]
     if fault.startswith("sums") and sums:
         name = chance.choice(sums)
         if fault == "sums delete":
@@ -192,7 +228,7 @@ def pair_once(
     if chance.random() < 0.3:
         # The shard and its own checksum file.
         shard = next((n for n in names if f" {n}" in f" {done[0]}" and not is_metadata(n)), None)
-        sums = str(Path(shard).parent / "SHA256SUMS") if shard else ""
+        sums = str(Path(shard).parent / chance.choice(SUMS)) if shard else ""
         if (path / sums).is_file():
             done.append(damage(path, chance.choice(("sums flip", "sums delete")), [sums], chance))
     beside = fingerprint(work / "sound")

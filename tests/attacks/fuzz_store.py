@@ -7,6 +7,7 @@ mean other values; nothing outside the folder may change.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,21 @@ import pytest
 from store_helpers import base_features, build, dataset, tokens, tree, values, write_all
 
 import featcache
-from featcache import remote
+from featcache import remote_errors
 from featcache.errors import CacheError, UserError
 from featcache.share import list_remote, pull, verify_remote
+from featcache.signing import sign
 from featcache.store import CacheWriter, files
+from featcache.store.blocks import blocks_bytes, parse_blocks
+from featcache.store.contents import parse_checksums
+from featcache.store.layout import SIGNATURE
 from featcache.store.manage import collect_garbage, list_caches
 from featcache.store.manifest import manifest_from_json
-from featcache.store.root import parse_root, root_bytes
+from featcache.store.root import parse_root, read_root, root_bytes
 from featcache.store.shards import decompress, encode_shard, parse_index
 from featcache.store.verify import verify
-from featcache.store.writer import parse_checksums
 from tests.attacks.campaign import dice, fingerprint
+from tests.attacks.flips import signing_key, wrong_signature
 from tests.attacks.mutate import LEAVES, change_bytes, change_json, change_value, dump
 from tests.attacks.scenes import values_of
 
@@ -93,6 +99,37 @@ def _sums(folder: Path) -> Try:
         digests = parse_checksums(changed, names, "it")
         if b"".join(f"{d}  {n}\n".encode() for d, n in zip(digests, names, strict=True)) != changed:
             raise Wrong(f"{changed!r} passes")
+
+    return attempt
+
+
+def _block_hashes(folder: Path) -> Try:
+    path = _cache(folder, compressor="zstd")
+    manifest = read_root(path)
+    original = (path / "i@4/BLOCKS").read_bytes()
+
+    def attempt(chance: random.Random) -> None:
+        changed = change_bytes(original, chance)
+        # As if the manifest named these bytes: what is wrong in them has to be seen by their form.
+        named = replace(manifest, blocks={**manifest.blocks, "i@4": hashlib.sha256(changed).hexdigest()})
+        for about in (manifest, named):
+            with contextlib.suppress(CacheError):
+                found = parse_blocks(changed, about, "i@4", "it")
+                if blocks_bytes(found) != changed or (about is manifest and changed != original):
+                    raise Wrong(f"{changed[:200]!r} passes")
+
+    return attempt
+
+
+def _signature(folder: Path) -> Try:
+    path = _cache(folder)
+    key, manifest = signing_key(folder), read_root(path)
+    sign(path, key)
+    original = (path / SIGNATURE).read_bytes()
+
+    def attempt(chance: random.Random) -> None:
+        if wrong := wrong_signature(change_bytes(original, chance), manifest, key):
+            raise Wrong(wrong[0])
 
     return attempt
 
@@ -390,6 +427,9 @@ KINDS: dict[str, Callable[[Path], Try]] = {
     "root document": _root,
     "manifest": _manifest,
     "checksum file": _sums,
+    "block hashes": _block_hashes,
+    "blocks of a cache": _file(lambda n: n.endswith("BLOCKS"), _anything),
+    **({"signature": _signature} if shutil.which("ssh-keygen") else {}),
     "shard index": _index,
     "compressed sample": _sample,
     "metadata of a zarr cache": _file(_is_node, change_json),
@@ -410,7 +450,7 @@ def _quick() -> Iterator[None]:
     """No disk is waited for, nor a server that refuses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_fsync", lambda fd: None)
-        patch.setattr(remote, "_FIRST_PAUSE_S", 0.0, raising=False)
+        patch.setattr(remote_errors, "FIRST_PAUSE_S", 0.0)
         yield
 
 

@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 
 from tests.attacks.campaign import Tally, dice, differences
+from tests.attacks.lab import Lab
 from tests.attacks.processes import Processes
-from tests.attacks.scenes import Lab, Scene
+from tests.attacks.scenes import Scene
 
 
 def kill_once(processes: Processes, scene: Scene, at: int, torn: bool, work: Path) -> list[str]:

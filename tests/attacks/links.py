@@ -17,9 +17,10 @@ from pathlib import Path
 
 from featcache.store.layout import STATE
 from tests.attacks.campaign import Tally, dice, differences, fingerprint
+from tests.attacks.lab import RUN, SCENES, Lab, available, trained
 from tests.attacks.power import read_log
 from tests.attacks.processes import HUNG, Processes
-from tests.attacks.scenes import RUN, SCENES, Lab, Scene, available, has_option, trained
+from tests.attacks.scenes import TRASH, Scene, has_option
 
 SECRET = b"SECRET-5b1e0c77"
 OWN = b"a user's own file\n"
@@ -161,7 +162,7 @@ def attack(processes: Processes, attacked: Attacked, chance: random.Random, work
     place, kind = chance.choice(attacked.places), chance.choice(KINDS)
     own: dict[str, bytes] = {}
     target = scene.target(folder)
-    if target.is_dir() and scene.name not in ("rm cache", "rm now"):
+    if target.is_dir():
         parents = sorted(p for p in {target, *target.rglob("*")} if p.is_dir() and not ours(folder, p))
         mine = chance.choice(parents) / "my notes.txt"
         mine.write_bytes(OWN)
@@ -172,7 +173,7 @@ def attack(processes: Processes, attacked: Attacked, chance: random.Random, work
     except OSError as error:
         return [], f"{what}: cannot be ({error})"
     own = {n: data for n, data in own.items() if (folder / n).is_file()}
-    if planted is not None and scene.name not in ("rm cache", "rm now") and not ours(folder, folder / planted):
+    if planted is not None and not ours(folder, folder / planted):
         own[planted] = OWN
     before = fingerprint(beside)
     ended = processes.run(scene.job(folder, unprivileged=kind == "unreadable", group_files=128), TIMEOUT_S)
@@ -184,7 +185,7 @@ def attack(processes: Processes, attacked: Attacked, chance: random.Random, work
     changed = differences(fingerprint(beside), before)
     if changed:
         wrong.append(f"changed outside: {', '.join(changed)} by {what}")
-    lost = [name for name, data in own.items() if not _is(folder / name, data)]
+    lost = [name for name, data in own.items() if not _is_kept(folder, scene, name, data)]
     if lost:
         wrong.append(f"a user's file is gone: {', '.join(lost)}, {what}")
     if SECRET.decode() in ended.output or _holds_secret(folder):
@@ -192,8 +193,13 @@ def attack(processes: Processes, attacked: Attacked, chance: random.Random, work
     return wrong, what
 
 
-def _is(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == data
+def _is_kept(folder: Path, scene: Scene, name: str, data: bytes) -> bool:
+    """Whether a user's own file is where it was; one in a cache that was removed whole is with it in the trash."""
+    target = scene.targets[0]
+    trashed = [
+        p / Path(name).relative_to(target) for p in folder.glob(f"{TRASH}/*-{target}") if name.startswith(target)
+    ]
+    return any(p.is_file() and p.read_bytes() == data for p in (folder / name, *trashed))
 
 
 def _holds_secret(folder: Path) -> bool:

@@ -21,8 +21,9 @@ from pathlib import Path
 from store_helpers import tree
 
 from tests.attacks.campaign import Tally, dice, differences
+from tests.attacks.lab import Lab
 from tests.attacks.processes import Processes
-from tests.attacks.scenes import Lab, Scene
+from tests.attacks.scenes import Scene
 
 _RECORD = struct.Struct("IIIIQQQ")
 _SECTOR = 512
@@ -75,9 +76,12 @@ def read_log(path: Path) -> list[Operation]:
 
 @dataclass(eq=False)
 class File:
-    """`durable`: its bytes as of the last sync; `pending`: changes since, (offset, data) or (length, None)."""
+    """`durable`: its bytes as of the last sync; `pending`: changes since, (offset, data) or (length, None). mode: its
+    permissions, of files that were there when the log began.
+    """
 
     durable: bytes = b""
+    mode: int = 0o644
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
 
     def content(self, chosen: list[tuple[int, bytes | None]] | None = None) -> bytes:
@@ -138,7 +142,7 @@ class Disk:
             elif entry.is_dir():
                 node = self._load(Path(entry.path))
             else:
-                node = File(Path(entry.path).read_bytes())
+                node = File(Path(entry.path).read_bytes(), entry.stat().st_mode & 0o777)
                 self.by_inode[entry.inode()] = node
             found.first[entry.name] = found.now[entry.name] = node
         return found
@@ -262,6 +266,7 @@ class Disk:
                 (path / name).symlink_to(node.target)
             else:
                 (path / name).write_bytes(self._bytes(node, chance, mode))
+                (path / name).chmod(node.mode)
 
     @staticmethod
     def _bytes(file: File, chance: random.Random | None, mode: str) -> bytes:
@@ -426,6 +431,6 @@ def run(
 
 
 def _known() -> set[str]:
-    from tests.attacks.scenes import SCENES
+    from tests.attacks.lab import SCENES
 
     return set(SCENES)

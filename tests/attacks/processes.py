@@ -150,7 +150,11 @@ class Processes:
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(timeout=30)
+        try:
+            self._server.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # a machine under load takes its time to take torch apart
+            self._server.kill()
+            self._server.wait()
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ import pytest
 
 from tests.attacks import concurrency, flips, fuzz, fuzz_store, kills, links, power
 from tests.attacks.campaign import Tally
+from tests.attacks.lab import Lab
 from tests.attacks.processes import Processes
-from tests.attacks.scenes import Lab
 
 
 def nothing_failed(tally: Tally, at_least: int) -> None:

@@ -13,9 +13,10 @@ from store_helpers import tree
 from featcache.store import verify
 from tests.attacks import flips, fuzz_store, power
 from tests.attacks.campaign import Tally, dice
+from tests.attacks.lab import Lab
 from tests.attacks.mutate import change_json
 from tests.attacks.processes import Job, Processes
-from tests.attacks.scenes import Lab, values_of
+from tests.attacks.scenes import values_of
 
 
 def write_three(folder: str) -> None:

@@ -176,7 +176,8 @@ def rebuild_checksums(path: Path, feature: str) -> None:
 
     from featcache.store import files
     from featcache.store.blocks import BlockHasher, blocks_bytes, blocks_path
-    from featcache.store.writer import checksums_path, checksums_text, publish, shard_names
+    from featcache.store.contents import checksums_path, checksums_text, shard_names
+    from featcache.store.writer import publish
 
     manifest = read_root(path)
     for array in manifest.features[feature].arrays:

@@ -11,10 +11,11 @@ from store_helpers import add, base_features, build, moments, tokens, tree, writ
 import featcache
 from featcache.errors import CacheError
 from featcache.store import CacheWriter, files
+from featcache.store.contents import read_checksums
 from featcache.store.manage import remove_features
+from featcache.store.places import LocalLocation
 from featcache.store.root import read_root
 from featcache.store.verify import Report, repair_metadata, verify
-from featcache.store.writer import read_checksums
 
 
 def test_names_of_temporary_files() -> None:
@@ -114,7 +115,7 @@ def test_nothing_is_read_through_a_link(tmp_path: Path, name: str) -> None:
         assert not verify(path).ok
     with pytest.raises(CacheError, match="symbolic link"):
         if name.endswith("SHA256SUMS"):
-            read_checksums(path, read_root(path), "vae/moments")
+            read_checksums(LocalLocation(path), read_root(path), "vae/moments")
         cache = featcache.open(path)
         with cache.reader(["vae/moments"], threads=0) as reader:
             reader.read([0], reader.allocate(1))

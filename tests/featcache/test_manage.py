@@ -621,3 +621,21 @@ def test_rm_and_restore_as_typed(tmp_path: Path, cli) -> None:
     assert "nothing" in done.stderr
     done = cli("featcache", "gc", "caches", "--older-than", "never")
     assert (done.returncode, "7d" in done.stderr) == (2, True)
+
+
+def test_entries_of_the_trash_in_which_nothing_lies_go(tmp_path: Path) -> None:
+    """Of a removal that was killed before it happened, and of one that was undone but not yet forgotten."""
+    path = build(tmp_path / "x")
+    before = tree(path)
+    for restores in (True, False):
+        early = path / ".featcache/trash/20260101T000000.000000Z"
+        undone = path / ".featcache/trash/20260102T000000.000000Z"
+        early.mkdir(parents=True)
+        undone.mkdir()
+        (undone / "zarr.json").write_bytes(root_bytes(read_root(path).only(["tiny@5"])))
+        if restores:
+            manage.remove_features(path, ["tiny@5"])
+            manage.restore(path)
+        else:
+            manage.collect_garbage(path)
+        assert tree(path) == before

@@ -142,11 +142,9 @@ def test_pictures_are_neither_written_nor_deleted_through_links(tmp_path: Path) 
     shutil.move(folder / "tiles", outside)
     (folder / "tiles").symlink_to(outside)
     before = (outside / "grid.png").read_bytes()
-    assert (
-        'class="panels"' not in write_report(tmp_path / "r.html", [load_run(tmp_path / "run")], title="t").read_text()
-    )
-    with pytest.raises(UserError, match="tiles is a symbolic link"):
-        write_result(folder, result("other"))
+    for touch in (lambda: write_result(folder, result("other")), lambda: load_run(tmp_path / "run")):
+        with pytest.raises(UserError, match="tiles is a symbolic link"):
+            touch()
     assert (outside / "grid.png").read_bytes() == before
 
 

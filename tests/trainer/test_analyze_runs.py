@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,6 +33,7 @@ from trainer.analyze.result import NotApplicable
 from trainer.analyze.subject import MIXTURE, Subject
 from trainer.loop import train
 from trainer.models.config import SIZES
+from trainer.report import analysis as report_pages
 
 METHODS = ("none", "ahpa", "dya", "sra", "sara", "ahpa+repa")
 
@@ -197,6 +201,69 @@ def test_a_second_call_replaces_its_own_and_keeps_the_rest(runs_root: Path) -> N
     text = page.read_text()
     assert "router is left out" in text and '<section id="router"' not in text
     assert not list(page.parent.glob("router*"))
+
+
+def test_two_calls_at_once_both_stay_on_the_page(
+    runs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits (for a while) until the other is as far as itself, where it has read the page and not yet written it."""
+    shutil.copytree(runs_root / "none", tmp_path / "run")
+    run, meeting = tmp_path / "run", threading.Barrier(2)
+    real = report_pages.write_page
+
+    def late(*args: Any, **values: Any) -> Path:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(timeout=1)
+        return real(*args, **values)
+
+    monkeypatch.setattr(report_pages, "write_page", late)
+    failed: list[Exception] = []
+
+    def call(what: str) -> None:
+        try:
+            analyze_runs([run], [what], options(images=1), Bar())
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=call, args=(what,)) for what in ("selfsim", "spectrum")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    text = (run / "analysis" / "index.html").read_text()
+    assert all(f'<section id="{what}"' in text for what in ("selfsim", "spectrum"))
+    assert not [p.name for p in (run / "analysis").iterdir() if p.name.startswith(".")], "locks come and go"
+
+
+def test_diagnostics_follow_no_link_and_trust_no_file(runs_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_root / "none", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "analysis", ignore_errors=True)
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.svg").write_text("a secret")
+    (run / "analysis").symlink_to(outside)
+    with pytest.raises(UserError, match="analysis is a symbolic link"):
+        analyze_runs([run], ["selfsim"], options(images=1), Bar())
+    (run / "analysis").unlink()
+    analyze_runs([run], ["selfsim"], options(images=1), Bar())
+    (drawn,) = json.loads((run / "analysis" / "selfsim.json").read_text())["plots"][:1]
+    for content in (
+        json.dumps({"plots": ["../../outside/secret"]}),
+        json.dumps({"plots": ["x\0y", 7]}),
+        json.dumps({"plots": {"a": 1}}),
+        "[]",
+        "{",
+    ):
+        (run / "analysis" / "selfsim.json").write_text(content)
+        (run / "analysis" / f"{drawn}.svg").unlink()
+        (run / "analysis" / f"{drawn}.svg").symlink_to(outside / "secret.svg")
+        (run / "analysis" / "index.html").write_bytes(b"\xff")
+        (run / "analysis" / f"old.png.{'0' * 16}.part").write_text("half")
+        analyze_runs([run], ["selfsim"], options(images=1), Bar())
+        assert "<svg" in (run / "analysis" / f"{drawn}.svg").read_text()
+        assert not list((run / "analysis").glob("*.part"))
+    assert [p.read_text() for p in outside.iterdir()] == ["a secret"]
 
 
 def test_comparison_has_one_line_a_run(runs_root: Path) -> None:
