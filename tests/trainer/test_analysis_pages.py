@@ -148,6 +148,7 @@ def test_pictures_are_neither_written_nor_deleted_through_links(tmp_path: Path) 
     assert (outside / "grid.png").read_bytes() == before
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # so long a name leaves no room for axes
 def test_names_do_no_harm_on_pages_and_plots(tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", result(NASTY))
     write_about(run / "analysis", About(lead=NASTY, left_out={NASTY: NASTY}), asked=[])
