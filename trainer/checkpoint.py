@@ -84,7 +84,7 @@ def save_checkpoint(
         return final
     partial = final.with_name(f".{final.name}.partial")
     try:
-        files.make_directory(files.inside(run, "checkpoints"))
+        files.make_directory(final.parent)
         _clear(final)
         _write(partial, tensors, {"step": step, **state})
         partial.rename(final)

@@ -214,8 +214,8 @@ def analyze(
 ) -> None:
     """See why an alignment works: diagnostics as numbers, plots and one page. [dim]Example: trainer analyze runs/ahpa[/dim]"""
     from featcache.progress import RichBar
+    from trainer.analysis import analyze_runs
     from trainer.analyze import DIAGNOSTICS
-    from trainer.analyze.command import analyze_runs
 
     chosen = parse_what(what, tuple(DIAGNOSTICS))
     options = from_mapping(AnalyzeConfig, apply_overrides(given, set_ or []))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from featcache.errors import UserError
 
 T = TypeVar("T")
+
+# How gloo says that it has lost a rank: a plain RuntimeError. NCCL's errors have a class.
+_BROKEN = re.compile(r"gloo/transport|Connection (closed|reset) by peer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,9 @@ def joined(device: str) -> Iterator[World]:
     """:func:`join` for the length of a block; a group that was there before stays.
 
     After an error the other ranks are not waited for: torchrun ends them.
+
+    Raises:
+        UserError: another rank ended in the middle of an exchange.
     """
     ours = not dist.is_initialized()
     world = join(device)
@@ -85,6 +92,14 @@ def joined(device: str) -> Iterator[World]:
         if ours:
             leave()
         raise
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
+            raise
+        raise UserError(
+            "the connection to the other ranks broke: one has ended, or is out of reach",
+            remedy="The error that it printed says why. Saved work is kept, and the same command continues it "
+            "(trainer run: with --resume).",
+        ) from error
     if ours:
         leave()
 

@@ -22,7 +22,6 @@ ROOT = Path("runs")
 MAX_JSON_BYTES = 256 << 20
 MAX_LOG_BYTES = 1 << 30
 MAX_LINE_BYTES = 1 << 20
-MAX_PAGE_BYTES = 256 << 20
 _NAME_BYTES = 200  # of one part: 255 less what temporary files add
 
 
@@ -337,14 +336,6 @@ def write_page(path: Path, text: str) -> None:
     """As :func:`write_text`, for what several processes may write at once, and what can be made again."""
     with locks.alone(path):
         files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
-
-
-def read_page(path: Path) -> str:
-    """A page that this program wrote; empty where there is none or it cannot be read as text."""
-    try:
-        return files.read_bounded(path, MAX_PAGE_BYTES).decode("utf-8")
-    except (UserError, ValueError):
-        return ""
 
 
 _REMAKE = "Remove it and run the command again."

@@ -191,13 +191,19 @@ def _held(folder: Path, images: Path, world: distributed.World) -> Iterator[bool
 def _is_complete(folder: Path, images: Path) -> bool:
     """Whether nothing is left to do: a process may have been killed after the images were there."""
     others = [files.inside(folder, name).is_file() for name in ("grid.png", "settings.json")]
-    return images.exists() and all(others) and not _is_pending(folder, images)
+    return _is_there(images) and all(others) and not _is_pending(folder, images)
+
+
+def _is_there(images: Path) -> bool:
+    return images.is_file() if images.suffix else images.is_dir()
 
 
 def _is_pending(folder: Path, images: Path) -> bool:
-    """Whether blocks for these images are still there. They may be for others, of a larger number, that were cut off."""
-    made_for = runs.read_json(files.inside(folder, "blocks/settings.json"), {}).get("file")
-    return bool(made_for == images.name)
+    """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number, that
+    were cut off."""
+    record = files.inside(folder, "blocks/settings.json")
+    made_for = runs.read_json(record, {}).get("file")
+    return bool(made_for == images.name) or (record.parent.is_dir() and not files.names_in(record.parent))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +235,7 @@ def _draw_to(
     if world.is_main:
         files.remove_parts(folder, of=[images.name, "grid.png", "settings.json"])
         _prepare(blocks, record, images.name)
-        if not images.exists():
+        if not _is_there(images):
             missing = [k for k in range(-(-draw.num // BLOCK)) if not _is_whole(blocks, draw.num, k)]
         left = sum(_block_count(draw.num, k) for k in missing)
         bar.begin("sampling", draw.num, done=draw.num - left)
@@ -240,10 +246,10 @@ def _draw_to(
         runs.write_text(
             folder / "settings.json", json.dumps(record, indent=1)
         )  # before what would be taken for others'
-        if not images.exists():
+        if not _is_there(images):
             write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
             write(blocks, images, draw.labels[: draw.num])
-        if not (folder / "grid.png").exists():
+        if not (folder / "grid.png").is_file():
             save_png(_grid(draw), folder / "grid.png")
         _remove_blocks(blocks)  # last: what tells that the folder is not complete
     distributed.barrier()

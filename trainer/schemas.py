@@ -78,17 +78,22 @@ class CheckpointState(TypedDict):
     scaler: NotRequired[dict[_Text, _Finite]]
 
 
-_Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"\A[^/\x00]+\Z")]  # of a file beside
+_Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"^[^/\x00]+$")]  # of a file beside
 
 
 class Diagnostic(TypedDict):
-    """``<what>.json`` of the diagnostics."""
+    """``<what>.json`` of the diagnostics, as far as files are found by it; :mod:`trainer.plots` says how plots are kept.
+
+    Earlier versions kept the plots' names and no drawings.
+    """
 
     plots: list[_Stem]
+    drawings: NotRequired[list[dict[str, Any]]]
 
 
 class _Compared(TypedDict):
-    plots: dict[_Stem, Any]
+    plots: list[_Stem] | dict[_Stem, Any]
+    drawings: NotRequired[list[dict[str, Any]]]
 
 
 class Comparison(TypedDict):
@@ -99,18 +104,23 @@ class Comparison(TypedDict):
 
 
 def check(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
-    """``value`` itself, once it is known to fit.
+    """``value`` itself, once it is known to fit. Raises as :func:`parse`."""
+    parse(value, schema, where, remedy=remedy)
+    return value
+
+
+def parse(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
+    """``value`` as an instance of ``schema``.
 
     Raises:
-        UserError: naming the first entry that does not.
+        UserError: naming the first entry that does not fit.
     """
     try:
-        _adapter(schema).validate_python(value)
+        return _adapter(schema).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))[:200]
         raise UserError(f"{where} is damaged: {place or 'it'}: {first['msg']:.200}", remedy=remedy) from error
-    return value
 
 
 @cache

@@ -332,11 +332,11 @@ def _summary() -> dict[str, Any]:
 def _viewer(case: Path, rng: random.Random) -> Callable[[Any], None]:
     """Makes the numbers of a run's page; one time in twenty the whole page, which takes a hundred times as long."""
     from trainer.report.report import write_comparison, write_report
-    from trainer.report.table import numbers_html, settings_html
+    from trainer.report.table import numbers, settings
 
     def look(data: Any) -> None:
-        numbers_html([data], [])
-        settings_html("Sampler", [data], "sampler")
+        numbers([data], [])
+        settings([data], "sampler")
         if rng.randrange(20) == 0:
             write_report(case / "report.html", [data], title="t")
             write_comparison(case / "comparison.html", [data, data], title="t")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,14 +16,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
 from tiny_runs import Listener, add_nano, settings
 
 from featcache.errors import CacheError, UserError
 from trainer.align.base import cosine_per_token
+from trainer.analysis import analyze_runs
 from trainer.analyze import DIAGNOSTICS
 from trainer.analyze.angle import shared_gradients
-from trainer.analyze.command import analyze_runs
 from trainer.analyze.config import AnalyzeConfig
 from trainer.analyze.gradients import cosine, gsnr
 from trainer.analyze.gsnr import measure
@@ -30,6 +33,7 @@ from trainer.analyze.result import NotApplicable
 from trainer.analyze.subject import MIXTURE, Subject
 from trainer.loop import train
 from trainer.models.config import SIZES
+from trainer.report import analysis as report_pages
 
 METHODS = ("none", "ahpa", "dya", "sra", "sara", "ahpa+repa")
 
@@ -105,8 +109,7 @@ def test_all_of_a_run(runs_root: Path) -> None:
         assert document["run"] == {"name": "ahpa", "step": 4, "method": "ahpa", "model": "SiT-Nano/2"}
     assert sorted(drawn) == sorted(p.stem for p in folder.glob("*.svg")) == sorted(p.stem for p in folder.glob("*.png"))
     assert len(drawn) >= 15
-    # Every plot has its sentence, here and (one a diagnostic) in the copy for the report.
-    assert parsed.captions == len(drawn) + len(DIAGNOSTICS)
+    assert parsed.captions == len(drawn)  # every plot has its sentence
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             assert np.asarray(image.convert("L")).std() > 1, path  # something is drawn
@@ -200,6 +203,69 @@ def test_a_second_call_replaces_its_own_and_keeps_the_rest(runs_root: Path) -> N
     assert not list(page.parent.glob("router*"))
 
 
+def test_two_calls_at_once_both_stay_on_the_page(
+    runs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits (for a while) until the other is as far as itself, where it has read the page and not yet written it."""
+    shutil.copytree(runs_root / "none", tmp_path / "run")
+    run, meeting = tmp_path / "run", threading.Barrier(2)
+    real = report_pages.write_page
+
+    def late(*args: Any, **values: Any) -> Path:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(timeout=1)
+        return real(*args, **values)
+
+    monkeypatch.setattr(report_pages, "write_page", late)
+    failed: list[Exception] = []
+
+    def call(what: str) -> None:
+        try:
+            analyze_runs([run], [what], options(images=1), Bar())
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=call, args=(what,)) for what in ("selfsim", "spectrum")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    text = (run / "analysis" / "index.html").read_text()
+    assert all(f'<section id="{what}"' in text for what in ("selfsim", "spectrum"))
+    assert not [p.name for p in (run / "analysis").iterdir() if p.name.startswith(".")], "locks come and go"
+
+
+def test_diagnostics_follow_no_link_and_trust_no_file(runs_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_root / "none", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "analysis", ignore_errors=True)
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.svg").write_text("a secret")
+    (run / "analysis").symlink_to(outside)
+    with pytest.raises(UserError, match="analysis is a symbolic link"):
+        analyze_runs([run], ["selfsim"], options(images=1), Bar())
+    (run / "analysis").unlink()
+    analyze_runs([run], ["selfsim"], options(images=1), Bar())
+    (drawn,) = json.loads((run / "analysis" / "selfsim.json").read_text())["plots"][:1]
+    for content in (
+        json.dumps({"plots": ["../../outside/secret"]}),
+        json.dumps({"plots": ["x\0y", 7]}),
+        json.dumps({"plots": {"a": 1}}),
+        "[]",
+        "{",
+    ):
+        (run / "analysis" / "selfsim.json").write_text(content)
+        (run / "analysis" / f"{drawn}.svg").unlink()
+        (run / "analysis" / f"{drawn}.svg").symlink_to(outside / "secret.svg")
+        (run / "analysis" / "index.html").write_bytes(b"\xff")
+        (run / "analysis" / f"old.png.{'0' * 16}.part").write_text("half")
+        analyze_runs([run], ["selfsim"], options(images=1), Bar())
+        assert "<svg" in (run / "analysis" / f"{drawn}.svg").read_text()
+        assert not list((run / "analysis").glob("*.part"))
+    assert [p.read_text() for p in outside.iterdir()] == ["a secret"]
+
+
 def test_comparison_has_one_line_a_run(runs_root: Path) -> None:
     runs = [runs_root / "ahpa", runs_root / "none"]
     asked = options(times=(0.5,), against=("tiny@5", "vae/G4"), images=1)
@@ -211,7 +277,8 @@ def test_comparison_has_one_line_a_run(runs_root: Path) -> None:
     # One yardstick, whatever each run was aligned with.
     assert "With tiny@5" in text
     table = json.loads((folder / "comparison.json").read_text())["diagnostics"]
-    lines = table["cknna"]["plots"]["comparison_cknna_over_blocks"]
+    (plot,) = (p for p in table["cknna"]["drawings"] if p["name"] == "comparison_cknna_over_blocks")
+    lines = plot["drawing"]["series"]
     own = json.loads((runs[1] / "analysis" / "cknna.json").read_text())["rows"]
     assert lines[1]["y"] == [r["cknna"] for r in own if r["b"] == "tiny@5" and r["block"]]
     assert (folder / "comparison_pca_0.png").is_file()

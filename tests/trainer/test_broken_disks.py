@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
-import pathlib
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from faults import Killed, Operations
 from safetensors import SafetensorError
 from tiny_runs import Listener, assert_identical, log_of, settings
 
@@ -25,40 +24,6 @@ from trainer import checkpoint, runs
 from trainer.loop import train
 
 REFUSALS = [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EDQUOT]
-
-
-class Killed(BaseException):
-    """Ends everything at once, as SIGKILL does: nothing catches it, so nothing is cleaned up."""
-
-
-class Operations:
-    """Counts the calls that reach the disk below ``folder`` and lets one of them fail."""
-
-    def __init__(
-        self, patch: pytest.MonkeyPatch, folder: Path, fail_at: int | None, error: BaseException | None
-    ) -> None:
-        self.count, self._fail_at, self._error, self._folder = 0, fail_at, error, str(folder)
-        self.names: list[str] = []
-        for name in ("open", "mkdir", "rename", "replace", "unlink", "rmdir", "scandir", "listdir", "fsync", "write"):
-            patch.setattr(os, name, self._counted(name, getattr(os, name)))
-        patch.setattr(io, "open", self._counted("io.open", io.open))
-        patch.setattr(pathlib.io, "open", io.open)
-        patch.setattr(safetensors.torch, "save_file", self._counted("save_file", safetensors.torch.save_file))
-
-    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kw: Any) -> Any:
-            if (
-                name in ("fsync", "write")
-                or "dir_fd" in kw
-                or any(self._folder in os.fspath(a) for a in args if isinstance(a, str | Path))
-            ):
-                self.count += 1
-                self.names.append(name)
-                if self.count - 1 == self._fail_at and self._error is not None:
-                    raise self._error
-            return real(*args, **kw)
-
-        return call
 
 
 def save(run: Path, step: int) -> Path:

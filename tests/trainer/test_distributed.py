@@ -208,6 +208,29 @@ def test_one_rank_speaks_for_all(shapes_cache: Path, tmp_path: Path) -> None:
     assert done.stderr.count("starts from random weights") == 1
 
 
+@pytest.mark.parametrize("fault", ["train_step", pytest.param("assemble", marks=pytest.mark.slow)])
+def test_a_fault_of_another_rank_ends_all(shapes_cache: Path, tmp_path: Path, fault: str) -> None:
+    """One that nobody foresaw, of rank 1 alone, while rank 0 trains or waits: told in a paragraph, and soon over."""
+    folder = Path(sys.executable).parent
+    words = f"run --model SiT-Nano/2 --steps 50 --batch-size 2 --device cpu --name two --cache {shapes_cache}"
+    script = Path(__file__).with_name("fault_of_a_rank.py")
+    done = subprocess.run(
+        [folder / "torchrun", "--standalone", "--nproc-per-node", "2", script, fault, *words.split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "error: rank 1: an unforeseen fault ended the command: RuntimeError: nobody foresaw this" in told
+    # Rank 0 may notice it before torchrun has ended it.
+    assert set(told[1:]) <= {"error: the connection to the other ranks broke: one has ended, or is out of reach"}
+    assert script.name not in done.stderr.partition("ChildFailedError")[0], "no traceback of ours"
+    assert "FEATCACHE_DEBUG" in done.stderr and "exitcode  : 70" in done.stderr
+
+
 def test_an_error_of_another_rank_is_printed_late_and_with_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Late, so that torchrun has ended this rank by then if the main one met the error, too."""
     from trainer.cli import _one_voice

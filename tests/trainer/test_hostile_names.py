@@ -88,6 +88,7 @@ def typed(
 
 
 CACHE = "caches/[/]"
+QUICK = ("--device", "cpu", "--set", "batch_size=4", "--set", "images=2")
 COMMANDS = [
     (0, "featcache", "info", CACHE),
     (0, "featcache", "ls", "caches/["),
@@ -113,6 +114,9 @@ COMMANDS = [
     (0, "trainer", "report", f"runs/{MARKUP}{SCRIPT}"),
     (0, "trainer", "compare", f"runs/{MATHS}", f"runs/{MARKUP}{SCRIPT}", "--out", "[/].html"),
     (0, "trainer", "export", f"runs/{MATHS}", "[red]weights.pt"),
+    (2, "trainer", "analyze", f"runs/{TITLE}", "--what", "selfsim"),
+    (2, "trainer", "analyze", f"runs/{MATHS}", "--what", f"[/]{TITLE}"),
+    (0, "trainer", "analyze", f"runs/{MATHS}", "--what", "selfsim", *QUICK),
 ]
 
 
@@ -149,10 +153,13 @@ def test_pages_hold_names_as_text(place: Path, typed: Callable[..., tuple[int, s
     (run / "metrics.json").write_text(
         json.dumps([{"step": 3, "metrics": {f"{SCRIPT}FID": 1.0}, "warnings": [SCRIPT], "sampler": {SCRIPT: SCRIPT}}])
     )
-    (run / "analysis").mkdir(exist_ok=True)
+    both = (str(run), f"runs/{MATHS}")
+    code, said = typed("trainer", "analyze", *both, "--what", "selfsim,spectrum", *QUICK)
+    assert code == 0, said
     typed("trainer", "report", str(run))
-    typed("trainer", "compare", str(run), f"runs/{MATHS}", "--out", "page.html")
-    for page in (run / "report.html", place / "page.html"):
+    typed("trainer", "compare", *both, "--out", "page.html")
+    analysis = run / "analysis"
+    for page in (run / "report.html", place / "page.html", analysis / "index.html", analysis / "comparison.html"):
         text = page.read_text()
         assert "alert(1)" in text, "the names are on the page"
         assert re.search(r"<script|<img(?! (class=\"small\" )?width)", text) is None

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from trainer import checkpoint
 from trainer.analyze.gradients import cosine, degrees
-from trainer.analyze.result import NotApplicable, Plot, Result
+from trainer.analyze.result import NotApplicable, Result
 from trainer.analyze.subject import Subject
-from trainer.report.charts import Chart, Series
-from trainer.report.page import measure
+from trainer.plots import Chart, Plot, Series
 from trainer.step import Draws
+from trainer.typeset import measure
 
 
 def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tuple[list[Tensor], list[Tensor], int]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.analyze import kernels
-from trainer.analyze.result import Matrix, NotApplicable, Plot, Result
+from trainer.analyze.result import NotApplicable, Result
 from trainer.analyze.subject import Subject
-from trainer.report.charts import Chart, Series
+from trainer.plots import Chart, Matrix, Plot, Series
 
 _STATE = re.compile(r"block(\d+):(0?\.\d+)")
 T_LABEL = "timestep t (0 = data, 1 = noise)"

@@ -20,10 +20,10 @@ from trainer.align.base import AlignInputs
 from trainer.align.heads import to_grid
 from trainer.analyze.gradients import degrees, hidden_gradients
 from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
-from trainer.analyze.result import Matrix, NotApplicable, Plot, Result
+from trainer.analyze.result import NotApplicable, Result
 from trainer.analyze.subject import Subject, pixels_of
-from trainer.report.charts import Chart, Series
-from trainer.report.page import measure as shown_number
+from trainer.plots import Chart, Matrix, Plot, Series
+from trainer.typeset import measure as shown_number
 
 NAMES = tuple(name for name in CODECS if name != "raw")
 MOST_SAMPLES = 64  # cosines vary little from sample to sample

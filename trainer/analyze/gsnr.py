@@ -9,9 +9,9 @@ import numpy as np
 
 from trainer.analyze.gradients import GradientMoments, Moments, block_gradients, gsnr, hidden_gradients
 from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
-from trainer.analyze.result import Plot, Result
+from trainer.analyze.result import Result
 from trainer.analyze.subject import MIXTURE, Subject
-from trainer.report.charts import Chart, Series
+from trainer.plots import Chart, Plot, Series
 
 MOST_VALUES = 1 << 28  # of per-sample gradients at once: 1 GiB
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from featcache.inspect import pca_rgb
 from trainer.analyze.pictures import enlarge
-from trainer.analyze.result import Plot, Result, Strips
+from trainer.analyze.result import Result
 from trainer.analyze.subject import Subject, pixels_of
+from trainer.plots import Plot, Strips
 
 FIT = 64  # images over which components are fitted
 

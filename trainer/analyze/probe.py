@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
-from trainer.analyze.result import NotApplicable, Plot, Result
+from trainer.analyze.result import NotApplicable, Result
 from trainer.analyze.subject import Subject
-from trainer.report.charts import Chart, Series
+from trainer.plots import Chart, Plot, Series
 
 TOGETHER_BYTES = 256 << 20
 

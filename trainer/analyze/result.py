@@ -1,15 +1,32 @@
-"""What a diagnostic hands back: numbers, plots and sentences, independent of how they are written down."""
+"""What a diagnostic hands back (numbers, plots and sentences), and the files that keep it.
+
+``<what>.json`` holds all of it but the pictures of strips, which lie in ``tiles/<plot>.png``, and ``<what>.csv`` the rows
+once more. Several runs' common plots are kept in the same form in ``comparison.json``. Pages are made from these files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from featcache.errors import UserError
-from trainer.report.charts import Chart, Series
+from featcache.images import MAX_FILE_BYTES, BadImage, decode
+from featcache.store import files
+from trainer import locks, runs, schemas
+from trainer.analyze import DIAGNOSTICS
+from trainer.plots import Plot, Strips
+
+_REMEDY = "Delete the file; trainer analyze makes it anew."
 
 
 class NotApplicable(UserError):
@@ -17,64 +34,222 @@ class NotApplicable(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strips:
-    """Pictures in rows and columns. cells[row][column]: uint8 [H, W, 3] or None."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[str]
-    cells: Sequence[Sequence[np.ndarray | None]]
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """Numbers in rows and columns, shaded from ``low`` to ``high``. values: float [rows, columns], NaN: empty."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[str]
-    values: np.ndarray
-    low: float
-    high: float
-    unit: str = ""
-    note: str = ""
-    decimals: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """One picture. name: file stem; the drawing's note is the sentence that stands under it.
-
-    headline: the one line by which runs are compared where several are analysed; it must mean the same in every run.
-    headline_title: what it shows; headline_note: what to look for there, where the drawing's note does not say it.
-    """
-
-    name: str
-    drawing: Chart | Strips | Matrix
-    headline: Series | None = None
-    headline_title: str = ""
-    headline_note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One diagnostic of one run.
+class Section:
+    """What stands under one heading.
 
     Attributes:
-        what: its name on the command line.
+        what: the diagnostic's name on the command line.
         title: heading of its section.
         question: one sentence: what it answers.
-        finding: one sentence with what came out, from the numbers.
         plots: see :class:`Plot`.
-        rows: the numbers, one mapping a row of the CSV; all have the same keys.
-        settings: how they were measured: estimators, samples, seeds.
     """
 
     what: str
     title: str
     question: str
-    finding: str
     plots: Sequence[Plot]
-    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Section):
+    """One diagnostic of one run.
+
+    Attributes:
+        finding: one sentence with what came out, from the numbers.
+        rows: the numbers, one mapping a row of the CSV; all have the same keys.
+        settings: how they were measured: estimators, samples, seeds.
+        run: name, step, method and model. measured: on what and for how long, in a few words. Both are put in after
+            the diagnostic has run.
+    """
+
+    finding: str
+    run: Mapping[str, Any] = field(default_factory=dict)
+    measured: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared(Section):
+    """One diagnostic of several runs. findings: run => its finding."""
+
+    findings: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a run's page says beside the results, ``about.json``. left_out: diagnostic => why it does not apply."""
+
+    lead: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def writing(run: Path) -> Iterator[Path]:
+    """The folder of a run's diagnostics, for one process at a time: what another has written meanwhile is added to.
+
+    Raises:
+        UserError: it cannot be written to, or is a link.
+    """
+    folder = files.inside(run, "analysis")
+    with locks.waiting(folder, "writing"):
+        for place in (folder, files.inside(folder, "tiles")):
+            if place.is_dir():
+                files.remove_parts(place)
+        yield folder
+
+
+def write_about(folder: Path, about: About, *, asked: Sequence[str]) -> None:
+    """Replaces ``about.json``; what is left out of diagnostics that were not asked for now stays."""
+    path = folder / "about.json"
+    earlier = _earlier(path, About).get("left_out", {})
+    left_out = {what: why for what, why in earlier.items() if what not in asked} | dict(about.left_out)
+    runs.write_text(path, json.dumps({"lead": about.lead, "left_out": left_out}, indent=1) + "\n")
+
+
+def read_about(folder: Path) -> About:
+    """Empty where an earlier version wrote the folder. Raises UserError if the file is damaged."""
+    path = folder / "about.json"
+    about: About = schemas.parse(runs.read_json(path, {}), About, path, remedy=_REMEDY)
+    return about
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Replaces what an earlier call wrote for this diagnostic, and all that was drawn of it."""
+    remove_result(folder, result.what)
+    runs.write_text(folder / f"{result.what}.json", json.dumps(_document(result, folder), indent=1) + "\n")
+    buffer = io.StringIO()
+    if result.rows:
+        writer = csv.DictWriter(buffer, list(result.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(result.rows)
+    runs.write_text(folder / f"{result.what}.csv", buffer.getvalue())
+
+
+def remove_result(folder: Path, what: str) -> None:
+    """Deletes a diagnostic's files, its plots among them; it may not have been measured yet."""
+    _remove_plots(folder, _earlier(folder / f"{what}.json", schemas.Diagnostic).get("plots", ()))
+    for kind in ("json", "csv"):
+        files.remove_file(folder / f"{what}.{kind}")
+
+
+def _remove_plots(folder: Path, names: Iterable[str]) -> None:
+    """Deletes drawn plots and the pictures in them."""
+    tiles = files.inside(folder, "tiles")
+    for name in names:
+        for path in (folder / f"{name}.svg", folder / f"{name}.png", tiles / f"{name}.png"):
+            files.remove_file(path)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The results in a run's analysis folder, in the order of :data:`DIAGNOSTICS`.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = []
+    for what in DIAGNOSTICS:
+        path = folder / f"{what}.json"
+        if path.exists():
+            stored = schemas.check(runs.read_json(path, {}), schemas.Diagnostic, path, remedy=_REMEDY)
+            found.append(_section(Result, what, stored, path))
+    return found
+
+
+def write_comparison(folder: Path, compared: Sequence[str], sections: Sequence[Compared]) -> None:
+    """Adds sections to ``comparison.json``, in place of those on the same diagnostics; of other runs, none is kept.
+
+    Args:
+        compared: the runs and their checkpoints.
+    """
+    path = folder / "comparison.json"
+    old = _earlier(path, schemas.Comparison)
+    kept = old.get("diagnostics", {})
+    new = [section.what for section in sections]
+    for what in list(kept):
+        if old.get("compared") != list(compared) or what in new:
+            _remove_plots(folder, kept.pop(what)["plots"])
+    kept |= {section.what: _document(section, folder) for section in sections}
+    runs.write_text(path, json.dumps({"compared": list(compared), "diagnostics": kept}, indent=1) + "\n")
+
+
+def read_comparison(folder: Path) -> list[Compared]:
+    """The sections of ``comparison.json``, in the order of :data:`DIAGNOSTICS`. Raises UserError if it is damaged."""
+    path = folder / "comparison.json"
+    document = schemas.check(runs.read_json(path, {}), schemas.Comparison, path, remedy=_REMEDY)
+    stored = document["diagnostics"]
+    return [_section(Compared, what, stored[what], path) for what in DIAGNOSTICS if what in stored]
+
+
+def _earlier(path: Path, schema: Any) -> dict[str, Any]:
+    """What an earlier call wrote; nothing where it is not what one writes."""
+    try:
+        found: dict[str, Any] = schemas.check(runs.read_json(path, {}), schema, path, remedy=_REMEDY)
+    except UserError:
+        return {}
+    return found
+
+
+def _document(section: Section, folder: Path) -> dict[str, Any]:
+    """A section as its file has it; the pictures of strips are written beside it."""
+    values = dataclasses.asdict(section)
+    drawings = values.pop("plots")
+    for plot, stored in zip(section.plots, drawings):
+        if isinstance(plot.drawing, Strips):
+            _write_tiles(_tiles(folder, plot), plot.drawing)
+            stored["drawing"]["cells"] = [[p is not None for p in row] for row in plot.drawing.cells]
+    names = [plot.name for plot in section.plots]
+    document: dict[str, Any] = _finite({"diagnostic": values.pop("what"), **values, "plots": names})
+    return document | {"drawings": _finite(drawings)}
+
+
+_S = TypeVar("_S", bound=Section)
+
+
+def _section(kind: type[_S], what: str, stored: dict[str, Any], path: Path) -> _S:
+    drawings = {str(plot.get("name")): plot for plot in stored.get("drawings", ())}
+    plots = [drawings.get(name, {"name": name, "drawing": None}) for name in stored["plots"]]
+    values = {"title": what, "question": "", **stored, "what": what, "plots": plots}
+    section: _S = schemas.parse(values, kind, path, remedy=_REMEDY)
+    return dataclasses.replace(section, plots=[_with_pictures(plot, path.parent) for plot in section.plots])
+
+
+def _tiles(folder: Path, plot: Plot) -> Path:
+    return files.inside(folder, "tiles") / f"{plot.name}.png"
+
+
+def _write_tiles(path: Path, strips: Strips) -> None:
+    """All pictures of strips in one file, edge to edge."""
+    side = next(len(picture) for row in strips.cells for picture in row if picture is not None)
+    blank = np.full((side, side, 3), 255, np.uint8)
+    rows = [np.concatenate([blank if p is None else p for p in row], axis=1) for row in strips.cells]
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(buffer, format="PNG", optimize=True)
+    files.make_directory(path.parent)
+    files.atomic_write(path, [buffer.getvalue()])
+
+
+def _with_pictures(plot: Plot, folder: Path) -> Plot:
+    """Strips with their pictures; without a drawing where these are not there any more or do not fit."""
+    if not isinstance(plot.drawing, Strips):
+        return plot
+    shown, path = plot.drawing.cells, _tiles(folder, plot)
+    try:
+        pixels = np.asarray(decode(files.read_bounded(path, MAX_FILE_BYTES), str(path)))
+        side = len(pixels) // len(plot.drawing.rows)
+        tiles = pixels.reshape(len(plot.drawing.rows), side, len(plot.drawing.columns), side, 3).swapaxes(1, 2)
+        cells = [[t if s else None for t, s in zip(*row, strict=True)] for row in zip(tiles, shown, strict=True)]
+    except (UserError, BadImage, ValueError, ZeroDivisionError):
+        return dataclasses.replace(plot, drawing=None)
+    return dataclasses.replace(plot, drawing=dataclasses.replace(plot.drawing, cells=cells))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from trainer.align.ahpa import Ahpa
 from trainer.align.dya import Dya
-from trainer.analyze.result import NotApplicable, Plot, Result
+from trainer.analyze.result import NotApplicable, Result
 from trainer.analyze.subject import Subject
-from trainer.report.charts import Chart, Series
+from trainer.plots import Chart, Plot, Series
 
 POINTS = 101
 X_LABEL = "timestep t (0 = data, 1 = noise)"

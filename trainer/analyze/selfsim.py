@@ -10,9 +10,10 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.analyze.pictures import enlarge, heat, mark, over
-from trainer.analyze.result import Plot, Result, Strips
+from trainer.analyze.result import Result
 from trainer.analyze.spectra import self_similarity
 from trainer.analyze.subject import Subject, pixels_of
+from trainer.plots import Plot, Strips
 
 
 def salient_patch(tokens: Tensor) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.analyze.result import Plot, Result
+from trainer.analyze.result import Result
 from trainer.analyze.spectra import Spectrum, effective_rank, energy
 from trainer.analyze.subject import Subject
-from trainer.report.charts import Chart, Series
+from trainer.plots import Chart, Plot, Series
 
 
 def run(subject: Subject) -> Result:

@@ -1,6 +1,6 @@
 """Reports: one self-contained HTML page about one or several runs."""
 
-from trainer.report.charts import Chart, Series
+from trainer.plots import Chart, Series
 from trainer.report.data import Column, RunData, load_run
 from trainer.report.page import Figure
 from trainer.report.report import router_chart, write_comparison, write_report

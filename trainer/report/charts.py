@@ -1,8 +1,8 @@
-"""Line charts as inline SVG that follows the page's colours.
+"""Plots: line charts as inline SVG that follows the page's colours, and anything drawn as files for papers and slides.
 
-Drawn by matplotlib's SVG backend at the size of one column of the page, so that its text is as large as the
-page's on a phone. Colours are written as placeholders and replaced by CSS variables, which is how one drawing
-serves light, dark and print.
+Drawn by matplotlib. Charts of a page have the size of one of its columns, so that their text is as large as the page's
+on a phone; their colours are written as placeholders and replaced by CSS variables, which is how one drawing serves
+light, dark and print.
 """
 
 from __future__ import annotations
@@ -11,49 +11,22 @@ import html
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featcache.console import plain
+from featcache.store import files
+from trainer.plots import Chart, Matrix, Series, Strips
+
 WIDTH_INCHES, HEIGHT_INCHES = 4.6, 2.9
-SERIES_COLOURS = 8
+COLOURS = ("#1a66b0", "#c4541a", "#2a8458", "#8650a6", "#9a7400", "#b3316b", "#23828f", "#6a6f76")  # as in page.css
 MAX_POINTS = 600
 FEWEST_TO_SMOOTH = 25
 
 _INK, _GRID = "#010101", "#020202"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line: `y` over `x`, both [n].
-
-    Attributes:
-        raw: drawn thin behind the smoothed line; NaN-free like `y`, or None.
-        colour: index of the page's series colours, 0 to 7.
-        dashed: a second line style, for a second quantity of the same colour.
-        markers: mark the points (few points, such as checkpoints).
-    """
-
-    label: str
-    x: Sequence[float] | np.ndarray
-    y: Sequence[float] | np.ndarray
-    raw: Sequence[float] | np.ndarray | None = None
-    colour: int = 0
-    dashed: bool = False
-    markers: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """Several lines on one pair of axes; labels carry the units."""
-
-    title: str
-    x_label: str
-    y_label: str
-    series: Sequence[Series]
-    note: str = ""
-    log_y: bool = False
+_PLACEHOLDERS = tuple(f"#0300{index:02x}" for index in range(len(COLOURS)))
 
 
 def smooth(values: np.ndarray, *, span: int) -> np.ndarray:
@@ -91,8 +64,20 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[chosen], y[chosen]
 
 
-def _colour(index: int) -> str:
-    return f"#0300{index % SERIES_COLOURS:02x}"
+def _settings(salt: str, size: int) -> dict[Any, Any]:
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.family": "sans-serif",
+        "font.size": size,
+        "axes.linewidth": 0.6,
+        "axes.formatter.useoffset": False,
+    }
+
+
+def literal(text: str) -> str:
+    """Text for matplotlib, which takes what stands between dollars for mathematics and writes control characters."""
+    return plain(text).replace("$", r"\$")
 
 
 def render_svg(chart: Chart) -> str:
@@ -100,47 +85,75 @@ def render_svg(chart: Chart) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": chart.title + chart.y_label + chart.x_label,
-        "font.family": "sans-serif",
-        "font.size": 11,
-        "axes.linewidth": 0.6,
-        "axes.formatter.useoffset": False,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(_settings(chart.title + chart.y_label + chart.x_label, 11)):
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        for series in chart.series:
-            colour = _colour(series.colour)
-            x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
-            if series.raw is not None:
-                axes.plot(*_thin(x, np.asarray(series.raw, dtype=float)), color=colour, linewidth=0.6, alpha=0.3)
-            axes.plot(
-                *_thin(x, y),
-                color=colour,
-                linewidth=1.6,
-                linestyle=(0, (4, 2)) if series.dashed else "-",
-                marker="o" if series.markers else None,
-                markersize=3.5,
-                solid_capstyle="round",
-            )
-        _limit(axes, chart)
-        axes.set_xlabel(chart.x_label, color=_INK)
-        axes.set_ylabel(chart.y_label, color=_INK)
-        axes.grid(True, axis="y", color=_GRID, linewidth=0.6)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_INK)
-        axes.tick_params(colors=_INK, width=0.6, length=3)
-        axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.set_axisbelow(True)
+        _draw_chart(figure.add_subplot(), chart, _PLACEHOLDERS, _INK, _GRID)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _embed(buffer.getvalue(), chart)
+
+
+def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
+    """Write ``<stem>.svg`` and ``<stem>.png`` (150 dots an inch), with fixed colours, title and legend.
+
+    Raises UserError if the disk refuses.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_settings("analysis", 10)):
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if isinstance(drawing, Chart):
+            figure.set_size_inches(5.6, 3.6)
+            _draw_chart(axes, drawing, COLOURS, "black", "#e4e6e8")
+            figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8.5)
+        elif isinstance(drawing, Matrix):
+            _draw_matrix(figure, axes, drawing)
+        else:
+            _draw_strips(figure, axes, drawing)
+        if isinstance(drawing, Strips):
+            figure.suptitle(literal(drawing.title), fontsize=11, fontweight="bold", x=0.01, ha="left")
+        else:
+            axes.set_title(literal(drawing.title), loc="left", fontsize=11, fontweight="bold")
+        for kind, unstable in (("svg", "Date"), ("png", "Software")):
+            picture = io.BytesIO()
+            figure.savefig(picture, format=kind, dpi=150, metadata={unstable: None})
+            files.atomic_write(stem.with_name(f"{stem.name}.{kind}"), [picture.getbuffer()], durable=False)
+
+
+def _draw_chart(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grid: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for series in chart.series:
+        colour = colours[series.colour % len(colours)]
+        x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
+        if series.raw is not None:
+            axes.plot(*_thin(x, np.asarray(series.raw, dtype=float)), color=colour, linewidth=0.6, alpha=0.3)
+        axes.plot(
+            *_thin(x, y),
+            label=literal(series.label),
+            color=colour,
+            linewidth=1.6,
+            linestyle=(0, (4, 2)) if series.dashed else "-",
+            marker="o" if series.markers else None,
+            markersize=3.5,
+            solid_capstyle="round",
+        )
+    _limit(axes, chart)
+    axes.set_xlabel(literal(chart.x_label), color=ink)
+    axes.set_ylabel(literal(chart.y_label), color=ink)
+    axes.grid(True, axis="y", color=grid, linewidth=0.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(ink)
+    axes.tick_params(colors=ink, width=0.6, length=3)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.set_axisbelow(True)
 
 
 def _limit(axes: Any, chart: Chart) -> None:
@@ -152,6 +165,7 @@ def _limit(axes: Any, chart: Chart) -> None:
     for series in chart.series:
         y = np.asarray(series.y, dtype=float)
         tail = y[len(y) // 50 :]
+        tail = tail[np.isfinite(tail)]
         if len(tail):
             tops.append(tail.max())
             bottoms.append(tail.min())
@@ -163,6 +177,42 @@ def _limit(axes: Any, chart: Chart) -> None:
         low, high = min(bottoms), max(tops)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
         axes.set_ylim(low - margin, high + margin)
+
+
+def _draw_matrix(figure: Any, axes: Any, matrix: Matrix) -> None:
+    R, C = matrix.values.shape
+    figure.set_size_inches(2.2 + 0.95 * C, 1.2 + 0.36 * R)
+    shown = axes.imshow(matrix.values, vmin=matrix.low, vmax=matrix.high, cmap="Blues", aspect="auto")
+    for r in range(R):
+        for c in range(C):
+            if np.isfinite(matrix.values[r, c]):
+                dark = matrix.share(matrix.values[r, c]) > 2 / 3
+                text = f"{matrix.values[r, c]:.{matrix.decimals}f}"
+                axes.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axes.set_xticks(range(C), [literal(c) for c in matrix.columns], fontsize=8, rotation=30 if C > 6 else 0)
+    axes.set_yticks(range(R), [literal(r) for r in matrix.rows], fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+
+
+def _draw_strips(figure: Any, axes: Any, strips: Strips) -> None:
+    """All pictures on one canvas: an axes for each would take a hundred times as long to lay out."""
+    R, C = len(strips.rows), len(strips.columns)
+    side = next(p.shape[0] for row in strips.cells for p in row if p is not None)
+    step = side + 2
+    canvas = np.full((R * step - 2, C * step - 2, 3), 255, np.uint8)
+    for r, row in enumerate(strips.cells):
+        for c, picture in enumerate(row):
+            if picture is not None:
+                canvas[r * step : r * step + side, c * step : c * step + side] = picture
+    figure.set_size_inches(1.1 + 0.95 * C, 0.7 + 0.95 * R)
+    axes.imshow(canvas, interpolation="none")
+    centres = np.arange(max(R, C)) * step + side / 2
+    axes.set_xticks(centres[:C], [literal(c).replace(", ", "\n") for c in strips.columns], fontsize=8)
+    axes.set_yticks(centres[:R], [literal(r) for r in strips.rows], fontsize=8)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
 
 
 def _embed(svg: str, chart: Chart) -> str:
@@ -178,5 +228,5 @@ def _embed(svg: str, chart: Chart) -> str:
     # Coordinates need no more than two decimals; the text between the tags keeps all of its own.
     svg = re.sub(r"<[^>]*>", lambda m: re.sub(r"(\d\.\d\d)\d+", r"\1", m[0]), svg)
     svg = re.sub(r"\s+", " ", svg)
-    label = html.escape(f"{chart.title}: {chart.y_label} over {chart.x_label}", quote=True)
-    return re.sub(r"<svg ", f'<svg role="img" aria-label="{label}" ', svg, count=1)
+    label = html.escape(plain(f"{chart.title}: {chart.y_label} over {chart.x_label}"), quote=True)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

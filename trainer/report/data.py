@@ -14,9 +14,9 @@ from featcache.errors import UserError
 from featcache.redact import redact
 from featcache.store import files
 from trainer import runs
+from trainer.analyze.result import Result, read_results
+from trainer.plots import LARGEST
 from trainer.yaml_text import MAX_BYTES, read_yaml
-
-_LARGEST = 1e30  # beyond it, axes and averages of a page overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class RunData:
         evaluations: entries of metrics.json, oldest first. Those of `trainer.evaluate` hold `metrics`,
             `intervals`, `settings` and `warnings`; `step` and `sampler` where the caller added them.
         samples: (step, PNG path), oldest first.
+        diagnostics: what `trainer analyze` found.
     """
 
     name: str
@@ -52,6 +53,7 @@ class RunData:
     log: Mapping[str, Column] = field(default_factory=dict)
     evaluations: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[tuple[int, Path]] = ()
+    diagnostics: Sequence[Result] = ()
 
     def last(self, key: str) -> float | None:
         """Last logged value of `key`, or None."""
@@ -104,7 +106,7 @@ def read_log(path: Path) -> dict[str, Column]:
 
 def _finite(value: Any) -> float | None:
     """A number of a log as a float; None for anything else, and for what no training measures."""
-    if isinstance(value, int | float) and -_LARGEST < value < _LARGEST:
+    if isinstance(value, int | float) and -LARGEST < value < LARGEST:
         return float(value)
     return None
 
@@ -139,6 +141,7 @@ def load_run(run_dir: Path | str) -> RunData:
         log=read_log(path / "log.jsonl"),
         evaluations=runs.read_metrics(path),
         samples=samples,
+        diagnostics=read_results(files.inside(path, "analysis")),
     )
 
 

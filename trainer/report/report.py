@@ -11,10 +11,11 @@ from urllib.parse import quote
 import numpy as np
 
 from featcache.store import files
-from trainer import runs as run_folders
-from trainer.report.charts import Chart, Series, smoothed_series
+from trainer.plots import Chart, Series
+from trainer.report.analysis import in_brief
+from trainer.report.charts import smoothed_series
 from trainer.report.data import Column, RunData
-from trainer.report.page import Figure, charts_html, escape, figures_html, image_html, number, page_html, read_picture
+from trainer.report.page import Figure, read_picture, write_page
 from trainer.report.table import (
     Published,
     flatten,
@@ -22,9 +23,10 @@ from trainer.report.table import (
     latest,
     metric_names,
     metrics_of,
-    numbers_html,
-    settings_html,
+    numbers,
+    settings,
 )
+from trainer.typeset import number
 
 MAX_STRIP_STEPS, MAX_STRIP_TILES = 6, 3
 
@@ -56,18 +58,8 @@ def write_report(
     Raises:
         UserError: a picture that cannot be read.
     """
-    features = [f for f in images if f.section != "samples"]
-    body = [
-        _header(title, lead, runs),
-        _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
-        _section("Curves", _curves([*_step_charts(runs), *charts])),
-        _section("Numbers", numbers_html(runs, published) + _judged_sentences(runs)),
-        _section("Features", figures_html(features)),
-        _section("How it was sampled and judged", _settings(runs)),
-        _section("Diagnostics", _diagnostics(Path(out_html), runs)),
-        _section("Settings to reproduce", _configs(runs)),
-    ]
-    return _write(Path(out_html), page_html(title, "".join(body)))
+    values = _values(Path(out_html), runs, title, lead, images, published)
+    return write_page(Path(out_html), "report.html", **values, charts=[*_step_charts(runs), *charts])
 
 
 def write_comparison(
@@ -87,21 +79,33 @@ def write_comparison(
 
     Arguments, return value and errors as `write_report`.
     """
-    features = [f for f in images if f.section != "samples"]
-    body = [
-        _header(title, lead, runs),
-        _section("Same noise, same class, as training goes on", _strips(runs)),
-        _section("Samples", figures_html([*_given(images), *_run_samples(runs)])),
-        _section("At equal steps", _curves(_step_charts(runs))),
-        _section("At equal time", _curves(_time_charts(runs))),
-        _section("Over the timestep", charts_html(charts)),
-        _section("Numbers", numbers_html(runs, published) + _judged_sentences(runs)),
-        _section("Features", figures_html(features)),
-        _section("How it was sampled and judged", _settings(runs)),
-        _section("Diagnostics", _diagnostics(Path(out_html), runs)),
-        _section("Settings to reproduce", _configs(runs)),
-    ]
-    return _write(Path(out_html), page_html(title, "".join(body)))
+    values = _values(Path(out_html), runs, title, lead, images, published)
+    values |= {"at_steps": _step_charts(runs), "at_time": _time_charts(runs), "charts": charts, "strips": _strips(runs)}
+    return write_page(Path(out_html), "comparison.html", **values)
+
+
+def _values(
+    out_html: Path,
+    runs: Sequence[RunData],
+    title: str,
+    lead: str,
+    images: Sequence[Figure],
+    published: Sequence[Published],
+) -> dict[str, Any]:
+    """What both pages show."""
+    return {
+        "title": title,
+        "lead": lead,
+        "warnings": dict.fromkeys(str(w) for run in runs for w in latest(run).get("warnings", ())),
+        "samples": [*(f for f in images if f.section == "samples"), *_run_samples(runs)],
+        "features": [f for f in images if f.section != "samples"],
+        "numbers": numbers(runs, published),
+        "judged": _judged_sentences(runs),
+        "settings": {"Sampler": settings(runs, "sampler"), "Evaluation": settings(runs, "settings")},
+        "runs": runs,
+        "diagnostics": in_brief(runs[0]) if len(runs) == 1 else [],
+        "links": _diagnostics_pages(out_html, runs),
+    }
 
 
 def router_chart(
@@ -111,26 +115,6 @@ def router_chart(
     series = [Series(label=name, x=t, y=w, colour=i, dashed=i >= 8) for i, (name, w) in enumerate(weights.items())]
     note = "t = 0 is data, t = 1 is noise."
     return Chart(title=title, x_label="timestep t", y_label="weight", series=series, note=note)
-
-
-def _write(path: Path, text: str) -> Path:
-    run_folders.write_page(path, text)
-    return path
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{content}</section>" if content else ""
-
-
-def _header(title: str, lead: str, runs: Sequence[RunData]) -> str:
-    sentence = f'<p class="lead">{escape(lead)}</p>' if lead else ""
-    warnings = dict.fromkeys(str(w) for run in runs for w in latest(run).get("warnings", ()))
-    notes = "".join(f'<p class="warn">{escape(w)}</p>' for w in warnings)
-    return f"<header><h1>{escape(title)}</h1>{sentence}{notes}</header>"
-
-
-def _given(images: Sequence[Figure]) -> list[Figure]:
-    return [f for f in images if f.section == "samples"]
 
 
 def _run_samples(runs: Sequence[RunData]) -> list[Figure]:
@@ -149,7 +133,7 @@ def _run_samples(runs: Sequence[RunData]) -> list[Figure]:
     return figures
 
 
-def _judged_sentences(runs: Sequence[RunData]) -> str:
+def _judged_sentences(runs: Sequence[RunData]) -> list[str]:
     """How the judged samples were drawn, once for all runs that did it alike. The grids have settings of their own."""
     names: dict[str, list[str]] = {}
     for run in runs:
@@ -157,8 +141,7 @@ def _judged_sentences(runs: Sequence[RunData]) -> str:
         parts = [v if k in ("name", "sampler") else f"{k.replace('_', ' ')} {v}" for k, v in settings]
         if parts:
             names.setdefault(", ".join(parts), []).append(run.name)
-    lines = [f"Judged samples of {' and '.join(who)}: {how}." for how, who in names.items()]
-    return "".join(f'<p class="after">{escape(line)}</p>' for line in lines)
+    return [f"Judged samples of {' and '.join(who)}: {how}." for how, who in names.items()]
 
 
 def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
@@ -231,14 +214,6 @@ def _charts(runs: Sequence[RunData], x_label: str, x_of: Callable[[Column], np.n
     return charts
 
 
-def _curves(charts: Sequence[Chart]) -> str:
-    smoothed = any(series.raw is not None for chart in charts for series in chart.series)
-    hint = "Numbers beside the names: where each line ends."
-    if smoothed:
-        hint = f"Thin lines: as logged. Thick lines: exponential mean over 4 % of the log. {hint}"
-    return f'<p class="hint">{hint}</p>{charts_html(charts)}' if charts else ""
-
-
 def _step_charts(runs: Sequence[RunData]) -> list[Chart]:
     return _charts(runs, "training step", lambda column: column.steps)
 
@@ -249,38 +224,10 @@ def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
     return _charts(runs, f"training time ({unit})", lambda column: column.time_s / seconds)
 
 
-def _settings(runs: Sequence[RunData]) -> str:
-    return settings_html("Sampler", runs, "sampler") + settings_html("Evaluation", runs, "settings")
-
-
-def _diagnostics(out_html: Path, runs: Sequence[RunData]) -> str:
-    """What the runs' diagnostics pages found, where there are some: of several runs the links alone."""
-    from trainer.analyze.page import report_section
-
-    items = []
-    for run in runs:
-        page = files.inside(run.path, "analysis/index.html") if run.path is not None else None
-        if page is not None and page.is_file():
-            # Percent-encoded, so that a run may be named as it likes.
-            link = quote(os.path.relpath(page, out_html.parent))
-            if len(runs) == 1:
-                return report_section(page, link)
-            items.append(f'<p><a href="{escape(link)}">Diagnostics of {escape(run.name)}</a></p>')
-    return "".join(items)
-
-
-def _configs(runs: Sequence[RunData]) -> str:
-    parts = []
-    for run in runs:
-        if not run.config_text:
-            continue
-        cache = ", ".join(f"{k} {run.cache[k]}" for k in ("path", "fingerprint") if k in run.cache)
-        parts.append(
-            f"<details><summary>{escape(run.name)}: resolved config</summary>"
-            + (f"<p>Cache: {escape(cache)}</p>" if cache else "")
-            + f"<pre>{escape(run.config_text)}</pre></details>"
-        )
-    return "".join(parts)
+def _diagnostics_pages(out_html: Path, runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    """Runs and where their diagnostics pages lie, as seen from the report; percent-encoded, since runs are named at will."""
+    pages = [(run.name, files.inside(run.path, "analysis/index.html")) for run in runs if run.path is not None]
+    return [(name, quote(os.path.relpath(page, out_html.parent))) for name, page in pages if page.is_file()]
 
 
 def _resolution(run: RunData) -> int | None:
@@ -300,29 +247,18 @@ def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
     return [pixels[top : top + side, :side] for top in range(0, H, side)]
 
 
-def _strips(runs: Sequence[RunData]) -> str:
-    """One table: a column a step that all runs have, a row a run, repeated for a few tiles of the grids."""
+def _strips(runs: Sequence[RunData]) -> dict[str, Any] | None:
+    """A column a step that all runs have; a block of rows, one a run, for each of a few tiles of the grids."""
     common = sorted(set.intersection(*({s for s, _ in run.samples} for run in runs))) if runs else []
     if not common:
-        return ""
+        return None
     if len(common) > MAX_STRIP_STEPS:
         common = [common[i] for i in np.linspace(0, len(common) - 1, MAX_STRIP_STEPS).round().astype(int)]
     grids = [[_tiles(dict(run.samples)[step], _resolution(run)) for step in common] for run in runs]
     tiles = min(len(grid) for row in grids for grid in row)
-    body = []
-    for tile in np.unique(np.linspace(0, tiles - 1, MAX_STRIP_TILES).round().astype(int)):
-        for run, row in zip(runs, grids):
-            pictures = "".join(
-                f"<td>{image_html(grid[tile], alt=f'{run.name}, step {step}')}</td>" for step, grid in zip(common, row)
-            )
-            body.append(f'<tr><th scope="row">{escape(run.name)}</th>{pictures}</tr>')
-        body.append(f'<tr class="gap"><td colspan="{len(common) + 1}"></td></tr>')
-    head = "".join(f'<th scope="col">{number(step)}</th>' for step in common)
-    noise = "rows of a block start from the same noise and class"
-    if len({str(run.config.get("seed")) for run in runs}) > 1:
-        noise = "the runs have different seeds, so their noise differs"
-    return (
-        f'<p class="hint">One column a training step, one row a run; {noise}.</p>'
-        f'<div class="scroll"><table class="strips"><thead><tr><th scope="col">Step</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body[:-1])}</tbody></table></div>"
-    )
+    shown = np.unique(np.linspace(0, tiles - 1, MAX_STRIP_TILES).round().astype(int))
+    return {
+        "steps": common,
+        "blocks": [[(run.name, [grid[tile] for grid in row]) for run, row in zip(runs, grids)] for tile in shown],
+        "same_noise": len({str(run.config.get("seed")) for run in runs}) == 1,
+    }
