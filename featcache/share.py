@@ -35,7 +35,6 @@ from featcache.remote import (
 )
 from featcache.remote_errors import first_line
 from featcache.signing import (
-    MAX_SIGNATURE_BYTES,
     SIGNATURE,
     parse_digest,
     read_signature,
@@ -156,20 +155,12 @@ def required_root(place: Location) -> Manifest:
     return manifest
 
 
-def remote_signature(place: Location) -> bytes | None:
-    """The signature file of the cache at a place, None if there is none."""
-    try:
-        return place.read_whole(SIGNATURE, MAX_SIGNATURE_BYTES)[0]
-    except Missing:
-        return None
-
-
 def require_authentic(place: Location, manifest: Manifest, expect: str | None, signed_by: Path | None) -> str | None:
     """Raise `CacheError` unless the cache is the expected one, signed by one of the signers. Returns who signed it."""
     require_digest(manifest, expect, place.url)
     if signed_by is None:
         return None
-    return require_signature(manifest, remote_signature(place), signed_by, place.url)
+    return require_signature(manifest, read_signature(place), signed_by, place.url)
 
 
 def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | None) -> Manifest:
@@ -345,7 +336,7 @@ def _is_there(writer: CacheWriter, part: Manifest, feature: str, shard: int, rec
 
 def _carry_signature(place: Location, whole: Manifest, target: Path, manifest: Manifest) -> None:
     """The signature comes along where all of the cache did."""
-    if cache_digest(manifest) == cache_digest(whole) and (signature := remote_signature(place)) is not None:
+    if cache_digest(manifest) == cache_digest(whole) and (signature := read_signature(place)) is not None:
         files.atomic_write(files.inside(target, SIGNATURE), [signature])
 
 
@@ -427,7 +418,7 @@ def push(
             # Another push may have finished meanwhile: then merge with it and try again (its shards are there
             # already).
             if place.put_if(ROOT_NAMES[merged.format], root, version) and _holds(place, manifest):
-                signature = read_signature(source)
+                signature = read_signature(open_location(source))
                 if signature is not None and cache_digest(merged) == cache_digest(whole):
                     place.put(SIGNATURE, signature)
                 return replace(result, manifest=merged)
@@ -742,6 +733,6 @@ def _to_send(
             continue
         content[entry.name], size = _sound_file(source, entry, recorded[entry.array][entry.shard])
         sizes.append(size)
-    if cache_digest(merged) == cache_digest(whole) and (signature := read_signature(source)) is not None:
+    if cache_digest(merged) == cache_digest(whole) and (signature := read_signature(open_location(source))) is not None:
         content[SIGNATURE] = signature
     return content, Transfer(manifest=merged, n_files=len(sizes), n_bytes=sum(sizes), n_files_before=before)

@@ -510,7 +510,6 @@ def _trainer_import(lab: Lab) -> Scene:
         done="exists already",
         targets=("runs",),
         truth=None,
-        done="exists already",
         view=run_view,
         gc=False,
     )
