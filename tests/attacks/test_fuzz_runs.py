@@ -11,15 +11,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fuzz_runs
 
 COUNTS = {
-    "config": 150,
-    "recipe": 100,
-    "cache_json": 300,
-    "metrics": 100,
-    "log": 40,
-    "checkpoint": 60,
-    "reference": 300,
+    "config": 75,
+    "recipe": 50,
+    "cache_json": 150,
+    "metrics": 50,
+    "log": 20,
+    "checkpoint": 30,
+    "reference": 150,
 }
-COUNTS |= {"import": 50}
+COUNTS |= {"import": 25}
 
 
 @pytest.mark.parametrize("kind", fuzz_runs.KINDS)
