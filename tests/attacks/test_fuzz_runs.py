@@ -16,6 +16,7 @@ COUNTS = {
     "cache_json": 300,
     "metrics": 100,
     "log": 40,
+    "analysis": 60,
     "checkpoint": 60,
     "reference": 300,
 }
