@@ -19,10 +19,9 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 from featcache.images import ShapesSource, Source
 from featcache.keys import printable
-from featcache.sources.opening import first_line
 
 KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
 JSON_KEYS = ("caption", "captions", "text")

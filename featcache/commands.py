@@ -132,20 +132,7 @@ def verify(
 
     names, remote = _split(features), is_remote(cache)
     fraction = None if sample is None else parse_fraction(sample)
-    if remote and repair:
-        raise UserError(
-            f"{cache} cannot be repaired where it lies",
-            remedy="Repair the cache it was pushed from and push it again, or pull it to a folder first.",
-        )
-    if remote and since_last:
-        raise UserError(
-            f"--since-last looks at files on this machine, and {cache} is elsewhere",
-            remedy="Leave it out, or type --sample 1% instead.",
-        )
-    if fraction is not None and (repair or since_last):
-        raise UserError("--sample goes with neither --repair nor --since-last", remedy="Leave one of them out.")
-    if seed is not None and fraction is None:
-        raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
+    _check_options(cache, fraction, seed, repair=repair, since_last=since_last, remote=remote)
     keep = not remote if record is None else record
 
     _require_authentic(cache, expect, signed_by)
@@ -185,6 +172,26 @@ def verify(
         raise typer.Exit(1)
     _encode_again(Path(cache), report.damaged, data, weights_dir, device, captions)
     _check_again(Path(cache), features, threads)
+
+
+def _check_options(
+    cache: str, fraction: float | None, seed: int | None, *, repair: bool, since_last: bool, remote: bool
+) -> None:
+    """Raises `UserError` for options of verify that do not go together."""
+    if remote and repair:
+        raise UserError(
+            f"{cache} cannot be repaired where it lies",
+            remedy="Repair the cache it was pushed from and push it again, or pull it to a folder first.",
+        )
+    if remote and since_last:
+        raise UserError(
+            f"--since-last looks at files on this machine, and {cache} is elsewhere",
+            remedy="Leave it out, or type --sample 1% instead.",
+        )
+    if fraction is not None and (repair or since_last):
+        raise UserError("--sample goes with neither --repair nor --since-last", remedy="Leave one of them out.")
+    if seed is not None and fraction is None:
+        raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
 
 
 def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -> None:

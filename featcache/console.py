@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from featcache.errors import UserError, os_error
+from featcache.errors import UserError, first_line, os_error
 from featcache.redact import redact
 
 console = Console(highlight=False, soft_wrap=True)
@@ -145,7 +145,7 @@ def _warned(message: Warning | str, *_: object, **__: object) -> None:
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
     """One line for what ends a thread; whoever waits for its work raises an error of its own."""
     if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
-        what = os_error(ended.exc_value).what if isinstance(ended.exc_value, OSError) else _first_line(ended.exc_value)
+        what = os_error(ended.exc_value).what if isinstance(ended.exc_value, OSError) else first_line(ended.exc_value)
         errors.print(f"[yellow]note:[/yellow] work in the background ended: {safe(what)}")
 
 
@@ -156,7 +156,7 @@ def debugging() -> bool:
 
 def _known(error: Exception) -> UserError | None:
     """What exceptions of the interpreter and of torch mean, where that is always the same."""
-    text = _first_line(error)
+    text = _text(error)
     if type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and "out of memory" in text.lower() and not isinstance(error, RecursionError)
     ):
@@ -178,7 +178,7 @@ def _known(error: Exception) -> UserError | None:
 
 
 def _fault(error: Exception) -> UserError:
-    line = _first_line(error)
+    line = _text(error)
     rank = os.environ.get("RANK", "0")
     return UserError(
         f"{'' if rank == '0' else f'rank {rank}: '}an unforeseen fault ended the command: {type(error).__name__}{f': {line}' if line else ''}",
@@ -188,12 +188,10 @@ def _fault(error: Exception) -> UserError:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    try:
-        lines = str(error).strip().splitlines()
-    except Exception:  # an exception whose own text fails
-        return ""
-    return lines[0][:300] if lines else ""
+def _text(error: BaseException) -> str:
+    """What an error says; nothing where it says nothing."""
+    line = first_line(error)
+    return "" if line == type(error).__name__ else line
 
 
 def _interrupted() -> int:

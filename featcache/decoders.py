@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 from featcache.images import BadImage, Source, center_crop, decoded, room_for
-from featcache.sources.opening import first_line
 
 Decoder = Callable[[bytes, str, int], np.ndarray]
 

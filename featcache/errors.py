@@ -28,6 +28,19 @@ class CacheError(UserError):
     """A cache is missing, incomplete, damaged, of another format version, or does not hold what is asked of it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters: of one of the system what that says, else the first
+    line of its text, or its kind where it has none.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    try:
+        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    except Exception:  # an exception whose own text fails
+        lines = []
+    return lines[0][:300] if lines else type(error).__name__
+
+
 _AGAIN = "then run the same command again: finished work is kept."
 _REMEDIES = {
     errno.ENOSPC: f"Free some space, {_AGAIN}",

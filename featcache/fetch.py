@@ -40,6 +40,11 @@ class Fetched:
     n_bytes: int
 
 
+def partial_name(entry: ShardFileEntry) -> str:
+    """Name of the file that holds what has come of a shard so far."""
+    return f"{entry.name.replace('/', '+')}.fetched"
+
+
 def wanted(
     place: Location, manifest: Manifest, entry: ShardFileEntry, sha256: str, blocks: ShardBlocks | None
 ) -> Wanted:

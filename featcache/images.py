@@ -30,9 +30,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 from featcache.keys import key_bytes, printable
-from featcache.sources.opening import Unreadable, file_size, first_line, raise_unreadable, read_file
+from featcache.sources.opening import Unreadable, file_size, raise_unreadable, read_file
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
 CROP_NAME = "adm-center-crop"

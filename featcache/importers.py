@@ -33,10 +33,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 from featcache.keys import key_bytes, printable
 from featcache.order import epoch_order
-from featcache.sources.opening import Unreadable, explained, file_size, first_line, read_file
+from featcache.sources.opening import Unreadable, explained, file_size, read_file
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import DatasetSpec, FeatureSpec, Manifest
 from featcache.store.writer import CacheWriter

@@ -224,33 +224,67 @@ class _Ahead:
     texts: Future[tuple[np.ndarray, list[Any], float]] | None
 
 
+def _load(work: Work, slot: int, pixels: np.ndarray) -> tuple[int, float] | BadImage:
+    """A slot's pixels; the hash of what was read and the seconds that took, or what is wrong with it."""
+    start = time.perf_counter()
+    index = int(work.order[slot])
+    if work.source.key(index) in work.holes:
+        return BadImage(work.source.key(index), "skipped when the cache was built")
+    try:
+        pixels[...], content = work.source.load(index, work.resolution, work.decoder)
+    except BadImage as error:
+        if not work.skip_bad:
+            raise
+        return error
+    return content, time.perf_counter() - start
+
+
+def _read_texts(work: Work, slots: np.ndarray) -> tuple[np.ndarray, list[Any], float]:
+    """Captions of each slot, counted; their tokens by encoder; the seconds that took."""
+    assert work.captions is not None
+    start = time.perf_counter()
+    indices = [int(work.order[slot]) for slot in slots]
+    found = [() if work.source.key(i) in work.holes else work.captions.of(i) for i in indices]
+    counts = np.array([min(len(texts), work.captions_per_image) for texts in found], np.int32)
+    return counts, [encoder.tokenise(found) for encoder in work.texts], time.perf_counter() - start
+
+
+def _collect(work: Work, ahead: _Ahead, meter: Meter, lanes: int) -> _Batch:
+    """The batch, once its threads are done."""
+    n = len(ahead.slots)
+    content, bad = np.zeros(n, np.uint64), []
+    if not work.needs_images:
+        keys = [(int(slot), work.source.key(int(work.order[slot]))) for slot in ahead.slots]
+        bad = [(slot, key, "skipped when the cache was built") for slot, key in keys if key in work.holes]
+    for i, (slot, future) in enumerate(zip(ahead.slots, ahead.images)):
+        loaded = future.result()
+        if isinstance(loaded, BadImage):
+            bad.append((int(slot), loaded.key, loaded.reason))
+            ahead.pixels[i] = 0
+        else:
+            content[i], seconds = loaded
+            meter.add("decode", seconds, 1, lanes=lanes)
+    counts, tokens = np.zeros(n, np.int32), list[Any]()
+    if ahead.texts is not None:
+        counts, tokens, seconds = ahead.texts.result()
+        meter.add("tokenise", seconds, n, lanes=lanes)
+    return _Batch(
+        shard=ahead.shard,
+        slots=ahead.slots,
+        pixels=ahead.pixels,
+        content=content,
+        bad=bad,
+        counts=counts,
+        tokens=tokens,
+    )
+
+
 def _decoded(
     work: Work, shards: Iterable[int], pool: ThreadPoolExecutor, buffers: _Buffers, meter: Meter
 ) -> Generator[_Batch, None, None]:
     """Batches in order of slots, decoded ahead by the pool's threads (decoders release the GIL)."""
     R = work.resolution
     lanes = min(work.threads, os.cpu_count() or 1)
-
-    def load(slot: int, pixels: np.ndarray) -> tuple[int, float] | BadImage:
-        start = time.perf_counter()
-        index = int(work.order[slot])
-        if work.source.key(index) in work.holes:
-            return BadImage(work.source.key(index), "skipped when the cache was built")
-        try:
-            pixels[...], content = work.source.load(index, R, work.decoder)
-        except BadImage as error:
-            if not work.skip_bad:
-                raise
-            return error
-        return content, time.perf_counter() - start
-
-    def read_texts(slots: np.ndarray) -> tuple[np.ndarray, list[Any], float]:
-        assert work.captions is not None
-        start = time.perf_counter()
-        indices = [int(work.order[slot]) for slot in slots]
-        found = [() if work.source.key(i) in work.holes else work.captions.of(i) for i in indices]
-        counts = np.array([min(len(texts), work.captions_per_image) for texts in found], np.int32)
-        return counts, [encoder.tokenise(found) for encoder in work.texts], time.perf_counter() - start
 
     def plan() -> Iterator[tuple[int, np.ndarray]]:
         for shard in shards:
@@ -263,37 +297,9 @@ def _decoded(
         if work.needs_images:
             pixels = buffers.take(len(slots), R, R, 3)
             rows = pixels.numpy()
-            images = [pool.submit(load, int(slot), rows[i]) for i, slot in enumerate(slots)]
-        texts = pool.submit(read_texts, slots) if work.captions is not None else None
+            images = [pool.submit(_load, work, int(slot), rows[i]) for i, slot in enumerate(slots)]
+        texts = pool.submit(_read_texts, work, slots) if work.captions is not None else None
         return _Ahead(shard=shard, slots=slots, pixels=pixels, images=images, texts=texts)
-
-    def collect(ahead: _Ahead) -> _Batch:
-        n = len(ahead.slots)
-        content, bad = np.zeros(n, np.uint64), []
-        if not work.needs_images:
-            keys = [(int(slot), work.source.key(int(work.order[slot]))) for slot in ahead.slots]
-            bad = [(slot, key, "skipped when the cache was built") for slot, key in keys if key in work.holes]
-        for i, (slot, future) in enumerate(zip(ahead.slots, ahead.images)):
-            loaded = future.result()
-            if isinstance(loaded, BadImage):
-                bad.append((int(slot), loaded.key, loaded.reason))
-                ahead.pixels[i] = 0
-            else:
-                content[i], seconds = loaded
-                meter.add("decode", seconds, 1, lanes=lanes)
-        counts, tokens = np.zeros(n, np.int32), list[Any]()
-        if ahead.texts is not None:
-            counts, tokens, seconds = ahead.texts.result()
-            meter.add("tokenise", seconds, n, lanes=lanes)
-        return _Batch(
-            shard=ahead.shard,
-            slots=ahead.slots,
-            pixels=ahead.pixels,
-            content=content,
-            bad=bad,
-            counts=counts,
-            tokens=tokens,
-        )
 
     def batches() -> Generator[_Batch, None, None]:
         waiting: deque[_Ahead] = deque()
@@ -304,7 +310,7 @@ def _decoded(
                     waiting.append(submit(*entry))
                 if not waiting:
                     return
-                yield collect(waiting.popleft())
+                yield _collect(work, waiting.popleft(), meter, lanes)
         finally:
             for ahead in waiting:
                 for future in (*ahead.images, *([ahead.texts] if ahead.texts is not None else [])):

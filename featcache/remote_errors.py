@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from featcache import errors
 from featcache.errors import CacheError
 from featcache.redact import redact
 from featcache.store.places import Missing
@@ -24,8 +25,8 @@ T = TypeVar("T")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without secrets."""
-    return redact(str(error).strip().split("\n")[0])[:300]
+    """What an error says, in one line and without secrets."""
+    return redact(errors.first_line(error))
 
 
 class Attempts:

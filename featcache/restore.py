@@ -127,7 +127,7 @@ def _restored(
         try:
             files.make_directory(target.parent)
             file = transfer.wanted(place, manifest, entry, sha256, of_array[entry.shard] if of_array else None)
-            partial = folder / f"{entry.name.replace('/', '+')}.fetched"
+            partial = folder / transfer.partial_name(entry)
             fetched = transfer.fetch(place, file, target, partial, damaged=target, progress=progress)
             n_bytes[entry.name] = fetched.n_bytes
         except DamagedSource as error:

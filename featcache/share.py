@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from featcache.remote import (
 )
 from featcache.remote_errors import first_line
 from featcache.signing import (
-    MAX_SIGNATURE_BYTES,
     SIGNATURE,
     parse_digest,
     read_signature,
@@ -42,7 +42,7 @@ from featcache.signing import (
     require_signature,
 )
 from featcache.store import files, locks
-from featcache.store.blocks import blocks_path
+from featcache.store.blocks import ShardBlocks, blocks_path
 from featcache.store.contents import (
     ShardFileEntry,
     checksums_limit,
@@ -155,20 +155,12 @@ def required_root(place: Location) -> Manifest:
     return manifest
 
 
-def remote_signature(place: Location) -> bytes | None:
-    """The signature file of the cache at a place, None if there is none."""
-    try:
-        return place.read_whole(SIGNATURE, MAX_SIGNATURE_BYTES)[0]
-    except Missing:
-        return None
-
-
 def require_authentic(place: Location, manifest: Manifest, expect: str | None, signed_by: Path | None) -> str | None:
     """Raise `CacheError` unless the cache is the expected one, signed by one of the signers. Returns who signed it."""
     require_digest(manifest, expect, place.url)
     if signed_by is None:
         return None
-    return require_signature(manifest, remote_signature(place), signed_by, place.url)
+    return require_signature(manifest, read_signature(place), signed_by, place.url)
 
 
 def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | None) -> Manifest:
@@ -236,8 +228,6 @@ def pull(
     refuse_links(target, part)
     recorded = {array: read_checksums(place, whole, array) for array in part.arrays}
     blocks = {array: read_blocks(place, whole, array) for array in part.arrays}
-    moved = [0, 0, 0]
-    arrived: dict[tuple[str, int], transfer.Fetched] = {}
     with CacheWriter.create(
         target,
         part.dataset,
@@ -250,45 +240,69 @@ def pull(
         without = [name for name, spec in part.features.items() if whole.blocks.keys().isdisjoint(spec.arrays)]
         writer.begin([part.features[name] for name in sorted(part.features)], without_blocks=without)
         _refuse_other_bytes(writer.manifest, part, str(target))
+        under_way = _Pull(place, whole, part, writer, recorded, blocks, progress)
+        in_parallel(under_way.jobs(), under_way.fetch, under_way.done, threads)
+        manifest = writer.finish()
+    _carry_signature(place, whole, target, manifest)
+    n_files, n_bytes, n_before = under_way.moved
+    return Transfer(manifest=manifest, n_files=n_files, n_bytes=n_bytes, n_files_before=n_before)
+
+
+# What a shard's files hold of which features.
+_Job = tuple[list[str], int, list[ShardFileEntry]]
+
+
+@dataclass
+class _Pull:
+    """A pull under way. moved: files and bytes that came now, files that were there."""
+
+    place: Location
+    whole: Manifest
+    part: Manifest
+    writer: CacheWriter
+    recorded: dict[str, list[str]]
+    blocks: dict[str, list[ShardBlocks] | None]
+    progress: Progress | None
+    moved: list[int] = field(default_factory=lambda: [0, 0, 0])
+    arrived: dict[tuple[str, int], transfer.Fetched] = field(default_factory=dict)
+
+    def jobs(self) -> list[_Job]:
+        """The shards that have to come."""
         by_shard: dict[tuple[str, int], list[ShardFileEntry]] = {}
-        for entry in shard_files(part):
-            key = (entry.features[0] if part.format == "zarr" else "", entry.shard)
+        for entry in shard_files(self.part):
+            key = (entry.features[0] if self.part.format == "zarr" else "", entry.shard)
             by_shard.setdefault(key, []).append(entry)
         todo = []
         for (feature, shard), entries in by_shard.items():
-            names = [feature] if feature else sorted(part.features)
-            if all(_is_there(writer, part, name, shard, recorded) for name in names):
-                moved[2] += len(entries)
+            names = [feature] if feature else sorted(self.part.features)
+            if all(_is_there(self.writer, self.part, name, shard, self.recorded) for name in names):
+                self.moved[2] += len(entries)
             else:
                 todo.append((names, shard, entries))
+        return todo
 
-        def fetch(job: tuple[list[str], int, list[ShardFileEntry]]) -> None:
-            names, shard, entries = job
-            for entry in entries:
-                of_array = blocks[entry.array]
-                file = transfer.wanted(
-                    place, whole, entry, recorded[entry.array][shard], of_array[shard] if of_array is not None else None
-                )
-                partial = building_directory(target, names[0]) / f"{entry.name.replace('/', '+')}.fetched"
-                path = files.inside(target, entry.name)
-                arrived[entry.array, shard] = transfer.fetch(place, file, path, partial, progress=progress)
+    def fetch(self, job: _Job) -> None:
+        names, shard, entries = job
+        target = self.writer.path
+        for entry in entries:
+            blocks = self.blocks[entry.array]
+            of_shard = blocks[shard] if blocks is not None else None
+            file = transfer.wanted(self.place, self.whole, entry, self.recorded[entry.array][shard], of_shard)
+            partial = building_directory(target, names[0]) / transfer.partial_name(entry)
+            path = files.inside(target, entry.name)
+            self.arrived[entry.array, shard] = transfer.fetch(self.place, file, path, partial, progress=self.progress)
 
-        def done(job: tuple[list[str], int, list[ShardFileEntry]]) -> None:
-            names, shard, entries = job
-            moved[0] += len(entries)
-            fetched = {entry.array: arrived.pop((entry.array, shard)) for entry in entries}
-            moved[1] += sum(file.n_bytes for file in fetched.values())
-            inside = writer.slots(shard)
-            writer.skip(shard, [(s.slot, s.key, s.reason) for s in part.skipped if s.slot in inside])
-            for name in names:
-                arrays = part.features[name].arrays
-                of_tar = next(iter(fetched.values()))
-                writer.adopt_shard(name, shard, {array: fetched.get(array, of_tar).hashes for array in arrays})
-
-        in_parallel(todo, fetch, done, threads)
-        manifest = writer.finish()
-    _carry_signature(place, whole, target, manifest)
-    return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
+    def done(self, job: _Job) -> None:
+        names, shard, entries = job
+        fetched = {entry.array: self.arrived.pop((entry.array, shard)) for entry in entries}
+        self.moved[0] += len(entries)
+        self.moved[1] += sum(file.n_bytes for file in fetched.values())
+        inside = self.writer.slots(shard)
+        self.writer.skip(shard, [(s.slot, s.key, s.reason) for s in self.part.skipped if s.slot in inside])
+        of_tar = next(iter(fetched.values()))
+        for name in names:
+            arrays = self.part.features[name].arrays
+            self.writer.adopt_shard(name, shard, {array: fetched.get(array, of_tar).hashes for array in arrays})
 
 
 def refuse_links(target: Path, part: Manifest) -> None:
@@ -322,7 +336,7 @@ def _is_there(writer: CacheWriter, part: Manifest, feature: str, shard: int, rec
 
 def _carry_signature(place: Location, whole: Manifest, target: Path, manifest: Manifest) -> None:
     """The signature comes along where all of the cache did."""
-    if cache_digest(manifest) == cache_digest(whole) and (signature := remote_signature(place)) is not None:
+    if cache_digest(manifest) == cache_digest(whole) and (signature := read_signature(place)) is not None:
         files.atomic_write(files.inside(target, SIGNATURE), [signature])
 
 
@@ -404,7 +418,7 @@ def push(
             # Another push may have finished meanwhile: then merge with it and try again (its shards are there
             # already).
             if place.put_if(ROOT_NAMES[merged.format], root, version) and _holds(place, manifest):
-                signature = read_signature(source)
+                signature = read_signature(open_location(source))
                 if signature is not None and cache_digest(merged) == cache_digest(whole):
                     place.put(SIGNATURE, signature)
                 return replace(result, manifest=merged)
@@ -565,16 +579,7 @@ def _send_shards(
             version = place.version(entry.name)
             if version is not None and version == sent[entry.name][1]:
                 return
-        path = files.inside(source, entry.name)
-        try:
-            digest, size = files.sha256_of(path), path.stat().st_size
-        except OSError as error:
-            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-        if digest != expected:
-            raise CacheError(
-                f"{path} is damaged: its bytes do not match the recorded SHA-256; it was not sent",
-                remedy=f"featcache verify {source} --repair mends it",
-            )
+        path, size = _sound_file(source, entry, expected)
         place.put(entry.name, path)
         if read_back and _sha256(place.chunks(entry.name, 0, size)) != expected:
             raise CacheError(f"{place.url}/{entry.name} did not arrive as it was sent")
@@ -596,6 +601,17 @@ def _send_shards(
 
     in_parallel(todo, send, done, threads)
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
+
+
+def _sound_file(source: Path, entry: ShardFileEntry, sha256: str) -> tuple[Path, int]:
+    """A shard's file and its length; raises `CacheError` if its bytes are not the recorded ones."""
+    path = files.inside(source, entry.name)
+    if files.sha256_of(path) != sha256:
+        raise CacheError(
+            f"{path} is damaged: its bytes do not match the recorded SHA-256; it was not sent",
+            remedy=f"featcache verify {shlex.quote(str(source))} --repair mends it",
+        )
+    return path, path.stat().st_size
 
 
 def _sha256(pieces: Iterable[bytes]) -> str:
@@ -715,11 +731,8 @@ def _to_send(
         if entry.array in present:
             before += 1
             continue
-        path = files.inside(source, entry.name)
-        if files.sha256_of(path) != recorded[entry.array][entry.shard]:
-            raise CacheError(f"{path} is damaged: its bytes do not match the recorded SHA-256; nothing was sent")
-        content[entry.name] = path
-        sizes.append(path.stat().st_size)
-    if cache_digest(merged) == cache_digest(whole) and (signature := read_signature(source)) is not None:
+        content[entry.name], size = _sound_file(source, entry, recorded[entry.array][entry.shard])
+        sizes.append(size)
+    if cache_digest(merged) == cache_digest(whole) and (signature := read_signature(open_location(source))) is not None:
         content[SIGNATURE] = signature
     return content, Transfer(manifest=merged, n_files=len(sizes), n_bytes=sum(sizes), n_files_before=before)

@@ -24,6 +24,7 @@ from featcache.errors import CacheError, UserError
 from featcache.store import files
 from featcache.store.layout import SIGNATURE
 from featcache.store.manifest import Manifest
+from featcache.store.places import Location, Missing
 from featcache.store.root import cache_digest, read_root
 
 MAX_SIGNATURE_BYTES = 64 << 10
@@ -83,10 +84,12 @@ def sign(path: Path, key: Path) -> str:
     return digest
 
 
-def read_signature(path: Path) -> bytes | None:
-    """The signature file of a cache in a directory, None if there is none."""
-    where = files.inside(path, SIGNATURE)
-    return files.read_bounded(where, MAX_SIGNATURE_BYTES) if where.is_file() else None
+def read_signature(place: Location) -> bytes | None:
+    """The signature file of the cache at a place, None if there is none."""
+    try:
+        return place.read_whole(SIGNATURE, MAX_SIGNATURE_BYTES)[0]
+    except Missing:
+        return None
 
 
 def require_signature(manifest: Manifest, signature: bytes | None, signers: Path, where: str) -> str:

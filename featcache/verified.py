@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from featcache.errors import CacheError, UserError
-from featcache.remote import Location, Missing, is_remote, local_path, open_destination, open_location
+from featcache.remote import is_remote, local_path, open_destination, open_location
 from featcache.store import verified
 from featcache.store.verified import Verification
 from featcache.store.verify import Report
@@ -19,7 +19,7 @@ def last(cache: str) -> Verification | None:
 
     Raises `CacheError` if the record is damaged or cannot be had.
     """
-    entries = _read(open_location(cache))[0] if is_remote(cache) else verified.read(local_path(cache))
+    entries, _ = verified.read(open_location(cache))
     return entries[-1] if entries else None
 
 
@@ -38,19 +38,11 @@ def record(cache: str, report: Report, features: Sequence[str] | None) -> str | 
     return None
 
 
-def _read(place: Location) -> tuple[list[Verification], str | None]:
-    try:
-        data, version = place.read_whole(verified.NAME, verified.MAX_BYTES)
-    except Missing:
-        return [], None
-    return verified.parse(data, f"{place.url}/{verified.NAME}"), version
-
-
 def _record_remote(url: str, entry: Verification) -> None:
     place = open_destination(url)
     for _ in range(_ATTEMPTS):
         try:
-            entries, version = _read(place)
+            entries, version = verified.read(place)
         except CacheError:
             entries, version = [], place.version(verified.NAME)
         if place.put_if(verified.NAME, verified.added(entries, entry), version):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 from featcache.remote import Missing
 
 # The machine or the network, not the file: the same file may be read the next time.
@@ -26,14 +26,6 @@ _KINDS = (
 
 class Unreadable(Exception):
     """One file that cannot be read, for a reason that lies in the file; the message is one line."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line that does not name objects by their addresses."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = " ".join(str(error).split())[:300]
-    return text or type(error).__name__
 
 
 @contextlib.contextmanager

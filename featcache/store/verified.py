@@ -20,6 +20,7 @@ from featcache.errors import CacheError
 from featcache.store import files
 from featcache.store.layout import STATE, canonical_json
 from featcache.store.manifest import Manifest, load_json
+from featcache.store.places import LocalLocation, Location, Missing
 from featcache.store.root import cache_digest
 from featcache.store.verify import Report
 from featcache.store.writer import cache_lock
@@ -156,13 +157,16 @@ def _entry(item: Any, damaged: CacheError) -> Verification:
     return Verification(**{**item, "features": None if features is None else tuple(features)})
 
 
-def read(cache: Path) -> list[Verification]:
-    """The record of a local cache, the latest last; empty without one.
+def read(place: Location) -> tuple[list[Verification], str | None]:
+    """The record of the cache at a place, the latest last, and the version of that file; empty without one.
 
-    Raises `CacheError` if it is damaged or reached through a link.
+    Raises `CacheError` if it is damaged, cannot be had or is reached through a link.
     """
-    path = files.inside(cache, NAME)
-    return parse(files.read_bounded(path, MAX_BYTES), str(path)) if path.is_file() else []
+    try:
+        data, version = place.read_whole(NAME, MAX_BYTES)
+    except Missing:
+        return [], None
+    return parse(data, f"{place.url}/{NAME}"), version
 
 
 def added(entries: Sequence[Verification], entry: Verification) -> bytes:
@@ -178,7 +182,7 @@ def record(cache: Path, entry: Verification) -> None:
     files.inside(cache, STATE)
     with cache_lock(cache):
         try:
-            entries = read(cache)
+            entries, _ = read(LocalLocation(cache))
         except CacheError:
             entries = []
         files.atomic_write(files.inside(cache, NAME), [added(entries, entry)])

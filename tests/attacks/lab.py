@@ -507,9 +507,9 @@ def _trainer_import(lab: Lab) -> Scene:
         name="trainer import",
         argv=("trainer", "import", "weights.pt", "--name", "official"),
         prepared=folder,
+        done="exists already",
         targets=("runs",),
         truth=None,
-        done="exists already",
         view=run_view,
         gc=False,
     )

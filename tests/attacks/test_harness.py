@@ -75,7 +75,7 @@ def test_a_log_without_syncs_loses_data(server: Processes, lab: Lab, work: Path)
     for one in (recorded, careless):
         chance, problems = dice("careless"), []
         for index, (moment, _, folder) in enumerate(power.states(one, chance, work)):
-            if index == 90:
+            if index == (90 if one is careless else 30):
                 break
             problems += power.lose_power(server, one, moment, folder, repeats=False)
         found[one is careless] = problems

@@ -179,7 +179,7 @@ def run_all(path: Path, manifest: Any, uses: tuple) -> list[str]:
     return failed
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(23, id="some")])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(61, id="some")])
 def test_absurd_manifests(cache: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_fsync", lambda fd: None)
     path = tmp_path / "c"

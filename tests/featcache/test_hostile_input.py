@@ -405,7 +405,7 @@ def test_a_cache_of_files_with_any_names(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "cache/zarr.json").read_bytes())["attributes"]["featcache"]
     assert [entry["key"] for entry in manifest["skipped"]] == ["stra\\xdfe/b\\xe4d.png"]
     assert manifest["dataset"]["class_names"] == ["stra\\xdfe", "two\nlines[bold]"]
-    request = BuildRequest(data=str(data), into=tmp_path / "cache", encoders=(tiny_choice(),), workers=2)
+    request = BuildRequest(data=str(data), into=tmp_path / "cache", encoders=(tiny_choice(),), workers=1)
     build(request, Told())  # type: ignore[arg-type]
     assert verify(tmp_path / "cache").ok
     # The same, from archives.

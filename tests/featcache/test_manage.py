@@ -350,8 +350,14 @@ def killed_at(operation: int, action: Callable[[], object]) -> bool:
     return code == 0
 
 
-def every_kill(action: Callable[[], object], prepare: Callable[[], object]) -> Iterator[int]:
-    for operation in range(1, 2000):
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow, id="every"), pytest.param(5, id="some")])
+def step(request: pytest.FixtureRequest) -> int:
+    """Every operation, or every fifth (kills in every command are also what the attacks do)."""
+    return request.param
+
+
+def every_kill(action: Callable[[], object], prepare: Callable[[], object], step: int) -> Iterator[int]:
+    for operation in range(2 if step > 1 else 1, 2000, step):
         prepare()
         if killed_at(operation, action):
             assert operation > 3
@@ -361,7 +367,7 @@ def every_kill(action: Callable[[], object], prepare: Callable[[], object]) -> I
 
 
 @pytest.mark.parametrize("now", [False, True], ids=["trash", "now"])
-def test_rm_of_a_cache_killed_anywhere(tmp_path: Path, now: bool) -> None:
+def test_rm_of_a_cache_killed_anywhere(tmp_path: Path, now: bool, step: int) -> None:
     path = tmp_path / "cache"
     whole = tree(build(tmp_path / "whole", **SMALL))
 
@@ -371,7 +377,7 @@ def test_rm_of_a_cache_killed_anywhere(tmp_path: Path, now: bool) -> None:
         shutil.copytree(tmp_path / "whole", path)
 
     gone = kept = 0
-    for _ in every_kill(lambda: manage.remove_cache(path, now=now), prepare):
+    for _ in every_kill(lambda: manage.remove_cache(path, now=now), prepare, step):
         if (path / "zarr.json").exists():
             kept += 1
         else:
@@ -385,12 +391,12 @@ def test_rm_of_a_cache_killed_anywhere(tmp_path: Path, now: bool) -> None:
             manage.restore(path)
         featcache.open(path)
         assert {n: b for n, b in tree(path).items() if not n.startswith(".featcache/")} == whole
-    assert kept >= 2
-    assert gone >= (10 if now else 0)
+    assert kept >= (2 if step == 1 else 1)
+    assert gone >= (10 // step if now else 0)
 
 
 @pytest.mark.parametrize("now", [False, True], ids=["trash", "now"])
-def test_rm_of_features_killed_anywhere(tmp_path: Path, now: bool) -> None:
+def test_rm_of_features_killed_anywhere(tmp_path: Path, now: bool, step: int) -> None:
     path = tmp_path / "cache"
     specs = [*base_features()[:1], moments(), tokens()]
     whole = tree(build(tmp_path / "whole", specs, **SMALL))
@@ -402,7 +408,7 @@ def test_rm_of_features_killed_anywhere(tmp_path: Path, now: bool) -> None:
         shutil.copytree(tmp_path / "whole", path)
 
     gone = kept = 0
-    for _ in every_kill(lambda: manage.remove_features(path, names, now=now), prepare):
+    for _ in every_kill(lambda: manage.remove_features(path, names, now=now), prepare, step):
         assert verify(path).ok
         if "tiny@5" in read_root(path).features:
             kept += 1
@@ -416,10 +422,10 @@ def test_rm_of_features_killed_anywhere(tmp_path: Path, now: bool) -> None:
             manage.restore(path)
         manage.collect_garbage(path, older_than_s=0)
         assert tree(path) == whole
-    assert min(gone, kept) >= 3
+    assert min(gone, kept) >= (3 if step == 1 else 1)
 
 
-def test_restore_of_features_killed_anywhere(tmp_path: Path) -> None:
+def test_restore_of_features_killed_anywhere(tmp_path: Path, step: int) -> None:
     path = tmp_path / "cache"
     specs = [*base_features()[:1], moments(), tokens()]
     whole = tree(build(tmp_path / "whole", specs, **SMALL))
@@ -431,17 +437,17 @@ def test_restore_of_features_killed_anywhere(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "trashed", path)
 
     kept = 0
-    for _ in every_kill(lambda: manage.restore(path), prepare):
+    for _ in every_kill(lambda: manage.restore(path), prepare, step):
         assert verify(path).ok
         if "tiny@5" not in read_root(path).features:
             manage.restore(path)
             kept += 1
         manage.collect_garbage(path, older_than_s=0)
         assert tree(path) == whole
-    assert kept >= 3
+    assert kept >= (3 if step == 1 else 1)
 
 
-def test_gc_killed_anywhere_can_be_run_again(tmp_path: Path) -> None:
+def test_gc_killed_anywhere_can_be_run_again(tmp_path: Path, step: int) -> None:
     path = tmp_path / "cache"
     build(tmp_path / "whole", **SMALL)
     clean = tree(tmp_path / "whole")
@@ -451,7 +457,7 @@ def test_gc_killed_anywhere_can_be_run_again(tmp_path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(tmp_path / "whole", path)
 
-    for _ in every_kill(lambda: manage.collect_garbage(path), prepare):
+    for _ in every_kill(lambda: manage.collect_garbage(path), prepare, step):
         assert verify(path).ok
         manage.collect_garbage(path)
         assert tree(path) == clean

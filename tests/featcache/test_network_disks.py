@@ -67,13 +67,15 @@ assert os.listdir(folder) == []
     subprocess.run([sys.executable, "-c", code], env=environment(shim, tmp_path), check=True)
 
 
-@pytest.mark.parametrize("refusal", [None, *REFUSALS])
+@pytest.mark.parametrize(
+    "refusal", [None, REFUSALS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in REFUSALS[1:])]
+)
 def test_life_of_a_cache(shim: Path, tmp_path: Path, refusal: str | None) -> None:
     run("life", tmp_path / "cache", environment(shim, tmp_path, refusal))
     assert tree(tmp_path / "cache") == tree(build(tmp_path / "local"))
 
 
-@pytest.mark.parametrize("refusal", [None, "ENOSYS"])
+@pytest.mark.parametrize("refusal", [None, pytest.param("ENOSYS", marks=pytest.mark.slow)])
 def test_another_machine_writes_shards(shim: Path, tmp_path: Path, refusal: str | None) -> None:
     said = run("lead", tmp_path / "cache", environment(shim, tmp_path, refusal, stale_ms=4000))
     assert "seen at once: [0]\n" in said  # so the view was old, and waiting mattered

@@ -18,6 +18,7 @@ from web_server import serve
 
 import featcache
 from featcache.errors import CacheError, UserError
+from featcache.remote import open_location
 from featcache.share import pull, push
 from featcache.signing import SIGNATURE, parse_digest, read_signature, require_signature, sign
 from featcache.store.root import cache_digest, read_root
@@ -123,19 +124,17 @@ def test_sign_push_pull_verify(cache: Path, keys: Path, tmp_path: Path, run) -> 
 
 
 def test_signature_goes_with_a_push_while_it_is_of_that_state(cache: Path, keys: Path, s3_bucket: str) -> None:
-    from featcache.remote import open_location
-    from featcache.share import remote_signature
 
     sign(cache, keys / "alice")
     url = f"s3://{s3_bucket}/cache"
     push(cache, url, features=["tiny@5"])
-    assert remote_signature(open_location(url)) is None
+    assert read_signature(open_location(url)) is None
     push(cache, url)
-    assert remote_signature(open_location(url)) == read_signature(cache)
+    assert read_signature(open_location(url)) == read_signature(open_location(cache))
 
 
 def check(path: Path, signers: Path) -> str:
-    return require_signature(read_root(path), read_signature(path), signers, str(path))
+    return require_signature(read_root(path), read_signature(open_location(path)), signers, str(path))
 
 
 def test_every_reason_is_said(cache: Path, keys: Path, tmp_path: Path) -> None:
@@ -210,5 +209,5 @@ def test_a_link_in_place_of_the_signature_is_not_followed(cache: Path, keys: Pat
     with pytest.raises(CacheError, match="symbolic link"):
         sign(cache, keys / "alice")
     with pytest.raises(CacheError, match="symbolic link"):
-        read_signature(cache)
+        read_signature(open_location(cache))
     assert not (tmp_path / "elsewhere").exists()

@@ -23,6 +23,7 @@ from featcache.share import pull, push, verify_remote
 from featcache.store import CacheWriter, FeatureSpec, files, manage, verified
 from featcache.store import verify as verification
 from featcache.store.layout import canonical_json
+from featcache.store.places import LocalLocation
 from featcache.store.root import cache_digest, read_root, root_bytes
 from featcache.store.verified import Verification
 from featcache.store.verify import parse_fraction, repair_metadata, verify
@@ -449,7 +450,7 @@ def test_the_record_keeps_the_latest_and_no_digest_covers_it(tmp_path: Path) -> 
     before, digest = tree(path), cache_digest(read_root(path))
     for seed in range(verified.MAX_ENTRIES + 5):
         verified.record(path, verified.of_report(verify(path, fraction=0.5, seed=seed), ["tiny@5"]))
-    found = verified.read(path)
+    found = verified.read(LocalLocation(path))[0]
     assert [e.seed for e in found] == list(range(5, verified.MAX_ENTRIES + 5))
     assert (found[-1].digest, found[-1].mode, found[-1].fraction) == (digest, "sample", 0.5)
     assert found[-1].sound
@@ -459,7 +460,7 @@ def test_the_record_keeps_the_latest_and_no_digest_covers_it(tmp_path: Path) -> 
     assert "changed since" not in found[-1].words(read_root(path))
     add(path, [tokens("new@1")])
     assert "changed since" in found[-1].words(read_root(path))
-    assert verified.read(path) == found  # a builder that finishes leaves it
+    assert verified.read(LocalLocation(path))[0] == found  # a builder that finishes leaves it
 
 
 def test_a_record_is_bounded(tmp_path: Path) -> None:
@@ -505,9 +506,9 @@ def test_a_damaged_record_is_refused_and_begun_anew(tmp_path: Path, value: objec
     (path / ".featcache").mkdir()
     (path / verified.NAME).write_bytes(canonical_json(value))
     with pytest.raises(CacheError):
-        verified.read(path)
+        verified.read(LocalLocation(path))[0]
     verified.record(path, entry())
-    assert verified.read(path) == [entry()]
+    assert verified.read(LocalLocation(path))[0] == [entry()]
 
 
 def test_a_record_behind_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -528,7 +529,7 @@ def test_verify_as_typed(tmp_path: Path, cli) -> None:
     assert cli("featcache", "verify", "cache", "--since-last").returncode == 0
     done = cli("featcache", "verify", "cache", "--since-last")
     assert "as they were when last verified" in done.stdout
-    assert [e.mode for e in verified.read(path)] == ["sample", "since-last", "since-last"]
+    assert [e.mode for e in verified.read(LocalLocation(path))[0]] == ["sample", "since-last", "since-last"]
     (path / "tiny@5" / "c.1.0.0").unlink()
     done = cli("featcache", "verify", "cache", "--no-record")
     assert done.returncode == 1
