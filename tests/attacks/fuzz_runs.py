@@ -30,7 +30,7 @@ from featcache.errors import UserError
 
 LIMIT_S = 10
 LIMIT_BYTES = 1 << 30
-KINDS = ("config", "recipe", "cache_json", "metrics", "log", "checkpoint", "reference", "import")
+KINDS = ("config", "recipe", "cache_json", "metrics", "log", "analysis", "checkpoint", "reference", "import")
 
 HOSTILE: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, 10**400, -(10**30), 0.5, 1e308, 1e-320),
@@ -51,6 +51,7 @@ def run(kind: str, count: int, seed: int, folder: Path) -> list[str]:
         "cache_json": _cache_json,
         "metrics": _metrics,
         "log": _log,
+        "analysis": _analysis,
         "checkpoint": _checkpoint,
         "reference": _reference,
         "import": _import,
@@ -463,6 +464,54 @@ def _log(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]
                 runs.truncate_log(case, 6)
             assert all(record["step"] <= 6 for record in runs.read_log(case))
             look(load_run(case))
+
+        return read
+
+    return make
+
+
+def _analysis(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
+    import numpy as np
+
+    from featcache.settings import from_mapping
+    from trainer import runs
+    from trainer.analyze.compare import compare
+    from trainer.analyze.result import About, Result, write_about, write_comparison, write_result
+    from trainer.config import RunConfig
+    from trainer.plots import Chart, Matrix, Plot, Series, Strips
+    from trainer.report.analysis import write_diagnostics, write_diagnostics_comparison
+    from trainer.report.data import load_run
+
+    case = _case(folder)
+    runs.save_config(case, from_mapping(RunConfig, _settings()))
+    line = Series(label="a", x=[0.1, 0.2], y=[1.0, float("nan")])
+    axes: dict[str, Any] = {"title": "t", "columns": ["a"], "rows": ["b"]}
+    drawings = {
+        "lines": Chart(title="t", x_label="x", y_label="y", series=[line]),
+        "strips": Strips(**axes, cells=[[np.zeros((4, 4, 3), np.uint8)]]),
+        "matrix": Matrix(**axes, values=np.ones((1, 1)), low=0.0, high=1.0),
+    }
+    plots = [Plot(name=name, drawing=drawing, headline=line) for name, drawing in drawings.items()]
+    rows = [{"a": 1, "b": "x"}, {"a": None, "b": 2.5}]
+    result = Result(what="gsnr", title="t", question="q", finding="f", plots=plots, rows=rows, settings={"k": 3})
+    place = case / "analysis"
+    place.mkdir()
+    write_result(place, result)
+    write_about(place, About(lead="l", left_out={"router": "none"}), asked=[])
+    write_comparison(place, ["a 1", "b 1"], compare({"a": [result], "b": [result]}))
+    sound = {name: json.loads((place / f"{name}.json").read_text()) for name in ("gsnr", "about", "comparison")}
+
+    def make() -> Callable[[], object]:
+        for name, values in sound.items():
+            (place / f"{name}.json").write_text(json.dumps(values))
+        name = rng.choice(list(sound))
+        (place / f"{name}.json").write_bytes(_text(sound[name], json.dumps, rng))
+        write = write_diagnostics_comparison if name == "comparison" else write_diagnostics
+        drawn = ["gsnr"] if rng.randrange(20) == 0 else []
+
+        def read() -> None:
+            load_run(case)
+            write(case, drawn)
 
         return read
 

@@ -16,6 +16,7 @@ COUNTS = {
     "cache_json": 150,
     "metrics": 50,
     "log": 20,
+    "analysis": 30,
     "checkpoint": 30,
     "reference": 150,
 }
