@@ -13,6 +13,7 @@ from featcache.errors import CacheError, UserError, os_error
 from featcache.redact import is_redacted, redact
 from featcache.settings import from_mapping, to_mapping
 from featcache.store import files
+from featcache.store.manifest import nested_deeper
 from trainer import locks
 from trainer.config import RunConfig
 
@@ -20,6 +21,7 @@ ROOT = Path("runs")
 
 
 MAX_JSON_BYTES = 256 << 20
+MAX_JSON_DEPTH = 32
 MAX_LOG_BYTES = 1 << 30
 MAX_LINE_BYTES = 1 << 20
 _NAME_BYTES = 200  # of one part: 255 less what temporary files add
@@ -352,27 +354,14 @@ def read_json(path: Path, default: Any) -> Any:
     data = files.read_bounded(path, MAX_JSON_BYTES)
     try:
         value = json.loads(data)
-        _check_depth(value)
+        if nested_deeper(value, MAX_JSON_DEPTH):
+            raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!s:.200}", remedy=_REMAKE) from error
     if default is not None and not isinstance(value, type(default)):
         kind = "a list" if isinstance(default, list) else "an object"
         raise UserError(f"{path} is damaged: it does not hold {kind}", remedy=_REMAKE)
     return value
-
-
-def _check_depth(value: Any, most: int = 32) -> None:
-    level = [value]
-    for _ in range(most):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-        if not level:
-            return
-    raise ValueError(f"it is nested more than {most} levels deep")
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
@@ -439,7 +428,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-        _check_depth(record)
+        if nested_deeper(record, MAX_JSON_DEPTH):
+            raise ValueError("nested too deeply")
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict):

@@ -255,13 +255,15 @@ def load_json(data: bytes, what: str) -> Json:
         value = json.loads(data, object_pairs_hook=unique, parse_constant=constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{what} is not valid JSON: {error!s:.200}") from error
-    _check_depth(value, what)
+    if nested_deeper(value, MAX_DEPTH):
+        raise CacheError(f"{what} is nested more than {MAX_DEPTH} levels deep")
     return value
 
 
-def _check_depth(value: Json, what: str) -> None:
+def nested_deeper(value: Json, most: int) -> bool:
+    """Whether lists and objects of a JSON value lie more than `most` levels within one another."""
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(most):
         level = [
             child
             for node in level
@@ -269,8 +271,8 @@ def _check_depth(value: Json, what: str) -> None:
             for child in (node.values() if isinstance(node, dict) else node)
         ]
         if not level:
-            return
-    raise CacheError(f"{what} is nested more than {MAX_DEPTH} levels deep")
+            return False
+    return True
 
 
 def _plain_json(value: Mapping[str, Json], what: str) -> dict[str, Json]:

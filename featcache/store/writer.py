@@ -76,7 +76,6 @@ _ENTRY = re.compile(r"(\d{8})\.json\Z")
 _RUN = re.compile(r"run-[0-9a-f]{16}\Z")
 _SHARD = re.compile(r"c(?:\.\d+)+\Z")
 _METADATA = re.compile(rf"(?:{CHECKSUMS}|{BLOCKS}|{'|'.join(map(re.escape, ROOT_NAMES.values()))})\Z")
-_PARTS = re.compile("")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 # How long what another machine has written may stay unseen: NFS trusts what it knows of a directory for a minute.
 STALE_S = 90.0
@@ -97,7 +96,7 @@ def cache_lock(path: Path) -> Iterator[None]:
     idle = False
     try:
         # Whoever wrote these under this lock is dead.
-        remove_others(state, (), _PARTS, only_parts=True)
+        files.remove_parts(state)
         remove_others(path, (), _METADATA, only_parts=True)
         yield
         _clear_published(path)
