@@ -69,7 +69,7 @@ def write_shards(folder: Path, count: int, size: int) -> str:
     """JPEGs and classes in tars of 10,000 samples. Returns the pattern that names them."""
     from PIL import Image
 
-    from featcache.shapes import render
+    from featcache.sources.shapes import render
 
     n_shards = -(-count // SHARD_IMAGES)
     for shard in range(n_shards):
@@ -96,9 +96,9 @@ def main(
     import numpy as np
     from encode import provenance
 
-    from featcache.build import build, pick_device
+    from featcache.build.request import BuildRequest
+    from featcache.build.run import build, pick_device
     from featcache.encoders import parse_encoders
-    from featcache.request import BuildRequest
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

@@ -23,9 +23,9 @@ import torch
 from loader import machine
 
 import featcache
+from featcache.build.fidelity import fidelity
 from featcache.codecs import CODECS
 from featcache.errors import UserError
-from featcache.fidelity import fidelity
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 4096

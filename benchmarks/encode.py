@@ -82,7 +82,7 @@ class _Silent:
 def _draw(folder: Path, count: int, size: int) -> None:
     from PIL import Image
 
-    from featcache.shapes import CLASS_NAMES, render
+    from featcache.sources.shapes import CLASS_NAMES, render
 
     for index in range(count):
         pixels, label = render(index, resolution=size)
@@ -123,8 +123,8 @@ def _rate(work: Callable[[], int], device: str, *, at_least_s: float) -> Rate:
 
 def whole_build(request: Any, folder: Path) -> dict[str, Any]:
     """From the first image to the finished cache, and the stages' rates as the build saw them."""
-    from featcache.build import build
-    from featcache.pipeline import Meter
+    from featcache.build.pipeline import Meter
+    from featcache.build.run import build
 
     build(replace(request, out=folder / "warm", limit=min(2 * request.batch_size, 64)), _Silent())
     progress, meter = _Silent(), Meter()
@@ -140,9 +140,9 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
     """Decoding, encoding, quantising with copying, and writing, each with nothing beside it; and encoder by encoder."""
     import torch
 
-    from featcache.build import lead, pick_device, prepare
+    from featcache.build.pipeline import Meter, encoder_name, run_shards
+    from featcache.build.run import lead, pick_device, prepare
     from featcache.codecs import encode, numpy_view
-    from featcache.pipeline import Meter, encoder_name, run_shards
 
     device = pick_device(request.device)
     plan = prepare(replace(request, out=folder / "stages"), device=device)
@@ -217,7 +217,7 @@ class Plain:
     """The encoders as their libraries give them, in float32, channels first, not compiled."""
 
     def __init__(self, request: Any, folder: Path) -> None:
-        from featcache.build import pick_device, prepare
+        from featcache.build.run import pick_device, prepare
         from featcache.encoders.base import WeightsSource
         from featcache.encoders.vae import encoder_layers, load_vae
 
@@ -251,7 +251,7 @@ def plain_loop(plain: Plain, request: Any, folder: Path) -> Rate:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    from featcache.images import center_crop
+    from featcache.sources.base import center_crop
 
     device, R = plain.device, plain.work.resolution
 
@@ -277,7 +277,7 @@ def extraction_scripts(plain: Plain, request: Any, folder: Path, *, count: int) 
     import torch
     from PIL import Image
 
-    from featcache.images import center_crop
+    from featcache.sources.base import center_crop
 
     R = plain.work.resolution
     files = sorted(Path(request.data).rglob("*.jpg"))[:count]
@@ -316,9 +316,9 @@ def main(
     script_count: Annotated[int, typer.Option(help="Images for the extraction scripts' structure.")] = 256,
 ) -> None:
     """Measure and write benchmarks/results/encode_<name>.json."""
-    from featcache.build import pick_device
+    from featcache.build.request import BuildRequest
+    from featcache.build.run import pick_device
     from featcache.encoders import parse_encoders, parse_levels
-    from featcache.request import BuildRequest
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

@@ -45,8 +45,8 @@ def network(model: str, latent_size: int, precision: str, compiled: bool, device
     """A backbone of ImageNet's shape with seeded weights, ready to sample from."""
     import torch
 
-    from trainer.inference import Arithmetic, Network
     from trainer.models import build_model, model_config
+    from trainer.sampling.inference import Arithmetic, Network
 
     cfg = model_config(model, latent_channels=4, latent_size=latent_size, num_classes=1000)
     backbone = build_model(cfg).eval().requires_grad_(False)
@@ -63,8 +63,8 @@ def jobs_of(options: dict[str, Any], device: Any) -> dict[str, Callable[[], Any]
     from featcache.encoders.base import WeightsSource
     from featcache.encoders.vae import load_vae
     from trainer.diffusion.guidance import Guidance
-    from trainer.inference import Arithmetic, applied
-    from trainer.sample import SAMPLERS, SampleConfig, decode_pixels, draw_latents
+    from trainer.sampling.draw import SAMPLERS, SampleConfig, decode_pixels, draw_latents
+    from trainer.sampling.inference import Arithmetic, applied
 
     count = options["batch_size"]
     labels = torch.arange(count, device=device) % 1000
@@ -163,9 +163,9 @@ def main(
     """Measure and write JSON."""
     import torch
 
-    from featcache.build import pick_device
+    from featcache.build.run import pick_device
     from featcache.machine import describe_machine
-    from trainer.inference import choose_arithmetic
+    from trainer.sampling.inference import choose_arithmetic
 
     torch_device = torch.device(pick_device(device))
     sizes = SIZES["cuda" if torch_device.type == "cuda" else "cpu"]

@@ -105,7 +105,7 @@ def write_cache(path: Path, samples: int) -> None:
 def run_config(options: dict[str, Any], method: str) -> Any:
     """The settings of one method's run."""
     from featcache.settings import from_mapping
-    from trainer.config import RunConfig
+    from trainer.runs.config import RunConfig
 
     return from_mapping(
         RunConfig,
@@ -129,11 +129,11 @@ class Bench:
         import torch
 
         import featcache
-        from trainer.data import Share
         from trainer.distributed import World
-        from trainer.loop import Job, Silent
-        from trainer.meters import FirstBadStep, RunningMeans
-        from trainer.parts import assemble
+        from trainer.training.data import Share
+        from trainer.training.loop import Job, Silent
+        from trainer.training.meters import FirstBadStep, RunningMeans
+        from trainer.training.state import assemble
 
         # Every method has its own variants of the one compiled function.
         torch._dynamo.config.recompile_limit = 8 * len(METHODS)
@@ -170,8 +170,8 @@ class Bench:
     def stream(self, method: str, source: str) -> Iterator[Any]:
         """Batches for a method's next steps."""
         if (method, source) not in self.streams:
-            from trainer.data import Batches
-            from trainer.loop import is_aligned
+            from trainer.training.data import Batches
+            from trainer.training.loop import is_aligned
 
             job = self.jobs[method]
             alignment = job.parts.alignment
@@ -196,7 +196,7 @@ class Bench:
 
     def run(self, method: str, source: str, steps: int) -> float:
         """Seconds a step over a block of steps, the device idle before and after."""
-        from trainer.loop import train_step
+        from trainer.training.loop import train_step
 
         job, stream, numbers = self.jobs[method], self.stream(method, source), self.steps[method, source]
         self.wait()
@@ -222,9 +222,9 @@ class Bench:
         """Median milliseconds of each part alone, alignment on."""
         import torch
 
-        from trainer.data import stream_indices
-        from trainer.loop import optimizer_step
-        from trainer.step import draw, update_ema
+        from trainer.training.data import stream_indices
+        from trainer.training.loop import optimizer_step
+        from trainer.training.objective import draw, update_ema
 
         job = self.jobs[method]
         parts, cfg, n = job.parts, job.parts.model.cfg, job.config.batch_size
@@ -309,8 +309,8 @@ def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> fl
     import featcache
     from trainer.distributed import World
     from trainer.models import Transformer
-    from trainer.parts import assemble, backbone_config
-    from trainer.step import Draws
+    from trainer.training.objective import Draws
+    from trainer.training.state import assemble, backbone_config
 
     config, n = run_config({**options, "precision": "fp32", "compile": False}, method), 2
     cache = featcache.open(cache_path)

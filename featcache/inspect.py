@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from featcache.errors import UserError
-from featcache.images import BadImage, Source, fingerprint, open_source, recorded_shapes
+from featcache.sources.base import BadImage, Source, fingerprint, open_source, recorded_shapes
 
 THUMB = 128
 MARGIN = 6
@@ -24,7 +24,7 @@ def source_of(cache: Any, data: str | None) -> Source | None:
     Raises:
         UserError: ``data`` holds other images than the cache.
     """
-    from featcache.build import sample_order
+    from featcache.build.run import sample_order
 
     dataset = cache.manifest.dataset
     resolution = dataset.resolution
@@ -49,7 +49,7 @@ def images_of(cache: Any, data: str | None, indices: Sequence[int]) -> np.ndarra
     Raises:
         UserError: neither the images nor the VAE's weights are here.
     """
-    from featcache.build import sample_order
+    from featcache.build.run import sample_order
 
     dataset = cache.manifest.dataset
     source = source_of(cache, data)

@@ -19,8 +19,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from featcache.build.pipeline import Meter, Stage
 from featcache.console import console, safe
-from featcache.pipeline import Meter, Stage
 
 PLAIN_EVERY_S = 10.0
 

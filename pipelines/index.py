@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from trainer.recipe_pages import by_training
-from trainer.recipes import Recipe, load_recipe_file, papers, recipe_root
+from trainer.runs.recipe_pages import by_training
+from trainer.runs.recipes import Recipe, load_recipe_file, papers, recipe_root
 
 INTRODUCTION = """\
 # Recipes

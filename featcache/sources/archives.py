@@ -31,12 +31,12 @@ from typing import NoReturn
 import numpy as np
 
 from featcache.errors import CacheError, UserError
-from featcache.images import EXTENSIONS, MAX_FILE_BYTES, BadImage, EncodedSource
 from featcache.keys import key_bytes, key_text, printable
 from featcache.redact import redact
-from featcache.remote import Location, Missing, is_remote, open_location
+from featcache.sources.base import EXTENSIONS, MAX_FILE_BYTES, BadImage, EncodedSource
 from featcache.sources.opening import explained
 from featcache.store import files
+from featcache.store.remote import Location, Missing, is_remote, open_location
 
 _STORED, _DEFLATED = 0, 8
 _TEXT_COLUMNS = ("text_offsets", "text_sizes", "json_offsets", "json_sizes")

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import UserError
-from featcache.images import BadImage, EncodedSource
 from featcache.keys import printable
 from featcache.redact import redact
 from featcache.sources.archives import (
@@ -37,6 +36,7 @@ from featcache.sources.archives import (
     is_unicode,
     opened,
 )
+from featcache.sources.base import BadImage, EncodedSource
 from featcache.sources.opening import explained
 
 ROWS_AT_ONCE = 16

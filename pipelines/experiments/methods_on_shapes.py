@@ -228,10 +228,10 @@ def _open_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
 
 
 def _build_cache(settings: Settings, path: Path) -> Path:
-    from featcache.build import build
+    from featcache.build.request import BuildRequest
+    from featcache.build.run import build
     from featcache.encoders import parse_encoders
     from featcache.progress import RichProgress
-    from featcache.request import BuildRequest
 
     request = BuildRequest(
         data="shapes",
@@ -246,9 +246,9 @@ def _build_cache(settings: Settings, path: Path) -> Path:
 
 
 def _train(settings: Settings, *, method: str, seed: int, cache: Path, run: Path) -> None:
-    from trainer.config import RunConfig
-    from trainer.loop import train
     from trainer.progress import RichWatcher
+    from trainer.runs.config import RunConfig
+    from trainer.training.loop import train
 
     name, options = METHODS[method]
     config = RunConfig(
@@ -279,7 +279,7 @@ class _Judge:
 
     def __init__(self, cache: Path, settings: Settings) -> None:
         import featcache
-        from featcache.build import pick_device
+        from featcache.build.run import pick_device
         from trainer.evaluate.extractors import build_extractor
         from trainer.evaluate.references import reference_statistics
 
@@ -294,7 +294,7 @@ class _Judge:
         from featcache.progress import RichBar
         from trainer.evaluate.judge import evaluate
         from trainer.requests import SampleRequest
-        from trainer.sampling import sample_run
+        from trainer.sampling.run import sample_run
 
         folder = run / "samples" / f"judged_{step:07d}"
         request = SampleRequest(
@@ -315,14 +315,14 @@ class _Judge:
 
 def _training_times(run: Path) -> dict[int, float]:
     """Seconds of training, without saving and sampling, up to each logged step."""
-    from trainer.runs import read_log
+    from trainer.runs.folder import read_log
 
     return {record["step"]: record["time_s"] for record in read_log(run)}
 
 
 def _drop_checkpoints(run: Path, *, before: int) -> None:
     """Judged checkpoints but the last: 8 methods with 3 seeds would fill gigabytes."""
-    from trainer.checkpoint import list_checkpoints
+    from trainer.runs.checkpoint import list_checkpoints
 
     for step, path in list_checkpoints(run):
         if step < before:
@@ -330,7 +330,7 @@ def _drop_checkpoints(run: Path, *, before: int) -> None:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    from trainer.runs import write_text
+    from trainer.runs.folder import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=1))

@@ -18,9 +18,9 @@ from typing import Any
 
 import featcache
 from featcache.errors import CacheError
-from featcache.remote import open_location
-from featcache.share import read_remote_root
-from featcache.store.manage import collect_garbage
+from featcache.share.manage import collect_garbage
+from featcache.share.transfer import read_remote_root
+from featcache.store.remote import open_location
 from tests.attacks.campaign import Tally, dice, differences
 from tests.attacks.lab import INTO, MAKE, RUN, Lab, call, trained
 from tests.attacks.processes import HUNG, Ended, Processes

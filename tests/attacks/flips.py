@@ -18,12 +18,12 @@ from store_builder import SKIPPED
 from store_helpers import base_features, build, tokens, tree
 
 from featcache.errors import CacheError, UserError
-from featcache.signing import require_signature, sign
+from featcache.share.verify import verify
 from featcache.store import files
 from featcache.store.layout import SIGNATURE
 from featcache.store.manifest import Manifest
 from featcache.store.root import read_root
-from featcache.store.verify import verify
+from featcache.store.signing import require_signature, sign
 from tests.attacks.campaign import Tally, dice, differences, fingerprint
 from tests.attacks.lab import INTO, MAKE, call
 from tests.attacks.processes import Processes

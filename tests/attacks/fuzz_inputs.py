@@ -30,11 +30,11 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from featcache.captions import open_captions, read_table
-from featcache.decoders import decode_pil, decode_turbo
 from featcache.errors import UserError
-from featcache.images import Source, fingerprint, open_source
-from featcache.importers import open_latents
+from featcache.share.importers import open_latents
+from featcache.sources.base import Source, fingerprint, open_source
+from featcache.sources.captions import open_captions, read_table
+from featcache.sources.decoders import decode_pil, decode_turbo
 
 TIME_LIMIT_S = 20
 MEMORY_LIMIT_BYTES = 1_000_000_000

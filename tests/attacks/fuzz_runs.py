@@ -201,7 +201,7 @@ def _case(folder: Path) -> Path:
 
 def _settings() -> dict[str, Any]:
     from featcache.settings import to_mapping
-    from trainer.config import RunConfig
+    from trainer.runs.config import RunConfig
 
     published = {
         "source": "AHPA, Table 3",
@@ -257,8 +257,8 @@ def _yaml_bytes(values: dict[str, Any], rng: random.Random) -> bytes:
 
 def _config(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
     from featcache.settings import to_mapping
-    from trainer import runs
-    from trainer.evaluation import recipe_sampling
+    from trainer.evaluate.run import recipe_sampling
+    from trainer.runs import folder as runs
 
     case, values = _case(folder), _settings()
 
@@ -279,8 +279,8 @@ def _config(folder: Path, rng: random.Random) -> Callable[[], Callable[[], objec
 
 
 def _recipe(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
-    from trainer.recipe_pages import describe, listing
-    from trainer.recipes import load_recipe_file
+    from trainer.runs.recipe_pages import describe, listing
+    from trainer.runs.recipes import load_recipe_file
 
     case = _case(folder)
     (case / "base.yaml").write_text("model: SiT-B/2\nsteps: 50\nalign: {ahpa: {weight: 0.5}}\n")
@@ -359,12 +359,12 @@ class _NoCache:
 
 def _cache_json(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
     from featcache.settings import from_mapping
-    from trainer import runs
-    from trainer.config import RunConfig
-    from trainer.evaluation import _reference, features_layers
+    from trainer.evaluate.run import _reference, features_layers
     from trainer.report.data import load_run
     from trainer.requests import EvalRequest
-    from trainer.sample import cache_summary, load_decoder, run_model_config
+    from trainer.runs import folder as runs
+    from trainer.runs.config import RunConfig
+    from trainer.sampling.draw import cache_summary, load_decoder, run_model_config
 
     case, values = _case(folder), _summary()
     config = from_mapping(RunConfig, _settings())
@@ -393,10 +393,10 @@ def _cache_json(folder: Path, rng: random.Random) -> Callable[[], Callable[[], o
 
 def _metrics(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
     from featcache.settings import from_mapping
-    from trainer import runs
-    from trainer.config import RunConfig
-    from trainer.evaluation import _append_metrics
+    from trainer.evaluate.run import _append_metrics
     from trainer.report.data import load_run
+    from trainer.runs import folder as runs
+    from trainer.runs.config import RunConfig
 
     case = _case(folder)
     runs.save_config(case, from_mapping(RunConfig, _settings()))
@@ -426,9 +426,9 @@ def _metrics(folder: Path, rng: random.Random) -> Callable[[], Callable[[], obje
 
 def _log(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
     from featcache.settings import from_mapping
-    from trainer import runs
-    from trainer.config import RunConfig
     from trainer.report.data import load_run
+    from trainer.runs import folder as runs
+    from trainer.runs.config import RunConfig
 
     case = _case(folder)
     runs.save_config(case, from_mapping(RunConfig, _settings()))
@@ -474,13 +474,13 @@ def _analysis(folder: Path, rng: random.Random) -> Callable[[], Callable[[], obj
     import numpy as np
 
     from featcache.settings import from_mapping
-    from trainer import runs
     from trainer.analyze.compare import compare
     from trainer.analyze.result import About, Result, write_about, write_comparison, write_result
-    from trainer.config import RunConfig
     from trainer.plots import Chart, Matrix, Plot, Series, Strips
     from trainer.report.analysis import write_diagnostics, write_diagnostics_comparison
     from trainer.report.data import load_run
+    from trainer.runs import folder as runs
+    from trainer.runs.config import RunConfig
 
     case = _case(folder)
     runs.save_config(case, from_mapping(RunConfig, _settings()))
@@ -540,8 +540,8 @@ def _nano() -> Any:
 
 
 def _checkpoint(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
-    from trainer import checkpoint
     from trainer.models import load_weights
+    from trainer.runs import checkpoint
 
     model, head = _nano(), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     names = {p: n for n, p in head.named_parameters()}
@@ -698,7 +698,7 @@ def _reference(folder: Path, rng: random.Random) -> Callable[[], Callable[[], ob
 
 
 def _import(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
-    from trainer.weights_io import export_official, import_official
+    from trainer.runs.weights_io import export_official, import_official
 
     case = _case(folder)
     model = _nano()

@@ -26,19 +26,18 @@ import pytest
 from store_helpers import base_features, build, dataset, tokens, tree, values, write_all
 
 import featcache
-from featcache import remote_errors
 from featcache.errors import CacheError, UserError
-from featcache.share import list_remote, pull, verify_remote
-from featcache.signing import sign
-from featcache.store import CacheWriter, files
+from featcache.share.manage import collect_garbage, list_caches
+from featcache.share.transfer import list_remote, pull, verify_remote
+from featcache.share.verify import verify
+from featcache.store import CacheWriter, files, remote_errors
 from featcache.store.blocks import blocks_bytes, parse_blocks
 from featcache.store.contents import parse_checksums
 from featcache.store.layout import SIGNATURE
-from featcache.store.manage import collect_garbage, list_caches
 from featcache.store.manifest import manifest_from_json
 from featcache.store.root import parse_root, read_root, root_bytes
 from featcache.store.shards import decompress, encode_shard, parse_index
-from featcache.store.verify import verify
+from featcache.store.signing import sign
 from tests.attacks.campaign import dice, fingerprint
 from tests.attacks.flips import signing_key, wrong_signature
 from tests.attacks.mutate import LEAVES, change_bytes, change_json, change_value, dump

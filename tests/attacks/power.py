@@ -372,7 +372,7 @@ def _lost(scene: Scene, folder: Path) -> list[str]:
     """What the command had reported as done and is not there any more."""
     import featcache
     from featcache.errors import CacheError
-    from trainer import checkpoint
+    from trainer.runs import checkpoint
 
     target = scene.target(folder)
     if scene.truth is None:

@@ -21,11 +21,11 @@ from store_helpers import tree
 
 import featcache
 from featcache.errors import CacheError, UserError
-from featcache.remote import open_location
-from featcache.share import pull, read_remote_root
+from featcache.share.manage import collect_garbage
+from featcache.share.transfer import pull, read_remote_root
+from featcache.share.verify import verify
 from featcache.store.layout import STATE
-from featcache.store.manage import collect_garbage
-from featcache.store.verify import verify
+from featcache.store.remote import open_location
 from tests.attacks.campaign import differences, fingerprint
 from tests.attacks.processes import Job, Processes
 
@@ -285,7 +285,8 @@ def wrong_in_cache(path: Path | str, truth: Values, *, must_open: bool = False) 
 
 def wrong_in_runs(root: Path) -> list[str]:
     """Every run below has a readable configuration and log, and checkpoints that are whole."""
-    from trainer import checkpoint, runs
+    from trainer.runs import checkpoint
+    from trainer.runs import folder as runs
 
     wrong = []
     for run in {p.parent for p in root.glob("**/config.yaml")} if root.is_dir() else set():

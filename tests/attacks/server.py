@@ -35,13 +35,33 @@ def library() -> Any:
 
 
 _STORE = (
-    *("featcache.cli", "featcache.build", "featcache.repair", "featcache.convert", "featcache.share", "obstore.store"),
-    *("featcache.importers", "featcache.stream", "featcache.describe", "featcache.workers", "featcache.store.manage"),
+    *(
+        "featcache.cli",
+        "featcache.build.run",
+        "featcache.build.repair",
+        "featcache.share.convert",
+        "featcache.share.transfer",
+        "obstore.store",
+    ),
+    *(
+        "featcache.share.importers",
+        "featcache.read.stream",
+        "featcache.cli.info",
+        "featcache.build.ranks",
+        "featcache.share.manage",
+    ),
     *("featcache.encoders.vae", "featcache.encoders.vision", "featcache.progress", "store_helpers"),
 )
 _TRAINER = (
     *("torch._dynamo", "torch.utils.tensorboard", "featcache.inspect", "matplotlib.pyplot", "scipy.linalg"),
-    *("trainer.cli", "trainer.loop", "trainer.sampling", "trainer.evaluation", "trainer.exchange", "trainer.progress"),
+    *(
+        "trainer.cli",
+        "trainer.training.loop",
+        "trainer.sampling.run",
+        "trainer.evaluate.run",
+        "trainer.runs.exchange",
+        "trainer.progress",
+    ),
     *("trainer.evaluate.extractors", "trainer.evaluate.judge", "trainer.report.report", "safetensors.torch"),
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from store_helpers import tree
 
-from featcache.store import verify
+from featcache.share import verify
 from tests.attacks import flips, fuzz_store, power
 from tests.attacks.campaign import Tally, dice
 from tests.attacks.lab import Lab

@@ -13,10 +13,6 @@ import sys
 
 import torch
 
-import featcache.build
-import featcache.encoders.vae
-import featcache.encoders.vision
-import featcache.workers  # noqa: F401
 from featcache.cli import app
 from featcache.console import run_app
 from featcache.encoders.tiny import load_tiny_vae, load_tiny_vit

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from store_helpers import add, base_features, build, dataset, tokens, tree, values, write_all
 
-from featcache.share import pull
+from featcache.share.manage import collect_garbage, remove_features
+from featcache.share.transfer import pull
+from featcache.share.verify import repair_metadata, verify
 from featcache.store import CacheWriter, locks, writer
-from featcache.store.manage import collect_garbage, remove_features
-from featcache.store.verify import repair_metadata, verify
 
 
 def write(worker: CacheWriter, shards: range) -> None:

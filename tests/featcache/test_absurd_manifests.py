@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 import featcache
-from featcache.build import BuildRequest, build
-from featcache.describe import print_info
+from featcache.build.run import BuildRequest, build
+from featcache.cli.info import print_info
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.inspect import contact_sheet
+from featcache.share.verify import verify
 from featcache.store import files
 from featcache.store.layout import canonical_json
 from featcache.store.manifest import manifest_from_json
 from featcache.store.root import root_bytes
-from featcache.store.verify import verify
 
 
 class Quiet:

@@ -21,15 +21,15 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build import build, derived_name, sample_order
+from featcache.build.request import BuildRequest
+from featcache.build.run import build, derived_name, sample_order
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.tiny import load_tiny_vae
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
-from featcache.images import center_crop, find_data, open_source
 from featcache.inspect import contact_sheet, images_of, pca_rgb, read_feature
-from featcache.request import BuildRequest
+from featcache.sources.base import center_crop, find_data, open_source
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 import featcache
-from featcache import workers
-from featcache.build import _Shared, build, lead, prepare, prepare_together
+from featcache.build import ranks as workers
+from featcache.build.pipeline import Meter, Stage, run_shards
+from featcache.build.ranks import Ranks
+from featcache.build.request import BuildRequest
+from featcache.build.run import _Shared, build, lead, prepare, prepare_together
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
-from featcache.pipeline import Meter, Stage, run_shards
-from featcache.request import BuildRequest
 from featcache.store import CacheWriter
-from featcache.workers import Ranks
 
 WORDS = ["--data", "shapes", "--encoder", "tiny", "--limit", "240", "--batch-size", "4", "--shard-size", "8"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -260,7 +260,7 @@ def test_two_torchrun_ranks_give_the_bytes_of_one_process(
 
 def test_only_the_first_rank_counts_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    monkeypatch.setattr("featcache.captions.ShapesCaptions.most", lambda *_: [counted.append(1), 2][1])
+    monkeypatch.setattr("featcache.sources.captions.ShapesCaptions.most", lambda *_: [counted.append(1), 2][1])
     ask = request(tmp_path / "c", texts=("tiny",), encoders=(), vae="tiny")
     numbers: list[int] = []
 

@@ -12,12 +12,13 @@ import pytest
 from store_helpers import add, base_features, build, moments, tokens, tree
 from web_server import serve
 
-from featcache import catalogue
-from featcache.share import list_remote, push
-from featcache.store import FeatureSpec, files, verified
+from featcache.share import catalogue
+from featcache.share import verification as verified
+from featcache.share.transfer import list_remote, push
+from featcache.share.verify import verify
+from featcache.store import FeatureSpec, files
 from featcache.store.manifest import Skipped
 from featcache.store.root import cache_digest, read_root, root_bytes
-from featcache.store.verify import verify
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}</style></title>\u202egnp\x1b[31m"
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from store_helpers import COUNT, add, base_features, build, dataset, tokens, tree
 
 import featcache
-from featcache.convert import convert
 from featcache.errors import CacheError, UserError
-from featcache.importers import ImportRequest, import_latents
+from featcache.share.convert import convert
+from featcache.share.importers import ImportRequest, import_latents
+from featcache.share.verify import verify
 from featcache.store import files
-from featcache.store.verify import verify
 
 
 @pytest.fixture(autouse=True)

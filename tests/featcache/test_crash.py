@@ -18,8 +18,8 @@ from store_helpers import add, base_features, build, expected, tokens, tree
 
 import featcache
 from featcache.errors import CacheError
+from featcache.share.verify import verify
 from featcache.store import files
-from featcache.store.verify import verify
 
 BUILDER = Path(__file__).with_name("store_builder.py")
 COUNT, SHARD_SIZE = 120, 8
@@ -221,7 +221,7 @@ def test_two_builders_and_a_looping_reader(tmp_path: Path) -> None:
 
 
 def test_rm_while_a_reader_reads(tmp_path: Path) -> None:
-    from featcache.store.manage import remove_features
+    from featcache.share.manage import remove_features
 
     path = build(tmp_path / "cache")
     cache = featcache.open(path)

@@ -17,13 +17,13 @@ from store_helpers import tree
 from web_server import FileServer, serve
 
 import featcache
-from featcache import remote_errors
-from featcache.convert import convert
 from featcache.errors import CacheError
-from featcache.share import pull
+from featcache.read.stream import unverified_features
+from featcache.share.convert import convert
+from featcache.share.transfer import pull
+from featcache.store import remote_errors
 from featcache.store.blocks import BLOCK_BYTES
 from featcache.store.root import read_root
-from featcache.stream import unverified_features
 
 MEBIBYTE = 1 << 20
 
@@ -92,7 +92,7 @@ def test_a_flipped_bit_in_a_pull_is_fetched_again(source: Path, tmp_path: Path) 
 
 
 def start_pull(web: FileServer, target: Path) -> subprocess.Popen[bytes]:
-    code = f"from featcache.share import pull; pull('{web.url}/cache', {str(target)!r}, threads=1)"
+    code = f"from featcache.share.transfer import pull; pull('{web.url}/cache', {str(target)!r}, threads=1)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen([sys.executable, "-c", code], env=environment)
 
@@ -158,7 +158,7 @@ def test_a_pull_from_another_cache_takes_nothing_of_the_first(tmp_path: Path) ->
     # Other values, and checksums that say so.
     shard = theirs / "vae/moments/c.0.0.0.0"
     corrupt(shard, lambda data: data.__setitem__(5, data[5] ^ 1))
-    from featcache.store.verify import verify
+    from featcache.share.verify import verify
 
     assert not verify(theirs).ok
     rebuild_checksums(theirs, "vae/moments")

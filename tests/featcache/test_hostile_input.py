@@ -26,17 +26,17 @@ import pytest
 from PIL import Image
 
 import featcache
-from featcache import images as images_module
-from featcache.build import BuildRequest, build
-from featcache.captions import open_captions, read_table
-from featcache.decoders import decode_pil, decode_turbo
+from featcache.build.run import BuildRequest, build
 from featcache.errors import UserError
-from featcache.images import MAX_PIXELS, BadImage, Budget, decode, fingerprint, open_source
-from featcache.importers import ImportRequest, import_latents, open_latents
 from featcache.keys import from_printable, key_bytes, key_text, printable
+from featcache.share.importers import ImportRequest, import_latents, open_latents
+from featcache.share.verify import verify
+from featcache.sources import base as images_module
 from featcache.sources.archives import LISTERS, Place
+from featcache.sources.base import MAX_PIXELS, BadImage, Budget, decode, fingerprint, open_source
+from featcache.sources.captions import open_captions, read_table
+from featcache.sources.decoders import decode_pil, decode_turbo
 from featcache.store import files
-from featcache.store.verify import verify
 
 
 @pytest.fixture(autouse=True)
@@ -549,7 +549,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from featcache import images
-from featcache.decoders import decode_pil
+from featcache.sources.decoders import decode_pil
 images.PIXELS_IN_FLIGHT = images.Budget(int(sys.argv[2]))
 data = Path(sys.argv[1]).read_bytes()
 def peak():
@@ -589,7 +589,7 @@ def test_many_workers_decode_no_more_at_once_than_the_budget_allows(
             busy -= 1
         return crop(image, size)
 
-    monkeypatch.setattr("featcache.decoders.center_crop", slow_crop)
+    monkeypatch.setattr("featcache.sources.decoders.center_crop", slow_crop)
     # An image takes 5 bytes a pixel in PIL and 8 in libjpeg-turbo, and 4 a pixel of what is cut from.
     for budget, expected in ((170_000, {"pil": 3, "turbo": 2}[decoder]), (1, 1)):
         most = 0
@@ -746,7 +746,7 @@ def test_files_larger_than_any_image_are_bad(folder: Path, monkeypatch: pytest.M
 def test_a_network_that_fails_is_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --on-bad-image skip the whole archive would be left out."""
     from featcache.errors import CacheError
-    from featcache.remote import LocalLocation
+    from featcache.store.remote import LocalLocation
 
     source = opened(tmp_path / "set.tar", tar_of([("n0/a.png", picture())]))
 

@@ -12,15 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.images import (
-    BadImage,
-    center_crop,
-    content_hash,
-    decode,
-    find_data,
-    fingerprint,
-    open_source,
-)
+from featcache.sources.base import BadImage, center_crop, content_hash, decode, find_data, fingerprint, open_source
 
 
 def adm_crop_second_way(image: Image.Image, size: int) -> np.ndarray:

@@ -10,12 +10,12 @@ from store_helpers import add, base_features, build, moments, tokens, tree, writ
 
 import featcache
 from featcache.errors import CacheError
+from featcache.share.manage import remove_features
+from featcache.share.verify import Report, repair_metadata, verify
 from featcache.store import CacheWriter, files
 from featcache.store.contents import read_checksums
-from featcache.store.manage import remove_features
 from featcache.store.places import LocalLocation
 from featcache.store.root import read_root
-from featcache.store.verify import Report, repair_metadata, verify
 
 
 def test_names_of_temporary_files() -> None:

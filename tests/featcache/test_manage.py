@@ -17,10 +17,11 @@ from store_helpers import COUNT, SHARD_SIZE, add, base_features, build, dataset,
 
 import featcache
 from featcache.errors import CacheError, UserError
-from featcache.store import CacheWriter, files, locks, manage, trash
+from featcache.share import manage, trash
+from featcache.share.verify import verify
+from featcache.store import CacheWriter, files, locks
 from featcache.store.layout import canonical_json
 from featcache.store.root import read_root, root_bytes
-from featcache.store.verify import verify
 
 DAY_S = 86_400.0
 SMALL = {"count": 4, "shard_size": 2}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.build import BuildRequest, prepare
+from featcache.build.run import BuildRequest, prepare
 from featcache.encoders import EncoderChoice, hub
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.missing import require_weights

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache.order import epoch_order, sequential_order
+from featcache.read.order import epoch_order, sequential_order
 
 
 @settings(deadline=None)

@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build import build, sample_order
+from featcache.build.estimate import estimate
+from featcache.build.fidelity import fidelity
+from featcache.build.request import BuildRequest
+from featcache.build.run import build, sample_order
 from featcache.encoders import EncoderChoice
 from featcache.encoders.base import Compute, WeightsSource
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
-from featcache.fidelity import fidelity
-from featcache.images import open_source
-from featcache.plan import estimate
-from featcache.request import BuildRequest
-from featcache.store.manage import cache_bytes
+from featcache.share.manage import cache_bytes
+from featcache.sources.base import open_source
 
 
 class Quiet:
@@ -86,7 +86,7 @@ def test_rates_begin_when_the_device_is_idle_and_batches_are_of_one_size(monkeyp
         return real(self, pixels)
 
     monkeypatch.setattr(VisionEncoder, "__call__", watched)
-    monkeypatch.setattr("featcache.plan.synchronise", lambda device: events.append(f"synchronise {device}"))
+    monkeypatch.setattr("featcache.build.estimate.synchronise", lambda device: events.append(f"synchronise {device}"))
     choice = (EncoderChoice(name="tiny", layers=(5,)),)
     ask = BuildRequest(data="shapes", vae="tiny", encoders=choice, resolution=32, batch_size=2, device="cpu")
     planned = estimate(ask, measure=3)

@@ -16,7 +16,7 @@ from store_helpers import COUNT, base_features, build, corrupt, dataset, expecte
 
 import featcache
 from featcache.errors import CacheError
-from featcache.reader import _OpenShards
+from featcache.read.reader import _OpenShards
 from featcache.store import FeatureSpec, Manifest
 from featcache.store.layout import shard_name, shard_samples
 from featcache.store.root import root_bytes

@@ -19,10 +19,10 @@ from store_helpers import build
 from web_server import FileServer, serve
 
 import featcache
-from featcache import remote, remote_errors
 from featcache.errors import UserError
-from featcache.remote import open_destination, open_location
-from featcache.share import list_remote, pull, push
+from featcache.share.transfer import list_remote, pull, push
+from featcache.store import remote, remote_errors
+from featcache.store.remote import open_destination, open_location
 
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SKIP_SIGNATURE", "AWS_EC2_METADATA_DISABLED")
 
@@ -299,7 +299,7 @@ def test_the_largest_root_document_takes_bounded_memory(web: FileServer) -> None
     web.odd["cache/zarr.json"] = answer(200, body, ETag='"x"', Last_Modified="Thu, 01 Jan 1970 00:00:00 GMT")
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
-        "from featcache.share import pull\nfrom featcache.errors import CacheError\n"
+        "from featcache.share.transfer import pull\nfrom featcache.errors import CacheError\n"
         f"try: pull('{web.url}/cache', 'x')\nexcept CacheError as error: print(error.what)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.build import build
+from featcache.build.repair import repair_shards
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
-from featcache.repair import repair_shards
-from featcache.request import BuildRequest
-from featcache.store.verify import repair_metadata, verify
+from featcache.share.verify import repair_metadata, verify
 
 
 class Quiet:

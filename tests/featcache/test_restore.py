@@ -16,10 +16,9 @@ from large_cache import LARGE, LARGE_FILE, build_large, without_blocks
 from store_helpers import base_features, build, corrupt, tokens, tree
 from web_server import serve
 
-from featcache import remote_errors
 from featcache.errors import CacheError
-from featcache.restore import restore
-from featcache.store import locks
+from featcache.share.restore import restore
+from featcache.store import locks, remote_errors
 from featcache.store.blocks import BLOCK_BYTES
 from featcache.store.root import read_root
 
@@ -131,7 +130,7 @@ def test_killed_repair_goes_on(tmp_path: Path) -> None:
     (damaged / LARGE_FILE).unlink()
     with serve(sound.parent) as web:
         web.bytes_per_s = 12 * MEBIBYTE
-        code = f"from pathlib import Path; from featcache.restore import restore; restore(Path({str(damaged)!r}), '{web.url}/cache')"
+        code = f"from pathlib import Path; from featcache.share.restore import restore; restore(Path({str(damaged)!r}), '{web.url}/cache')"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         process = subprocess.Popen([sys.executable, "-c", code], env=environment)
         kept = damaged / f".featcache/restored/{LARGE_FILE.replace('/', '+')}.fetched"

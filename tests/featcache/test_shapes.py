@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache import shapes
 from featcache.errors import UserError
+from featcache.sources import shapes
 
 N_CLASSES = len(shapes.CLASS_NAMES)
 indices = st.integers(0, 2**31)

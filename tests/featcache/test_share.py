@@ -20,16 +20,15 @@ from store_helpers import COUNT, add, base_features, build, corrupt, expected, m
 from web_server import serve
 
 import featcache
-from featcache import remote, remote_errors
 from featcache.errors import CacheError, UserError
-from featcache.order import sequential_order
-from featcache.remote import is_remote, open_destination, open_location, parse_hub_url
-from featcache.share import list_remote, pull, push, subset, verify_remote
+from featcache.read.order import sequential_order
+from featcache.read.stream import BlockCache, open_remote
+from featcache.share.manage import collect_garbage
+from featcache.share.transfer import list_remote, pull, push, subset, verify_remote
+from featcache.share.verify import verify
 from featcache.store import blocks as hashes
-from featcache.store import files
-from featcache.store.manage import collect_garbage
-from featcache.store.verify import verify
-from featcache.stream import BlockCache, open_remote
+from featcache.store import files, remote, remote_errors
+from featcache.store.remote import is_remote, open_destination, open_location, parse_hub_url
 
 SKIPPED = (4, 20)
 
@@ -121,7 +120,7 @@ def test_a_server_that_dies_and_comes_back(source: Path, web, tmp_path: Path) ->
 
 def test_killed_pull_resumes(source: Path, web, tmp_path: Path) -> None:
     target = tmp_path / "copy"
-    code = f"from featcache.share import pull; pull('{web.url}/cache', {str(target)!r}, threads=1)"
+    code = f"from featcache.share.transfer import pull; pull('{web.url}/cache', {str(target)!r}, threads=1)"
     rounds = 0
     for delay in (0.01, 0.03, 0.05, 0.08):
         process = subprocess.Popen([sys.executable, "-c", code])
@@ -671,7 +670,7 @@ def test_push_to_the_hub_is_one_commit(source: Path, monkeypatch) -> None:
             commits.append({o.path_in_repo: o.path_or_fileobj for o in operations})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr("featcache.share.read_remote_root", lambda place: None)
+    monkeypatch.setattr("featcache.share.transfer.read_remote_root", lambda place: None)
     push(source, "hf://datasets/me/set/cache")
     assert len(commits) == 1
     sent = {

@@ -18,11 +18,11 @@ from PIL import Image
 from web_server import serve
 
 import featcache
-from featcache.build import build
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.errors import UserError
-from featcache.images import BadImage, Source, fingerprint, open_source
-from featcache.request import BuildRequest
 from featcache.sources.archives import _expanded, index_folder
+from featcache.sources.base import BadImage, Source, fingerprint, open_source
 
 CLASSES = {"n01": 3, "n02": 2, "n03": 4}
 
@@ -347,7 +347,7 @@ def test_brace_patterns() -> None:
 
 
 def test_turbo_is_exact_where_it_does_not_scale_and_near_where_it_does(imagenet_sample: Path) -> None:
-    from featcache.decoders import decode_pil, decode_turbo
+    from featcache.sources.decoders import decode_pil, decode_turbo
 
     for file in sorted(imagenet_sample.rglob("*.JPEG"))[::12]:
         data = file.read_bytes()
@@ -362,7 +362,7 @@ def test_turbo_is_exact_where_it_does_not_scale_and_near_where_it_does(imagenet_
 
 
 def test_turbo_decodes_other_formats_the_exact_way() -> None:
-    from featcache.decoders import decode_pil, decode_turbo
+    from featcache.sources.decoders import decode_pil, decode_turbo
 
     noise = Image.fromarray(np.random.default_rng(3).integers(0, 256, (90, 80, 3), dtype=np.uint8))
     for kind, mode in (("PNG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("WEBP", "RGB")):
@@ -374,7 +374,7 @@ def test_turbo_decodes_other_formats_the_exact_way() -> None:
 
 
 def test_difference_of_decoders_on_known_errors() -> None:
-    from featcache.decoders import difference
+    from featcache.sources.decoders import difference
 
     class Two:
         def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:

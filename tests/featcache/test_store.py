@@ -28,12 +28,12 @@ from store_helpers import (
 
 import featcache
 from featcache.errors import CacheError
+from featcache.share.manage import cache_bytes, cache_info, collect_garbage, list_caches, remove_features
+from featcache.share.verify import repair_metadata, verify
 from featcache.store import CacheWriter, FeatureSpec, files
 from featcache.store.layout import recommended_shard_size
-from featcache.store.manage import cache_bytes, cache_info, collect_garbage, list_caches, remove_features
 from featcache.store.manifest import check_feature_name
 from featcache.store.root import find_root
-from featcache.store.verify import repair_metadata, verify
 
 BACKENDS = {
     "zarr": {},
@@ -444,7 +444,7 @@ def test_recommended_shard_size() -> None:
 
 
 def test_store_imports_neither_torch_nor_zarr() -> None:
-    code = "import sys, featcache, featcache.store.verify, featcache.store.manage; featcache.open; "
+    code = "import sys, featcache, featcache.share.verify, featcache.share.manage; featcache.open; "
     code += "sys.exit(any(m in sys.modules for m in ('torch', 'zarr')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -546,7 +546,7 @@ def test_a_cache_of_version_1_stays_what_it_is(tmp_path: Path) -> None:
     before = tree(path)
     assert json.loads(before["zarr.json"])["attributes"]["featcache"]["format_version"] == 1
     assert not list(path.rglob("BLOCKS")) and verify(path).ok
-    from featcache.share import pull
+    from featcache.share.transfer import pull
 
     pull(str(path), tmp_path / "copy")
     assert tree(tmp_path / "copy") == before

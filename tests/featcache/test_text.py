@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build import build
-from featcache.captions import open_captions, read_table
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.encoders.base import Compute, WeightsSource, upload
 from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
 from featcache.errors import CacheError, UserError
-from featcache.images import open_source
 from featcache.inspect import read_feature
-from featcache.request import BuildRequest
+from featcache.sources.base import open_source
+from featcache.sources.captions import open_captions, read_table
 
 TINY = TEXTS["tiny"]
 
@@ -382,7 +382,7 @@ def test_captions_are_counted_in_few_tasks(tmp_path: Path, monkeypatch: pytest.M
     tasks = []
     submit = ThreadPoolExecutor.submit
     monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: [tasks.append(args), submit(*args)][1])
-    monkeypatch.setattr("featcache.captions.COUNT_AT_ONCE", 3)
+    monkeypatch.setattr("featcache.sources.captions.COUNT_AT_ONCE", 3)
     captions = open_captions(source, table=None, key=None)
     assert captions.most(np.arange(7)) == 7
     assert len(tasks) == 3
@@ -458,7 +458,7 @@ def test_text_joins_a_cache_without_reading_an_image(
     ask = request(tmp_path / "c", data=str(folder), limit=None)
     build(replace(ask, texts=()), Quiet())
     with monkeypatch.context() as patch:
-        patch.setattr("featcache.images.FolderSource.read", lambda *_: pytest.fail("an image was read"))
+        patch.setattr("featcache.sources.base.FolderSource.read", lambda *_: pytest.fail("an image was read"))
         adding = replace(ask, out=None, into=tmp_path / "c", vae=None, captions=table, text_codec="int8")
         progress = Quiet()
         build(adding, progress)
@@ -507,8 +507,8 @@ def test_bad_images_have_no_captions_and_only_so_many_are_kept(tmp_path: Path) -
 
 
 def test_damaged_text_shards_are_made_again(tmp_path: Path) -> None:
-    from featcache.repair import repair_shards
-    from featcache.store.verify import verify
+    from featcache.build.repair import repair_shards
+    from featcache.share.verify import verify
 
     path = tmp_path / "c"
     build(request(path), Quiet())

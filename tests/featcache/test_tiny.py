@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL
 from timm.models.vision_transformer import VisionTransformer
 
-from featcache import shapes
 from featcache.encoders import tiny
 from featcache.encoders.tiny import train
 from featcache.errors import UserError
+from featcache.sources import shapes
 
 UNSEEN_SET = 5  # neither the training set of the script nor the one it measures on
 

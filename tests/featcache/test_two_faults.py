@@ -11,8 +11,8 @@ import pytest
 from store_helpers import base_features, dataset, tokens, tree, values, write_all
 
 from featcache.errors import CacheError
+from featcache.share.verify import repair_metadata, verify
 from featcache.store import CacheWriter, files
-from featcache.store.verify import repair_metadata, verify
 
 COUNT, SHARD_SIZE, SKIPPED = 10, 4, (3,)
 KINDS = {"zarr": {}, "zarr, version 1": {}, "zstd": {"compressor": "zstd"}, "wds": {"format": "wds"}}

@@ -19,15 +19,17 @@ import pytest
 from store_helpers import add, base_features, build, corrupt, dataset, tokens, tree
 
 from featcache.errors import CacheError, UserError
-from featcache.share import pull, push, verify_remote
-from featcache.store import CacheWriter, FeatureSpec, files, manage, verified
-from featcache.store import verify as verification
+from featcache.share import manage
+from featcache.share import verification as verified
+from featcache.share import verify as verification
+from featcache.share.records import last, record
+from featcache.share.transfer import pull, push, verify_remote
+from featcache.share.verification import Verification
+from featcache.share.verify import parse_fraction, repair_metadata, verify
+from featcache.store import CacheWriter, FeatureSpec, files
 from featcache.store.layout import canonical_json
 from featcache.store.places import LocalLocation
 from featcache.store.root import cache_digest, read_root, root_bytes
-from featcache.store.verified import Verification
-from featcache.store.verify import parse_fraction, repair_metadata, verify
-from featcache.verified import last, record
 
 WDS = {"format": "wds"}
 
@@ -215,7 +217,7 @@ def peak_mib(code: str, *arguments: str) -> float:
     program = textwrap.dedent(
         f"""
         import resource, sys
-        from featcache.store.verify import verify
+        from featcache.share.verify import verify
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         {code}
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

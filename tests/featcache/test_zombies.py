@@ -14,8 +14,8 @@ import pytest
 from store_helpers import dataset, tree
 
 from featcache.errors import CacheError
+from featcache.share.verify import verify
 from featcache.store import CacheWriter, FeatureSpec, files, writer
-from featcache.store.verify import verify
 
 SPEC = FeatureSpec(name="a@1", shape=(4,), codec="raw", dtype="int8")
 COUNT = 4

@@ -12,7 +12,7 @@ import pytest
 from featcache.errors import UserError
 from pipelines.experiments import methods_on_shapes as experiment
 from pipelines.experiments.methods_on_shapes import METHODS, NAMES, Settings, mean_and_error, run_experiment, summarise
-from trainer.config import RunConfig
+from trainer.runs.config import RunConfig
 
 
 def entry(method: str, seed: int, step: int, time_s: float, fid: float) -> dict[str, object]:

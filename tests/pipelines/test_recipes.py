@@ -20,25 +20,26 @@ import torch
 import typer
 import yaml
 
-from featcache.build import BuildRequest, build
+from featcache.build.request import parse_resolution
+from featcache.build.run import BuildRequest, build
 from featcache.cli import app as featcache_app
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES
 from featcache.errors import CacheError, UserError
-from featcache.request import parse_resolution
 from featcache.settings import from_mapping
 from pipelines import index
-from trainer import align, recipes
+from trainer import align
 from trainer.align.base import BackboneInfo, FeatureInfo
-from trainer.caches import find_cache
 from trainer.cli import app as trainer_app
-from trainer.config import RunConfig, apply_overrides, load_recipe
-from trainer.loop import Silent, train
 from trainer.models import model_config
 from trainer.models.config import SIZES
-from trainer.published import METRICS
-from trainer.recipe_pages import describe, listing, page
-from trainer.recipes import Recipe, figures_of, list_recipes, load_recipe_file, papers, recipe_root
+from trainer.runs import recipes
+from trainer.runs.cache import find_cache
+from trainer.runs.config import RunConfig, apply_overrides, load_recipe
+from trainer.runs.published import METRICS
+from trainer.runs.recipe_pages import describe, listing, page
+from trainer.runs.recipes import Recipe, figures_of, list_recipes, load_recipe_file, papers, recipe_root
+from trainer.training.loop import Silent, train
 
 RECIPES = list_recipes()
 TRAININGS = [r for r in RECIPES if r.training == r.name]
@@ -324,7 +325,7 @@ def test_one_row_reads_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_overview_imports_nothing_heavy() -> None:
-    code = "from trainer.recipe_pages import page; import sys; page('', 80); print(*{'torch'} & {*sys.modules})"
+    code = "from trainer.runs.recipe_pages import page; import sys; page('', 80); print(*{'torch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

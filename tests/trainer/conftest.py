@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_runs import add_nano
 
-from featcache.build import build
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.encoders import EncoderChoice
-from featcache.request import BuildRequest
 from trainer.models.config import SIZES
 
 

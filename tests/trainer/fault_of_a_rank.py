@@ -2,7 +2,7 @@
 
     fault_of_a_rank.py FUNCTION WORD...
 
-FUNCTION of `trainer.loop` is the one that fails: `train_step` in its third call, others in their first.
+FUNCTION of `trainer.training.loop` is the one that fails: `train_step` in its third call, others in their first.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from tiny_runs import add_nano
 
-import trainer.loop
+import trainer.training.loop
 from trainer import cli
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     add_nano()
     name = sys.argv.pop(1)
-    real, calls = getattr(trainer.loop, name), 0
+    real, calls = getattr(trainer.training.loop, name), 0
 
     def fails(*args: Any, **kw: Any) -> Any:
         global calls
@@ -32,6 +32,6 @@ if __name__ == "__main__":
             raise RuntimeError("nobody foresaw this")
         return real(*args, **kw)
 
-    setattr(trainer.loop, name, fails)
+    setattr(trainer.training.loop, name, fails)
     cli.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10))  # type: ignore[assignment]
     cli.main()

@@ -16,10 +16,10 @@ import torch._dynamo  # what the first optimiser step and the log would import i
 import torch.utils.tensorboard
 from tiny_runs import Listener, add_nano
 
-import trainer.loop
+import trainer.training.loop
 from featcache.settings import from_mapping
 from trainer import align
-from trainer.config import RunConfig
+from trainer.runs.config import RunConfig
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -33,7 +33,7 @@ if __name__ == "__main__":
             status = 0
             try:
                 config = from_mapping(RunConfig, job["settings"])
-                trainer.loop.train(config, resume=job["resume"], watcher=Listener(), root=Path(job["root"]))
+                trainer.training.loop.train(config, resume=job["resume"], watcher=Listener(), root=Path(job["root"]))
             except SystemExit as leaving:
                 status = leaving.code if isinstance(leaving.code, int) else 1
             except BaseException as error:

@@ -19,7 +19,7 @@ import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401 (what every ch
 import numpy as np
 import torch
 
-from trainer import sampling
+from trainer.sampling import run as sampling
 
 
 class _Quiet:

@@ -266,6 +266,6 @@ def test_measuring_knows_no_pages_and_pages_read_results_alone() -> None:
 
     measuring, pages = imported("analyze"), imported("report")
     assert "trainer.plots" in measuring and "trainer.plots" in pages
-    assert not [name for name in measuring if name.startswith(("trainer.report", "trainer.analysis"))]
-    assert "trainer.evaluation" not in measuring
+    assert not [name for name in measuring if name.startswith(("trainer.report", "trainer.report.analyze"))]
+    assert "trainer.evaluate.run" not in measuring
     assert {name for name in pages if name.startswith("trainer.analy")} == {"trainer.analyze.result"}

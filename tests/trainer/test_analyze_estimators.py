@@ -19,7 +19,7 @@ from trainer.analyze.probe import folds_of, linear_probe, probe_accuracy
 from trainer.analyze.selfsim import salient_patch
 from trainer.analyze.spectra import Spectrum, effective_rank, energy, self_similarity
 from trainer.analyze.subject import choose, initial_share
-from trainer.config import RunConfig
+from trainer.runs.config import RunConfig
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,7 +22,6 @@ from tiny_runs import Listener, add_nano, settings
 
 from featcache.errors import CacheError, UserError
 from trainer.align.base import cosine_per_token
-from trainer.analysis import analyze_runs
 from trainer.analyze import DIAGNOSTICS
 from trainer.analyze.angle import shared_gradients
 from trainer.analyze.config import AnalyzeConfig
@@ -31,9 +30,10 @@ from trainer.analyze.gsnr import measure
 from trainer.analyze.probes import OWN, own_loss, own_sample
 from trainer.analyze.result import NotApplicable
 from trainer.analyze.subject import MIXTURE, Subject
-from trainer.loop import train
 from trainer.models.config import SIZES
 from trainer.report import analysis as report_pages
+from trainer.report.analyze import analyze_runs
+from trainer.training.loop import train
 
 METHODS = ("none", "ahpa", "dya", "sra", "sara", "ahpa+repa")
 

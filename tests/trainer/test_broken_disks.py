@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from tiny_runs import Listener, assert_identical, log_of, settings
 
 from featcache.errors import UserError
-from trainer import checkpoint, runs
-from trainer.loop import train
+from trainer.runs import checkpoint
+from trainer.runs import folder as runs
+from trainer.training.loop import train
 
 REFUSALS = [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EDQUOT]
 
@@ -137,7 +138,7 @@ def test_training_on_a_disk_that_fills_up_can_be_resumed(
 def test_a_log_that_cannot_be_written_ends_the_run_in_one_sentence(
     shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    from trainer import log
+    from trainer.runs import log
 
     real = log.RunLog._write
 
@@ -194,7 +195,7 @@ def test_a_folder_in_place_of_a_file_or_the_other_way_round(shapes_cache: Path, 
 def test_a_grid_that_cannot_be_written_is_a_remark(
     shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer import grids
+    from trainer.training import grids
 
     monkeypatch.setattr(grids, "load_decoder", lambda *_: torch.nn.Identity())
     monkeypatch.setattr(grids, "class_grid", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
@@ -226,7 +227,7 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_damaged_block_of_samples_is_drawn_again(tmp_path: Path) -> None:
-    from trainer.sampling import _is_whole, _save_block
+    from trainer.sampling.run import _is_whole, _save_block
 
     _save_block(tmp_path / "000000.npy", np.zeros((4, 2, 2, 3), np.uint8))
     assert _is_whole(tmp_path, 4, 0) and not _is_whole(tmp_path, 5, 0)

@@ -18,9 +18,9 @@ from tiny_runs import Listener, settings
 
 import featcache
 from featcache.errors import CacheError
-from featcache.store.manage import remove_features
-from trainer.caches import build_command, build_line, find_cache, sample_keys
-from trainer.loop import train
+from featcache.share.manage import remove_features
+from trainer.runs.cache import build_command, build_line, find_cache, sample_keys
+from trainer.training.loop import train
 
 
 def without(cache: Path, target: Path, *names: str) -> Path:

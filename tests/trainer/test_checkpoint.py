@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from featcache.errors import UserError
-from trainer import checkpoint
+from trainer.runs import checkpoint
 
 
 def save(run: Path, step: int, keep: int = 2) -> Path:

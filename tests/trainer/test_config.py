@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from featcache.errors import UserError
 from featcache.settings import from_mapping, to_mapping
-from trainer.config import RunConfig, apply_overrides, load_recipe
+from trainer.runs.config import RunConfig, apply_overrides, load_recipe
 
 
 def parse(values: dict[str, Any] | None = None, *overrides: str) -> RunConfig:
@@ -109,7 +109,7 @@ def test_values_that_cannot_be_meant_are_errors(values: dict[str, Any], part: st
 
 
 def test_a_configuration_survives_its_own_file(tmp_path: Path) -> None:
-    from trainer.runs import load_config, save_config
+    from trainer.runs.folder import load_config, save_config
 
     config = parse({"method": "ahpa+sra", "betas": [0.9, 0.95], "align": {"ahpa": {"groups": ["G3"]}}, "lr": 3e-5})
     save_config(tmp_path, config)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import CacheError
-from trainer.data import RING, Batches, Share, stream_indices, stream_views
+from trainer.training.data import RING, Batches, Share, stream_indices, stream_views
 
 CPU = torch.device("cpu")
 
@@ -116,9 +116,9 @@ def test_a_batch_is_not_overwritten_while_it_is_in_use(shapes_cache: Path) -> No
 
 
 def test_mirrored_views_follow_the_coins(tmp_path: Path) -> None:
-    from featcache.build import build
+    from featcache.build.request import BuildRequest
+    from featcache.build.run import build
     from featcache.encoders import EncoderChoice
-    from featcache.request import BuildRequest
 
     class Quiet:
         def start(self, *, total: int, done: int, note: str) -> None: ...

@@ -18,7 +18,7 @@ from tiny_runs import Listener, add_nano, checkpoint_files, log_of, losses, sett
 from featcache.errors import UserError
 from featcache.settings import to_mapping
 from trainer.distributed import World, join
-from trainer.loop import train
+from trainer.training.loop import train
 
 METHODS = ("none", "ahpa", "dya", "sara", "sra")
 STEPS = 6

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.images import open_source
+from featcache.sources.base import open_source
 from trainer.evaluate.extractors import Extractor, build_extractor
 from trainer.evaluate.images import (
     ArrayImages,
@@ -108,7 +108,7 @@ def test_every_kind_of_image_set_yields_the_same_pixels_and_labels(tmp_path: Pat
 
 
 def test_folders_of_real_images_are_cropped_as_adm_does(tmp_path: Path) -> None:
-    from featcache.images import center_crop
+    from featcache.sources.base import center_crop
 
     rng = np.random.default_rng(0)
     (tmp_path / "a").mkdir()
@@ -403,8 +403,8 @@ class Silent:
 
 def build_cache(path: Path, data: str, **options: object) -> Path:
     """A small cache of the tiny VAE's moments."""
-    from featcache.build import build
-    from featcache.request import BuildRequest
+    from featcache.build.request import BuildRequest
+    from featcache.build.run import build
 
     request = BuildRequest(data=data, vae="tiny", resolution=SIDE, device="cpu", out=path, **options)  # type: ignore[arg-type]
     return build(request, Silent()).path

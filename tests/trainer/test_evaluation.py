@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.build import build
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
-from featcache.request import BuildRequest
-from trainer import runs
-from trainer.config import RunConfig
-from trainer.diffusion.interval import Interval
-from trainer.evaluation import _beside, _with_defaults, evaluate_images, evaluate_run, router_charts, write_run_report
-from trainer.exchange import export_checkpoint, import_checkpoint
-from trainer.loop import train
+from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run, router_charts, write_run_report
+from trainer.interval import Interval
 from trainer.models import build_model
-from trainer.recipes import list_recipes, load_recipe_file
 from trainer.requests import EvalRequest, SampleSettings
-from trainer.sample import load_run, run_model_config
+from trainer.runs import folder as runs
+from trainer.runs.config import RunConfig
+from trainer.runs.exchange import export_checkpoint, import_checkpoint
+from trainer.runs.recipes import list_recipes, load_recipe_file
+from trainer.sampling.draw import load_run, run_model_config
+from trainer.training.loop import train
 
 
 class Quiet:
@@ -109,7 +109,7 @@ def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
 def test_auto_falls_back_to_the_embedded_extractor_and_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from featcache.errors import WeightsUnavailable
     from trainer.evaluate import extractors
-    from trainer.evaluation import choose_extractor
+    from trainer.evaluate.run import choose_extractor
 
     def missing(**_: object) -> object:
         raise WeightsUnavailable("no Inception weights", remedy="bring them")

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.diffusion.guidance import Guidance, guided
-from trainer.exchange import export_checkpoint, import_checkpoint
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import sinusoid
 from trainer.models.config import SIZES
 from trainer.models.dit import split_variance
-from trainer.runs import check_resumable
-from trainer.sample import load_run
+from trainer.runs.exchange import export_checkpoint, import_checkpoint
+from trainer.runs.folder import check_resumable
+from trainer.sampling.draw import load_run
 
 DRAWS: dict[str, dict[str, Any]] = {
     "sit_repa": {"projector": (128, 48)},

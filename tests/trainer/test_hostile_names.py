@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from tiny_runs import Listener, settings
 
-from featcache.build import BuildRequest, build
+from featcache.build.run import BuildRequest, build
 from featcache.encoders import EncoderChoice
-from trainer.loop import train
+from trainer.training.loop import train
 
 MARKUP = "[red]x[bold]"
 TITLE = "\x1b]0;pwn\x07"

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.diffusion.guidance import Guidance
-from trainer.inference import Arithmetic, Network, applied, choose_arithmetic
 from trainer.models import build_model, model_config
-from trainer.sample import SampleConfig, draw_latents
+from trainer.sampling.draw import SampleConfig, draw_latents
+from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
 
 
 def backbone(name: str = "SiT-Ti/2") -> torch.nn.Module:

@@ -21,12 +21,14 @@ from tiny_runs import Listener, add_nano, log_of, settings
 
 from featcache.errors import UserError
 from featcache.store import files
-from trainer import checkpoint, runs, sampling
-from trainer.exchange import export_checkpoint, import_checkpoint
-from trainer.loop import train
 from trainer.models.config import SIZES
 from trainer.requests import SampleRequest
-from trainer.sampling import sample_run
+from trainer.runs import checkpoint
+from trainer.runs import folder as runs
+from trainer.runs.exchange import export_checkpoint, import_checkpoint
+from trainer.sampling import run as sampling
+from trainer.sampling.run import sample_run
+from trainer.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("nano")
 

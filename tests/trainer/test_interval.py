@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from featcache.errors import UserError
 from featcache.settings import from_mapping
-from trainer.diffusion.interval import Interval
-from trainer.published import Sampling
+from trainer.interval import Interval
+from trainer.runs.published import Sampling
 
 TIMES = st.floats(0, 1)
 

@@ -16,11 +16,11 @@ from torch._dynamo.utils import counters
 
 import featcache
 from trainer.align.dya import dropped
-from trainer.config import RunConfig
-from trainer.data import stream_indices
 from trainer.distributed import StopSignal
-from trainer.loop import Diverged, train
-from trainer.meters import FirstBadStep, RunningMeans, TrainingClock
+from trainer.runs.config import RunConfig
+from trainer.training.data import stream_indices
+from trainer.training.loop import Diverged, train
+from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 
 CPU = torch.device("cpu")
 
@@ -194,7 +194,7 @@ def test_the_log_is_json_with_the_documented_keys(shapes_cache: Path, tmp_path: 
 
 @pytest.mark.usefixtures("nano")
 def test_the_run_folder_describes_the_run(shapes_cache: Path, tmp_path: Path) -> None:
-    from trainer.runs import load_config
+    from trainer.runs.folder import load_config
 
     path = run(settings(shapes_cache, "ahpa", steps=1, clip=None), tmp_path)
     config = load_config(path)
@@ -301,9 +301,9 @@ def test_no_step_waits_for_the_gpu(
     shapes_cache: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any synchronising call inside a step that logs nothing is an error; the discriminator's turns are included."""
-    import trainer.loop
+    import trainer.training.loop
 
-    real, seen = trainer.loop.train_step, []
+    real, seen = trainer.training.loop.train_step, []
 
     def watched(*args: Any, measures: bool, **kw: Any) -> Any:
         if measures or len(seen) < 2:  # first steps set up handles
@@ -316,6 +316,6 @@ def test_no_step_waits_for_the_gpu(
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(trainer.loop, "train_step", watched)
+    monkeypatch.setattr(trainer.training.loop, "train_step", watched)
     run(settings(shapes_cache, method, device="cuda", compile=False, steps=8, log_every=100), tmp_path)
     assert sum(seen) >= 4

@@ -18,9 +18,9 @@ from tiny_runs import Listener, assert_identical, keep_only, log_of, settings
 
 from featcache.errors import CacheError, UserError
 from featcache.settings import to_mapping
-from trainer import checkpoint
-from trainer.config import RunConfig
-from trainer.loop import train
+from trainer.runs import checkpoint
+from trainer.runs.config import RunConfig
+from trainer.training.loop import train
 
 STEPS = 6
 

@@ -19,9 +19,10 @@ from tiny_runs import Listener, log_of, settings
 
 import featcache
 from featcache.errors import CacheError, UserError
-from trainer import locks, runs
-from trainer.config import RunConfig
-from trainer.loop import train
+from trainer.runs import folder as runs
+from trainer.runs import locks
+from trainer.runs.config import RunConfig
+from trainer.training.loop import train
 
 
 def run(config: RunConfig, root: Path, *, resume: bool = False, **kw: Any) -> Path:
@@ -153,7 +154,7 @@ def test_names_that_no_folder_can_have(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("nano")
 def test_two_evaluations_do_not_draw_into_one_folder(shapes_cache: Path, tmp_path: Path) -> None:
     from trainer.requests import SampleRequest
-    from trainer.sampling import sample_run
+    from trainer.sampling.run import sample_run
 
     class Quiet:
         def begin(self, name: str, total: int, done: int = 0) -> None: ...
@@ -174,7 +175,7 @@ def test_two_evaluations_do_not_draw_into_one_folder(shapes_cache: Path, tmp_pat
 
 
 def test_metrics_of_two_evaluations_both_stay(tmp_path: Path) -> None:
-    from trainer.evaluation import _append_metrics
+    from trainer.evaluate.run import _append_metrics
 
     def add(first: int) -> None:
         for step in range(first, first + 20):
@@ -244,16 +245,16 @@ def test_no_secret_of_a_url_is_stored_or_shown(
     shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The cache behind a URL with a password and a signed query; all that lands in the run folder and on the screen."""
-    import trainer.loop
+    import trainer.training.loop
     from trainer.cli import _resumed_config
-    from trainer.evaluation import _reference, write_run_report
+    from trainer.evaluate.run import _reference, write_run_report
     from trainer.progress import RichWatcher
     from trainer.requests import EvalRequest
 
     url = "https://someone:hunter2@host/shapes?X-Amz-Signature=deadbeef"
     opened = featcache.open(shapes_cache)
     opened.path = url
-    monkeypatch.setattr(trainer.loop, "find_cache", lambda config: opened)
+    monkeypatch.setattr(trainer.training.loop, "find_cache", lambda config: opened)
     config = settings(url, steps=2, stream_gib=1.0)
     with RichWatcher() as watcher:
         path = train(config, resume=False, watcher=watcher, root=tmp_path / "runs")

@@ -22,12 +22,12 @@ from torch import Tensor
 import featcache
 from featcache.machine import cpu_name
 from trainer.diffusion.guidance import Guidance
-from trainer.diffusion.interval import Interval
 from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
-from trainer.parts import Parts, assemble
-from trainer.sample import SampleConfig, draw_latents
-from trainer.step import Draws, draw
+from trainer.interval import Interval
+from trainer.sampling.draw import SampleConfig, draw_latents
+from trainer.training.objective import Draws, draw
+from trainer.training.state import Parts, assemble
 
 RECORD = Path(__file__).parent / "data" / "same_numbers.json"
 CPU = torch.device("cpu")
@@ -162,7 +162,7 @@ def record_all() -> None:
 
     from tiny_runs import add_nano
 
-    from featcache.build import BuildRequest, build
+    from featcache.build.run import BuildRequest, build
     from featcache.encoders import EncoderChoice
 
     class Quiet:

@@ -17,7 +17,6 @@ from torch import Tensor
 from featcache.errors import UserError
 from trainer.diffusion.ddpm import Schedule, linear_schedule, respace
 from trainer.diffusion.guidance import Guidance, guided
-from trainer.diffusion.interval import Interval
 from trainer.diffusion.noise import noise_stream, sample_noise
 from trainer.diffusion.samplers import (
     ddim,
@@ -29,6 +28,7 @@ from trainer.diffusion.samplers import (
     ode_grid,
     sde_grid,
 )
+from trainer.interval import Interval
 from trainer.models.transformer import ModelOutput
 
 MEAN, STD = 1.5, 0.5

@@ -21,21 +21,20 @@ import pytest
 import torch
 from PIL import Image
 
-from featcache.build import build
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
-from featcache.request import BuildRequest
-from trainer import sampling
-from trainer.config import RunConfig
+from trainer.classes import Classes
 from trainer.diffusion.ddpm import linear_schedule
 from trainer.diffusion.guidance import Guidance
-from trainer.diffusion.interval import Interval
-from trainer.labels import Classes
-from trainer.loop import train
+from trainer.interval import Interval
 from trainer.models import model_config
 from trainer.models.transformer import ModelOutput
 from trainer.requests import SampleRequest
-from trainer.sample import (
+from trainer.runs.config import RunConfig
+from trainer.sampling import run as sampling
+from trainer.sampling.draw import (
     SampleConfig,
     check_sampler,
     class_grid,
@@ -46,7 +45,8 @@ from trainer.sample import (
     sampling_times,
     to_uint8,
 )
-from trainer.sampling import folder_name, sample_run
+from trainer.sampling.run import folder_name, sample_run
+from trainer.training.loop import train
 
 
 class Quiet:

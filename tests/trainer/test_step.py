@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 import featcache
 from trainer.distributed import World
-from trainer.parts import Parts, assemble
-from trainer.step import Draws, Objective, clip_gradients, draw, ema_decay_at, sample_posterior, update_ema
+from trainer.training.objective import (
+    Draws,
+    Objective,
+    clip_gradients,
+    draw,
+    ema_decay_at,
+    sample_posterior,
+    update_ema,
+)
+from trainer.training.state import Parts, assemble
 
 CPU = torch.device("cpu")
 

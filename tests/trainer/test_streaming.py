@@ -12,13 +12,13 @@ import pytest
 from tiny_runs import Listener, losses
 
 from featcache.errors import CacheError
-from featcache.share import push
+from featcache.share.transfer import push
 from featcache.store import CacheWriter
 from featcache.store.manifest import DatasetSpec, FeatureSpec
-from trainer.caches import find_cache
-from trainer.config import RunConfig
-from trainer.loop import train
-from trainer.runs import load_config
+from trainer.runs.cache import find_cache
+from trainer.runs.config import RunConfig
+from trainer.runs.folder import load_config
+from trainer.training.loop import train
 
 COUNT, BATCH = 160, 16
 LIMIT_BYTES = 4 << 20  # the least a stream takes

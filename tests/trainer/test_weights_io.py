@@ -20,11 +20,11 @@ from tiny_runs import Listener, settings
 from torch import Tensor
 
 from featcache.errors import CacheError, UserError
-from featcache.store.manage import remove_features
-from trainer.exchange import export_checkpoint, import_checkpoint
-from trainer.loop import train
+from featcache.share.manage import remove_features
 from trainer.models import Transformer, build_model, load_weights
-from trainer.weights_io import CONVENTIONS, Imported, export_official, import_official, reverse_time
+from trainer.runs.exchange import export_checkpoint, import_checkpoint
+from trainer.runs.weights_io import CONVENTIONS, Imported, export_official, import_official, reverse_time
+from trainer.training.loop import train
 
 SMALL: dict[str, Any] = {"depth": 2, "grid": 4, "width": 32, "classes": 5}
 

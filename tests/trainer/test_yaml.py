@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featcache.errors import UserError
-from trainer.yaml_text import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_yaml, read_yaml
+from trainer.runs.yaml_text import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_yaml, read_yaml
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefghi", "bcdefghij")

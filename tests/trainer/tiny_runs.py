@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from featcache.settings import from_mapping
-from trainer.config import RunConfig
 from trainer.models.config import SIZES
+from trainer.runs.config import RunConfig
 
 NANO = "SiT-Nano/2"
 

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from tiny_runs import Listener, add_nano
 
-import trainer.loop
+import trainer.training.loop
 from featcache.errors import UserError
 from featcache.settings import from_mapping
-from trainer.config import RunConfig
 from trainer.distributed import StopSignal, average_gradients, from_main, join, leave
+from trainer.runs.config import RunConfig
 
 
 def signalling(step: int) -> Any:
     """A training step after which this process gets a SIGTERM once, at the given step."""
-    real = trainer.loop.train_step
+    real = trainer.training.loop.train_step
 
     def train_step(job: Any, stream: Any, at: int, *args: Any, **kw: Any) -> Any:
         if at == step:
@@ -36,20 +36,20 @@ def signalling(step: int) -> Any:
 
 
 def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
-    real = trainer.loop.train_step
+    real = trainer.training.loop.train_step
     if job.get("signal_rank") == rank:
-        trainer.loop.train_step = signalling(job["signal_step"])
+        trainer.training.loop.train_step = signalling(job["signal_step"])
     listener = Listener()
     try:
         config = from_mapping(RunConfig, job["settings"])
-        folder = trainer.loop.train(config, resume=job.get("resume", False), watcher=listener, root=root)
+        folder = trainer.training.loop.train(config, resume=job.get("resume", False), watcher=listener, root=root)
         return {"folder": str(folder), "told": listener.done}
     except SystemExit as leaving:
         return {"exit": leaving.code, "told": listener.done}
     except UserError as error:
         return {"error": error.what}
     finally:
-        trainer.loop.train_step = real
+        trainer.training.loop.train_step = real
 
 
 def flags(rank: int) -> list[int]:

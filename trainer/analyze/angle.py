@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer import checkpoint
 from trainer.analyze.gradients import cosine, degrees
 from trainer.analyze.result import NotApplicable, Result
 from trainer.analyze.subject import Subject
 from trainer.plots import Chart, Plot, Series
-from trainer.step import Draws
+from trainer.runs import checkpoint
+from trainer.training.objective import Draws
 from trainer.typeset import measure
 
 

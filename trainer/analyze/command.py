@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from featcache.build import pick_device
+from featcache.build.run import pick_device
 from featcache.errors import UserError
-from trainer import runs
 from trainer.analyze import DIAGNOSTICS, diagnostic
 from trainer.analyze.compare import compare
 from trainer.analyze.config import AnalyzeConfig
@@ -28,6 +27,7 @@ from trainer.analyze.result import (
     writing,
 )
 from trainer.analyze.subject import Subject
+from trainer.runs import folder as runs
 
 SMALL = 1 << 19  # SiT-S/2 at 256 px, batch 32: 3.1 million; SiT-Ti/2 at 64 px: 0.1 million
 

@@ -20,11 +20,12 @@ import numpy as np
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.images import MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.base import MAX_FILE_BYTES, BadImage, decode
 from featcache.store import files
-from trainer import locks, runs, schemas
 from trainer.analyze import DIAGNOSTICS
 from trainer.plots import Plot, Strips
+from trainer.runs import folder as runs
+from trainer.runs import locks, schemas
 
 _REMEDY = "Delete the file; trainer analyze makes it anew."
 

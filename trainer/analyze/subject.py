@@ -18,7 +18,6 @@ from torch import Tensor
 import featcache
 from featcache.errors import CacheError, UserError
 from featcache.inspect import read_feature
-from trainer import checkpoint, runs, sample
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import AlignInputs, Alignment
 from trainer.align.combined import Combined
@@ -26,12 +25,15 @@ from trainer.align.heads import to_grid
 from trainer.align.repa import DEPTHS
 from trainer.align.sra2 import patchify
 from trainer.analyze.config import AnalyzeConfig
-from trainer.config import RunConfig
 from trainer.diffusion.noise import sample_noise
 from trainer.diffusion.transport import build_transport
 from trainer.models import Transformer, build_model, load_weights
-from trainer.parts import backbone_info, build_alignment, cached_feature
-from trainer.step import Objective, ema_decay_at, sample_posterior
+from trainer.runs import checkpoint
+from trainer.runs import folder as runs
+from trainer.runs.config import RunConfig
+from trainer.sampling import draw as sample
+from trainer.training.objective import Objective, ema_decay_at, sample_posterior
+from trainer.training.state import backbone_info, build_alignment, cached_feature
 
 _POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
 MIXTURE = "router's mixture"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
-from trainer.diffusion.interval import Interval
+from trainer.interval import Interval
 from trainer.models.transformer import ModelOutput
 
 if TYPE_CHECKING:

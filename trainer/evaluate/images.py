@@ -19,9 +19,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from featcache.decoders import decode_pil
 from featcache.errors import UserError
-from featcache.images import EXTENSIONS, MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.base import EXTENSIONS, MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.decoders import decode_pil
 from featcache.sources.opening import Unreadable, explained, read_file
 
 T = TypeVar("T")
@@ -352,7 +352,7 @@ class CacheImages:
             UserError: the images are not here; other than for `featcache inspect`, decoded latents will not
                 do.
         """
-        from featcache.build import sample_order
+        from featcache.build.run import sample_order
         from featcache.inspect import source_of
 
         dataset = self.cache.manifest.dataset

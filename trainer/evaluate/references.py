@@ -16,7 +16,6 @@ from torch import Tensor
 from featcache.errors import UserError
 from featcache.precision import tensor_float32
 from featcache.store import files
-from trainer import locks
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import (
     CacheImages,
@@ -29,6 +28,7 @@ from trainer.evaluate.images import (
     read_arrays,
 )
 from trainer.evaluate.metrics import InceptionScore, Moments
+from trainer.runs import locks
 
 # As many reference images as ADM's own batches hold: precision and recall compare all pairs.
 DEFAULT_KEPT_FEATURES = 10_000

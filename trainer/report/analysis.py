@@ -6,12 +6,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import runs
 from trainer.analyze.result import Section, read_about, read_comparison, read_results, writing
 from trainer.plots import Chart, Plot
 from trainer.report.charts import save
 from trainer.report.data import RunData
 from trainer.report.page import write_page
+from trainer.runs import folder as runs
 
 SHOWN_ROWS = 120
 

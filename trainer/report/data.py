@@ -13,10 +13,10 @@ import numpy as np
 from featcache.errors import UserError
 from featcache.redact import redact
 from featcache.store import files
-from trainer import runs
 from trainer.analyze.result import Result, read_results
 from trainer.plots import LARGEST
-from trainer.yaml_text import MAX_BYTES, read_yaml
+from trainer.runs import folder as runs
+from trainer.runs.yaml_text import MAX_BYTES, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

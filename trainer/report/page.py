@@ -14,10 +14,10 @@ from PIL import Image
 
 from featcache.console import plain
 from featcache.errors import UserError
-from featcache.images import MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.base import MAX_FILE_BYTES, BadImage, decode
 from featcache.store import files
-from trainer import runs
 from trainer.report.charts import render_svg
+from trainer.runs import folder as runs
 from trainer.typeset import measure, number, setting
 
 _TEMPLATES = Path(__file__).with_name("templates")

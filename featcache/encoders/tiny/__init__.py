@@ -1,6 +1,6 @@
 """The embedded default: a VAE and a vision transformer small enough to ship with the code.
 
-Both are trained on `featcache.shapes` by `train.py` in this folder, whose figures stand in `figures.json`.
+Both are trained on `featcache.sources.shapes` by `train.py` in this folder, whose figures stand in `figures.json`.
 They are real instances of the classes that the full-size encoders use (`diffusers.AutoencoderKL` with
 SD-VAE's four-stage layout, `timm`'s `VisionTransformer`), so whatever reads a level or a token layer from
 those reads it from these.

@@ -13,8 +13,8 @@ import torch
 import typer
 from PIL import Image
 
-from featcache import shapes
 from featcache.encoders import tiny
+from featcache.sources import shapes
 
 UNSEEN_SET = 5  # not the set that the encoders were trained on
 

@@ -46,9 +46,9 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from featcache import shapes
 from featcache.encoders import tiny
 from featcache.machine import cpu_name
+from featcache.sources import shapes
 
 VAE_CONFIG: dict[str, Any] = {
     "in_channels": 3,

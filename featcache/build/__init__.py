@@ -1,0 +1,1 @@
+"""Building a cache: one pass over the images, resumable by shard, divided among workers."""

@@ -1,0 +1,255 @@
+"""What a build will cost, before any work: bytes, bandwidth, time, and (measured) what each codec loses."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.build.fidelity import distance, fidelity
+from featcache.build.pipeline import encoder_name
+from featcache.build.run import SAMPLE_FEATURES, BuildRequest, check_request, pick_device, prepare, spec_bytes
+from featcache.codecs import CODECS, encode
+from featcache.encoders.base import in_precision, synchronise
+from featcache.errors import UserError
+from featcache.precision import PRECISIONS
+from featcache.store.manifest import FeatureSpec
+
+PROBE_IMAGES = 2  # for the encoders' rate, after one warm-up of the same size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One planned build.
+
+    specs: features to be made. count: images. free_bytes: on the disk that the cache would lie on. rates: stage ->
+    images/s on this machine, measured. fidelity: feature -> codec -> figures of :func:`featcache.build.fidelity.fidelity`.
+    precision: feature -> precision -> figures of :func:`featcache.build.fidelity.distance` from fp32. precision_rates: encoder
+    -> precision -> images/s.
+    """
+
+    path: Path
+    specs: tuple[FeatureSpec, ...]
+    count: int
+    device: str
+    free_bytes: int
+    rates: Mapping[str, float]
+    fidelity: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    precision: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    precision_rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def bytes_per_image(self) -> int:
+        return sum(spec_bytes(spec) for spec in self.specs)
+
+    @property
+    def seconds(self) -> float:
+        """Encoding time: the encoders one after the other; decoding and writing go on beside them."""
+        encoders = [rate for stage, rate in self.rates.items() if stage.startswith("encode")]
+        slowest = min(
+            [rate for stage, rate in self.rates.items() if not stage.startswith("encode")], default=float("inf")
+        )
+        return self.count * max(sum(1 / rate for rate in encoders), 1 / slowest)
+
+
+def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
+    """Plans a build. Rates come from a few probe images; with ``measure`` > 0 from so many real ones, which also give
+    each codec's fidelity and each precision's error and rate.
+
+    Without ``measure`` the encoders run with random weights where real ones are not to be had: sizes and speed are the same.
+
+    Raises:
+        UserError: bad input of any kind, as for a build.
+    """
+    check_request(request)
+    seed = request.random_weights
+    if not measure and seed is None and request.weights_dir is None:
+        request = replace(request, random_weights=0)
+    plan = prepare(request, device=pick_device(request.device))
+    work = plan.work
+    R = work.resolution
+    rates: dict[str, float] = {}
+    chosen = [int(i) for i in work.order[: min(measure or PROBE_IMAGES, len(work.order))]]
+    if measure and work.needs_images:
+        start = time.perf_counter()
+        pixels = np.stack([work.source.load(i, R, work.decoder)[0] for i in chosen])
+        rates["decode (1 thread)"] = len(chosen) / (time.perf_counter() - start)
+    else:
+        pixels = np.random.default_rng(0).integers(0, 256, (len(chosen), R, R, 3), dtype=np.uint8)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(work.device)
+    batches = _equal_batches(images, request.batch_size)
+    runs = [
+        _Run(name=encoder_name(e), encoder=e, inputs=batches, computed=sum(map(len, batches)), images=len(images))
+        for e in work.encoders
+    ]
+    if work.captions is not None:
+        captions = [work.captions.of(i) for i in chosen]
+        runs += [
+            _Run(
+                name=encoder_name(e),
+                encoder=e,
+                inputs=[e.tokenise(captions)],
+                computed=len(chosen),
+                images=len(chosen),
+            )
+            for e in work.texts
+        ]
+    features: dict[str, torch.Tensor] = {}
+    precision: dict[str, dict[str, dict[str, float]]] = {}
+    precision_rates: dict[str, dict[str, float]] = {}
+    for run in runs:
+        made, rates[f"encode {run.name}"] = run.timed(run.encoder)
+        made = {name: feature for name, feature in made.items() if name in work.specs}
+        features |= made
+        if not measure:
+            continue
+        exact: dict[str, torch.Tensor] = {}
+        for kind in PRECISIONS:
+            other, rate = run.timed(in_precision(run.encoder, kind))
+            precision_rates.setdefault(run.name, {})[kind] = rate
+            exact = exact or other
+            for name in made:
+                precision.setdefault(name, {})[kind] = distance(exact[name], other[name])
+    start = time.perf_counter()
+    for name, feature in features.items():
+        encode(work.specs[name].codec, feature)
+    rates["quantise"] = len(images) / max(time.perf_counter() - start, 1e-9)
+    parent = plan.path
+    while not parent.exists():
+        parent = parent.parent
+    return Estimate(
+        path=plan.path,
+        specs=tuple(plan.specs),
+        count=len(work.order),
+        device=work.device,
+        free_bytes=shutil.disk_usage(parent).free,
+        rates=rates,
+        fidelity={name: _fidelities(feature) for name, feature in features.items()} if measure else {},
+        precision=precision,
+        precision_rates=precision_rates,
+    )
+
+
+def _equal_batches(images: torch.Tensor, size: int) -> Sequence[torch.Tensor]:
+    """Images [n, ...] in batches of one size, the last one filled up with the first of them: a compiled network would
+    be compiled again for a shorter one, and timed with it."""
+    size = min(size, len(images))
+    return torch.cat([images, images[: -len(images) % size]]).split(size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """An encoder and what it is given: inputs one call each, of ``computed`` images together, of which the first
+    ``images`` count as features."""
+
+    name: str
+    encoder: Any
+    inputs: Sequence[Any]
+    computed: int
+    images: int
+
+    def timed(self, encoder: Any) -> tuple[dict[str, torch.Tensor], float]:
+        """Features on the CPU, float32, and images/s, after one call that does not count (kernels, compilation)."""
+        encoder(self.inputs[0])
+        synchronise(encoder.compute.device)
+        start = time.perf_counter()
+        parts = [{name: value.float().cpu() for name, value in encoder(given).items()} for given in self.inputs]
+        rate = self.computed / (time.perf_counter() - start)
+        return {name: torch.cat([part[name] for part in parts])[: self.images] for name in parts[0]}, rate
+
+
+def _fidelities(feature: torch.Tensor) -> dict[str, dict[str, float]]:
+    found = {}
+    for codec in CODECS:
+        if codec == "raw":
+            continue
+        try:
+            found[codec] = fidelity(codec, feature)
+        except UserError:
+            continue  # int4 needs channels in groups of 32
+    return found
+
+
+def _figure(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bool) -> None:
+    """The table that ``featcache plan`` shows."""
+    from rich.table import Table
+
+    from featcache.cli.info import size_text
+    from featcache.console import console, safe
+
+    def table(*titles: str) -> Any:
+        made = Table(box=None, pad_edge=False, header_style="bold")
+        for i, title in enumerate(titles):
+            made.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
+        return made
+
+    sizes = table("feature", "shape", "codec", "per image", "total")
+    for spec in plan.specs:
+        shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
+        one = spec_bytes(spec)
+        sizes.add_row(
+            safe(spec.name),
+            shape,
+            spec.codec if spec.codec != "raw" else spec.dtype,
+            size_text(one),
+            size_text(one * plan.count),
+        )
+    total = plan.bytes_per_image * plan.count
+    sizes.add_row("[bold]all[/bold]", "", "", size_text(plan.bytes_per_image), f"[bold]{size_text(total)}[/bold]")
+    console.print(sizes)
+    views = max(spec.views for spec in plan.specs)
+    read = sum(spec_bytes(spec) // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
+    console.print(
+        f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {read * steps_per_s * batch / 1e9:.3g} GB/s"
+        + (" (one of the two views)" if views > 1 else "")
+    )
+    fits = "fits" if total < plan.free_bytes else "[red]does not fit[/red]"
+    console.print(f"{safe(plan.path)}: {size_text(plan.free_bytes)} free on its disk, {fits}")
+    rates = table("stage", "images/s")
+    for stage, rate in plan.rates.items():
+        rates.add_row(safe(stage), f"{rate:.3g}")
+    console.print(rates)
+    hours, minutes = divmod(round(plan.seconds / 60), 60)
+    console.print(
+        f"{plan.count} images in about {hours} h {minutes} min on this machine's device"
+        + (" (timed with random weights)" if random else "")
+    )
+    for encoder, by_precision in plan.precision_rates.items():
+        speeds = table(f"encode {safe(encoder)}", "images/s")
+        for kind, rate in by_precision.items():
+            speeds.add_row(f"--precision {kind}", f"{rate:.3g}")
+        console.print(speeds)
+    for name, kinds in plan.precision.items():
+        errors = table(f"{safe(name)} against fp32", "mean cosine", "worst cosine", "relative error")
+        for kind, row in kinds.items():
+            errors.add_row(
+                f"--precision {kind}",
+                _figure(row["mean_cosine"], ".6f"),
+                _figure(row["worst_cosine"], ".6f"),
+                _figure(row["relative_error"], ".2e"),
+            )
+        console.print(errors)
+    if plan.precision and plan.device == "cpu":
+        console.print("tf32 is fp32 on a CPU: it exists on GPUs only")
+    for name, codecs in plan.fidelity.items():
+        losses = table(safe(name), "per image", "mean cosine", "worst cosine", "relative error")
+        for codec, row in codecs.items():
+            losses.add_row(
+                codec,
+                size_text(row["bytes_per_image"]),
+                _figure(row["mean_cosine"], ".6f"),
+                _figure(row["worst_cosine"], ".6f"),
+                _figure(row["relative_error"], ".2e"),
+            )
+        console.print(losses)

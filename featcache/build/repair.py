@@ -1,0 +1,123 @@
+"""Damaged shards made again from the images, and nothing else touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from featcache.build.pipeline import Meter, run_shards
+from featcache.build.run import BuildRequest, Progress, pick_device, prepare
+from featcache.encoders import EncoderChoice
+from featcache.errors import CacheError
+from featcache.sources.base import find_data, recorded_shapes
+from featcache.store import CacheWriter
+
+
+def repair_shards(
+    path: Path,
+    damaged: Mapping[str, Sequence[int]],
+    *,
+    data: str | None,
+    weights_dir: Path | None,
+    device: str,
+    progress: Progress,
+    captions: Path | None = None,
+) -> None:
+    """Encodes the ``damaged`` shards (feature -> numbers) of a cache again and records their checksums.
+
+    On the hardware and software of the build the bytes are the recorded ones; elsewhere last bits may differ, which the
+    new checksums cover.
+
+    Args:
+        data: the images, as ``--data``; not needed for the embedded set.
+        captions: the table of captions, where text features were made from one.
+
+    Raises:
+        UserError: the images or weights are not here, or not the ones the cache was made with.
+    """
+    import featcache
+
+    manifest = featcache.open(path).manifest
+    source = _data_of(manifest.dataset.source, data)
+    for names, seed in _by_weights(manifest.features, damaged):
+        request = BuildRequest(
+            data=source,
+            into=path,
+            limit=_limit_of(manifest.dataset.source),
+            weights_dir=weights_dir,
+            random_weights=seed,
+            device=device,
+            captions=captions if any(name.startswith("text/") for name in names) else None,
+            **_encoders_of(manifest, names),
+        )
+        plan = prepare(request, device=pick_device(device), again=names)
+        shards = {name: list(damaged[name]) for name in names}
+        numbers = sorted({shard for numbers in shards.values() for shard in numbers})
+        with CacheWriter.open_for_repair(path, shards) as writer:
+            progress.start(total=sum(len(plan.work.slots(n)) for n in numbers), done=0, note=", ".join(names))
+            run_shards(plan.work, numbers, writer, meter=Meter(), advance=progress.advance, warn=progress.warn)
+            writer.finish()
+
+
+def _data_of(description: str, data: str | None) -> str:
+    shapes = recorded_shapes(description)
+    return shapes[0] if shapes is not None else find_data(data)
+
+
+def _limit_of(description: str) -> int | None:
+    shapes = recorded_shapes(description)
+    return shapes[1] if shapes is not None else None
+
+
+def _by_weights(
+    features: Mapping[str, Any], damaged: Mapping[str, Sequence[int]]
+) -> list[tuple[list[str], int | None]]:
+    """Damaged features grouped by the seed of random weights (None: pretrained, embedded, or no encoder at all)."""
+    groups: dict[int | None, list[str]] = {}
+    for name in damaged:
+        origin = features[name].provenance
+        groups.setdefault(origin.get("seed") if origin.get("weights") == "random" else None, []).append(name)
+    # Without weights first: what they hold of the images is compared when the others are encoded.
+    return [(groups[seed], seed) for seed in sorted(groups, key=lambda seed: (seed is not None, seed or 0))]
+
+
+def _encoders_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The request's fields that make these features the way they were made."""
+    layers: dict[str, list[int]] = {}
+    norms = set()
+    for name in names:
+        encoder, at, layer = name.rpartition("@")
+        if at:
+            if not layer.isascii() or not layer.isdigit():
+                raise CacheError(f"{name!r} does not name an encoder's layer, so it cannot be made again")
+            layers.setdefault(encoder, []).append(int(layer))
+            norms.add(manifest.features[name].provenance.get("final_norm", True))
+    if len(norms) > 1:
+        last = {"final_norm": "last"}
+    else:
+        last = {"final_norm": "all"} if norms == {True} else {}
+    uses_vae = any(name.startswith("vae/") for name in names)
+    if uses_vae and manifest.dataset.vae is None:
+        raise CacheError("the manifest names no VAE, so its features cannot be made again")
+    return {
+        "encoders": tuple(EncoderChoice(name=e, layers=tuple(sorted(n))) for e, n in sorted(layers.items())),
+        "vae": manifest.dataset.vae["name"] if uses_vae else None,
+        "levels": tuple(sorted(name.split("/")[1] for name in names if name.startswith("vae/G"))),
+        **last,
+        **_texts_of(manifest, names),
+    }
+
+
+def _texts_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
+    texts = [name.removeprefix("text/") for name in names if name.startswith("text/")]
+    if not texts:
+        return {}
+    if "text/count" not in manifest.features:
+        raise CacheError("the manifest does not say of which captions its text features are")
+    recorded = manifest.features["text/count"].provenance["captions"]
+    return {
+        "texts": tuple(sorted({name.partition(".")[0] for name in texts} - {"count"})),
+        "caption_key": recorded["key"],
+        "captions_per_image": recorded["per_image"],
+    }

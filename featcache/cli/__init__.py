@@ -1,0 +1,84 @@
+"""``featcache``: build, look at, check and share feature caches. Thin: parse, call, print; heavy imports are late."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featcache.cli import caches as commands
+from featcache.cli.build import build
+from featcache.console import console, run_app, safe
+from featcache.errors import UserError
+
+app = typer.Typer(
+    name="featcache",
+    help="Encode an image dataset once into a feature cache that trainers stream.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+CachePath = Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Image folder (one folder a class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+    ),
+]
+
+
+app.command()(build)
+
+
+@app.command()
+def info(cache: CachePath) -> None:
+    """Print what a cache holds and where it came from."""
+    import featcache
+    from featcache.cli.info import print_info
+
+    print_info(featcache.open(cache), cache)
+
+
+@app.command()
+def inspect(
+    cache: CachePath,
+    out: Annotated[Path | None, typer.Option(help="PNG to write. \\[default: <cache name>.png]")] = None,
+    data: Data = None,
+    count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=64)] = 6,
+) -> None:
+    """Draw samples of a cache: the image, and PCA-RGB of each cached layer."""
+    import featcache
+    from featcache.inspect import save_sheet
+
+    opened = featcache.open(cache)
+    data = data or _images_at_hand(opened)
+    name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name
+    target = out or Path(f"{name}.png")
+    save_sheet(opened, target, data=data, count=count)
+    console.print(f"picture: [bold]{safe(target)}[/bold]")
+
+
+def _images_at_hand(cache: Any) -> str | None:
+    """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from."""
+    from featcache.inspect import source_of
+    from featcache.sources.base import find_data
+
+    try:
+        found = find_data(None)
+        return found if source_of(cache, found) is not None else None
+    except UserError:
+        console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
+        return None
+
+
+commands.register(app)
+
+
+def main() -> None:
+    """Entry point of the ``featcache`` command."""
+    sys.exit(run_app(app))

@@ -1,0 +1,5 @@
+"""`python -m featcache.cli`."""
+
+from featcache.cli import main
+
+main()

@@ -1,0 +1,562 @@
+"""The commands around the life of a cache: list, check, share, convert, import, remove. Thin: parse, call, print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featcache.build.request import BuildRequest
+from featcache.cli.build import request_of
+from featcache.console import ByteBar, console, plain, safe
+from featcache.errors import UserError
+from featcache.redact import redact
+from featcache.settings import Given, takes
+
+if TYPE_CHECKING:
+    from featcache.share.verify import Report
+
+CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
+Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. \\[default: all]")]
+Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
+Expect = Annotated[str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it.")]
+SignedBy = Annotated[
+    Path | None, typer.Option(help="Public key or allowed-signers file (OpenSSH) of whoever must have signed it.")
+]
+Data = Annotated[str | None, typer.Option(help="Image folder, to encode again. Default as for build.")]
+WeightsDir = Annotated[Path | None, typer.Option(help="Pretrained weights, to encode again.")]
+Device = Annotated[str, typer.Option(help="For encoding again.")]
+Captions = Annotated[Path | None, typer.Option(help="Table of captions, to encode text features again.")]
+
+
+def _split(text: str | None) -> list[str] | None:
+    """``"vae/G3,dinov2-b@9,11"`` => names; a bare number is one more layer of the encoder before it."""
+    if text is None:
+        return None
+    names: list[str] = []
+    for part in (p.strip() for p in text.split(",")):
+        if part.isdigit() and names and "@" in names[-1]:
+            names.append(f"{names[-1].split('@')[0]}@{part}")
+        elif part:
+            names.append(part)
+    return names
+
+
+def list_caches(
+    place: Annotated[
+        str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")
+    ] = "caches",
+) -> None:
+    """List caches with their features and sizes."""
+    from rich.table import Table
+
+    from featcache.cli.info import size_text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("cache", "images", "size", "features"):
+        table.add_column(title, no_wrap=title != "features", overflow="fold")
+    hidden = ("label", "key", "content")
+    problems: list[str] = []
+    if "://" in place:
+        from featcache.share.transfer import list_remote
+
+        for listed in list_remote(place):
+            if listed.manifest is None:
+                problems.append(f"{safe(listed.url)}  [red]{safe(listed.problem)}[/red]")
+                continue
+            names = [n for n in listed.manifest.features if n not in hidden]
+            count = str(listed.manifest.dataset.count)
+            table.add_row(safe(listed.url), count, size_text(listed.n_bytes), safe(" ".join(names)))
+    else:
+        from featcache.share import manage
+
+        for info in manage.list_caches(place):
+            names = [n for n in info.manifest.features if n not in hidden] if info.manifest else []
+            notes = [f"[yellow]unfinished: {safe(' '.join(info.unfinished))}[/yellow]"] if info.unfinished else []
+            if info.problem:
+                problems.append(f"{safe(info.path)}  [red]{safe(info.problem)}[/red]")
+                continue
+            count = str(info.manifest.dataset.count) if info.manifest else "-"
+            size = size_text(info.n_bytes) if info.manifest else "-"
+            table.add_row(safe(info.path), count, size, " ".join([safe(" ".join(names)), *notes]).strip())
+    if not table.row_count and not problems:
+        raise UserError(
+            f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
+        )
+    if table.row_count:
+        console.print(table)
+    for line in problems:
+        console.print(line)
+
+
+def _counted(problems: Sequence[object]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+
+
+def verify(
+    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
+    features: Features = None,
+    threads: Annotated[int | None, typer.Option(help="\\[default: one a core; 8 for a URL]")] = None,
+    expect: Expect = None,
+    signed_by: SignedBy = None,
+    sample: Annotated[
+        str | None, typer.Option(help="Read only this part, drawn at random: 1% or 0.01. \\[default: every byte]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of --sample. \\[default: a fresh one]", min=0)] = None,
+    since_last: Annotated[
+        bool, typer.Option("--since-last", help="Only shards that no earlier verification found as they are now.")
+    ] = False,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record",
+            help="Note beside the cache when it was verified, how, and by whom. \\[default: --record; not at a URL]",
+            show_default=False,
+        ),
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Encode damaged shards again from the images.")] = False,
+    data: Data = None,
+    weights_dir: WeightsDir = None,
+    device: Device = "auto",
+    captions: Captions = None,
+) -> None:
+    """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
+    import shlex
+
+    from featcache.share.transfer import verify_remote
+    from featcache.share.verify import parse_fraction
+    from featcache.share.verify import verify as check
+    from featcache.store.remote import is_remote
+
+    names, remote = _split(features), is_remote(cache)
+    fraction = None if sample is None else parse_fraction(sample)
+    _check_options(cache, fraction, seed, repair=repair, since_last=since_last, remote=remote)
+    keep = not remote if record is None else record
+
+    _require_authentic(cache, expect, signed_by)
+
+    def checked() -> Report:
+        with ByteBar("checking") as bar:
+            if remote:
+                return verify_remote(
+                    cache, features=names, threads=threads or 8, fraction=fraction, seed=seed, progress=bar.advance
+                )
+            return check(
+                Path(cache),
+                features=names,
+                threads=threads,
+                fraction=fraction,
+                seed=seed,
+                since_last=since_last,
+                remember=keep,
+                progress=bar.advance,
+            )
+
+    report = checked()
+    _show_problems(report, "damaged")
+    if keep:
+        _record(cache, report, names)
+    if report.ok:
+        console.print(f"{safe(cache)}: sound ({_how_much(report)})")
+        return
+    where = safe(shlex.quote(cache))
+    if remote:
+        console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
+        raise typer.Exit(1)
+    if not repair:
+        console.print(
+            f"{_counted(report.problems)}; type: featcache repair {where}, with --from URL if there is another copy"
+        )
+        raise typer.Exit(1)
+    _encode_again(Path(cache), report.damaged, data, weights_dir, device, captions)
+    _check_again(Path(cache), features, threads)
+
+
+def _check_options(
+    cache: str, fraction: float | None, seed: int | None, *, repair: bool, since_last: bool, remote: bool
+) -> None:
+    """Raises `UserError` for options of verify that do not go together."""
+    if remote and repair:
+        raise UserError(
+            f"{cache} cannot be repaired where it lies",
+            remedy="Repair the cache it was pushed from and push it again, or pull it to a folder first.",
+        )
+    if remote and since_last:
+        raise UserError(
+            f"--since-last looks at files on this machine, and {cache} is elsewhere",
+            remedy="Leave it out, or type --sample 1% instead.",
+        )
+    if fraction is not None and (repair or since_last):
+        raise UserError("--sample goes with neither --repair nor --since-last", remedy="Leave one of them out.")
+    if seed is not None and fraction is None:
+        raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
+
+
+def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -> None:
+    """Raises `CacheError` unless it is the expected cache, signed by one of the signers; says who signed it."""
+    if expect is None and signed_by is None:
+        return
+    from featcache.share.transfer import require_authentic, required_root
+    from featcache.store.remote import open_location
+
+    place = open_location(cache)
+    who = require_authentic(place, required_root(place), expect, signed_by)
+    if who is not None:
+        console.print(f"signed by {safe(who)}")
+
+
+def _encode_again(
+    folder: Path,
+    damaged: Mapping[str, Sequence[int]],
+    data: str | None,
+    weights_dir: Path | None,
+    device: str,
+    captions: Path | None,
+) -> None:
+    """Metadata from the manifest, damaged shards (feature -> numbers) from the images."""
+    from featcache.build.repair import repair_shards
+    from featcache.progress import RichProgress
+    from featcache.share.verify import repair_metadata
+
+    for name in repair_metadata(folder):
+        console.print(f"metadata written again: {safe(name)}")
+    if damaged:
+        with RichProgress() as progress:
+            repair_shards(
+                folder,
+                damaged,
+                data=data,
+                weights_dir=weights_dir,
+                device=device,
+                progress=progress,
+                captions=captions,
+            )
+
+
+_SHOWN_PROBLEMS = 100
+
+
+def _record(cache: str, report: Report, features: list[str] | None) -> None:
+    """Note the verification beside the cache; where that is not possible, say so."""
+    from featcache.share import records as verified
+
+    reason = verified.record(cache, report, features)
+    if reason is not None:
+        console.print(f"[yellow]not recorded[/yellow]: {safe(reason)}")
+
+
+def _show_problems(report: Report, word: str) -> None:
+    for problem in report.problems[:_SHOWN_PROBLEMS]:
+        console.print(f"[red]{word}[/red] {safe(problem)}")
+    rest = len(report.problems) - _SHOWN_PROBLEMS
+    if rest > 0:
+        console.print(f"[red]{word}[/red] and {rest} more")
+
+
+def _how_much(report: Report) -> str:
+    from featcache.cli.info import size_text
+
+    words = f"{report.n_files} files, {size_text(report.n_bytes)}"
+    if report.fraction is not None:
+        return f"a sample of {100 * report.fraction:g} %: {words}; again with --seed {report.seed}"
+    if report.since_last:
+        return f"{words} read, {report.n_unread} shards as they were when last verified"
+    return words
+
+
+def _check_again(folder: Path, features: str | None, threads: int | None) -> None:
+    """Exit code 1 unless the cache is sound now."""
+    from featcache.share.verify import verify as check
+
+    with ByteBar("checking") as bar:
+        again = check(folder, features=_split(features), threads=threads, progress=bar.advance)
+    _show_problems(again, "still damaged")
+    _record(str(folder), again, _split(features))
+    if not again.ok:
+        raise typer.Exit(1)
+    console.print(f"{safe(folder)}: repaired and sound")
+
+
+def repair(
+    cache: CachePath,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Another copy (URL or folder): only what is damaged here is fetched from it."),
+    ] = None,
+    features: Features = None,
+    threads: Threads = 8,
+    data: Data = None,
+    weights_dir: WeightsDir = None,
+    device: Device = "auto",
+    captions: Captions = None,
+) -> None:
+    """Make a damaged cache whole again: from another copy of it (--from), else from the images."""
+    from featcache.cli.info import size_text
+
+    if source is None:
+        from featcache.share.verify import verify as check
+
+        with ByteBar("checking") as bar:
+            report = check(cache, features=_split(features), progress=bar.advance)
+        _encode_again(cache, report.damaged, data, weights_dir, device, captions)
+    else:
+        from featcache.share.restore import restore
+
+        with ByteBar("fetching") as bar:
+            done = restore(cache, source, features=_split(features), threads=threads, progress=bar.advance)
+        for name in done.files:
+            console.print(f"mended: {safe(name)}")
+        for what in done.refused:
+            console.print(f"[yellow]not mended[/yellow] {safe(what)}")
+        console.print(f"{size_text(done.n_bytes)} fetched from {safe(redact(source))}")
+    _check_again(cache, features, None)
+
+
+def sign(
+    cache: CachePath,
+    key: Annotated[
+        Path,
+        typer.Option(help="SSH key: the private one, or a public one whose private one is in an agent or on a token."),
+    ],
+) -> None:
+    """Vouch for a cache: sign its digest with an SSH key. Push and pull take the signature along."""
+    from featcache.store.signing import sign as run
+
+    console.print(f"{safe(cache)}: signed {run(cache, key.expanduser())}")
+
+
+def _confirmed(question: str) -> bool:
+    """The answer to a question; no where there is nobody to ask."""
+    try:
+        return bool(typer.confirm(question))
+    except typer.Abort:
+        return False
+
+
+def remove(
+    cache: CachePath,
+    features: Annotated[str | None, typer.Option(help="Features to remove; without it the whole cache.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Delete for good instead of moving to the trash.")] = False,
+) -> None:
+    """Remove features of a cache, or (without --features) the whole cache. featcache restore undoes it."""
+    import shlex
+
+    from featcache.cli.info import size_text
+    from featcache.share import manage
+
+    names = _split(features)
+    what = f"{', '.join(names)} of {cache}" if names else f"the whole cache {cache}"
+    if names:
+        import featcache
+
+        featcache.open(cache).require(names)
+    if not yes and not _confirmed(plain(f"remove {what}{' for good' if now else ''}?")):
+        raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
+    place = cache if names else cache.parent
+    if names:
+        size = f": {size_text(manage.remove_features(cache, names, now=now))}"
+    else:
+        manage.remove_cache(cache, now=now)
+        size = ""
+    console.print(safe(f"removed {what}{size}"))
+    if not now:
+        undo, empty = shlex.quote(str(cache)), shlex.quote(str(place))
+        console.print(safe(f"it is in the trash; to undo: featcache restore {undo}"))
+        console.print(safe(f"to free the space now: featcache gc {empty} --older-than 0d"))
+
+
+def restore(
+    cache: CachePath,
+    features: Annotated[
+        str | None, typer.Option(help="Only these features. \\[default: what was removed last]")
+    ] = None,
+) -> None:
+    """Undo featcache rm: bring a removed cache, or the features removed last, back from the trash."""
+    from featcache.share import manage
+
+    console.print(safe(f"restored {manage.restore(cache, _split(features))}"))
+
+
+def collect_garbage(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache, or of several caches.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
+) -> None:
+    """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
+    from featcache.cli.info import size_text
+    from featcache.share import manage, trash
+
+    removed = manage.collect_garbage(
+        cache,
+        dry_run=dry_run,
+        older_than_s=trash.parse_age(older_than),
+        warn=lambda line: console.print(f"[yellow]kept[/yellow] {safe(line)}"),
+    )
+    for name, n_bytes in removed:
+        console.print(f"{'would remove' if dry_run else 'removed'} {safe(name)}  {size_text(n_bytes)}")
+    console.print(f"{len(removed)} leftovers, {size_text(sum(n for _, n in removed))}")
+
+
+def catalogue(
+    place: Annotated[
+        str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")
+    ] = "caches",
+    html: Annotated[Path | None, typer.Option(help="Page to write: one file, for a browser.")] = None,
+) -> None:
+    """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
+    from featcache.share import catalogue as page
+
+    rows = page.gather(place)
+    if not rows:
+        raise UserError(
+            f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
+        )
+    if html is not None:
+        page.write_page(rows, place, html)
+        console.print(f"page: [bold]{safe(html)}[/bold]   ({len(rows)} caches)")
+        return
+    page.print_rows(rows)
+
+
+def push(
+    cache: CachePath,
+    url: Annotated[
+        str, typer.Argument(help="s3://bucket/path, gs://, hf://datasets/owner/name, or a folder.", show_default=False)
+    ],
+    features: Features = None,
+    threads: Threads = 8,
+    replace_unfinished: Annotated[
+        bool, typer.Option("--replace-unfinished", help="Send over what a push of other bytes left unfinished there.")
+    ] = False,
+) -> None:
+    """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
+    from featcache.cli.info import size_text
+    from featcache.share import transfer as share
+
+    with ByteBar("pushing") as bar:
+        done = share.push(
+            cache,
+            url,
+            features=_split(features),
+            threads=threads,
+            replace_unfinished=replace_unfinished,
+            progress=bar.advance,
+        )
+    console.print(
+        f"{safe(redact(url))}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there"
+    )
+
+
+def pull(
+    url: Annotated[
+        str, typer.Argument(help="Where the cache is: s3://, gs://, hf://, http(s):// or a folder.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False)],
+    features: Features = None,
+    samples: Annotated[int | None, typer.Option(help="Only the first so many samples (whole shards).", min=1)] = None,
+    threads: Threads = 8,
+    expect: Expect = None,
+    signed_by: SignedBy = None,
+) -> None:
+    """Copy a cache, or a part of one, to this machine; resumable, verified on arrival."""
+    from featcache.cli.info import size_text
+    from featcache.share import transfer as share
+
+    with ByteBar("pulling") as bar:
+        done = share.pull(
+            url,
+            folder,
+            features=_split(features),
+            samples=samples,
+            threads=threads,
+            expect=expect,
+            signed_by=signed_by,
+            progress=bar.advance,
+        )
+    console.print(
+        f"{safe(folder)}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
+    )
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Cache to read.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Folder of the new cache.", show_default=False)],
+    to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
+    features: Features = None,
+    shard_size: Annotated[int | None, typer.Option(help="Samples a shard of the new cache.", min=1)] = None,
+    compressor: Annotated[str | None, typer.Option(help="zstd or blosc, for zarr. \\[default: none]")] = None,
+) -> None:
+    """Copy a cache into the other format, bit for bit."""
+    from featcache.share.convert import convert as run
+
+    if to not in ("zarr", "wds"):
+        raise UserError(f"--to {to!r} is neither zarr nor wds", remedy="Type --to zarr or --to wds.")
+    with ByteBar("converting") as bar:
+        manifest = run(
+            source,
+            target,
+            to=to,
+            features=_split(features),
+            shard_size=shard_size,
+            compressor=compressor,
+            progress=bar.advance,
+        )
+    console.print(f"{safe(target)}: {manifest.dataset.count} samples as {to}")
+
+
+def import_latents(
+    source: Annotated[Path, typer.Argument(help="Folder of latents.", show_default=False)],
+    layout: Annotated[str, typer.Option("--from", help="Who made them: repa, edm2 or lightningdit.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]")
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
+) -> None:
+    """Turn latents that you already have into a cache."""
+    from featcache.share.importers import ImportRequest
+    from featcache.share.importers import import_latents as run
+
+    target = out or Path("caches") / f"{source.resolve().name}-{layout}"
+    with ByteBar("importing") as bar:
+        manifest = run(ImportRequest(source=source, out=target, layout=layout, vae=vae), bar.advance)
+    console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
+
+
+@takes(BuildRequest, but=["batch_size", "compile", "on_bad_image", "shard_size", "format", "compressor", "seed"])
+def plan(
+    given: Given,
+    steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.")] = 2.0,
+    batch: Annotated[int, typer.Option(help="Training batch to plan reading for.")] = 256,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Encode a few real images: rates, error of each precision and codec.")
+    ] = False,
+    images: Annotated[int, typer.Option(help="How many images --measure encodes.", min=1)] = 8,
+) -> None:
+    """What a build will cost: bytes, reading speed needed, encoding time, disk; with --measure also what precisions
+    and codecs lose."""
+    request = request_of(given)
+    from featcache.build.estimate import estimate, print_estimate
+
+    planned = estimate(request, measure=images if measure else 0)
+    random = not measure or request.random_weights is not None
+    print_estimate(planned, steps_per_s=steps_per_s, batch=batch, random=random)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command()(plan)
+    app.command(name="ls")(list_caches)
+    app.command()(verify)
+    app.command(name="rm")(remove)
+    app.command()(restore)
+    app.command(name="gc")(collect_garbage)
+    app.command()(catalogue)
+    app.command()(repair)
+    app.command()(sign)
+    app.command()(push)
+    app.command()(pull)
+    app.command()(convert)
+    app.command(name="import")(import_latents)

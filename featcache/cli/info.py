@@ -1,0 +1,86 @@
+"""What ``featcache info`` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from featcache.build.run import spec_bytes
+from featcache.console import console, safe
+from featcache.errors import UserError
+from featcache.store.root import cache_digest
+
+
+def size_text(count_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.3g} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.3g} TB"
+
+
+def _last_verification(cache: Any, place: str) -> str:
+    """The latest verification on record, in a line."""
+    from featcache.share import records as verified
+
+    try:
+        found = verified.last(place)
+    except UserError as error:
+        return f"[yellow]{safe(error.what)}[/yellow]"
+    return "never (on record)" if found is None else safe(found.words(cache.manifest))
+
+
+def print_info(cache: Any, place: str | None = None) -> None:
+    """Dataset, last verification, VAE, then one line a feature with its layout, codec, size and origin.
+
+    place: the path or URL that the cache was opened by.
+    """
+    manifest, dataset = cache.manifest, cache.manifest.dataset
+    console.print(f"[bold]{safe(cache.path)}[/bold]   fingerprint {cache.fingerprint[:16]}")
+    console.print(f"digest {cache_digest(manifest)}")
+    console.print(
+        f"{len(cache)} images of {len(dataset.class_names)} classes from {safe(dataset.source)}; "
+        f"{safe(dataset.preprocessing.get('resolution', '?'))} px {safe(dataset.preprocessing.get('crop', ''))}; "
+        f"shards of {manifest.shard_size}; order seed {dataset.order_seed}"
+        + ("; mirrored view" if dataset.flip else "")
+    )
+    console.print(f"verified: {_last_verification(cache, place or str(cache.path))}")
+    if dataset.vae:
+        console.print(
+            f"VAE {safe(dataset.vae['name'])}: {dataset.vae['latent_channels']} channels, 1/{dataset.vae['downsampling']} size, "
+            f"scale {dataset.vae['scaling_factor']:g}"
+        )
+    if "text/count" in manifest.features:
+        captions = manifest.features["text/count"].provenance["captions"]
+        console.print(f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} an image")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, justify in (
+        ("feature", "left"),
+        ("shape", "left"),
+        ("codec", "left"),
+        ("per image", "right"),
+        ("total", "right"),
+        ("weights", "left"),
+    ):
+        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name, spec in manifest.features.items():
+        size = spec_bytes(spec)
+        origin = spec.provenance
+        weights = safe(origin.get("weights", ""))
+        if weights == "random":
+            weights = f"[yellow]RANDOM, seed {safe(origin.get('seed'))}[/yellow]"
+        elif "sha256" in origin:
+            weights += f"  {safe(str(origin['sha256'])[:12])}"
+        shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
+        table.add_row(
+            safe(name),
+            shape,
+            spec.codec if spec.codec != "raw" else spec.dtype,
+            size_text(size),
+            size_text(size * dataset.count),
+            weights,
+        )
+    console.print(table)
+    for entry in manifest.skipped:
+        console.print(f"[yellow]skipped[/yellow] {safe(entry.key)}: {safe(entry.reason)}")

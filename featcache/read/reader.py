@@ -1,0 +1,447 @@
+"""Reading a cache: batches of stored bytes by index, straight into the caller's buffers. No torch, no zarr.
+
+An uncompressed shard holds its samples back to back, so a sample is one `preadv` from a known offset into
+the row of the batch where it belongs; neighbours merge into one call. Threads work because the call lets go
+of the interpreter lock. What is kept in memory is per shard, never per sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from featcache.errors import CacheError
+from featcache.keys import key_text
+from featcache.read.order import epoch_order, sequential_order
+from featcache.store.backends import Backend, ShardFile, StridedShard, open_backend
+from featcache.store.layout import sample_bytes
+from featcache.store.manifest import Manifest
+from featcache.store.root import read_root
+
+__all__ = ["Cache", "Reader", "epoch_order", "open_cache", "sequential_order"]
+
+_MAX_IOV = 512  # Linux takes 1024 buffers a call
+_PIECE = 1 << 18
+_SMALL_BYTES = 16 << 10
+_PAGE_BYTES = 4096
+_LABEL, _KEY = "label", "key"
+
+
+def _descriptor_budget() -> int:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(2048, soft // 2))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    n_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(n_bytes + _PAGE_BYTES, np.uint8)
+    start = -buffer.ctypes.data % _PAGE_BYTES
+    return buffer[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class _OpenShards:
+    """The most recently used open shards, bounded in number."""
+
+    def __init__(self, backend: Backend, limit: int, n_files: int, mapped: bool = False) -> None:
+        self._backend, self._limit, self._mapped = backend, limit, mapped
+        self._all = n_files <= limit
+        self._open: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, array: str, shard: int) -> ShardFile:
+        key = (array, shard)
+        if self._all:  # nothing is ever dropped, so there is no order to keep
+            found = self._open.get(key)
+            if found is not None:
+                return found
+        with self._lock:
+            found = self._open.get(key)
+            if found is not None:
+                self._open.move_to_end(key)
+                return found
+        opened = self._backend.open_shard(array, shard)
+        if self._mapped and isinstance(opened, StridedShard):
+            opened.map()
+        with self._lock:
+            self._open[key] = opened
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return opened
+
+
+class Cache:
+    """An open cache: manifest, labels, keys, readers. Samples are numbered without the skipped slots."""
+
+    def __init__(self, path: str, manifest: Manifest, backend: Backend) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.backend = backend
+        self._skipped = np.array([entry.slot for entry in manifest.skipped], np.int64)
+        # Number of samples before each skipped slot: sample i lies after k skipped slots if k of these are
+        # <= i.
+        self._before = self._skipped - np.arange(len(self._skipped))
+
+    def __len__(self) -> int:
+        return self.manifest.dataset.count - len(self._skipped)
+
+    def __repr__(self) -> str:
+        return f"Cache({self.path!r}, {len(self)} samples, {sorted(self.manifest.features)})"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the dataset and its skipped slots; the same after features are added."""
+        return self.manifest.fingerprint
+
+    def slots(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Slots (int64) of sample indices; raises `CacheError` for an index outside the cache."""
+        indices = np.asarray(indices, np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+            raise CacheError(f"sample {indices.min()} or {indices.max()} is outside the cache's {len(self)} samples")
+        if not len(self._before):
+            return indices
+        return indices + np.searchsorted(self._before, indices, side="right")
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raise `CacheError` naming those of `names` that the cache lacks."""
+        missing = [name for name in names if name not in self.manifest.features]
+        if missing:
+            have = ", ".join(sorted(self.manifest.features)) or "nothing"
+            raise CacheError(f"the cache {self.path} does not hold {', '.join(missing)} (it holds {have})")
+
+    def labels(self) -> np.ndarray:
+        """Labels int64 `[len(cache)]`, in sample order."""
+        return self._whole(_LABEL)
+
+    def content(self) -> np.ndarray:
+        """First 8 bytes of each source file's SHA-256 as uint64 `[len(cache)]`."""
+        return self._whole("content")
+
+    def _whole(self, name: str) -> np.ndarray:
+        self.require([name])
+        dtype, shape = self.manifest.arrays[name]
+        try:
+            whole = np.empty((len(self), *shape), dtype)
+        except MemoryError as error:
+            raise CacheError(f"{name!r} of {len(self)} samples does not fit into memory") from error
+        with self.reader([name]) as reader:
+            for start in range(0, len(self), _PIECE):
+                piece = whole[start : start + _PIECE]
+                reader.read(np.arange(start, start + len(piece)), {name: piece})
+        return whole
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Keys (source paths) of the samples `start` to `stop`, as :mod:`featcache.keys` describes them."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        with self.reader([_KEY]) as reader:
+            out = reader.allocate(max(0, stop - start))
+            reader.read(np.arange(start, stop), out)
+        return [key_text(bytes(row)) for row in out[_KEY]]
+
+    def reader(
+        self,
+        features: Sequence[str],
+        *,
+        threads: int | None = None,
+        single_view: bool = False,
+        slots: bool = False,
+        access: str = "auto",
+    ) -> Reader:
+        """A reader of these features. `threads`: default one a core, at most 8; 0 reads in the calling
+        thread.
+
+        single_view: drop the view axis of flipped caches; `read` then takes the view of each sample and
+        moves only its bytes. slots: indices count slots, skipped ones (zeros, label -1) included. access:
+        'pread', 'mmap', or 'auto': mapped where the features fit into half the memory. A mapped file that
+        another program cuts short ends the process (SIGBUS): choose 'pread' where that may happen (featcache
+        itself never does it).
+        """
+        self.require(features)
+        return Reader(self, features, threads=threads, single_view=single_view, slots=slots, access=access)
+
+
+class _Plan(NamedTuple):
+    """Runs of samples in order of slots: shard, first sample in it, first row of the batch, length.
+
+    `parts` holds the view of each sample, `starts` where in it each run begins, `ends` for each run where the runs of
+    its shard end.
+    """
+
+    shards: list[int]
+    ends: list[int]
+    firsts: list[int]
+    rows: list[int]
+    counts: list[int]
+    parts: list[int]
+    starts: list[int]
+
+
+class _Job(NamedTuple):
+    """One array of a batch: its buffer as flat bytes (twice: for the kernel, for copies), bytes a sample."""
+
+    name: str
+    flat: memoryview
+    array: np.ndarray
+    length: int
+    select: bool
+
+
+class Reader:
+    """Reads batches of some features. `read` may be called from several threads at once."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        features: Sequence[str],
+        *,
+        threads: int | None = None,
+        single_view: bool = False,
+        slots: bool = False,
+        access: str = "auto",
+    ) -> None:
+        manifest = cache.manifest
+        self.cache = cache
+        self.features = tuple(dict.fromkeys(features))
+        self.arrays: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._views: dict[str, int] = {}
+        for name in self.features:
+            spec = manifest.features[name]
+            for array, (dtype, shape) in spec.arrays.items():
+                drop = single_view and spec.views > 1
+                self.arrays[array] = (dtype, shape[1:] if drop else shape)
+                self._views[array] = spec.views if drop else 1
+        self._by_slot = slots
+        self._shard_size = manifest.shard_size
+        if access not in ("auto", "pread", "mmap"):
+            raise CacheError(f"there is no access {access!r}", remedy="use auto, pread or mmap")
+        # Half the budget: a mapping keeps a descriptor of its own.
+        limit = _descriptor_budget() // 2
+        n_files = manifest.n_shards * len(self.arrays)
+        total_bytes = self.bytes_per_sample * manifest.dataset.count
+        fits = total_bytes <= _physical_memory_bytes() // 2 and n_files <= limit
+        self._open = _OpenShards(cache.backend, limit, n_files, access == "mmap" or (access == "auto" and fits))
+        n_threads = min(8, os.cpu_count() or 1) if threads is None else threads
+        self._pool = ThreadPoolExecutor(n_threads, "featcache-read") if n_threads > 1 else None
+        self._n_threads = max(1, n_threads)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    @property
+    def bytes_per_sample(self) -> int:
+        return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
+
+    def allocate(self, batch: int) -> dict[str, np.ndarray]:
+        """Buffers for `batch` samples: array name -> `[batch, *stored_shape]`, beginning at a page's
+        boundary.
+
+        Alignment is worth a factor of two to three: samples lie at multiples of 64 bytes in shards, and
+        copies whose ends differ modulo 64 are slow on current processors. (Pinned tensors are aligned by
+        nature.)
+        """
+        return {name: _aligned((batch, *shape), dtype) for name, (dtype, shape) in self.arrays.items()}
+
+    def read(
+        self,
+        indices: np.ndarray | Sequence[int],
+        out: Mapping[str, np.ndarray],
+        out_offset: int = 0,
+        *,
+        views: np.ndarray | Sequence[int] | None = None,
+    ) -> None:
+        """Fill rows `out_offset`, `out_offset + 1`, ... of each buffer with the stored bytes of the samples.
+
+        `out` holds an array for each name in `arrays`, `[>= out_offset + len(indices), *stored_shape]`,
+        contiguous, of that dtype (numpy views of pinned tensors, say). `views` is for readers with
+        `single_view`: 0 or 1 for each sample, default 0.
+
+        Raises `CacheError` for indices outside the cache, unfit buffers, and missing or damaged shards.
+        """
+        slots = self._slots(indices)
+        n = len(slots)
+        if n == 0:
+            return
+        rows = np.arange(out_offset, out_offset + n)
+        view_of = None if views is None else np.asarray(views, np.int64)
+        if view_of is not None and (len(view_of) != n or view_of.min() < 0 or view_of.max() > 1):
+            raise CacheError(f"views must be {n} numbers, each 0 or 1")
+        # By slot: each shard is looked up once, neighbours merge, and a disk sees rising offsets.
+        order = np.argsort(slots, kind="stable")
+        slots, rows = slots[order], rows[order]
+        shards, firsts = np.divmod(slots, self._shard_size)
+        parts = np.zeros(n, np.int64) if view_of is None else view_of[order]
+        # Runs: neighbours in the shard that are neighbours in the batch too are read as one.
+        joins = (np.diff(slots) == 1) & (np.diff(rows) == 1) & (np.diff(shards) == 0)
+        starts = np.flatnonzero(np.concatenate([[True], ~joins]))
+        stops = np.append(starts[1:], n)
+        of_runs = shards[starts]
+        plan = _Plan(
+            shards=of_runs.tolist(),
+            ends=np.searchsorted(of_runs, of_runs, side="right").tolist(),
+            firsts=firsts[starts].tolist(),
+            rows=rows[starts].tolist(),
+            counts=(stops - starts).tolist(),
+            parts=parts.tolist(),
+            starts=starts.tolist(),
+        )
+        jobs = []
+        for name, (dtype, shape) in self.arrays.items():
+            array = self._flat(name, out[name], dtype, shape, out_offset + n)
+            view = memoryview(array)  # type: ignore[arg-type]
+            jobs.append(_Job(name, view, array, sample_bytes(dtype, shape), self._views[name] > 1))
+        n_runs = len(starts)
+        if self._pool is None or n_runs == 1:
+            self._read_range(jobs, plan, 0, n_runs)
+            return
+        # Cut by samples: all arrays of a sample in one thread, pieces of about equal size.
+        cuts = [n * i // self._n_threads for i in range(1, self._n_threads)]
+        bounds = sorted({0, n_runs, *np.searchsorted(starts, cuts).tolist()})
+        futures = [self._pool.submit(self._read_range, jobs, plan, a, b) for a, b in itertools.pairwise(bounds[1:])]
+        try:
+            self._read_range(jobs, plan, bounds[0], bounds[1])
+        finally:
+            # Even after an error no thread may go on writing into the caller's buffers.
+            errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def _slots(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        if not self._by_slot:
+            return self.cache.slots(indices)
+        slots = np.asarray(indices, np.int64)
+        count = self.cache.manifest.dataset.count
+        if slots.size and (slots.min() < 0 or slots.max() >= count):
+            raise CacheError(f"slot {slots.min()} or {slots.max()} is outside the cache's {count} slots")
+        return slots
+
+    def _flat(self, name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> np.ndarray:
+        if array.dtype != dtype or array.shape[1:] != shape or len(array) < rows or not array.flags.c_contiguous:
+            raise CacheError(
+                f"the buffer for {name!r} must be contiguous {dtype} [{rows} or more, *{list(shape)}], "
+                f"but is {array.dtype} {list(array.shape)}"
+            )
+        return array.reshape(-1).view(np.uint8)
+
+    def _read_range(self, jobs: list[_Job], plan: _Plan, start: int, stop: int) -> None:
+        """Read the runs `start` to `stop` of all arrays."""
+        for job in jobs:
+            i = start
+            while i < stop:
+                shard = plan.shards[i]
+                after = min(stop, plan.ends[i])  # all runs up to here are in this shard
+                file = self._open.get(job.name, shard)
+                if job.select:
+                    self._read_parts(file, job, plan, i, after)
+                elif isinstance(file, StridedShard) and file.mapped is not None:
+                    self._copy_runs(file, job, plan, i, after)
+                else:
+                    self._read_runs(file, job, plan, i, after)
+                i = after
+
+    @staticmethod
+    def _copy_runs(file: StridedShard, job: _Job, plan: _Plan, i: int, stop: int) -> None:
+        """Runs of a mapped shard: copied where they have been read before, else read.
+
+        At full speed the interpreter's work for a run weighs as much as copying some 10 KB, so the loop is flat. Small
+        samples are copied through memoryviews, which are quicker to cut than arrays; large ones through arrays, which
+        let go of the interpreter lock while they copy.
+        """
+        length, stride, touched = job.length, file.stride, file.touched
+        small = length < _SMALL_BYTES
+        source: Any = file.view if small else file.mapped
+        target: Any = job.flat if small else job.array
+        offset, dense = file.start, stride == length
+        for first, row, count in zip(plan.firsts[i:stop], plan.rows[i:stop], plan.counts[i:stop]):
+            place, start = row * length, offset + first * stride
+            if count == 1:
+                if touched[first]:
+                    target[place : place + length] = source[start : start + length]
+                    continue
+                touched[first] = 1
+            elif dense and 0 not in touched[first : first + count]:
+                size = count * length
+                target[place : place + size] = source[start : start + size]
+                continue
+            else:
+                touched[first : first + count] = b"\1" * count
+            file.read_run(first, [job.flat[place : place + count * length]])
+
+    @staticmethod
+    def _read_runs(file: ShardFile, job: _Job, plan: _Plan, i: int, stop: int) -> None:
+        """Runs of any shard. Those that follow each other share a call, wherever in the batch they go."""
+        flat, length = job.flat, job.length
+        firsts, rows, counts = plan.firsts, plan.rows, plan.counts
+        while i < stop:
+            first = following = firsts[i]
+            buffers: list[memoryview] = []
+            while i < stop and firsts[i] == following and len(buffers) < _MAX_IOV:
+                place = rows[i] * length
+                buffers.append(flat[place : place + counts[i] * length])
+                following += counts[i]
+                i += 1
+            file.read_run(first, buffers)
+
+    @staticmethod
+    def _read_parts(file: ShardFile, job: _Job, plan: _Plan, i: int, stop: int) -> None:
+        """One view of each sample."""
+        flat, length = job.flat, job.length
+        for run in range(i, stop):
+            first, place = plan.firsts[run], plan.rows[run] * length
+            for k in range(plan.counts[run]):
+                file.read_part(first + k, plan.parts[plan.starts[run] + k], flat[place : place + length])
+                place += length
+
+
+def open_cache(
+    path: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+    expect: str | None = None,
+) -> Cache:
+    """Open the cache at `path` for reading: a directory, or a URL (s3://, gs://, hf://, http(s)://).
+
+    A remote cache is read through blocks kept in `cache_dir` (default under the user's cache directory), at
+    most `cache_bytes` of them (default 10 GiB). `expect` is the digest that the cache must have.
+
+    Raises `CacheError` if there is none, it is another one, unfinished, damaged or of another format version.
+    """
+    if "://" in os.fspath(path):
+        from featcache.store.remote import is_remote, local_path
+
+        if is_remote(path):
+            from featcache.read.stream import DEFAULT_CACHE_BYTES, open_remote
+
+            limit = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
+            directory = None if cache_dir is None else Path(cache_dir)
+            return open_remote(os.fspath(path), cache_dir=directory, cache_bytes=limit, expect=expect)
+        path = local_path(path)
+    directory = Path(path)
+    manifest = read_root(directory)
+    if expect is not None:
+        from featcache.store.signing import require_digest
+
+        require_digest(manifest, expect, str(directory))
+    return Cache(str(directory), manifest, open_backend(directory, manifest))

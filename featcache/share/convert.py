@@ -1,0 +1,65 @@
+"""The same cache in another format: bit for bit, in either direction, resumable by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from featcache.errors import CacheError
+from featcache.read.reader import open_cache
+from featcache.store.layout import FORMATS
+from featcache.store.manifest import Manifest
+from featcache.store.writer import CacheWriter
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str,
+    features: Sequence[str] | None = None,
+    shard_size: int | None = None,
+    compressor: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Copy the cache `source` to `target` in format `to` ('zarr' or 'wds'); returns the new manifest.
+
+    features: only these (default all). shard_size: samples a shard (default the source's). compressor: of a
+    zarr target ('zstd' or 'blosc'). progress: called with the number of samples of each finished shard.
+
+    Slots, skipped ones included, stay where they are; so converting there and back gives the same files.
+
+    Raises `CacheError` for an unknown format, a target that holds something else, or a damaged source.
+    """
+    if to not in FORMATS:
+        raise CacheError(f"there is no cache format {to!r}", remedy=f"use one of {', '.join(FORMATS)}")
+    if Path(source).resolve() == Path(target).resolve():
+        raise CacheError(f"source and target are both {source}", remedy="choose another target")
+    cache = open_cache(source)
+    manifest = cache.manifest
+    names = sorted(manifest.features) if features is None else list(features)
+    cache.require(names)
+    specs = [manifest.features[name] for name in names]
+    writer = CacheWriter.create(
+        target,
+        manifest.dataset,
+        shard_size=manifest.shard_size if shard_size is None else shard_size,
+        compressor=compressor,
+        format=to,
+        versions=manifest.versions,
+    )
+    with writer, cache.reader(names, slots=True) as reader:
+        writer.begin(specs)
+        for shard in writer.pending():
+            slots = writer.slots(shard)
+            arrays = reader.allocate(len(slots))
+            reader.read(np.arange(slots.start, slots.stop), arrays)
+            writer.skip(shard, [(s.slot, s.key, s.reason) for s in manifest.skipped if s.slot in slots])
+            for spec in specs:
+                stored = {array[len(spec.name) :]: arrays[array] for array in spec.arrays}
+                writer.write_shard(spec.name, shard, stored)
+            if progress is not None:
+                progress(len(slots))
+        return writer.finish()

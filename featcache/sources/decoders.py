@@ -1,0 +1,110 @@
+"""Encoded image => cropped pixels: the exact way and faster ones.
+
+``pil`` is the reference, byte for byte what the public preprocessing gives. ``turbo`` lets libjpeg-turbo halve a large
+JPEG while it decodes (scaled inverse DCT), where the exact crop decodes it whole and halves it with a box filter; the
+last resize is the same bicubic. Files that are no RGB JPEG go the exact way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from featcache.errors import UserError, first_line
+from featcache.sources.base import BadImage, Source, center_crop, decoded, room_for
+
+Decoder = Callable[[bytes, str, int], np.ndarray]
+
+
+def decode_pil(data: bytes, key: str, resolution: int) -> np.ndarray:
+    """The exact crop: uint8 [R, R, 3]. Raises `BadImage`."""
+    with decoded(data, key, resolution=resolution) as image:
+        return center_crop(image, resolution)
+
+
+def _colour_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of what libjpeg-turbo may decode (three components, YCbCr); None for anything else."""
+    import simplejpeg
+
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (width, height) if colourspace == "YCbCr" else None
+
+
+def decode_turbo(data: bytes, key: str, resolution: int) -> np.ndarray:
+    """Halved during decoding as often as the exact crop would halve: uint8 [R, R, 3]. Raises `BadImage`."""
+    import simplejpeg
+
+    size = _colour_jpeg_size(data)
+    if size is None:
+        return decode_pil(data, key, resolution)
+    width, height = size
+    halvings = 0
+    while min(width, height) >> halvings >= 2 * resolution and halvings < 3:
+        halvings += 1
+    with room_for(size, key, resolution=resolution):
+        try:
+            # min_height asks for the smallest scaled size that is not below it.
+            pixels = simplejpeg.decode_jpeg(
+                data, "RGB", fastdct=False, min_height=height >> halvings, min_width=width >> halvings, min_factor=1
+            )
+        except ValueError as error:
+            raise BadImage(key, first_line(error)) from error
+        return center_crop(Image.fromarray(pixels), resolution)
+
+
+DECODERS: Mapping[str, Decoder] = {"pil": decode_pil, "turbo": decode_turbo}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far a decoder is from the exact crop over some images: in grey levels of 255, and the PSNR in dB."""
+
+    images: int
+    mean: float
+    largest: int
+    psnr_db: float
+
+
+def difference(source: Source, indices: Sequence[int], resolution: int, decoder: str) -> Difference:
+    """Crops of ``indices`` by ``decoder`` against those by ``pil``. Unreadable images are left out.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    errors = []
+    for index in indices:
+        try:
+            exact, _ = source.load(index, resolution)
+            fast, _ = source.load(index, resolution, decoder)
+        except BadImage:
+            continue
+        errors.append(np.abs(exact.astype(np.int16) - fast))
+    if not errors:
+        raise UserError("none of the images can be decoded", remedy="Check --data.")
+    every = np.stack(errors)
+    squared = float(np.mean(np.square(every, dtype=np.float64)))
+    psnr = float("inf") if squared == 0 else 10 * float(np.log10(255**2 / squared))
+    return Difference(images=len(every), mean=float(every.mean()), largest=int(every.max()), psnr_db=psnr)
+
+
+def check_decoder(name: str) -> None:
+    """Raises `UserError` if there is no such decoder or this machine cannot run it."""
+    if name not in DECODERS:
+        raise UserError(f"unknown decoder {name!r}", remedy=f"Type --decode with one of: {', '.join(DECODERS)}.")
+    if name == "pil":
+        return
+    try:
+        import simplejpeg  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--decode {name} needs simplejpeg, which is not installed",
+            remedy="pip install 'featcache-trainer[turbo]', or leave --decode out.",
+        ) from error

@@ -1,0 +1,263 @@
+"""``trainer``: train, sample, evaluate, report. Thin: parse, call, print. Heavy imports are inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featcache.console import console, run_app, safe
+from featcache.errors import UserError
+from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
+from trainer.analyze.config import AnalyzeConfig, parse_what
+from trainer.cli import tools as commands
+from trainer.requests import EvalRequest, SampleRequest, SampleSettings
+from trainer.runs.config import RunConfig, apply_overrides, load_recipe
+
+app = typer.Typer(
+    name="trainer",
+    help="Train diffusion transformers against a feature cache, then sample and judge them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+@takes(RunConfig)
+def run(
+    given: Given,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options here win over it.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE for any other setting; repeatable.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run of that name from its latest checkpoint.")
+    ] = False,
+    expect: Annotated[
+        str | None, typer.Option(help="Digest that the cache must have (featcache info prints it).")
+    ] = None,
+) -> None:
+    """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
+    with _one_voice() as main:
+        config = _run_config(recipe, given, set_ or [], resume=resume)
+        from trainer.training.loop import Silent, train
+
+        _leave_a_core()
+        if not main:
+            train(config, resume=resume, watcher=Silent(), expect=expect)
+            return
+        from trainer.progress import RichWatcher
+
+        with RichWatcher() as watcher:
+            folder = train(config, resume=resume, watcher=watcher, expect=expect)
+        console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(folder)}")
+
+
+@contextmanager
+def _one_voice() -> Iterator[bool]:
+    """Under torchrun the main rank alone speaks; gives whether this one is it.
+
+    An error that all ranks meet is the main rank's to print, whereupon torchrun ends the others. One that is another
+    rank's alone is printed when that has not happened for a while.
+    """
+    import warnings
+
+    from featcache.errors import UserError, os_error
+
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        yield True
+        return
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"trainer\.")
+    try:
+        yield False
+    except (UserError, OSError) as error:
+        time.sleep(5)
+        known = os_error(error) if isinstance(error, OSError) else error
+        raise UserError(f"rank {rank}: {known.what}", remedy=known.remedy) from error
+    except Exception:
+        time.sleep(5)
+        raise
+
+
+def _leave_a_core() -> None:
+    """One thread less than there are cores, unless $OMP_NUM_THREADS says how many: the cache is read by a thread of its
+    own, and OpenMP's threads wait for each other spinning, so that one of them without a core holds up all.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores - 1))
+
+
+def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str], *, resume: bool) -> Any:
+    """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top."""
+
+    values = (load_recipe(recipe) if recipe is not None else {}) | given
+    if resume:
+        return _resumed_config(values, overrides)
+    return from_mapping(RunConfig, apply_overrides(values, overrides))
+
+
+def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
+    """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
+    from featcache.redact import is_redacted
+    from trainer.runs.folder import ROOT, checked_name, load_config, newest_run
+
+    name = apply_overrides(values, overrides).get("name")
+    run = ROOT / checked_name(str(name)) if name else newest_run()
+    config = from_mapping(RunConfig, apply_overrides(to_mapping(load_config(run)) | values, overrides))
+    if config.cache is not None and is_redacted(config.cache):
+        raise UserError(
+            f"the cache of {run}, {config.cache}, needs a password or token, and none is ever stored",
+            remedy="Pass its whole URL again: trainer run --resume --cache URL, or keep the secret in the environment.",
+        )
+    return config
+
+
+@app.command()
+@takes(SampleRequest)
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of the run, e.g. runs/ahpa.", show_default=False)],
+    given: Given,
+) -> None:
+    """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
+    from featcache.progress import RichBar
+    from trainer import distributed
+    from trainer.sampling.run import sample_run
+
+    request = from_typed(SampleRequest, given)
+    with RichBar("sampling", unit="images") as bar:
+        result = sample_run(run, request, bar)
+    if distributed.is_main():
+        console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")
+
+
+# Settings of eval that say how to draw, so that they mean nothing where the images are there already.
+DRAWING = (
+    *("figure", "sampler", "steps", "guidance", "interval", "guided_channels", "classes", "pixels", "checkpoint"),
+    *("precision", "compile"),
+)
+
+
+def _refuse(given: Given, names: Sequence[str], why: str) -> None:
+    """Raises UserError if any of the settings ``names`` was typed."""
+    for name in names:
+        if name in given:
+            flag = flag_of(EvalRequest if name == "figure" else SampleSettings, name)
+            raise UserError(f"{flag} {why}", remedy=f"Leave {flag} out.")
+
+
+@app.command(name="eval")
+@takes(SampleSettings, EvalRequest)
+def evaluate(
+    given: Given,
+    run: Annotated[Path | None, typer.Argument(help="Folder of the run. \\[default: the newest below ./runs]")] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Judge these images (npz, tar, folder) by --reference instead of drawing some.")
+    ] = None,
+    require_labels: Annotated[
+        bool, typer.Option("--require-labels", help="With --samples: refuse images without class labels.")
+    ] = False,
+) -> None:
+    """Sample a run, compare with reference images, write metrics.json and report.html."""
+    from featcache.progress import RichBar
+    from trainer.evaluate.run import evaluate_images, evaluate_run
+    from trainer.runs.folder import newest_run
+
+    if samples is not None and run is not None:
+        raise UserError("a run and --samples were both given", remedy="Leave one of them out.")
+    if samples is not None:
+        _refuse(given, DRAWING, "says how to draw images, and --samples are drawn already")
+    elif require_labels:
+        raise UserError(
+            "--require-labels says what to accept of --samples, which were not given",
+            remedy="Leave --require-labels out.",
+        )
+    drawing = {name: value for name, value in given.items() if name in options_of(SampleSettings)}
+    judging = {name: value for name, value in given.items() if name not in drawing}
+    request = from_typed(EvalRequest, judging, settings=from_typed(SampleSettings, drawing))
+    with RichBar("evaluating", unit="images") as bar:
+        if samples is None:
+            result = evaluate_run(run or newest_run(), request, bar)
+        else:
+            result = evaluate_images(samples, request, require_labels=require_labels, bar=bar)
+    if result is None:  # the main rank judges
+        return
+    for name, value in result.metrics.items():
+        console.print(f"{safe(name):>24}  {value:.4g}")
+    console.print(f"report: [bold]{safe(result.report)}[/bold]")
+
+
+@app.command()
+@takes(AnalyzeConfig)
+def analyze(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, e.g. runs/ahpa.", show_default=False)],
+    given: Given,
+    what: Annotated[
+        str,
+        typer.Option(
+            help="gsnr, gradient-angle, router, cknna, probe, spectrum, selfsim, pca, codec (join with commas), or all."
+        ),
+    ] = "all",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for any other option; repeatable.")] = None,
+) -> None:
+    """See why an alignment works: diagnostics as numbers, plots and one page. [dim]Example: trainer analyze runs/ahpa[/dim]"""
+    from featcache.progress import RichBar
+    from trainer.analyze import DIAGNOSTICS
+    from trainer.report.analyze import analyze_runs
+
+    chosen = parse_what(what, tuple(DIAGNOSTICS))
+    options = from_mapping(AnalyzeConfig, apply_overrides(given, set_ or []))
+    with RichBar("analysing", unit="diagnostics") as bar:
+        pages = analyze_runs(runs, chosen, options, bar)
+    for page in pages:
+        console.print(f"page: [bold]{safe(page)}[/bold]")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file. \\[default: report.html in the run; comparison.html in the first]")
+    ] = None,
+) -> None:
+    """Write the report of one run; of several, the same page as compare."""
+    from trainer.evaluate.run import write_run_report
+
+    console.print(f"report: [bold]{safe(write_run_report(runs, out))}[/bold]")
+
+
+@app.command()
+def recipes(
+    text: Annotated[
+        str,
+        typer.Argument(
+            help="A row (ahpa/xl2) or a file, shown in full; else a part of name, method, model, title, source."
+        ),
+    ] = "",
+) -> None:
+    """List the recipes, one a row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
+    from featcache.console import safe
+    from trainer.runs.recipe_pages import page
+
+    for line in page(text, width=min(console.width, 120)):
+        console.print(safe(line))
+
+
+commands.register(app)
+
+
+def main() -> None:
+    """Entry point of the ``trainer`` command."""
+    sys.exit(run_app(app))

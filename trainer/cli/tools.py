@@ -1,0 +1,94 @@
+"""The trainer's smaller commands: import, export, stats, compare. Thin: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featcache.console import console, safe
+
+
+def import_(
+    path: Annotated[Path, typer.Argument(help="Official .pt checkpoint or state dict.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Folder below ./runs. \\[default: the file's name]")] = None,
+    weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+    convention: Annotated[
+        str | None, typer.Option(help="repa, sra, sit or dit. \\[default: told from the file]")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Cache whose VAE and classes it was trained with. \\[default: ImageNet and sd-ft-ema]"),
+    ] = None,
+) -> None:
+    """Make a run folder from an official SiT, DiT, REPA or SRA checkpoint."""
+    from trainer.runs.exchange import import_checkpoint
+
+    run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache)
+    console.print(f"run: [bold]{safe(run)}[/bold]   next: trainer sample {safe(run)}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="File to write, e.g. weights.pt.", show_default=False)],
+    to: Annotated[
+        str | None,
+        typer.Option(help="Whose code is to load it: repa, sra, sit or dit. \\[default: repa, or dit for DiT]"),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint. \\[default: the latest]")] = None,
+) -> None:
+    """Write a run's averaged weights as a checkpoint that the public code loads."""
+    from trainer.runs.exchange import export_checkpoint
+    from trainer.runs.folder import read_summary
+
+    console.print(f"checkpoint: [bold]{safe(export_checkpoint(run, out, convention=to, step=step))}[/bold]")
+    if cache := (read_summary(run) or {}).get("path"):
+        console.print(f"back again: trainer import {safe(out)} --cache {safe(cache)}", soft_wrap=True)
+
+
+def stats(
+    images: Annotated[str, typer.Argument(help="Images: npz, folder, tar shards or a cache.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="npz file to write.")],
+    extractor: Annotated[str, typer.Option(help="inception, dinov2 or embedded.")] = "inception",
+    resolution: Annotated[int | None, typer.Option(help="Crop a folder's images to this side.")] = None,
+    features: Annotated[int, typer.Option(help="Activations kept for precision, recall and KID.", min=0)] = 10_000,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images.", min=2)] = None,
+    data: Annotated[str | None, typer.Option(help="For a cache: where its images lie.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
+    weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights.")] = None,
+) -> None:
+    """Make reference statistics once, to judge many runs by (trainer eval --reference FILE)."""
+    from featcache.build.run import pick_device
+    from trainer.evaluate.extractors import build_extractor
+    from trainer.evaluate.references import write_statistics
+
+    network = build_extractor(extractor, weights_dir=weights_dir, device=pick_device(device))
+    made = write_statistics(
+        images, out, network, resolution=resolution, features=features, limit=limit, batch_size=batch_size, data=data
+    )
+    console.print(f"statistics of {made.count} images: [bold]{safe(out)}[/bold]")
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write. \\[default: comparison.html in the first run]")
+    ] = None,
+) -> None:
+    """Put runs side by side in one page: curves at equal steps and equal time, same-noise sample strips."""
+    from featcache.errors import UserError
+    from trainer.evaluate.run import write_run_report
+
+    if len(runs) < 2:
+        raise UserError("compare needs at least two runs", remedy="For one run: trainer report RUN")
+    console.print(f"page: [bold]{safe(write_run_report(runs, out))}[/bold]")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command(name="import")(import_)
+    app.command()(export)
+    app.command()(stats)
+    app.command()(compare)

@@ -1,0 +1,172 @@
+"""Which cache a run uses, and the command that provides what is missing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import featcache
+from featcache.errors import CacheError
+from trainer import align
+from trainer.align.base import FeatureInfo
+from trainer.align.features import encoder_layers
+from trainer.runs.config import RunConfig
+
+ROOT = Path("caches")
+DEFAULT_ENCODER = "dinov2-b"
+DEFAULT_VAE = "sd-ft-ema"
+
+
+class WrongCache(CacheError):
+    """A cache of another resolution or VAE: adding features to it would not help."""
+
+
+def check_made_with(config: RunConfig, cache: Any) -> None:
+    """Raises WrongCache if the configuration asks for a resolution or VAE that is not the cache's."""
+    dataset = cache.manifest.dataset
+    asked = {"resolution": config.resolution, "vae": config.vae}
+    found = {"resolution": dataset.preprocessing.get("resolution"), "vae": (dataset.vae or {}).get("name")}
+    for key, value in asked.items():
+        if value is not None and value != found[key]:
+            methods = ((method, config.method_config(method)) for method in config.methods)
+            wanted = [name for method, options in methods for name in align.required_features(method, options)]
+            line = build_line(None, wanted, resolution=config.resolution, vae=config.vae)
+            raise WrongCache(
+                f"{cache.path} was made with {key} {found[key]}, and the run asks for {value}",
+                remedy=f"Build one that fits:\n  {line}\nor train on what there is: --set {key}=null",
+            )
+
+
+def find_cache(config: RunConfig) -> Any:
+    """The cache that the configuration names, else the newest complete one below ``./caches`` that fits the method.
+
+    Raises:
+        CacheError: none there, or none that fits; the error ends with the command that builds it.
+    """
+    if config.cache is not None:
+        limit = None if config.stream_gib is None else int(config.stream_gib * 2**30)
+        named = featcache.open(config.cache, cache_dir=config.stream_dir, cache_bytes=limit)
+        check_made_with(config, named)
+        return named
+    found = sorted(
+        (p.parent for p in ROOT.glob("*/zarr.json")), key=lambda p: (p / "zarr.json").stat().st_mtime, reverse=True
+    )
+    wanted = [
+        name for method in config.methods for name in align.required_features(method, config.method_config(method))
+    ]
+    unfit: list[tuple[Path, Any, CacheError]] = []
+    for path in found:
+        cache = None
+        try:
+            cache = featcache.open(path)
+            missing_features(config, cache)
+            return cache
+        except CacheError as error:
+            unfit.append((path, cache, error))
+    if not unfit:
+        line = build_line(None, wanted, resolution=config.resolution, vae=config.vae)
+        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:\n  {line}")
+    path, newest, reason = unfit[0]
+    raise CacheError(
+        f"none of the {len(unfit)} caches below ./{ROOT} fits --method {config.method}; the newest, {path}: "
+        f"{reason.what}",
+        remedy=reason.remedy if newest is None or isinstance(reason, WrongCache) else build_command(newest, wanted),
+    )
+
+
+def available_features(cache: Any) -> dict[str, FeatureInfo]:
+    """Token features and VAE groups of a cache as the methods see them."""
+    features = cache.manifest.features
+    return {n: FeatureInfo(shape=tuple(f.shape)) for n, f in features.items() if n not in ("label", "key", "content")}
+
+
+def missing_features(config: RunConfig, cache: Any) -> None:
+    """Raises CacheError if the cache is of the wrong kind or lacks what the configuration's methods read."""
+    check_made_with(config, cache)
+    cache.require(["vae/moments", "label"])
+    available = available_features(cache)
+    for method in config.methods:
+        align.resolve(method, config.method_config(method), available)
+
+
+def random_features(cache: Any) -> list[str]:
+    """Features that were made with random encoder weights."""
+    return sorted(n for n, f in cache.manifest.features.items() if f.provenance.get("weights") == "random")
+
+
+def sample_keys(cache: Any, indices: np.ndarray) -> list[str]:
+    """Keys (source paths) of the samples ``indices`` [n]."""
+    with cache.reader(["key"]) as reader:
+        out = reader.allocate(len(indices))
+        reader.read(indices, out)
+    return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in out["key"]]
+
+
+def build_command(cache: Any, wanted: Iterable[str]) -> str:
+    """The sentence with the ``featcache build`` line that adds features to a cache."""
+    wanted = _settle(wanted, cache)
+    dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
+    words = [build_line(cache.path, wanted)]
+    if dataset.vae is not None and any(name.startswith("vae/") for name in wanted):
+        if dataset.vae["name"] != DEFAULT_VAE:
+            words.append(f"--vae {shlex.quote(dataset.vae['name'])}")
+        if moments is not None and moments.provenance.get("weights") == "random":
+            words.append(f"--random-weights {moments.provenance['seed']}")
+    encoders = {name.split("@")[0] for name in wanted if "@" in name}
+    for name, feature in cache.manifest.features.items():
+        if name.split("@")[0] in encoders and feature.provenance.get("weights") == "random":
+            words.append(f"--random-weights {feature.provenance['seed']}")
+            break
+    if dataset.source.startswith("shapes "):  # drawn anew, so many as there were
+        return f"Add what is missing:\n  {' '.join(words)}"
+    kind, _, name = dataset.source.partition(" ")
+    data = shlex.quote(f"/path/to/{name}" if kind == "folder" else "/path/to/the/same/images")
+    return f"Add what is missing:\n  {' '.join(words)} --data {data}"
+
+
+def _settle(wanted: Iterable[str], cache: Any) -> list[str]:
+    """Open names such as ``<encoder>@<last>`` made definite where the cache holds tokens of exactly one encoder.
+
+    Its deepest cached layer counts as the last, and the texture layer is DyA's 9 of 11 in proportion.
+    """
+    encoders = encoder_layers(cache.manifest.features)
+    if len(encoders) != 1:
+        return list(wanted)
+    ((encoder, layers),) = encoders.items()
+    texture, last = round(9 * layers[-1] / 11), layers[-1]
+    named = (name.replace("<encoder>", encoder).replace("<last>", str(last)) for name in wanted)
+    return [name.replace("<texture>", str(texture)) for name in named]
+
+
+def build_line(
+    cache: str | Path | None, wanted: Iterable[str], *, resolution: int | None = None, vae: str | None = None
+) -> str:
+    """``featcache build ...`` for feature names; open ones (in angle brackets) become the default encoder's."""
+    levels = sorted({name.split("/")[1] for name in wanted if name.startswith("vae/G")})
+    layers: dict[str, set[int]] = {}
+    for name in wanted:
+        encoder, at, layer = name.partition("@")
+        if not at:
+            continue
+        encoder = DEFAULT_ENCODER if encoder.startswith("<") else encoder
+        layers.setdefault(encoder, set())
+        if layer.isdigit():
+            layers[encoder].add(int(layer))
+        elif "texture" in layer:
+            layers[encoder] |= {9, 11}
+    words = ["featcache build"]
+    if cache is not None:
+        words.append(f"--into {cache}")
+    if resolution is not None:
+        words.append(f"--resolution {resolution}")
+    if vae is not None:
+        words.append(f"--vae {vae}")
+    for encoder, numbers in layers.items():
+        words.append(f"--encoder {encoder}" + ("@" + ",".join(map(str, sorted(numbers))) if numbers else ""))
+    if levels:
+        words.append(f"--vae-levels {','.join(levels)}")
+    return " ".join(words)

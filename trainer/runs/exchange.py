@@ -1,0 +1,121 @@
+"""Checkpoints from and for the public SiT, DiT, REPA and SRA code, as run folders of ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import UserError
+from featcache.store import files
+from trainer.runs import checkpoint, locks
+from trainer.runs import folder as runs
+from trainer.runs.config import RunConfig
+
+# What the public checkpoints were all trained on; the VAE's weights are checked only where a hash is known.
+_VAE = {"name": "sd-ft-ema", "sha256": None, "scaling_factor": 0.18215, "shift_factor": 0.0, "downsampling": 8}
+CONVENTIONS = ("repa", "sra", "sit", "dit")
+
+
+def _summary_of(path: str, shape: object) -> dict[str, Any]:
+    """What a run records of the cache at ``path``. Raises `UserError` if its latents are not of this shape."""
+    import featcache
+
+    cache = featcache.open(path)
+    cache.require(["vae/moments"])
+    found = list(cache.manifest.features["vae/moments"].shape)
+    if found != shape:
+        raise UserError(
+            f"{path} holds moments {found}, but the checkpoint is of a backbone for {shape}",
+            remedy="Pass the cache of the VAE and resolution that it was trained with.",
+        )
+    return runs.summary_of(cache, [name for name in ("vae/moments", "label") if name in cache.manifest.features])
+
+
+def import_checkpoint(
+    path: Path,
+    *,
+    name: str | None,
+    weights: str,
+    convention: str | None,
+    cache: str | None = None,
+    root: Path = runs.ROOT,
+) -> Path:
+    """A run folder, ready for ``trainer sample`` and ``trainer eval``, from an official checkpoint.
+
+    Args:
+        weights: ``ema`` or ``model``. convention: one of :data:`CONVENTIONS`, None tells it from the file.
+        cache: one whose VAE and classes the checkpoint was trained with; without it those of the public checkpoints.
+
+    Raises:
+        UserError: an unreadable or refused file, a size without a name, or a run folder that exists.
+    """
+    from trainer.runs.weights_io import import_official
+
+    if convention is not None and convention not in CONVENTIONS:
+        raise UserError(f"--convention {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
+    if weights not in ("ema", "model"):
+        raise UserError(f"--weights {weights!r} is neither ema nor model", remedy="Type one of the two.")
+    imported = import_official(path, weights=weights, convention=convention)  # type: ignore[arg-type]
+    if imported.name is None:
+        cfg = imported.config
+        raise UserError(
+            f"{path} holds a backbone of depth {cfg.depth} and width {cfg.width}, which no model name describes",
+            remedy="Load it from Python: trainer.runs.weights_io.import_official",
+        )
+    cfg = imported.config
+    config = RunConfig(
+        model=imported.name,
+        name=name or path.stem,
+        path=imported.path,  # type: ignore[arg-type]
+        qk_norm=cfg.qk_norm,
+        steps=max(1, imported.step or 1),
+    )
+    run = runs.run_dir(config, root)
+    dataset = {
+        "name": "unknown",
+        "source": f"imported checkpoint {path.name}",
+        "class_names": [str(i) for i in range(cfg.num_classes)],
+        "preprocessing": {"resolution": cfg.latent_size * 8},
+        "vae": {**_VAE, "latent_channels": cfg.latent_channels},
+    }
+    features = {
+        "vae/moments": {"shape": [2 * cfg.latent_channels, cfg.latent_size, cfg.latent_size], "weights": "unknown"}
+    }
+    summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
+    if cache is not None:
+        summary = _summary_of(cache, features["vae/moments"]["shape"])
+    state = {
+        "model": imported.name,
+        "method": "none",
+        "imported": {"file": path.name, "convention": imported.convention, "weights": imported.weights},
+    }
+    with locks.waiting(run.parent, f"{run.name}.import"):
+        if run.exists() or run.is_symlink():
+            raise UserError(f"{run} exists already", remedy="Type --name with another name.")
+        files.remove_parts(run.parent, of=[run.name])
+        with files.atomic_directory(run) as folder:
+            checkpoint.save_checkpoint(folder, imported.step or 0, {"ema": imported.state}, state, keep=1)
+            runs.write_text(folder / "cache.json", json.dumps(summary, indent=1))
+            runs.save_config(folder, config)
+    return run
+
+
+def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int | None) -> Path:
+    """Writes a run's averaged weights (and its raw ones) as a file that the public code loads.
+
+    Raises:
+        UserError: no such run, an unknown convention, or a model the convention has no place for.
+    """
+    from trainer.runs.weights_io import export_official
+    from trainer.sampling.draw import run_model_config
+
+    if convention is not None and convention not in CONVENTIONS:
+        raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
+    at, folder = checkpoint.find_checkpoint(run, step)
+    raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
+    options: dict[str, Any] = {"convention": convention} if convention else {}
+    config = runs.load_config(run)
+    ema = checkpoint.load_tensors(folder, "ema")
+    cfg = run_model_config(run, config)
+    return export_official(out, cfg, ema=ema, model=raw, step=at, interpolant=config.path, **options)

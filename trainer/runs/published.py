@@ -1,0 +1,112 @@
+"""What a paper reports for a row of its tables, and how the samples behind the figures were drawn."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, Literal
+
+from featcache.errors import UserError
+from featcache.settings import Count, from_mapping, settings
+from trainer.interval import Interval, ParsedInterval
+
+METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
+
+# Tables by paper, as our copies of the papers number them. SRA's have lost their captions; its text calls the
+# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3.
+PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
+    "REPA": tuple(str(n) for n in range(1, 13)),
+    "SARA": ("1a", "1b", "2", "3", "4", "5"),
+    "DyA": tuple(str(n) for n in range(1, 8)),
+    "AHPA": (
+        *(str(n) for n in range(1, 8)),
+        *("A.8", "A.9", "B.10", "B.11", "C.12", "D.13", "D.14", "D.15", "D.16", "D.17", "E.18", "F.19", "G.20", "I.21"),
+    ),
+    "SRA": ("3.2", "3.3"),
+}
+_SOURCE = re.compile(r"(?P<paper>\w+), Table (?P<table>\S+)")
+
+
+@settings
+class Sampling:
+    """How the samples behind published figures were drawn; None where the paper does not say.
+
+    sampler: ``sde`` (Euler-Maruyama), ``ode`` (Euler), ``heun`` or ``ddpm``. steps: function evaluations.
+    guidance: classifier-free guidance scale, 1 for none. interval: of t, in which it acted.
+    """
+
+    sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
+    steps: Count | None = None
+    guidance: float | None = 1.0
+    interval: ParsedInterval = Interval()
+
+    def __str__(self) -> str:
+        drawn = " ".join(str(part) for part in (self.sampler, self.steps) if part is not None)
+        guided = ""
+        if self.guidance is None:
+            guided = "guided, scale not given"
+        elif self.guidance != 1:
+            low, high = self.interval.low, self.interval.high
+            guided = f"guidance {self.guidance:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
+        return ", ".join(part for part in (drawn, guided) if part)
+
+
+@settings
+class Published:
+    """What a paper reports for a row.
+
+    source: reads ``AHPA, Table 3``. metrics: FID, sFID, IS, Precision and Recall, as far as the table has them.
+
+    Raises:
+        UserError: an unknown metric, a paper or table that does not exist.
+    """
+
+    source: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        match = _SOURCE.fullmatch(self.source)
+        if match is None or match["table"] not in PAPER_TABLES.get(match["paper"], ()):
+            raise UserError(
+                f"published.source {self.source!r:.80} names no table of a known paper",
+                remedy=f"Write for example 'AHPA, Table 3'; papers: {', '.join(PAPER_TABLES)}.",
+            )
+        for metric in self.metrics:
+            if metric not in METRICS:
+                near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.3)
+                hint = f"Did you mean {near[0]}?" if near else f"Metrics: {', '.join(METRICS)}"
+                raise UserError(f"published.metrics holds an unknown metric {metric!r:.80}", remedy=hint)
+
+    @property
+    def paper(self) -> str:
+        return self.source.partition(",")[0]
+
+    def figures(self) -> dict[str, str]:
+        """The metrics with the papers' decimals: at least two for sFID, precision and recall, else at least one."""
+        shown = {}
+        for metric, value in self.metrics.items():
+            digits = 2 if metric in ("sFID", "Precision", "Recall") else 1
+            shown[metric] = max(f"{value:.{digits}f}", repr(float(value)), key=len)
+        return shown
+
+
+def parse_published(values: Any) -> Published:
+    """What a recipe or a run's configuration says under ``published``.
+
+    Raises:
+        UserError: it is not well formed, or as :class:`Published`.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"published must hold source, metrics and sampling, not {values!r:.80}")
+    entry = dict(values)
+    sampling = entry.pop("sampling", None)
+    if sampling is not None:
+        if not isinstance(sampling, Mapping):
+            raise UserError(f"published.sampling must hold keys and values, not {sampling!r:.80}")
+        entry["sampling"] = from_mapping(Sampling, sampling, where="published.sampling")
+    if "source" not in entry:
+        raise UserError("published has no source", remedy="Write for example: source: AHPA, Table 3")
+    return from_mapping(Published, entry, where="published")

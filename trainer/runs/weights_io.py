@@ -1,0 +1,422 @@
+"""Checkpoints of the public repositories, read into and written from this project's models.
+
+What differs from ours, by convention:
+
+- ``repa``: nothing in the backbone (t = 1 is noise, velocity e - z, C channels out); carries
+``projectors.*``. - ``sra``: as ``repa`` for SiT, as ``dit`` for DiT; carries ``ap_head.*``. - ``sit``: time
+runs the other way (t = 1 is data, velocity z - e); 2C channels out, of which the upper C are unused. -
+``dit``: nothing (DDPM steps 0..999, noise and variance values).
+
+Time and sign are converted in the weights themselves, so an imported model is like any other. Also carried
+by all is ``pos_embed``, which training averages into the EMA, where it drifts by rounding: it is kept and
+loaded, see :func:`trainer.models.load_weights`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from featcache.errors import UserError
+from featcache.store import files
+from trainer.models.blocks import sincos_positions, time_frequencies
+from trainer.models.config import SIZES, ModelConfig
+from trainer.runs import locks
+from trainer.runs.checkpoint import REAL_DTYPES
+
+Convention = Literal["repa", "sra", "sit", "dit"]
+CONVENTIONS: tuple[Convention, ...] = ("repa", "sra", "sit", "dit")
+
+# What an official repository stores beside the backbone: heads of the alignment, dropped at inference.
+_HEAD_PREFIXES = ("projectors.", "ap_head.")
+# What tells a backbone's shape, with the number of axes.
+_NEEDED = {
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "t_embedder.mlp.0.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+    "final_layer.linear.bias": 1,
+}
+# Upper bound for the drift of an averaged position table; more is another table, e.g. another resolution's.
+_POSITION_DRIFT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """An official checkpoint in this project's terms.
+
+    config: the backbone; name: such as ``SiT-XL/2``, None for sizes that have no name.
+    convention: where it came from; weights: ``ema``, ``model`` or ``bare`` (the file was one state dict).
+    path: the interpolant it was trained with (SiT), ``linear`` or ``cosine``.
+    state: weights under our keys, float32, with ``pos_embed``: for :func:`trainer.models.load_weights`.
+    heads: what else was in the state dict (projectors), under its own keys.
+    step: optimiser steps taken, if the file says so.
+    """
+
+    config: ModelConfig
+    name: str | None
+    convention: Convention
+    weights: Literal["ema", "model", "bare"]
+    path: str
+    state: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    step: int | None
+
+
+def import_official(
+    path: str | Path,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    convention: Convention | None = None,
+    heads: int | None = None,
+) -> Imported:
+    """Read an official SiT, DiT, REPA or SRA checkpoint (``.pt``) or state dict (``.pt``, ``.safetensors``).
+
+    Nothing in the file is executed: it is unpickled with ``weights_only=True``, the one class allowed
+    beside tensors being ``argparse.Namespace``.
+
+    Args:
+        weights: which of the two state dicts of a training checkpoint; a bare state dict has no choice.
+        convention: whose checkpoint it is; by default told from its keys, its arguments or its file name.
+        heads: number of attention heads, for a width that no named model has.
+
+    Raises:
+        UserError: an unreadable or refused file, the wanted weights missing, keys missing or unexpected, a
+            convention or a shape that cannot be told.
+    """
+    path = Path(path)
+    content = _read(path)
+    raw, chosen = _choose(content, weights, path)
+    args = content.get("args") if chosen != "bare" else None
+    options: dict[str, Any] = {}
+    if isinstance(args, argparse.Namespace | Mapping):
+        given = vars(args) if isinstance(args, argparse.Namespace) else args
+        options = {key: value for key, value in given.items() if isinstance(value, str | int | float)}
+    raw = {_modern_key(key, raw, options): value.float() for key, value in raw.items()}
+    extra = {key: value for key, value in raw.items() if key.startswith(_HEAD_PREFIXES)}
+    state = {key: value for key, value in raw.items() if key not in extra}
+
+    config, doubled = _infer_config(state, path, heads)
+    convention = convention or _infer_convention(extra, options, path, doubled)
+    if convention == "sit":
+        state = reverse_time(_keep_channels(state, config) if doubled else state)
+    elif convention == "dit" or (convention == "sra" and doubled):
+        config = replace(config, family="dit", learn_sigma=doubled)
+    elif doubled:
+        raise UserError(
+            f"{path} predicts twice as many channels as its latent has; {convention!r} checkpoints do not.",
+            remedy="Use convention 'sit' or 'dit'.",
+        )
+    interpolant = _trained_path(options, path)
+    _check_keys(state, config, path)
+    step = content.get("steps", content.get("train_steps")) if chosen != "bare" else None
+    return Imported(
+        config=config,
+        name=_name(config),
+        convention=convention,
+        weights=chosen,
+        path=interpolant,
+        state={key: value.contiguous() for key, value in state.items()},
+        heads=extra,
+        step=step if isinstance(step, int) else None,
+    )
+
+
+def export_official(
+    path: str | Path,
+    config: ModelConfig,
+    *,
+    ema: Mapping[str, Tensor],
+    model: Mapping[str, Tensor] | None = None,
+    convention: Convention | None = None,
+    heads: Mapping[str, Tensor] | None = None,
+    step: int | None = None,
+    interpolant: str = "linear",
+) -> Path:
+    """Write weights as a checkpoint that the public code loads: a dict with ``ema``, ``model`` and ``args``.
+
+    Only tensors, strings and numbers are pickled, so ``torch.load`` takes it in its safe mode too.
+
+    Args:
+        ema, model: state dicts under our keys; ``pos_embed`` is added where it is missing, and ``model`` is
+            ``ema`` where only that is kept.
+        convention: whose code is to load it; by default ``repa`` for SiT and ``dit`` for DiT.
+        heads: ``projectors.*`` (repa) or ``ap_head.*`` (sra). Those repositories load strictly, so zeros of
+            the default shapes (768 channels, as for DINOv2-B) are written where none are given; sampling
+            does not use them.
+
+    Raises:
+        UserError: a convention that does not fit the model, or weights that do not fit ``config``.
+    """
+    path = Path(path)
+    convention = convention or ("repa" if config.family == "sit" else "dit")
+    fits = {"repa": ("sit",), "sra": ("sit", "dit"), "sit": ("sit",), "dit": ("dit",)}
+    if convention not in fits or config.family not in fits[convention]:
+        raise UserError(
+            f"{'SiT' if config.family == 'sit' else 'DiT'} weights cannot be written as {convention!r}.",
+            remedy=f"Use one of: {', '.join(c for c in CONVENTIONS if config.family in fits[c])}.",
+        )
+    extra = dict(heads) if heads else _placeholder_heads(convention, config.width)
+
+    def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        full = {"pos_embed": sincos_positions(config.width, config.grid)}
+        full |= {key: value.detach().cpu().float() for key, value in state.items()}
+        _check_keys(full, config, path)
+        if convention == "sit":
+            full = _double_channels(reverse_time(full), config)
+        return full | extra
+
+    content: dict[str, Any] = {"ema": convert(ema)}
+    content["model"] = convert(model) if model is not None else content["ema"]
+    content["args"] = {"model": _name(config), "num_classes": config.num_classes, "qk_norm": config.qk_norm}
+    if config.family == "sit":
+        names = {"linear": "Linear", "cosine": "GVP"} if convention == "sit" else {}
+        content["args"]["path_type"] = names.get(interpolant, interpolant)
+    if step is not None:
+        content["steps"] = step
+    try:
+        with locks.alone(path), files.atomic_file(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's, in the place of what the disk said
+        if isinstance(error.__context__, OSError):
+            raise files.explain(error.__context__, path) from error
+        raise
+    return path
+
+
+def reverse_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same network with t replaced by 1 - t and its output negated. Its own inverse.
+
+    With frequencies w, ``cos((1 - t) w) = cos w cos tw + sin w sin tw`` and ``sin((1 - t) w) = sin w cos tw
+    - cos w sin tw``: a fixed reflection of each (cosine, sine) pair, which the first layer of the time MLP
+    absorbs. It is computed in float64 with the float32 frequencies that the model uses, so the rounding of
+    the weights is the only difference.
+    """
+    out = dict(state)
+    w = time_frequencies().double()
+    cosine, sine = state["t_embedder.mlp.0.weight"].double().chunk(2, dim=1)  # [D, len(w)] each
+    reflected = [cosine * w.cos() + sine * w.sin(), cosine * w.sin() - sine * w.cos()]
+    out["t_embedder.mlp.0.weight"] = torch.cat(reflected, dim=1).to(state["t_embedder.mlp.0.weight"].dtype)
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        out[key] = -state[key]
+    return out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.")
+    if path.suffix == ".safetensors":
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError, AttributeError, KeyError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as safetensors: {error!s:.300}") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped, so that the optimiser's state, twice the size of the weights, is never read.
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=True if zipfile.is_zipfile(path) else None
+            )
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of type {found[1]}" if found else "something that is not a tensor"
+        raise UserError(
+            f"{path} was refused: it pickles {what}, and loading that could run code from the file.",
+            remedy="Only tensors, numbers and an argparse.Namespace are read. If you trust the file, "
+            "save its state dict alone with the code that made it.",
+        ) from error
+    except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint or state dict.")
+    return content
+
+
+def _choose(
+    content: dict[str, Any], weights: str, path: Path
+) -> tuple[dict[str, Tensor], Literal["ema", "model", "bare"]]:
+    """The state dict asked for, without wrappers' prefixes."""
+    chosen: Literal["ema", "model", "bare"]
+    if "x_embedder.proj.weight" in content:
+        state, chosen = content, "bare"
+    elif weights in content:
+        state, chosen = content[weights], "ema" if weights == "ema" else "model"
+    else:
+        available = [key for key in ("ema", "model") if key in content]
+        raise UserError(
+            f"{path} has no {weights!r} weights; its entries are {', '.join(map(str, list(content)[:8]))}.",
+            remedy=f"Ask for {available[0]!r} instead." if available else None,
+        )
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path}: {weights!r} is not a state dict.")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path}: {key!r:.100} is not a tensor with a name.")
+        if value.layout != torch.strided or value.dtype not in REAL_DTYPES or not value.numel():
+            raise UserError(f"{path}: {key!r:.100} does not hold real numbers.")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {key!r:.100} says that it is {list(value.shape)}, more than the file holds.")
+    # torch.compile and DistributedDataParallel name their inner module.
+    return {re.sub(r"^(_orig_mod\.|module\.)+", "", key): value for key, value in state.items()}, chosen
+
+
+def _modern_key(key: str, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> str:
+    """REPA's early checkpoints split the blocks in two lists, the second counted from zero again."""
+    if not key.startswith("decoder_blocks."):
+        return key
+    first = sum(other.startswith("blocks.") and other.endswith("attn.qkv.weight") for other in state)
+    found = re.fullmatch(r"decoder_blocks\.([0-9]{1,4})\.(.+)", key)
+    return key if found is None else f"blocks.{int(found[1]) + first}.{found[2]}"
+
+
+def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) -> tuple[ModelConfig, bool]:
+    """Shapes tell everything but the heads. Gives a SiT configuration and whether the channels out are
+    doubled."""
+    for key, axes in _NEEDED.items():
+        if key not in state:
+            raise UserError(
+                f"{path} is not a SiT or DiT state dict: it has no {key}. Its first keys are "
+                f"{', '.join(list(state)[:4]):.300}."
+            )
+        if state[key].ndim != axes:
+            raise UserError(f"{path} is not a SiT or DiT state dict: {key} has the shape {list(state[key].shape)}.")
+    D, C, p, _ = state["x_embedder.proj.weight"].shape
+    tokens = state["pos_embed"].shape[1]
+    numbers = {_block_number(key, path) for key in state if key.startswith("blocks.")}
+    depth = len(numbers)
+    if numbers != set(range(depth)):
+        raise UserError(f"{path} has {depth} blocks, but they are not numbered from 0 to {depth - 1}.")
+    out = state["final_layer.linear.weight"].shape[0]
+    if state["t_embedder.mlp.0.weight"].shape != (D, 2 * len(time_frequencies())) or out != len(
+        state["final_layer.linear.bias"]
+    ):
+        raise UserError(f"{path} is not a SiT or DiT state dict: its first or last layer has an unknown shape.")
+    named = {(size_depth, width): size_heads for size_depth, width, size_heads in SIZES.values()}
+    norm = state.get("blocks.0.attn.q_norm.weight")
+    if heads is None:
+        heads = max(1, D // norm.shape[0]) if norm is not None and norm.ndim == 1 else named.get((depth, D))
+    if heads is None:
+        raise UserError(
+            f"{path} has depth {depth} and width {D}, which is no named model, so its number of heads cannot be told.",
+            remedy="Say how many attention heads it has.",
+        )
+    doubled = out == 2 * p * p * C
+    config = ModelConfig(
+        family="sit",
+        depth=depth,
+        width=D,
+        heads=heads,
+        patch_size=p,
+        latent_channels=C,
+        latent_size=round(tokens**0.5) * p,
+        num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        qk_norm=norm is not None,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D,
+    )
+    return config, doubled
+
+
+def _block_number(key: str, path: Path) -> int:
+    found = re.match(r"blocks\.([0-9]{1,4})\.", key)
+    if found is None:
+        raise UserError(f"{path} has an unexpected key {key!r:.100}.")
+    return int(found[1])
+
+
+def _infer_convention(extra: Mapping[str, Tensor], options: Mapping[str, Any], path: Path, doubled: bool) -> Convention:
+    if any(key.startswith("ap_head.") for key in extra):
+        return "sra"
+    if extra or not doubled:
+        return "repa"
+    # Doubled channels: the official SiT or DiT, whose keys are the same.
+    for text in (str(options.get("model", "")).lower(), path.stem.lower()):
+        if text.startswith("sit"):
+            return "sit"
+        if text.startswith("dit"):
+            return "dit"
+    raise UserError(
+        f"{path} may be an official SiT or an official DiT: their state dicts have the same keys and shapes.",
+        remedy="Say which convention it follows: 'sit' or 'dit'.",
+    )
+
+
+def _trained_path(options: Mapping[str, Any], path: Path) -> str:
+    names = {"linear": "linear", "gvp": "cosine", "cosine": "cosine"}
+    given, predicted = str(options.get("path_type") or "linear"), str(options.get("prediction") or "v")
+    if given.lower() not in names or predicted not in ("v", "velocity"):
+        raise UserError(
+            f"{path} was trained with path {given!r:.80} and prediction {predicted!r:.80}; only velocity models on "
+            "the linear and the cosine (GVP) path can be imported."
+        )
+    return names[given.lower()]
+
+
+def _name(config: ModelConfig) -> str | None:
+    for size, shape in SIZES.items():
+        if shape == (config.depth, config.width, config.heads):
+            return f"{'SiT' if config.family == 'sit' else 'DiT'}-{size}/{config.patch_size}"
+    return None
+
+
+def _keep_channels(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Drop the upper half of the channels out; channel is the fastest axis of the final layer's rows."""
+    out, C = dict(state), config.latent_channels
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rest = state[key].shape[1:]
+        out[key] = state[key].reshape(-1, 2 * C, *rest)[:, :C].reshape(-1, *rest)
+    return out
+
+
+def _double_channels(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Add an upper half of zeros to the channels out."""
+    out, C = dict(state), config.latent_channels
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rest = state[key].shape[1:]
+        lower = state[key].reshape(-1, C, *rest)
+        out[key] = torch.cat([lower, torch.zeros_like(lower)], dim=1).reshape(-1, *rest)
+    return out
+
+
+def _placeholder_heads(convention: str, width: int) -> dict[str, Tensor]:
+    hidden, channels = 2048, 768
+    shapes = {
+        "repa": {
+            "projectors.0.0": (hidden, width),
+            "projectors.0.2": (hidden, hidden),
+            "projectors.0.4": (channels, hidden),
+        },
+        "sra": {"ap_head.linear1": (2 * width, width), "ap_head.linear2": (width, 2 * width)},
+    }
+    heads: dict[str, Tensor] = {}
+    for name, shape in shapes.get(convention, {}).items():
+        heads[f"{name}.weight"], heads[f"{name}.bias"] = torch.zeros(shape), torch.zeros(shape[0])
+    return heads
+
+
+def _check_keys(state: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
+    """Key by key against the model, without allocating its weights."""
+    from trainer.models.transformer import Transformer, check_fit
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    check_fit(model, state, source=str(path))
+    drift = (state["pos_embed"].double() - sincos_positions(config.width, config.grid)).abs().max().item()
+    if not drift < _POSITION_DRIFT:
+        raise UserError(
+            f"{path}: its position table is not the sin-cos table of a {config.grid} x {config.grid} grid "
+            f"(largest difference {drift:.3g})."
+        )

@@ -1,0 +1,338 @@
+"""From a checkpoint to images: labels, noise, sampler, guidance, decoder, files."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featcache.encoders.base import WeightsSource
+from featcache.encoders.vae import decode_latents, load_vae
+from featcache.errors import UserError
+from featcache.store import files
+from trainer.diffusion import ddpm, samplers
+from trainer.diffusion.guidance import Guidance, guided
+from trainer.diffusion.noise import noise_stream, sample_noise
+from trainer.diffusion.transport import Flow, Transport, build_transport
+from trainer.models import ModelConfig, ModelOutput, Transformer, build_model, load_weights
+from trainer.runs import checkpoint
+from trainer.runs import folder as runs
+from trainer.runs.config import RunConfig
+
+if TYPE_CHECKING:
+    from trainer.sampling.inference import Network
+
+# Family -> its samplers, the default first; and the one that draws grids, in GRID_STEPS steps.
+SAMPLERS = {"sit": ("sde", "ode", "heun", "dopri5"), "dit": ("ddpm", "ddim")}
+GRID_SAMPLERS, GRID_STEPS = {"sit": "ode", "dit": "ddpm"}, 32
+
+# Images decoded at once: enough to fill a GPU at 256 pixels, and 1 GiB for the SD-VAE's largest activation there.
+DECODED_IMAGES = 16
+
+
+def check_sampler(family: str, sampler: str | None) -> str:
+    """The sampler to use with a family of backbones; None takes its default.
+
+    Raises:
+        UserError: a sampler that is unknown or belongs to the other family.
+    """
+    valid = SAMPLERS[family]
+    if sampler is None:
+        return valid[0]
+    if sampler not in valid:
+        raise UserError(
+            f"--sampler {sampler!r} does not go with a {'SiT' if family == 'sit' else 'DiT'} model",
+            remedy=f"Type one of: {', '.join(valid)}",
+        )
+    return sampler
+
+
+def sampling_times(sampler: str, steps: int) -> list[float] | ddpm.Schedule:
+    """The grid of times of a SiT sampler, or the kept steps of a DiT one.
+
+    Raises:
+        UserError: a number of steps that the sampler cannot take.
+    """
+    if sampler == "sde":
+        return samplers.sde_grid(steps)
+    if sampler not in ("ddpm", "ddim"):
+        return samplers.ode_grid(steps)
+    schedule = ddpm.linear_schedule()
+    stride = sampler == "ddim" and ddpm.has_stride(schedule, steps)
+    return ddpm.respace(schedule, steps, spacing="stride" if stride else "even")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How images are drawn.
+
+    sampler: for SiT ``ode`` (Euler), ``heun``, ``dopri5``, ``sde`` (Euler-Maruyama, the papers' last step without noise);
+    for DiT ``ddpm`` (ancestral) and ``ddim`` (every i-th step from 0 on as in ADM, where a whole i gives ``steps`` of
+    them; else spread evenly from the first step to the last, as for ``ddpm``: our choice; a single step is the last).
+    steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own). guidance: scale, interval and channels.
+    pixels: ``round`` is 127.5 x + 128 clamped (ADM, DiT, SiT); ``truncate`` is 255 (x + 1) / 2 cut off (REPA).
+    seed: together with the sample's index it fixes the sample's noise.
+    """
+
+    sampler: str = "sde"
+    steps: int = 250
+    guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
+    pixels: str = "round"
+    seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, as ``settings.json`` beside samples holds them."""
+        return {**vars(self), "guidance": self.guidance.record()}
+
+
+def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: str | None) -> nn.Module:
+    """The VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
+
+    Args:
+        vae: the manifest's ``dataset.vae``. moments: provenance of ``vae/moments``.
+
+    Raises:
+        UserError: the weights found are not those that the cache was made with.
+        WeightsUnavailable: they are not on this machine and there is no hub.
+    """
+    source = WeightsSource(
+        weights_dir=Path(weights_dir) if weights_dir else None,
+        random_seed=moments["seed"] if moments.get("weights") == "random" else None,
+    )
+    module, origin = load_vae(vae["name"], source)
+    if vae.get("sha256") is not None and origin["sha256"] != vae["sha256"]:
+        raise UserError(
+            f"the VAE {vae['name']!r} found here ({origin['sha256'][:12]}) is not the one the cache was made with "
+            f"({vae['sha256'][:12]})",
+            remedy="Bring the same weights with --weights-dir.",
+        )
+    return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A checkpoint's averaged weights in a model ready to sample from."""
+
+    path: Path
+    step: int
+    config: RunConfig
+    summary: Mapping[str, Any]  # cache.json
+    model: Transformer
+
+    @property
+    def transport(self) -> Transport:
+        """As the run trained with it, on the model's device."""
+        device = next(self.model.parameters()).device
+        return build_transport(self.model.cfg.family, path=self.config.path, device=device)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.summary["dataset"]["class_names"])
+
+    @property
+    def resolution(self) -> int:
+        return int(self.summary["dataset"]["preprocessing"]["resolution"])
+
+
+def cache_summary(run: Path) -> dict[str, Any]:
+    """``cache.json`` of a run: path, fingerprint, dataset and features of the cache it was trained on.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    summary = runs.read_summary(run)
+    if summary is None:
+        raise UserError(f"{run} has no cache.json, so its classes and latents are unknown", remedy="Train it again.")
+    return summary
+
+
+def run_model_config(run: Path, config: RunConfig) -> ModelConfig:
+    """Shape of a run's backbone, from its configuration and the latents it was trained on."""
+    dataset = cache_summary(run)["dataset"]
+    resolution, classes = dataset["preprocessing"]["resolution"], len(dataset["class_names"])
+    return config.backbone(dataset["vae"], resolution=resolution, num_classes=classes)
+
+
+def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
+    """The model of a run at ``step`` (None: the latest checkpoint).
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    config = runs.load_config(run)
+    summary = cache_summary(run)
+    at, path = checkpoint.find_checkpoint(run, step)
+    model = build_model(run_model_config(run, config), device=device).eval().requires_grad_(False)
+    load_weights(model, checkpoint.load_tensors(path, weights, device=device), source=str(path))
+    return LoadedRun(path=run, step=at, config=config, summary=summary, model=model)
+
+
+@torch.inference_mode()
+def draw_latents(
+    model: Transformer | Network,
+    labels: Tensor,
+    indices: Sequence[int],
+    config: SampleConfig,
+    *,
+    transport: Transport | None = None,
+) -> Tensor:
+    """Scaled latents float32 [B, C, h, w] of the samples ``indices`` with ``labels`` [B].
+
+    Each sample's noise is a function of (config.seed, its index) alone. ``transport``: what the model was trained with,
+    None its family's with default settings.
+    """
+    cfg, device = model.cfg, labels.device
+    transport = transport or build_transport(cfg.family, device=device)
+    x = sample_noise(config.seed, indices, cfg.latent_shape, 0, device=device)
+    noise = noise_stream(config.seed, indices, cfg.latent_shape, device=device)
+    times = sampling_times(config.sampler, config.steps)
+    model_fn = guided(
+        model if isinstance(times, ddpm.Schedule) else _velocities(model, transport),
+        labels,
+        null_label=cfg.num_classes,
+        guidance=config.guidance,
+        time_range=transport.time_range,
+    )
+    if isinstance(times, ddpm.Schedule):
+        if config.sampler == "ddim":
+            return samplers.ddim(model_fn, x, times)
+        return samplers.ddpm(model_fn, x, times, noise=noise)
+    if config.sampler == "sde":
+        assert isinstance(transport, Flow), "check_sampler lets no DDPM model come here"
+        return samplers.euler_maruyama(model_fn, x, times, noise=noise, path=transport.path)
+    method = {"ode": samplers.euler, "heun": samplers.heun, "dopri5": samplers.dopri5}[config.sampler]
+    return method(model_fn, x, times)
+
+
+def _velocities(model: Transformer | Network, transport: Transport) -> Callable[[Tensor, Tensor, Tensor], ModelOutput]:
+    """``model`` with velocities for predictions, whatever it was trained to predict."""
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
+        output: ModelOutput = model(x, t, y)
+        return output._replace(prediction=transport.velocity(output, x, t))
+
+    return call
+
+
+def to_uint8(pixels: Tensor, rule: str = "round") -> Tensor:
+    """Pixels in [-1, 1], [B, 3, R, R] => uint8 [B, R, R, 3] on the same device, under one of the two public conventions."""
+    if rule == "round":
+        values = (127.5 * pixels + 128).clamp(0, 255)
+    else:
+        values = (255 * (pixels + 1) / 2).clamp(0, 255)
+    return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@torch.inference_mode()
+def decode_pixels(vae: nn.Module, latents: Tensor, rule: str = "round") -> Tensor:
+    """Scaled latents [B, C, h, w] => uint8 [B, R, R, 3], a part at a time: memory does not grow with B."""
+    return torch.cat([to_uint8(decode_latents(vae, part), rule) for part in latents.split(DECODED_IMAGES)])
+
+
+def draw_units(
+    model: Transformer | Network,
+    vae: nn.Module,
+    labels: np.ndarray,
+    indices: Sequence[int],
+    config: SampleConfig,
+    *,
+    transport: Transport | None = None,
+    unit: int,
+) -> Iterator[np.ndarray]:
+    """The samples ``indices`` with ``labels`` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
+
+    Every unit is computed whole (the last filled up with its last sample), so that shapes, and with them the rounding,
+    are always the same. On the CPU each unit is computed by one thread, as many at a time as torch has threads, so that
+    their number changes no bit either. On a GPU the copy of one unit to the host, and what the caller does with it,
+    overlap with the drawing of the next.
+    """
+    device = next(vae.parameters()).device
+
+    def draw(start: int) -> Tensor:
+        chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
+        wanted = torch.from_numpy(np.asarray(labels)[chosen]).to(device)
+        latents = draw_latents(model, wanted, [int(indices[i]) for i in chosen], config, transport=transport)
+        return decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
+
+    starts = range(0, len(indices), unit)
+    return _fetched(map(draw, starts)) if device.type == "cuda" else _each_by_one_thread(draw, starts)
+
+
+def _each_by_one_thread(draw: Callable[[int], Tensor], starts: Sequence[int]) -> Iterator[np.ndarray]:
+    """``draw`` of each start in order, on the host; one thread each, and never many more results than threads ahead."""
+    threads = torch.get_num_threads()
+    ahead: deque[Future[Tensor]] = deque()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for start in starts:
+            ahead.append(pool.submit(draw, start))
+            if start == starts[0]:  # alone: compiles what is to be compiled
+                wait(ahead)
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result().cpu().numpy()
+        while ahead:
+            yield ahead.popleft().result().cpu().numpy()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _fetched(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """A GPU's tensors on the host, one behind: it works on the next while one is copied."""
+    waiting: tuple[Tensor, Any] | None = None
+    for batch in batches:
+        host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)  # to pageable memory the copy would wait
+        host.copy_(batch, non_blocking=True)
+        event = torch.cuda.current_stream(batch.device).record_event()
+        if waiting is not None:
+            waiting[1].synchronize()
+            yield waiting[0].numpy()
+        waiting = host, event
+    if waiting is not None:
+        waiting[1].synchronize()
+        yield waiting[0].numpy()
+
+
+def grid_classes(num_classes: int, rows: int = 10) -> list[int]:
+    """Up to ``rows`` classes spread evenly over all of them."""
+    return [int(c) for c in np.linspace(0, num_classes - 1, min(rows, num_classes)).round()]
+
+
+def class_grid(
+    model: Transformer | Network,
+    vae: nn.Module,
+    *,
+    transport: Transport | None = None,
+    seed: int = 0,
+    columns: int = 8,
+    config: SampleConfig | None = None,
+    unit: int | None = None,
+) -> np.ndarray:
+    """One row a class, the same noise down every column: uint8 [rows * R, columns * R, 3]. ``unit`` images at once."""
+    config = config or SampleConfig(sampler=GRID_SAMPLERS[model.cfg.family], steps=GRID_STEPS, seed=seed)
+    classes = grid_classes(model.cfg.num_classes)
+    indices = list(range(columns)) * len(classes)
+    labels = np.repeat(classes, columns)
+    units = draw_units(model, vae, labels, indices, config, transport=transport, unit=unit or columns)
+    tiles = np.concatenate(list(units))
+    _, R, _, _ = tiles.shape
+    grid = tiles.reshape(len(classes), columns, R, R, 3).transpose(0, 2, 1, 3, 4)  # [rows, R, columns, R, 3]
+    return grid.reshape(len(classes) * R, columns * R, 3)
+
+
+def save_png(pixels: np.ndarray, path: Path) -> None:
+    """uint8 [H, W, 3] to a PNG, replaced whole. Raises UserError if the disk refuses."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    files.make_directory(path.parent)
+    files.atomic_write(path, [buffer.getbuffer()])

@@ -1,0 +1,422 @@
+"""Many samples of one run, without babysitting: resumable, over any number of ranks, the same images every time.
+
+Sample ``i`` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind of
+device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units of
+consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size rounded
+down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads or of
+ranks, nor on where a job was cut. Finished blocks lie on the disk; the npz is put together at the end without holding it
+in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from featcache.build.run import pick_device
+from featcache.errors import UserError
+from featcache.store import files
+from trainer import distributed
+from trainer.classes import Classes
+from trainer.diffusion.guidance import Guidance
+from trainer.interval import Interval, plain
+from trainer.requests import SampleRequest
+from trainer.runs import folder as runs
+from trainer.runs import locks
+from trainer.sampling.draw import (
+    LoadedRun,
+    SampleConfig,
+    check_sampler,
+    class_grid,
+    draw_units,
+    load_decoder,
+    load_run,
+    sampling_times,
+    save_png,
+)
+from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
+
+if TYPE_CHECKING:
+    from trainer.diffusion.transport import Transport
+
+GROUP = 8  # samples of one arithmetic unit on the CPU
+BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
+
+
+class Bar(Protocol):
+    """Who is told how far it is."""
+
+    def begin(self, name: str, total: int, done: int = 0) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def sample_config(request: SampleRequest, family: str) -> SampleConfig:
+    """What decides the numbers of the samples. Raises UserError for a sampler that the family has not, or wrong steps."""
+    sampler = check_sampler(family, request.sampler)
+    sampling_times(sampler, request.steps)
+    guidance = Guidance(scale=request.guidance, interval=request.interval, channels=request.guided_channels)
+    return SampleConfig(
+        sampler=sampler,
+        steps=request.steps,
+        guidance=Guidance() if guidance.scale == 1 else guidance,  # one record for all that draw alike
+        pixels=request.pixels,
+        seed=request.seed,
+    )
+
+
+def file_name(request: SampleRequest) -> str:
+    """Of the images, in their folder."""
+    return f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format]
+
+
+def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic) -> str:
+    """What the samples of checkpoint ``step`` depend on, one name for equal settings: defaults are left out, and so are an
+    interval and channels of guidance where the scale is 1.
+    """
+    parts = [f"step_{step:07d}", f"{sampler}{request.steps}", f"seed{request.seed}"]
+    if request.guidance != 1:
+        parts.append(
+            f"cfg{plain(request.guidance)}" + (f"-{request.interval}" if request.interval != Interval() else "")
+        )
+        parts += [f"ch{request.guided_channels}"] if request.guided_channels else []
+    parts += [_short(str(request.classes).replace(",", "_"))] if request.classes != Classes() else []
+    parts += [request.pixels] if request.pixels != "round" else []
+    parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
+    parts += ["compiled"] if arithmetic.compile else []
+    return "-".join(parts)
+
+
+def _short(text: str, most: int = 40) -> str:
+    """``text``, the end of a long one replaced by a digest of it."""
+    return text if len(text) <= most else f"{text[: most - 9]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleResult:
+    """What was written, and of which run.
+
+    images: an npz (``arr_0`` uint8 [n, R, R, 3], ``arr_1`` int64 [n] labels: ADM's layout), a WebDataset tar (``png``,
+    ``cls``) or a folder of PNGs by class. grid: one row a class.
+    """
+
+    images: Path
+    grid: Path
+    loaded: LoadedRun
+    settings: dict[str, Any]
+
+
+def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
+    """Draws ``request.num`` images of a run and writes them with a grid; finished work of an interrupted call is kept.
+
+    Under torchrun all ranks call it together and draw a share each.
+
+    Raises:
+        UserError: no such run or checkpoint, unknown settings, or a folder that holds samples of other settings.
+        WeightsUnavailable: the VAE's weights are not to be had.
+    """
+    device_name = pick_device(request.device)
+    arithmetic = choose_arithmetic(device_name, request.precision, request.compile)
+    with distributed.joined(device_name) as world:
+        device = world.device(device_name)
+        loaded = load_run(run, step=request.checkpoint, device=str(device))
+        config = sample_config(request, loaded.model.cfg.family)
+        dataset = loaded.summary["dataset"]
+        vae = load_decoder(dataset["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir).to(device)
+        settings = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
+        record = {"run": loaded.config.name, "step": loaded.step, **settings}
+        named = files.inside(run, f"samples/{folder_name(request, loaded.step, config.sampler, arithmetic)}")
+        folder = request.out or _find_folder(named, record, file_name(request))
+        images = files.inside(folder, file_name(request))
+        _check_folder(folder, record, images)
+        whole_blocks = -(-request.num // BLOCK) * BLOCK
+        labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
+        with _held(folder, images, world) as wanted:
+            if not wanted:
+                return _result(images, folder, loaded, settings, request)
+            draw = _Draw(
+                network=Network(loaded.model, arithmetic),
+                vae=vae,
+                config=config,
+                transport=loaded.transport,
+                labels=labels,
+                num=request.num,
+                unit=_unit(device, request.batch_size),
+            )
+            with applied(arithmetic):
+                _draw_to(folder, images, record, draw, world, bar)
+        return _result(images, folder, loaded, settings, request)
+
+
+def _result(
+    images: Path, folder: Path, loaded: LoadedRun, settings: dict[str, Any], request: SampleRequest
+) -> SampleResult:
+    return SampleResult(
+        images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
+    )
+
+
+@contextmanager
+def _held(folder: Path, images: Path, world: distributed.World) -> Iterator[bool]:
+    """Holds the folder (on the main rank) while anything is to be done in it; whether there is, alike on all ranks.
+
+    Raises:
+        UserError: another process draws into it.
+    """
+    if distributed.from_main(world.is_main and _is_complete(folder, images)):
+        yield False
+        return
+    remedy = (
+        "Wait until it has ended: what it has drawn by then is used. Or draw to another folder: trainer sample --out."
+    )
+    with locks.hold(folder, "sampling", remedy=remedy) if world.is_main else nullcontext():
+        # It may have become so before we held it.
+        yield not distributed.from_main(world.is_main and _is_complete(folder, images))
+
+
+def _is_complete(folder: Path, images: Path) -> bool:
+    """Whether nothing is left to do: a process may have been killed after the images were there."""
+    others = [files.inside(folder, name).is_file() for name in ("grid.png", "settings.json")]
+    return _is_there(images) and all(others) and not _is_pending(folder, images)
+
+
+def _is_there(images: Path) -> bool:
+    return images.is_file() if images.suffix else images.is_dir()
+
+
+def _is_pending(folder: Path, images: Path) -> bool:
+    """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number, that
+    were cut off."""
+    record = files.inside(folder, "blocks/settings.json")
+    made_for = runs.read_json(record, {}).get("file")
+    return bool(made_for == images.name) or (record.parent.is_dir() and not files.names_in(record.parent))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draw:
+    """What is to be drawn, and with what. labels: int64, of whole blocks."""
+
+    network: Network
+    vae: nn.Module
+    config: SampleConfig
+    transport: Transport
+    labels: np.ndarray
+    num: int
+    unit: int
+
+
+def _unit(device: torch.device, batch_size: int) -> int:
+    """Samples computed at once: see the module."""
+    if device.type == "cpu":
+        return GROUP
+    return max(GROUP, min(BLOCK, 1 << (batch_size.bit_length() - 1)))
+
+
+def _draw_to(
+    folder: Path, images: Path, record: dict[str, Any], draw: _Draw, world: distributed.World, bar: Bar
+) -> None:
+    """This rank's share of the blocks; then, on the main rank, the files made of all of them."""
+    blocks = files.inside(folder, "blocks")
+    missing: list[int] = []
+    if world.is_main:
+        files.remove_parts(folder, of=[images.name, "grid.png", "settings.json"])
+        _prepare(blocks, record, images.name)
+        if not _is_there(images):
+            missing = [k for k in range(-(-draw.num // BLOCK)) if not _is_whole(blocks, draw.num, k)]
+        left = sum(_block_count(draw.num, k) for k in missing)
+        bar.begin("sampling", draw.num, done=draw.num - left)
+    missing = distributed.from_main(missing)  # one list for all: another rank may be done with a block before we look
+    _draw_blocks(blocks, draw, missing[world.rank :: world.size], bar if world.is_main else None, world.size)
+    distributed.barrier()
+    if world.is_main:
+        runs.write_text(
+            folder / "settings.json", json.dumps(record, indent=1)
+        )  # before what would be taken for others'
+        if not _is_there(images):
+            write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
+            write(blocks, images, draw.labels[: draw.num])
+        if not (folder / "grid.png").is_file():
+            save_png(_grid(draw), folder / "grid.png")
+        _remove_blocks(blocks)  # last: what tells that the folder is not complete
+    distributed.barrier()
+
+
+def _grid(draw: _Draw) -> np.ndarray:
+    return class_grid(
+        draw.network, draw.vae, transport=draw.transport, seed=draw.config.seed, config=draw.config, unit=draw.unit
+    )
+
+
+def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | None, ranks: int) -> None:
+    """Draws blocks and saves each when it is full, in a thread beside the drawing of the next."""
+    indices = [i for k in numbers for i in range(k * BLOCK, k * BLOCK + _padded(_block_count(draw.num, k), draw.unit))]
+    units = draw_units(
+        draw.network, draw.vae, draw.labels[indices], indices, draw.config, transport=draw.transport, unit=draw.unit
+    )
+    saving: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for k in numbers:
+            count = _block_count(draw.num, k)
+            parts = []
+            for start in range(0, count, draw.unit):
+                parts.append(next(units))
+                if bar is not None:
+                    bar.advance(min(draw.unit, count - start) * ranks)  # the other ranks are about as far
+            if saving is not None:
+                saving.result()
+            saving = writer.submit(_save_block, _block_path(blocks, k), np.concatenate(parts)[:count])
+        if saving is not None:
+            saving.result()
+
+
+def _padded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+def _block_path(blocks: Path, number: int) -> Path:
+    return blocks / f"{number:06d}.npy"
+
+
+def _block_count(num: int, number: int) -> int:
+    return min(BLOCK, num - number * BLOCK)
+
+
+def _is_whole(blocks: Path, num: int, number: int) -> bool:
+    """Whether a block is there with as many samples as ``num`` in all needs (it may come from a call that asked for fewer)."""
+    path = _block_path(blocks, number)
+    try:
+        return len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
+    except (OSError, ValueError, TypeError, EOFError):  # absent, or damaged: it is drawn again
+        return False
+
+
+def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether samples with the record ``saved`` are those asked for; what an older record does not say is no difference."""
+    now = json.loads(json.dumps(record))
+    return all(now[key] == value for key, value in saved.items() if key in now)
+
+
+def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
+    """``named``, or the folder beside it whose record says that it holds the same samples: names have been made by other
+    rules, such as intervals as they were typed. Before all comes one that holds ``file``.
+    """
+    if (named / file).exists():
+        return named
+    found = [named] if named.exists() else []
+    for folder in sorted(named.parent.glob(f"step_{record['step']:07d}-*/")):
+        if folder.is_symlink():
+            continue
+        saved: dict[str, Any] = {}
+        with suppress(UserError):  # a damaged record says nothing
+            unfinished = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
+            saved = runs.read_json(folder / "settings.json", unfinished)
+        if folder != named and saved.keys() >= record.keys() and _same(saved, record):
+            found.append(folder)
+    return max(found, key=lambda folder: (folder / file).exists(), default=named)
+
+
+def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
+    """Refuses a folder with finished samples of other settings: they would be taken for the ones asked for."""
+    saved = runs.read_json(folder / "settings.json", {})
+    if not saved and images.exists():  # earlier versions wrote the record after the images
+        saved = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
+    if not _same(saved, record):
+        now = json.loads(json.dumps(record))
+        differing = [f"{k} {saved[k]}, not {now[k]}" for k in now if k in saved and saved[k] != now[k]]
+        raise UserError(
+            f"{folder} holds samples of other settings ({'; '.join(differing)})",
+            remedy="Pass another folder with --out, or remove this one.",
+        )
+
+
+def _prepare(blocks: Path, record: dict[str, Any], file: str) -> None:
+    """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for ``file``."""
+    files.make_directory(blocks)
+    saved = runs.read_json(blocks / "settings.json", {})
+    if saved and not _same(saved, record):
+        _remove_blocks(blocks)
+        files.make_directory(blocks)
+    files.remove_parts(blocks)
+    runs.write_text(blocks / "settings.json", json.dumps({**record, "file": file}))
+
+
+def _remove_blocks(blocks: Path) -> None:
+    """With their record after them. What else lies in their folder is not ours: it stays, and the folder with it."""
+    for name in files.names_in(blocks):
+        # Under the last of these names, blocks were written by earlier versions.
+        if re.fullmatch(r"[0-9]{6,}\.npy|\.[0-9]{6,}\.npy\.partial", name) or files.is_part(name):
+            files.remove_file(blocks / name)
+    files.remove_file(blocks / "settings.json")
+    files.remove_empty_directory(blocks)
+
+
+def _save_block(path: Path, pixels: np.ndarray) -> None:
+    with files.atomic_file(path) as file:
+        np.save(file, pixels, allow_pickle=False)
+
+
+def _block_images(blocks: Path, num: int) -> Iterator[np.ndarray]:
+    """The first ``num`` images, uint8 [b, R, R, 3] a block."""
+    for k in range(-(-num // BLOCK)):
+        yield np.load(_block_path(blocks, k), mmap_mode="r", allow_pickle=False)[: _block_count(num, k)]
+
+
+def _write_npz(blocks: Path, npz: Path, labels: np.ndarray) -> None:
+    """Joins the blocks into an uncompressed npz, one block in memory at a time."""
+    shape = next(_block_images(blocks, len(labels))).shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+    with files.atomic_file(npz) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for block in _block_images(blocks, len(labels)):
+                member.write(block.tobytes())
+        with archive.open("arr_1.npy", "w") as member:
+            np.save(member, labels.astype(np.int64), allow_pickle=False)
+
+
+def _pngs(blocks: Path, num: int) -> Iterator[bytes]:
+    for block in _block_images(blocks, num):
+        for pixels in block:
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            yield buffer.getvalue()
+
+
+def _write_tar(blocks: Path, path: Path, labels: np.ndarray) -> None:
+    """One WebDataset shard; members carry no time, so equal samples make equal bytes."""
+    import webdataset
+
+    with files.atomic_file(path) as stream, webdataset.TarWriter(stream, mtime=0) as tar:
+        for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
+            tar.write({"__key__": f"{i:06d}", "png": png, "cls": str(label).encode()})
+
+
+def _write_pngs(blocks: Path, path: Path, labels: np.ndarray) -> None:
+    with files.atomic_directory(path) as made:
+        for label in np.unique(labels):
+            files.make_directory(made / f"{label:04d}")
+        group = files.Group()
+        try:
+            for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
+                group.write(made / f"{label:04d}" / f"{i:06d}.png", [png])
+                if len(group) == BLOCK:
+                    group.commit()
+            group.commit()
+        finally:
+            group.abandon()

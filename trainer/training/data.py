@@ -1,0 +1,180 @@
+"""Cache => device: stored bytes of the right samples, read and copied ahead of the step that uses them.
+
+The order of samples is one infinite stream, the epochs' permutations one after another; batch ``k`` of the run is
+positions ``k * B .. (k + 1) * B`` of it. So the position is a function of the step alone: nothing to save, any number
+of ranks reads the same global batches, and no sample is dropped at the end of an epoch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.read.reader import epoch_order
+
+RING = 3  # device buffers: one in use, one ready, one being filled
+STAGING = 2  # pinned host buffers: one being copied to the GPU, one being read into
+
+Stored = dict[str, Tensor]
+
+
+def stream_indices(start: int, stop: int, *, count: int, seed: int) -> np.ndarray:
+    """Sample indices at positions ``start..stop`` of the infinite stream over ``count`` samples, int64."""
+    pieces = []
+    while start < stop:
+        epoch, offset = divmod(start, count)
+        end = min(count, offset + stop - start)
+        pieces.append(np.asarray(epoch_order(seed, epoch, count)[offset:end], dtype=np.int64))
+        start += end - offset
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+
+def stream_views(start: int, stop: int, *, seed: int) -> np.ndarray:
+    """Which of two cached views (0 as is, 1 mirrored) each position of the stream takes: a fair coin, int64."""
+    block, views = 4096, []
+    for number in range(start // block, -(-stop // block)):
+        coins = np.random.Generator(np.random.Philox(key=[seed, 0xF11B], counter=[0, 0, 0, number])).integers(
+            0, 2, block
+        )
+        views.append(coins[max(0, start - number * block) : stop - number * block])
+    return np.concatenate(views) if views else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which rows of every global batch one rank takes, micro-batch by micro-batch.
+
+    The ranks' parts lie inside each micro-batch, so the micro-batches are the same for any number of ranks.
+    """
+
+    global_batch: int
+    rank: int = 0
+    world_size: int = 1
+    micro_batches: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of one micro-batch on one rank."""
+        return self.global_batch // self.world_size // self.micro_batches
+
+    def slice(self, micro: int) -> slice:
+        """This rank's rows of the global batch in micro-batch ``micro``."""
+        first = (micro * self.world_size + self.rank) * self.rows
+        return slice(first, first + self.rows)
+
+
+class Batches:
+    """Iterates over batches of stored arrays on the device, one micro-batch after another, from a given step on.
+
+    A thread reads ahead. On a GPU it reads into pinned memory and queues the copy on a stream of its own; the
+    consumer's stream waits for the copy, the copy for the step that used its target before, and the host for neither.
+    The tensors of a batch are buffers: valid until the next one is asked for.
+
+    Args:
+        cache: an open :class:`featcache.read.reader.Cache`.
+        features: names to read at every step.
+        extra: names to read only at the steps for which ``wanted`` says so (a method's targets).
+        steps: range of steps to deliver.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        features: Sequence[str],
+        *,
+        share: Share,
+        seed: int,
+        device: torch.device,
+        steps: range,
+        extra: Sequence[str] = (),
+        wanted: Callable[[int], bool] = lambda step: True,
+    ) -> None:
+        self._cache, self._share, self._seed, self._steps, self._wanted = cache, share, seed, steps, wanted
+        self._flipped = cache.manifest.dataset.flip
+        self._device, self._cuda = device, device.type == "cuda"
+        base = list(dict.fromkeys(features))
+        self._readers = {False: cache.reader(base, single_view=True)}
+        self._readers[True] = cache.reader([*base, *extra], single_view=True) if extra else self._readers[False]
+        # Buffers that the consumer has done with, each with the GPU event that says so (None on the CPU).
+        self._free: queue.Queue[tuple[Stored, Any] | None] = queue.Queue()
+        self._full: queue.Queue[tuple[Stored, Stored, Any] | BaseException | None] = queue.Queue()
+        for _ in range(RING):
+            self._free.put((self._buffers(device), None))
+        self._thread = threading.Thread(target=self._fill, name="cache-reader", daemon=True)
+        self._thread.start()
+
+    def _buffers(self, device: torch.device, *, pin: bool = False) -> Stored:
+        arrays = self._readers[True].arrays.items()
+        host = {name: torch.from_numpy(np.empty((self._share.rows, *shape), dtype)) for name, (dtype, shape) in arrays}
+        return {name: tensor.pin_memory() if pin else tensor.to(device) for name, tensor in host.items()}
+
+    def _fill(self) -> None:
+        """The reading thread: read, queue the copy, hand over."""
+        try:
+            if self._cuda:
+                torch.cuda.set_device(self._device)  # a thread of its own starts on the first GPU
+            copies = torch.cuda.Stream(self._device) if self._cuda else None
+            staging = [self._buffers(self._device, pin=True) for _ in range(STAGING)] if self._cuda else []
+            copied: list[Any] = [None] * STAGING
+            turn = 0
+            for step in self._steps:
+                reader = self._readers[self._wanted(step)]
+                for micro in range(self._share.micro_batches):
+                    if copies is None:
+                        if (slot := self._free.get()) is None:
+                            return
+                        buffers, _ = slot
+                        self._read(reader, step, micro, buffers)
+                        self._full.put((buffers, {name: buffers[name] for name in reader.arrays}, None))
+                        continue
+                    turn = (turn + 1) % STAGING
+                    if copied[turn] is not None:
+                        copied[turn].synchronize()  # this thread may wait: it is ahead
+                    self._read(reader, step, micro, staging[turn])
+                    if (slot := self._free.get()) is None:
+                        return
+                    buffers, used = slot
+                    with torch.cuda.stream(copies):
+                        if used is not None:
+                            copies.wait_event(used)
+                        for name in reader.arrays:
+                            buffers[name].copy_(staging[turn][name], non_blocking=True)
+                        copied[turn] = torch.cuda.Event()
+                        copied[turn].record(copies)
+                    self._full.put((buffers, {name: buffers[name] for name in reader.arrays}, copied[turn]))
+            self._full.put(None)
+        except BaseException as error:  # handed to the consumer, who raises it
+            self._full.put(error)
+
+    def _read(self, reader: Any, step: int, micro: int, into: Stored) -> None:
+        rows = self._share.slice(micro)
+        first, stop = step * self._share.global_batch + rows.start, step * self._share.global_batch + rows.stop
+        indices = stream_indices(first, stop, count=len(self._cache), seed=self._seed)
+        views = stream_views(first, stop, seed=self._seed) if self._flipped else None
+        reader.read(indices, {name: into[name].numpy() for name in reader.arrays}, views=views)
+
+    def __iter__(self) -> Iterator[Stored]:
+        while (item := self._full.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            buffers, batch, copied = item
+            if copied is not None:
+                torch.cuda.current_stream(self._device).wait_event(copied)
+            yield batch
+            used = torch.cuda.current_stream(self._device).record_event() if self._cuda else None
+            self._free.put((buffers, used))
+
+    def close(self) -> None:
+        """Stops the reading thread."""
+        self._free.queue.clear()
+        self._free.put(None)
+        self._thread.join(timeout=10)
+        for reader in self._readers.values():
+            reader.close()

@@ -1,0 +1,53 @@
+"""Sample grids drawn while a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from featcache.errors import UserError, WeightsUnavailable
+from featcache.store import files
+from trainer.diffusion.transport import build_transport
+from trainer.runs.config import RunConfig
+from trainer.runs.log import RunLog
+from trainer.sampling.draw import class_grid, load_decoder, save_png
+
+if TYPE_CHECKING:
+    from featcache.read.reader import Cache
+    from trainer.models import Transformer
+
+
+class GridMaker:
+    """Draws grids from the averaged weights; gives up, once and aloud, where the VAE is not to be had."""
+
+    def __init__(self, config: RunConfig, cache: Cache, warn: Callable[[str], None]) -> None:
+        self._config, self._cache, self._warn = config, cache, warn
+        self._broken = False
+        self._vae: nn.Module | None = None
+
+    def draw(self, ema: Transformer, run: Path, step: int, log: RunLog) -> None:
+        """One row a class to ``samples/step_N.png`` and TensorBoard. The decoder leaves the GPU again afterwards."""
+        if self._broken:
+            return
+        try:
+            if self._vae is None:
+                dataset, moments = self._cache.manifest.dataset, self._cache.manifest.features["vae/moments"]
+                assert dataset.vae is not None, "a run trains on latents"
+                self._vae = load_decoder(dataset.vae, moments.provenance, self._config.weights_dir)
+        except WeightsUnavailable as error:
+            self._broken = True
+            self._warn(f"no sample grids: {error.what}")
+            return
+        device = next(ema.parameters()).device
+        transport = build_transport(ema.cfg.family, path=self._config.path, device=device)
+        pixels = class_grid(ema, self._vae.to(device), transport=transport, seed=self._config.seed)
+        self._vae.to("cpu")
+        try:
+            save_png(pixels, files.inside(run, "samples") / f"step_{step:07d}.png")
+        except UserError as error:  # a picture is no reason to end a run; a disk that is full the log will find, too
+            self._warn(f"no sample grid at step {step}: {error.what}")
+            return
+        log.image("samples", pixels, step)

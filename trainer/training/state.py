@@ -1,0 +1,323 @@
+"""What a run is made of: model, average, alignment, objective and optimisers, and how they are saved and put back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from featcache.errors import CacheError, UserError
+from trainer import align, distributed
+from trainer.align.base import Alignment, BackboneInfo
+from trainer.distributed import World
+from trainer.models import ModelConfig, Transformer, build_model, load_weights
+from trainer.models.blocks import sincos_positions
+from trainer.runs import checkpoint
+from trainer.runs.cache import available_features, build_command
+from trainer.runs.config import RunConfig
+from trainer.seeds import derive_seed
+from trainer.training.objective import CachedFeature, Objective
+
+if TYPE_CHECKING:
+    from featcache import Cache
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything that a step changes and a checkpoint saves.
+
+    forward: ``objective`` as a step calls it: compiled, and wrapped for several ranks. groups: trained parameters, the
+    backbone's and the alignment's. names: of all of them, as keys of the optimiser's saved state.
+    """
+
+    model: Transformer
+    ema: Transformer
+    alignment: Alignment | None
+    objective: Objective
+    forward: Any
+    groups: tuple[list[nn.Parameter], ...]
+    names: Mapping[Tensor, str]
+    optimizer: torch.optim.Optimizer
+    adversary_optimizer: torch.optim.Optimizer | None
+    scaler: torch.amp.GradScaler | None
+    sharded: bool
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the cached features that are trained on."""
+        aligned = self.alignment.reads if self.alignment is not None else ()
+        return tuple(dict.fromkeys(("vae/moments", "label", *aligned)))
+
+    @property
+    def adversary(self) -> nn.Module | None:
+        return self.alignment.adversary if self.alignment is not None else None
+
+    def adversary_steps(self, step: int) -> bool:
+        """Whether it is the discriminator's turn in this step."""
+        return self.alignment is not None and self.adversary is not None and step % self.alignment.adversary_every == 0
+
+
+def assemble(
+    config: RunConfig,
+    cache: Cache,
+    device: torch.device,
+    world: World,
+    *,
+    backbone: tuple[Transformer, Transformer] | None = None,
+) -> Parts:
+    """Builds everything from a configuration and a cache.
+
+    The backbone's initial weights are a function of the seed alone, whatever the method.
+
+    Args:
+        backbone: model and average to use instead of new ones, for comparing methods on one.
+
+    Raises:
+        CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
+        UserError: model and latents do not fit together.
+    """
+    dataset = cache.manifest.dataset
+    model_cfg = backbone_config(config, cache)
+    assert dataset.vae is not None, "a cache with a backbone has latents"
+    sharded = config.shard and world.size > 1
+    compiled = config.compile if config.compile is not None else device.type == "cuda"
+    # A model that is to be sharded never lies whole on a device: its blocks move there one by one.
+    if backbone is None:
+        model = build_model(model_cfg, seed=derive_seed(config.seed, "backbone"), device="cpu" if sharded else device)
+        backbone = model, copy.deepcopy(model).eval().requires_grad_(False)
+    model, ema = backbone
+    alignment = build_alignment(config, cache, model_cfg)
+    if sharded:
+        for module in (model, ema):
+            if compiled:
+                for block in module.blocks:
+                    block.compile()  # the gathering between blocks cannot be part of a compiled region
+            distributed.shard(module, world, device)
+    if alignment is not None:
+        alignment.to(device)
+        distributed.like_main(alignment)  # pretrained weights may be there on one machine and not on another
+    reads = ("vae/moments", *(alignment.reads if alignment is not None else ()))
+    objective = Objective(
+        model,
+        alignment,
+        {name: cached_feature(cache, name) for name in reads},
+        scale=dataset.vae["scaling_factor"],
+        shift=dataset.vae["shift_factor"],
+        path=config.path,
+        time_sampling=config.time_sampling,
+        label_dropout=config.label_dropout,
+        autocast=DTYPES[precision_of(config, device)],
+        teacher=ema,
+    ).to(device)
+    adversary = (
+        list(alignment.adversary.parameters()) if alignment is not None and alignment.adversary is not None else []
+    )
+    names, groups = _trained(model, alignment, without=set(adversary))
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
+    return Parts(
+        model=model,
+        ema=ema,
+        alignment=alignment,
+        objective=objective,
+        forward=_wrapped(objective, world, device, sharded=sharded, compiled=compiled),
+        groups=groups,
+        names=names,
+        optimizer=torch.optim.AdamW([{"params": group} for group in groups], **adam),
+        adversary_optimizer=torch.optim.AdamW(adversary, **adam) if adversary else None,
+        scaler=torch.amp.GradScaler(device.type) if precision_of(config, device) == "fp16" else None,
+        sharded=sharded,
+    )
+
+
+def _trained(
+    model: Transformer, alignment: Alignment | None, *, without: set[nn.Parameter]
+) -> tuple[dict[Tensor, str], tuple[list[nn.Parameter], ...]]:
+    """Names of the trained parameters, and the parameters in groups of one kind (sharded or not, backbone or heads)."""
+    backbone: dict[Tensor, str] = {p: f"model.{n}" for n, p in model.named_parameters()}
+    heads: dict[Tensor, str] = {}
+    if alignment is not None:
+        heads = {p: f"alignment.{n}" for n, p in alignment.named_parameters() if p not in without}
+    groups = tuple(list(group) for group in (backbone, heads) if group)
+    return backbone | heads, groups  # type: ignore[return-value]
+
+
+def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> Any:
+    """``objective`` for several ranks and compiled as one region; sharded models look after themselves."""
+    if sharded:
+        return objective
+    if compiled:
+        objective.compile(dynamic=False)  # in place and inside DDP, which cuts it where gradients are exchanged
+    forward: Any = objective
+    if world.size > 1:
+        # DDP averages the backbone's gradients alone: what does not require gradients now is left to us. Steps without
+        # alignment give its heads none, and to learn that, DDP would have the host wait for the device in each of them.
+        heads = list(objective.alignment.parameters()) if objective.alignment is not None else []
+        trained = [parameter for parameter in heads if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        wrap = nn.parallel.DistributedDataParallel
+        # The buffers are constants. The option was renamed in PyTorch, and the old name warns.
+        known = inspect.signature(wrap).parameters
+        constant_buffers: Any = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
+        forward = wrap(
+            objective,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            **constant_buffers,
+            gradient_as_bucket_view=True,
+        )
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return forward
+
+
+def precision_of(config: RunConfig, device: torch.device) -> str:
+    """``auto`` is bf16 on a GPU, fp32 on the CPU."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def backbone_config(config: RunConfig, cache: Cache) -> ModelConfig:
+    """Shape of the backbone for a cache's latents and classes.
+
+    Raises:
+        CacheError: the cache holds no latents. UserError: patch and latent sizes do not fit.
+    """
+    dataset = cache.manifest.dataset
+    if dataset.vae is None or "vae/moments" not in cache.manifest.features:
+        raise CacheError(
+            f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, ("vae/moments",))
+        )
+    resolution, classes = dataset.resolution, len(dataset.class_names)
+    return config.backbone(dataset.vae, resolution=resolution, num_classes=classes)
+
+
+def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig) -> Alignment | None:
+    """The method's module on the CPU, initialised from a seed of its own.
+
+    Raises:
+        CacheError: the cache lacks what the method reads.
+    """
+    if not config.methods:
+        return None
+    info = backbone_info(config.model, model_cfg)
+    chosen = [(name, config.method_config(name)) for name in config.methods]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "alignment"))
+            return align.build(chosen, info, available_features(cache))
+    except CacheError as error:
+        wanted = [f for name, method in chosen for f in align.required_features(name, method)]
+        raise CacheError(f"{cache.path}: {error.what}", remedy=build_command(cache, wanted)) from error
+
+
+def backbone_info(name: str, cfg: ModelConfig) -> BackboneInfo:
+    """What a method may know of the backbone."""
+    return BackboneInfo(
+        name=name,
+        depth=cfg.depth,
+        width=cfg.width,
+        patch_size=cfg.patch_size,
+        latent_channels=cfg.latent_channels,
+        latent_size=cfg.latent_size,
+    )
+
+
+def cached_feature(cache: Cache, name: str) -> CachedFeature:
+    """Layout of one of the cache's features."""
+    spec = cache.manifest.features[name]
+    return CachedFeature(name=name, shape=tuple(spec.shape), codec=spec.codec, dtype=spec.dtype)
+
+
+def save_parts(
+    parts: Parts, run: Path, step: int, config: RunConfig, world: World, *, state: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint from the main rank. The files are the same whether the model is sharded or not.
+
+    Every rank must call it: sharded tensors are put together by all.
+    """
+    files: dict[str, Mapping[str, Tensor]] = {
+        "model": model_tensors(parts.model),
+        "ema": model_tensors(parts.ema),
+        "optimizer": checkpoint.optimizer_tensors(parts.optimizer, parts.names),
+    }
+    if parts.alignment is not None:
+        files["alignment"] = parts.alignment.state_dict()
+    if parts.adversary_optimizer is not None:
+        files["adversary"] = checkpoint.optimizer_tensors(parts.adversary_optimizer, _adversary_names(parts))
+    whole = {stem: distributed.gather(tensors, keep=world.is_main) for stem, tensors in files.items()}
+    if world.is_main:
+        described: dict[str, Any] = {"model": config.model, "method": config.method, **state}
+        if parts.scaler is not None:
+            described["scaler"] = parts.scaler.state_dict()
+        checkpoint.save_checkpoint(run, step, whole, described, keep=config.keep_checkpoints)
+    distributed.barrier()
+
+
+def load_parts(parts: Parts, path: Path, state: Mapping[str, Any]) -> None:
+    """Puts a checkpoint back, bit by bit.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model.
+    """
+    for model, stem in ((parts.model, "model"), (parts.ema, "ema")):
+        own = {**model.state_dict(), "pos_embed": model.pos_embed}
+        saved = checkpoint.load_tensors(path, stem)
+        load_weights(
+            model,
+            {k: distributed.like(v, own[k]) if k in own else v for k, v in saved.items()},
+            source=str(path / stem),
+        )
+    if parts.alignment is not None:
+        checkpoint.load_module(parts.alignment, path, "alignment")
+    checkpoint.load_optimizer(parts.optimizer, checkpoint.load_tensors(path, "optimizer"), parts.names)
+    if parts.adversary_optimizer is not None:
+        moments = checkpoint.load_tensors(path, "adversary")
+        checkpoint.load_optimizer(parts.adversary_optimizer, moments, _adversary_names(parts))
+    if parts.scaler is not None:
+        _load_scaler(parts.scaler, path, state.get("scaler"))
+
+
+def _load_scaler(scaler: torch.amp.GradScaler, path: Path, saved: Mapping[str, float] | None) -> None:
+    if saved is None or saved.keys() != scaler.state_dict().keys() or not saved["scale"] > 0:
+        raise UserError(
+            f"{path / 'state.json'} holds no loss scale, which precision fp16 needs",
+            remedy="Remove this checkpoint's folder to go on from the one before.",
+        )
+    scaler.load_state_dict(dict(saved))
+
+
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
+    """State dict, with the position table only where it is not the computed one (imported weights bring their own)."""
+    tensors = dict(model.state_dict())
+    computed = sincos_positions(model.cfg.width, model.cfg.grid).to(model.pos_embed)
+    if not torch.equal(model.pos_embed, computed):
+        tensors["pos_embed"] = model.pos_embed
+    return tensors
+
+
+def whole_ema(parts: Parts, world: World) -> Transformer | None:
+    """The averaged model to sample from, on the main rank (None elsewhere). Every rank must call it."""
+    if not parts.sharded:
+        return parts.ema if world.is_main else None
+    tensors = distributed.gather(model_tensors(parts.ema), keep=world.is_main)
+    if not world.is_main:
+        return None
+    model = build_model(parts.ema.cfg).eval().requires_grad_(False)
+    load_weights(model, tensors)
+    return model.to(next(parts.objective.buffers()).device)
+
+
+def _adversary_names(parts: Parts) -> dict[Tensor, str]:
+    assert parts.adversary is not None
+    return {p: n for n, p in parts.adversary.named_parameters()}
