@@ -97,8 +97,9 @@ def main(
     from encode import provenance
 
     from featcache.build.request import BuildRequest
-    from featcache.build.run import build, pick_device
+    from featcache.build.run import build
     from featcache.encoders import parse_encoders
+    from featcache.machine import pick_device
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

@@ -140,9 +140,11 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
     """Decoding, encoding, quantising with copying, and writing, each with nothing beside it; and encoder by encoder."""
     import torch
 
+    from featcache.build.lead import lead
     from featcache.build.pipeline import Meter, encoder_name, run_shards
-    from featcache.build.run import lead, pick_device, prepare
+    from featcache.build.prepare import prepare
     from featcache.codecs import encode, numpy_view
+    from featcache.machine import pick_device
 
     device = pick_device(request.device)
     plan = prepare(replace(request, out=folder / "stages"), device=device)
@@ -217,9 +219,10 @@ class Plain:
     """The encoders as their libraries give them, in float32, channels first, not compiled."""
 
     def __init__(self, request: Any, folder: Path) -> None:
-        from featcache.build.run import pick_device, prepare
+        from featcache.build.prepare import prepare
         from featcache.encoders.base import WeightsSource
         from featcache.encoders.vae import encoder_layers, load_vae
+        from featcache.machine import pick_device
 
         self.device = pick_device(request.device)
         plain = replace(request, out=folder / "unused", compile=False, precision="fp32")
@@ -251,7 +254,7 @@ def plain_loop(plain: Plain, request: Any, folder: Path) -> Rate:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    from featcache.sources.base import center_crop
+    from featcache.sources.pixels import center_crop
 
     device, R = plain.device, plain.work.resolution
 
@@ -277,7 +280,7 @@ def extraction_scripts(plain: Plain, request: Any, folder: Path, *, count: int) 
     import torch
     from PIL import Image
 
-    from featcache.sources.base import center_crop
+    from featcache.sources.pixels import center_crop
 
     R = plain.work.resolution
     files = sorted(Path(request.data).rglob("*.jpg"))[:count]
@@ -317,8 +320,8 @@ def main(
 ) -> None:
     """Measure and write benchmarks/results/encode_<name>.json."""
     from featcache.build.request import BuildRequest
-    from featcache.build.run import pick_device
     from featcache.encoders import parse_encoders, parse_levels
+    from featcache.machine import pick_device
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

@@ -38,8 +38,9 @@ import numpy as np
 
 import featcache
 from featcache.machine import describe_machine
-from featcache.store import CacheWriter, DatasetSpec, FeatureSpec
+from featcache.store import DatasetSpec, FeatureSpec
 from featcache.store.layout import STATE, recommended_shard_size
+from featcache.store.writers import create_writer
 
 BATCH = 64
 SAMPLES_A_FILE = 128
@@ -83,7 +84,7 @@ def make_records(kind: str, n: int) -> Records:
 def write_cache(path: Path, records: Records, shard_size: int) -> None:
     n = len(records.blobs)
     dataset = DatasetSpec(name="bench", count=n, class_names=("a",), fingerprint="0" * 64)
-    with CacheWriter.create(path, dataset, shard_size=shard_size) as writer:
+    with create_writer(path, dataset, shard_size=shard_size) as writer:
         writer.begin(records.specs)
         for shard in writer.pending():
             slots = writer.slots(shard)

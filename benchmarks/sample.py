@@ -163,8 +163,7 @@ def main(
     """Measure and write JSON."""
     import torch
 
-    from featcache.build.run import pick_device
-    from featcache.machine import describe_machine
+    from featcache.machine import describe_machine, pick_device
     from trainer.sampling.inference import choose_arithmetic
 
     torch_device = torch.device(pick_device(device))

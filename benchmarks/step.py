@@ -65,8 +65,8 @@ def write_cache(path: Path, samples: int) -> None:
     """Records as large as ImageNet's at 256 px, random bytes."""
     import numpy as np
 
-    from featcache.store import CacheWriter
     from featcache.store.manifest import DatasetSpec, FeatureSpec
+    from featcache.store.writers import create_writer
 
     vae = {"name": "synthetic", "latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": 0.0, "downsampling": 8}
     dataset = DatasetSpec(
@@ -92,7 +92,7 @@ def write_cache(path: Path, samples: int) -> None:
             return rng.standard_normal(shape, dtype=np.float32).__abs__().astype(dtype)
         return rng.integers(0, 100, shape).astype(dtype)
 
-    with CacheWriter.create(path, dataset, shard_size=64) as writer:
+    with create_writer(path, dataset, shard_size=64) as writer:
         writer.begin(specs)
         for shard in writer.pending():
             n = len(writer.slots(shard))

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from featcache.read.open import open_cache as open
     from featcache.read.reader import Cache, Reader, epoch_order
-    from featcache.read.reader import open_cache as open
 
 __all__ = ["Cache", "Reader", "__version__", "epoch_order", "open"]
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that the command line answers at once.
-    names = {"open": "open_cache", "Cache": "Cache", "Reader": "Reader", "epoch_order": "epoch_order"}
-    if name not in names:
+    modules = {"open": "open", "Cache": "reader", "Reader": "reader", "epoch_order": "order"}
+    if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import featcache.read.reader
+    from importlib import import_module
 
-    return getattr(featcache.read.reader, names[name])
+    return getattr(import_module(f"featcache.read.{modules[name]}"), "open_cache" if name == "open" else name)

@@ -197,3 +197,11 @@ def _text(error: BaseException) -> str:
 def _interrupted() -> int:
     errors.print("[yellow]interrupted[/yellow]: finished work is kept; the same command continues it.")
     return EXIT_INTERRUPTED
+
+
+def size_text(count_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.3g} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.3g} TB"

@@ -10,7 +10,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from featcache.errors import UserError
-from featcache.sources.base import BadImage, Source, fingerprint, open_source, recorded_shapes
+from featcache.sources.base import Source, fingerprint
+from featcache.sources.open import open_source
+from featcache.sources.pixels import BadImage
+from featcache.sources.shapes import recorded_shapes
 
 THUMB = 128
 MARGIN = 6
@@ -24,7 +27,7 @@ def source_of(cache: Any, data: str | None) -> Source | None:
     Raises:
         UserError: ``data`` holds other images than the cache.
     """
-    from featcache.build.run import sample_order
+    from featcache.sources.base import sample_order
 
     dataset = cache.manifest.dataset
     resolution = dataset.resolution
@@ -49,7 +52,7 @@ def images_of(cache: Any, data: str | None, indices: Sequence[int]) -> np.ndarra
     Raises:
         UserError: neither the images nor the VAE's weights are here.
     """
-    from featcache.build.run import sample_order
+    from featcache.sources.base import sample_order
 
     dataset = cache.manifest.dataset
     source = source_of(cache, data)

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from featcache.errors import UserError
+
 
 def cpu_name() -> str:
     """The processor's name as the kernel gives it, else its architecture."""
@@ -45,3 +47,21 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {package: installed(package) for package in packages},
     }
+
+
+def pick_device(device: str) -> str:
+    """``auto`` => ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {device!r}", remedy="Type --device cpu, cuda, cuda:1 or auto.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch finds no GPU on this machine", remedy="Type --device cpu.")
+    return device

@@ -115,7 +115,7 @@ def draw_picture(out: Path, columns: int = 6) -> None:
 
 def main() -> int:
     """Builds, trains, samples, judges and reports; returns the exit code."""
-    from trainer.evaluate.run import write_run_report
+    from trainer.report.run import write_run_report
 
     started = time.monotonic()
     stages = []

@@ -15,10 +15,12 @@ import torch
 
 from featcache.build.fidelity import distance, fidelity
 from featcache.build.pipeline import encoder_name
-from featcache.build.run import SAMPLE_FEATURES, BuildRequest, check_request, pick_device, prepare, spec_bytes
+from featcache.build.prepare import SAMPLE_FEATURES, check_request, prepare, spec_bytes
+from featcache.build.run import BuildRequest
 from featcache.codecs import CODECS, encode
 from featcache.encoders.base import in_precision, synchronise
 from featcache.errors import UserError
+from featcache.machine import pick_device
 from featcache.precision import PRECISIONS
 from featcache.store.manifest import FeatureSpec
 
@@ -185,8 +187,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     """The table that ``featcache plan`` shows."""
     from rich.table import Table
 
-    from featcache.cli.info import size_text
-    from featcache.console import console, safe
+    from featcache.console import console, safe, size_text
 
     def table(*titles: str) -> Any:
         made = Table(box=None, pad_edge=False, header_style="bold")

@@ -22,8 +22,9 @@ import numpy as np
 
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes, printable
-from featcache.sources.base import BadImage, Source
+from featcache.sources.base import Source
 from featcache.sources.captions import Captions
+from featcache.sources.pixels import BadImage
 from featcache.store.layout import stored_arrays
 from featcache.store.manifest import FeatureSpec
 

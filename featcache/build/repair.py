@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from featcache.build.lead import Progress
 from featcache.build.pipeline import Meter, run_shards
-from featcache.build.run import BuildRequest, Progress, pick_device, prepare
+from featcache.build.prepare import prepare
+from featcache.build.run import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError
-from featcache.sources.base import find_data, recorded_shapes
-from featcache.store import CacheWriter
+from featcache.machine import pick_device
+from featcache.sources.open import find_data
+from featcache.sources.shapes import recorded_shapes
+from featcache.store.writers import repair_writer
 
 
 def repair_shards(
@@ -54,7 +58,7 @@ def repair_shards(
         plan = prepare(request, device=pick_device(device), again=names)
         shards = {name: list(damaged[name]) for name in names}
         numbers = sorted({shard for numbers in shards.values() for shard in numbers})
-        with CacheWriter.open_for_repair(path, shards) as writer:
+        with repair_writer(path, shards) as writer:
             progress.start(total=sum(len(plan.work.slots(n)) for n in numbers), done=0, note=", ".join(names))
             run_shards(plan.work, numbers, writer, meter=Meter(), advance=progress.advance, warn=progress.warn)
             writer.finish()

@@ -66,7 +66,7 @@ def inspect(
 def _images_at_hand(cache: Any) -> str | None:
     """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from."""
     from featcache.inspect import source_of
-    from featcache.sources.base import find_data
+    from featcache.sources.open import find_data
 
     try:
         found = find_data(None)

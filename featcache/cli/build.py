@@ -51,9 +51,9 @@ def build(
 def _say_difference(data: str, path: Path, decoder: str) -> None:
     """How far the fast decoder is from the exact one on up to 32 of the cache's images."""
     import featcache
-    from featcache.build.run import sample_order
-    from featcache.sources.base import open_source
-    from featcache.sources.decoders import difference
+    from featcache.sources.base import sample_order
+    from featcache.sources.difference import difference
+    from featcache.sources.open import open_source
 
     dataset = featcache.open(path).manifest.dataset
     resolution = dataset.resolution
@@ -68,7 +68,7 @@ def _say_difference(data: str, path: Path, decoder: str) -> None:
 
 def request_of(given: Given) -> BuildRequest:
     """What was typed, with the images found by convention where none are named."""
-    from featcache.sources.base import find_data
+    from featcache.sources.open import find_data
 
     data, into = given.get("data"), given.get("into")
     return from_typed(BuildRequest, {**given, "data": find_data(data, into=into)})

@@ -52,7 +52,7 @@ def list_caches(
     """List caches with their features and sizes."""
     from rich.table import Table
 
-    from featcache.cli.info import size_text
+    from featcache.console import size_text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("cache", "images", "size", "features"):
@@ -198,7 +198,7 @@ def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -
     """Raises `CacheError` unless it is the expected cache, signed by one of the signers; says who signed it."""
     if expect is None and signed_by is None:
         return
-    from featcache.share.transfer import require_authentic, required_root
+    from featcache.read.root import require_authentic, required_root
     from featcache.store.remote import open_location
 
     place = open_location(cache)
@@ -256,7 +256,7 @@ def _show_problems(report: Report, word: str) -> None:
 
 
 def _how_much(report: Report) -> str:
-    from featcache.cli.info import size_text
+    from featcache.console import size_text
 
     words = f"{report.n_files} files, {size_text(report.n_bytes)}"
     if report.fraction is not None:
@@ -293,7 +293,7 @@ def repair(
     captions: Captions = None,
 ) -> None:
     """Make a damaged cache whole again: from another copy of it (--from), else from the images."""
-    from featcache.cli.info import size_text
+    from featcache.console import size_text
 
     if source is None:
         from featcache.share.verify import verify as check
@@ -344,7 +344,7 @@ def remove(
     """Remove features of a cache, or (without --features) the whole cache. featcache restore undoes it."""
     import shlex
 
-    from featcache.cli.info import size_text
+    from featcache.console import size_text
     from featcache.share import manage
 
     names = _split(features)
@@ -386,7 +386,7 @@ def collect_garbage(
     older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
 ) -> None:
     """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
-    from featcache.cli.info import size_text
+    from featcache.console import size_text
     from featcache.share import manage, trash
 
     removed = manage.collect_garbage(
@@ -433,7 +433,7 @@ def push(
     ] = False,
 ) -> None:
     """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
-    from featcache.cli.info import size_text
+    from featcache.console import size_text
     from featcache.share import transfer as share
 
     with ByteBar("pushing") as bar:
@@ -462,7 +462,7 @@ def pull(
     signed_by: SignedBy = None,
 ) -> None:
     """Copy a cache, or a part of one, to this machine; resumable, verified on arrival."""
-    from featcache.cli.info import size_text
+    from featcache.console import size_text
     from featcache.share import transfer as share
 
     with ByteBar("pulling") as bar:

@@ -6,18 +6,10 @@ from typing import Any
 
 from rich.table import Table
 
-from featcache.build.run import spec_bytes
-from featcache.console import console, safe
+from featcache.build.prepare import spec_bytes
+from featcache.console import console, safe, size_text
 from featcache.errors import UserError
 from featcache.store.root import cache_digest
-
-
-def size_text(count_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count_bytes < 1000:
-            return f"{count_bytes:.3g} {unit}"
-        count_bytes /= 1000
-    return f"{count_bytes:.3g} TB"
 
 
 def _last_verification(cache: Any, place: str) -> str:

@@ -14,7 +14,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +21,11 @@ import numpy as np
 from featcache.errors import CacheError
 from featcache.keys import key_text
 from featcache.read.order import epoch_order, sequential_order
-from featcache.store.backends import Backend, ShardFile, StridedShard, open_backend
+from featcache.store.backends import Backend, ShardFile, StridedShard
 from featcache.store.layout import sample_bytes
 from featcache.store.manifest import Manifest
-from featcache.store.root import read_root
 
-__all__ = ["Cache", "Reader", "epoch_order", "open_cache", "sequential_order"]
+__all__ = ["Cache", "Reader", "epoch_order", "sequential_order"]
 
 _MAX_IOV = 512  # Linux takes 1024 buffers a call
 _PIECE = 1 << 18
@@ -412,36 +410,3 @@ class Reader:
             for k in range(plan.counts[run]):
                 file.read_part(first + k, plan.parts[plan.starts[run] + k], flat[place : place + length])
                 place += length
-
-
-def open_cache(
-    path: str | os.PathLike[str],
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    cache_bytes: int | None = None,
-    expect: str | None = None,
-) -> Cache:
-    """Open the cache at `path` for reading: a directory, or a URL (s3://, gs://, hf://, http(s)://).
-
-    A remote cache is read through blocks kept in `cache_dir` (default under the user's cache directory), at
-    most `cache_bytes` of them (default 10 GiB). `expect` is the digest that the cache must have.
-
-    Raises `CacheError` if there is none, it is another one, unfinished, damaged or of another format version.
-    """
-    if "://" in os.fspath(path):
-        from featcache.store.remote import is_remote, local_path
-
-        if is_remote(path):
-            from featcache.read.stream import DEFAULT_CACHE_BYTES, open_remote
-
-            limit = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
-            directory = None if cache_dir is None else Path(cache_dir)
-            return open_remote(os.fspath(path), cache_dir=directory, cache_bytes=limit, expect=expect)
-        path = local_path(path)
-    directory = Path(path)
-    manifest = read_root(directory)
-    if expect is not None:
-        from featcache.store.signing import require_digest
-
-        require_digest(manifest, expect, str(directory))
-    return Cache(str(directory), manifest, open_backend(directory, manifest))

@@ -27,7 +27,7 @@ from featcache.console import errors, safe
 from featcache.errors import CacheError
 from featcache.read.fetch import TRIES, verified_blocks, wanted
 from featcache.read.reader import Cache
-from featcache.share.transfer import require_authentic, required_root
+from featcache.read.root import require_authentic, required_root
 from featcache.store import blocks as hashes
 from featcache.store import wds
 from featcache.store.backends import Index, Indexed, Indices, ShardFile, Strided

@@ -167,7 +167,7 @@ def _features(row: Row) -> list[dict[str, str]]:
 
 
 def _size_text(n_bytes: float) -> str:
-    from featcache.cli.info import size_text
+    from featcache.console import size_text
 
     return size_text(n_bytes)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from featcache.errors import CacheError
-from featcache.read.reader import open_cache
+from featcache.read.open import open_cache
 from featcache.store.layout import FORMATS
 from featcache.store.manifest import Manifest
-from featcache.store.writer import CacheWriter
+from featcache.store.writers import create_writer
 
 
 def convert(
@@ -42,7 +42,7 @@ def convert(
     names = sorted(manifest.features) if features is None else list(features)
     cache.require(names)
     specs = [manifest.features[name] for name in names]
-    writer = CacheWriter.create(
+    writer = create_writer(
         target,
         manifest.dataset,
         shard_size=manifest.shard_size if shard_size is None else shard_size,

@@ -39,7 +39,7 @@ from featcache.read.order import epoch_order
 from featcache.sources.opening import Unreadable, explained, file_size, read_file
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import DatasetSpec, FeatureSpec, Manifest
-from featcache.store.writer import CacheWriter
+from featcache.store.writers import create_writer
 
 LAYOUTS = ("repa", "edm2", "lightningdit")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -463,7 +463,7 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
     ]
     shard_size = request.shard_size or min(n, recommended_shard_size(specs[2].bytes_per_sample))
     order = epoch_order(request.order_seed, 0, n)
-    with CacheWriter.create(request.out, dataset, shard_size=shard_size) as writer:
+    with create_writer(request.out, dataset, shard_size=shard_size) as writer:
         writer.begin(specs)
         for shard in writer.pending():
             indices = [order[slot] for slot in writer.slots(shard)]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from featcache.errors import CacheError
 from featcache.read import fetch as transfer
-from featcache.share.transfer import in_parallel, refuse_links, required_root
+from featcache.read.root import required_root
+from featcache.share.transfer import in_parallel, refuse_links
 from featcache.share.verify import repair_metadata
 from featcache.store import files, locks
 from featcache.store.blocks import ShardBlocks, blocks_limit, blocks_path

@@ -23,6 +23,7 @@ from typing import Any
 
 from featcache.errors import CacheError, UserError
 from featcache.read import fetch as transfer
+from featcache.read.root import read_remote_root, require_authentic, required_root, root_document, versioned_root
 from featcache.share.manage import cache_bytes
 from featcache.share.verify import Problem, Report, inconsistencies, verify_place
 from featcache.store import files, locks
@@ -37,7 +38,7 @@ from featcache.store.contents import (
     shard_files,
 )
 from featcache.store.layout import PUSHES, ROOT_NAMES, STATE
-from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
+from featcache.store.manifest import Manifest
 from featcache.store.remote import (
     Destination,
     Location,
@@ -50,7 +51,7 @@ from featcache.store.remote import (
 )
 from featcache.store.remote_errors import first_line
 from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
-from featcache.store.signing import SIGNATURE, parse_digest, read_signature, require_digest, require_signature
+from featcache.store.signing import SIGNATURE, parse_digest, read_signature
 from featcache.store.writer import (
     CacheWriter,
     building_directory,
@@ -59,6 +60,7 @@ from featcache.store.writer import (
     journal_name,
     require_same_dataset,
 )
+from featcache.store.writers import create_writer
 
 _ALWAYS = ("label", "key")
 Progress = Callable[[int], None]
@@ -87,35 +89,13 @@ class Transfer:
     n_files_before: int
 
 
-def read_remote_root(place: Location) -> Manifest | None:
-    """The manifest of the cache at a place, None if there is none; raises `CacheError` if it is damaged."""
-    return _read_root(place)[0]
-
-
-def _read_root(place: Location) -> tuple[Manifest | None, str | None]:
-    """The manifest of the cache at a place, and the version of the document that these very bytes are."""
-    found = _root_document(place)
-    if found is None:
-        return None, None
-    name, data, version = found
-    return parse_named_root(data, name, f"{place.url}/{name}"), version
-
-
-def _root_document(place: Location) -> tuple[str, bytes, str | None] | None:
-    """The name, bytes and version of the document where a cache's root document would be, None if there is none."""
-    for name in ROOT_NAMES.values():
-        with contextlib.suppress(Missing):
-            return name, *place.read_whole(name, MAX_METADATA_BYTES)
-    return None
-
-
 def list_remote(url: str) -> list[Listed]:
     """Caches at `url`: itself, or its immediate subdirectories (where the place can list them).
 
     One that cannot be read is listed with its problem. Raises `CacheError` if the place cannot be reached.
     """
     place = open_location(url)
-    document = _root_document(place)
+    document = root_document(place)
     here = None if document is None else _listed(place.url, *document[:2])
     if here is not None:
         return [here]
@@ -123,7 +103,7 @@ def list_remote(url: str) -> list[Listed]:
     for name in place.directories():
         below = f"{place.url}/{name}"
         try:
-            document = _root_document(open_location(f"{place.address}/{name}"))
+            document = root_document(open_location(f"{place.address}/{name}"))
         except UserError as error:
             found.append(Listed(url=below, manifest=None, problem=" ".join(error.what.split())))
             continue
@@ -139,22 +119,6 @@ def _listed(url: str, name: str, data: bytes) -> Listed | None:
         return None
     except CacheError as error:
         return Listed(url=url, manifest=None, problem=" ".join(error.what.split()))
-
-
-def required_root(place: Location) -> Manifest:
-    """The manifest of the cache at a place; raises `CacheError` if there is none."""
-    manifest = read_remote_root(place)
-    if manifest is None:
-        raise CacheError(f"there is no cache at {place.url}", remedy=f"featcache ls {place.url} lists what is there")
-    return manifest
-
-
-def require_authentic(place: Location, manifest: Manifest, expect: str | None, signed_by: Path | None) -> str | None:
-    """Raise `CacheError` unless the cache is the expected one, signed by one of the signers. Returns who signed it."""
-    require_digest(manifest, expect, place.url)
-    if signed_by is None:
-        return None
-    return require_signature(manifest, read_signature(place), signed_by, place.url)
 
 
 def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | None) -> Manifest:
@@ -222,7 +186,7 @@ def pull(
     refuse_links(target, part)
     recorded = {array: read_checksums(place, whole, array) for array in part.arrays}
     blocks = {array: read_blocks(place, whole, array) for array in part.arrays}
-    with CacheWriter.create(
+    with create_writer(
         target,
         part.dataset,
         shard_size=part.shard_size,
@@ -399,7 +363,7 @@ def push(
     recorded = {array: read_checksums(local, manifest, array) for array in manifest.arrays}
     with _push_journal(source, place.address) as journal:
         for _ in range(_MERGES):
-            existing, version = _read_root(place)
+            existing, version = versioned_root(place)
             merged = _merge(existing, manifest, place.url)
             present = set(existing.arrays) if existing is not None else set()
             _claim(local, place, manifest, present, replace_unfinished)

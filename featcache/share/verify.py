@@ -26,7 +26,8 @@ import numpy as np
 
 from featcache.errors import CacheError
 from featcache.keys import key_bytes
-from featcache.read.reader import Cache, open_cache
+from featcache.read.open import open_cache
+from featcache.read.reader import Cache
 from featcache.store import files, wds
 from featcache.store.blocks import (
     BLOCK_BYTES,
@@ -103,7 +104,7 @@ class Report:
 
     @property
     def damaged(self) -> dict[str, list[int]]:
-        """Feature -> numbers of its damaged shards: what `CacheWriter.open_for_repair` takes."""
+        """Feature -> numbers of its damaged shards: what `repair_writer` takes."""
         shards: dict[str, set[int]] = {}
         for problem in self.problems:
             if problem.feature is not None and problem.shard is not None:

@@ -33,8 +33,9 @@ import numpy as np
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes, key_text, printable
 from featcache.redact import redact
-from featcache.sources.base import EXTENSIONS, MAX_FILE_BYTES, BadImage, EncodedSource
+from featcache.sources.base import EXTENSIONS, EncodedSource
 from featcache.sources.opening import explained
+from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
 from featcache.store import files
 from featcache.store.remote import Location, Missing, is_remote, open_location
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from featcache.errors import UserError, first_line
 from featcache.keys import printable
-from featcache.sources.base import ShapesSource, Source
+from featcache.sources.base import Source
+from featcache.sources.shapes import ShapesSource
 
 KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
 JSON_KEYS = ("caption", "captions", "text")

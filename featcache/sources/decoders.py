@@ -7,14 +7,13 @@ last resize is the same bicubic. Files that are no RGB JPEG go the exact way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
 
 from featcache.errors import UserError, first_line
-from featcache.sources.base import BadImage, Source, center_crop, decoded, room_for
+from featcache.sources.pixels import BadImage, center_crop, decoded, room_for
 
 Decoder = Callable[[bytes, str, int], np.ndarray]
 
@@ -61,38 +60,6 @@ def decode_turbo(data: bytes, key: str, resolution: int) -> np.ndarray:
 
 
 DECODERS: Mapping[str, Decoder] = {"pil": decode_pil, "turbo": decode_turbo}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """How far a decoder is from the exact crop over some images: in grey levels of 255, and the PSNR in dB."""
-
-    images: int
-    mean: float
-    largest: int
-    psnr_db: float
-
-
-def difference(source: Source, indices: Sequence[int], resolution: int, decoder: str) -> Difference:
-    """Crops of ``indices`` by ``decoder`` against those by ``pil``. Unreadable images are left out.
-
-    Raises:
-        UserError: none of them can be read.
-    """
-    errors = []
-    for index in indices:
-        try:
-            exact, _ = source.load(index, resolution)
-            fast, _ = source.load(index, resolution, decoder)
-        except BadImage:
-            continue
-        errors.append(np.abs(exact.astype(np.int16) - fast))
-    if not errors:
-        raise UserError("none of the images can be decoded", remedy="Check --data.")
-    every = np.stack(errors)
-    squared = float(np.mean(np.square(every, dtype=np.float64)))
-    psnr = float("inf") if squared == 0 else 10 * float(np.log10(255**2 / squared))
-    return Difference(images=len(every), mean=float(every.mean()), largest=int(every.max()), psnr_db=psnr)
 
 
 def check_decoder(name: str) -> None:

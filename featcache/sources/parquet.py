@@ -36,8 +36,9 @@ from featcache.sources.archives import (
     is_unicode,
     opened,
 )
-from featcache.sources.base import BadImage, EncodedSource
+from featcache.sources.base import EncodedSource
 from featcache.sources.opening import explained
+from featcache.sources.pixels import BadImage
 
 ROWS_AT_ONCE = 16
 MAX_GROUP_ROWS = 1 << 24

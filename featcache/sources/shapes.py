@@ -13,13 +13,16 @@ an eighth of the image's side. A small diffusion model must be able to learn the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import UserError
+from featcache.sources.pixels import content_hash
 
 Float = NDArray[np.float32]
 
@@ -301,3 +304,55 @@ def render_batch(
     for row, index in enumerate(indices):
         images[row], labels[row] = render(int(index), seed=seed, resolution=resolution)
     return images, labels
+
+
+# More than anybody draws; a manifest from anybody may say any number.
+MAX_RECORDED_SHAPES = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesSource:
+    """The embedded procedural data set (:mod:`featcache.sources.shapes`); every image is drawn on demand."""
+
+    count: int
+    resolution: int
+    seed: int = 0
+    name: str = "shapes"
+
+    @property
+    def description(self) -> str:
+        return f"shapes seed={self.seed} count={self.count}"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        from featcache.sources.shapes import CLASS_NAMES
+
+        return CLASS_NAMES
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, index: int) -> str:
+        return f"shapes/{self.seed}/{index:08d}"
+
+    def label(self, index: int) -> int:
+        from featcache.sources.shapes import label_of
+
+        return label_of(index, seed=self.seed)
+
+    def signature(self, index: int) -> str:
+        return f"{self.seed}:{index}"
+
+    def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:
+        from featcache.sources.shapes import render
+
+        pixels, _ = render(index, seed=self.seed, resolution=resolution)
+        return pixels, content_hash(pixels.tobytes())
+
+
+def recorded_shapes(description: str) -> tuple[str, int] | None:
+    """``--data`` and number of images of the embedded set that a manifest's source describes, None for other sources."""
+    seed, count = (re.search(rf" {word}=(\d{{1,18}})(?: |$)", description) for word in ("seed", "count"))
+    if not description.startswith("shapes ") or seed is None or count is None or int(count[1]) > MAX_RECORDED_SHAPES:
+        return None
+    return f"shapes:{seed[1]}", int(count[1])

@@ -2,5 +2,17 @@
 
 from featcache.store.manifest import FORMAT_VERSION, DatasetSpec, FeatureSpec, Manifest, Skipped
 from featcache.store.writer import CacheWriter
+from featcache.store.writers import create_writer, join_writer, open_writer, repair_writer
 
-__all__ = ["FORMAT_VERSION", "CacheWriter", "DatasetSpec", "FeatureSpec", "Manifest", "Skipped"]
+__all__ = [
+    "FORMAT_VERSION",
+    "CacheWriter",
+    "DatasetSpec",
+    "FeatureSpec",
+    "Manifest",
+    "Skipped",
+    "create_writer",
+    "join_writer",
+    "open_writer",
+    "repair_writer",
+]

@@ -21,7 +21,6 @@ the journal. Nothing final depends on time, order or interruptions, so a resumed
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import shlex
@@ -41,7 +40,6 @@ from featcache.store.contents import checksums_path, checksums_text, shard_names
 from featcache.store.layout import (
     BLOCKS,
     CHECKSUMS,
-    COMPRESSORS,
     ROOT_METADATA,
     ROOT_NAMES,
     STATE,
@@ -140,7 +138,7 @@ def journal_name(shard: int) -> str:
 
 
 class CacheWriter:
-    """Writes features into one cache. Use `create` or `open`, then `begin`, `write_shard`..., `finish`.
+    """Writes features into one cache: `begin`, `write_shard`..., `finish`. :mod:`featcache.store.writers` opens it.
 
     One writer belongs to one thread. Several writers, in any processes, may work on different features of
     one cache. It is a context manager that lets go of its features on exit; `finish` does that as well.
@@ -161,130 +159,49 @@ class CacheWriter:
         self._unrecorded: list[tuple[str, int, dict[str, files.Hashes]]] = []
         self._last_commit_s = time.monotonic()
 
-    # Opening
+    def repair_only(self, shards: Mapping[str, Iterable[int]]) -> None:
+        """Take complete features, of which just these shards (feature -> shard numbers) may be rewritten.
 
-    @classmethod
-    def create(
-        cls,
-        path: str | os.PathLike[str],
-        dataset: DatasetSpec,
-        *,
-        shard_size: int,
-        resume: bool = True,
-        compressor: str | None = None,
-        format: str = "zarr",
-        versions: Mapping[str, str] | None = None,
-    ) -> CacheWriter:
-        """A writer for the cache at `path`, new or (with `resume`) one of the same dataset.
-
-        format: 'zarr', or 'wds' for webdataset tars, whose features must all be written by one builder.
-
-        Raises `CacheError` if a cache of other images, preprocessing or shard size is there, or if it cannot
-        be written.
+        Raises `CacheError` for a feature or shard that there is not, or one that somebody else writes.
         """
-        path = Path(path)
-        if compressor is not None and compressor not in COMPRESSORS:
-            raise CacheError(f"there is no compressor {compressor!r}", remedy=f"use one of {', '.join(COMPRESSORS)}")
-        if format == "wds" and compressor is not None:
-            raise CacheError("webdataset caches are not compressed", remedy="use the zarr format, or no compressor")
-        wanted = Manifest(
-            dataset=dataset,
-            shard_size=shard_size,
-            compressor=compressor,
-            format=format,
-            versions=dict(versions or {}),
-        )
-        manifest_from_json(wanted.to_json())
-        _refuse_foreign_directory(path)
-        with cache_lock(path):
-            existing = known_manifest(path)
-            if existing is None:
-                files.atomic_write(state_directory(path) / "dataset.json", [canonical_json(wanted.to_json())])
-                return _writer_class(wanted)(path, wanted)
-        if not resume:
-            raise CacheError(
-                f"there is a cache at {path} already", remedy="choose another --out, or leave --no-resume out"
-            )
-        require_same_dataset(existing, wanted, path)
-        return _writer_class(existing)(path, existing)
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], *, dataset: DatasetSpec | None = None) -> CacheWriter:
-        """A writer that adds features to the cache at `path`.
-
-        Raises `CacheError` if there is none, or if `dataset` is given and differs from the cache's.
-        """
-        path = Path(path)
-        existing = None
-        if find_root(path) is not None or (state_directory(path) / "dataset.json").is_file():
-            with cache_lock(path):
-                existing = known_manifest(path)
-        if existing is None:
-            raise CacheError(f"there is no cache at {path}", remedy=f"featcache build --out {path} makes one")
-        if dataset is not None:
-            require_same_dataset(existing, replace(existing, dataset=dataset), path)
-        return _writer_class(existing)(path, existing)
-
-    @classmethod
-    def open_for_repair(cls, path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]]) -> CacheWriter:
-        """A writer that may rewrite just these shards (feature -> shard numbers) of complete features.
-
-        `write_shard` replaces them; `finish` records the checksums of what was written. Re-encoding on the
-        same hardware and software gives the recorded bytes back, elsewhere it may differ in the last bit. Where an
-        array's checksums are lost, all its shards must be repaired that nothing else vouches for: see `finish`.
-        """
-        writer = cls.open(path)
         repairs = {name: set(numbers) for name, numbers in shards.items()}
         for name, numbers in repairs.items():
-            if name not in writer._base.features:
-                raise CacheError(f"there is no complete feature {name!r} to repair in {writer.path}")
-            if not all(0 <= n < writer.n_shards for n in numbers):
-                raise CacheError(f"{name!r} has the shards 0 to {writer.n_shards - 1}, not {sorted(numbers)}")
-        if writer._base.format == "wds" and (
-            set(repairs) != set(writer._base.features) or len(set(map(frozenset, repairs.values()))) > 1
+            if name not in self._base.features:
+                raise CacheError(f"there is no complete feature {name!r} to repair in {self.path}")
+            if not all(0 <= n < self.n_shards for n in numbers):
+                raise CacheError(f"{name!r} has the shards 0 to {self.n_shards - 1}, not {sorted(numbers)}")
+        if self._base.format == "wds" and (
+            set(repairs) != set(self._base.features) or len(set(map(frozenset, repairs.values()))) > 1
         ):
             raise CacheError("a tar holds all features: repair the same shards of all of them")
-        writer._repairs = repairs
-        writer._without_blocks = {
-            name for name in repairs if writer._base.blocks.keys().isdisjoint(writer._base.features[name].arrays)
+        self._repairs = repairs
+        self._without_blocks = {
+            name for name in repairs if self._base.blocks.keys().isdisjoint(self._base.features[name].arrays)
         }
-        with cache_lock(writer.path):
+        with cache_lock(self.path):
             for name in repairs:
-                writer._specs[name] = writer._base.features[name]
-                writer._take(name)
-                writer._make_directories(name)
-                writer._done[name] = set(range(writer.n_shards)) - repairs[name]
-            clear_parts(writer.path, writer._base, repairs)
-        return writer
+                self._specs[name] = self._base.features[name]
+                self._take(name)
+                self._make_directories(name)
+                self._done[name] = set(range(self.n_shards)) - repairs[name]
+            clear_parts(self.path, self._base, repairs)
 
-    @classmethod
-    def join(cls, path: str | os.PathLike[str], specs: Sequence[FeatureSpec]) -> CacheWriter:
-        """A writer beside another process's that has begun `specs`: it writes shards, the other one finishes.
-
-        It takes no locks; whoever began the features divides the shards among those who join and calls
-        `refresh` when they are done.
+    def join(self, specs: Sequence[FeatureSpec]) -> None:
+        """Write shards of features that another process has begun, and finishes.
 
         Raises `CacheError` if a feature is not being built, or is being built otherwise than `specs` says.
         """
-        path = Path(path)
-        existing = known_manifest(path)
-        if existing is None:
-            raise CacheError(f"no build of {path} is under way")
-        if existing.format != "zarr":
-            raise CacheError("several processes cannot write one webdataset cache", remedy="use the zarr format")
-        writer = cls(path, existing)
         for spec in specs:
-            complete = existing.features.get(spec.name)
-            record = building_directory(path, spec.name) / "spec.json"
+            complete = self._base.features.get(spec.name)
+            record = building_directory(self.path, spec.name) / "spec.json"
             if complete is None:
                 if not record.is_file():
-                    raise CacheError(f"no build of {spec.name!r} of {path} is under way")
-                writer._runs[spec.name] = _run_directory(path, spec.name)
-            _require_same_feature(complete or declared(record.parent), spec, path)
-            writer._specs[spec.name] = spec
-            whole = set(range(writer.n_shards))
-            writer._done[spec.name] = whole if complete is not None else writer._journaled_shards(spec)
-        return writer
+                    raise CacheError(f"no build of {spec.name!r} of {self.path} is under way")
+                self._runs[spec.name] = _run_directory(self.path, spec.name)
+            _require_same_feature(complete or declared(record.parent), spec, self.path)
+            self._specs[spec.name] = spec
+            whole = set(range(self.n_shards))
+            self._done[spec.name] = whole if complete is not None else self._journaled_shards(spec)
 
     def refresh(self) -> None:
         """Take note of the shards that writers who joined have finished. They must have, and must have closed.
@@ -664,14 +581,6 @@ class CacheWriter:
             sums.blocks[array] = self._group.write(self.path / blocks_path(manifest, array), [data]).sha256
 
 
-def _writer_class(manifest: Manifest) -> type[CacheWriter]:
-    if manifest.format == "zarr":
-        return CacheWriter
-    from featcache.store.wds_writer import WdsWriter
-
-    return WdsWriter
-
-
 def publish(path: Path, manifest: Manifest, features: set[str], group: files.Group | None = None) -> None:
     """Write the nodes' metadata of `features` with whatever is in `group`, and then, last, the root document.
 
@@ -840,7 +749,7 @@ def unfinished_features(path: Path) -> list[str]:
     return names
 
 
-def _refuse_foreign_directory(path: Path) -> None:
+def refuse_foreign_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CacheError(f"{path} is a file", remedy="choose another --out")
     if path.is_dir() and not (path / STATE).is_dir() and find_root(path) is None and any(path.iterdir()):

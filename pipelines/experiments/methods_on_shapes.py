@@ -279,7 +279,7 @@ class _Judge:
 
     def __init__(self, cache: Path, settings: Settings) -> None:
         import featcache
-        from featcache.build.run import pick_device
+        from featcache.machine import pick_device
         from trainer.evaluate.extractors import build_extractor
         from trainer.evaluate.references import reference_statistics
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import featcache
 from featcache.errors import CacheError
+from featcache.read.root import read_remote_root
 from featcache.share.manage import collect_garbage
-from featcache.share.transfer import read_remote_root
 from featcache.store.remote import open_location
 from tests.attacks.campaign import Tally, dice, differences
 from tests.attacks.lab import INTO, MAKE, RUN, Lab, call, trained

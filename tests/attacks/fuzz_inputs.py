@@ -32,9 +32,10 @@ from PIL import Image
 
 from featcache.errors import UserError
 from featcache.share.importers import open_latents
-from featcache.sources.base import Source, fingerprint, open_source
+from featcache.sources.base import Source, fingerprint
 from featcache.sources.captions import open_captions, read_table
 from featcache.sources.decoders import decode_pil, decode_turbo
+from featcache.sources.open import open_source
 
 TIME_LIMIT_S = 20
 MEMORY_LIMIT_BYTES = 1_000_000_000

@@ -359,12 +359,14 @@ class _NoCache:
 
 def _cache_json(folder: Path, rng: random.Random) -> Callable[[], Callable[[], object]]:
     from featcache.settings import from_mapping
-    from trainer.evaluate.run import _reference, features_layers
+    from trainer.evaluate.run import _reference
     from trainer.report.data import load_run
+    from trainer.report.run import features_layers
     from trainer.requests import EvalRequest
     from trainer.runs import folder as runs
     from trainer.runs.config import RunConfig
-    from trainer.sampling.draw import cache_summary, load_decoder, run_model_config
+    from trainer.runs.records import cache_summary, run_model_config
+    from trainer.sampling.draw import load_decoder
 
     case, values = _case(folder), _summary()
     config = from_mapping(RunConfig, _settings())

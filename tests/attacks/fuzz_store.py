@@ -38,6 +38,7 @@ from featcache.store.manifest import manifest_from_json
 from featcache.store.root import parse_root, read_root, root_bytes
 from featcache.store.shards import decompress, encode_shard, parse_index
 from featcache.store.signing import sign
+from featcache.store.writers import create_writer
 from tests.attacks.campaign import dice, fingerprint
 from tests.attacks.flips import signing_key, wrong_signature
 from tests.attacks.mutate import LEAVES, change_bytes, change_json, change_value, dump
@@ -221,7 +222,7 @@ def _state(folder: Path) -> Try:
     """Files of an unfinished build: journals, specifications, the dataset's record."""
     path = folder / "c"
     specs = _specs()
-    with CacheWriter.create(path, dataset(7), shard_size=4) as writer:
+    with create_writer(path, dataset(7), shard_size=4) as writer:
         # Two features complete, three half-way.
         writer.begin(specs)
         writer.skip(0, [(3, "img/000003.png", "truncated")])
@@ -242,7 +243,7 @@ def _state(folder: Path) -> Try:
         with contextlib.suppress(UserError):
             list_caches(path)
         try:
-            with CacheWriter.create(path, dataset(7), shard_size=4) as writer:
+            with create_writer(path, dataset(7), shard_size=4) as writer:
                 writer.begin(specs)
                 write_all(writer, specs, (3,))
                 writer.finish()

@@ -21,8 +21,9 @@ from store_helpers import tree
 
 import featcache
 from featcache.errors import CacheError, UserError
+from featcache.read.root import read_remote_root
 from featcache.share.manage import collect_garbage
-from featcache.share.transfer import pull, read_remote_root
+from featcache.share.transfer import pull
 from featcache.share.verify import verify
 from featcache.store.layout import STATE
 from featcache.store.remote import open_location

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from store_helpers import dataset
 
-from featcache.store import CacheWriter, FeatureSpec
+from featcache.store import FeatureSpec
 from featcache.store.manifest import Manifest
 from featcache.store.root import read_root
 from featcache.store.writer import publish
+from featcache.store.writers import create_writer
 
 LARGE = "wide@1"
 LARGE_FILE = f"{LARGE}/c.0.0"
@@ -24,7 +25,7 @@ def build_large(path: Path, *, mebibytes: int = 12, **options) -> Path:
         FeatureSpec(name=LARGE, shape=(mebibytes << 16,), codec="raw", dtype="uint8"),
     ]
     rng = np.random.default_rng(0)
-    with CacheWriter.create(path, dataset(16), shard_size=16, **options) as writer:
+    with create_writer(path, dataset(16), shard_size=16, **options) as writer:
         writer.begin(specs)
         writer.write_shard("label", 0, {"": np.arange(16) % 3})
         writer.write_shard(LARGE, 0, {"": rng.integers(0, 256, (16, mebibytes << 16), dtype=np.uint8)})

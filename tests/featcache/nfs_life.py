@@ -11,6 +11,7 @@ from featcache.share.manage import collect_garbage, remove_features
 from featcache.share.transfer import pull
 from featcache.share.verify import repair_metadata, verify
 from featcache.store import CacheWriter, locks, writer
+from featcache.store.writers import create_writer, join_writer, open_writer, repair_writer
 
 
 def write(worker: CacheWriter, shards: range) -> None:
@@ -22,7 +23,7 @@ def write(worker: CacheWriter, shards: range) -> None:
 
 
 def begin(path: Path) -> CacheWriter:
-    worker = CacheWriter.create(path, dataset(), shard_size=16)
+    worker = create_writer(path, dataset(), shard_size=16)
     worker.begin(base_features())
     return worker
 
@@ -46,14 +47,14 @@ def life(path: Path) -> None:
     remove_features(path, ["new@1"], now=True)
     nothing_left(path)
     (path / "tiny@5" / "c.1.0.0").write_bytes(b"damaged")
-    with CacheWriter.open_for_repair(path, {"tiny@5": [1]}) as repairing:
+    with repair_writer(path, {"tiny@5": [1]}) as repairing:
         write_all(repairing, [tokens()])
         repairing.finish()
     repair_metadata(path)
     nothing_left(path)
     pull(str(path), path.with_name("pulled"))
     nothing_left(path.with_name("pulled"))
-    dead = CacheWriter.open(path)
+    dead = open_writer(path)
     dead.begin([tokens("dead@1")])
     dead.close()
     collect_garbage(path)
@@ -82,7 +83,7 @@ def shards_seen(worker: CacheWriter) -> set[int]:
 
 
 def join(path: Path) -> None:
-    with CacheWriter.join(path, base_features()) as worker:
+    with join_writer(path, base_features()) as worker:
         write(worker, range(1, 4))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from featcache.store import CacheWriter, DatasetSpec, FeatureSpec
+from featcache.store.writers import create_writer, open_writer
 
 COUNT, SHARD_SIZE = 50, 16
 KEY_BYTES = 16
@@ -91,7 +92,7 @@ def build(
     **options,
 ) -> Path:
     specs = base_features() if specs is None else specs
-    with CacheWriter.create(path, dataset(count), shard_size=shard_size, **options) as writer:
+    with create_writer(path, dataset(count), shard_size=shard_size, **options) as writer:
         writer.begin(specs)
         write_all(writer, specs, skipped)
         writer.finish()
@@ -99,7 +100,7 @@ def build(
 
 
 def add(path: Path, specs: Sequence[FeatureSpec], skipped: Sequence[int] = ()) -> None:
-    with CacheWriter.open(path) as writer:
+    with open_writer(path) as writer:
         writer.begin(specs)
         write_all(writer, specs, skipped)
         writer.finish()

@@ -21,15 +21,18 @@ import torch
 from PIL import Image
 
 import featcache
+from featcache.build.prepare import derived_name
 from featcache.build.request import BuildRequest
-from featcache.build.run import build, derived_name, sample_order
+from featcache.build.run import build
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.tiny import load_tiny_vae
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.inspect import contact_sheet, images_of, pca_rgb, read_feature
-from featcache.sources.base import center_crop, find_data, open_source
+from featcache.sources.base import sample_order
+from featcache.sources.open import find_data, open_source
+from featcache.sources.pixels import center_crop
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -18,13 +18,15 @@ import pytest
 
 import featcache
 from featcache.build import ranks as workers
+from featcache.build.lead import lead
 from featcache.build.pipeline import Meter, Stage, run_shards
+from featcache.build.prepare import prepare
 from featcache.build.ranks import Ranks
 from featcache.build.request import BuildRequest
-from featcache.build.run import _Shared, build, lead, prepare, prepare_together
+from featcache.build.run import _Shared, build, prepare_together
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
-from featcache.store import CacheWriter
+from featcache.store.writers import join_writer
 
 WORDS = ["--data", "shapes", "--encoder", "tiny", "--limit", "240", "--batch-size", "4", "--shard-size", "8"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -69,7 +71,7 @@ def test_shards_written_by_several_writers_are_those_of_one(tmp_path: Path) -> N
     with lead(plan) as leader:
         assert leader.pending() == [0, 1, 2, 3, 4, 5]
         for rank in (1, 0):
-            with CacheWriter.join(plan.path, plan.specs) as writer:
+            with join_writer(plan.path, plan.specs) as writer:
                 shards = leader.pending()[rank::2]
                 run_shards(plan.work, shards, writer, meter=Meter(), advance=nothing, warn=nothing)
         leader.refresh()
@@ -81,11 +83,11 @@ def test_shards_written_by_several_writers_are_those_of_one(tmp_path: Path) -> N
 def test_joining_needs_a_build_of_the_same_features(tmp_path: Path) -> None:
     plan = prepare(request(tmp_path / "c"), device="cpu")
     with pytest.raises(CacheError, match="no build"):
-        CacheWriter.join(plan.path, plan.specs)
+        join_writer(plan.path, plan.specs)
     with lead(plan):
         other = [replace(spec, provenance={"weights": "others"}) for spec in plan.specs]
         with pytest.raises(CacheError, match="provenance"):
-            CacheWriter.join(plan.path, other)
+            join_writer(plan.path, other)
         with pytest.raises(CacheError, match="at this moment"):
             lead(plan)
 

@@ -19,12 +19,13 @@ import featcache
 from featcache.codecs import decode, stored_arrays
 from featcache.errors import CacheError, UserError
 from featcache.share.verify import verify
-from featcache.store import CacheWriter, Manifest, files
+from featcache.store import Manifest, files
 from featcache.store.contents import parse_checksums
 from featcache.store.manifest import dataset_from_json, load_json, manifest_from_json
 from featcache.store.root import parse_root, root_bytes
 from featcache.store.shards import decompress, encode_shard, parse_index
 from featcache.store.writer import journal_entry
+from featcache.store.writers import create_writer
 
 FUZZ = settings(
     deadline=None,
@@ -270,7 +271,7 @@ def test_checksum_files(data: bytes) -> None:
 def test_journal_mutations(tmp_path: Path) -> None:
     """A damaged journal stops the build with a clear error that says what to do."""
     spec = tokens()
-    with CacheWriter.create(tmp_path / "cache", dataset(), shard_size=SHARD_SIZE) as writer:
+    with create_writer(tmp_path / "cache", dataset(), shard_size=SHARD_SIZE) as writer:
         writer.begin([spec])
         arrays = {s: np.zeros((16, *shape), dtype) for s, (dtype, shape) in stored_arrays("int8", (16, 32)).items()}
         writer.skip(0, [(3, "key", "reason")])

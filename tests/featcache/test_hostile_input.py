@@ -31,11 +31,14 @@ from featcache.errors import UserError
 from featcache.keys import from_printable, key_bytes, key_text, printable
 from featcache.share.importers import ImportRequest, import_latents, open_latents
 from featcache.share.verify import verify
-from featcache.sources import base as images_module
+from featcache.sources import base as base_module
+from featcache.sources import pixels as pixels_module
 from featcache.sources.archives import LISTERS, Place
-from featcache.sources.base import MAX_PIXELS, BadImage, Budget, decode, fingerprint, open_source
+from featcache.sources.base import fingerprint
 from featcache.sources.captions import open_captions, read_table
 from featcache.sources.decoders import decode_pil, decode_turbo
+from featcache.sources.open import open_source
+from featcache.sources.pixels import MAX_PIXELS, BadImage, Budget, decode
 from featcache.store import files
 
 
@@ -577,7 +580,7 @@ def test_many_workers_decode_no_more_at_once_than_the_budget_allows(
         (tmp_path / f"images/n0/{i}.jpg").write_bytes(picture("JPEG", size=(100, 100), seed=i))
     source = open_source(str(tmp_path / "images"), resolution=32)
     busy, most, lock = 0, 0, threading.Lock()
-    crop = images_module.center_crop
+    crop = pixels_module.center_crop
 
     def slow_crop(image: Image.Image, size: int) -> np.ndarray:
         nonlocal busy, most
@@ -593,13 +596,13 @@ def test_many_workers_decode_no_more_at_once_than_the_budget_allows(
     # An image takes 5 bytes a pixel in PIL and 8 in libjpeg-turbo, and 4 a pixel of what is cut from.
     for budget, expected in ((170_000, {"pil": 3, "turbo": 2}[decoder]), (1, 1)):
         most = 0
-        monkeypatch.setattr(images_module, "PIXELS_IN_FLIGHT", Budget(budget))
+        monkeypatch.setattr(pixels_module, "PIXELS_IN_FLIGHT", Budget(budget))
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda i: source.load(i, 32, decoder), range(len(source))))
         assert most == expected
     most = 0
-    monkeypatch.setattr(images_module, "PIXELS_IN_FLIGHT", Budget(1 << 40))
-    monkeypatch.setattr(images_module, "FILES_IN_FLIGHT", Budget(1))
+    monkeypatch.setattr(pixels_module, "PIXELS_IN_FLIGHT", Budget(1 << 40))
+    monkeypatch.setattr(base_module, "FILES_IN_FLIGHT", Budget(1))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda i: source.load(i, 32, decoder), range(len(source))))
     assert most == 1
@@ -738,7 +741,7 @@ def test_a_name_that_is_too_long_is_one_line() -> None:
 
 def test_files_larger_than_any_image_are_bad(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (folder / "n0/0.png").open("r+b") as file:
-        file.truncate(images_module.MAX_FILE_BYTES + 1)
+        file.truncate(pixels_module.MAX_FILE_BYTES + 1)
     with pytest.raises(BadImage, match="more than the 268,435,456 that are read"):
         open_source(str(folder), resolution=32).load(0, 32)
 

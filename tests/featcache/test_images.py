@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.sources.base import BadImage, center_crop, content_hash, decode, find_data, fingerprint, open_source
+from featcache.sources.base import fingerprint
+from featcache.sources.open import find_data, open_source
+from featcache.sources.pixels import BadImage, center_crop, content_hash, decode
 
 
 def adm_crop_second_way(image: Image.Image, size: int) -> np.ndarray:

@@ -12,10 +12,11 @@ import featcache
 from featcache.errors import CacheError
 from featcache.share.manage import remove_features
 from featcache.share.verify import Report, repair_metadata, verify
-from featcache.store import CacheWriter, files
+from featcache.store import files
 from featcache.store.contents import read_checksums
 from featcache.store.places import LocalLocation
 from featcache.store.root import read_root
+from featcache.store.writers import repair_writer
 
 
 def test_names_of_temporary_files() -> None:
@@ -75,7 +76,7 @@ def test_links_under_temporary_names_of_earlier_versions(tmp_path: Path, victim:
         (path / (name + ".part")).symlink_to(victim / "file")
     (path / "tiny@5" / "c.1.0.0").unlink()
     repair_metadata(path)
-    with CacheWriter.open_for_repair(path, {"tiny@5": [1]}) as writer:
+    with repair_writer(path, {"tiny@5": [1]}) as writer:
         write_all(writer, [tokens()])
         writer.finish()
     remove_features(path, ["label"])

@@ -19,9 +19,10 @@ import featcache
 from featcache.errors import CacheError, UserError
 from featcache.share import manage, trash
 from featcache.share.verify import verify
-from featcache.store import CacheWriter, files, locks
+from featcache.store import files, locks
 from featcache.store.layout import canonical_json
 from featcache.store.root import read_root, root_bytes
+from featcache.store.writers import create_writer, open_writer, repair_writer
 
 DAY_S = 86_400.0
 SMALL = {"count": 4, "shard_size": 2}
@@ -34,7 +35,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dead_build(path: Path, name: str = "dead@1") -> None:
     """An unfinished feature whose builder is gone: its first shards are written."""
-    with CacheWriter.open(path) as writer:
+    with open_writer(path) as writer:
         writer.begin([tokens(name)])
         write_all(writer, [tokens(name)])
 
@@ -91,7 +92,7 @@ def test_gc_refuses_a_link_in_place_of_a_folder_of_its_own(tmp_path: Path, linke
 
 def test_gc_of_tars_leaves_foreign_tars(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE, format="wds") as writer:
+    with create_writer(path, dataset(), shard_size=SHARD_SIZE, format="wds") as writer:
         writer.begin(base_features())
         shard = writer.pending()[0]
         arrays = {"": __import__("numpy").zeros(SHARD_SIZE, "int64")}
@@ -120,7 +121,7 @@ def test_gc_clears_a_dead_build_whose_declaration_is_damaged(tmp_path: Path, con
 
 def test_gc_leaves_a_live_build_whose_declaration_is_damaged(tmp_path: Path) -> None:
     path = build(tmp_path / "x")
-    with CacheWriter.open(path) as writer:
+    with open_writer(path) as writer:
         writer.begin([tokens("live@1")])
         write_all(writer, [tokens("live@1")])
         (path / ".featcache/building/live@1/spec.json").write_bytes(b"{}")
@@ -222,7 +223,7 @@ def test_restored_features_must_not_be_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"tiny@5.*in the way"):
         manage.restore(path)
     manage.remove_features(path, ["tiny@5"], now=True)
-    with CacheWriter.open(path) as writer:
+    with open_writer(path) as writer:
         writer.begin([tokens()])
         with pytest.raises(CacheError, match=r"tiny@5.*in the way"):
             manage.restore(path)
@@ -249,14 +250,14 @@ def test_rm_now_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("now", [False, True], ids=["trash", "now"])
 def test_rm_waits_for_no_live_builder(tmp_path: Path, now: bool) -> None:
     path = build(tmp_path / "cache")
-    with CacheWriter.open(path) as writer:
+    with open_writer(path) as writer:
         writer.begin([tokens("alive@1")])
         with pytest.raises(CacheError, match="another process is writing alive@1"):
             manage.remove_cache(path, now=now)
         assert verify(path).ok
         write_all(writer, [tokens("alive@1")])
         writer.finish()
-    with CacheWriter.open_for_repair(path, {"tiny@5": [0]}), pytest.raises(CacheError, match="writing tiny@5"):
+    with repair_writer(path, {"tiny@5": [0]}), pytest.raises(CacheError, match="writing tiny@5"):
         manage.remove_features(path, ["tiny@5"], now=now)
     manage.remove_features(path, ["tiny@5"], now=now)
     manage.remove_cache(path, now=now)
@@ -266,7 +267,7 @@ def test_rm_waits_for_no_live_builder(tmp_path: Path, now: bool) -> None:
 def test_a_builder_whose_cache_was_removed_says_so(tmp_path: Path) -> None:
     """It must not publish a root that names features which went to the trash."""
     path = build(tmp_path / "cache")
-    with CacheWriter.open(path) as writer:
+    with open_writer(path) as writer:
         manage.remove_cache(path)
         with pytest.raises(CacheError, match="removed"):
             writer.begin([tokens("late@1")])

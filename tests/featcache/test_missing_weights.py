@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from featcache.build.run import BuildRequest, prepare
+from featcache.build.prepare import prepare
+from featcache.build.run import BuildRequest
 from featcache.encoders import EncoderChoice, hub
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.missing import require_weights

@@ -16,7 +16,8 @@ import pytest
 from store_helpers import build, tokens, tree
 
 from featcache.errors import CacheError
-from featcache.store import CacheWriter, locks
+from featcache.store import locks
+from featcache.store.writers import open_writer
 
 HERE = Path(__file__).parent
 LIFE = HERE / "nfs_life.py"
@@ -152,16 +153,16 @@ def test_the_lock_of_a_dead_process_is_taken_over(shim: Path, no_flock, tmp_path
 def test_a_holder_on_another_machine_is_named(no_flock, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(locks, "MAX_WAIT_S", 0.1)
     path = build(tmp_path / "cache")
-    writer = CacheWriter.open(path)
+    writer = open_writer(path)
     writer.begin([tokens("new@1")])
     owner_file = next(path.rglob("building/*/lock.owner"))
     owner = json.loads(owner_file.read_text())
     owner_file.write_text(json.dumps({**owner, "machine": "elsewhere", "host": "node7"}))
-    with CacheWriter.open(path) as other, pytest.raises(CacheError) as found:
+    with open_writer(path) as other, pytest.raises(CacheError) as found:
         other.begin([tokens("new@1")])
     assert "another process is writing" in found.value.what
     assert found.value.remedy and f"on node7 since {owner['time']}" in found.value.remedy
     assert f"rm {owner_file}" in found.value.remedy
     (path / ".featcache" / "lock.owner").write_text(json.dumps({**owner, "machine": "elsewhere", "host": "node7"}))
     with pytest.raises(CacheError, match=r"is held by process .* on node7"):
-        CacheWriter.open(path)
+        open_writer(path)

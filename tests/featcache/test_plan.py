@@ -13,13 +13,14 @@ import featcache
 from featcache.build.estimate import estimate
 from featcache.build.fidelity import fidelity
 from featcache.build.request import BuildRequest
-from featcache.build.run import build, sample_order
+from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.encoders.base import Compute, WeightsSource
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
 from featcache.share.manage import cache_bytes
-from featcache.sources.base import open_source
+from featcache.sources.base import sample_order
+from featcache.sources.open import open_source
 
 
 class Quiet:

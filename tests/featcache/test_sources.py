@@ -22,7 +22,9 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.errors import UserError
 from featcache.sources.archives import _expanded, index_folder
-from featcache.sources.base import BadImage, Source, fingerprint, open_source
+from featcache.sources.base import Source, fingerprint
+from featcache.sources.open import open_source
+from featcache.sources.pixels import BadImage
 
 CLASSES = {"n01": 3, "n02": 2, "n03": 4}
 
@@ -374,7 +376,7 @@ def test_turbo_decodes_other_formats_the_exact_way() -> None:
 
 
 def test_difference_of_decoders_on_known_errors() -> None:
-    from featcache.sources.decoders import difference
+    from featcache.sources.difference import difference
 
     class Two:
         def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:

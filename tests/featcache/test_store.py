@@ -30,10 +30,11 @@ import featcache
 from featcache.errors import CacheError
 from featcache.share.manage import cache_bytes, cache_info, collect_garbage, list_caches, remove_features
 from featcache.share.verify import repair_metadata, verify
-from featcache.store import CacheWriter, FeatureSpec, files
+from featcache.store import FeatureSpec, files
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import check_feature_name
 from featcache.store.root import find_root
+from featcache.store.writers import create_writer, open_writer, repair_writer
 
 BACKENDS = {
     "zarr": {},
@@ -92,7 +93,7 @@ def test_interrupted_build_resumes_to_the_same_bytes(tmp_path: Path, options) ->
     specs = base_features()
     path = tmp_path / "cache"
     for stop_after in (0, 1, 2):
-        with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE, **options) as writer:
+        with create_writer(path, dataset(), shard_size=SHARD_SIZE, **options) as writer:
             writer.begin(specs)
             assert writer.pending()[0] == stop_after
             with pytest.raises(CacheError, match="not written yet"):
@@ -105,7 +106,7 @@ def test_interrupted_build_resumes_to_the_same_bytes(tmp_path: Path, options) ->
                 writer.write_shard(spec.name, shard, arrays)
         with pytest.raises(CacheError, match="unfinished"):
             featcache.open(path)
-    with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE, **options) as writer:
+    with create_writer(path, dataset(), shard_size=SHARD_SIZE, **options) as writer:
         writer.begin(specs)
         write_all(writer, specs)
         writer.finish()
@@ -127,26 +128,26 @@ def test_other_images_or_preprocessing_are_refused(tmp_path: Path, options, chan
     path = build(tmp_path / "cache", **options)
     other = dataset(**change)
     with pytest.raises(CacheError, match=f"other images or preprocessing:\n  {next(iter(change))}"):
-        CacheWriter.create(path, other, shard_size=SHARD_SIZE, **options)
+        create_writer(path, other, shard_size=SHARD_SIZE, **options)
     with pytest.raises(CacheError, match=next(iter(change))):
-        CacheWriter.open(path, dataset=other)
+        open_writer(path, dataset=other)
 
 
 def test_moved_images_are_the_same_images(zarr_cache: Path) -> None:
-    CacheWriter.open(zarr_cache, dataset=dataset(source="/elsewhere", name="renamed"))
+    open_writer(zarr_cache, dataset=dataset(source="/elsewhere", name="renamed"))
 
 
 def test_other_shard_size_or_format_is_refused(zarr_cache: Path) -> None:
     with pytest.raises(CacheError, match="shard_size: the cache has 16, this build 32"):
-        CacheWriter.create(zarr_cache, dataset(), shard_size=32)
+        create_writer(zarr_cache, dataset(), shard_size=32)
     with pytest.raises(CacheError, match="format: the cache has zarr, this build wds"):
-        CacheWriter.create(zarr_cache, dataset(), shard_size=SHARD_SIZE, format="wds")
+        create_writer(zarr_cache, dataset(), shard_size=SHARD_SIZE, format="wds")
     with pytest.raises(CacheError, match="a cache at"):
-        CacheWriter.create(zarr_cache, dataset(), shard_size=SHARD_SIZE, resume=False)
+        create_writer(zarr_cache, dataset(), shard_size=SHARD_SIZE, resume=False)
 
 
 def test_wrong_arrays_are_refused(tmp_path: Path, options) -> None:
-    with CacheWriter.create(tmp_path / "cache", dataset(), shard_size=SHARD_SIZE, **options) as writer:
+    with create_writer(tmp_path / "cache", dataset(), shard_size=SHARD_SIZE, **options) as writer:
         writer.begin([tokens()])
         good = {"": np.zeros((16, 16, 32), np.int8), ".scale": np.zeros((16, 16), np.float32)}
         with pytest.raises(CacheError, match=r"int8 \(16, 16, 32\), not int16"):
@@ -169,7 +170,7 @@ def test_verify_names_what_is_damaged_and_repair_mends_it(tmp_path: Path, option
     assert {p.path for p in report.problems} == {str(victim)}
     damaged = report.damaged
     assert set(damaged.values().__iter__().__next__()) == {1}
-    with CacheWriter.open_for_repair(path, damaged) as writer:
+    with repair_writer(path, damaged) as writer:
         assert writer.pending() == [1]
         write_all(writer, [writer.manifest.features[name] for name in damaged], [20])
         writer.finish()
@@ -272,7 +273,7 @@ def test_require_names_what_is_missing(zarr_cache: Path) -> None:
 
 def test_two_builders_of_one_feature(tmp_path: Path) -> None:
     path = build(tmp_path / "cache")
-    with CacheWriter.open(path) as first, CacheWriter.open(path) as second:
+    with open_writer(path) as first, open_writer(path) as second:
         first.begin([tokens("a@1")])
         with pytest.raises(CacheError, match="another process is writing 'a@1'"):
             second.begin([tokens("a@1")])
@@ -289,20 +290,20 @@ def test_two_builders_of_one_feature(tmp_path: Path) -> None:
 def test_other_provenance_is_refused(zarr_cache: Path) -> None:
     changed = tokens(provenance={"encoder": "tiny@5", "weights": "1" * 64})
     with (
-        CacheWriter.open(zarr_cache) as writer,
+        open_writer(zarr_cache) as writer,
         pytest.raises(CacheError, match=r"'tiny@5' already.*provenance"),
     ):
         writer.begin([changed])
-    with CacheWriter.open(zarr_cache) as writer:
+    with open_writer(zarr_cache) as writer:
         writer.begin([tokens("new@1")])
-    with CacheWriter.open(zarr_cache) as writer, pytest.raises(CacheError, match="complete or begun"):
+    with open_writer(zarr_cache) as writer, pytest.raises(CacheError, match="complete or begun"):
         writer.begin([tokens("new@1", codec="fp16")])
 
 
 def test_nested_names_are_refused(zarr_cache: Path) -> None:
-    with CacheWriter.open(zarr_cache) as writer, pytest.raises(CacheError, match="one contains the other"):
+    with open_writer(zarr_cache) as writer, pytest.raises(CacheError, match="one contains the other"):
         writer.begin([tokens("label/x")])
-    with CacheWriter.open(zarr_cache) as writer, pytest.raises(CacheError, match="one contains the other"):
+    with open_writer(zarr_cache) as writer, pytest.raises(CacheError, match="one contains the other"):
         writer.begin([tokens("vae")])
 
 
@@ -352,7 +353,7 @@ def test_rm(tmp_path: Path) -> None:
 def test_gc_clears_dead_builds_only(tmp_path: Path) -> None:
     path = build(tmp_path / "cache")
     clean = tree(path)
-    dead = CacheWriter.open(path)
+    dead = open_writer(path)
     dead.begin([tokens("dead@1")])
     write_all(dead, [tokens("dead@1")])
     dead.close()
@@ -360,7 +361,7 @@ def test_gc_clears_dead_builds_only(tmp_path: Path) -> None:
     (path / "gone@1").mkdir()
     (path / "gone@1" / "c.0.0.0").write_bytes(b"orphan")
     (path / "notes.txt").write_text("mine")
-    alive = CacheWriter.open(path)
+    alive = open_writer(path)
     alive.begin([tokens("alive@1")])
     assert cache_info(path).unfinished == ("alive@1", "dead@1")
     would = collect_garbage(path, dry_run=True)
@@ -390,7 +391,7 @@ def test_repair_of_metadata(tmp_path: Path, options) -> None:
 def test_inconsistent_labels_and_keys_are_found(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     specs = base_features()[:2]
-    with CacheWriter.create(path, dataset(8), shard_size=8) as writer:
+    with create_writer(path, dataset(8), shard_size=8) as writer:
         writer.begin(specs)
         writer.skip(0, [(2, "img/2", "bad")])
         labels = np.array([0, 1, -1, 3, -1, 2, 0, 1])
@@ -417,14 +418,14 @@ def test_other_versions_and_foreign_directories(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
     with pytest.raises(CacheError, match="not empty and is not a cache"):
-        CacheWriter.create(tmp_path / "photos", dataset(), shard_size=4)
+        create_writer(tmp_path / "photos", dataset(), shard_size=4)
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["a.jpg"]
 
 
 def test_listing(tmp_path: Path) -> None:
     build(tmp_path / "b")
     build(tmp_path / "a", format="wds")
-    with CacheWriter.create(tmp_path / "c", dataset(), shard_size=4) as writer:
+    with create_writer(tmp_path / "c", dataset(), shard_size=4) as writer:
         writer.begin([moments()])
         (tmp_path / "other").mkdir()
         found = list_caches(tmp_path)
@@ -467,12 +468,12 @@ def test_a_plain_webdataset_pipeline_reads_it(tmp_path: Path) -> None:
 
 def test_tars_take_no_new_features(tmp_path: Path) -> None:
     path = build(tmp_path / "cache", format="wds")
-    with CacheWriter.open(path) as writer, pytest.raises(CacheError, match="cannot take new@1"):
+    with open_writer(path) as writer, pytest.raises(CacheError, match="cannot take new@1"):
         writer.begin([tokens("new@1")])
     with pytest.raises(CacheError, match="cannot be removed"):
         remove_features(path, ["tiny@5"])
     with pytest.raises(CacheError, match="same shards of all"):
-        CacheWriter.open_for_repair(path, {"label": [0]})
+        repair_writer(path, {"label": [0]})
     with pytest.raises(CacheError, match="too long for a tar"):
         build(tmp_path / "long", [FeatureSpec(name="x" * 120, shape=(1,), codec="fp32")], format="wds")
 
@@ -526,7 +527,7 @@ def test_death_before_any_operation_leaves_nothing_for_ever(tmp_path: Path, monk
             # Published: there is nothing left to build, yet something left to clear.
             left += 1
             assert cache_info(path).unfinished == ()
-            CacheWriter.open(path).close()
+            open_writer(path).close()
         else:
             build(path, specs, count=10, shard_size=8, **options)
         assert tree(path) == whole, point
@@ -539,7 +540,7 @@ def test_a_cache_of_version_1_stays_what_it_is(tmp_path: Path) -> None:
     """Read, verified, re-written to the same bytes; new features have hashes of blocks, the old ones none."""
     path = tmp_path / "old"
     specs = base_features()
-    with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE) as writer:
+    with create_writer(path, dataset(), shard_size=SHARD_SIZE) as writer:
         writer.begin(specs, without_blocks=[spec.name for spec in specs])
         write_all(writer, specs)
         writer.finish()
@@ -551,7 +552,7 @@ def test_a_cache_of_version_1_stays_what_it_is(tmp_path: Path) -> None:
     pull(str(path), tmp_path / "copy")
     assert tree(tmp_path / "copy") == before
     corrupt(path / "tiny@5" / "c.1.0.0", lambda data: data.__setitem__(40, data[40] ^ 4))
-    with CacheWriter.open_for_repair(path, verify(path).damaged) as writer:
+    with repair_writer(path, verify(path).damaged) as writer:
         write_all(writer, [tokens()])
         writer.finish()
     assert tree(path) == before
@@ -570,7 +571,7 @@ def test_a_build_begun_by_an_earlier_version_goes_on(tmp_path: Path) -> None:
     whole = tree(build(tmp_path / "whole", [tokens()]))
     path = tmp_path / "cache"
     for damage in (True, False):
-        with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE) as writer:
+        with create_writer(path, dataset(), shard_size=SHARD_SIZE) as writer:
             writer.begin([tokens()])
             write_all(writer, [tokens()])
         for entry in path.rglob("0000*.json"):
@@ -580,7 +581,7 @@ def test_a_build_begun_by_an_earlier_version_goes_on(tmp_path: Path) -> None:
         shard = path / "tiny@5" / "c.2.0.0"
         if damage:
             corrupt(shard, lambda data: data.__setitem__(40, data[40] ^ 4))
-        with CacheWriter.create(path, dataset(), shard_size=SHARD_SIZE) as writer:
+        with create_writer(path, dataset(), shard_size=SHARD_SIZE) as writer:
             writer.begin([tokens()])
             assert writer.pending() == []
             if damage:

@@ -24,8 +24,8 @@ from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
 from featcache.errors import CacheError, UserError
 from featcache.inspect import read_feature
-from featcache.sources.base import open_source
 from featcache.sources.captions import open_captions, read_table
+from featcache.sources.open import open_source
 
 TINY = TEXTS["tiny"]
 
@@ -458,7 +458,7 @@ def test_text_joins_a_cache_without_reading_an_image(
     ask = request(tmp_path / "c", data=str(folder), limit=None)
     build(replace(ask, texts=()), Quiet())
     with monkeypatch.context() as patch:
-        patch.setattr("featcache.sources.base.FolderSource.read", lambda *_: pytest.fail("an image was read"))
+        patch.setattr("featcache.sources.folder.FolderSource.read", lambda *_: pytest.fail("an image was read"))
         adding = replace(ask, out=None, into=tmp_path / "c", vae=None, captions=table, text_codec="int8")
         progress = Quiet()
         build(adding, progress)

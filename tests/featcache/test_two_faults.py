@@ -13,6 +13,7 @@ from store_helpers import base_features, dataset, tokens, tree, values, write_al
 from featcache.errors import CacheError
 from featcache.share.verify import repair_metadata, verify
 from featcache.store import CacheWriter, files
+from featcache.store.writers import create_writer, repair_writer
 
 COUNT, SHARD_SIZE, SKIPPED = 10, 4, (3,)
 KINDS = {"zarr": {}, "zarr, version 1": {}, "zstd": {"compressor": "zstd"}, "wds": {"format": "wds"}}
@@ -28,7 +29,7 @@ def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("sound") / "cache"
     specs = [spec for spec in base_features() if spec.name in ("label", "tiny@5")]
     old = [spec.name for spec in specs] if "version 1" in request.param else []
-    with CacheWriter.create(path, dataset(COUNT), shard_size=SHARD_SIZE, **KINDS[request.param]) as writer:
+    with create_writer(path, dataset(COUNT), shard_size=SHARD_SIZE, **KINDS[request.param]) as writer:
         writer.begin(specs, without_blocks=old)
         write_all(writer, specs, SKIPPED)
         writer.finish()
@@ -51,7 +52,7 @@ def repair(path: Path, write: Callable[[CacheWriter, list], None]) -> bool:
     report = verify(path)
     repair_metadata(path)
     if report.damaged:
-        with CacheWriter.open_for_repair(path, report.damaged) as writer:
+        with repair_writer(path, report.damaged) as writer:
             write(writer, [writer.manifest.features[name] for name in report.damaged])
             writer.finish()
     return verify(path).ok
@@ -147,7 +148,7 @@ def test_without_any_checksum_nothing_is_taken_for_right(sound: Path, tmp_path: 
     for name in names_of_sums(path):
         (path / name).unlink()
     root = {n: data for n, data in tree(path).items() if n in ("zarr.json", "featcache.json")}
-    with CacheWriter.open_for_repair(path, {name: [1] for name in manifest.features}) as writer:
+    with repair_writer(path, {name: [1] for name in manifest.features}) as writer:
         last_bits_differ(writer, list(manifest.features.values()))
         with pytest.raises(CacheError, match="cannot be told sound from damaged"):
             writer.finish()
@@ -159,7 +160,7 @@ def test_without_any_checksum_nothing_is_taken_for_right(sound: Path, tmp_path: 
 
 def test_only_what_is_damaged_is_encoded_again_where_block_hashes_are_left(tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    with CacheWriter.create(path, dataset(COUNT), shard_size=SHARD_SIZE) as writer:
+    with create_writer(path, dataset(COUNT), shard_size=SHARD_SIZE) as writer:
         writer.begin([tokens()])
         write_all(writer, [tokens()])
         writer.finish()

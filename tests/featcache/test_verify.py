@@ -26,10 +26,11 @@ from featcache.share.records import last, record
 from featcache.share.transfer import pull, push, verify_remote
 from featcache.share.verification import Verification
 from featcache.share.verify import parse_fraction, repair_metadata, verify
-from featcache.store import CacheWriter, FeatureSpec, files
+from featcache.store import FeatureSpec, files
 from featcache.store.layout import canonical_json
 from featcache.store.places import LocalLocation
 from featcache.store.root import cache_digest, read_root, root_bytes
+from featcache.store.writers import create_writer
 
 WDS = {"format": "wds"}
 
@@ -257,7 +258,7 @@ def test_a_bomb_of_keys(tmp_path: Path) -> None:
     """Samples of many megabytes that compress to nothing: as keys they are refused before they are read."""
     path = tmp_path / "cache"
     spec = FeatureSpec(name="key", shape=(8 << 20,), codec="raw", dtype="uint8")
-    with CacheWriter.create(path, dataset(4), shard_size=4, compressor="zstd") as writer:
+    with create_writer(path, dataset(4), shard_size=4, compressor="zstd") as writer:
         writer.begin([spec])
         writer.write_shard("key", 0, {"": np.zeros((4, 8 << 20), np.uint8)})
         writer.finish()
@@ -268,7 +269,7 @@ def test_a_bomb_of_keys(tmp_path: Path) -> None:
 def test_labels_of_an_odd_shape_are_a_problem(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     spec = FeatureSpec(name="label", shape=(3,), codec="raw", dtype="float32")
-    with CacheWriter.create(path, dataset(4), shard_size=4) as writer:
+    with create_writer(path, dataset(4), shard_size=4) as writer:
         writer.begin([spec])
         writer.write_shard("label", 0, {"": np.zeros((4, 3), np.float32)})
         writer.finish()
@@ -291,7 +292,7 @@ def test_a_shard_that_claims_to_be_endless(tmp_path: Path) -> None:
 def big(path: Path, **options) -> Path:
     """Shards of some blocks each."""
     spec = FeatureSpec(name="wide@1", shape=(64, 512), codec="fp32")
-    with CacheWriter.create(path, dataset(40), shard_size=20, **options) as writer:
+    with create_writer(path, dataset(40), shard_size=20, **options) as writer:
         writer.begin([spec])
         for shard in writer.pending():
             values = np.random.default_rng(shard).standard_normal((20, 64, 512)).astype(np.float32)

@@ -16,6 +16,7 @@ from store_helpers import dataset, tree
 from featcache.errors import CacheError
 from featcache.share.verify import verify
 from featcache.store import CacheWriter, FeatureSpec, files, writer
+from featcache.store.writers import create_writer, join_writer
 
 SPEC = FeatureSpec(name="a@1", shape=(4,), codec="raw", dtype="int8")
 COUNT = 4
@@ -113,7 +114,7 @@ def orders(first: int, second: int) -> Iterator[tuple[int, ...]]:
 
 def steps_of(actors: dict, path: Path) -> int:
     """How many operations a worker does that writes everything."""
-    with CacheWriter.join(path, [SPEC]) as worker:
+    with join_writer(path, [SPEC]) as worker:
         actor = Actor(lambda: write(worker, 1))
         actors[actor.thread] = actor
         count = 0
@@ -125,7 +126,7 @@ def steps_of(actors: dict, path: Path) -> int:
 
 
 def begin(path: Path) -> CacheWriter:
-    worker = CacheWriter.create(path, dataset(COUNT), shard_size=COUNT)
+    worker = create_writer(path, dataset(COUNT), shard_size=COUNT)
     worker.begin([SPEC])
     return worker
 
@@ -144,7 +145,7 @@ def test_two_workers_of_one_run(tmp_path: Path, actors, kind: str, most: int) ->
         path = tmp_path / "cache"
         lead = begin(path)
         # As many steps of each in this order, then whatever is left: a loser has more to do.
-        with CacheWriter.join(path, [SPEC]) as zombie, CacheWriter.join(path, [SPEC]) as heir:
+        with join_writer(path, [SPEC]) as zombie, join_writer(path, [SPEC]) as heir:
             pair = [Actor(lambda w=zombie: write(w, 1)), Actor(lambda w=heir: write(w, 2))]
             actors.update({actor.thread: actor for actor in pair})
             for which in order:
@@ -178,7 +179,7 @@ def test_a_worker_of_an_earlier_run_at_every_step(tmp_path: Path, actors, share:
             continue
         path = tmp_path / "cache"
         former = begin(path)
-        zombie_writer = CacheWriter.join(path, [SPEC])
+        zombie_writer = join_writer(path, [SPEC])
         zombie = Actor(lambda w=zombie_writer: write(w, 1))
         actors[zombie.thread] = zombie
         for _ in range(stands_at):
@@ -217,7 +218,7 @@ def test_one_name_one_writer(tmp_path: Path) -> None:
     """The accident itself: both have opened the temporary file of one shard before either has written it."""
     path = tmp_path / "cache"
     with begin(path) as lead:
-        with CacheWriter.join(path, [SPEC]) as zombie, CacheWriter.join(path, [SPEC]) as heir:
+        with join_writer(path, [SPEC]) as zombie, join_writer(path, [SPEC]) as heir:
             for worker, value in ((zombie, 1), (heir, 2)):
                 worker.write_shard("a@1", 0, {"": np.full((COUNT, 4), value, np.int8)})
             heir.commit()

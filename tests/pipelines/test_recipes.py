@@ -35,10 +35,10 @@ from trainer.models import model_config
 from trainer.models.config import SIZES
 from trainer.runs import recipes
 from trainer.runs.cache import find_cache
-from trainer.runs.config import RunConfig, apply_overrides, load_recipe
+from trainer.runs.config import RunConfig, apply_overrides
 from trainer.runs.published import METRICS
 from trainer.runs.recipe_pages import describe, listing, page
-from trainer.runs.recipes import Recipe, figures_of, list_recipes, load_recipe_file, papers, recipe_root
+from trainer.runs.recipes import Recipe, figures_of, list_recipes, load_recipe, load_recipe_file, papers, recipe_root
 from trainer.training.loop import Silent, train
 
 RECIPES = list_recipes()

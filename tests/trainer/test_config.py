@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from featcache.errors import UserError
 from featcache.settings import from_mapping, to_mapping
-from trainer.runs.config import RunConfig, apply_overrides, load_recipe
+from trainer.runs.config import RunConfig, apply_overrides
+from trainer.runs.recipes import load_recipe
 
 
 def parse(values: dict[str, Any] | None = None, *overrides: str) -> RunConfig:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.sources.base import open_source
+from featcache.sources.open import open_source
 from trainer.evaluate.extractors import Extractor, build_extractor
 from trainer.evaluate.images import (
     ArrayImages,
@@ -108,7 +108,7 @@ def test_every_kind_of_image_set_yields_the_same_pixels_and_labels(tmp_path: Pat
 
 
 def test_folders_of_real_images_are_cropped_as_adm_does(tmp_path: Path) -> None:
-    from featcache.sources.base import center_crop
+    from featcache.sources.pixels import center_crop
 
     rng = np.random.default_rng(0)
     (tmp_path / "a").mkdir()

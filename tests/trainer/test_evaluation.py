@@ -18,15 +18,17 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
-from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run, router_charts, write_run_report
+from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run
 from trainer.interval import Interval
 from trainer.models import build_model
+from trainer.report.run import router_charts, write_run_report
 from trainer.requests import EvalRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.exchange import export_checkpoint, import_checkpoint
 from trainer.runs.recipes import list_recipes, load_recipe_file
-from trainer.sampling.draw import load_run, run_model_config
+from trainer.runs.records import run_model_config
+from trainer.sampling.draw import load_run
 from trainer.training.loop import train
 
 
@@ -91,7 +93,7 @@ def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     assert len(json.loads((run / "metrics.json").read_text())) == 1, "the same evaluation replaces itself"
     evaluate_run(run, changed(ASK, seed=1), Quiet())
     assert len(json.loads((run / "metrics.json").read_text())) == 2
-    page = result.report.read_text()
+    page = result.file.read_text()
     for expected in (
         "embedded-FID",
         "Real images",
@@ -194,8 +196,8 @@ def test_images_of_any_code_can_be_judged(root: Path, tmp_path: Path) -> None:
         settings=SampleSettings(device="cpu"), extractor="embedded", reference=str(reference), metrics=("FID",)
     )
     result = evaluate_images(str(labelled), ask, require_labels=True, bar=Quiet())
-    record = json.loads(result.report.read_text())
-    assert result.report == tmp_path / "labelled.npz.metrics.json"
+    record = json.loads(result.file.read_text())
+    assert result.file == tmp_path / "labelled.npz.metrics.json"
     assert record["settings"]["labels"] == {"classes": 6, "fewest": 1, "most": 1}
     assert record["metrics"] == dict(result.metrics) and set(result.metrics) == {"embedded-FID"}
     with pytest.raises(UserError, match="no labels"):

@@ -247,8 +247,9 @@ def test_no_secret_of_a_url_is_stored_or_shown(
     """The cache behind a URL with a password and a signed query; all that lands in the run folder and on the screen."""
     import trainer.training.loop
     from trainer.cli import _resumed_config
-    from trainer.evaluate.run import _reference, write_run_report
+    from trainer.evaluate.run import _reference
     from trainer.progress import RichWatcher
+    from trainer.report.run import write_run_report
     from trainer.requests import EvalRequest
 
     url = "https://someone:hunter2@host/shapes?X-Amz-Signature=deadbeef"

@@ -13,8 +13,8 @@ from tiny_runs import Listener, losses
 
 from featcache.errors import CacheError
 from featcache.share.transfer import push
-from featcache.store import CacheWriter
 from featcache.store.manifest import DatasetSpec, FeatureSpec
+from featcache.store.writers import create_writer
 from trainer.runs.cache import find_cache
 from trainer.runs.config import RunConfig
 from trainer.runs.folder import load_config
@@ -51,7 +51,7 @@ def cache(tmp_path: Path) -> Path:
         FeatureSpec(name="key", shape=(8,), codec="raw", dtype="uint8"),
     ]
     rng = np.random.default_rng(0)
-    with CacheWriter.create(path, dataset, shard_size=16) as writer:
+    with create_writer(path, dataset, shard_size=16) as writer:
         writer.begin(specs)
         for shard in writer.pending():
             n = len(writer.slots(shard))

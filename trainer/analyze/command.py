@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from featcache.build.run import pick_device
 from featcache.errors import UserError
+from featcache.machine import pick_device
 from trainer.analyze import DIAGNOSTICS, diagnostic
 from trainer.analyze.compare import compare
 from trainer.analyze.config import AnalyzeConfig

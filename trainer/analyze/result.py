@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.sources.base import MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
 from featcache.store import files
 from trainer.analyze import DIAGNOSTICS
 from trainer.plots import Plot, Strips

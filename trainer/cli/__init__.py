@@ -18,7 +18,8 @@ from featcache.settings import Given, flag_of, from_mapping, from_typed, options
 from trainer.analyze.config import AnalyzeConfig, parse_what
 from trainer.cli import tools as commands
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
-from trainer.runs.config import RunConfig, apply_overrides, load_recipe
+from trainer.runs.config import RunConfig, apply_overrides
+from trainer.runs.recipes import load_recipe
 
 app = typer.Typer(
     name="trainer",
@@ -173,6 +174,7 @@ def evaluate(
     """Sample a run, compare with reference images, write metrics.json and report.html."""
     from featcache.progress import RichBar
     from trainer.evaluate.run import evaluate_images, evaluate_run
+    from trainer.report.run import write_run_report
     from trainer.runs.folder import newest_run
 
     if samples is not None and run is not None:
@@ -189,14 +191,16 @@ def evaluate(
     request = from_typed(EvalRequest, judging, settings=from_typed(SampleSettings, drawing))
     with RichBar("evaluating", unit="images") as bar:
         if samples is None:
-            result = evaluate_run(run or newest_run(), request, bar)
+            run = run or newest_run()
+            result = evaluate_run(run, request, bar)
         else:
             result = evaluate_images(samples, request, require_labels=require_labels, bar=bar)
     if result is None:  # the main rank judges
         return
     for name, value in result.metrics.items():
         console.print(f"{safe(name):>24}  {value:.4g}")
-    console.print(f"report: [bold]{safe(result.report)}[/bold]")
+    written = write_run_report([run]) if run is not None else result.file
+    console.print(f"report: [bold]{safe(written)}[/bold]")
 
 
 @app.command()
@@ -233,7 +237,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of one run; of several, the same page as compare."""
-    from trainer.evaluate.run import write_run_report
+    from trainer.report.run import write_run_report
 
     console.print(f"report: [bold]{safe(write_run_report(runs, out))}[/bold]")
 

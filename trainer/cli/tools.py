@@ -60,7 +60,7 @@ def stats(
     weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights.")] = None,
 ) -> None:
     """Make reference statistics once, to judge many runs by (trainer eval --reference FILE)."""
-    from featcache.build.run import pick_device
+    from featcache.machine import pick_device
     from trainer.evaluate.extractors import build_extractor
     from trainer.evaluate.references import write_statistics
 
@@ -79,7 +79,7 @@ def compare(
 ) -> None:
     """Put runs side by side in one page: curves at equal steps and equal time, same-noise sample strips."""
     from featcache.errors import UserError
-    from trainer.evaluate.run import write_run_report
+    from trainer.report.run import write_run_report
 
     if len(runs) < 2:
         raise UserError("compare needs at least two runs", remedy="For one run: trainer report RUN")

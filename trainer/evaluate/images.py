@@ -20,9 +20,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from featcache.errors import UserError
-from featcache.sources.base import EXTENSIONS, MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.base import EXTENSIONS
 from featcache.sources.decoders import decode_pil
 from featcache.sources.opening import Unreadable, explained, read_file
+from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
 
 T = TypeVar("T")
 
@@ -352,8 +353,8 @@ class CacheImages:
             UserError: the images are not here; other than for `featcache inspect`, decoded latents will not
                 do.
         """
-        from featcache.build.run import sample_order
         from featcache.inspect import source_of
+        from featcache.sources.base import sample_order
 
         dataset = self.cache.manifest.dataset
         source = source_of(self.cache, self.data)

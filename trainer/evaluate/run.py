@@ -1,18 +1,16 @@
-"""From a run to its numbers and its report: sample, judge, write ``metrics.json`` and ``report.html``."""
+"""From a run to its numbers: sample, judge, write ``metrics.json``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from featcache.build.run import pick_device
 from featcache.errors import UserError, WeightsUnavailable
+from featcache.machine import pick_device
 from trainer import distributed
 from trainer.interval import Interval
 from trainer.models import forward_flops
@@ -31,15 +29,14 @@ GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's 
 CPU_SAMPLES, CPU_STEPS = 512, 32
 CPU_SAMPLERS = {"sit": "ode", "dit": "ddim"}
 CPU_BUDGET_FLOPS = 20e12  # some minutes on two cores
-REFERENCE_TILES = (4, 8)  # rows, columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """The numbers by the names they are reported under, and the page or file that holds them."""
+    """The numbers by the names they are reported under, and the JSON file that holds them."""
 
     metrics: Mapping[str, float]
-    report: Path
+    file: Path
 
 
 class _Mute:
@@ -53,7 +50,7 @@ class _Mute:
 
 
 def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None:
-    """Samples a run's averaged weights, compares them with the reference and updates the run's report.
+    """Samples a run's averaged weights, compares them with the reference and adds the numbers to the run's ``metrics.json``.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
 
@@ -85,7 +82,7 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
         **result,
     }
     _append_metrics(run, entry)
-    return EvalResult(metrics=result["metrics"], report=write_run_report([run]))
+    return EvalResult(metrics=result["metrics"], file=run / "metrics.json")
 
 
 def _check_before_drawing(
@@ -94,7 +91,7 @@ def _check_before_drawing(
     """What would fail after drawing fails now."""
     from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics
     from trainer.evaluate.references import open_reference
-    from trainer.sampling.draw import cache_summary
+    from trainer.runs.records import cache_summary
 
     chosen = chosen_metrics(request.metrics or None, extractor)
     resolution = int(cache_summary(run)["dataset"]["preprocessing"]["resolution"])
@@ -121,7 +118,7 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
     result = _judge(samples, request.reference, extractor, request, bar, require_labels=require_labels)
     out = Path(f"{samples.rstrip('/')}.metrics.json")
     runs.write_page(out, json.dumps(result, indent=1))
-    return EvalResult(metrics=result["metrics"], report=out)
+    return EvalResult(metrics=result["metrics"], file=out)
 
 
 def _judge(
@@ -205,7 +202,7 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> t
 
 def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
     """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""
-    from trainer.sampling.draw import run_model_config
+    from trainer.runs.records import run_model_config
 
     on_gpu = device.startswith("cuda")
     model = run_model_config(run, config)
@@ -248,7 +245,7 @@ def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) 
 
 def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
     """What to compare with: ``--reference``, else the cache's own images. Returns (where, data folder)."""
-    from trainer.sampling.draw import cache_summary
+    from trainer.runs.records import cache_summary
 
     if request.reference is not None:
         return request.reference, request.data
@@ -264,13 +261,13 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
             f"the cache of {run}, {cache}, is no longer there, so there are no images to compare with",
             remedy="Pass --reference with an npz or a folder of images.",
         )
-    return cache, _data_folder(summary, request.data)
+    return cache, data_folder(summary, request.data)
 
 
-def _data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
+def data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
     if summary["dataset"]["source"].startswith("shapes "):
         return None
-    from featcache.sources.base import find_data
+    from featcache.sources.open import find_data
 
     try:
         return find_data(data)
@@ -296,153 +293,3 @@ def _append_metrics(run: Path, entry: dict[str, Any]) -> None:
     with locks.alone(run / "metrics.json"):
         kept = [e for e in runs.read_metrics(run) if identity(e) != identity(entry)]
         runs.write_text(run / "metrics.json", json.dumps([*kept, entry], indent=1))
-
-
-def write_run_report(
-    folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = ""
-) -> Path:
-    """The report of one run (by default its ``report.html``), or one page that compares several.
-
-    The comparison goes to ``comparison.html`` in the first run's folder where ``out`` is None.
-
-    Raises:
-        UserError: a folder is not a run, or is named twice.
-    """
-    from trainer.report.data import load_run
-    from trainer.report.report import write_comparison, write_report
-
-    for folder in folders:
-        runs.load_config(folder)
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("a run is named twice", remedy="Name each run once.")
-    data = [load_run(folder) for folder in folders]
-    if len({run.name for run in data}) < len(data):
-        data = [replace(run, name=str(folder)) for run, folder in zip(data, folders)]
-    given: dict[str, Any] = {
-        "title": title or " and ".join(_below_root(folder) for folder in folders),
-        "lead": lead,
-        "images": _reference_figures(folders[0]),
-        "charts": [chart for folder, run in zip(folders, data) for chart in router_charts(folder, run.name)],
-        "published": [figure for folder, run in zip(folders, data) for figure in _published(folder, run.name)],
-    }
-    if len(folders) == 1:
-        return write_report(out or folders[0] / "report.html", data, **given)
-    return write_comparison(out or folders[0] / "comparison.html", data, **given)
-
-
-def _below_root(folder: Path) -> str:
-    return str(folder.relative_to(runs.ROOT)) if folder.is_relative_to(runs.ROOT) else folder.name
-
-
-def _reference_figures(folder: Path) -> list[Any]:
-    """Real images of the run's cache in the order of the sample grid, and the PCA picture of what is cached."""
-    import featcache
-    from featcache.errors import CacheError
-    from featcache.inspect import contact_sheet, images_of
-    from trainer.report.page import Figure
-    from trainer.sampling.draw import cache_summary, grid_classes
-
-    try:
-        summary = cache_summary(folder)
-        cache = featcache.open(runs.cache_path(folder, summary))
-        data = None
-        if not summary["dataset"]["source"].startswith("shapes "):
-            data = _data_folder(summary, None)
-        labels = cache.labels()
-        rows = []
-        for label in grid_classes(len(cache.manifest.dataset.class_names)):
-            chosen = np.flatnonzero(labels == label)[: REFERENCE_TILES[1]]
-            if len(chosen):
-                rows.append(images_of(cache, data, chosen.tolist()))
-        width = max(len(row) for row in rows)
-        blank = np.full((1, *rows[0].shape[1:]), 255, np.uint8)
-        padded = [np.concatenate([row, blank.repeat(width - len(row), axis=0)]) for row in rows]
-        grid = np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0)
-        sheet = np.asarray(contact_sheet(cache, data=data))
-    except (CacheError, UserError):
-        return []  # the cache or its images are elsewhere: the report shows what the run itself holds
-    return [
-        Figure(
-            image=grid,
-            title="Real images",
-            caption="From the training set, one row a class, the same rows as in the sample grids.",
-            alt="Grid of training images, one row a class",
-            section="samples",
-        ),
-        Figure(
-            image=sheet,
-            title="What the cache holds",
-            caption="PCA of each cached layer as colours: the first three principal components over all tokens shown. "
-            "Look for object outlines that get coarser and more uniform inside objects with depth.",
-            alt="Principal components of cached VAE levels and encoder tokens beside their images",
-            section="features",
-            wide=True,
-        ),
-    ]
-
-
-def router_charts(folder: Path, name: str | None = None, points: int = 101) -> list[Any]:
-    """AHPA's inter-group and intra-group weights over t at the latest checkpoint (AHPA, Fig. 5); empty for other methods."""
-    import torch
-
-    from trainer.align.base import FeatureInfo
-    from trainer.report.report import router_chart
-    from trainer.runs import checkpoint
-    from trainer.sampling.draw import cache_summary, run_model_config
-
-    config = runs.load_config(folder)
-    if config.methods != ("ahpa",) or not checkpoint.list_checkpoints(folder):
-        return []
-    from trainer import align
-    from trainer.training.state import backbone_info
-
-    summary = cache_summary(folder)
-    features = {name: FeatureInfo(shape=tuple(f["shape"])) for name, f in summary["features"].items()}
-    info = backbone_info(config.model, run_model_config(folder, config))
-    module: Any = align.build([("ahpa", config.method_config("ahpa"))], info, features)
-    _, latest = checkpoint.find_checkpoint(folder)
-    checkpoint.load_module(module, latest, "alignment")
-    if config.method_config("ahpa").router == "content":
-        return []  # its weights depend on the image, not on t alone
-    t = torch.linspace(0, 1, points)
-    with torch.no_grad():
-        weights = module.router(t)
-    groups = config.method_config("ahpa").groups
-    name = name or runs.display_name(folder)
-    charts = [
-        router_chart(
-            t.numpy(),
-            {group: weights.inter[:, g].numpy() for g, group in enumerate(groups)},
-            title=f"Router weights between groups ({name})",
-        )
-    ]
-    for g, group in enumerate(groups):
-        layers = features_layers(summary, f"vae/{group}", weights.intra[g].shape[1])
-        charts.append(
-            router_chart(
-                t.numpy(),
-                {layer: weights.intra[g][:, i].numpy() for i, layer in enumerate(layers)},
-                title=f"Router weights within {group} ({name})",
-            )
-        )
-    return charts
-
-
-def features_layers(summary: Mapping[str, Any], feature: str, count: int) -> list[str]:
-    """Names of a VAE group's layers; numbers where a regrouping left the recorded ones behind."""
-    named = summary["features"].get(feature, {}).get("layers", [])
-    return list(named) if len(named) == count else [f"layer {i + 1}" for i in range(count)]
-
-
-def _published(folder: Path, name: str) -> list[Any]:
-    """The figures that a run's recipe carries from its paper, then those that it was evaluated beside, each once."""
-    from trainer.report.table import Published
-
-    config = runs.load_config(folder)
-    entries = [config.published, *(e["figure"] for e in runs.read_metrics(folder) if "figure" in e)]
-    figures = {}
-    for entry in (parse_published(given) for given in entries if given):
-        source = entry.source + (f": {entry.sampling}" if entry.sampling is not None else "")
-        for metric, value in entry.metrics.items():
-            figures[metric, source, value] = Published(metric=metric, value=float(value), source=source, run=name)
-    return list(figures.values())

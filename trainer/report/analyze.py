@@ -7,8 +7,8 @@ from pathlib import Path
 
 from trainer.analyze.command import Progress, measure_runs
 from trainer.analyze.config import AnalyzeConfig
-from trainer.evaluate.run import write_run_report
 from trainer.report.analysis import write_diagnostics, write_diagnostics_comparison
+from trainer.report.run import write_run_report
 
 
 def analyze_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeConfig, progress: Progress) -> list[Path]:

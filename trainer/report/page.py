@@ -14,7 +14,7 @@ from PIL import Image
 
 from featcache.console import plain
 from featcache.errors import UserError
-from featcache.sources.base import MAX_FILE_BYTES, BadImage, decode
+from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
 from featcache.store import files
 from trainer.report.charts import render_svg
 from trainer.runs import folder as runs

@@ -164,17 +164,6 @@ class RunConfig:
         return from_mapping(config_class(method), self.align.get(method) or {}, where=f"align.{method}")
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a recipe, all that it extends resolved (see :mod:`trainer.runs.recipes`).
-
-    Raises:
-        UserError: as :func:`trainer.runs.recipes.load_recipe_file`.
-    """
-    from trainer.runs.recipes import load_recipe_file
-
-    return dict(load_recipe_file(path).values)
-
-
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """``["steps=1000", "align.ahpa.router=lookup"]`` on top of a recipe's values; values are parsed as YAML.
 

@@ -107,8 +107,8 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     Raises:
         UserError: no such run, an unknown convention, or a model the convention has no place for.
     """
+    from trainer.runs.records import run_model_config
     from trainer.runs.weights_io import export_official
-    from trainer.sampling.draw import run_model_config
 
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")

@@ -18,8 +18,6 @@ from trainer.runs import locks
 from trainer.runs.config import RunConfig
 
 ROOT = Path("runs")
-
-
 MAX_JSON_BYTES = 256 << 20
 MAX_JSON_DEPTH = 32
 MAX_LOG_BYTES = 1 << 30

@@ -21,13 +21,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError
 from featcache.settings import from_mapping
 from trainer.runs.config import RunConfig
 from trainer.runs.published import Published, parse_published
 from trainer.runs.yaml_text import read_yaml
+
+if TYPE_CHECKING:
+    pass
+
 
 _FORMER_FOLDER = re.compile(r"\A(?:(?:.*/)?pipelines/|(?:\.\./)+)")
 MAX_BASES = 16  # one upon the other
@@ -355,3 +359,14 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold keys and values, for example 'method: ahpa'")
     return values
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe, all that it extends resolved (see :mod:`trainer.runs.recipes`).
+
+    Raises:
+        UserError: as :func:`trainer.runs.recipes.load_recipe_file`.
+    """
+    from trainer.runs.recipes import load_recipe_file
+
+    return dict(load_recipe_file(path).values)

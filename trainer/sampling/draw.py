@@ -22,10 +22,11 @@ from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
 from trainer.diffusion.transport import Flow, Transport, build_transport
-from trainer.models import ModelConfig, ModelOutput, Transformer, build_model, load_weights
+from trainer.models import ModelOutput, Transformer, build_model, load_weights
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
+from trainer.runs.records import cache_summary, run_model_config
 
 if TYPE_CHECKING:
     from trainer.sampling.inference import Network
@@ -140,25 +141,6 @@ class LoadedRun:
     @property
     def resolution(self) -> int:
         return int(self.summary["dataset"]["preprocessing"]["resolution"])
-
-
-def cache_summary(run: Path) -> dict[str, Any]:
-    """``cache.json`` of a run: path, fingerprint, dataset and features of the cache it was trained on.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    summary = runs.read_summary(run)
-    if summary is None:
-        raise UserError(f"{run} has no cache.json, so its classes and latents are unknown", remedy="Train it again.")
-    return summary
-
-
-def run_model_config(run: Path, config: RunConfig) -> ModelConfig:
-    """Shape of a run's backbone, from its configuration and the latents it was trained on."""
-    dataset = cache_summary(run)["dataset"]
-    resolution, classes = dataset["preprocessing"]["resolution"], len(dataset["class_names"])
-    return config.backbone(dataset["vae"], resolution=resolution, num_classes=classes)
 
 
 def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:

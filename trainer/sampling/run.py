@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from featcache.build.run import pick_device
 from featcache.errors import UserError
+from featcache.machine import pick_device
 from featcache.store import files
 from trainer import distributed
 from trainer.classes import Classes

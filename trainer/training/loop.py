@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from featcache.build.run import pick_device
 from featcache.errors import CacheError, UserError, os_error
+from featcache.machine import pick_device
 from featcache.redact import is_redacted, redact
 from featcache.store.remote import is_remote
 from trainer import distributed

@@ -1,0 +1,91 @@
+"""What ``--data`` names: the embedded set, a folder, archives."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from featcache.errors import UserError
+from featcache.sources.base import Source
+from featcache.sources.folder import open_folder
+from featcache.sources.opening import raise_unreadable
+from featcache.sources.shapes import ShapesSource, recorded_shapes
+
+
+def open_source(data: str, *, resolution: int, limit: int | None = None) -> Source:
+    """The source that ``--data`` names: ``shapes``, ``shapes:SEED``, a folder with one folder per class, or archives.
+
+    Archives are ``.tar``, ``.zip`` and ``.parquet`` files, folders of them, and patterns of webdataset shards
+    (``data/train-{0000..0146}.tar``, also behind ``s3://`` and ``hf://``): see docs/sources.md.
+
+    Args:
+        data: what the user typed.
+        resolution: side in pixels after the crop.
+        limit: for the procedural set, how many images exist (default 2,000).
+
+    Raises:
+        UserError: the folder is missing, is not a folder, or holds no images.
+    """
+    if data == "shapes" or data.startswith("shapes:"):
+        seed = data.partition(":")[2] or "0"
+        if not seed.isdigit():
+            raise UserError(f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0")
+        return ShapesSource(count=limit or 2000, resolution=resolution, seed=int(seed))
+    try:
+        return _open_files(data)
+    except OSError as error:
+        raise_unreadable(f"--data {data}", error)
+
+
+def _open_files(data: str) -> Source:
+    from featcache.store.remote import is_remote
+
+    stem = data.rstrip("/").rpartition("/")[2]
+    pattern = is_remote(data) or "{" in data or "*" in data
+    path = Path(data)
+    if pattern or (path.is_file() and path.suffix.lower() in (".tar", ".zip", ".parquet")):
+        if data.lower().endswith(".parquet"):
+            from featcache.sources.parquet import open_parquet
+
+            return open_parquet(data, name=stem.removesuffix(".parquet"))
+        from featcache.sources.archives import find_places, open_archives
+
+        return open_archives(find_places(data), name=re.sub(r"\.(tar|zip)$", "", stem))
+    if path.is_dir():
+        held = {file.suffix.lower() for file in path.iterdir() if file.is_file()}
+        if not any(child.is_dir() for child in path.iterdir()) and held & {".tar", ".zip", ".parquet"}:
+            from featcache.sources.archives import find_places, open_archives
+            from featcache.sources.parquet import open_parquet
+
+            if ".parquet" in held:
+                return open_parquet(str(path / "*.parquet"), name=path.resolve().name)
+            kind = ".tar" if ".tar" in held else ".zip"
+            return open_archives(find_places(str(path / f"*{kind}")), name=path.resolve().name, folder=True)
+    return open_folder(path)
+
+
+def find_data(data: str | None, *, into: Path | None = None) -> str:
+    """``--data``, else ``$FEATCACHE_DATA``, else ``./data/imagenet``.
+
+    into: cache to add to; one of the embedded set says itself which images it holds.
+
+    Raises:
+        UserError: none of the three exists.
+    """
+    if data is None and into is not None:
+        import featcache
+
+        shapes = recorded_shapes(featcache.open(into).manifest.dataset.source)
+        if shapes is not None:
+            return shapes[0]
+    chosen = data or os.environ.get("FEATCACHE_DATA")
+    if chosen:
+        return chosen
+    default = Path("data/imagenet")
+    if default.exists():
+        return str(default)
+    raise UserError(
+        "no images to encode: --data was not given, $FEATCACHE_DATA is not set and ./data/imagenet does not exist",
+        remedy="Type: featcache build --data /path/to/images ...   (one folder per class), or --data shapes",
+    )

@@ -1,0 +1,168 @@
+"""The report of a run, or of several: everything that its folder and its cache can show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.errors import UserError
+from trainer.evaluate.run import data_folder
+from trainer.runs import folder as runs
+from trainer.runs.published import parse_published
+
+REFERENCE_TILES = (4, 8)  # rows, columns
+
+
+def write_run_report(
+    folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = ""
+) -> Path:
+    """The report of one run (by default its ``report.html``), or one page that compares several.
+
+    The comparison goes to ``comparison.html`` in the first run's folder where ``out`` is None.
+
+    Raises:
+        UserError: a folder is not a run, or is named twice.
+    """
+    from trainer.report.data import load_run
+    from trainer.report.report import write_comparison, write_report
+
+    for folder in folders:
+        runs.load_config(folder)
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice", remedy="Name each run once.")
+    data = [load_run(folder) for folder in folders]
+    if len({run.name for run in data}) < len(data):
+        data = [replace(run, name=str(folder)) for run, folder in zip(data, folders)]
+    given: dict[str, Any] = {
+        "title": title or " and ".join(_below_root(folder) for folder in folders),
+        "lead": lead,
+        "images": _reference_figures(folders[0]),
+        "charts": [chart for folder, run in zip(folders, data) for chart in router_charts(folder, run.name)],
+        "published": [figure for folder, run in zip(folders, data) for figure in _published(folder, run.name)],
+    }
+    if len(folders) == 1:
+        return write_report(out or folders[0] / "report.html", data, **given)
+    return write_comparison(out or folders[0] / "comparison.html", data, **given)
+
+
+def _below_root(folder: Path) -> str:
+    return str(folder.relative_to(runs.ROOT)) if folder.is_relative_to(runs.ROOT) else folder.name
+
+
+def _reference_figures(folder: Path) -> list[Any]:
+    """Real images of the run's cache in the order of the sample grid, and the PCA picture of what is cached."""
+    import featcache
+    from featcache.errors import CacheError
+    from featcache.inspect import contact_sheet, images_of
+    from trainer.report.page import Figure
+    from trainer.runs.records import cache_summary
+    from trainer.sampling.draw import grid_classes
+
+    try:
+        summary = cache_summary(folder)
+        cache = featcache.open(runs.cache_path(folder, summary))
+        data = None
+        if not summary["dataset"]["source"].startswith("shapes "):
+            data = data_folder(summary, None)
+        labels = cache.labels()
+        rows = []
+        for label in grid_classes(len(cache.manifest.dataset.class_names)):
+            chosen = np.flatnonzero(labels == label)[: REFERENCE_TILES[1]]
+            if len(chosen):
+                rows.append(images_of(cache, data, chosen.tolist()))
+        width = max(len(row) for row in rows)
+        blank = np.full((1, *rows[0].shape[1:]), 255, np.uint8)
+        padded = [np.concatenate([row, blank.repeat(width - len(row), axis=0)]) for row in rows]
+        grid = np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0)
+        sheet = np.asarray(contact_sheet(cache, data=data))
+    except (CacheError, UserError):
+        return []  # the cache or its images are elsewhere: the report shows what the run itself holds
+    return [
+        Figure(
+            image=grid,
+            title="Real images",
+            caption="From the training set, one row a class, the same rows as in the sample grids.",
+            alt="Grid of training images, one row a class",
+            section="samples",
+        ),
+        Figure(
+            image=sheet,
+            title="What the cache holds",
+            caption="PCA of each cached layer as colours: the first three principal components over all tokens shown. "
+            "Look for object outlines that get coarser and more uniform inside objects with depth.",
+            alt="Principal components of cached VAE levels and encoder tokens beside their images",
+            section="features",
+            wide=True,
+        ),
+    ]
+
+
+def router_charts(folder: Path, name: str | None = None, points: int = 101) -> list[Any]:
+    """AHPA's inter-group and intra-group weights over t at the latest checkpoint (AHPA, Fig. 5); empty for other methods."""
+    import torch
+
+    from trainer.align.base import FeatureInfo
+    from trainer.report.report import router_chart
+    from trainer.runs import checkpoint
+    from trainer.runs.records import cache_summary, run_model_config
+
+    config = runs.load_config(folder)
+    if config.methods != ("ahpa",) or not checkpoint.list_checkpoints(folder):
+        return []
+    from trainer import align
+    from trainer.training.state import backbone_info
+
+    summary = cache_summary(folder)
+    features = {name: FeatureInfo(shape=tuple(f["shape"])) for name, f in summary["features"].items()}
+    info = backbone_info(config.model, run_model_config(folder, config))
+    module: Any = align.build([("ahpa", config.method_config("ahpa"))], info, features)
+    _, latest = checkpoint.find_checkpoint(folder)
+    checkpoint.load_module(module, latest, "alignment")
+    if config.method_config("ahpa").router == "content":
+        return []  # its weights depend on the image, not on t alone
+    t = torch.linspace(0, 1, points)
+    with torch.no_grad():
+        weights = module.router(t)
+    groups = config.method_config("ahpa").groups
+    name = name or runs.display_name(folder)
+    charts = [
+        router_chart(
+            t.numpy(),
+            {group: weights.inter[:, g].numpy() for g, group in enumerate(groups)},
+            title=f"Router weights between groups ({name})",
+        )
+    ]
+    for g, group in enumerate(groups):
+        layers = features_layers(summary, f"vae/{group}", weights.intra[g].shape[1])
+        charts.append(
+            router_chart(
+                t.numpy(),
+                {layer: weights.intra[g][:, i].numpy() for i, layer in enumerate(layers)},
+                title=f"Router weights within {group} ({name})",
+            )
+        )
+    return charts
+
+
+def features_layers(summary: Mapping[str, Any], feature: str, count: int) -> list[str]:
+    """Names of a VAE group's layers; numbers where a regrouping left the recorded ones behind."""
+    named = summary["features"].get(feature, {}).get("layers", [])
+    return list(named) if len(named) == count else [f"layer {i + 1}" for i in range(count)]
+
+
+def _published(folder: Path, name: str) -> list[Any]:
+    """The figures that a run's recipe carries from its paper, then those that it was evaluated beside, each once."""
+    from trainer.report.table import Published
+
+    config = runs.load_config(folder)
+    entries = [config.published, *(e["figure"] for e in runs.read_metrics(folder) if "figure" in e)]
+    figures = {}
+    for entry in (parse_published(given) for given in entries if given):
+        source = entry.source + (f": {entry.sampling}" if entry.sampling is not None else "")
+        for metric, value in entry.metrics.items():
+            figures[metric, source, value] = Published(metric=metric, value=float(value), source=source, run=name)
+    return list(figures.values())
