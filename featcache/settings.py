@@ -200,14 +200,14 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
             low = context["ge"]
             what = "must not be negative" if low == 0 else f"must be at least {low:g}"
             return UserError(
-                f"{name} is {value!r}, but it {what}", remedy=f"Type for example {name}{sign}{max(low, 1):g}."
+                f"{name} is {value!r:.200}, but it {what}", remedy=f"Type for example {name}{sign}{max(low, 1):g}."
             )
         case "less_than_equal":
             high = context["le"]
             what = "must lie in [0, 1]" if high == 1 else f"can be {high:,} at most"
-            return UserError(f"{name} is {value!r}, but it {what}")
+            return UserError(f"{name} is {value!r:.200}, but it {what}")
         case "greater_than" | "finite_number":
-            return UserError(f"{name} is {value!r}, but it must be positive and finite")
+            return UserError(f"{name} is {value!r:.200}, but it must be positive and finite")
     expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
     return UserError(
         f"{name} = {value!r:.200} is not valid: {expected}",

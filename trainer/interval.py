@@ -51,9 +51,9 @@ class Interval:
             if not isinstance(parts, list | tuple):
                 raise TypeError
             low, high = map(_bound, parts)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(
-                f"{value!r} is not an interval LOW,HIGH", remedy="Write two numbers, for example 0,0.7."
+                f"{value!r:.200} is not an interval LOW,HIGH", remedy="Write two numbers, for example 0,0.7."
             ) from None
         return cls(low, high)
 

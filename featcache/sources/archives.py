@@ -649,7 +649,7 @@ def _index(members: Iterator[Member], kind: str, name: str) -> dict[str, np.ndar
         flat = next((key for key in keys if "/" not in key), None)
         if flat is not None:
             raise UserError(
-                f"{name}: {flat} lies in no class folder, so it has no label",
+                f"{name}: {flat!r:.200} lies in no class folder, so it has no label",
                 remedy="Put the images of each class in a folder of its own.",
             )
         labels = [key.split("/")[0] for key in keys]
