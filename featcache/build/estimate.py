@@ -15,14 +15,14 @@ import torch
 
 from featcache.build.fidelity import distance, fidelity
 from featcache.build.pipeline import encoder_name
-from featcache.build.prepare import SAMPLE_FEATURES, check_request, prepare, spec_bytes
+from featcache.build.prepare import SAMPLE_FEATURES, check_request, prepare
 from featcache.build.run import BuildRequest
 from featcache.codecs import CODECS, encode
 from featcache.encoders.base import in_precision, synchronise
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.precision import PRECISIONS
-from featcache.store.manifest import FeatureSpec
+from featcache.store.manifest import FeatureSpec, spec_bytes
 
 PROBE_IMAGES = 2  # for the encoders' rate, after one warm-up of the same size
 

@@ -23,8 +23,8 @@ from featcache.sources.decoders import check_decoder
 from featcache.sources.open import open_source
 from featcache.sources.pixels import CROP_NAME
 from featcache.sources.shapes import recorded_shapes
-from featcache.store.layout import recommended_shard_size, stored_arrays
-from featcache.store.manifest import DatasetSpec, FeatureSpec
+from featcache.store.layout import recommended_shard_size
+from featcache.store.manifest import DatasetSpec, FeatureSpec, spec_bytes
 
 RESERVE_BYTES = 256 << 20  # free space to leave on the disk
 KEY_ALIGN = 8
@@ -412,12 +412,6 @@ def _shard_size(request: BuildRequest, specs: Sequence[FeatureSpec], count: int)
         return request.shard_size
     by_bytes = recommended_shard_size(max(spec_bytes(spec) for spec in specs))
     return max(1, min(by_bytes, max(16, -(-count // 16))))
-
-
-def spec_bytes(spec: FeatureSpec) -> int:
-    """Stored bytes of one sample of a feature, scales and views included."""
-    arrays = stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)
-    return spec.views * sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
 
 
 def check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> None:

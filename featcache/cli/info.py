@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from featcache.build.prepare import spec_bytes
 from featcache.console import console, safe, size_text
 from featcache.errors import UserError
+from featcache.store.manifest import spec_bytes
 from featcache.store.root import cache_digest
 
 

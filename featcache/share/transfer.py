@@ -21,9 +21,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import CacheError, UserError
+from featcache.errors import CacheError, UserError, first_line
 from featcache.read import fetch as transfer
 from featcache.read.root import read_remote_root, require_authentic, required_root, root_document, versioned_root
+from featcache.redact import redact
 from featcache.share.manage import cache_bytes
 from featcache.share.verify import Problem, Report, inconsistencies, verify_place
 from featcache.store import files, locks
@@ -49,7 +50,6 @@ from featcache.store.remote import (
     open_location,
     parse_hub_url,
 )
-from featcache.store.remote_errors import first_line
 from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
 from featcache.store.signing import SIGNATURE, parse_digest, read_signature
 from featcache.store.writer import (
@@ -664,7 +664,7 @@ def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, pr
             return result
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CacheError(
-            f"{url} could not be written: {first_line(error)}",
+            f"{url} could not be written: {redact(first_line(error))}",
             remedy="log in (hf auth login) and run the same command again: what has arrived is not sent twice",
         ) from error
     raise _replaced_too_often(place)

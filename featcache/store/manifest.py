@@ -550,3 +550,9 @@ def _as_cache_error(make: Callable[[], FeatureSpec]) -> FeatureSpec:
         raise
     except UserError as error:
         raise CacheError(f"the cache's metadata is damaged: {error.what}") from error
+
+
+def spec_bytes(spec: FeatureSpec) -> int:
+    """Stored bytes of one sample of a feature, scales and views included."""
+    arrays = stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)
+    return spec.views * sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())

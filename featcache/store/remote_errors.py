@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from obstore import exceptions
+from obstore.exceptions import BaseError
+
 from featcache import errors
 from featcache.errors import CacheError
 from featcache.redact import redact
@@ -57,8 +60,6 @@ def retrying(what: str, address: str, call: Callable[[], T]) -> T:
 
     Raises `Missing` where there is nothing, `CacheError` at once for what no retry mends and in the end for the rest.
     """
-    from obstore.exceptions import BaseError
-
     attempts = Attempts(what, address)
     while True:
         try:
@@ -82,8 +83,6 @@ def missing(error: Exception, what: str, address: str) -> Missing | CacheError:
 
 def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
     """The error to raise at once; None if another try may help."""
-    from obstore import exceptions
-
     text = str(error)
     if isinstance(error, exceptions.UnauthenticatedError):
         return CacheError(f"{what}: the server wants credentials that it knows (401)", remedy=_DOCUMENTED)

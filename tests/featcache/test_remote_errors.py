@@ -21,7 +21,7 @@ from web_server import FileServer, serve
 import featcache
 from featcache.errors import UserError
 from featcache.share.transfer import list_remote, pull, push
-from featcache.store import remote, remote_errors
+from featcache.store import objects, remote_errors
 from featcache.store.remote import open_destination, open_location
 
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SKIP_SIGNATURE", "AWS_EC2_METADATA_DISABLED")
@@ -60,7 +60,7 @@ def refused(call: Callable[[], object], match: str) -> UserError:
 
 
 def short_timeouts(monkeypatch: pytest.MonkeyPatch, milliseconds: int = 300) -> None:
-    options = remote._client_options
+    options = objects._client_options
     monkeypatch.setattr(remote, "_client_options", lambda url: options(url) | {"timeout": f"{milliseconds}ms"})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.align import METHODS, build
+from trainer.align import build, config_class
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo
 
 B, GRID, WIDTH, TOKEN_WIDTH, GROUP_WIDTH = 3, 4, 16, 12, 8
@@ -85,7 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def make(name: str, options: dict[str, Any] | None = None, *, info: BackboneInfo = INFO) -> Alignment:
     """A method with random, nowhere zero parameters, so that gradients can flow through all of it."""
     torch.manual_seed(0)
-    module = build([(name, METHODS[name]()[0](**(options or {})))], info, FEATURES)
+    module = build([(name, config_class(name)(**(options or {})))], info, FEATURES)
     return randomize(module)
 
 

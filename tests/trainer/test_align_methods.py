@@ -8,7 +8,7 @@ import pytest
 import torch
 from align_cases import CASES, EchoTeacher, inputs_for, make, randomize
 
-from trainer.align import METHODS, build
+from trainer.align import build, config_class
 from trainer.align.base import AlignInputs
 
 CASE_NAMES = list(CASES)
@@ -98,7 +98,7 @@ def test_compiles_whole_and_agrees_with_eager(case):
 def test_compiles_whole_with_its_backward_pass_under_autocast(case):
     torch._dynamo.reset()
     if case == "ahpa+sra":
-        module = randomize(build([(n, METHODS[n]()[0]()) for n in ("ahpa", "sra")], *_setting()))
+        module = randomize(build([(n, config_class(n)()) for n in ("ahpa", "sra")], *_setting()))
     else:
         module = make(*CASES[case])
     inputs = inputs_for(module, requires_grad=True)
@@ -175,7 +175,7 @@ def test_metrics_are_finite_scalars(case):
 def test_the_weight_scales_the_loss(case):
     name, options = CASES[case]
     keys = ["patch_weight", "structure_weight", "adversarial_weight"] if name == "sara" else ["weight"]
-    config = METHODS[name]()[0](**options)
+    config = config_class(name)(**options)
     doubled = {**options, **{key: 2 * getattr(config, key) for key in keys}}
     once, twice = make(name, options), make(name, doubled)
     inputs = inputs_for(once)
@@ -194,7 +194,7 @@ def test_a_union_adds_its_methods_terms_under_their_names():
     info, features = _setting()
     options = {"sara": {"discriminator_weights": "random"}}
     both = randomize(
-        build([(n, METHODS[n]()[0](**options.get(n, {}))) for n in ("ahpa", "sra", "sara")], info, features)
+        build([(n, config_class(n)(**options.get(n, {}))) for n in ("ahpa", "sra", "sara")], info, features)
     )
     inputs = inputs_for(both, teacher=EchoTeacher())
     terms = both.terms(inputs)
@@ -226,7 +226,7 @@ def test_a_union_of_two_discriminators_is_refused():
 
 def test_dya_switches_off_the_whole_union():
     info, features = _setting()
-    both = build([(n, METHODS[n]()[0]()) for n in ("repa", "dya")], info, features)
+    both = build([(n, config_class(n)()) for n in ("repa", "dya")], info, features)
     alone = both.parts["dya"]
     assert [both.active(step=s, seed=3) for s in range(50)] == [alone.active(step=s, seed=3) for s in range(50)]
     assert not all(both.active(step=s, seed=3) for s in range(50))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from featcache.errors import UserError
 from featcache.settings import suggest
@@ -12,58 +13,23 @@ if TYPE_CHECKING:
     from trainer.align.base import Alignment, BackboneInfo, FeatureInfo, MethodConfig
 
 
-def _none() -> tuple[type[Any], type[Any]]:
-    from trainer.align.none import NoAlignment, NoneConfig
-
-    return NoneConfig, NoAlignment
-
-
-def _repa() -> tuple[type[Any], type[Any]]:
-    from trainer.align.repa import Repa, RepaConfig
-
-    return RepaConfig, Repa
-
-
-def _ahpa() -> tuple[type[Any], type[Any]]:
-    from trainer.align.ahpa import Ahpa, AhpaConfig
-
-    return AhpaConfig, Ahpa
-
-
-def _sara() -> tuple[type[Any], type[Any]]:
-    from trainer.align.sara import Sara, SaraConfig
-
-    return SaraConfig, Sara
-
-
-def _dya() -> tuple[type[Any], type[Any]]:
-    from trainer.align.dya import Dya, DyaConfig
-
-    return DyaConfig, Dya
-
-
-def _sra() -> tuple[type[Any], type[Any]]:
-    from trainer.align.sra import Sra, SraConfig
-
-    return SraConfig, Sra
-
-
-def _sra2() -> tuple[type[Any], type[Any]]:
-    from trainer.align.sra2 import Sra2, Sra2Config
-
-    return Sra2Config, Sra2
-
-
-# Name -> () -> (options dataclass, Alignment subclass). A new method is one file and one line here.
-METHODS: dict[str, Callable[[], tuple[type[Any], type[Any]]]] = {
-    "none": _none,
-    "repa": _repa,
-    "sara": _sara,
-    "dya": _dya,
-    "ahpa": _ahpa,
-    "sra": _sra,
-    "sra2": _sra2,
+# Name -> (module, its options' dataclass, its Alignment subclass). A new method is one file and one line here.
+METHODS: dict[str, tuple[str, str, str]] = {
+    "none": ("none", "NoneConfig", "NoAlignment"),
+    "repa": ("repa", "RepaConfig", "Repa"),
+    "sara": ("sara", "SaraConfig", "Sara"),
+    "dya": ("dya", "DyaConfig", "Dya"),
+    "ahpa": ("ahpa", "AhpaConfig", "Ahpa"),
+    "sra": ("sra", "SraConfig", "Sra"),
+    "sra2": ("sra2", "Sra2Config", "Sra2"),
 }
+
+
+def _classes(name: str) -> tuple[type[MethodConfig], Callable[..., Alignment]]:
+    """A method's options and its module; imported when it is asked for, since it brings torch."""
+    file, options, module = METHODS[name]
+    found = import_module(f"trainer.align.{file}")
+    return getattr(found, options), getattr(found, module)
 
 
 def method_names() -> tuple[str, ...]:
@@ -91,10 +57,10 @@ def split_methods(text: str) -> tuple[str, ...]:
     return names
 
 
-def config_class(name: str) -> type[Any]:
+def config_class(name: str) -> type[MethodConfig]:
     """Options dataclass of one method: frozen, keyword-only, validated when made. UserError: unknown name."""
     (name,) = split_methods(name)
-    return METHODS[name]()[0]
+    return _classes(name)[0]
 
 
 def required_features(name: str, config: MethodConfig) -> tuple[str, ...]:
@@ -136,7 +102,7 @@ def build(
     built: dict[str, Alignment] = {}
     for name, config in methods:
         chosen = {feature: features[feature] for feature in resolve(name, config, features)}
-        built[name] = METHODS[name]()[1](config, info, chosen)
+        built[name] = _classes(name)[1](config, info, chosen)
     if len(built) == 1:
         return next(iter(built.values()))
     from trainer.align.combined import Combined
