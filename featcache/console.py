@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import unicodedata
 import warnings
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from featcache.errors import UserError, first_line, os_error
 from featcache.redact import redact
@@ -25,15 +28,6 @@ class ByteBar:
     """A spinner with what has been done so far and its rate (for work whose total is not known beforehand)."""
 
     def __init__(self, name: str) -> None:
-        from rich.progress import (
-            DownloadColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TransferSpeedColumn,
-        )
-
         columns = (
             SpinnerColumn(),
             TextColumn(safe(name)),
@@ -68,8 +62,6 @@ def safe(value: object) -> str:
     Secrets in URLs are hidden (`featcache.redact`). Rich's markup is escaped; control characters other than newline and tab (so terminal escapes too), and the marks
     that reorder text, become a visible `\\xNN`, lone surrogates (bytes of file names that are not UTF-8) likewise.
     """
-    from rich.markup import escape
-
     return escape(plain(value))
 
 
@@ -79,8 +71,6 @@ def plain(value: object) -> str:
 
 
 def _visible(character: str) -> str:
-    import unicodedata
-
     if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
         return character
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from featcache.codecs import decode, stored_arrays
+from featcache.encoders.base import WeightsSource
+from featcache.encoders.vae import decode_latents, load_vae
 from featcache.errors import UserError
-from featcache.sources.base import Source, fingerprint
+from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.open import open_source
 from featcache.sources.pixels import BadImage
 from featcache.sources.shapes import recorded_shapes
@@ -27,8 +31,6 @@ def source_of(cache: Any, data: str | None) -> Source | None:
     Raises:
         UserError: ``data`` holds other images than the cache.
     """
-    from featcache.sources.base import sample_order
-
     dataset = cache.manifest.dataset
     resolution = dataset.resolution
     shapes = recorded_shapes(dataset.source)
@@ -52,8 +54,6 @@ def images_of(cache: Any, data: str | None, indices: Sequence[int]) -> np.ndarra
     Raises:
         UserError: neither the images nor the VAE's weights are here.
     """
-    from featcache.sources.base import sample_order
-
     dataset = cache.manifest.dataset
     source = source_of(cache, data)
     if source is not None:
@@ -67,11 +67,6 @@ def images_of(cache: Any, data: str | None, indices: Sequence[int]) -> np.ndarra
 
 
 def _decoded(cache: Any, indices: Sequence[int]) -> np.ndarray:
-    import torch
-
-    from featcache.encoders.base import WeightsSource
-    from featcache.encoders.vae import decode_latents, load_vae
-
     cache.require(["vae/moments"])
     dataset, spec = cache.manifest.dataset, cache.manifest.features["vae/moments"]
     if dataset.vae is None:
@@ -88,10 +83,6 @@ def _decoded(cache: Any, indices: Sequence[int]) -> np.ndarray:
 
 def read_feature(cache: Any, name: str, indices: Sequence[int]) -> np.ndarray:
     """One decoded feature of some samples, float32 [n, *shape] (view 0 of flipped caches)."""
-    import torch
-
-    from featcache.codecs import decode, stored_arrays
-
     spec = cache.manifest.features[name]
     with cache.reader([name], single_view=True) as reader:
         out = reader.allocate(len(indices))

@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from featcache.errors import UserError
 
@@ -196,9 +199,6 @@ def shard(model: Any, world: World, device: torch.device) -> None:
     Nothing stays gathered after a forward pass, so that between steps ``model.parameters()`` are always the shards (an
     EMA teacher has no backward pass that would free them).
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(device.type, (world.size,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -207,21 +207,15 @@ def shard(model: Any, world: World, device: torch.device) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor (a view); a plain tensor as it is."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
     return isinstance(tensor, DTensor)
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
     """A whole tensor laid out as ``target`` is: on its device, and this rank's part of it if it is sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     value = value.to(local(target).device)
     if not isinstance(target, DTensor):
         return value
@@ -231,8 +225,6 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors in host memory where ``keep``; sharded ones are put together one at a time, by all ranks."""
-    from torch.distributed.tensor import DTensor
-
     whole = {}
     for name, value in tensors.items():
         full = value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from featcache.build.fidelity import distance, fidelity
 from featcache.build.pipeline import encoder_name
 from featcache.build.prepare import SAMPLE_FEATURES, check_request, prepare
 from featcache.build.run import BuildRequest
 from featcache.codecs import CODECS, encode
+from featcache.console import console, safe, size_text
 from featcache.encoders.base import in_precision, synchronise
 from featcache.errors import UserError
 from featcache.machine import pick_device
@@ -185,9 +187,6 @@ def _figure(value: float, form: str) -> str:
 
 def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bool) -> None:
     """The table that ``featcache plan`` shows."""
-    from rich.table import Table
-
-    from featcache.console import console, safe, size_text
 
     def table(*titles: str) -> Any:
         made = Table(box=None, pad_edge=False, header_style="bold")

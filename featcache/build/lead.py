@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+import featcache
 from featcache.build.pipeline import Stage
 from featcache.build.prepare import Plan, check_disk, package_versions
 from featcache.store import CacheWriter
@@ -68,8 +69,6 @@ def finish(plan: Plan, writer: CacheWriter) -> tuple[str, ...]:
 
 def warn_of_bare_images(plan: Plan, progress: Progress) -> None:
     """Says how many images of a finished build have no caption, where it made text features."""
-    import featcache
-
     if "text/count" not in plan.work.specs:
         return
     cache = featcache.open(plan.path)

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
+from featcache.codecs import encode
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes, printable
 from featcache.sources.base import Source
@@ -188,8 +190,6 @@ class _Buffers:
 
     def take(self, *shape: int) -> Any:
         """A tensor, uint8 of ``shape``, with anything in it."""
-        import torch
-
         if self._pinned:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         try:
@@ -409,8 +409,6 @@ class _Device:
                     self._store(name, [value], part, rows, bad)
 
     def _encode_images(self, batch: _Batch, part: _Part, rows: slice, bad: list[int]) -> None:
-        import torch
-
         work, n = self.work, len(batch.slots)
         pixels = batch.pixels.to(work.device, non_blocking=True).permute(0, 3, 1, 2)  # [n, 3, R, R]
         if work.pad_batches and n < work.batch_size:
@@ -427,8 +425,6 @@ class _Device:
 
     def _store(self, name: str, views: list[Any], part: _Part, rows: slice, bad: list[int]) -> None:
         """Quantises one feature of a batch, view by view, and sends it to its rows."""
-        import torch
-
         stored: dict[str, list[Any]] = {}
         for view in views:
             for suffix, tensor in self._quantised(name, view, bad).items():
@@ -442,10 +438,6 @@ class _Device:
         self._images = 0
 
     def _quantised(self, name: str, feature: Any, bad: list[int]) -> dict[str, Any]:
-        import torch
-
-        from featcache.codecs import encode
-
         stored = encode(self.work.specs[name].codec, feature)
         if bad:
             stored = {suffix: tensor.clone() for suffix, tensor in stored.items()}
@@ -503,8 +495,6 @@ class _GpuClock:
         self._events: list[tuple[str, int, Any]] = []
 
     def _event(self) -> Any:
-        import torch
-
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

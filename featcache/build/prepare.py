@@ -12,9 +12,17 @@ from typing import Any
 
 import numpy as np
 
+import featcache
 from featcache.build.pipeline import Work
 from featcache.build.request import BuildRequest
 from featcache.encoders import TINY
+from featcache.encoders.base import Compute, Encoder, WeightsSource
+from featcache.encoders.custom import UserEncoder, is_custom
+from featcache.encoders.missing import require_weights
+from featcache.encoders.table import ENCODERS, TEXTS
+from featcache.encoders.text import TextEncoder
+from featcache.encoders.vae import LEVELS, VaeEncoder
+from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.keys import from_printable, key_bytes
 from featcache.sources.base import Source, fingerprint, sample_order
@@ -54,9 +62,6 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     Raises:
         UserError: bad input of any kind.
     """
-    import featcache
-    from featcache.encoders.base import Encoder
-
     existing = featcache.open(request.into) if request.into is not None else None
     resolution = _resolution(request, existing)
     decoder = _decoder(request, existing)
@@ -138,9 +143,6 @@ def _prepare_texts(
         if request.captions or request.caption_key or request.captions_per_image:
             raise UserError("captions are named, but no text encoder", remedy="Type for example: --text clip-l")
         return _Texts()
-    from featcache.encoders.base import WeightsSource
-    from featcache.encoders.missing import require_weights
-    from featcache.encoders.text import TextEncoder
 
     captions = open_captions(source, table=request.captions, key=request.caption_key)
     per_image = request.captions_per_image
@@ -202,8 +204,6 @@ def _check_same_captions(specs: Sequence[FeatureSpec], origin: Mapping[str, Any]
 
 
 def _compute(request: BuildRequest, device: str) -> Any:
-    from featcache.encoders.base import Compute
-
     gpu = device.startswith("cuda")
     precision = ("tf32" if gpu else "fp32") if request.precision == "auto" else request.precision
     return Compute(device=device, precision=precision, compile=gpu if request.compile is None else request.compile)
@@ -228,9 +228,6 @@ def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
 
 def check_request(request: BuildRequest) -> None:
     """Raises `UserError` for encoders that do not exist."""
-    from featcache.encoders.custom import is_custom
-    from featcache.encoders.table import ENCODERS, TEXTS
-
     for choice in request.encoders:
         if choice.name != TINY and choice.name not in ENCODERS and not is_custom(choice.name):
             raise UserError(
@@ -288,12 +285,6 @@ def _encoders(
 
     need_vae: for a new cache. add_vae: the VAE is asked for by name, be it without levels.
     """
-    from featcache.encoders.base import WeightsSource
-    from featcache.encoders.custom import UserEncoder, is_custom
-    from featcache.encoders.missing import require_weights
-    from featcache.encoders.vae import LEVELS, VaeEncoder
-    from featcache.encoders.vision import VisionEncoder
-
     if request.weights_dir is not None and not request.weights_dir.is_dir():
         raise UserError(
             f"--weights-dir {request.weights_dir} is not a folder",
@@ -458,8 +449,6 @@ def _check_same_weights(specs: Sequence[FeatureSpec], encoders: Sequence[Any]) -
 
 def _known_content(path: Path, count: int) -> np.ndarray | None:
     """Content hashes of an existing cache by slot, uint64 [count]; None if it has none (imported caches)."""
-    import featcache
-
     cache = featcache.open(path)
     if "content" not in cache.manifest.features:
         return None

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Self
 
+import torch
+import torch.distributed as dist
+
 MAX_WAIT = timedelta(days=14)  # the first rank to be done waits for the last
 POLL_S = 0.5
 
@@ -34,8 +37,6 @@ class Ranks:
 
     def __enter__(self) -> Self:
         if self.size > 1:
-            import torch.distributed as dist
-
             # Over the network's sockets: only lists of numbers are exchanged.
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=MAX_WAIT)))
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=MAX_WAIT)
@@ -45,8 +46,6 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         if self.size > 1:
-            import torch.distributed as dist
-
             dist.destroy_process_group()
 
     def device(self, device: str) -> str:
@@ -57,8 +56,6 @@ class Ranks:
         """The numbers that rank 0 passes, in every rank."""
         if self.size == 1:
             return list(numbers)
-        import torch
-        import torch.distributed as dist
 
         length = torch.tensor([len(numbers)])
         dist.broadcast(length, 0)
@@ -90,8 +87,6 @@ class Ranks:
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Until every rank is here. ``meanwhile`` is called every half a second and once at the end; not by one alone."""
         if self.size > 1:
-            import torch.distributed as dist
-
             arrival = dist.barrier(async_op=True)
             while not arrival.is_completed():
                 meanwhile()

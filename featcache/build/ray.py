@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.build.lead import BuildResult, features_note, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, Stage, run_shards
+from featcache.build.prepare import prepare
 from featcache.errors import UserError
 from featcache.store.writers import join_writer
 
@@ -43,8 +45,6 @@ class _Actor:
         self._plan: Any = None
 
     def run(self, shards: Sequence[int]) -> _Answer:
-        from featcache.build.prepare import prepare
-
         meter, images, warnings = Meter(), [0], list[str]()
 
         def advance(count: int) -> None:
@@ -78,8 +78,6 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
         raise UserError(
             "--engine ray needs Ray, which is not installed", remedy="pip install 'featcache-trainer[ray]'"
         ) from error
-    from featcache.build.lead import BuildResult, features_note, finish, lead, warn_of_bare_images
-    from featcache.build.prepare import prepare
 
     started = not ray.is_initialized()
     if started:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import featcache
 from featcache.build.lead import Progress
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import prepare
@@ -40,8 +41,6 @@ def repair_shards(
     Raises:
         UserError: the images or weights are not here, or not the ones the cache was made with.
     """
-    import featcache
-
     manifest = featcache.open(path).manifest
     source = _data_of(manifest.dataset.source, data)
     for names, seed in _by_weights(manifest.features, damaged):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from featcache.build.lead import BuildResult, Progress, features_note, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import Plan, check_request, prepare
+from featcache.build.ranks import Ranks
+from featcache.build.ray import build_on_ray
 from featcache.build.request import BuildRequest
 from featcache.machine import pick_device
 from featcache.store.writers import join_writer
@@ -29,9 +31,6 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
     Raises:
         UserError: bad input of any kind; whatever shards were written stay, and the same call continues.
     """
-    from featcache.build.ranks import Ranks
-    from featcache.build.ray import build_on_ray
-
     check_request(request)
     if request.engine == "ray":
         return build_on_ray(request, progress, meter or Meter())

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import featcache
 from featcache.cli import caches as commands
 from featcache.cli.build import build
 from featcache.console import console, run_app, safe
@@ -38,7 +39,6 @@ app.command()(build)
 @app.command()
 def info(cache: CachePath) -> None:
     """Print what a cache holds and where it came from."""
-    import featcache
     from featcache.cli.info import print_info
 
     print_info(featcache.open(cache), cache)
@@ -52,7 +52,6 @@ def inspect(
     count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=64)] = 6,
 ) -> None:
     """Draw samples of a cache: the image, and PCA-RGB of each cached layer."""
-    import featcache
     from featcache.inspect import save_sheet
 
     opened = featcache.open(cache)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import featcache
 from featcache.build.request import BuildRequest
 from featcache.console import console, safe
 from featcache.settings import Given, from_typed, takes
@@ -50,7 +51,6 @@ def build(
 
 def _say_difference(data: str, path: Path, decoder: str) -> None:
     """How far the fast decoder is from the exact one on up to 32 of the cache's images."""
-    import featcache
     from featcache.sources.base import sample_order
     from featcache.sources.difference import difference
     from featcache.sources.open import open_source

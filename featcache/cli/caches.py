@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
+import featcache
 from featcache.build.request import BuildRequest
 from featcache.cli.build import request_of
-from featcache.console import ByteBar, console, plain, safe
+from featcache.console import ByteBar, console, plain, safe, size_text
 from featcache.errors import UserError
 from featcache.redact import redact
 from featcache.settings import Given, takes
@@ -50,10 +53,6 @@ def list_caches(
     ] = "caches",
 ) -> None:
     """List caches with their features and sizes."""
-    from rich.table import Table
-
-    from featcache.console import size_text
-
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("cache", "images", "size", "features"):
         table.add_column(title, no_wrap=title != "features", overflow="fold")
@@ -123,8 +122,6 @@ def verify(
     captions: Captions = None,
 ) -> None:
     """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
-    import shlex
-
     from featcache.share.transfer import verify_remote
     from featcache.share.verify import parse_fraction
     from featcache.share.verify import verify as check
@@ -256,8 +253,6 @@ def _show_problems(report: Report, word: str) -> None:
 
 
 def _how_much(report: Report) -> str:
-    from featcache.console import size_text
-
     words = f"{report.n_files} files, {size_text(report.n_bytes)}"
     if report.fraction is not None:
         return f"a sample of {100 * report.fraction:g} %: {words}; again with --seed {report.seed}"
@@ -293,8 +288,6 @@ def repair(
     captions: Captions = None,
 ) -> None:
     """Make a damaged cache whole again: from another copy of it (--from), else from the images."""
-    from featcache.console import size_text
-
     if source is None:
         from featcache.share.verify import verify as check
 
@@ -342,16 +335,11 @@ def remove(
     now: Annotated[bool, typer.Option("--now", help="Delete for good instead of moving to the trash.")] = False,
 ) -> None:
     """Remove features of a cache, or (without --features) the whole cache. featcache restore undoes it."""
-    import shlex
-
-    from featcache.console import size_text
     from featcache.share import manage
 
     names = _split(features)
     what = f"{', '.join(names)} of {cache}" if names else f"the whole cache {cache}"
     if names:
-        import featcache
-
         featcache.open(cache).require(names)
     if not yes and not _confirmed(plain(f"remove {what}{' for good' if now else ''}?")):
         raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
@@ -386,7 +374,6 @@ def collect_garbage(
     older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
 ) -> None:
     """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
-    from featcache.console import size_text
     from featcache.share import manage, trash
 
     removed = manage.collect_garbage(
@@ -433,7 +420,6 @@ def push(
     ] = False,
 ) -> None:
     """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
-    from featcache.console import size_text
     from featcache.share import transfer as share
 
     with ByteBar("pushing") as bar:
@@ -462,7 +448,6 @@ def pull(
     signed_by: SignedBy = None,
 ) -> None:
     """Copy a cache, or a part of one, to this machine; resumable, verified on arrival."""
-    from featcache.console import size_text
     from featcache.share import transfer as share
 
     with ByteBar("pulling") as bar:

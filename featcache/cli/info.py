@@ -8,14 +8,13 @@ from rich.table import Table
 
 from featcache.console import console, safe, size_text
 from featcache.errors import UserError
+from featcache.share import records as verified
 from featcache.store.manifest import spec_bytes
 from featcache.store.root import cache_digest
 
 
 def _last_verification(cache: Any, place: str) -> str:
     """The latest verification on record, in a line."""
-    from featcache.share import records as verified
-
     try:
         found = verified.last(place)
     except UserError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from featcache.errors import UserError, WeightsUnavailable
@@ -135,8 +136,6 @@ def load_file(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file as load_safetensors
-
             return load_safetensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

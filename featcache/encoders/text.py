@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 from featcache.encoders.base import Compute, WeightsSource, load_file, seeded, unavailable, upload, weights_sha256
@@ -53,8 +55,6 @@ def byte_vocabulary(entry: TextEntry) -> dict[str, int]:
 
     The numbers are those of CLIP's own vocabulary, which begins with the bytes in this order.
     """
-    from tokenizers import pre_tokenizers
-
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     vocabulary |= {letter + "</w>": 256 + i for i, letter in enumerate(letters)}
@@ -122,8 +122,6 @@ def _state(path: Path) -> dict[str, Tensor]:
         return key.startswith(("text_model.", "text_projection.")) and not key.endswith("position_ids")
 
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118

@@ -39,6 +39,7 @@ from featcache.encoders.base import (
 )
 from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.table import VAES, token_grid
+from featcache.encoders.tiny import load_tiny_vae
 from featcache.errors import UserError
 
 LEVELS = ("G1", "G2", "G3", "G4")
@@ -63,8 +64,6 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
         folder = _folder_of(name, weights)
         vae, origin = _from_folder(folder, weights)
     elif entry.hub_id is None:
-        from featcache.encoders.tiny import load_tiny_vae
-
         vae, origin = load_tiny_vae(), {"weights": "embedded"}
     elif weights.random_seed is not None:
         vae = seeded(weights.random_seed, lambda: build_vae(entry.model_class, entry.config))

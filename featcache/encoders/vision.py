@@ -6,6 +6,7 @@ each encoder. Patch tokens leave row-major, without class or register tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from featcache.encoders.base import (
 from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.keys import to_timm
 from featcache.encoders.table import ENCODERS, HALF, TOKEN_PX, VisionEntry
+from featcache.encoders.tiny import load_tiny_vit
 from featcache.errors import UserError
 
 FINAL_NORMS = ("auto", "all", "last", "none")
@@ -70,8 +72,6 @@ def load_vision(name: str, weights: WeightsSource, *, input_px: int) -> tuple[nn
 
 def _filtered(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's conversion for the model's family: resampled position tables, other releases' names, no classifier."""
-    import sys
-
     filtered = sys.modules[type(model).__module__].checkpoint_filter_fn(state, model)
     return {key: value for key, value in filtered.items() if not key.startswith("head.")}
 
@@ -178,8 +178,6 @@ class VisionEncoder:
             raise UserError(f"unknown --final-norm {final_norm!r}", remedy=f"Type one of: {', '.join(FINAL_NORMS)}.")
         place = self.compute.device
         if name == "tiny":
-            from featcache.encoders.tiny import load_tiny_vit
-
             model: Any = load_tiny_vit()
             depth, width = len(model.blocks), model.embed_dim
             default: tuple[int, ...] = (depth // 2 - 1, depth - 2, depth - 1)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from featcache.read.reader import Cache
 from featcache.store.backends import open_backend
+from featcache.store.remote import is_remote, local_path
 from featcache.store.root import read_root
+from featcache.store.signing import require_digest
 
 
 def open_cache(
@@ -25,8 +27,6 @@ def open_cache(
     Raises `CacheError` if there is none, it is another one, unfinished, damaged or of another format version.
     """
     if "://" in os.fspath(path):
-        from featcache.store.remote import is_remote, local_path
-
         if is_remote(path):
             from featcache.read.stream import DEFAULT_CACHE_BYTES, open_remote
 
@@ -37,7 +37,5 @@ def open_cache(
     directory = Path(path)
     manifest = read_root(directory)
     if expect is not None:
-        from featcache.store.signing import require_digest
-
         require_digest(manifest, expect, str(directory))
     return Cache(str(directory), manifest, open_backend(directory, manifest))

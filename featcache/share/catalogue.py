@@ -11,12 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featcache.console import plain
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from featcache.console import console, plain, safe, size_text
 from featcache.errors import UserError
 from featcache.redact import redact
 from featcache.share import records as verified
+from featcache.share.manage import list_caches
+from featcache.share.transfer import list_remote
 from featcache.share.verification import Verification
-from featcache.store.layout import ROOT_NAMES
+from featcache.store import files
+from featcache.store.layout import ROOT_NAMES, sample_bytes
 from featcache.store.manifest import FeatureSpec, Manifest
 from featcache.store.remote import Location, Missing, is_remote, local_path, open_location
 from featcache.store.root import cache_digest
@@ -94,8 +99,6 @@ def gather(place: str) -> list[Row]:
 
 
 def _local_rows(folder: Path) -> list[Row]:
-    from featcache.share.manage import list_caches
-
     rows = []
     for info in list_caches(folder):
         path = info.path.absolute()
@@ -107,8 +110,6 @@ def _local_rows(folder: Path) -> list[Row]:
 
 
 def _remote_rows(url: str) -> list[Row]:
-    from featcache.share.transfer import list_remote
-
     base = open_location(url)
     rows = []
     for listed in list_remote(url):
@@ -150,8 +151,6 @@ def shape_text(spec: FeatureSpec) -> str:
 
 
 def _features(row: Row) -> list[dict[str, str]]:
-    from featcache.store.layout import sample_bytes
-
     if row.manifest is None:
         return []
     return [
@@ -167,8 +166,6 @@ def _features(row: Row) -> list[dict[str, str]]:
 
 
 def _size_text(n_bytes: float) -> str:
-    from featcache.console import size_text
-
     return size_text(n_bytes)
 
 
@@ -181,8 +178,6 @@ def render(rows: Iterable[Row], place: str) -> str:
 
     Whatever comes from manifests is escaped, and a policy in the page forbids every script but its own.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     # Marks that reorder text and control characters are shown, as on a terminal.
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=plain
@@ -216,15 +211,11 @@ def _csp_hash(text: str) -> str:
 
 def write_page(rows: Iterable[Row], place: str, target: Path) -> None:
     """`render` into a file, all or nothing; raises `CacheError` if it cannot be written."""
-    from featcache.store import files
-
     files.atomic_write(target, [render(rows, place).encode("utf-8", "backslashreplace")])
 
 
 def print_rows(rows: Iterable[Row]) -> None:
     """A paragraph for each cache."""
-    from featcache.console import console, safe
-
     for row in rows:
         console.print(f"[bold]{safe(row.name)}[/bold]  {safe(row.where)}")
         if row.manifest is None:

@@ -32,7 +32,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from safetensors import safe_open
 
+from featcache.codecs import encode, numpy_view
 from featcache.errors import UserError, first_line
 from featcache.keys import key_bytes, printable
 from featcache.read.order import epoch_order
@@ -325,8 +328,6 @@ class _SafetensorsLatents:
         """Mean and std by channel (float64 `[C]`): from the statistics file, else of the first samples."""
         stats = path / "latents_stats.pt"
         if stats.is_file():
-            import torch
-
             _check_inside(path, stats)
             with explained(str(stats), "Bring it again, or remove it.", wrong="cannot be read"):
                 try:
@@ -354,8 +355,6 @@ class _SafetensorsLatents:
 
 
 def _open_safetensors(path: Path) -> Any:
-    from safetensors import safe_open
-
     file_size(path)  # a FIFO would be waited for
     return safe_open(path, framework="pt")
 
@@ -417,8 +416,6 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
 
     Raises `UserError` for an unknown layout or files that do not follow it.
     """
-    from featcache.codecs import encode, numpy_view
-
     latents = open_latents(Path(request.source), request.layout, vae=request.vae)
     n, views = len(latents), latents.views
     sample = latents.read(0)
@@ -482,8 +479,6 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
 
 
 def _encode(values: np.ndarray, codec: str, encode: Callable, numpy_view: Callable) -> dict[str, np.ndarray]:
-    import torch
-
     if not np.isfinite(values).all():
         raise UserError("the latents hold values that are not finite", remedy="Make the latents again.")
     return {suffix: numpy_view(tensor) for suffix, tensor in encode(codec, torch.from_numpy(values)).items()}

@@ -6,11 +6,15 @@ import os
 import re
 from pathlib import Path
 
+import featcache
 from featcache.errors import UserError
+from featcache.sources.archives import find_places, open_archives
 from featcache.sources.base import Source
 from featcache.sources.folder import open_folder
 from featcache.sources.opening import raise_unreadable
+from featcache.sources.parquet import open_parquet
 from featcache.sources.shapes import ShapesSource, recorded_shapes
+from featcache.store.remote import is_remote
 
 
 def open_source(data: str, *, resolution: int, limit: int | None = None) -> Source:
@@ -39,25 +43,17 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
 
 
 def _open_files(data: str) -> Source:
-    from featcache.store.remote import is_remote
-
     stem = data.rstrip("/").rpartition("/")[2]
     pattern = is_remote(data) or "{" in data or "*" in data
     path = Path(data)
     if pattern or (path.is_file() and path.suffix.lower() in (".tar", ".zip", ".parquet")):
         if data.lower().endswith(".parquet"):
-            from featcache.sources.parquet import open_parquet
-
             return open_parquet(data, name=stem.removesuffix(".parquet"))
-        from featcache.sources.archives import find_places, open_archives
 
         return open_archives(find_places(data), name=re.sub(r"\.(tar|zip)$", "", stem))
     if path.is_dir():
         held = {file.suffix.lower() for file in path.iterdir() if file.is_file()}
         if not any(child.is_dir() for child in path.iterdir()) and held & {".tar", ".zip", ".parquet"}:
-            from featcache.sources.archives import find_places, open_archives
-            from featcache.sources.parquet import open_parquet
-
             if ".parquet" in held:
                 return open_parquet(str(path / "*.parquet"), name=path.resolve().name)
             kind = ".tar" if ".tar" in held else ".zip"
@@ -74,8 +70,6 @@ def find_data(data: str | None, *, into: Path | None = None) -> str:
         UserError: none of the three exists.
     """
     if data is None and into is not None:
-        import featcache
-
         shapes = recorded_shapes(featcache.open(into).manifest.dataset.source)
         if shapes is not None:
             return shapes[0]

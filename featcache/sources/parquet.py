@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from featcache.errors import UserError
 from featcache.keys import printable
@@ -157,9 +159,6 @@ class ParquetSource(EncodedSource):
 @contextlib.contextmanager
 def _opened_parquet(place: Place) -> Iterator[Any]:
     """The file as pyarrow's, read by range where it lies. Raises `UserError` whatever goes wrong inside."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     # Column chunks are streamed in blocks instead of being read whole.
     with (
         explained(place.where, "Download it again."),
@@ -226,8 +225,6 @@ def open_parquet(pattern: str, *, name: str) -> ParquetSource:
 
 def _check_types(schema: Any, image_column: str, label_column: str, place: Place) -> None:
     """Raises `UserError` unless images are bytes, or structures with a field of bytes, and labels are integers."""
-    import pyarrow as pa
-
     kind = schema.field(image_column).type
     if pa.types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind

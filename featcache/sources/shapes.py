@@ -325,8 +325,6 @@ class ShapesSource:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        from featcache.sources.shapes import CLASS_NAMES
-
         return CLASS_NAMES
 
     def __len__(self) -> int:
@@ -336,16 +334,12 @@ class ShapesSource:
         return f"shapes/{self.seed}/{index:08d}"
 
     def label(self, index: int) -> int:
-        from featcache.sources.shapes import label_of
-
         return label_of(index, seed=self.seed)
 
     def signature(self, index: int) -> str:
         return f"{self.seed}:{index}"
 
     def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:
-        from featcache.sources.shapes import render
-
         pixels, _ = render(index, seed=self.seed, resolution=resolution)
         return pixels, content_hash(pixels.tobytes())
 

@@ -61,7 +61,7 @@ def refused(call: Callable[[], object], match: str) -> UserError:
 
 def short_timeouts(monkeypatch: pytest.MonkeyPatch, milliseconds: int = 300) -> None:
     options = objects._client_options
-    monkeypatch.setattr(remote, "_client_options", lambda url: options(url) | {"timeout": f"{milliseconds}ms"})
+    monkeypatch.setattr(objects, "_client_options", lambda url: options(url) | {"timeout": f"{milliseconds}ms"})
 
 
 # Causes
@@ -134,7 +134,7 @@ def test_no_credentials_for_s3_are_said_at_once(
     for name in CREDENTIALS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(remote, "_METADATA_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(objects, "_METADATA_TIMEOUT_S", 0.2)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{closed_port}")
     with socket.socket() as full:
         if endpoint == "silent":

@@ -27,7 +27,8 @@ from featcache.share.manage import collect_garbage
 from featcache.share.transfer import list_remote, pull, push, subset, verify_remote
 from featcache.share.verify import verify
 from featcache.store import blocks as hashes
-from featcache.store import files, objects, remote_errors
+from featcache.store import files, remote_errors
+from featcache.store import objects as object_stores
 from featcache.store.remote import is_remote, open_destination, open_location, parse_hub_url
 
 SKIPPED = (4, 20)
@@ -96,7 +97,7 @@ def test_pull_of_other_formats(tmp_path: Path, options) -> None:
 
 
 def test_connections_cut_in_the_middle(source: Path, web, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(remote, "PIECE_BYTES", 1500)
+    monkeypatch.setattr(object_stores, "PIECE_BYTES", 1500)
     web.cut_every = 3
     pull(f"{web.url}/cache", tmp_path / "copy", threads=4)
     assert tree(tmp_path / "copy") == tree(source)
@@ -217,7 +218,7 @@ def test_push_list_pull_over_s3(source: Path, bucket, tmp_path: Path) -> None:
 def test_root_goes_last_and_nobody_sees_half(source: Path, bucket, monkeypatch) -> None:
     url = f"s3://{bucket[0]}/cache"
     order: list[str] = []
-    real_put, real_put_if = objects.ObjectLocation.put, objects.ObjectLocation.put_if
+    real_put, real_put_if = object_stores.ObjectLocation.put, object_stores.ObjectLocation.put_if
 
     def put(self, name, content):
         order.append(name)
@@ -232,8 +233,8 @@ def test_root_goes_last_and_nobody_sees_half(source: Path, bucket, monkeypatch) 
         order.extend([name] * done)
         return done
 
-    monkeypatch.setattr(objects.ObjectLocation, "put", put)
-    monkeypatch.setattr(objects.ObjectLocation, "put_if", put_if)
+    monkeypatch.setattr(object_stores.ObjectLocation, "put", put)
+    monkeypatch.setattr(object_stores.ObjectLocation, "put_if", put_if)
     with pytest.raises(CacheError, match="network is gone"):
         push(source, url, threads=1)
     first = order[:13] + order[14:]
@@ -260,7 +261,7 @@ def test_push_more_features_later(source: Path, bucket, tmp_path: Path) -> None:
 def test_two_pushes_at_once_both_arrive(source: Path, bucket, monkeypatch) -> None:
     """Another push finishes between our look at the root and our replacing it: the result holds both."""
     url = f"s3://{bucket[0]}/cache"
-    real = objects.ObjectLocation.put_if
+    real = object_stores.ObjectLocation.put_if
     calls = []
 
     def put_if(self, name, content, previous):
@@ -271,7 +272,7 @@ def test_two_pushes_at_once_both_arrive(source: Path, bucket, monkeypatch) -> No
             push(source, url, features=["vae/moments"])
         return real(self, name, content, previous)
 
-    monkeypatch.setattr(objects.ObjectLocation, "put_if", put_if)
+    monkeypatch.setattr(object_stores.ObjectLocation, "put_if", put_if)
     push(source, url, features=["dino@9"])
     assert set(list_remote(url)[0].manifest.features) == {"dino@9", "vae/moments", "key", "label"}
     assert len(calls) == 3
@@ -315,17 +316,17 @@ def test_a_push_removes_its_own_journal_alone(source: Path, s3_bucket: str) -> N
 def test_pushes_of_other_bytes_do_not_mix(source: Path, s3_bucket: str, tmp_path: Path, monkeypatch) -> None:
     """An unfinished push keeps others from sending other bytes of its features, unless they are told to."""
     url = f"s3://{s3_bucket}/cache"
-    real = objects.ObjectLocation.put
+    real = object_stores.ObjectLocation.put
 
     def put(self, name, content):
         if name == "dino@9/c.2.0.0":
             raise CacheError("the network is gone")
         return real(self, name, content)
 
-    monkeypatch.setattr(objects.ObjectLocation, "put", put)
+    monkeypatch.setattr(object_stores.ObjectLocation, "put", put)
     with pytest.raises(CacheError, match="network is gone"):
         push(source, url, features=["dino@9"])
-    monkeypatch.setattr(objects.ObjectLocation, "put", real)
+    monkeypatch.setattr(object_stores.ObjectLocation, "put", real)
     shutil.rmtree(source / ".featcache")
     # Other bytes under the same name.
     specs = [*base_features(), tokens("dino@9", views=2)]
@@ -424,9 +425,9 @@ def test_push_refuses_damage_and_conflicts(source: Path, bucket, tmp_path: Path)
 
 
 def test_what_arrives_damaged_is_noticed(source: Path, bucket, monkeypatch) -> None:
-    real = objects.ObjectLocation.put
+    real = object_stores.ObjectLocation.put
     broken = lambda self, name, content: real(self, name, b"\0" * Path(content).stat().st_size)  # noqa: E731
-    monkeypatch.setattr(objects.ObjectLocation, "put", broken)
+    monkeypatch.setattr(object_stores.ObjectLocation, "put", broken)
     with pytest.raises(CacheError, match="did not arrive as it was sent"):
         push(source, f"s3://{bucket[0]}/cache")
 
@@ -571,7 +572,7 @@ def test_gcs_writes_of_two_pushes_both_arrive(source: Path, monkeypatch) -> None
     with serve_gcs("shared") as google:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
         url = "gs://shared/cache"
-        real = objects.ObjectLocation.put_if
+        real = object_stores.ObjectLocation.put_if
         raced = []
 
         def put_if(self, name, content, previous):
@@ -580,7 +581,7 @@ def test_gcs_writes_of_two_pushes_both_arrive(source: Path, monkeypatch) -> None
                 push(source, url, features=["dino@9"])
             return real(self, name, content, previous)
 
-        monkeypatch.setattr(objects.ObjectLocation, "put_if", put_if)
+        monkeypatch.setattr(object_stores.ObjectLocation, "put_if", put_if)
         push(source, url, features=["vae/G3"])
         assert [name for name in google.refused if not name.endswith("SHA256SUMS")] == ["cache/zarr.json"]
         held = set(list_remote(url)[0].manifest.features)

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.errors import UserError
 
 
 def _imagenet_file() -> Path | None:
     """timm's ImageNet weights of ResNet-18, from the local Hugging Face cache or the hub; None elsewhere."""
     import timm
-
-    from featcache.encoders.hub import HubUnreachable, hub_file
 
     entry = timm.get_pretrained_cfg("resnet18")
     if entry is None or not entry.hf_hub_id:
@@ -39,8 +40,6 @@ def resnet18_state(weights: str) -> dict[str, Tensor] | None:
     """
     if weights == "random":
         return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if weights == "auto":
         path = _imagenet_file()

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from featcache.codecs import CODECS, decode, encode, stored_arrays
 from featcache.encoders.base import WeightsSource
+from featcache.encoders.vae import VaeEncoder
+from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
 from featcache.inspect import source_of
 from trainer.align.base import AlignInputs
@@ -70,9 +72,6 @@ def recompute(subject: Subject, names: list[str], rows: slice) -> dict[str, Tens
 
 
 def _encoder(subject: Subject, name: str) -> Any:
-    from featcache.encoders.vae import VaeEncoder
-    from featcache.encoders.vision import VisionEncoder
-
     spec, options = subject.cache.manifest.features[name], subject.options
     random = spec.provenance.get("seed") if spec.provenance.get("weights") == "random" else None
     weights = WeightsSource(weights_dir=Path(options.weights_dir) if options.weights_dir else None, random_seed=random)

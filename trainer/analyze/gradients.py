@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from featcache.errors import UserError
 
@@ -132,7 +133,6 @@ def block_gradients(
 
 def _plain_attention() -> Any:
     # The fused kernels have no batching rule for their backward pass; the plain formula is differentiated as it is.
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.MATH)
 

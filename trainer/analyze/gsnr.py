@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainer.analyze.gradients import GradientMoments, Moments, block_gradients, gsnr, hidden_gradients
 from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
@@ -58,8 +59,6 @@ def measure(subject: Subject) -> dict[str, list[Moments]]:
 
 
 def _flat(by_depth: dict[int, Any]) -> Any:
-    import torch
-
     return torch.cat([g.flatten(1) for g in by_depth.values()], dim=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib import colormaps
 from PIL import Image
 
 SIDE = 112
@@ -16,8 +17,6 @@ def enlarge(pixels: np.ndarray, *, smooth: bool = False) -> np.ndarray:
 
 def heat(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     """float [g, g] -> uint8 [SIDE, SIDE, 3] in matplotlib's viridis; outside values take the ends' colours."""
-    from matplotlib import colormaps
-
     scaled = np.clip((values - low) / (high - low), 0, 1)
     return enlarge((colormaps["viridis"](scaled)[..., :3] * 255).round().astype(np.uint8))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import featcache
 from featcache.errors import CacheError, UserError
-from featcache.inspect import read_feature
+from featcache.inspect import images_of, read_feature
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import AlignInputs, Alignment
 from trainer.align.combined import Combined
@@ -352,6 +352,4 @@ def choose(total: int, count: int, *, seed: int) -> np.ndarray:
 
 def pixels_of(subject: Subject, rows: slice) -> np.ndarray:
     """The samples' images, uint8 [b, R, R, 3]."""
-    from featcache.inspect import images_of
-
     return images_of(subject.cache, subject.options.data, subject.indices[rows].tolist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from featcache.console import console, run_app, safe
-from featcache.errors import UserError
+from featcache.errors import UserError, os_error
+from featcache.redact import is_redacted
 from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
+from trainer.analyze import DIAGNOSTICS
 from trainer.analyze.config import AnalyzeConfig, parse_what
 from trainer.cli import tools as commands
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs.config import RunConfig, apply_overrides
-from trainer.runs.recipes import load_recipe
 
 app = typer.Typer(
     name="trainer",
@@ -70,10 +72,6 @@ def _one_voice() -> Iterator[bool]:
     An error that all ranks meet is the main rank's to print, whereupon torchrun ends the others. One that is another
     rank's alone is printed when that has not happened for a while.
     """
-    import warnings
-
-    from featcache.errors import UserError, os_error
-
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         yield True
@@ -103,6 +101,7 @@ def _leave_a_core() -> None:
 
 def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str], *, resume: bool) -> Any:
     """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top."""
+    from trainer.runs.recipes import load_recipe
 
     values = (load_recipe(recipe) if recipe is not None else {}) | given
     if resume:
@@ -112,7 +111,6 @@ def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str]
 
 def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
     """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
-    from featcache.redact import is_redacted
     from trainer.runs.folder import ROOT, checked_name, load_config, newest_run
 
     name = apply_overrides(values, overrides).get("name")
@@ -218,7 +216,6 @@ def analyze(
 ) -> None:
     """See why an alignment works: diagnostics as numbers, plots and one page. [dim]Example: trainer analyze runs/ahpa[/dim]"""
     from featcache.progress import RichBar
-    from trainer.analyze import DIAGNOSTICS
     from trainer.report.analyze import analyze_runs
 
     chosen = parse_what(what, tuple(DIAGNOSTICS))
@@ -252,7 +249,6 @@ def recipes(
     ] = "",
 ) -> None:
     """List the recipes, one a row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
-    from featcache.console import safe
     from trainer.runs.recipe_pages import page
 
     for line in page(text, width=min(console.width, 120)):

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from featcache.console import console, safe
+from featcache.errors import UserError
+from featcache.machine import pick_device
 
 
 def import_(
@@ -60,7 +62,6 @@ def stats(
     weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights.")] = None,
 ) -> None:
     """Make reference statistics once, to judge many runs by (trainer eval --reference FILE)."""
-    from featcache.machine import pick_device
     from trainer.evaluate.extractors import build_extractor
     from trainer.evaluate.references import write_statistics
 
@@ -78,7 +79,6 @@ def compare(
     ] = None,
 ) -> None:
     """Put runs side by side in one page: curves at equal steps and equal time, same-noise sample strips."""
-    from featcache.errors import UserError
     from trainer.report.run import write_run_report
 
     if len(runs) < 2:

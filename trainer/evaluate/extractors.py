@@ -17,8 +17,13 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
 
 from featcache.encoders.base import WeightsSource, find_weights, load_file, seeded, weights_sha256
+from featcache.encoders.tiny import load_tiny_vit
 from featcache.errors import UserError, WeightsUnavailable
 
 # Metric -> the name it is reported under by each extractor.
@@ -96,8 +101,6 @@ def inception_class() -> type[nn.Module]:
 
     The class is made on demand: torch-fidelity takes a second to import.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
     class InceptionV3ADM(FeatureExtractorInceptionV3):
         """See `inception_class`."""
@@ -142,8 +145,6 @@ def inception_class() -> type[nn.Module]:
 
 def register_with_torch_fidelity() -> str:
     """Make the extractor known to torch-fidelity's own functions and command line; returns its name there."""
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-
     if TORCH_FIDELITY_NAME not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(TORCH_FIDELITY_NAME, inception_class())
     return TORCH_FIDELITY_NAME
@@ -151,8 +152,6 @@ def register_with_torch_fidelity() -> str:
 
 def build_inception(state_dict: dict[str, Tensor] | None, *, seed: int = 0) -> nn.Module:
     """The registered extractor, float32, frozen, with the given weights or, if None, seeded random ones."""
-    from torch_fidelity.utils import create_feature_extractor
-
     name = register_with_torch_fidelity()
     # torch-fidelity unpickles the file it is given without restriction. It therefore gets bytes written here,
     # from tensors that were loaded safely, never a file from elsewhere.
@@ -172,8 +171,6 @@ def build_inception(state_dict: dict[str, Tensor] | None, *, seed: int = 0) -> n
 
 
 def _inception_weights(source: WeightsSource) -> dict[str, Tensor]:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
     stem = Path(INCEPTION_FILE).stem
     tried = []
     if source.weights_dir is not None:
@@ -261,8 +258,6 @@ class EmbeddedExtractor:
     is_standard = False
 
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
-        from featcache.encoders.tiny import load_tiny_vit
-
         self._module: Any = load_tiny_vit()
         prefix = "embedded"
         if source.random_seed is not None:

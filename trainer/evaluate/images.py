@@ -19,8 +19,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+import featcache
 from featcache.errors import UserError
-from featcache.sources.base import EXTENSIONS
+from featcache.inspect import source_of
+from featcache.sources.base import EXTENSIONS, sample_order
 from featcache.sources.decoders import decode_pil
 from featcache.sources.opening import Unreadable, explained, read_file
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
@@ -353,9 +355,6 @@ class CacheImages:
             UserError: the images are not here; other than for `featcache inspect`, decoded latents will not
                 do.
         """
-        from featcache.inspect import source_of
-        from featcache.sources.base import sample_order
-
         dataset = self.cache.manifest.dataset
         source = source_of(self.cache, self.data)
         if source is None:
@@ -393,16 +392,12 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
             raise UserError(f"there is no file {text}", remedy="Pass an existing shard.")
         return TarImages(pattern=text)
     if "://" in text:
-        import featcache
-
         return CacheImages(cache=featcache.open(text), data=data)
     if not path.exists():
         raise UserError(f"there is nothing at {text}", remedy="Pass an npz file, a tar shard, a folder or a cache.")
     if path.suffix == ".npz":
         return NpzImages(path=path)
     if (path / "zarr.json").is_file() or (path / "manifest.json").is_file():
-        import featcache
-
         return CacheImages(cache=featcache.open(path), data=data)
     if path.is_dir():
         return FolderImages(path=path, resolution=resolution)

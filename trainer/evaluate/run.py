@@ -9,9 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from featcache.errors import UserError, WeightsUnavailable
 from featcache.machine import pick_device
+from featcache.sources.open import find_data
 from trainer import distributed
+from trainer.evaluate.extractors import build_extractor
+from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
+from trainer.evaluate.references import open_reference
 from trainer.interval import Interval
 from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
@@ -20,6 +26,7 @@ from trainer.runs import locks
 from trainer.runs.config import RunConfig
 from trainer.runs.published import Sampling, parse_published
 from trainer.runs.recipes import load_recipe_file
+from trainer.runs.records import cache_summary, run_model_config
 from trainer.sampling.run import Bar, sample_run
 
 if TYPE_CHECKING:
@@ -89,10 +96,6 @@ def _check_before_drawing(
     run: Path, request: EvalRequest, extractor: Extractor, reference: str, data: str | None
 ) -> None:
     """What would fail after drawing fails now."""
-    from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics
-    from trainer.evaluate.references import open_reference
-    from trainer.runs.records import cache_summary
-
     chosen = chosen_metrics(request.metrics or None, extractor)
     resolution = int(cache_summary(run)["dataset"]["preprocessing"]["resolution"])
     open_reference(
@@ -130,10 +133,6 @@ def _judge(
     *,
     require_labels: bool = False,
 ) -> dict[str, Any]:
-    import torch
-
-    from trainer.evaluate.judge import evaluate
-
     with torch.inference_mode():
         result = evaluate(
             samples,
@@ -202,8 +201,6 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> t
 
 def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
     """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""
-    from trainer.runs.records import run_model_config
-
     on_gpu = device.startswith("cuda")
     model = run_model_config(run, config)
     paper = recipe_sampling(config) or Sampling()
@@ -231,8 +228,6 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
 
 def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
     """The feature extractor of that name; ``auto`` is Inception where its weights are to be had, else the embedded one."""
-    from trainer.evaluate.extractors import build_extractor
-
     folder = None if weights_dir is None else Path(weights_dir)
     if name != "auto":
         return build_extractor(name, weights_dir=folder, device=device)
@@ -245,8 +240,6 @@ def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) 
 
 def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
     """What to compare with: ``--reference``, else the cache's own images. Returns (where, data folder)."""
-    from trainer.runs.records import cache_summary
-
     if request.reference is not None:
         return request.reference, request.data
     summary = cache_summary(run)
@@ -267,7 +260,6 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
 def data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
     if summary["dataset"]["source"].startswith("shapes "):
         return None
-    from featcache.sources.open import find_data
 
     try:
         return find_data(data)

@@ -14,7 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from featcache.console import plain
 from featcache.store import files
@@ -82,10 +87,6 @@ def literal(text: str) -> str:
 
 def render_svg(chart: Chart) -> str:
     """The chart as one `<svg>` element without fixed colours or ids, title and legend left to the page."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     with matplotlib.rc_context(_settings(chart.title + chart.y_label + chart.x_label, 11)):
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
         FigureCanvasSVG(figure)
@@ -100,10 +101,6 @@ def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
 
     Raises UserError if the disk refuses.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with matplotlib.rc_context(_settings("analysis", 10)):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
@@ -127,8 +124,6 @@ def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
 
 
 def _draw_chart(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grid: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     for series in chart.series:
         colour = colours[series.colour % len(colours)]
         x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)

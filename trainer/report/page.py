@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from featcache.console import plain
@@ -56,9 +58,6 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 @functools.cache
 def _environment() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -81,8 +80,6 @@ def _environment() -> Any:
 
 def picture(image: Path | np.ndarray) -> dict[str, Any]:
     """What `<img>` needs: the picture as a data URI, its size in pixels, and whether it may grow to its column."""
-    from markupsafe import Markup
-
     data, width, height = _png(image)
     source = Markup(f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}")
     # Grids of small images may grow; larger ones only shrink.

@@ -8,11 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from featcache.errors import UserError
+import featcache
+from featcache.errors import CacheError, UserError
+from featcache.inspect import contact_sheet, images_of
+from trainer import align
+from trainer.align.base import FeatureInfo
 from trainer.evaluate.run import data_folder
+from trainer.report.data import load_run
+from trainer.report.page import Figure
+from trainer.report.report import router_chart, write_comparison, write_report
+from trainer.report.table import Published
+from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.published import parse_published
+from trainer.runs.records import cache_summary, run_model_config
+from trainer.sampling.draw import grid_classes
+from trainer.training.state import backbone_info
 
 REFERENCE_TILES = (4, 8)  # rows, columns
 
@@ -27,9 +40,6 @@ def write_run_report(
     Raises:
         UserError: a folder is not a run, or is named twice.
     """
-    from trainer.report.data import load_run
-    from trainer.report.report import write_comparison, write_report
-
     for folder in folders:
         runs.load_config(folder)
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -55,13 +65,6 @@ def _below_root(folder: Path) -> str:
 
 def _reference_figures(folder: Path) -> list[Any]:
     """Real images of the run's cache in the order of the sample grid, and the PCA picture of what is cached."""
-    import featcache
-    from featcache.errors import CacheError
-    from featcache.inspect import contact_sheet, images_of
-    from trainer.report.page import Figure
-    from trainer.runs.records import cache_summary
-    from trainer.sampling.draw import grid_classes
-
     try:
         summary = cache_summary(folder)
         cache = featcache.open(runs.cache_path(folder, summary))
@@ -103,18 +106,9 @@ def _reference_figures(folder: Path) -> list[Any]:
 
 def router_charts(folder: Path, name: str | None = None, points: int = 101) -> list[Any]:
     """AHPA's inter-group and intra-group weights over t at the latest checkpoint (AHPA, Fig. 5); empty for other methods."""
-    import torch
-
-    from trainer.align.base import FeatureInfo
-    from trainer.report.report import router_chart
-    from trainer.runs import checkpoint
-    from trainer.runs.records import cache_summary, run_model_config
-
     config = runs.load_config(folder)
     if config.methods != ("ahpa",) or not checkpoint.list_checkpoints(folder):
         return []
-    from trainer import align
-    from trainer.training.state import backbone_info
 
     summary = cache_summary(folder)
     features = {name: FeatureInfo(shape=tuple(f["shape"])) for name, f in summary["features"].items()}
@@ -156,8 +150,6 @@ def features_layers(summary: Mapping[str, Any], feature: str, count: int) -> lis
 
 def _published(folder: Path, name: str) -> list[Any]:
     """The figures that a run's recipe carries from its paper, then those that it was evaluated beside, each once."""
-    from trainer.report.table import Published
-
     config = runs.load_config(folder)
     entries = [config.published, *(e["figure"] for e in runs.read_metrics(folder) if "figure" in e)]
     figures = {}

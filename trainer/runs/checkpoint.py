@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featcache.errors import CacheError, UserError, os_error
 from featcache.store import files
 from trainer.distributed import like, local
+from trainer.runs import schemas
 
 _NAME = re.compile(r"step_([0-9]{7,16})")
 _MAX_STATE_BYTES = 1 << 20
@@ -76,8 +79,6 @@ def save_checkpoint(
         tensors: file stem -> state dict, in host memory.
         state: JSON-able values for ``state.json``.
     """
-    from safetensors import SafetensorError
-
     final = checkpoint_path(run, step)
     files.inside(run, "checkpoints")
     if (final / "state.json").is_file():
@@ -131,8 +132,6 @@ def tidy(run: Path, *, keep: int) -> None:
 
 def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     """A new folder with everything in it, on the disk when this returns."""
-    from safetensors.torch import save_file
-
     folder.mkdir()
     for stem, values in tensors.items():
         save_file({k: v.contiguous() for k, v in values.items()}, folder / f"{stem}.safetensors")
@@ -158,9 +157,6 @@ def load_tensors(checkpoint: Path, stem: str, *, device: str = "cpu") -> dict[st
     Raises:
         UserError: the file is missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = checkpoint / f"{stem}.safetensors"
     try:
         os.close(files.open_to_read(path))  # neither a link nor a pipe
@@ -177,8 +173,6 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged, or of another step than its folder's name says.
     """
-    from trainer.runs import schemas
-
     path = checkpoint / "state.json"
     try:
         state = json.loads(files.read_bounded(path, _MAX_STATE_BYTES))

@@ -15,6 +15,9 @@ from pydantic import Field
 
 from featcache.errors import UserError
 from featcache.settings import Count, Index, NotNegative, Option, Positive, Share, from_mapping, number, settings
+from trainer.align import config_class, method_names, split_methods
+from trainer.models import model_config
+from trainer.runs.published import parse_published
 
 if TYPE_CHECKING:
     from trainer.models import ModelConfig
@@ -106,13 +109,9 @@ class RunConfig:
         self._check_model()
         self._check_methods()
         if self.published:
-            from trainer.runs.published import parse_published
-
             parse_published(self.published)
 
     def _check_model(self) -> None:
-        from trainer.models import model_config
-
         model_config(self.model, latent_channels=4, latent_size=8, num_classes=1)  # unknown names are errors here
         for key in ("path", "time_sampling"):
             default = next(f.default for f in dataclasses.fields(self) if f.name == key)
@@ -123,8 +122,6 @@ class RunConfig:
                 )
 
     def _check_methods(self) -> None:
-        from trainer.align import split_methods
-
         split_methods(self.method)  # unknown, repeated and contradicting names are errors here
         stray = sorted(set(self.align) - set(self.methods))
         if stray:
@@ -146,8 +143,6 @@ class RunConfig:
         Raises:
             UserError: patch and latent sizes do not fit.
         """
-        from trainer.models import model_config
-
         return model_config(
             self.model,
             latent_channels=vae["latent_channels"],
@@ -159,8 +154,6 @@ class RunConfig:
 
     def method_config(self, method: str) -> Any:
         """The method's own frozen configuration, validated."""
-        from trainer.align import config_class
-
         return from_mapping(config_class(method), self.align.get(method) or {}, where=f"align.{method}")
 
 
@@ -172,7 +165,6 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         UserError: an override without ``=``, or one below something that is no mapping.
     """
-    from trainer.align import method_names
     from trainer.runs.yaml_text import parse_yaml
 
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import featcache
 from featcache.errors import UserError
 from featcache.store import files
 from trainer.runs import checkpoint, locks
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
+from trainer.runs.records import run_model_config
+from trainer.runs.weights_io import export_official, import_official
 
 # What the public checkpoints were all trained on; the VAE's weights are checked only where a hash is known.
 _VAE = {"name": "sd-ft-ema", "sha256": None, "scaling_factor": 0.18215, "shift_factor": 0.0, "downsampling": 8}
@@ -19,8 +22,6 @@ CONVENTIONS = ("repa", "sra", "sit", "dit")
 
 def _summary_of(path: str, shape: object) -> dict[str, Any]:
     """What a run records of the cache at ``path``. Raises `UserError` if its latents are not of this shape."""
-    import featcache
-
     cache = featcache.open(path)
     cache.require(["vae/moments"])
     found = list(cache.manifest.features["vae/moments"].shape)
@@ -50,8 +51,6 @@ def import_checkpoint(
     Raises:
         UserError: an unreadable or refused file, a size without a name, or a run folder that exists.
     """
-    from trainer.runs.weights_io import import_official
-
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--convention {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
     if weights not in ("ema", "model"):
@@ -107,9 +106,6 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     Raises:
         UserError: no such run, an unknown convention, or a model the convention has no place for.
     """
-    from trainer.runs.records import run_model_config
-    from trainer.runs.weights_io import export_official
-
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
     at, folder = checkpoint.find_checkpoint(run, step)

@@ -14,7 +14,8 @@ from featcache.redact import is_redacted, redact
 from featcache.settings import from_mapping, to_mapping
 from featcache.store import files
 from featcache.store.manifest import nested_deeper
-from trainer.runs import locks
+from featcache.store.root import cache_digest
+from trainer.runs import locks, schemas
 from trainer.runs.config import RunConfig
 
 ROOT = Path("runs")
@@ -204,8 +205,6 @@ def check_digest(cache: Any, expected: str) -> None:
 
 
 def _digest(cache: Any) -> str:
-    from featcache.store.root import cache_digest
-
     return cache_digest(cache.manifest)
 
 
@@ -368,8 +367,6 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged.
     """
-    from trainer.runs import schemas
-
     path = run / "cache.json"
     summary = read_json(path, None)
     if summary is None and not path.exists():
@@ -399,8 +396,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: it is damaged.
     """
-    from trainer.runs import schemas
-
     path = run / "metrics.json"
     remedy = "Delete or repair the file; trainer eval writes it anew."
     return schemas.check(read_json(path, []), list[schemas.Evaluation], path, remedy=remedy)

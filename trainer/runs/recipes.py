@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pipelines
 from featcache.errors import UserError
 from featcache.settings import from_mapping
 from trainer.runs.config import RunConfig
@@ -111,8 +112,6 @@ class _Entry:
 
 def recipe_root() -> Path:
     """Folder of the project's own recipes: ``pipelines`` of the checkout, or where the package is installed."""
-    import pipelines
-
     return Path(pipelines.__path__[0]).resolve()
 
 
@@ -367,6 +366,5 @@ def load_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as :func:`trainer.runs.recipes.load_recipe_file`.
     """
-    from trainer.runs.recipes import load_recipe_file
 
     return dict(load_recipe_file(path).values)

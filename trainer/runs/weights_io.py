@@ -32,6 +32,7 @@ from featcache.errors import UserError
 from featcache.store import files
 from trainer.models.blocks import sincos_positions, time_frequencies
 from trainer.models.config import SIZES, ModelConfig
+from trainer.models.transformer import Transformer, check_fit
 from trainer.runs import locks
 from trainer.runs.checkpoint import REAL_DTYPES
 
@@ -409,8 +410,6 @@ def _placeholder_heads(convention: str, width: int) -> dict[str, Tensor]:
 
 def _check_keys(state: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
     """Key by key against the model, without allocating its weights."""
-    from trainer.models.transformer import Transformer, check_fit
-
     with torch.device("meta"):
         model = Transformer(config)
     check_fit(model, state, source=str(path))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from featcache.encoders.base import WeightsSource
@@ -312,8 +313,6 @@ def class_grid(
 
 def save_png(pixels: np.ndarray, path: Path) -> None:
     """uint8 [H, W, 3] to a PNG, replaced whole. Raises UserError if the disk refuses."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     files.make_directory(path.parent)
