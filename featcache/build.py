@@ -7,6 +7,7 @@ divides it. The bytes of a cache do not depend on how often the build was interr
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,7 +59,10 @@ class BuildResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A request with its source and encoders opened: what every worker derives alike before anything is written."""
+    """A request with its source and encoders opened: what every worker derives alike before anything is written.
+
+    there: those features that were asked for and that the cache holds already, as they were asked for.
+    """
 
     request: BuildRequest
     path: Path
@@ -66,6 +70,7 @@ class Plan:
     specs: tuple[FeatureSpec, ...]
     existing: Any
     work: Work
+    there: tuple[FeatureSpec, ...] = ()
 
 
 SAMPLE_FEATURES = ("label", "key", "content")
@@ -104,6 +109,7 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     dataset = _dataset(request, source, order, resolution, decoder, encoders, existing)
     if existing is not None:
         _check_same_images(existing, dataset, encoders)
+    there: list[FeatureSpec] = []
     if existing is not None and again:
         specs = [existing.manifest.features[name] for name in again]
         _check_same_weights(specs, [*encoders, *texts.encoders])
@@ -114,6 +120,7 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
         specs += _text_specs(request, texts)
         if existing is not None:
             _check_same_captions([s for n, s in existing.manifest.features.items() if _is_text(n)], texts.origin)
+            there = [spec for spec in specs if spec.name in existing.manifest.features]
             specs = [spec for spec in specs if spec.name not in existing.manifest.features]
     path = request.into or request.out or Path("caches") / derived_name(dataset, specs)
     wanted = {spec.name: spec for spec in specs}
@@ -139,7 +146,15 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
         captions=texts.captions if any(map(_is_text, wanted)) else None,
         captions_per_image=texts.per_image,
     )
-    return Plan(request=request, path=path, dataset=dataset, specs=tuple(specs), existing=existing, work=work)
+    return Plan(
+        request=request,
+        path=path,
+        dataset=dataset,
+        specs=tuple(specs),
+        existing=existing,
+        work=work,
+        there=tuple(there),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +299,7 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
             if writer is not None:
                 writer.refresh()
                 skipped = finish(plan, writer)
+                warn_of_kept(plan, progress)
                 warn_of_bare_images(plan, progress)
             else:
                 skipped = ()
@@ -336,6 +352,28 @@ def finish(plan: Plan, writer: CacheWriter) -> tuple[str, ...]:
     """Makes the features visible. Returns the keys of the images that this build left out."""
     before = {entry.slot for entry in plan.existing.manifest.skipped} if plan.existing is not None else set()
     return tuple(entry.key for entry in writer.finish().skipped if entry.slot not in before)
+
+
+def warn_of_kept(plan: Plan, progress: Progress) -> None:
+    """Says which features stay as they are in the cache although they were asked for otherwise."""
+    for spec in plan.there:
+        have = plan.existing.manifest.features[spec.name]
+        differences = [
+            f"{key} {getattr(have, key)}, not {getattr(spec, key)}"
+            for key in ("codec", "shape", "views")
+            if getattr(have, key) != getattr(spec, key)
+        ]
+        differences += [
+            f"{key} {have.provenance.get(key)!s:.40}, not {value!s:.40}"
+            for key, value in spec.provenance.items()
+            if key not in ("versions", "captions") and have.provenance.get(key) != value
+        ]
+        if differences:
+            remove = f"featcache rm {shlex.quote(str(plan.path))} --features {spec.name}"
+            progress.warn(
+                f"{spec.name} is there already and stays as it is: {'; '.join(differences)}. "
+                f"To make it anew, type {remove} and then the same command again."
+            )
 
 
 def warn_of_bare_images(plan: Plan, progress: Progress) -> None:

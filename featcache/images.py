@@ -30,6 +30,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from featcache.encoders import is_number
 from featcache.errors import UserError, first_line
 from featcache.keys import key_bytes, printable
 from featcache.sources.opening import Unreadable, file_size, raise_unreadable, read_file
@@ -372,7 +373,7 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
     """
     if data == "shapes" or data.startswith("shapes:"):
         seed = data.partition(":")[2] or "0"
-        if not seed.isdigit():
+        if not is_number(seed):
             raise UserError(f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0")
         return ShapesSource(count=limit or 2000, resolution=resolution, seed=int(seed))
     try:

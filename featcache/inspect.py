@@ -168,5 +168,10 @@ def contact_sheet(cache: Any, *, data: str | None = None, count: int = 6) -> Ima
 
 
 def save_sheet(cache: Any, out: Path, *, data: str | None = None, count: int = 6) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(cache, data=data, count=count).save(out)
+    """:func:`contact_sheet` into a picture file, whole or not at all; folders are made as needed."""
+    from featcache.store import files
+
+    sheet = contact_sheet(cache, data=data, count=count)
+    files.make_directory(out.parent)
+    with files.atomic_file(out, durable=False) as file:
+        sheet.save(file, Image.registered_extensions()[out.suffix.lower()])

@@ -207,7 +207,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         )
     total = plan.bytes_per_image * plan.count
     sizes.add_row("[bold]all[/bold]", "", "", size_text(plan.bytes_per_image), f"[bold]{size_text(total)}[/bold]")
-    console.print(sizes)
+    console.print_table(sizes)
     views = max(spec.views for spec in plan.specs)
     read = sum(spec_bytes(spec) // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
     console.print(
@@ -219,7 +219,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     rates = table("stage", "images/s")
     for stage, rate in plan.rates.items():
         rates.add_row(safe(stage), f"{rate:.3g}")
-    console.print(rates)
+    console.print_table(rates)
     hours, minutes = divmod(round(plan.seconds / 60), 60)
     console.print(
         f"{plan.count} images in about {hours} h {minutes} min on this machine's device"
@@ -229,7 +229,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         speeds = table(f"encode {safe(encoder)}", "images/s")
         for kind, rate in by_precision.items():
             speeds.add_row(f"--precision {kind}", f"{rate:.3g}")
-        console.print(speeds)
+        console.print_table(speeds)
     for name, kinds in plan.precision.items():
         errors = table(f"{safe(name)} against fp32", "mean cosine", "worst cosine", "relative error")
         for kind, row in kinds.items():
@@ -239,7 +239,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
                 _figure(row["worst_cosine"], ".6f"),
                 _figure(row["relative_error"], ".2e"),
             )
-        console.print(errors)
+        console.print_table(errors)
     if plan.precision and plan.device == "cpu":
         console.print("tf32 is fp32 on a CPU: it exists on GPUs only")
     for name, codecs in plan.fidelity.items():
@@ -252,4 +252,4 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
                 _figure(row["worst_cosine"], ".6f"),
                 _figure(row["relative_error"], ".2e"),
             )
-        console.print(losses)
+        console.print_table(losses)

@@ -176,9 +176,12 @@ def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | No
         missing = [name for name in features if name not in manifest.features]
         if missing:
             have = ", ".join(sorted(manifest.features))
-            raise CacheError(f"the cache does not hold {', '.join(missing)} (it holds {have})")
+            raise CacheError(f"the cache does not hold {', '.join(missing)}", remedy=f"it holds {have}")
         if manifest.format == "wds" and set(features) != set(manifest.features):
-            raise CacheError("a webdataset cache holds all features in each tar: pull it whole, then convert it")
+            raise CacheError(
+                "a webdataset cache holds all features in each tar, and goes as a whole",
+                remedy="leave --features out, then take them from the copy: featcache convert COPY NEW --to zarr --features ...",
+            )
         wanted = {*features, *(name for name in _ALWAYS if name in manifest.features)}
         part = part.only(wanted)
     if samples is not None:

@@ -174,7 +174,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
         raise UserError(
             "--engine ray needs Ray, which is not installed", remedy="pip install 'featcache-trainer[ray]'"
         ) from error
-    from featcache.build import BuildResult, features_note, finish, lead, prepare, warn_of_bare_images
+    from featcache.build import BuildResult, features_note, finish, lead, prepare, warn_of_bare_images, warn_of_kept
 
     started = not ray.is_initialized()
     if started:
@@ -210,6 +210,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
             )
             writer.refresh()
             skipped = finish(plan, writer)
+            warn_of_kept(plan, progress)
             warn_of_bare_images(plan, progress)
     finally:
         if started:

@@ -14,6 +14,7 @@ import typer
 
 from featcache.console import console, run_app, safe
 from featcache.errors import UserError
+from featcache.paths import typed
 from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
 from trainer import commands
 from trainer.analyze.config import AnalyzeConfig, parse_what
@@ -59,7 +60,7 @@ def run(
 
         with RichWatcher() as watcher:
             folder = train(config, resume=resume, watcher=watcher, expect=expect)
-        console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(folder)}")
+        console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
 
 
 @contextmanager

@@ -304,11 +304,14 @@ def write_run_report(
     The comparison goes to ``comparison.html`` in the first run's folder where ``out`` is None.
 
     Raises:
-        UserError: a folder is not a run, or is named twice.
+        UserError: a folder is not a run, or is named twice; ``out`` is no name for a page.
     """
+    from featcache.paths import PAGES, check_output
     from trainer.report.data import load_run
     from trainer.report.report import write_comparison, write_report
 
+    if out is not None:
+        check_output(out, PAGES, example="report.html")
     for folder in folders:
         runs.load_config(folder)
     if len({folder.resolve() for folder in folders}) < len(folders):

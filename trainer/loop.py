@@ -415,7 +415,7 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
     unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
     if unused and not is_remote(job.cache.path):
         job.watcher.warn(
-            f"{' and '.join(unused)} have no effect: {job.cache.path} is on this machine, so nothing streams"
+            f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect: {job.cache.path} is on this machine, so nothing streams"
         )
     if start >= config.steps:
         job.watcher.warn(f"{job.run} has {start} steps already; nothing to do (raise --steps to go on)")

@@ -53,6 +53,7 @@ from featcache.store.layout import (
 )
 from featcache.store.manifest import (
     MAX_METADATA_BYTES,
+    MAX_SHARD_SIZE,
     DatasetSpec,
     FeatureSpec,
     Manifest,
@@ -187,6 +188,11 @@ class CacheWriter:
             raise CacheError(f"there is no compressor {compressor!r}", remedy=f"use one of {', '.join(COMPRESSORS)}")
         if format == "wds" and compressor is not None:
             raise CacheError("webdataset caches are not compressed", remedy="use the zarr format, or no compressor")
+        if not 1 <= shard_size <= MAX_SHARD_SIZE:
+            raise CacheError(
+                f"a shard cannot hold {shard_size} samples: 1 to {MAX_SHARD_SIZE:,} are possible",
+                remedy="choose another --shard-size, or leave it out",
+            )
         wanted = Manifest(
             dataset=dataset,
             shard_size=shard_size,
@@ -203,7 +209,7 @@ class CacheWriter:
                 return _writer_class(wanted)(path, wanted)
         if not resume:
             raise CacheError(
-                f"there is a cache at {path} already", remedy="choose another --out, or leave --no-resume out"
+                f"there is a cache at {path} already", remedy="choose another folder, or call with resume=True"
             )
         require_same_dataset(existing, wanted, path)
         return _writer_class(existing)(path, existing)
@@ -706,7 +712,7 @@ def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> No
     if differences:
         raise CacheError(
             f"{path} holds a cache of other images or preprocessing:\n  " + "\n  ".join(differences),
-            remedy="use the same --data and options as that cache, or choose another --out",
+            remedy="use the same images and options as that cache, or choose another folder",
         )
 
 
@@ -717,7 +723,7 @@ def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> N
         raise CacheError(
             f"{path} holds {have.name!r} already (complete or begun), with another {key}: "
             f"{have.to_json()[key]!r:.300} there, {want.to_json()[key]!r:.300} here",
-            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another --out",
+            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another folder",
         )
 
 
@@ -842,6 +848,6 @@ def unfinished_features(path: Path) -> list[str]:
 
 def _refuse_foreign_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise CacheError(f"{path} is a file", remedy="choose another --out")
+        raise CacheError(f"{path} is a file", remedy="choose another folder")
     if path.is_dir() and not (path / STATE).is_dir() and find_root(path) is None and any(path.iterdir()):
-        raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another --out")
+        raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another folder")
