@@ -7,7 +7,6 @@ divides it. The bytes of a cache do not depend on how often the build was interr
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from featcache.encoders import TINY
 from featcache.errors import CacheError, UserError
 from featcache.images import CROP_NAME, Source, fingerprint, open_source, recorded_shapes
 from featcache.keys import from_printable, key_bytes
+from featcache.paths import typed
 from featcache.pipeline import Meter, Stage, Work, run_shards
 from featcache.request import BuildRequest
 from featcache.store import CacheWriter
@@ -291,15 +291,14 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
             progress = _Shared(progress, ranks) if ranks.size > 1 else progress
             note = features_note(work.specs) + ranks.note()
             progress.start(total=len(work.order), done=len(work.order) - left, note=note)
-            if writer is not None and work.captions is not None and work.captions.remark:
-                progress.warn(work.captions.remark)
+            for remark in remarks(plan) if writer is not None else ():
+                progress.warn(remark)
             mine = ranks.share(pending, request.schedule)
             run_shards(work, mine, shard_writer, meter=meter, advance=progress.advance, warn=progress.warn)
             ranks.wait(lambda: progress.advance(0))
             if writer is not None:
                 writer.refresh()
                 skipped = finish(plan, writer)
-                warn_of_kept(plan, progress)
                 warn_of_bare_images(plan, progress)
             else:
                 skipped = ()
@@ -354,26 +353,30 @@ def finish(plan: Plan, writer: CacheWriter) -> tuple[str, ...]:
     return tuple(entry.key for entry in writer.finish().skipped if entry.slot not in before)
 
 
-def warn_of_kept(plan: Plan, progress: Progress) -> None:
-    """Says which features stay as they are in the cache although they were asked for otherwise."""
-    for spec in plan.there:
-        have = plan.existing.manifest.features[spec.name]
-        differences = [
-            f"{key} {getattr(have, key)}, not {getattr(spec, key)}"
-            for key in ("codec", "shape", "views")
-            if getattr(have, key) != getattr(spec, key)
-        ]
-        differences += [
-            f"{key} {have.provenance.get(key)!s:.40}, not {value!s:.40}"
-            for key, value in spec.provenance.items()
-            if key not in ("versions", "captions") and have.provenance.get(key) != value
-        ]
-        if differences:
-            remove = f"featcache rm {shlex.quote(str(plan.path))} --features {spec.name}"
-            progress.warn(
-                f"{spec.name} is there already and stays as it is: {'; '.join(differences)}. "
-                f"To make it anew, type {remove} and then the same command again."
-            )
+def remarks(plan: Plan) -> list[str]:
+    """What whoever starts a build should know: images and captions that are left out, and features that stay as they
+    are in the cache although they were asked for otherwise."""
+    found = [getattr(part, "remark", None) for part in (plan.work.source, plan.work.captions)]
+    found += [_kept(plan.existing, spec, plan.path) for spec in plan.there]
+    return [remark for remark in found if remark]
+
+
+def _kept(existing: Any, spec: FeatureSpec, path: Path) -> str | None:
+    """How a feature of the cache differs from what is asked for."""
+    have = existing.manifest.features[spec.name]
+    pairs = [(key, getattr(have, key), getattr(spec, key)) for key in ("codec", "shape", "views")]
+    pairs += [
+        (key, have.provenance.get(key), value)
+        for key, value in spec.provenance.items()
+        if key not in ("versions", "captions")
+    ]
+    differences = [f"{key} {found!s:.40}, not {asked!s:.40}" for key, found, asked in pairs if found != asked]
+    if not differences:
+        return None
+    return (
+        f"{spec.name} is there already and stays as it is: {'; '.join(differences)}. To make it anew, type "
+        f"featcache rm {typed(path)} --features {spec.name} and then the same command again."
+    )
 
 
 def warn_of_bare_images(plan: Plan, progress: Progress) -> None:

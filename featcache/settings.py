@@ -207,10 +207,10 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
             high = context["le"]
             what = "must lie in [0, 1]" if high == 1 else f"can be {high:,} at most"
             return UserError(f"{name} is {value!r:.200}, but it {what}", remedy=f"Type at most {name}{sign}{high}.")
-        case "greater_than":
-            return UserError(f"{name} is {value!r}, but it must be positive", remedy=f"Type more than {name}{sign}0.")
-        case "finite_number":
-            return UserError(f"{name} is {value!r}, but it must be finite", remedy=f"Type a number for {name}.")
+        case "greater_than" | "finite_number":
+            return UserError(
+                f"{name} is {value!r}, but it must be positive and finite", remedy=f"Give {name} such a number."
+            )
     expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
     return UserError(
         f"{name} = {value!r:.200} is not valid: {expected}",

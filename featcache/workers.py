@@ -174,7 +174,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
         raise UserError(
             "--engine ray needs Ray, which is not installed", remedy="pip install 'featcache-trainer[ray]'"
         ) from error
-    from featcache.build import BuildResult, features_note, finish, lead, prepare, warn_of_bare_images, warn_of_kept
+    from featcache.build import BuildResult, features_note, finish, lead, prepare, remarks, warn_of_bare_images
 
     started = not ray.is_initialized()
     if started:
@@ -196,8 +196,8 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
             total = len(plan.work.order)
             left = sum(len(plan.work.slots(shard)) for shard in pending)
             progress.start(total=total, done=total - left, note=features_note(plan.work.specs) + " (Ray)")
-            if plan.work.captions is not None and plan.work.captions.remark:
-                progress.warn(plan.work.captions.remark)
+            for remark in remarks(plan):
+                progress.warn(remark)
             resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             remote: Any = ray.remote
             make = remote(max_restarts=0, **resources)(_Actor)
@@ -210,7 +210,6 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
             )
             writer.refresh()
             skipped = finish(plan, writer)
-            warn_of_kept(plan, progress)
             warn_of_bare_images(plan, progress)
     finally:
         if started:
