@@ -32,7 +32,7 @@ from featcache.store.manifest import DatasetSpec, FeatureSpec
 if TYPE_CHECKING:
     from featcache.workers import Ranks
 
-RESERVE_BYTES = 256 << 20  # free space to leave on the disk
+RESERVE_BYTES = 256 << 20  # free space to leave on the disk, of small caches as much as they take
 KEY_ALIGN = 8
 
 
@@ -641,16 +641,24 @@ def spec_bytes(spec: FeatureSpec) -> int:
     return spec.views * sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
 
 
+def room_for(n_bytes: float) -> float:
+    """Bytes that a disk must have free before so many are written to it: metadata, journals and others need some too."""
+    return n_bytes + min(RESERVE_BYTES, n_bytes)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk on which `path` lies or would lie."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
 def _check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> None:
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    needed = samples * sum(spec_bytes(spec) for spec in specs)
-    if needed + RESERVE_BYTES > free:
+    needed, free = room_for(samples * sum(spec_bytes(spec) for spec in specs)), free_bytes(path)
+    if needed > free:
         raise UserError(
-            f"{path} needs {needed / 1e9:.2f} GB more, but its disk has {free / 1e9:.2f} GB free",
-            remedy="Choose another disk with --out, fewer --vae-levels or layers, or --limit; nothing was written.",
+            f"{path} needs {needed / 1e6:,.1f} MB of free space, but its disk has {free / 1e6:,.1f} MB",
+            remedy="Choose another disk with --out, fewer --vae-levels or layers, or --limit; nothing was encoded.",
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.build import SAMPLE_FEATURES, BuildRequest, check_request, pick_device, prepare, spec_bytes
+from featcache.build import (
+    SAMPLE_FEATURES,
+    BuildRequest,
+    check_request,
+    free_bytes,
+    pick_device,
+    prepare,
+    room_for,
+    spec_bytes,
+)
 from featcache.codecs import CODECS, encode
 from featcache.encoders.base import in_precision, synchronise
 from featcache.errors import UserError
@@ -121,15 +129,12 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
     for name, feature in features.items():
         encode(work.specs[name].codec, feature)
     rates["quantise"] = len(images) / max(time.perf_counter() - start, 1e-9)
-    parent = plan.path
-    while not parent.exists():
-        parent = parent.parent
     return Estimate(
         path=plan.path,
         specs=tuple(plan.specs),
         count=len(work.order),
         device=work.device,
-        free_bytes=shutil.disk_usage(parent).free,
+        free_bytes=free_bytes(plan.path),
         rates=rates,
         fidelity={name: _fidelities(feature) for name, feature in features.items()} if measure else {},
         precision=precision,
@@ -214,7 +219,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {read * steps_per_s * batch / 1e9:.3g} GB/s"
         + (" (one of the two views)" if views > 1 else "")
     )
-    fits = "fits" if total < plan.free_bytes else "[red]does not fit[/red]"
+    fits = "fits" if room_for(total) <= plan.free_bytes else "[red]does not fit[/red]"
     console.print(f"{safe(plan.path)}: {size_text(plan.free_bytes)} free on its disk, {fits}")
     rates = table("stage", "images/s")
     for stage, rate in plan.rates.items():

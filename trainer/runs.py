@@ -120,7 +120,7 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
         UserError: the folder exists already, or was begun with other settings.
         CacheError: it was trained on other images or other features.
     """
-    if not (run / "config.yaml").exists():
+    if not is_run(run):
         return
     if not resume:
         raise UserError(
@@ -265,6 +265,11 @@ def save_config(run: Path, config: RunConfig) -> None:
     write_text(run / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (folder / "config.yaml").exists()
+
+
 def load_config(run: Path) -> RunConfig:
     """The resolved configuration of a run.
 
@@ -274,7 +279,7 @@ def load_config(run: Path) -> RunConfig:
     from trainer.yaml_text import read_yaml
 
     path = run / "config.yaml"
-    if not path.exists():
+    if not is_run(run):
         raise UserError(
             f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs."
         )
