@@ -135,7 +135,9 @@ class RunConfig:
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of the alignment methods in use; empty for ``none``."""
-        return tuple(m for m in self.method.split("+") if m != "none")
+        from trainer.align import split_methods
+
+        return tuple(name for name in split_methods(self.method) if name != "none")
 
     def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
         """Shape of the backbone for images of ``resolution`` pixels a side, given the manifest's ``dataset.vae``.

@@ -119,7 +119,7 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
         UserError: the folder exists already, or was begun with other settings.
         CacheError: it was trained on other images or other features.
     """
-    if not (run / "config.yaml").exists():
+    if not is_run(run):
         return
     if not resume:
         raise UserError(
@@ -190,18 +190,10 @@ def check_same_bytes(run: Path, cache: Any) -> str | None:
 
 
 def check_digest(cache: Any, expected: str) -> None:
-    """Raises CacheError unless ``cache`` has the digest ``expected`` (whole, or its first 12 hex digits or more)."""
-    wanted, found = expected.strip().lower(), _digest(cache)
-    if len(wanted) < 12 or any(c not in "0123456789abcdef" for c in wanted):
-        raise UserError(
-            f"--expect {expected!r:.80} is not a digest",
-            remedy="Pass the 64 hexadecimal digits that whoever made the cache gives for it, or at least the first 12.",
-        )
-    if not found.startswith(wanted):
-        raise CacheError(
-            f"{cache.path} has the digest {found}, not {wanted}",
-            remedy="It is another cache, or was changed: get it again from whom you trust.",
-        )
+    """Raises CacheError unless ``cache`` has the digest ``expected``, all of it."""
+    from featcache.store.signing import require_digest
+
+    require_digest(cache.manifest, expected, str(cache.path))
 
 
 def _digest(cache: Any) -> str:
@@ -270,6 +262,11 @@ def save_config(run: Path, config: RunConfig) -> None:
     write_text(run / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (folder / "config.yaml").exists()
+
+
 def load_config(run: Path) -> RunConfig:
     """The resolved configuration of a run.
 
@@ -279,7 +276,7 @@ def load_config(run: Path) -> RunConfig:
     from trainer.runs.yaml_text import read_yaml
 
     path = run / "config.yaml"
-    if not path.exists():
+    if not is_run(run):
         raise UserError(
             f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs."
         )

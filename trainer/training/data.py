@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.read.reader import epoch_order
+from featcache.read.order import epoch_order
 
 RING = 3  # device buffers: one in use, one ready, one being filled
 STAGING = 2  # pinned host buffers: one being copied to the GPU, one being read into
