@@ -23,7 +23,7 @@ from featcache.encoders import parse_encoders, parse_levels
 from featcache.errors import CacheError, UserError
 from featcache.paths import PAGES, check_output, on_this_machine, typed
 from featcache.settings import is_number
-from featcache.store import manage, trash
+from featcache.share import manage, trash
 
 Typed = Callable[..., tuple[int, str, str]]
 
