@@ -24,6 +24,7 @@ from featcache.errors import CacheError, UserError
 from featcache.paths import PAGES, check_output, on_this_machine, typed
 from featcache.settings import is_number
 from featcache.share import manage, trash
+from featcache.sources.open import open_source
 
 Typed = Callable[..., tuple[int, str, str]]
 
@@ -129,7 +130,7 @@ def test_numbers_are_ascii_digits() -> None:
         with pytest.raises(UserError, match="--resolution"):
             parse_resolution(text)
     with pytest.raises(UserError, match="must be a seed"):
-        featcache.images.open_source("shapes:²", resolution=64)
+        open_source("shapes:²", resolution=64)
 
 
 def test_lists_that_name_nothing_are_errors() -> None:
