@@ -88,8 +88,8 @@ def state_directory(path: Path) -> Path:
 
 @contextlib.contextmanager
 def cache_lock(path: Path) -> Iterator[None]:
-    """Hold the lock on a cache's metadata (for moments). On the way out an idle cache loses its state
-    directory.
+    """Hold the lock on a cache's metadata (for moments). What dead processes left goes on the way in; on the way out an
+    idle cache loses its state directory.
     """
     state = files.inside(path, STATE)
     held = locks.lock(files.inside(path, f"{STATE}/lock"))
@@ -98,8 +98,8 @@ def cache_lock(path: Path) -> Iterator[None]:
         # Whoever wrote these under this lock is dead.
         files.remove_parts(state)
         remove_others(path, (), _METADATA, only_parts=True)
-        yield
         _clear_published(path)
+        yield
         files.remove_empty_directory(state / "building")
         if find_root(path) is not None and not (state / "building").exists():
             files.remove_file(state / "dataset.json")
@@ -430,11 +430,15 @@ class CacheWriter:
 
     def _resume(self, spec: FeatureSpec) -> None:
         """Record what is built, or make sure that an earlier build was of the same."""
-        record = building_directory(self.path, spec.name) / "spec.json"
-        if record.is_file():
-            _require_same_feature(declared(record.parent), spec, self.path)
-        else:
-            files.atomic_write(record, [canonical_json(spec.to_json())])
+        directory = building_directory(self.path, spec.name)
+        if (directory / "spec.json").is_file():
+            _require_same_feature(declared(directory), spec, self.path)
+            return
+        # A journal that does not say of what it is, such as a dead repair's, vouches for nothing.
+        for name in files.names_in(directory):
+            if _ENTRY.match(name):
+                files.remove_file(directory / name)
+        files.atomic_write(directory / "spec.json", [canonical_json(spec.to_json())])
 
     def _journaled_shards(self, spec: FeatureSpec) -> set[int]:
         """Shards of a feature under way that are journaled and whole."""
