@@ -265,7 +265,7 @@ def restore_cache(path: Path) -> None:
 
 
 def _record(entry: Entry) -> Manifest | None:
-    """The manifest of the features in an entry, None where it was not yet written."""
+    """The manifest of the features in an entry, None where it was not yet written or cannot be read."""
     try:
         return read_root(entry.path)
     except CacheError:
@@ -338,14 +338,21 @@ def restore_features(cache: Path, wanted: Sequence[str] | None) -> list[str]:
 
 
 def remove_void(cache: Path, manifest: Manifest) -> None:
-    """Remove entries of the trash in which nothing lies: their removal never happened, or was undone. The caller holds
-    the cache's lock.
+    """Remove entries of the trash in which nothing lies: their removal never happened, or was undone. One that cannot be
+    read stays. The caller holds the cache's lock.
     """
     for entry in entries(cache_trash(cache)):
-        record = _record(entry)
-        specs = {} if record is None else record.features
-        if all(name in manifest.features and not _has_files(entry, spec) for name, spec in specs.items()):
+        if _is_void(entry, manifest):
             delete(entry)
+
+
+def _is_void(entry: Entry, manifest: Manifest) -> bool:
+    if not os.path.lexists(entry.path / ROOT_METADATA):  # it is written before anything comes here
+        return all(map(files.is_part, files.names_in(entry.path)))
+    record = _record(entry)
+    return record is not None and all(
+        name in manifest.features and not _has_files(entry, spec) for name, spec in record.features.items()
+    )
 
 
 def _forget(entry: Entry, names: Sequence[str]) -> None:
@@ -362,9 +369,11 @@ def _choose(cache: Path, manifest: Manifest, wanted: Sequence[str] | None) -> di
     """Entry -> features to restore from it. Entries whose removal never happened, or was undone, are passed over."""
     held: dict[str, Entry] = {}
     latest: tuple[Entry, list[str]] | None = None
+    unreadable: list[Entry] = []
     for entry in entries(cache_trash(cache)):
         record = None if entry.deleting else _record(entry)
         if record is None:
+            unreadable += [] if entry.deleting else [entry]
             continue
         names = [n for n in record.features if n not in manifest.features or _has_files(entry, record.features[n])]
         for name in names:
@@ -372,6 +381,11 @@ def _choose(cache: Path, manifest: Manifest, wanted: Sequence[str] | None) -> di
         if names and latest is None:
             latest = (entry, names)
     if latest is None:
+        if unreadable:
+            raise CacheError(
+                f"{unreadable[0].path / ROOT_METADATA} says what was removed, and cannot be read or is damaged",
+                remedy="if it is damaged, build or pull the features again; featcache gc empties the trash by age",
+            )
         raise CacheError(f"there is nothing in the trash of {cache} to restore")
     if wanted is None:
         return {latest[0]: latest[1]}
@@ -395,7 +409,8 @@ def _bring_back(cache: Path, manifest: Manifest, entry: Entry, part: Manifest) -
     unfinished = _building(cache)
     for name in part.features:
         if name in manifest.features or name in unfinished:
-            remedy = f"featcache rm {shlex.quote(str(cache))} --features {name} removes what is there"
+            # Not to the trash: then it would be the latest there, and the one to come back.
+            remedy = f"to delete what is there for good: featcache rm {shlex.quote(str(cache))} --features {name} --now"
             if name in unfinished:
                 remedy = (
                     f"an unfinished build of it is there; featcache gc {shlex.quote(str(cache))} removes a dead one"

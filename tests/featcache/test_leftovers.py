@@ -8,7 +8,9 @@ import pytest
 from store_helpers import SHARD_SIZE, build, tokens, tree, values, write_all
 
 import featcache
+from featcache.errors import CacheError
 from featcache.store import CacheWriter, FeatureSpec, files, manage, trash
+from featcache.store.manifest import Manifest
 from featcache.store.verify import verify
 
 OTHER = tokens(provenance={"encoder": "tiny@5", "weights": "1" * 64})
@@ -91,4 +93,54 @@ def test_a_dead_repair_is_not_in_the_way_of_undoing_a_removal(tmp_path: Path) ->
     killed_repair(path)
     manage.remove_features(path, ["tiny@5"])
     assert manage.restore(path) == f"tiny@5 of {path}"
+    assert tree(path) == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "unreadable"])
+def test_removed_features_stay_though_their_record_is_damaged(tmp_path: Path, monkeypatch, damage: str) -> None:
+    path = build(tmp_path / "cache")
+    manage.remove_features(path, ["tiny@5"])
+    (entry,) = trash.entries(trash.cache_trash(path))
+    record = entry.path / "zarr.json"
+    if damage == "missing":
+        record.unlink()
+    elif damage == "flipped":
+        data = bytearray(record.read_bytes())
+        data[len(data) // 2] ^= 1
+        record.write_bytes(data)
+    else:
+        read = trash.read_root
+
+        def refuse(path: Path) -> Manifest:
+            if path == entry.path:
+                raise CacheError(f"{record} cannot be read: Stale file handle")
+            return read(path)
+
+        monkeypatch.setattr(trash, "read_root", refuse)
+    kept = tree(entry.path)
+    assert len(kept) > 10
+    assert manage.collect_garbage(path) == []
+    with pytest.raises(CacheError, match=r"nothing in the trash|cannot be read or is damaged"):
+        manage.restore(path)
+    assert tree(entry.path) == kept
+    monkeypatch.undo()
+    if damage == "unreadable":
+        manage.restore(path)
+        assert verify(path).ok
+
+
+def test_what_is_in_the_way_of_a_restoration_goes_as_the_error_says(tmp_path: Path, cli) -> None:
+    path = build(tmp_path / "cache")
+    before = tree(path)
+    manage.remove_features(path, ["tiny@5"])
+    with CacheWriter.open(path) as writer:
+        writer.begin([OTHER])
+        write_other(writer, OTHER)
+        writer.finish()
+    with pytest.raises(CacheError, match="in the way") as found:
+        manage.restore(path)
+    assert found.value.remedy is not None
+    words = found.value.remedy.partition(": featcache ")[2].split()
+    assert cli("featcache", *words, "--yes").returncode == 0
+    manage.restore(path)
     assert tree(path) == before
