@@ -170,12 +170,11 @@ class CacheWriter:
         dataset: DatasetSpec,
         *,
         shard_size: int,
-        resume: bool = True,
         compressor: str | None = None,
         format: str = "zarr",
         versions: Mapping[str, str] | None = None,
     ) -> CacheWriter:
-        """A writer for the cache at `path`, new or (with `resume`) one of the same dataset.
+        """A writer for the cache at `path`, new or one of the same dataset.
 
         format: 'zarr', or 'wds' for webdataset tars, whose features must all be written by one builder.
 
@@ -201,10 +200,6 @@ class CacheWriter:
             if existing is None:
                 files.atomic_write(state_directory(path) / "dataset.json", [canonical_json(wanted.to_json())])
                 return _writer_class(wanted)(path, wanted)
-        if not resume:
-            raise CacheError(
-                f"there is a cache at {path} already", remedy="choose another --out, or leave --no-resume out"
-            )
         require_same_dataset(existing, wanted, path)
         return _writer_class(existing)(path, existing)
 
@@ -280,7 +275,7 @@ class CacheWriter:
                 if not record.is_file():
                     raise CacheError(f"no build of {spec.name!r} of {path} is under way")
                 writer._runs[spec.name] = _run_directory(path, spec.name)
-            _require_same_feature(complete or declared(record.parent), spec, path)
+            _require_same_feature(complete or declared(record.parent), spec, path, begun=complete is None)
             writer._specs[spec.name] = spec
             whole = set(range(writer.n_shards))
             writer._done[spec.name] = whole if complete is not None else writer._journaled_shards(spec)
@@ -432,7 +427,7 @@ class CacheWriter:
         """Record what is built, or make sure that an earlier build was of the same."""
         directory = building_directory(self.path, spec.name)
         if (directory / "spec.json").is_file():
-            _require_same_feature(declared(directory), spec, self.path)
+            _require_same_feature(declared(directory), spec, self.path, begun=True)
             return
         # A journal that does not say of what it is, such as a dead repair's, vouches for nothing.
         for name in files.names_in(directory):
@@ -714,15 +709,32 @@ def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> No
         )
 
 
-def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> None:
-    differing = [key for key, value in have.to_json().items() if value != want.to_json()[key]]
-    if differing:
-        key = differing[0]
+def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path, *, begun: bool = False) -> None:
+    """Raise `CacheError` naming a difference. begun: `have` is of an unfinished build."""
+    difference = _first_difference(have.to_json(), want.to_json())
+    if difference is not None:
+        key, there, here = difference
+        cache = shlex.quote(str(path))
+        remedy = f"featcache rm {cache} --features {have.name} removes it"
+        if begun:
+            remedy = f"featcache gc {cache} clears unfinished builds away"
         raise CacheError(
-            f"{path} holds {have.name!r} already (complete or begun), with another {key}: "
-            f"{have.to_json()[key]!r:.300} there, {want.to_json()[key]!r:.300} here",
-            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another --out",
+            f"{path} holds {have.name!r} already ({'begun' if begun else 'complete'}), with another {key}: "
+            f"{there!r:.300} there, {here!r:.300} here",
+            remedy=f"{remedy}; or choose another --out",
         )
+
+
+def _first_difference(have: Mapping[str, Any], want: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(key, value in `have`, value in `want`), None if there is none; `a.b` is key b of the mapping at a."""
+    for key in {**have, **want}:
+        there, here = have.get(key), want.get(key)
+        if (key in have) == (key in want) and there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict) and (inner := _first_difference(there, here)):
+            return f"{key}.{inner[0]}", *inner[1:]
+        return key, there, here
+    return None
 
 
 @dataclass
