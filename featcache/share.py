@@ -509,9 +509,12 @@ class _Journal:
         if self._held is None:
             return
         os.close(self._fd)
-        with cache_lock(self.path.parent.parent.parent):  # an idle cache loses its state directory on the way out
-            self._held.release(remove=remove)
-            files.remove_empty_directory(self.path.parent)
+        # What was sent is sent, though the cache here may have been removed meanwhile.
+        with contextlib.suppress(CacheError):
+            with cache_lock(self.path.parent.parent.parent):  # an idle cache loses its state directory on the way out
+                self._held.release(remove=remove)
+                files.remove_empty_directory(self.path.parent)
+        self._held.release()
 
 
 @contextlib.contextmanager

@@ -173,8 +173,9 @@ def restore(path: str | Path, features: Sequence[str] | None = None) -> str:
     """
     path = Path(path)
     place = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    _remove_ghost(place)
     whole = [e for e in trash.entries(trash.folder_trash(place.parent)) if e.name == place.name and not e.deleting]
+    if whole:
+        _remove_ghost(place)
     in_cache = find_root(place) is not None and bool(trash.entries(trash.cache_trash(place)))
     if features is None and (not os.path.lexists(place) or (whole and not in_cache)):
         trash.restore_cache(place)
@@ -183,11 +184,12 @@ def restore(path: str | Path, features: Sequence[str] | None = None) -> str:
 
 
 def _remove_ghost(path: Path) -> None:
-    """Take away the folder that a process leaves which waited for the lock of a cache while it was removed."""
+    """Take away an empty folder, or one with a lock alone: a process leaves it that began to build and was killed."""
     state = path / STATE
-    if path.is_symlink() or state.is_symlink() or not state.is_dir():
+    if path.is_symlink() or state.is_symlink():
         return
-    if files.names_in(path) == [STATE] and all(map(locks.is_lock_file, files.names_in(state))):
+    files.remove_empty_directory(path)
+    if state.is_dir() and files.names_in(path) == [STATE] and all(map(locks.is_lock_file, files.names_in(state))):
         with cache_lock(path):
             pass
         files.remove_empty_directory(path)
@@ -262,7 +264,7 @@ def _empty(bin_: Path, path: Path, dry_run: bool, older_than_s: float) -> list[t
 
 def _collect_cache(path: Path, dry_run: bool, older_than_s: float) -> list[tuple[str, int]]:
     files.inside(path, STATE)
-    if find_root(path) is None and not (path / STATE).is_dir():
+    if known_manifest(path) is None and not (path / STATE).is_dir():
         read_root(path)
     with cache_lock(path):
         complete = find_root(path) is not None

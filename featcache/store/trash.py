@@ -155,12 +155,13 @@ def journaled(cache: Path) -> dict[str, Axes]:
 
 
 @contextlib.contextmanager
-def without_builders(cache: Path, features: Sequence[str]) -> Iterator[None]:
+def without_builders(cache: Path, features: Sequence[str]) -> Iterator[list[locks.Lock]]:
     """Hold the builders' locks of those of `features` that are under construction.
 
     Raises `CacheError` naming those that another process is writing.
     """
-    held, busy = [], []
+    held: list[locks.Lock] = []
+    busy = []
     try:
         for name in features:
             folder = building_directory(cache, name)
@@ -175,7 +176,7 @@ def without_builders(cache: Path, features: Sequence[str]) -> Iterator[None]:
                 f"another process is writing {', '.join(busy)} of {cache} at this moment; nothing was removed",
                 remedy="wait until it is done, or stop it, then run the same command again",
             )
-        yield
+        yield held
     finally:
         for lock in held:
             lock.release()
@@ -214,7 +215,7 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
     trash = folder_trash(path.parent)
     lock = locks.lock(files.inside(path, f"{STATE}/lock"))
     try:
-        with without_builders(path, list(_building(path))):
+        with without_builders(path, list(_building(path))) as held:
             foreign = first_foreign(path, cache_names(path)) if now else None
             if foreign is not None:
                 raise CacheError(
@@ -224,6 +225,8 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
             files.make_directory(trash)
             target = trash / f"{_DELETING if now else ''}{_stamp()}-{path.name}"
             _rename(path, target)
+            for moved in (lock, *held):
+                moved.moved(target / moved.path.relative_to(path))
     finally:
         lock.release()
         if state_directory(path).is_dir():
@@ -256,6 +259,8 @@ def restore_cache(path: Path) -> None:
         )
     if os.path.lexists(path):
         raise CacheError(f"{path} is in the way", remedy=f"move it elsewhere: mv {shlex.quote(str(path))} NEW_NAME")
+    # In the trash nobody holds it: whoever removed the cache was killed before letting go.
+    files.remove_file(files.inside(found[0].path, f"{STATE}/lock{locks.OWNER_SUFFIX}"))
     _rename(found[0].path, path)
     files.remove_empty_directory(trash)
     tidy(path)

@@ -7,7 +7,6 @@ In constant memory, whatever the manifest claims: shards are named one by one, f
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import os
@@ -27,7 +26,7 @@ import numpy as np
 from featcache.errors import CacheError
 from featcache.keys import key_bytes
 from featcache.reader import Cache, open_cache
-from featcache.store import files, wds
+from featcache.store import files, locks, wds
 from featcache.store.blocks import (
     BLOCK_BYTES,
     ShardBlocks,
@@ -308,27 +307,11 @@ def _unchanged(path: Path, root: _Root) -> bool:
 
     Raises `CacheError` where there is no cache any more.
     """
-    with contextlib.suppress(OSError, CacheError):
-        lock = os.open(files.inside(path, f"{STATE}/lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            _wait_for_publisher(lock)
-        finally:
-            os.close(lock)
+    with contextlib.suppress(CacheError):
+        locks.wait_while_held(files.inside(path, f"{STATE}/lock"), _PUBLISHING_S)
     if find_root(path) is None:
         read_root(path)
     return root.is_current()
-
-
-def _wait_for_publisher(lock: int) -> None:
-    deadline = time.monotonic() + _PUBLISHING_S
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.01)
-        except OSError:
-            return  # a file system without such locks
 
 
 def _inconsistencies(path: Path) -> list[Problem]:

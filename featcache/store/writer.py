@@ -89,10 +89,13 @@ def state_directory(path: Path) -> Path:
 @contextlib.contextmanager
 def cache_lock(path: Path) -> Iterator[None]:
     """Hold the lock on a cache's metadata (for moments). What dead processes left goes on the way in; on the way out an
-    idle cache loses its state directory.
+    idle cache loses its state directory. Raises `CacheError` where the cache's folder is not there (any more).
     """
     state = files.inside(path, STATE)
-    held = locks.lock(files.inside(path, f"{STATE}/lock"))
+    try:
+        held = locks.lock(files.inside(path, f"{STATE}/lock"))
+    except CacheError as error:
+        raise error if path.is_dir() else _was_removed(path) from error
     idle = False
     try:
         # Whoever wrote these under this lock is dead.
@@ -109,6 +112,13 @@ def cache_lock(path: Path) -> Iterator[None]:
     if idle:
         # Only now: NFS keeps a file that is open. Whoever has made a new lock there meanwhile keeps the directory.
         files.remove_empty_directory(state)
+
+
+def _was_removed(path: Path) -> CacheError:
+    return CacheError(
+        f"the cache {path} was removed meanwhile",
+        remedy=f"featcache restore {shlex.quote(str(path))} brings it back; or run the same command again",
+    )
 
 
 def _clear_published(path: Path) -> None:
@@ -195,6 +205,7 @@ class CacheWriter:
         )
         manifest_from_json(wanted.to_json())
         _refuse_foreign_directory(path)
+        files.make_directory(path)
         with cache_lock(path):
             existing = known_manifest(path)
             if existing is None:
@@ -389,10 +400,7 @@ class CacheWriter:
         """The manifest as it is now; raises `CacheError` if the cache was removed since this writer opened it."""
         current = known_manifest(self.path)
         if current is None:
-            raise CacheError(
-                f"the cache {self.path} was removed while this build was under way",
-                remedy=f"featcache restore {shlex.quote(str(self.path))} brings it back; or run the same command again",
-            )
+            raise _was_removed(self.path)
         return current
 
     def _take(self, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from store_helpers import SHARD_SIZE, build, tokens, tree, values, write_all
 
 import featcache
 from featcache.errors import CacheError
-from featcache.store import CacheWriter, FeatureSpec, files, manage, trash
+from featcache.store import CacheWriter, FeatureSpec, files, locks, manage, trash, verified
+from featcache.store import verify as verification
 from featcache.store.manifest import Manifest
 from featcache.store.verify import verify
 
@@ -144,3 +147,92 @@ def test_what_is_in_the_way_of_a_restoration_goes_as_the_error_says(tmp_path: Pa
     assert cli("featcache", *words, "--yes").returncode == 0
     manage.restore(path)
     assert tree(path) == before
+
+
+# A cache that is removed while somebody is at it
+
+
+def check_that_it_comes_back(path: Path, before: dict[str, bytes]) -> None:
+    assert not path.exists()
+    manage.restore(path)
+    assert {name: data for name, data in tree(path).items() if not name.startswith(".featcache/")} == before
+
+
+def test_a_removed_cache_is_not_made_again_by_who_waits_for_its_lock(tmp_path: Path) -> None:
+    path = build(tmp_path / "cache")
+    before = tree(path)
+    held = locks.lock(path / ".featcache" / "lock")
+    found: list[object] = []
+
+    def wait() -> None:
+        try:
+            found.append(manage.collect_garbage(path))
+        except CacheError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.2)
+    trash.folder_trash(tmp_path).mkdir()
+    path.rename(trash.folder_trash(tmp_path) / "20260101T000000.000000Z-cache")
+    held.release()
+    thread.join(10)
+    assert isinstance(found[0], CacheError)
+    check_that_it_comes_back(path, before)
+
+
+def test_a_removed_cache_is_not_made_again_by_a_verification(tmp_path: Path, monkeypatch) -> None:
+    path = build(tmp_path / "cache")
+    before = tree(path)
+    check, n_checked = verification._check_shard, 0
+
+    def check_and_remove(job: object) -> object:
+        nonlocal n_checked
+        n_checked += 1
+        if n_checked == 3:
+            manage.remove_cache(path)
+        return check(job)
+
+    monkeypatch.setattr(verification, "_check_shard", check_and_remove)
+    with pytest.raises(CacheError, match="there is no cache"):
+        verify(path, remember=True, threads=1)
+    check_that_it_comes_back(path, before)
+
+
+def test_a_removed_cache_is_not_made_again_by_a_record(tmp_path: Path) -> None:
+    path = build(tmp_path / "cache")
+    before = tree(path)
+    entry = verified.of_report(verify(path), None)
+    assert entry is not None
+    manage.remove_cache(path)
+    with pytest.raises(CacheError):
+        verified.record(path, entry)
+    check_that_it_comes_back(path, before)
+
+
+def test_an_empty_folder_is_not_in_the_way(tmp_path: Path) -> None:
+    path = build(tmp_path / "cache")
+    before = tree(path)
+    manage.remove_cache(path)
+    path.mkdir()
+    manage.restore(path)
+    assert tree(path) == before
+    path.with_name("empty").mkdir()
+    with pytest.raises(CacheError):
+        manage.restore(path.with_name("empty"))
+    assert path.with_name("empty").is_dir()
+
+
+def test_gc_leaves_what_is_no_cache(tmp_path: Path) -> None:
+    """A folder of some zarr array or other, alone and among caches."""
+    array = tmp_path / "array"
+    array.mkdir()
+    (array / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    (array / "SHA256SUMS.part").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(CacheError, match="not a featcache cache"):
+        manage.collect_garbage(array)
+    said: list[str] = []
+    assert manage.collect_garbage(tmp_path, warn=said.append) == []
+    assert len(said) == 1 and "not a featcache cache" in said[0]
+    assert tree(tmp_path) == before
