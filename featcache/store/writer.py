@@ -37,7 +37,7 @@ import numpy as np
 from featcache.errors import CacheError
 from featcache.store import files, locks
 from featcache.store.blocks import ShardBlocks, blocks_bytes, blocks_from_json, blocks_path
-from featcache.store.contents import checksums_path, checksums_text, shard_names, vouched_for
+from featcache.store.contents import checksums_path, checksums_text, require_recorded, shard_names, vouched_for
 from featcache.store.layout import (
     BLOCKS,
     CHECKSUMS,
@@ -167,6 +167,7 @@ class CacheWriter:
         self._skipped: dict[int, list[Skipped]] = {}
         self._written: set[int] = set()
         self._repairs: dict[str, set[int]] | None = None
+        self._exact: frozenset[str] = frozenset()
         self._group = files.Group()
         self._unrecorded: list[tuple[str, int, dict[str, files.Hashes]]] = []
         self._last_commit_s = time.monotonic()
@@ -232,12 +233,17 @@ class CacheWriter:
         return _writer_class(existing)(path, existing)
 
     @classmethod
-    def open_for_repair(cls, path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]]) -> CacheWriter:
+    def open_for_repair(
+        cls, path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]], *, exact: Collection[str] = ()
+    ) -> CacheWriter:
         """A writer that may rewrite just these shards (feature -> shard numbers) of complete features.
 
         `write_shard` replaces them; `finish` records the checksums of what was written. Re-encoding on the
         same hardware and software gives the recorded bytes back, elsewhere it may differ in the last bit. Where an
         array's checksums are lost, all its shards must be repaired that nothing else vouches for: see `finish`.
+
+        exact: features that come out the same everywhere. `finish` raises `CacheError` and publishes nothing if one of
+        their shards is not, as far as anything is left to tell by, what was recorded (not so in tars, which hold others).
         """
         writer = cls.open(path)
         repairs = {name: set(numbers) for name, numbers in shards.items()}
@@ -250,7 +256,7 @@ class CacheWriter:
             set(repairs) != set(writer._base.features) or len(set(map(frozenset, repairs.values()))) > 1
         ):
             raise CacheError("a tar holds all features: repair the same shards of all of them")
-        writer._repairs = repairs
+        writer._repairs, writer._exact = repairs, frozenset(exact)
         writer._without_blocks = {
             name for name in repairs if writer._base.blocks.keys().isdisjoint(writer._base.features[name].arrays)
         }
@@ -633,9 +639,10 @@ class CacheWriter:
         spec = self._specs[name]
         entries = self._journal_of(spec)
         for array in spec.arrays:
-            self._seal_array(
-                array, {shard: self._hashes(entry, array, shard) for shard, entry in entries.items()}, sums
-            )
+            hashes = {shard: self._hashes(entry, array, shard) for shard, entry in entries.items()}
+            if name in self._exact:
+                require_recorded(self.path, self._base, array, hashes)
+            self._seal_array(array, hashes, sums)
         return [skipped for entry in entries.values() for skipped in entry.skipped]
 
     def _journal_of(self, spec: FeatureSpec) -> dict[int, JournalEntry]:

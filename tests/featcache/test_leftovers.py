@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -236,3 +238,25 @@ def test_gc_leaves_what_is_no_cache(tmp_path: Path) -> None:
     assert manage.collect_garbage(tmp_path, warn=said.append) == []
     assert len(said) == 1 and "not a featcache cache" in said[0]
     assert tree(tmp_path) == before
+
+
+def test_a_repair_does_not_keep_builders_waiting_while_it_reads(tmp_path: Path, monkeypatch) -> None:
+    path = build(tmp_path / "cache")
+    before = tree(path)
+    (path / "tiny@5" / "SHA256SUMS").unlink()
+    (path / "tiny@5" / "BLOCKS").unlink()
+    (path / "tiny@5" / "zarr.json").unlink()
+    hashes_of, free = files.hashes_of, []
+
+    def hashes(shard: Path) -> files.Hashes:
+        with open(path / ".featcache" / "lock", "a") if (path / ".featcache").exists() else nullcontext() as lock:
+            if lock is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free.append(shard)
+        return hashes_of(shard)
+
+    monkeypatch.setattr(files, "hashes_of", hashes)
+    rewritten = verification.repair_metadata(path)
+    assert len(free) == 4
+    assert sorted(rewritten) == ["tiny@5/BLOCKS", "tiny@5/SHA256SUMS", "tiny@5/zarr.json"]
+    assert tree(path) == before
