@@ -368,7 +368,7 @@ def remove(
     if not now:
         undo, empty = shlex.quote(str(cache)), shlex.quote(str(place))
         console.print(safe(f"it is in the trash; to undo: featcache restore {undo}"))
-        console.print(safe(f"to free the space now: featcache gc {empty} --older-than 0d"))
+        console.print(safe(f"to empty the trash now: featcache gc {empty} --trash --older-than 0d"))
 
 
 def restore(
@@ -390,6 +390,9 @@ def collect_garbage(
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
+    only_trash: Annotated[
+        bool, typer.Option("--trash", help="Only empty the trash; leave what dead builds left.")
+    ] = False,
 ) -> None:
     """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
     from featcache.share import manage, trash
@@ -398,6 +401,7 @@ def collect_garbage(
         cache,
         dry_run=dry_run,
         older_than_s=trash.parse_age(older_than),
+        only_trash=only_trash,
         warn=lambda line: console.print(f"[yellow]kept[/yellow] {safe(line)}"),
     )
     for name, n_bytes in removed:

@@ -462,9 +462,12 @@ class _Journal:
         if self._held is None:
             return
         os.close(self._fd)
-        with cache_lock(self.path.parent.parent.parent):  # an idle cache loses its state directory on the way out
+        # What was sent is sent, though the cache here may have been removed meanwhile.
+        # An idle cache loses its state directory on the way out.
+        with contextlib.suppress(CacheError), cache_lock(self.path.parent.parent.parent):
             self._held.release(remove=remove)
             files.remove_empty_directory(self.path.parent)
+        self._held.release()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +32,11 @@ def create_writer(
     dataset: DatasetSpec,
     *,
     shard_size: int,
-    resume: bool = True,
     compressor: str | None = None,
     format: str = "zarr",
     versions: Mapping[str, str] | None = None,
 ) -> CacheWriter:
-    """A writer for the cache at `path`, new or (with `resume`) one of the same dataset.
+    """A writer for the cache at `path`, new or one of the same dataset.
 
     format: 'zarr', or 'wds' for webdataset tars, whose features must all be written by one builder.
 
@@ -63,15 +62,12 @@ def create_writer(
     )
     manifest_from_json(wanted.to_json())
     refuse_foreign_directory(path)
+    files.make_directory(path)
     with cache_lock(path):
         existing = known_manifest(path)
         if existing is None:
             files.atomic_write(state_directory(path) / "dataset.json", [canonical_json(wanted.to_json())])
             return _writer(path, wanted)
-    if not resume:
-        raise CacheError(
-            f"there is a cache at {path} already", remedy="choose another folder, or call with resume=True"
-        )
     require_same_dataset(existing, wanted, path)
     return _writer(path, existing)
 
@@ -93,15 +89,20 @@ def open_writer(path: str | os.PathLike[str], *, dataset: DatasetSpec | None = N
     return _writer(path, existing)
 
 
-def repair_writer(path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]]) -> CacheWriter:
+def repair_writer(
+    path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]], *, exact: Collection[str] = ()
+) -> CacheWriter:
     """A writer that may rewrite just these shards (feature -> shard numbers) of complete features.
 
     `write_shard` replaces them; `finish` records the checksums of what was written. Re-encoding on the
     same hardware and software gives the recorded bytes back, elsewhere it may differ in the last bit. Where an
     array's checksums are lost, all its shards must be repaired that nothing else vouches for: see `finish`.
+
+    exact: features that come out the same everywhere. `finish` raises `CacheError` and publishes nothing if one of
+    their shards is not, as far as anything is left to tell by, what was recorded (not so in tars, which hold others).
     """
     writer = open_writer(path)
-    writer.repair_only(shards)
+    writer.repair_only(shards, exact=exact)
     return writer
 
 

@@ -75,6 +75,20 @@ def test_gc_follows_no_link_and_leaves_what_is_not_its_own(tmp_path: Path) -> No
     assert featcache.open(path).manifest.features.keys() == {"key", "label", "tiny@5", "vae/moments"}
 
 
+def test_gc_of_a_folder_leaves_caches_that_are_linked_into_it(tmp_path: Path) -> None:
+    other = build(tmp_path / "elsewhere" / "x")
+    dead_build(other)
+    before = tree(other)
+    folder = tmp_path / "caches"
+    folder.mkdir()
+    (folder / "x").symlink_to(other, target_is_directory=True)
+    said: list[str] = []
+    assert manage.collect_garbage(folder, warn=said.append) == []
+    assert tree(other) == before
+    assert said == [f"{folder / 'x'} is a symbolic link; for that cache: featcache gc {other}"]
+    assert manage.collect_garbage(other)
+
+
 @pytest.mark.parametrize("linked", ["dead@1", ".featcache", ".featcache/building", ".featcache/building/dead@1"])
 def test_gc_refuses_a_link_in_place_of_a_folder_of_its_own(tmp_path: Path, linked: str) -> None:
     path = build(tmp_path / "x")
@@ -622,8 +636,15 @@ def test_rm_and_restore_as_typed(tmp_path: Path, cli) -> None:
     assert tree(path) == before
     done = cli("featcache", "rm", "caches/x", "--features", "tiny@5", "--yes")
     assert "featcache restore caches/x" in done.stdout
-    done = cli("featcache", "gc", "caches", "--older-than", "0d")
+    # What is printed empties the trash and touches nothing else: another cache's build can still go on.
+    other = build(tmp_path / "caches" / "y")
+    dead_build(other)
+    unfinished = tree(other)
+    done = cli("featcache", "rm", "caches/x", "--yes")
+    done = cli(*done.stdout.rpartition("now: ")[2].split())
     assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "caches" / "y") == unfinished
+    assert not trash.folder_trash(tmp_path / "caches").exists()
     done = cli("featcache", "restore", "caches/x")
     assert done.returncode == 2
     assert "nothing" in done.stderr

@@ -167,7 +167,9 @@ def test_as_it_is_typed(
 def test_two_repairs_of_one_cache_at_once(sound: Path, damaged: Path) -> None:
     """The second would write into the first one's partial files."""
     flip(damaged / "dino@9" / "c.1.0.0")
-    held = locks.lock(damaged / ".featcache/restored/lock")
+    folder = damaged / ".featcache/restored"
+    folder.mkdir(parents=True)
+    held = locks.lock(folder / "lock")
     with pytest.raises(CacheError, match="another process is repairing"):
         restore(damaged, str(sound))
     held.release()

@@ -45,6 +45,7 @@ def hold(folder: Path, doing: str, *, remedy: str) -> Iterator[None]:
 @contextlib.contextmanager
 def waiting(folder: Path, name: str) -> Iterator[None]:
     """Holds ``folder`` under a name of its own, waiting for whoever has it: for changes that take no time."""
+    files.make_directory(folder)
     lock = locks.lock(folder / f".{name}.lock")
     try:
         yield
