@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.build import pick_device
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import CacheError, UserError, WeightsUnavailable
 from trainer import distributed, locks, runs
+from trainer.caches import cache_of_run
 from trainer.config import RunConfig
 from trainer.diffusion.interval import Interval
 from trainer.models import forward_flops
@@ -257,11 +258,13 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
             f"{run} was imported and has no cache, so there are no images to compare with",
             remedy="Pass --reference with an npz, a folder of images or a cache.",
         )
-    if not (Path(cache) / "zarr.json").is_file() and "://" not in cache:
-        raise UserError(
-            f"the cache of {run}, {cache}, is no longer there, so there are no images to compare with",
-            remedy="Pass --reference with an npz or a folder of images.",
-        )
+    try:
+        cache_of_run(run)
+    except CacheError as error:
+        raise CacheError(
+            f"{error.what}: so there are no images to compare with",
+            remedy="Bring the cache back, or pass --reference with an npz, a folder of images or a cache.",
+        ) from error
     return cache, _data_folder(summary, request.data)
 
 
