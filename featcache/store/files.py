@@ -124,10 +124,7 @@ def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
         )
     if error.errno == errno.ELOOP:
         return CacheError(f"{path} is a symbolic link; inside a cache or a run none is followed", remedy=_LINK_REMEDY)
-    return CacheError(
-        f"{path} could not be {what}: {error.strerror or error}",
-        remedy="put that right and run the same command again: it goes on where it stopped",
-    )
+    return CacheError(f"{path} could not be {what}: {error.strerror or error}", remedy=os_error(error).remedy)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import featcache
-from featcache.errors import CacheError, UserError
+from featcache.errors import UserError
 from featcache.inspect import images_of, read_feature
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import AlignInputs, Alignment
@@ -30,6 +29,7 @@ from trainer.diffusion.transport import build_transport
 from trainer.models import Transformer, build_model, load_weights
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
+from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
 from trainer.sampling import draw as sample
 from trainer.training.objective import Objective, ema_decay_at, sample_posterior
@@ -39,26 +39,6 @@ _POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random n
 MIXTURE = "router's mixture"
 FEWEST_SAMPLES = 8
 _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnostics
-
-
-def open_cache(run: Path) -> featcache.Cache:
-    """The cache that a run was trained on.
-
-    Raises:
-        CacheError: it is gone, or another one lies in its place.
-    """
-    summary = sample.cache_summary(run)
-    path = runs.cache_path(run, summary)
-    try:
-        cache = featcache.open(path)
-    except UserError as error:
-        raise CacheError(
-            f"the cache of {run} cannot be opened: {error.what}",
-            remedy="Run the command in the folder where the run was trained, or bring the cache back.",
-        ) from error
-    if cache.fingerprint != summary["fingerprint"]:
-        raise CacheError(f"{path} is not the cache that {run} was trained on", remedy="Bring that cache back.")
-    return cache
 
 
 class Subject:
@@ -81,7 +61,7 @@ class Subject:
         self.device, self.weights = device, weights
         self.model = loaded.model
         self.cfg = loaded.model.cfg
-        self.cache = open_cache(run)
+        self.cache = cache_of_run(run)
         if len(self.cache) < FEWEST_SAMPLES:
             raise UserError(
                 f"{self.cache.path} holds {len(self.cache)} images, and diagnostics need at least {FEWEST_SAMPLES}",

@@ -26,6 +26,7 @@ from featcache.sources.base import EXTENSIONS, sample_order
 from featcache.sources.decoders import decode_pil
 from featcache.sources.opening import Unreadable, explained, read_file
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
+from featcache.store.root import find_root
 
 T = TypeVar("T")
 
@@ -166,7 +167,9 @@ class NpzImages:
 
 
 def _opened(path: Path) -> AbstractContextManager[None]:
-    return explained(str(path), "Pass another file, or write it again.", wrong="is not a readable npz file")
+    return explained(
+        str(path), "Pass another file, or remove this one and make it again.", wrong="is not a readable npz file"
+    )
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
@@ -397,7 +400,7 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
         raise UserError(f"there is nothing at {text}", remedy="Pass an npz file, a tar shard, a folder or a cache.")
     if path.suffix == ".npz":
         return NpzImages(path=path)
-    if (path / "zarr.json").is_file() or (path / "manifest.json").is_file():
+    if find_root(path) is not None:
         return CacheImages(cache=featcache.open(path), data=data)
     if path.is_dir():
         return FolderImages(path=path, resolution=resolution)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.machine import pick_device
 from featcache.sources.open import find_data
 from trainer import distributed
@@ -23,6 +23,7 @@ from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs import locks
+from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
 from trainer.runs.published import Sampling, parse_published
 from trainer.runs.recipes import load_recipe_file
@@ -249,11 +250,13 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
             f"{run} was imported and has no cache, so there are no images to compare with",
             remedy="Pass --reference with an npz, a folder of images or a cache.",
         )
-    if not (Path(cache) / "zarr.json").is_file() and "://" not in cache:
-        raise UserError(
-            f"the cache of {run}, {cache}, is no longer there, so there are no images to compare with",
-            remedy="Pass --reference with an npz or a folder of images.",
-        )
+    try:
+        cache_of_run(run)
+    except CacheError as error:
+        raise CacheError(
+            f"{error.what}: so there are no images to compare with",
+            remedy="Bring the cache back, or pass --reference with an npz, a folder of images or a cache.",
+        ) from error
     return cache, data_folder(summary, request.data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 
 import featcache
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
 from featcache.paths import typed
+from featcache.store.root import find_root
 from trainer import align
 from trainer.align.base import FeatureInfo
 from trainer.align.features import encoder_layers
@@ -58,9 +60,7 @@ def find_cache(config: RunConfig) -> Any:
         named = featcache.open(config.cache, cache_dir=config.stream_dir, cache_bytes=limit)
         check_made_with(config, named)
         return named
-    found = sorted(
-        (p.parent for p in ROOT.glob("*/zarr.json")), key=lambda p: (p / "zarr.json").stat().st_mtime, reverse=True
-    )
+    found = _newest_first()
     wanted = [
         name for method in config.methods for name in align.required_features(method, config.method_config(method))
     ]
@@ -82,6 +82,41 @@ def find_cache(config: RunConfig) -> Any:
         f"{reason.what}",
         remedy=reason.remedy if newest is None or isinstance(reason, WrongCache) else build_command(newest, wanted),
     )
+
+
+def _newest_first() -> list[Path]:
+    """What looks like a cache below ``./caches``, by when its root document was written."""
+    dated = []
+    for path in ROOT.iterdir() if ROOT.is_dir() else ():
+        with contextlib.suppress(OSError):  # it may go at this moment, or be closed to us
+            root = find_root(path)
+            if root is not None:
+                dated.append((root.stat().st_mtime, path))
+    return [path for _, path in sorted(dated, reverse=True)]
+
+
+def cache_of_run(run: Path) -> Any:
+    """The cache that a run was trained on, opened.
+
+    Raises:
+        CacheError: it is gone, or another one lies in its place.
+        UserError: it is a URL whose secrets were not stored.
+    """
+    from trainer import runs
+    from trainer.runs.records import cache_summary
+
+    summary = cache_summary(run)
+    path = runs.cache_path(run, summary)
+    try:
+        cache = featcache.open(path)
+    except UserError as error:
+        raise CacheError(
+            f"the cache of {run} cannot be opened: {error.what}",
+            remedy="Run the command in the folder where the run was trained, or bring the cache back.",
+        ) from error
+    if cache.fingerprint != summary["fingerprint"]:
+        raise CacheError(f"{path} is not the cache that {run} was trained on", remedy="Bring that cache back.")
+    return cache
 
 
 def available_features(cache: Any) -> dict[str, FeatureInfo]:

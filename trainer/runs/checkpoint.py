@@ -185,6 +185,22 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def require_own(checkpoint: Path, *, method: str, model: str) -> dict[str, Any]:
+    """The checkpoint's :func:`load_state`, after checking that a run of that method and model saved it.
+
+    Raises:
+        UserError: as there; or it was brought from a run of another method or model.
+    """
+    state = load_state(checkpoint)
+    saved, own = (state.get("method", method), state.get("model", model)), (method, model)
+    if saved != own:
+        raise UserError(
+            f"{checkpoint} was saved by a run of {' on '.join(map(str, saved)):.200}, and this one is of {' on '.join(own)}",
+            remedy=_REMEDY,
+        )
+    return state
+
+
 def load_module(module: torch.nn.Module, checkpoint: Path, stem: str) -> None:
     """Loads a module's state dict, every key of it.
 
@@ -232,7 +248,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
     for key, value in saved.items():
         moment, _, name = key.partition("/")
         if name not in by_name:
-            raise UserError(f"the checkpoint's optimiser knows a parameter {name!r:.200} that this run has not")
+            raise UserError(
+                f"the checkpoint's optimiser knows a parameter {name!r:.200} that this run has not", remedy=_REMEDY
+            )
         found.setdefault(name, {})[moment] = value
     for name, moments in found.items():
         parameter = by_name[name]

@@ -116,6 +116,7 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}
     config = runs.load_config(run)
+    checkpoint.require_own(folder, method=config.method, model=config.model)
     ema = checkpoint.load_tensors(folder, "ema")
     cfg = run_model_config(run, config)
     return export_official(out, cfg, ema=ema, model=raw, step=at, interpolant=config.path, **options)

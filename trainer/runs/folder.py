@@ -262,6 +262,9 @@ def save_config(run: Path, config: RunConfig) -> None:
     write_text(run / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
 
 
+RESTORE = "Restore the file as the run wrote it."
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run was begun in the folder."""
     return (folder / "config.yaml").exists()
@@ -280,13 +283,16 @@ def load_config(run: Path) -> RunConfig:
         raise UserError(
             f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs."
         )
-    values = read_yaml(path)
+    try:
+        values = read_yaml(path)
+    except UserError as error:
+        raise UserError(error.what, remedy=error.remedy or RESTORE) from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys and values", remedy="Restore the file as the run wrote it.")
+        raise UserError(f"{path} holds no keys and values", remedy=RESTORE)
     try:
         return from_mapping(RunConfig, values)
     except UserError as error:
-        raise UserError(f"{path}: {error.what}", remedy="Restore the file as the run wrote it.") from error
+        raise UserError(f"{path}: {error.what}", remedy=RESTORE) from error
 
 
 def find_runs(root: Path = ROOT) -> list[Path]:
@@ -337,8 +343,10 @@ def write_page(path: Path, text: str) -> None:
 _REMAKE = "Remove it and run the command again."
 
 
-def read_json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: Any, *, remedy: str = _REMAKE) -> Any:
     """A JSON file, or ``default`` if it does not exist; of the same type as ``default`` unless that is None.
+
+    remedy: what to do about a damaged one; most can be made again.
 
     Raises:
         UserError: the file cannot be read, is damaged, or holds something else.
@@ -351,10 +359,10 @@ def read_json(path: Path, default: Any) -> Any:
         if nested_deeper(value, MAX_JSON_DEPTH):
             raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error!s:.200}", remedy=_REMAKE) from error
+        raise UserError(f"{path} is damaged: {error!s:.200}", remedy=remedy) from error
     if default is not None and not isinstance(value, type(default)):
         kind = "a list" if isinstance(default, list) else "an object"
-        raise UserError(f"{path} is damaged: it does not hold {kind}", remedy=_REMAKE)
+        raise UserError(f"{path} is damaged: it does not hold {kind}", remedy=remedy)
     return value
 
 
@@ -365,10 +373,10 @@ def read_summary(run: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     path = run / "cache.json"
-    summary = read_json(path, None)
+    summary = read_json(path, None, remedy=RESTORE)
     if summary is None and not path.exists():
         return None
-    return schemas.check(summary, schemas.Summary, path, remedy="Restore the file as the run wrote it.")
+    return schemas.check(summary, schemas.Summary, path, remedy=RESTORE)
 
 
 def cache_path(run: Path, summary: dict[str, Any]) -> str:

@@ -148,11 +148,12 @@ def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights
     """The model of a run at ``step`` (None: the latest checkpoint).
 
     Raises:
-        UserError: no such run or checkpoint.
+        UserError: no such run or checkpoint, or one of another run.
     """
     config = runs.load_config(run)
     summary = cache_summary(run)
     at, path = checkpoint.find_checkpoint(run, step)
+    checkpoint.require_own(path, method=config.method, model=config.model)
     model = build_model(run_model_config(run, config), device=device).eval().requires_grad_(False)
     load_weights(model, checkpoint.load_tensors(path, weights, device=device), source=str(path))
     return LoadedRun(path=run, step=at, config=config, summary=summary, model=model)

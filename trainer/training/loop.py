@@ -114,7 +114,7 @@ def _train(
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
         parts = assemble(config, cache, device, world)
-        start, trained_s = _restore(parts, run)
+        start, trained_s = _restore(parts, run, config)
         if world.is_main:
             runs.clear_leftovers(run)
             checkpoint.tidy(run, keep=config.keep_checkpoints)
@@ -370,12 +370,12 @@ def _resolve(
     )
 
 
-def _restore(parts: Parts, run: Path) -> tuple[int, float]:
+def _restore(parts: Parts, run: Path, config: RunConfig) -> tuple[int, float]:
     """Loads the latest checkpoint if there is one: steps done and seconds trained."""
     if not checkpoint.list_checkpoints(run):
         return 0, 0.0
     step, path = checkpoint.find_checkpoint(run)
-    state = checkpoint.load_state(path)
+    state = checkpoint.require_own(path, method=config.method, model=config.model)
     load_parts(parts, path, state)
     return step, float(state.get("time_s", 0.0))
 
