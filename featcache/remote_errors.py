@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from featcache import errors
 from featcache.errors import CacheError
 from featcache.redact import redact
-from featcache.store.places import Missing
+from featcache.store.places import DamagedSource, Missing
 
 ATTEMPTS = 8
 FIRST_PAUSE_S = 0.1
@@ -85,6 +85,8 @@ def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
     from obstore import exceptions
 
     text = str(error)
+    if "Wanted range starting at" in text or ((status := _STATUS.search(text)) and status[1] == "416"):
+        return DamagedSource(f"{what} is shorter than it must be")
     if isinstance(error, exceptions.UnauthenticatedError):
         return CacheError(f"{what}: the server wants credentials that it knows (401)", remedy=_DOCUMENTED)
     if isinstance(error, exceptions.PermissionDeniedError):

@@ -646,10 +646,10 @@ def verify_remote(
     subset(manifest, features, None)
 
     def consistent() -> list[Problem]:
-        from featcache.stream import open_remote
+        from featcache.stream import DEFAULT_CACHE_BYTES, remote_cache
 
         with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
-            return inconsistencies(open_remote(url, cache_dir=folder), place.url)
+            return inconsistencies(remote_cache(place, manifest, Path(folder), DEFAULT_CACHE_BYTES), place.url)
 
     return verify_place(
         place,

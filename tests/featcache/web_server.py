@@ -94,6 +94,10 @@ class _Handler(BaseHTTPRequestHandler):
         start = 0
         if match:
             start, stop = int(match[1]), min(int(match[2]) + 1, len(data))
+            if start >= len(data):
+                self.server.answers[name] += 1
+                self.send_error(416)
+                return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
             data = data[start:stop]
