@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import select
+import signal
 import sys
 import threading
 import warnings
@@ -13,12 +17,21 @@ from rich.console import Console
 from featcache.errors import UserError, first_line, os_error
 from featcache.redact import redact
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich leaves with 1, which of `featcache verify` says that a cache is damaged; here `run_app` decides."""
+        raise  # noqa: PLE0704 (called while the exception is handled)
+
+
+# Without emoji: a path such as `runs/a:x:b` is printed as it is.
+console = _Console(highlight=False, soft_wrap=True, emoji=False)
+errors = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class ByteBar:
@@ -96,6 +109,10 @@ def run_app(app: Any) -> int:
     """
     if debugging():
         return int(app(standalone_mode=False) or 0)
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding lacks is shown as \xNN instead of ending the command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     former = threading.excepthook, warnings.showwarning
     threading.excepthook, warnings.showwarning = _thread_ended, _warned
     try:
@@ -116,13 +133,13 @@ def _run(app: Any) -> int:
         return EXIT_USER_ERROR
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except BrokenPipeError:
-        # The reader of a pipe has left (`featcache info | head`): nothing to report, and nothing more to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as leaving:
+        # Typer leaves so, without a word, whatever pipe it was that broke.
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return _refused(leaving.__context__)
+        raise
     except OSError as error:
-        print_error(os_error(error))
-        return EXIT_USER_ERROR
+        return _refused(error)
     except Exception as error:
         # Usage errors (unknown options, missing arguments) of typer's parser, whose classes typer does not export.
         show = getattr(error, "show", None)
@@ -135,6 +152,35 @@ def _run(app: Any) -> int:
             return EXIT_USER_ERROR
         print_error(_fault(error))
         return EXIT_FAULT
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries written in Rust, and no Exception
+            raise
+        print_error(_fault(error))
+        return EXIT_FAULT
+
+
+def _refused(error: OSError) -> int:
+    """The exit code for what the system refused, which is said where somebody listens."""
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        _let_go_of_stdout()
+        return EXIT_BROKEN_PIPE
+    print_error(os_error(error))
+    return EXIT_USER_ERROR
+
+
+def _reader_left() -> bool:
+    """Whether whoever read what is printed has left (`featcache info | head`): nobody is there to report to."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _let_go_of_stdout() -> None:
+    """Nothing more can be flushed."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _warned(message: Warning | str, *_: object, **__: object) -> None:
@@ -177,7 +223,7 @@ def _known(error: Exception) -> UserError | None:
     return None
 
 
-def _fault(error: Exception) -> UserError:
+def _fault(error: BaseException) -> UserError:
     line = _text(error)
     rank = os.environ.get("RANK", "0")
     return UserError(

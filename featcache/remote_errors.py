@@ -74,7 +74,7 @@ def missing(error: Exception, what: str, address: str) -> Missing | CacheError:
     if "NoSuchBucket" in str(error):
         parts = urlsplit(address)
         return CacheError(
-            f"there is no bucket {parts.netloc!r} ({parts.scheme}) at the service that was asked",
+            f"there is no bucket {_host(address)!r} ({parts.scheme}) at the service that was asked",
             remedy="check the name and the service (AWS_ENDPOINT_URL, AWS_REGION), or have the bucket made",
         )
     return Missing(what)
@@ -126,7 +126,7 @@ def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
 def passing_cause(error: Exception, address: str) -> str:
     """In a few words, why a request failed that might work another time."""
     text = str(error)
-    host = urlsplit(address).netloc or address
+    host = _host(address) or redact(address)
     if "dns error" in text:
         return f"the name of the server is not known here (for {redact(address)})"
     if "ConnectionRefused" in text:
@@ -139,6 +139,11 @@ def passing_cause(error: Exception, address: str) -> str:
     if status := _STATUS.search(text):
         return f"the server answered with status {status[1]}"
     return first_line(error)
+
+
+def _host(address: str) -> str:
+    """Host or bucket, without user and password."""
+    return urlsplit(address).netloc.rpartition("@")[2]
 
 
 def no_credentials(address: str) -> CacheError:

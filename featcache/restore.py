@@ -143,7 +143,9 @@ def _record(local: Location, place: Location, manifest: Manifest, array: str, me
     try:
         return read_checksums(local, manifest, array)
     except CacheError:
-        _copy(local, place, checksums_path(manifest, array), manifest.checksums[array], checksums_limit(manifest), mended)
+        _copy(
+            local, place, checksums_path(manifest, array), manifest.checksums[array], checksums_limit(manifest), mended
+        )
         return read_checksums(local, manifest, array)
 
 
@@ -154,9 +156,7 @@ def _blocks(
     try:
         return read_blocks(local, manifest, array)
     except CacheError:
-        _copy(
-            local, place, blocks_path(manifest, array), manifest.blocks[array], blocks_limit(manifest, array), mended
-        )
+        _copy(local, place, blocks_path(manifest, array), manifest.blocks[array], blocks_limit(manifest, array), mended)
         return read_blocks(local, manifest, array)
 
 

@@ -73,7 +73,8 @@ class BlockCache:
             entries = [(e.stat().st_mtime_ns, e.name, e.stat().st_size) for e in os.scandir(directory) if e.is_file()]
         except OSError as error:
             raise CacheError(
-                f"{directory} cannot be used: {error.strerror}", remedy="set $FEATCACHE_STREAM_DIR to a folder that can be written to"
+                f"{directory} cannot be used: {error.strerror}",
+                remedy="set $FEATCACHE_STREAM_DIR to a folder that can be written to",
             ) from error
         for _, name, size in sorted(entries):
             if name.endswith(".new"):

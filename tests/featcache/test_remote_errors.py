@@ -180,6 +180,11 @@ def test_urls_are_shown_without_their_secrets(closed_port: int) -> None:
     assert "hidden" not in str(error)
 
 
+def test_a_bucket_is_named_without_secrets(s3_bucket: str) -> None:
+    error = refused(lambda: pull("s3://me:hidden@absent-bucket/cache", "x"), "no bucket 'absent-bucket'")
+    assert "hidden" not in str(error)
+
+
 # Servers that mean harm
 
 
