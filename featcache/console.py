@@ -26,7 +26,7 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Rich leaves with 1, which of `featcache verify` says that a cache is damaged; here `run_app` decides."""
-        raise  # noqa: PLE0704 (called while the exception is handled)
+        raise
 
 
 # Without emoji: a path such as `runs/a:x:b` is printed as it is.

@@ -16,11 +16,11 @@ from collections.abc import Callable, Generator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from featcache.errors import CacheError, UserError
 from featcache.redact import redact
-from featcache.remote_errors import Attempts, first_line, missing, no_credentials, retrying
+from featcache.remote_errors import Attempts, first_line, missing, no_credentials, retrying, status_of
 from featcache.store.places import CHUNK_BYTES, LocalLocation, Location, Missing, too_long
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*)://")
@@ -66,6 +66,24 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(path).removeprefix("file://"))
 
 
+def address_below(place: Location, directory: str) -> str:
+    """The path or URL of one of a place's `directories`, to be opened as a place itself."""
+    if isinstance(place, LocalLocation):
+        return f"{place.address}/{directory}"
+    plain = directory.strip() == directory and _MEANS_SOMETHING.search(directory) is None
+    return _joined(place.address, directory if plain else quote(directory, safe=""))
+
+
+# What a URL would take for something else in a name.
+_MEANS_SOMETHING = re.compile(r"[%?#\x00-\x1f]")
+
+
+def _joined(url: str, name: str) -> str:
+    """A URL with a name after its path, before its query."""
+    path, mark, query = url.partition("?")
+    return f"{path}/{name}{mark}{query}"
+
+
 class ObjectLocation:
     """A prefix in an object store, or a directory of a web server."""
 
@@ -77,15 +95,20 @@ class ObjectLocation:
         self._condition = "version" if url.startswith("gs://") else "e_tag"
 
     def _what(self, name: str) -> str:
-        return f"{self.url}/{name}"
+        return _joined(self.url, name)
 
     def _retrying(self, name: str, call: Callable[[], T]) -> T:
         return retrying(self._what(name), self.address, call)
 
     def size(self, name: str) -> int:
+        return self.size_and_version(name)[0]
+
+    def size_and_version(self, name: str) -> tuple[int, str]:
+        """Length in bytes, and an identifier of the present content; raises `Missing`."""
         import obstore
 
-        return int(self._retrying(name, lambda: obstore.head(self._store, name))["size"])
+        found = self._retrying(name, lambda: obstore.head(self._store, name))
+        return int(found["size"]), self._version(found)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         return b"".join(self.chunks(name, start, stop))
@@ -146,12 +169,29 @@ class ObjectLocation:
 
     def directories(self) -> list[str]:
         import obstore
+        from obstore.exceptions import BaseError, InvalidPathError
 
         def attempt() -> list[str]:
-            found = obstore.list_with_delimiter(self._store)
+            try:
+                found = obstore.list_with_delimiter(self._store)
+            except InvalidPathError as error:
+                raise CacheError(
+                    f"{self.url} cannot be listed, since a name there cannot be part of a path: {first_line(error)}",
+                    remedy="have it renamed or removed, or name a cache itself",
+                ) from error
+            except BaseError as error:
+                if status_of(error) not in (405, 501):
+                    raise
+                raise CacheError(
+                    f"there is no cache at {self.url}, and its server does not list what lies below",
+                    remedy="give the URL of a cache itself",
+                ) from error
             return sorted(str(prefix).rstrip("/").split("/")[-1] for prefix in found["common_prefixes"])
 
-        return retrying(self.url, self.address, attempt)
+        try:
+            return retrying(self.url, self.address, attempt)
+        except Missing:
+            return []
 
     def put(self, name: str, content: bytes | Path) -> None:
         import obstore
@@ -185,10 +225,8 @@ class ObjectLocation:
             return False  # what was to be replaced has been removed meanwhile
 
     def version(self, name: str) -> str | None:
-        import obstore
-
         try:
-            return self._version(self._retrying(name, lambda: obstore.head(self._store, name)))
+            return self.size_and_version(name)[1]
         except Missing:
             return None
 
@@ -199,9 +237,14 @@ class ObjectLocation:
 
 def open_location(url: str | os.PathLike[str]) -> Location:
     """The place that `url` names, for reading; raises `UserError` for a URL that is not understood."""
-    text = os.fspath(url).rstrip("/")
-    if not is_remote(text):
-        return LocalLocation(local_path(text))
+    if not is_remote(url):
+        return LocalLocation(local_path(os.fspath(url).rstrip("/")))
+    return open_remote_location(os.fspath(url))
+
+
+def open_remote_location(url: str) -> ObjectLocation:
+    """As `open_location`, of what is known to be a URL."""
+    text = url.rstrip("/")
     scheme = text.split("://")[0]
     if scheme == "hf":
         return _hub_location(text)
@@ -246,7 +289,7 @@ def _s3_options(url: str) -> dict[str, Any]:
     `~/.aws`. Raises `CacheError` where there are no credentials.
     """
     found: dict[str, Any] = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = _endpoint("AWS_ENDPOINT_URL_S3") or _endpoint("AWS_ENDPOINT_URL")
     if endpoint:
         found = {"config": {"endpoint": endpoint}, "client_options": _client_options(endpoint)}
     from_environment = {
@@ -257,14 +300,25 @@ def _s3_options(url: str) -> dict[str, Any]:
     }
     if not from_environment.isdisjoint(os.environ) or _is_true("AWS_SKIP_SIGNATURE"):
         return found
-    if (Path.home() / ".aws").is_dir():
+    files_of_boto3 = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_PROFILE")
+    if any(map(os.environ.get, files_of_boto3)) or (Path.home() / ".aws").is_dir():
         try:
             from obstore.auth.boto3 import Boto3CredentialProvider
+        except ImportError:
+            Boto3CredentialProvider = None  # an instance's role is left
+        if Boto3CredentialProvider is not None:
+            from botocore.exceptions import BotoCoreError
 
-            found["credential_provider"] = Boto3CredentialProvider()
-            return found
-        except (ImportError, ValueError):
-            pass  # no boto3, or nothing of use in that folder: an instance's role is left
+            try:
+                found["credential_provider"] = Boto3CredentialProvider()
+                return found
+            except BotoCoreError as error:
+                raise CacheError(
+                    f"the credentials for {redact(url)} cannot be had: {first_line(error)}",
+                    remedy="put ~/.aws (or what $AWS_PROFILE, $AWS_CONFIG_FILE, $AWS_SHARED_CREDENTIALS_FILE name) right",
+                ) from error
+            except ValueError:
+                pass  # nothing of use there: an instance's role is left
     metadata = os.environ.get("AWS_METADATA_ENDPOINT", _METADATA)
     if _is_true("AWS_EC2_METADATA_DISABLED") or not _answers(metadata):
         raise no_credentials(url)
@@ -310,6 +364,16 @@ def _answers(endpoint: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _endpoint(variable: str) -> str | None:
+    """The URL of a service that a variable names, None where it names none; raises `UserError` for anything else."""
+    value = os.environ.get(variable)
+    if value and re.match(r"https?://[^/]", value) is None:
+        raise UserError(
+            f"${variable} is {value!r:.200}, no URL of a service", remedy="write http:// or https:// before its host"
+        )
+    return value or None
 
 
 def _is_true(variable: str) -> bool:

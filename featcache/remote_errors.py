@@ -85,7 +85,8 @@ def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
     from obstore import exceptions
 
     text = str(error)
-    if "Wanted range starting at" in text or ((status := _STATUS.search(text)) and status[1] == "416"):
+    status = status_of(error)
+    if "Wanted range starting at" in text or status == 416:
         return DamagedSource(f"{what} is shorter than it must be")
     if isinstance(error, exceptions.UnauthenticatedError):
         return CacheError(f"{what}: the server wants credentials that it knows (401)", remedy=_DOCUMENTED)
@@ -113,14 +114,20 @@ def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
         return CacheError(f"{what}: the server sends from address to address without end", remedy="check the URL")
     if "BadScheme" in text:
         return CacheError(f"{what}: the server sends from https to an address without TLS, which is not followed")
-    if (status := _STATUS.search(text)) and status[1][0] in "34" and status[1] not in ("408", "409", "425", "429"):
-        return CacheError(f"{what}: the server answered with status {status[1]}", remedy="check the URL")
+    if status is not None and 300 <= status < 500 and status not in (408, 409, 425, 429):
+        return CacheError(f"{what}: the server answered with status {status}", remedy="check the URL")
     if isinstance(
         error,
         exceptions.InvalidPathError | exceptions.NotSupportedError | exceptions.UnknownConfigurationKeyError,
     ):
         return CacheError(f"{what} was refused: {first_line(error)}", remedy="check the URL")
     return None
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that a request failed with, None if that is not why."""
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else None
 
 
 def passing_cause(error: Exception, address: str) -> str:
@@ -136,8 +143,8 @@ def passing_cause(error: Exception, address: str) -> str:
         return f"no answer from the server in time (for {redact(address)})"
     if "kind: Connect" in text:
         return f"the server cannot be reached (for {redact(address)})"
-    if status := _STATUS.search(text):
-        return f"the server answered with status {status[1]}"
+    if (status := status_of(error)) is not None:
+        return f"the server answered with status {status}"
     return first_line(error)
 
 

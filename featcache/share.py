@@ -23,10 +23,12 @@ from typing import Any
 
 from featcache import fetch as transfer
 from featcache.errors import CacheError, UserError
+from featcache.redact import redact
 from featcache.remote import (
     Destination,
     Location,
     Missing,
+    address_below,
     is_remote,
     local_path,
     open_destination,
@@ -72,9 +74,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line."""
+    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line.
+
+    `url` is for people, `address` to open it with.
+    """
 
     url: str
+    address: str
     manifest: Manifest | None
     problem: str | None = None
 
@@ -122,29 +128,34 @@ def list_remote(url: str) -> list[Listed]:
     """
     place = open_location(url)
     document = _root_document(place)
-    here = None if document is None else _listed(place.url, *document[:2])
+    here = None if document is None else _listed(place.address, *document[:2])
     if here is not None:
         return [here]
     found: list[Listed | None] = []
     for name in place.directories():
-        below = f"{place.url}/{name}"
+        below = address_below(place, name)
         try:
-            document = _root_document(open_location(f"{place.address}/{name}"))
+            document = _root_document(open_location(below))
         except UserError as error:
-            found.append(Listed(url=below, manifest=None, problem=" ".join(error.what.split())))
+            found.append(_unreadable(below, error))
             continue
         found.append(None if document is None else _listed(below, *document[:2]))
     return [entry for entry in found if entry is not None]
 
 
-def _listed(url: str, name: str, data: bytes) -> Listed | None:
+def _listed(address: str, name: str, data: bytes) -> Listed | None:
     """What a listing says of a document; None for one of something else (a zarr array in a half-pushed cache)."""
+    url = redact(address)
     try:
-        return Listed(url=url, manifest=parse_named_root(data, name, f"{url}/{name}"))
+        return Listed(url=url, address=address, manifest=parse_named_root(data, name, f"{url}/{name}"))
     except NotACache:
         return None
     except CacheError as error:
-        return Listed(url=url, manifest=None, problem=" ".join(error.what.split()))
+        return _unreadable(address, error)
+
+
+def _unreadable(address: str, error: UserError) -> Listed:
+    return Listed(url=redact(address), address=address, manifest=None, problem=" ".join(error.what.split()))
 
 
 def required_root(place: Location) -> Manifest:
@@ -465,7 +476,9 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
     limit = checksums_limit(manifest)
     for name in sorted({checksums_path(manifest, array) for array in manifest.arrays if array not in present}):
         ours = local.read_whole(name, limit)[0]
-        while not place.put_if(name, ours, None):
+        for _ in range(_MERGES):
+            if place.put_if(name, ours, None):
+                break
             try:
                 theirs, version = place.read_whole(name, limit)
             except Missing:
@@ -478,6 +491,8 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
                     "with other bytes",
                     remedy="if it is not running any more, add --replace-unfinished; else push to another URL",
                 )
+        else:
+            raise _replaced_too_often(place)
 
 
 class _Journal:
