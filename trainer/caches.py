@@ -11,6 +11,7 @@ import numpy as np
 
 import featcache
 from featcache.errors import CacheError
+from featcache.keys import key_text, printable
 from trainer import align
 from trainer.align.base import FeatureInfo
 from trainer.align.features import encoder_layers
@@ -99,11 +100,11 @@ def random_features(cache: Any) -> list[str]:
 
 
 def sample_keys(cache: Any, indices: np.ndarray) -> list[str]:
-    """Keys (source paths) of the samples ``indices`` [n]."""
+    """Keys (source paths) of the samples ``indices`` [n], as :func:`featcache.keys.printable` writes them."""
     with cache.reader(["key"]) as reader:
         out = reader.allocate(len(indices))
         reader.read(indices, out)
-    return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in out["key"]]
+    return [printable(key_text(bytes(row))) for row in out["key"]]
 
 
 def build_command(cache: Any, wanted: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from featcache.build import pick_device
 from featcache.errors import CacheError, UserError, os_error
 from featcache.redact import is_redacted, redact
 from featcache.remote import is_remote
+from featcache.signing import require_digest
 from trainer import checkpoint, distributed, runs
 from trainer.align.base import Alignment
 from trainer.caches import find_cache, random_features, sample_keys
@@ -106,7 +107,7 @@ def _train(
     share = _share(config, world)
     cache = find_cache(config)
     if expect is not None:
-        runs.check_digest(cache, expect)
+        require_digest(cache.manifest, expect, str(cache.path))
     with runs.claim(config, root) if world.is_main else nullcontext() as claimed:
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)

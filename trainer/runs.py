@@ -190,21 +190,6 @@ def check_same_bytes(run: Path, cache: Any) -> str | None:
     return None
 
 
-def check_digest(cache: Any, expected: str) -> None:
-    """Raises CacheError unless ``cache`` has the digest ``expected`` (whole, or its first 12 hex digits or more)."""
-    wanted, found = expected.strip().lower(), _digest(cache)
-    if len(wanted) < 12 or any(c not in "0123456789abcdef" for c in wanted):
-        raise UserError(
-            f"--expect {expected!r:.80} is not a digest",
-            remedy="Pass the 64 hexadecimal digits that whoever made the cache gives for it, or at least the first 12.",
-        )
-    if not found.startswith(wanted):
-        raise CacheError(
-            f"{cache.path} has the digest {found}, not {wanted}",
-            remedy="It is another cache, or was changed: get it again from whom you trust.",
-        )
-
-
 def _digest(cache: Any) -> str:
     from featcache.store.root import cache_digest
 

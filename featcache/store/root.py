@@ -5,6 +5,8 @@ first.
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from featcache.store.manifest import (
     manifest_from_json,
 )
 
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9]+:/")  # a path has made one slash of two
 _MANIFEST, _CHECKSUM = "featcache", "featcache_sha256"
 
 
@@ -105,6 +108,11 @@ def read_root(path: Path) -> Manifest:
     """The manifest of the cache in directory `path`; raises `CacheError` if there is none."""
     root = find_root(path)
     if root is None:
+        if _URL.match(str(path)):
+            raise CacheError(
+                f"{path} is a URL, and this needs a folder on this machine",
+                remedy="featcache pull URL FOLDER copies a cache",
+            )
         if (path / STATE).is_dir():
             raise CacheError(
                 f"{path} holds an unfinished build and nothing complete yet",
@@ -112,6 +120,6 @@ def read_root(path: Path) -> Manifest:
             )
         raise CacheError(
             f"there is no cache at {path}",
-            remedy=f"featcache build --out {path} makes one; featcache ls DIR lists them",
+            remedy=f"featcache build --out {shlex.quote(str(path))} makes one; featcache ls DIR lists them",
         )
     return parse_named_root(files.read_bounded(root, MAX_METADATA_BYTES), root.name, str(root))

@@ -237,6 +237,22 @@ def test_letters_that_the_terminal_lacks_are_escaped(tmp_path: Path) -> None:
     assert done.returncode == 2 and "sch\\xf6n" in done.stderr and "Unicode" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [["repair"], ["gc"], ["rm", "--yes", "--features", "x"], ["push", "s3://bucket/x"], ["sign", "--key", "k"]]
+)
+def test_a_url_where_a_folder_is_needed(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from featcache.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    command, *rest = words
+    monkeypatch.setattr(sys, "argv", ["featcache", command, "https://me:hidden@host/x", *rest])
+    assert run_app(app) == 2
+    said = capsys.readouterr()
+    assert "is a URL" in said.err and "featcache pull URL FOLDER" in said.err and "hidden" not in said.out + said.err
+
+
 def test_secrets_are_shown_nowhere() -> None:
     assert safe("read https://u:hunter2@h/x?sig=s") == "read https://***@h/x?sig=***"
 
