@@ -153,11 +153,11 @@ def _fetch_blocks(
         while start < file.n_bytes:
             index = start // hashes.BLOCK_BYTES
             if index in here:
-                data = _right_block(old, blocks, index)
-                if data is not None:
-                    files.append(fd, data, partial)
-                    hasher.update(memoryview(data))
-                    start += len(data)
+                kept = _right_block(old, blocks, index)
+                if kept is not None:
+                    files.append(fd, kept, partial)
+                    hasher.update(memoryview(kept))
+                    start += len(kept)
                     continue
                 here.discard(index)  # it has changed since
             stop = min([i * hashes.BLOCK_BYTES for i in here if i > index], default=file.n_bytes)

@@ -34,8 +34,8 @@ def _redact_url(url: str) -> str:
     netloc, slash, path = rest.partition("/")
     if "@" not in netloc and not _PORT.search(netloc) and "@" in path:
         # A password with a slash in it: what follows the colon is no port.
-        netloc, _, path = rest.rpartition("@")
-        netloc, slash, path = f"{_HIDDEN}@{path.partition('/')[0]}", *path.partition("/")[1:]
+        host, slash, path = rest.rpartition("@")[2].partition("/")
+        netloc = f"{_HIDDEN}@{host}"
     if "@" in netloc:
         netloc = f"{_HIDDEN}@{netloc.rpartition('@')[2]}"
     query = "&".join(map(_redact_parameter, query.split("&")))

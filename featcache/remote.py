@@ -284,6 +284,9 @@ def _object_store(url: str, scheme: str) -> Any:
         raise UserError(f"{redact(url)} cannot be reached: {first_line(error)}") from error
 
 
+_FILES_OF_BOTO3 = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_PROFILE")
+
+
 def _s3_options(url: str) -> dict[str, Any]:
     """What the store does not take from the environment by itself: plain-http endpoints, profiles of
     `~/.aws`. Raises `CacheError` where there are no credentials.
@@ -300,25 +303,19 @@ def _s3_options(url: str) -> dict[str, Any]:
     }
     if not from_environment.isdisjoint(os.environ) or _is_true("AWS_SKIP_SIGNATURE"):
         return found
-    files_of_boto3 = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_PROFILE")
-    if any(map(os.environ.get, files_of_boto3)) or (Path.home() / ".aws").is_dir():
+    if any(map(os.environ.get, _FILES_OF_BOTO3)) or (Path.home() / ".aws").is_dir():
         try:
             from obstore.auth.boto3 import Boto3CredentialProvider
-        except ImportError:
-            Boto3CredentialProvider = None  # an instance's role is left
-        if Boto3CredentialProvider is not None:
-            from botocore.exceptions import BotoCoreError
 
-            try:
-                found["credential_provider"] = Boto3CredentialProvider()
-                return found
-            except BotoCoreError as error:
-                raise CacheError(
-                    f"the credentials for {redact(url)} cannot be had: {first_line(error)}",
-                    remedy="put ~/.aws (or what $AWS_PROFILE, $AWS_CONFIG_FILE, $AWS_SHARED_CREDENTIALS_FILE name) right",
-                ) from error
-            except ValueError:
-                pass  # nothing of use there: an instance's role is left
+            found["credential_provider"] = Boto3CredentialProvider()
+            return found
+        except (ImportError, ValueError):
+            pass  # no boto3, or nothing of use there: an instance's role is left
+        except Exception as error:  # botocore's own, over profiles and files that are wrong
+            raise CacheError(
+                f"the credentials for {redact(url)} cannot be had: {first_line(error)}",
+                remedy="put ~/.aws (or what $AWS_PROFILE, $AWS_CONFIG_FILE, $AWS_SHARED_CREDENTIALS_FILE name) right",
+            ) from error
     metadata = os.environ.get("AWS_METADATA_ENDPOINT", _METADATA)
     if _is_true("AWS_EC2_METADATA_DISABLED") or not _answers(metadata):
         raise no_credentials(url)

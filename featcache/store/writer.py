@@ -202,9 +202,7 @@ class CacheWriter:
                 files.atomic_write(state_directory(path) / "dataset.json", [canonical_json(wanted.to_json())])
                 return _writer_class(wanted)(path, wanted)
         if not resume:
-            raise CacheError(
-                f"there is a cache at {path} already", remedy="choose another --out, or leave --no-resume out"
-            )
+            raise CacheError(f"there is a cache at {path} already", remedy="choose another folder")
         require_same_dataset(existing, wanted, path)
         return _writer_class(existing)(path, existing)
 
@@ -706,7 +704,7 @@ def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> No
     if differences:
         raise CacheError(
             f"{path} holds a cache of other images or preprocessing:\n  " + "\n  ".join(differences),
-            remedy="use the same --data and options as that cache, or choose another --out",
+            remedy="choose another folder, or use the same images and options as for that cache",
         )
 
 
@@ -717,7 +715,7 @@ def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> N
         raise CacheError(
             f"{path} holds {have.name!r} already (complete or begun), with another {key}: "
             f"{have.to_json()[key]!r:.300} there, {want.to_json()[key]!r:.300} here",
-            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another --out",
+            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another folder",
         )
 
 
@@ -842,6 +840,6 @@ def unfinished_features(path: Path) -> list[str]:
 
 def _refuse_foreign_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise CacheError(f"{path} is a file", remedy="choose another --out")
+        raise CacheError(f"{path} is a file", remedy="choose another folder")
     if path.is_dir() and not (path / STATE).is_dir() and find_root(path) is None and any(path.iterdir()):
-        raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another --out")
+        raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another folder")
