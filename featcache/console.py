@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import select
 import sys
 import threading
 import unicodedata
@@ -169,12 +170,13 @@ def _run(app: Any) -> int:
         return EXIT_USER_ERROR
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except BrokenPipeError:
-        # The reader of a pipe has left (`featcache info | head`): nobody to report to.
-        return EXIT_NO_READER
+    except SystemExit as leaving:
+        # Typer leaves so, without a word, whatever pipe it was that broke.
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return _refused(leaving.__context__)
+        raise
     except OSError as error:
-        print_error(os_error(error))
-        return EXIT_USER_ERROR
+        return _refused(error)
     except Exception as error:
         # Usage errors (unknown options, missing arguments) of typer's parser, whose classes typer does not export.
         show = getattr(error, "show", None)
@@ -188,6 +190,28 @@ def _run(app: Any) -> int:
             return EXIT_USER_ERROR
         print_error(_fault(error))
         return EXIT_FAULT
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries written in Rust, and no Exception
+            raise
+        print_error(_fault(error))
+        return EXIT_FAULT
+
+
+def _refused(error: OSError) -> int:
+    """The exit code for what the system refused, which is said where somebody listens."""
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        return EXIT_NO_READER
+    print_error(os_error(error))
+    return EXIT_USER_ERROR
+
+
+def _reader_left() -> bool:
+    """Whether whoever read what is printed has left (`featcache info | head`): nobody is there to report to."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def refuse_empty(words: Sequence[str]) -> None:
@@ -247,7 +271,7 @@ def _known(error: Exception) -> UserError | None:
     return None
 
 
-def _fault(error: Exception) -> UserError:
+def _fault(error: BaseException) -> UserError:
     line = _text(error)
     rank = os.environ.get("RANK", "0")
     return UserError(

@@ -15,7 +15,7 @@ import featcache
 from featcache.build.request import BuildRequest
 from featcache.cli.build import request_of
 from featcache.console import ByteBar, console, plain, safe, size_text
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
 from featcache.paths import on_this_machine
 from featcache.redact import redact
 from featcache.settings import Given, takes
@@ -145,7 +145,7 @@ def verify(
     _check_options(cache, fraction, seed, repair=repair, since_last=since_last, remote=remote)
     keep = not remote if record is None else record
 
-    _require_authentic(cache, expect, signed_by)
+    authentic = _require_authentic(cache, expect, signed_by)
 
     def checked() -> Report:
         with ByteBar("checking") as bar:
@@ -165,6 +165,12 @@ def verify(
             )
 
     report = checked()
+    if authentic is not None and report.digest not in (None, authentic):
+        raise CacheError(
+            f"{cache} is not the cache that was asked for any more: it was exchanged after its digest "
+            f"{authentic} had been found right, and what was checked has {report.digest}",
+            remedy="run the same command again; where nobody adds features meanwhile, do not trust that place",
+        )
     _show_problems(report, "damaged")
     if keep:
         _record(cache, report, names)
@@ -204,17 +210,23 @@ def _check_options(
         raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
 
 
-def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -> None:
-    """Raises `CacheError` unless it is the expected cache, signed by one of the signers; says who signed it."""
+def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -> str | None:
+    """Raises `CacheError` unless it is the expected cache, signed by one of the signers; says who signed it.
+
+    Returns the digest of which that is true, None if nothing was asked for.
+    """
     if expect is None and signed_by is None:
-        return
+        return None
     from featcache.read.root import require_authentic, required_root
     from featcache.store.remote import open_location
+    from featcache.store.root import cache_digest
 
     place = open_location(cache)
-    who = require_authentic(place, required_root(place), expect, signed_by)
+    manifest = required_root(place)
+    who = require_authentic(place, manifest, expect, signed_by)
     if who is not None:
         console.print(f"signed by {safe(who)}")
+    return cache_digest(manifest)
 
 
 def _encode_again(

@@ -41,7 +41,15 @@ from featcache.store.contents import (
 from featcache.store.layout import PUSHES, ROOT_NAMES, SIGNATURE, STATE
 from featcache.store.manifest import Manifest
 from featcache.store.places import Location, Missing
-from featcache.store.remote import Destination, is_remote, local_path, open_destination, open_location, parse_hub_url
+from featcache.store.remote import (
+    Destination,
+    address_below,
+    is_remote,
+    local_path,
+    open_destination,
+    open_location,
+    parse_hub_url,
+)
 from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
 from featcache.store.signing import parse_digest, read_signature
 from featcache.store.writer import (
@@ -60,9 +68,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line."""
+    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line.
+
+    `url` is for people, `address` to open it with.
+    """
 
     url: str
+    address: str
     manifest: Manifest | None
     problem: str | None = None
 
@@ -88,29 +100,34 @@ def list_remote(url: str) -> list[Listed]:
     """
     place = open_location(url)
     document = root_document(place)
-    here = None if document is None else _listed(place.url, *document[:2])
+    here = None if document is None else _listed(place.address, *document[:2])
     if here is not None:
         return [here]
     found: list[Listed | None] = []
     for name in place.directories():
-        below = f"{place.url}/{name}"
+        below = address_below(place, name)
         try:
-            document = root_document(open_location(f"{place.address}/{name}"))
+            document = root_document(open_location(below))
         except UserError as error:
-            found.append(Listed(url=below, manifest=None, problem=" ".join(error.what.split())))
+            found.append(_unreadable(below, error))
             continue
         found.append(None if document is None else _listed(below, *document[:2]))
     return [entry for entry in found if entry is not None]
 
 
-def _listed(url: str, name: str, data: bytes) -> Listed | None:
+def _listed(address: str, name: str, data: bytes) -> Listed | None:
     """What a listing says of a document; None for one of something else (a zarr array in a half-pushed cache)."""
+    url = redact(address)
     try:
-        return Listed(url=url, manifest=parse_named_root(data, name, f"{url}/{name}"))
+        return Listed(url=url, address=address, manifest=parse_named_root(data, name, f"{url}/{name}"))
     except NotACache:
         return None
     except CacheError as error:
-        return Listed(url=url, manifest=None, problem=" ".join(error.what.split()))
+        return _unreadable(address, error)
+
+
+def _unreadable(address: str, error: UserError) -> Listed:
+    return Listed(url=redact(address), address=address, manifest=None, problem=" ".join(error.what.split()))
 
 
 def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | None) -> Manifest:
@@ -418,7 +435,9 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
     limit = checksums_limit(manifest)
     for name in sorted({checksums_path(manifest, array) for array in manifest.arrays if array not in present}):
         ours = local.read_whole(name, limit)[0]
-        while not place.put_if(name, ours, None):
+        for _ in range(_MERGES):
+            if place.put_if(name, ours, None):
+                break
             try:
                 theirs, version = place.read_whole(name, limit)
             except Missing:
@@ -431,6 +450,8 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
                     "with other bytes",
                     remedy="if it is not running any more, add --replace-unfinished; else push to another URL",
                 )
+        else:
+            raise _replaced_too_often(place)
 
 
 class _Journal:
@@ -591,10 +612,10 @@ def verify_remote(
     subset(manifest, features, None)
 
     def consistent() -> list[Problem]:
-        from featcache.read.stream import open_remote
+        from featcache.read.stream import DEFAULT_CACHE_BYTES, remote_cache
 
         with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
-            return inconsistencies(open_remote(url, cache_dir=folder), place.url)
+            return inconsistencies(remote_cache(place, manifest, Path(folder), DEFAULT_CACHE_BYTES), place.url)
 
     return verify_place(
         place,

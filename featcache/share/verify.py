@@ -528,7 +528,7 @@ def _check_shard(job: _Job) -> _Result:
             return _compared(job, _RemoteShard(job.place, name, job.place.size(name)))
         with job.place.open(name) as file:
             return _compared(job, _LocalShard(file.fileno()))
-    except Unreadable as error:
+    except (Unreadable, DamagedSource) as error:
         return _Result(f"missing or unreadable: {error.what}", 0)
     except (Missing, OSError):
         return _Result("missing or unreadable", 0)

@@ -39,7 +39,7 @@ from featcache.sources.opening import explained
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
 from featcache.store import files
 from featcache.store.places import Location, Missing
-from featcache.store.remote import is_remote, open_location
+from featcache.store.remote import is_remote, open_location, open_remote_location
 
 _STORED, _DEFLATED = 0, 8
 _TEXT_COLUMNS = ("text_offsets", "text_sizes", "json_offsets", "json_sizes")
@@ -57,11 +57,15 @@ _BRING_AGAIN = "Bring it again: it was cut off or changed on the way."
 
 @dataclass(frozen=True)
 class Place:
-    """One archive: its location (a directory or URL prefix), its name there, its size in bytes."""
+    """One archive: its location (a directory or URL prefix), its name there, its size in bytes.
+
+    version: changes when it is replaced by another one, as far as the place tells.
+    """
 
     location: Location
     name: str
     size_bytes: int
+    version: str = ""
 
     @property
     def where(self) -> str:
@@ -389,11 +393,24 @@ def zips(places: Sequence[Place]) -> Iterator[Member]:
             members = archive.infolist()
             _check_zip_directory(place, archive, members)
             for member in members:
-                if not _is_image(member.orig_filename):  # `filename` ends at a NUL
+                name = _zip_name(member)
+                if not _is_image(name):
                     continue
                 _check_zip_member(place, member)
                 where = (a, member.header_offset, member.compress_size, member.compress_type)
-                yield Member(_image_name(place, member.orig_filename), "", *where, member.file_size, member.CRC)
+                yield Member(_image_name(place, name), "", *where, member.file_size, member.CRC)
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """A member's name, whole (`filename` ends at a NUL), as unpacking it gives it.
+
+    Programs on Unix write the bytes of file names without the mark that they are UTF-8, and zipfile takes all such names
+    for those of DOS.
+    """
+    unix, macos = 3, 19
+    if member.flag_bits & 0x800 or member.create_system not in (unix, macos):
+        return member.orig_filename
+    return key_text(member.orig_filename.encode("cp437"))
 
 
 def _check_zip_directory(place: Place, archive: zipfile.ZipFile, members: Sequence[zipfile.ZipInfo]) -> None:
@@ -528,10 +545,12 @@ def find_places(data: str) -> list[Place]:
     places = []
     for text in _expanded(data):
         if is_remote(text):
-            prefix, _, name = text.rpartition("/")
-            location = open_location(prefix)
+            # The query of a signed URL belongs to every request.
+            base, mark, query = text.partition("?")
+            prefix, _, name = base.rpartition("/")
+            location = open_remote_location(f"{prefix}{mark}{query}")
             try:
-                places.append(Place(location, name, location.size(name)))
+                places.append(Place(location, name, *location.size_and_version(name)))
             except (Missing, CacheError) as error:
                 why = error.what if isinstance(error, UserError) else "there is nothing of that name"
                 raise UserError(
@@ -542,7 +561,10 @@ def find_places(data: str) -> list[Place]:
         for path in found:
             if not path.is_file():
                 raise UserError(f"there is no archive {str(path)!r}", remedy="Check --data.")
-            places.append(Place(open_location(str(path.parent)), path.name, path.stat().st_size))
+            found_now = path.stat()
+            places.append(
+                Place(open_location(str(path.parent)), path.name, found_now.st_size, str(found_now.st_mtime_ns))
+            )
     if not places:
         raise UserError(f"no archive matches {data!r}", remedy="Check --data.")
     return places
@@ -615,7 +637,7 @@ def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -
         UserError: no images, an archive that is cut off, samples without labels, or two images of one key.
     """
     kind = kind_of(places, folder=folder)
-    lines = [f"version 3, {kind}"] + [f"{p.location.url}/{p.name}\t{p.size_bytes}\t{_modified(p)}" for p in places]
+    lines = [f"version 4, {kind}"] + [f"{p.location.url}/{p.name}\t{p.size_bytes}\t{p.version}" for p in places]
     kept = index_folder() / f"{hashlib.sha256(key_bytes(chr(10).join(lines))).hexdigest()[:32]}.npz"
     columns = _kept_index(kept)
     if columns is None:
@@ -628,11 +650,6 @@ def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -
         places=tuple(places),
         **{key: columns[key] for key in _COLUMNS},
     )
-
-
-def _modified(place: Place) -> int:
-    path = Path(place.location.url) / place.name
-    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def index_folder() -> Path:

@@ -44,11 +44,13 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
 
 
 def _open_files(data: str) -> Source:
-    stem = data.rstrip("/").rpartition("/")[2]
-    pattern = is_remote(data) or "{" in data or "*" in data
+    remote = is_remote(data)
+    named = data.partition("?")[0] if remote else data  # without the secrets of a signed URL
+    stem = named.rstrip("/").rpartition("/")[2]
+    pattern = remote or "{" in data or "*" in data
     path = Path(data)
     if pattern or (path.is_file() and path.suffix.lower() in (".tar", ".zip", ".parquet")):
-        if data.lower().endswith(".parquet"):
+        if named.lower().endswith(".parquet"):
             return open_parquet(data, name=stem.removesuffix(".parquet"))
 
         return open_archives(find_places(data), name=re.sub(r"\.(tar|zip)$", "", stem))

@@ -110,7 +110,7 @@ class LocalLocation:
                 except OSError as error:
                     raise Unreadable(f"{self.path / name} cannot be read: {error.strerror}") from error
                 if not data:
-                    raise Unreadable(f"{self.path / name} is shorter than expected")
+                    raise DamagedSource(f"{self.path / name} is shorter than it must be")
                 start += len(data)
                 yield data
 

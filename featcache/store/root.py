@@ -5,6 +5,7 @@ first.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from featcache.store.manifest import (
     manifest_from_json,
 )
 
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9]+:/")  # a path has made one slash of two
 _MANIFEST, _CHECKSUM = "featcache", "featcache_sha256"
 _DAMAGED_REMEDY = "get that file again from where the cache came from, or build the cache again"
 
@@ -110,6 +112,11 @@ def read_root(path: Path) -> Manifest:
     """The manifest of the cache in directory `path`; raises `CacheError` if there is none."""
     root = find_root(path)
     if root is None:
+        if _URL.match(str(path)):
+            raise CacheError(
+                f"{path} is a URL, and this needs a folder on this machine",
+                remedy="featcache pull URL FOLDER copies a cache",
+            )
         if (path / STATE).is_dir():
             raise CacheError(
                 f"{path} holds an unfinished build and nothing complete yet",

@@ -208,6 +208,27 @@ def test_lightningdit(tmp_path: Path, with_stats: bool) -> None:
         np.testing.assert_allclose(vae["channel_std"], std, rtol=1e-6)
 
 
+def test_latents_listed_twice_or_missing_are_not_passed_over(tmp_path: Path) -> None:
+    """A folder that came in part, and archives that hold two files of one name."""
+
+    def refused(source: Path, match: str) -> None:
+        with pytest.raises(UserError, match=match):
+            import_latents(ImportRequest(source=source, out=tmp_path / "cache", layout="edm2"))
+        assert not (tmp_path / "cache").exists()
+
+    _, labels = repa_like(tmp_path / "data")
+    listed = json.loads((tmp_path / "data/dataset.json").read_text())["labels"]
+    (tmp_path / "data" / listed[0][0]).unlink()
+    refused(tmp_path / "data", "lists 1 files that are not there, such as")
+    (tmp_path / "data/dataset.json").write_text(json.dumps({"labels": [*listed[1:], [listed[1][0], labels[1]]]}))
+    refused(tmp_path / "data", "a file is listed twice")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.write(tmp_path / "data" / listed[1][0], listed[1][0])
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.write(tmp_path / "data" / listed[1][0], listed[1][0])
+    refused(tmp_path / "data.zip", "holds two files")
+
+
 def test_malformed_sources(tmp_path: Path) -> None:
     def attempt(source: Path, layout: str = "repa") -> None:
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)

@@ -686,3 +686,16 @@ def test_add_to_a_pulled_cache(source: Path, web, tmp_path: Path) -> None:
     pull(f"{web.url}/cache", target, features=["tiny@5"])
     add(target, [tokens("new@1")], SKIPPED)
     assert verify(target).ok
+
+
+def test_what_a_pull_into_a_wrong_folder_says_can_be_done(source: Path, tmp_path: Path) -> None:
+    """`pull` and `convert` have no --out and no --data."""
+    pull(str(source), tmp_path / "part", samples=1)
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_bytes(b"")
+    for target in ("part", "file", "folder"):
+        with pytest.raises(CacheError) as caught:
+            pull(str(source), tmp_path / target)
+        assert caught.value.remedy is not None and "--" not in caught.value.remedy
+        assert "another folder" in caught.value.remedy

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -115,3 +116,11 @@ def test_keys_of_any_samples(shapes_cache: Path) -> None:
     cache = featcache.open(shapes_cache)
     every = cache.keys()
     assert sample_keys(cache, np.array([5, 0, 23, 5])) == [every[5], every[0], every[23], every[5]]
+
+
+def test_keys_that_are_no_utf8_keep_their_bytes() -> None:
+    """They go into ``diverged.json``: two images must not get one name."""
+    stored = {"key": np.array([[0xE9, 0x61, 0], [0xE8, 0x61, 0]], np.uint8)}
+    reader = SimpleNamespace(allocate=lambda n: stored, read=lambda indices, out: None)
+    cache = SimpleNamespace(reader=lambda names: nullcontext(reader))
+    assert sample_keys(cache, np.array([0, 1])) == ["\\xe9a", "\\xe8a"]

@@ -12,6 +12,7 @@ import numpy as np
 
 import featcache
 from featcache.errors import CacheError, UserError
+from featcache.keys import key_text, printable
 from featcache.paths import typed
 from featcache.store.root import find_root
 from trainer import align
@@ -102,7 +103,7 @@ def cache_of_run(run: Path) -> Any:
         CacheError: it is gone, or another one lies in its place.
         UserError: it is a URL whose secrets were not stored.
     """
-    from trainer import runs
+    from trainer.runs import folder as runs
     from trainer.runs.records import cache_summary
 
     summary = cache_summary(run)
@@ -140,11 +141,11 @@ def random_features(cache: Any) -> list[str]:
 
 
 def sample_keys(cache: Any, indices: np.ndarray) -> list[str]:
-    """Keys (source paths) of the samples ``indices`` [n]."""
+    """Keys (source paths) of the samples ``indices`` [n], as :func:`featcache.keys.printable` writes them."""
     with cache.reader(["key"]) as reader:
         out = reader.allocate(len(indices))
         reader.read(indices, out)
-    return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in out["key"]]
+    return [printable(key_text(bytes(row))) for row in out["key"]]
 
 
 def build_command(cache: Any, wanted: Iterable[str]) -> str:

@@ -189,13 +189,6 @@ def check_same_bytes(run: Path, cache: Any) -> str | None:
     return None
 
 
-def check_digest(cache: Any, expected: str) -> None:
-    """Raises CacheError unless ``cache`` has the digest ``expected``, all of it."""
-    from featcache.store.signing import require_digest
-
-    require_digest(cache.manifest, expected, str(cache.path))
-
-
 def _digest(cache: Any) -> str:
     return cache_digest(cache.manifest)
 

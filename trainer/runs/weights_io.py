@@ -119,7 +119,7 @@ def import_official(
     elif doubled:
         raise UserError(
             f"{path} predicts twice as many channels as its latent has; {convention!r} checkpoints do not.",
-            remedy="Use convention 'sit' or 'dit'.",
+            remedy="Type --convention sit or --convention dit.",
         )
     interpolant = _trained_path(options, path)
     _check_keys(state, config, path)
@@ -319,7 +319,8 @@ def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) ->
     if heads is None:
         raise UserError(
             f"{path} has depth {depth} and width {D}, which is no named model, so its number of heads cannot be told.",
-            remedy="Say how many attention heads it has.",
+            remedy="Only named models can be imported by command; from Python: "
+            "trainer.weights_io.import_official(path, heads=NUMBER).",
         )
     doubled = out == 2 * p * p * C
     config = ModelConfig(
@@ -357,7 +358,7 @@ def _infer_convention(extra: Mapping[str, Tensor], options: Mapping[str, Any], p
             return "dit"
     raise UserError(
         f"{path} may be an official SiT or an official DiT: their state dicts have the same keys and shapes.",
-        remedy="Say which convention it follows: 'sit' or 'dit'.",
+        remedy="Say which one: --convention sit or --convention dit.",
     )
 
 

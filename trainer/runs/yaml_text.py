@@ -17,6 +17,7 @@ from featcache.store import files
 MAX_BYTES = 1 << 20
 MAX_NODES = 10_000  # an alias counts as often as its content would
 MAX_DEPTH = 32
+MAX_BITS = 1024  # of a whole number, as many as a float's range
 
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 
@@ -41,6 +42,16 @@ class _Loader(_PARSER):  # type: ignore[misc]
             except TypeError:
                 break  # a key that is a list or a mapping: the base class has the message
         return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Refuses numbers that no setting takes: a hexadecimal one may have so many digits that it cannot be printed."""
+        value: int = super().construct_yaml_int(node)
+        if value.bit_length() > MAX_BITS:
+            raise ValueError(f"a number of {value.bit_length()} bits")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path) -> Any:

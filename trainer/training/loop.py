@@ -20,6 +20,7 @@ from featcache.errors import CacheError, UserError, os_error
 from featcache.machine import pick_device
 from featcache.redact import is_redacted, redact
 from featcache.store.remote import is_remote
+from featcache.store.signing import require_digest
 from trainer import distributed
 from trainer.align.base import Alignment
 from trainer.distributed import World
@@ -108,7 +109,7 @@ def _train(
     share = _share(config, world)
     cache = find_cache(config)
     if expect is not None:
-        runs.check_digest(cache, expect)
+        require_digest(cache.manifest, expect, str(cache.path))
     with runs.claim(config, root) if world.is_main else nullcontext() as claimed:
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
