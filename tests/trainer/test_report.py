@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from featcache.errors import UserError
+from trainer.evaluate.table import higher_is_better
 from trainer.report import (
     Figure,
     Published,
@@ -28,7 +29,6 @@ from trainer.report.charts import Chart, Series, render_svg, smooth, smoothed_se
 from trainer.report.data import read_log
 from trainer.report.page import measure, number
 from trainer.report.report import _evaluated
-from trainer.report.table import higher_is_better
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
