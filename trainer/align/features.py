@@ -23,8 +23,6 @@ _TOKENS = re.compile(r"(?P<encoder>[^/@]+)@(?P<layer>\d+)")
 LAST_LAYER = "<encoder>@<last>"
 TEXTURE_LAYER = "<encoder>@<texture>"
 
-GROUPS = ("G1", "G2", "G3", "G4")
-
 
 def split_name(name: str) -> tuple[str, int] | None:
     """``'dinov2-b@11'`` -> ``('dinov2-b', 11)``; None for a name that is not an encoder's tokens."""
