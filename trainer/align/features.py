@@ -48,12 +48,10 @@ def encoder_layers(available: Iterable[str]) -> dict[str, list[int]]:
     return {encoder: sorted(found) for encoder, found in sorted(layers.items())}
 
 
-# How each method is told its encoder.
-_OPTIONS = {"repa": "features=[{name}@LAYER]", "sara": "feature={name}@LAYER", "dya": "encoder={name}"}
-
-
-def only_encoder(method: str, available: Iterable[str]) -> str:
+def only_encoder(method: str, available: Iterable[str], *, option: str) -> str:
     """The one encoder whose tokens are cached.
+
+    option: how the method is told its encoder, such as ``feature={name}@LAYER``.
 
     Raises:
         CacheError: the cache holds none.
@@ -68,15 +66,15 @@ def only_encoder(method: str, available: Iterable[str]) -> str:
     if len(encoders) > 1:
         raise UserError(
             f"{method}: the cache holds tokens of several encoders ({', '.join(encoders)})",
-            remedy=f"Say which {method} shall use: --set '{method}.{_OPTIONS[method].format(name=encoders[0])}'",
+            remedy=f"Say which {method} shall use: --set '{method}.{option.format(name=encoders[0])}'",
         )
     return encoders[0]
 
 
-def last_layer(method: str, available: Iterable[str]) -> str:
-    """Name of the deepest cached layer of the cache's only encoder. Raises as :func:`only_encoder`."""
+def last_layer(method: str, available: Iterable[str], *, option: str) -> str:
+    """Name of the deepest cached layer of the cache's only encoder. Arguments and errors as of :func:`only_encoder`."""
     available = list(available)
-    encoder = only_encoder(method, available)
+    encoder = only_encoder(method, available, option=option)
     return f"{encoder}@{encoder_layers(available)[encoder][-1]}"
 
 
