@@ -628,14 +628,15 @@ def _is_flat(place: Place) -> bool:
     raise UserError(f"{place.where} holds no images ({', '.join(EXTENSIONS)})", remedy="Check --data.")
 
 
-def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -> ArchiveSource:
-    """The images of some archives, from the kept index or by a pass over them.
+def open_archives(pattern: str, *, name: str, folder: bool) -> ArchiveSource:
+    """The images of the archives that a path, URL or pattern names, from the kept index or by a pass over them.
 
     folder: they are all archives of one local folder.
 
     Raises:
-        UserError: no images, an archive that is cut off, samples without labels, or two images of one key.
+        UserError: no archives, no images, an archive that is cut off, samples without labels, or two images of one key.
     """
+    places = find_places(pattern)
     kind = kind_of(places, folder=folder)
     lines = [f"version 4, {kind}"] + [f"{p.location.url}/{p.name}\t{p.size_bytes}\t{p.version}" for p in places]
     kept = index_folder() / f"{hashlib.sha256(key_bytes(chr(10).join(lines))).hexdigest()[:32]}.npz"

@@ -359,35 +359,19 @@ def _discard(entries: Sequence[_Entry]) -> None:
             _unlink(entry.part)
 
 
-class Stream:
-    """A file being written in pieces; see `atomic_stream`."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._hasher = Hasher()
-
-    def write(self, data: Buffer) -> None:
-        view = _bytes_view(data)
-        self._hasher.update(view)
-        write_all(self._fd, view)
-
-    def hashes(self) -> Hashes:
-        """Of what was written so far."""
-        return self._hasher.result()
-
-    def digest(self) -> str:
-        """SHA-256 (hex) of what was written so far."""
-        return self.hashes().sha256
-
-
 @contextlib.contextmanager
-def _atomic(path: Path, *, durable: bool = True) -> Iterator[int]:
-    """A descriptor to write `path` with; see `atomic_stream`."""
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file for other libraries to write to and seek in; it takes the name `path` when the block ends without an exception.
+
+    Not `durable`: as `atomic_write`. Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any
+    other exception.
+    """
     with explained(path, "written"):
         fd, part = _create_part(path)
     try:
         try:
-            yield fd
+            with os.fdopen(fd, "wb", closefd=False) as file:
+                yield file
             if durable:
                 _fsync(fd)
         finally:
@@ -401,23 +385,6 @@ def _atomic(path: Path, *, durable: bool = True) -> Iterator[int]:
         if isinstance(error, OSError):
             raise explain(error, path) from error
         raise
-
-
-@contextlib.contextmanager
-def atomic_stream(path: Path) -> Iterator[Stream]:
-    """Write `path` in pieces; it takes its name, durably, when the block ends without an exception.
-
-    Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any other exception.
-    """
-    with _atomic(path) as fd:
-        yield Stream(fd)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """As `atomic_stream`, as a file object for other libraries to write to and seek in. Not `durable`: as `atomic_write`."""
-    with _atomic(path, durable=durable) as fd, os.fdopen(fd, "wb", closefd=False) as file:
-        yield file
 
 
 @contextlib.contextmanager

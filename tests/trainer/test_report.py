@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from featcache.errors import UserError
+from trainer.evaluate.table import higher_is_better
 from trainer.plots import Chart, Series
 from trainer.report import (
     Figure,
@@ -29,7 +30,6 @@ from trainer.report.charts import render_svg, smooth, smoothed_series
 from trainer.report.data import read_log
 from trainer.report.page import measure
 from trainer.report.report import _evaluated
-from trainer.report.table import higher_is_better
 from trainer.typeset import number
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

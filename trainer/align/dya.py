@@ -75,7 +75,7 @@ class DyaConfig:
 
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
         """Texture first, then semantic."""
-        encoder = self.encoder or only_encoder("dya", available)
+        encoder = self.encoder or only_encoder("dya", available, option="encoder={name}")
         layers = encoder_layers(available).get(encoder, [])
         texture, semantic = self.texture_layer, self.semantic_layer
         if semantic is None:

@@ -23,8 +23,6 @@ _TOKENS = re.compile(r"(?P<encoder>[^/@]+)@(?P<layer>\d+)")
 LAST_LAYER = "<encoder>@<last>"
 TEXTURE_LAYER = "<encoder>@<texture>"
 
-GROUPS = ("G1", "G2", "G3", "G4")
-
 
 def split_name(name: str) -> tuple[str, int] | None:
     """``'dinov2-b@11'`` -> ``('dinov2-b', 11)``; None for a name that is not an encoder's tokens."""
@@ -50,12 +48,10 @@ def encoder_layers(available: Iterable[str]) -> dict[str, list[int]]:
     return {encoder: sorted(found) for encoder, found in sorted(layers.items())}
 
 
-# How each method is told its encoder.
-_OPTIONS = {"repa": "features=[{name}@LAYER]", "sara": "feature={name}@LAYER", "dya": "encoder={name}"}
-
-
-def only_encoder(method: str, available: Iterable[str]) -> str:
+def only_encoder(method: str, available: Iterable[str], *, option: str) -> str:
     """The one encoder whose tokens are cached.
+
+    option: how the method is told its encoder, such as ``feature={name}@LAYER``.
 
     Raises:
         CacheError: the cache holds none.
@@ -70,15 +66,15 @@ def only_encoder(method: str, available: Iterable[str]) -> str:
     if len(encoders) > 1:
         raise UserError(
             f"{method}: the cache holds tokens of several encoders ({', '.join(encoders)})",
-            remedy=f"Say which {method} shall use: --set '{method}.{_OPTIONS[method].format(name=encoders[0])}'",
+            remedy=f"Say which {method} shall use: --set '{method}.{option.format(name=encoders[0])}'",
         )
     return encoders[0]
 
 
-def last_layer(method: str, available: Iterable[str]) -> str:
-    """Name of the deepest cached layer of the cache's only encoder. Raises as :func:`only_encoder`."""
+def last_layer(method: str, available: Iterable[str], *, option: str) -> str:
+    """Name of the deepest cached layer of the cache's only encoder. Arguments and errors as of :func:`only_encoder`."""
     available = list(available)
-    encoder = only_encoder(method, available)
+    encoder = only_encoder(method, available, option=option)
     return f"{encoder}@{encoder_layers(available)[encoder][-1]}"
 
 

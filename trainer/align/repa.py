@@ -59,7 +59,7 @@ class RepaConfig:
         return self.features or (LAST_LAYER,)
 
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
-        names = self.features or (last_layer("repa", available),)
+        names = self.features or (last_layer("repa", available, option="features=[{name}@LAYER]"),)
         return require("repa", names, available, rank=2)
 
 

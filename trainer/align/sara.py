@@ -78,7 +78,9 @@ class SaraConfig:
         return (self.feature or LAST_LAYER,)
 
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
-        return require("sara", (self.feature or last_layer("sara", available),), available, rank=2)
+        return require(
+            "sara", (self.feature or last_layer("sara", available, option="feature={name}@LAYER"),), available, rank=2
+        )
 
 
 class Sara(Alignment):

@@ -9,7 +9,7 @@ weights may call its distances FID: all others carry a prefix in every name they
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.error import URLError
@@ -25,22 +25,7 @@ from torch_fidelity.utils import create_feature_extractor
 from featcache.encoders.base import WeightsSource, find_weights, load_file, seeded, weights_sha256
 from featcache.encoders.tiny import load_tiny_vit
 from featcache.errors import UserError, WeightsUnavailable
-
-# Metric -> the name it is reported under by each extractor.
-STANDARD_NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "IS",
-    "precision": "Precision",
-    "recall": "Recall",
-    "kid": "KID",
-}
-DINOV2_NAMES = {
-    "fid": "FD-DINOv2",
-    "kid": "KD-DINOv2",
-    "precision": "Precision-DINOv2",
-    "recall": "Recall-DINOv2",
-}
+from trainer.evaluate.table import METRICS
 
 
 class Extractor(Protocol):
@@ -50,7 +35,7 @@ class Extractor(Protocol):
         name: as typed, e.g. `inception`.
         resolution: side in pixels that the network works at, or None if it takes images as they are.
         is_standard: its numbers may stand beside published ones: a published extractor with its real weights.
-        metric_names: metrics it defines (keys as in `STANDARD_NAMES`) -> names they are reported under.
+        metric_names: metrics it defines (keys of `METRICS`) -> names they are reported under.
         feature_dims: sizes of what `features` returns, `pool` always, `spatial` and `logits` where they
             exist.
         provenance: JSON-able record of weights and preprocessing, stored with reference statistics.
@@ -82,8 +67,15 @@ def _check_images(images: Tensor) -> None:
         )
 
 
-def _prefixed(prefix: str, metrics: tuple[str, ...]) -> dict[str, str]:
-    return {metric: f"{prefix}-{STANDARD_NAMES[metric]}" for metric in metrics}
+def _names(features: Container[str], prefix: str = "") -> dict[str, str]:
+    """The metrics that these features define -> the names they are reported under."""
+    return {name: f"{prefix}{metric.label}" for name, metric in METRICS.items() if metric.reads in features}
+
+
+def _dinov2_names(features: Container[str]) -> dict[str, str]:
+    """As Stein et al. 2023 call them."""
+    short = {"FID": "FD", "KID": "KD"}
+    return {name: f"{short.get(label, label)}-DINOv2" for name, label in _names(features).items()}
 
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -213,12 +205,11 @@ class InceptionExtractor:
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
         if source.random_seed is None:
             self._module = build_inception(_inception_weights(source))
-            self.metric_names = dict(STANDARD_NAMES)
         else:
             self._module = build_inception(None, seed=source.random_seed)
-            self.metric_names = _prefixed("random-inception", tuple(STANDARD_NAMES))
         self.is_standard = source.random_seed is None
         self.feature_dims = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}
+        self.metric_names = _names(self.feature_dims, "" if self.is_standard else "random-inception-")
         self.provenance = {
             "extractor": self.name,
             "weights_sha256": weights_sha256(self._module),
@@ -264,8 +255,8 @@ class EmbeddedExtractor:
             prefix = "random-embedded"
             self._module = seeded(source.random_seed, lambda: _reinitialised(self._module))
         self._patch = int(self._module.patch_embed.patch_size[0])
-        self.metric_names = _prefixed(prefix, ("fid", "kid", "precision", "recall"))
         self.feature_dims = {"pool": int(self._module.num_features)}
+        self.metric_names = _names(self.feature_dims, f"{prefix}-")
         self.provenance = {
             "extractor": self.name,
             "weights_sha256": weights_sha256(self._module),
@@ -321,8 +312,10 @@ class DinoV2Extractor:
 
         self._module = _dinov2_module(source, lambda **kw: timm.create_model(DINOV2_MODEL, img_size=224, **kw))
         self.is_standard = source.random_seed is None
-        self.metric_names = dict(DINOV2_NAMES) if self.is_standard else _prefixed("random-dinov2", tuple(DINOV2_NAMES))
         self.feature_dims = {"pool": 1024}
+        self.metric_names = (
+            _dinov2_names(self.feature_dims) if self.is_standard else _names(self.feature_dims, "random-dinov2-")
+        )
         self.provenance = {
             "extractor": self.name,
             "weights_sha256": weights_sha256(self._module),

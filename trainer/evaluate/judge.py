@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import count as counter
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import ImageSet, NpzImages, open_images
-from trainer.evaluate.metrics import (
-    INCEPTION_CHUNK,
-    KID_SUBSET_SIZE,
-    KID_SUBSETS,
-    NEIGHBOURS,
-    ManifoldCoverage,
-    bootstrap_interval,
-    frechet_distance,
-    inception_score,
-    kid,
-    manifold_coverage,
-    moments_of,
-)
+from trainer.evaluate.metrics import INCEPTION_CHUNK, NEIGHBOURS
 from trainer.evaluate.references import (
     DEFAULT_KEPT_FEATURES,
     ProgressCallback,
@@ -39,10 +23,12 @@ from trainer.evaluate.references import (
     open_reference,
     reference_statistics,
 )
+from trainer.evaluate.table import METRICS
+from trainer.evaluate.trial import Measured, Trial
 
 UNBIASED_ENOUGH = 50_000
 SHORT_NAMES = {"is": "inception_score"}
-NEED_FEATURES = frozenset({"precision", "recall", "kid"})
+NEED_FEATURES = frozenset(name for name, metric in METRICS.items() if metric.activations)
 
 
 def evaluate(
@@ -128,7 +114,7 @@ def evaluate(
         )
     times["reference"] = time.perf_counter() - started
     started = time.perf_counter()
-    trial = _Trial(
+    trial = Trial(
         judged=judged,
         reference=reference,
         device=extractor.device,
@@ -137,7 +123,7 @@ def evaluate(
         progress=progress,
     )
     with full_precision():
-        measured = {extractor.metric_names[metric]: _MEASURES[metric](trial) for metric in chosen}
+        measured = {extractor.metric_names[metric]: _function(metric)(trial) for metric in chosen}
     times["metrics"] = time.perf_counter() - started
     kept = reference.features if need_features else None
     return {
@@ -204,148 +190,9 @@ def _label_record(images: ImageSet, *, require_labels: bool) -> dict[str, int] |
     return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    value: float
-    interval: tuple[float, float] | None = None
-    detail: dict[str, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Trial:
-    """Both sides and how to compare them; one method a metric."""
-
-    judged: Statistics
-    reference: Statistics
-    device: torch.device
-    bootstrap: int
-    seed: int
-    progress: ProgressCallback | None
-
-    @property
-    def _samples(self) -> int:
-        assert self.judged.count is not None
-        return self.judged.count
-
-    @property
-    def _moments_device(self) -> torch.device:
-        """Where float64 exists."""
-        return torch.device("cpu") if self.device.type == "mps" else self.device
-
-    def _interval(
-        self, metric: str, estimate: float, rows: int, statistic: Callable[[np.ndarray], float]
-    ) -> tuple[float, float] | None:
-        if not self.bootstrap:
-            return None
-        replicate = counter(1)
-
-        def counted(indices: np.ndarray) -> float:
-            if self.progress is not None:
-                self.progress(f"bootstrap {metric}", next(replicate), self.bootstrap)
-            return statistic(indices)
-
-        return bootstrap_interval(counted, rows, estimate, replicates=self.bootstrap, seed=self.seed)
-
-    def _frechet(
-        self,
-        metric: str,
-        mine: tuple[np.ndarray, np.ndarray],
-        theirs: tuple[np.ndarray, np.ndarray],
-        rows: Any,
-    ) -> _Measured:
-        if theirs[0].shape != mine[0].shape:
-            raise UserError(
-                f"the reference has {len(theirs[0])} features, the extractor yields {len(mine[0])}",
-                remedy="Pass a reference made with this extractor.",
-            )
-        device = self._moments_device
-        value = frechet_distance(*mine, *theirs, device=device)
-
-        def resampled(indices: np.ndarray) -> float:
-            return frechet_distance(*moments_of(rows, indices=indices, device=device), *theirs, device=device)
-
-        interval = self._interval(metric, value, self._samples, resampled)
-        return _Measured(value=value, interval=interval)
-
-    def fid(self) -> _Measured:
-        mine, theirs = self.judged, self.reference
-        return self._frechet("fid", (mine.mean, mine.covariance), (theirs.mean, theirs.covariance), mine.features)
-
-    def sfid(self) -> _Measured:
-        mine, theirs = self.judged, self.reference
-        if theirs.spatial_mean is None or theirs.spatial_covariance is None:
-            raise UserError(
-                "the reference holds no spatial statistics (mu_s, sigma_s), which sFID needs",
-                remedy="Make the reference again with trainer stats, or leave sfid out of --metrics.",
-            )
-        assert mine.spatial_mean is not None and mine.spatial_covariance is not None
-        return self._frechet(
-            "sfid",
-            (mine.spatial_mean, mine.spatial_covariance),
-            (theirs.spatial_mean, theirs.spatial_covariance),
-            mine.spatial_features,
-        )
-
-    def inception_score(self) -> _Measured:
-        assert self.judged.inception is not None
-        value, logits = self.judged.inception.result(), self.judged.logits
-
-        def resampled(indices: np.ndarray) -> float:
-            assert logits is not None
-            return inception_score(logits[np.sort(indices)])  # sorted: chunks keep the classes they had
-
-        return _Measured(value=value, interval=self._interval("inception_score", value, self._samples, resampled))
-
-    @cached_property
-    def _coverage(self) -> ManifoldCoverage:
-        mine, theirs = self._features(needed=NEIGHBOURS + 1)
-        return manifold_coverage(theirs, mine, device=self.device)
-
-    def precision(self) -> _Measured:
-        return self._share("precision", self._coverage.samples_covered)
-
-    def recall(self) -> _Measured:
-        return self._share("recall", self._coverage.reference_covered)
-
-    def _share(self, metric: str, hits: np.ndarray) -> _Measured:
-        # Both manifolds stay as they are; only which points are asked is drawn again.
-        value = float(hits.mean())
-        interval = self._interval(metric, value, len(hits), lambda indices: float(hits[indices].mean()))
-        return _Measured(value=value, interval=interval)
-
-    def kid(self) -> _Measured:
-        mine, theirs = self._features(needed=2)
-        # At most half a set: subsets of nearly everything would all be the same, their spread meaningless.
-        size = max(2, min(KID_SUBSET_SIZE, len(mine) // 2, len(theirs) // 2))
-        value, spread = kid(theirs, mine, subset_size=size, seed=self.seed, device=self._moments_device)
-        detail = {"standard_deviation": spread, "subsets": KID_SUBSETS, "subset_size": size}
-        return _Measured(value=value, detail=detail)
-
-    def _features(self, *, needed: int) -> tuple[Tensor, Tensor]:
-        mine, theirs = self.judged.features, self.reference.features
-        if theirs is None:
-            raise UserError(
-                "the reference holds no activations, which precision, recall and KID need",
-                remedy="Make the statistics with --features 10000, or leave these metrics out.",
-            )
-        assert mine is not None
-        for name, rows in (("the samples", mine), ("the reference", theirs)):
-            if len(rows) < needed:
-                raise UserError(
-                    f"{name} are {len(rows)} images; precision, recall and KID need at least {needed}",
-                    remedy="Pass more images, or --metrics fid.",
-                )
-        return mine, theirs
-
-
-_MEASURES: dict[str, Callable[[_Trial], _Measured]] = {
-    "fid": _Trial.fid,
-    "sfid": _Trial.sfid,
-    "inception_score": _Trial.inception_score,
-    "precision": _Trial.precision,
-    "recall": _Trial.recall,
-    "kid": _Trial.kid,
-}
+def _function(metric: str) -> Callable[[Trial], Measured]:
+    file, _, name = METRICS[metric].function.rpartition(".")
+    return cast("Callable[[Trial], Measured]", getattr(import_module(f"trainer.evaluate.{file}"), name))
 
 
 def _warnings(chosen: Sequence[str], judged: Statistics, extractor: Extractor) -> list[str]:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from featcache.store import files
+from trainer.evaluate.table import higher_is_better
 from trainer.plots import Chart, Series
 from trainer.report.analysis import in_brief
 from trainer.report.charts import smoothed_series
@@ -19,7 +20,6 @@ from trainer.report.page import Figure, read_picture, write_page
 from trainer.report.table import (
     Published,
     flatten,
-    higher_is_better,
     latest,
     metric_names,
     metrics_of,

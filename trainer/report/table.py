@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.evaluate.table import higher_is_better
 from trainer.report.charts import smooth
 from trainer.report.data import Column, RunData
 from trainer.typeset import measure, number, setting
@@ -66,11 +67,6 @@ class Table:
     groups: Mapping[str, Sequence[Row]]
     has_published: bool = False
     substitutes: Sequence[str] = ()
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a larger value of the metric reported under this name is better."""
-    return metric.endswith("IS") or "Precision" in metric or "Recall" in metric
 
 
 def metric_names(runs: Sequence[RunData]) -> list[str]:
