@@ -19,6 +19,10 @@ from featcache.store.manifest import (
 )
 
 _MANIFEST, _CHECKSUM = "featcache", "featcache_sha256"
+DAMAGED_REMEDY = (
+    "nothing else says what it said: copy that file from another copy of the same cache, or remove the cache "
+    "(featcache rm) and pull or build it again"
+)
 
 
 class NotACache(CacheError):
@@ -72,15 +76,21 @@ def parse_root(data: bytes, where: str) -> Manifest:
 
     The check is by content, not spelling, so that a file passed through another JSON writer still opens.
     """
-    document = load_json(data, where)
+    try:
+        document = load_json(data, where)
+    except CacheError as error:
+        raise CacheError(error.what, remedy=DAMAGED_REMEDY) from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or _MANIFEST not in attributes:
         raise NotACache(f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}")
-    manifest = manifest_from_json(attributes[_MANIFEST])
+    try:
+        manifest = manifest_from_json(attributes[_MANIFEST])
+    except CacheError as error:
+        raise CacheError(f"{where}: {error.what}", remedy=error.remedy or DAMAGED_REMEDY) from error
     if canonical_json(document) != root_bytes(manifest):
         raise CacheError(
             f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest",
-            remedy="get that file again from where the cache came from, or build the cache again",
+            remedy=DAMAGED_REMEDY,
         )
     return manifest
 
