@@ -116,7 +116,9 @@ def verify(
     sample: Annotated[
         str | None, typer.Option(help="Read only this part, drawn at random: 1% or 0.01. \\[default: every byte]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of --sample. \\[default: a fresh one]", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of --sample. \\[default: a fresh one]", min=0, max=(1 << 64) - 1)
+    ] = None,
     since_last: Annotated[
         bool, typer.Option("--since-last", help="Only shards that no earlier verification found as they are now.")
     ] = False,
@@ -178,6 +180,11 @@ def verify(
         console.print(f"{safe(cache)}: sound ({_how_much(report)})")
         return
     where = safe(shlex.quote(cache))
+    if report.digest is None:
+        from featcache.store.root import DAMAGED_REMEDY
+
+        console.print(f"{_counted(report.problems)}; {DAMAGED_REMEDY}")
+        raise typer.Exit(1)
     if remote:
         console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
         raise typer.Exit(1)

@@ -167,7 +167,7 @@ def verify(
                 manifest = root.manifest()
             except CacheError as error:
                 if _unchanged(path, root):
-                    problem = Problem(path=str(root.path), what=error.what)
+                    problem = Problem(path=str(root.path), what=error.what.removeprefix(f"{root.path}: "))
                     return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
                 continue
             missing = [name for name in features or () if name not in manifest.features]

@@ -23,8 +23,7 @@ from obstore.store import HTTPStore, from_url
 
 from featcache.errors import CacheError, UserError
 from featcache.redact import redact
-from featcache.store.places import CHUNK_BYTES, Missing, too_long
-from featcache.store.remote import joined
+from featcache.store.places import CHUNK_BYTES, Missing, joined, too_long
 from featcache.store.remote_errors import Attempts, first_line, missing, no_credentials, retrying, status_of
 
 PIECE_BYTES = 8 << 20

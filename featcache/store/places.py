@@ -47,6 +47,12 @@ def read_small(place: Location, name: str, limit: int) -> bytes:
         raise is_missing(place, name) from error
 
 
+def joined(url: str, name: str) -> str:
+    """A URL with a name after its path, before its query."""
+    path, mark, query = url.partition("?")
+    return f"{path}/{name}{mark}{query}"
+
+
 class Location(Protocol):
     """A place that holds files by name. Names use '/' and never begin with it.
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from featcache.errors import UserError
 from featcache.redact import redact
-from featcache.store.places import LocalLocation, Location
+from featcache.store.places import LocalLocation, Location, joined
 
 if TYPE_CHECKING:
     from featcache.store.objects import ObjectLocation
@@ -65,12 +65,6 @@ def address_below(place: Location, directory: str) -> str:
 
 # What a URL would take for something else in a name.
 _MEANS_SOMETHING = re.compile(r"[%?#\x00-\x1f]")
-
-
-def joined(url: str, name: str) -> str:
-    """A URL with a name after its path, before its query."""
-    path, mark, query = url.partition("?")
-    return f"{path}/{name}{mark}{query}"
 
 
 def parse_hub_url(url: str) -> tuple[str, str, str]:

@@ -22,7 +22,10 @@ from featcache.store.manifest import (
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9]+:/")  # a path has made one slash of two
 _MANIFEST, _CHECKSUM = "featcache", "featcache_sha256"
-_DAMAGED_REMEDY = "get that file again from where the cache came from, or build the cache again"
+DAMAGED_REMEDY = (
+    "nothing else says what it said: copy that file from another copy of the same cache, or remove the cache "
+    "(featcache rm) and pull or build it again"
+)
 
 
 class NotACache(CacheError):
@@ -78,17 +81,23 @@ def parse_root(data: bytes, where: str) -> Manifest:
     """
     try:
         document = load_json(data, where)
-        attributes = document.get("attributes") if isinstance(document, dict) else None
-        if not isinstance(attributes, dict) or _MANIFEST not in attributes:
-            raise NotACache(
-                f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}",
-                remedy="featcache ls DIR lists the caches below a folder",
-            )
-        manifest = manifest_from_json(attributes[_MANIFEST])
-        if canonical_json(document) != root_bytes(manifest):
-            raise CacheError(f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest")
     except CacheError as error:
-        raise type(error)(error.what, remedy=error.remedy or _DAMAGED_REMEDY) from error
+        raise CacheError(error.what, remedy=DAMAGED_REMEDY) from error
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or _MANIFEST not in attributes:
+        raise NotACache(
+            f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}",
+            remedy="featcache ls DIR lists the caches below a folder",
+        )
+    try:
+        manifest = manifest_from_json(attributes[_MANIFEST])
+    except CacheError as error:
+        raise CacheError(f"{where}: {error.what}", remedy=error.remedy or DAMAGED_REMEDY) from error
+    if canonical_json(document) != root_bytes(manifest):
+        raise CacheError(
+            f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest",
+            remedy=DAMAGED_REMEDY,
+        )
     return manifest
 
 

@@ -574,3 +574,33 @@ def _read_by(path: Path, seed: int) -> list[int]:
     read: list[int] = []
     verify(path, fraction=0.2, seed=seed, progress=read.append)
     return read
+
+
+def test_a_damaged_root_document_is_not_to_be_repaired(tmp_path: Path, cli) -> None:
+    """What is printed is what can be done: the file is copied from elsewhere, or the cache is made anew."""
+    path = build(tmp_path / "x")
+    before = tree(path)
+    root = bytearray((path / "zarr.json").read_bytes())
+    root[len(root) // 2] ^= 1
+    (path / "zarr.json").write_bytes(root)
+    found = cli("featcache", "verify", "x", "--no-record")
+    assert found.returncode == 1
+    assert "copy that file from another copy" in found.stdout and "repair" not in found.stdout
+    for words in (("repair", "x"), ("repair", "x", "--from", str(path)), ("info", "x")):
+        refused = cli("featcache", *words)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: x/zarr.json") and "copy that file from another copy" in refused.stderr
+    assert cli("featcache", "rm", "x", "--yes", "--now").returncode == 2  # nothing says what is the cache's
+    assert cli("featcache", "rm", "x", "--yes").returncode == 0
+    assert cli("featcache", "restore", "x").returncode == 0
+    (path / "zarr.json").write_bytes(before["zarr.json"])
+    assert verify(path).ok
+
+
+def test_a_seed_that_cannot_be_recorded_is_refused(tmp_path: Path, cli) -> None:
+    path = build(tmp_path / "x")
+    assert cli("featcache", "verify", "x").returncode == 0
+    assert cli("featcache", "verify", "x", "--sample", "1%", "--seed", str(1 << 64)).returncode == 2
+    assert cli("featcache", "verify", "x", "--sample", "1%", "--seed", str((1 << 64) - 1)).returncode == 0
+    entries, _ = verified.read(LocalLocation(path))
+    assert [entry.mode for entry in entries] == ["whole", "sample"]
