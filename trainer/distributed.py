@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from featcache.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.models import Transformer
 
 T = TypeVar("T")
 
@@ -172,7 +175,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._sent: tuple[Any, Tensor] | None = None
+        self._sent: tuple[dist.Work, Tensor] | None = None
 
     def agree(self, number: int) -> int:
         """The largest signal number that any rank passed: now for one process, in the step before for several."""
@@ -193,7 +196,7 @@ class StopSignal:
         return int(flag)
 
 
-def shard(model: Any, world: World, device: torch.device) -> None:
+def shard(model: Transformer, world: World, device: torch.device) -> None:
     """FSDP2 in place: every block's parameters, and the rest's, are split over the ranks and gathered when needed.
 
     Nothing stays gathered after a forward pass, so that between steps ``model.parameters()`` are always the shards (an

@@ -16,7 +16,7 @@ _LINE, _TABLE = TypeAdapter[Any](_Stored), TypeAdapter[Any](list[_Stored])
 _SHOWN = TypeAdapter[Any](list[list[bool]])
 
 
-def _numbers(value: Any, stored: TypeAdapter[Any] = _LINE) -> np.ndarray:
+def _numbers(value: object, stored: TypeAdapter[Any] = _LINE) -> np.ndarray:
     """Numbers of a JSON file => float64, NaN for null and for what no axis can hold."""
     numbers = value if isinstance(value, np.ndarray) else np.array(stored.validate_python(value), dtype=np.float64)
     return np.where(np.abs(numbers) < LARGEST, numbers, np.nan)

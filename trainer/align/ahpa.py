@@ -171,7 +171,8 @@ class Ahpa(Alignment):
         its target.
         """
         content = hidden.detach().float().mean(dim=1) if self.config.router == "content" else None
-        return self.router(inputs.t, content)
+        weights: RouterWeights = self.router(inputs.t, content)
+        return weights
 
     def target(self, inputs: AlignInputs, weights: RouterWeights) -> Tensor:
         """T of Eq. 4: float32 [B, N, sum of the groups' widths], on the backbone's token grid."""

@@ -114,10 +114,12 @@ class TokenDiscriminator(nn.Module):
         x = tokens.reshape(B, self.grid, self.grid, C).permute(0, 3, 1, 2)  # channels-last memory order, no copy
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         x = self.layer2(self.layer1(x))
-        return self.fc(x.mean(dim=(2, 3)))[:, 0].float()
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))[:, 0].float()
+        return logits
 
 
 def frozen(discriminator: nn.Module, tokens: Tensor) -> Tensor:
     """The discriminator's logits with its parameters as constants: gradients reach ``tokens`` alone."""
     constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    return torch.func.functional_call(discriminator, constants, (tokens,))
+    logits: Tensor = torch.func.functional_call(discriminator, constants, (tokens,))
+    return logits

@@ -143,7 +143,8 @@ class Dya(Alignment):
     def xi(self, time_embedding: Tensor) -> Tensor:
         """Strength of the texture term: [B, D] -> [B] in (0, 1), float32."""
         with torch.autocast(time_embedding.device.type, enabled=False):
-            return self.temporal(time_embedding.float())[:, 0].sigmoid()
+            strength: Tensor = self.temporal(time_embedding.float())[:, 0].sigmoid()
+            return strength
 
     def similarities(self, inputs: AlignInputs) -> tuple[Tensor, Tensor]:
         """A of Eq. 7 and 8: mean patch cosine with the texture and the semantic target, [B] each."""

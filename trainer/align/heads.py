@@ -41,7 +41,8 @@ class ConvHead(nn.Module):
         B, N, D = hidden.shape
         # [B, N, D] seen as [B, D, g, g] is already in channels-last memory order: neither way costs a copy.
         maps = hidden.reshape(B, self.grid, self.grid, D).permute(0, 3, 1, 2)
-        return self.layers(maps).permute(0, 2, 3, 1).reshape(B, N, -1)
+        out: Tensor = self.layers(maps).permute(0, 2, 3, 1).reshape(B, N, -1)
+        return out
 
 
 def mlp(in_width: int, out_width: int, *, depth: int, hidden: int) -> nn.Sequential:

@@ -29,7 +29,8 @@ class LinearTime(nn.Module):
         self.projection = nn.Linear(1, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.projection(t[:, None])
+        embedded: Tensor = self.projection(t[:, None])
+        return embedded
 
 
 class SinusoidalTime(nn.Module):
@@ -145,7 +146,8 @@ class MlpRouter(Router):
         if self.content is not None:
             assert content is not None, "the content-adaptive router needs the pooled hidden state"
             x = torch.cat([x, self.content(content)], dim=-1)
-        return self.out(self.mlp(x))
+        logits: Tensor = self.out(self.mlp(x))
+        return logits
 
 
 class TableRouter(Router):
@@ -180,7 +182,8 @@ class AttentionRouter(Router):
 
     def logits(self, t: Tensor, content: Tensor | None) -> Tensor:
         scores = self.query(self.time(t)) @ self.key(self.bank).mT / math.sqrt(self.bank.shape[1])  # [B, prototypes]
-        return scores.softmax(-1) @ self.value(self.bank)
+        logits: Tensor = scores.softmax(-1) @ self.value(self.bank)
+        return logits
 
 
 class StaticRouter(Router):

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -119,7 +119,7 @@ def _measure(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: 
     return results, subject.step
 
 
-def _about(subject: Subject) -> dict[str, Any]:
+def _about(subject: Subject) -> dict[str, object]:
     return {
         "name": runs.display_name(subject.run),
         "step": subject.step,
@@ -147,7 +147,7 @@ def _fitting_threads(subject: Subject) -> Iterator[None]:
 
 def _lead(subject: Subject) -> str:
     method = f"trained with {subject.config.method}" if subject.alignment is not None else "trained without alignment"
-    dataset: Any = subject.cache.manifest.dataset
+    dataset = subject.cache.manifest.dataset
     return f"{subject.config.model}, {method}, on {dataset.name}."
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -90,14 +91,16 @@ def gsnr(moments: GradientMoments | Moments, estimator: GsnrEstimator = "plugin"
     return ratio if estimator == "plugin" else ratio - 1 / moments.count
 
 
-Loss = Callable[[Mapping[int, Tensor], Any], Tensor]
+S = TypeVar("S")
+Loss = Callable[[Mapping[int, Tensor], S], Tensor]
+"""Of one sample: (depth -> hidden state [N, D], pytree of that sample's other tensors) -> scalar."""
 
 
-def hidden_gradients(loss: Loss, hidden: Mapping[int, Tensor], sample: Any) -> dict[int, Tensor]:
+def hidden_gradients(loss: Loss[S], hidden: Mapping[int, Tensor], sample: S) -> dict[int, Tensor]:
     """Per-sample gradients of ``loss`` with respect to hidden states, by ``vmap(grad)``.
 
     Args:
-        loss: (depth -> [N, D] of one sample, pytree of that sample's other tensors) -> scalar.
+        loss: see :data:`Loss`.
         hidden: depth -> [B, N, D].
         sample: pytree of tensors with B in front.
 
@@ -105,11 +108,12 @@ def hidden_gradients(loss: Loss, hidden: Mapping[int, Tensor], sample: Any) -> d
         depth -> [B, N, D].
     """
     with _plain_attention():
-        return vmap(grad(loss))(dict(hidden), sample)
+        found: dict[int, Tensor] = vmap(grad(loss))(dict(hidden), sample)
+        return found
 
 
 def block_gradients(
-    loss: Loss, block: torch.nn.Module, depth: int, x: Tensor, c: Tensor, hidden: Mapping[int, Tensor], sample: Any
+    loss: Loss[S], block: torch.nn.Module, depth: int, x: Tensor, c: Tensor, hidden: Mapping[int, Tensor], sample: S
 ) -> Tensor:
     """Per-sample gradients of ``loss`` with respect to one block's parameters, through that block's output alone.
 
@@ -122,7 +126,7 @@ def block_gradients(
     """
     parameters = {name: p.detach() for name, p in block.named_parameters()}
 
-    def through(p: dict[str, Tensor], x: Tensor, c: Tensor, hidden: dict[int, Tensor], sample: Any) -> Tensor:
+    def through(p: dict[str, Tensor], x: Tensor, c: Tensor, hidden: dict[int, Tensor], sample: S) -> Tensor:
         out = functional_call(block, p, (x[None], c[None]))[0]
         return loss(hidden | {depth: out}, sample)
 
@@ -131,9 +135,8 @@ def block_gradients(
     return torch.cat([g.flatten(1) for g in found.values()], dim=1)
 
 
-def _plain_attention() -> Any:
+def _plain_attention() -> AbstractContextManager[None]:
     # The fused kernels have no batching rule for their backward pass; the plain formula is differentiated as it is.
-
     return sdpa_kernel(SDPBackend.MATH)
 
 

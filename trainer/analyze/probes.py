@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ from trainer.analyze.gradients import Loss, RidgeHeads
 from trainer.analyze.subject import MIXTURE, Subject
 
 OWN = "own loss"
+
+
+class OwnSample(TypedDict):
+    """What the run's own loss sees beside hidden states: a pytree whose tensors have samples in front.
+
+    teacher: its answers (SRA), in the order in which the loss asks for them.
+    """
+
+    t: Tensor
+    targets: dict[str, Tensor]
+    time_embedding: Tensor
+    latent: Tensor
+    uniform: Tensor
+    teacher: list[Tensor]
 
 
 class Split(NamedTuple):
@@ -60,7 +74,7 @@ def taps(subject: Subject) -> tuple[int, ...]:
     return tuple(sorted({subject.block, *own}))
 
 
-def head_loss(depth: int, weight: Tensor, offset: Tensor) -> Loss:
+def head_loss(depth: int, weight: Tensor, offset: Tensor) -> Loss[Tensor]:
     """Negative mean patch cosine of the fitted head's output: (depth -> [N, D], target [N, C]) -> scalar."""
 
     def loss(hidden: Mapping[int, Tensor], target: Tensor) -> Tensor:
@@ -69,8 +83,8 @@ def head_loss(depth: int, weight: Tensor, offset: Tensor) -> Loss:
     return loss
 
 
-def own_sample(subject: Subject, state: AlignInputs) -> dict[str, Any]:
-    """The tensors of a state as a pytree with samples in front, the teacher's answers (SRA) among them."""
+def own_sample(subject: Subject, state: AlignInputs) -> OwnSample:
+    """A state as :class:`OwnSample`."""
     answers: list[Tensor] = []
     if state.teacher is not None and subject.alignment is not None:
         ask = state.teacher
@@ -91,12 +105,12 @@ def own_sample(subject: Subject, state: AlignInputs) -> dict[str, Any]:
     }
 
 
-def own_loss(subject: Subject) -> Loss:
+def own_loss(subject: Subject) -> Loss[OwnSample]:
     """The run's alignment loss of one sample: (depth -> [N, D], one row of :func:`own_sample`) -> scalar."""
     alignment = subject.alignment
     assert alignment is not None, "the run has no alignment"
 
-    def loss(hidden: Mapping[int, Tensor], sample: dict[str, Any]) -> Tensor:
+    def loss(hidden: Mapping[int, Tensor], sample: OwnSample) -> Tensor:
         answers = iter(sample["teacher"])
         inputs = AlignInputs(
             hidden={depth: h[None] for depth, h in hidden.items()},

@@ -27,11 +27,18 @@ from trainer.plots import Plot, Strips
 from trainer.runs import folder as runs
 from trainer.runs import locks, schemas
 
+_T = TypeVar("_T")
+_S = TypeVar("_S", bound="Section")
+
 _REMEDY = "Delete the file; trainer analyze makes it anew."
 
 
 class NotApplicable(UserError):
     """The run has nothing that this diagnostic looks at. ``all`` leaves it out and says so."""
+
+
+Row = Mapping[str, object]
+"""One row of a CSV: name of the column -> number or text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +71,10 @@ class Result(Section):
     """
 
     finding: str
-    run: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, object] = field(default_factory=dict)
     measured: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +110,10 @@ def writing(run: Path) -> Iterator[Path]:
 def write_about(folder: Path, about: About, *, asked: Sequence[str]) -> None:
     """Replaces ``about.json``; what is left out of diagnostics that were not asked for now stays."""
     path = folder / "about.json"
-    earlier = _earlier(path, About).get("left_out", {})
+    try:
+        earlier = read_about(folder).left_out
+    except UserError:
+        earlier = {}
     left_out = {what: why for what, why in earlier.items() if what not in asked} | dict(about.left_out)
     runs.write_text(path, json.dumps({"lead": about.lead, "left_out": left_out}, indent=1) + "\n")
 
@@ -111,8 +121,7 @@ def write_about(folder: Path, about: About, *, asked: Sequence[str]) -> None:
 def read_about(folder: Path) -> About:
     """Empty where an earlier version wrote the folder. Raises UserError if the file is damaged."""
     path = folder / "about.json"
-    about: About = schemas.parse(runs.read_json(path, {}), About, path, remedy=_REMEDY)
-    return about
+    return schemas.parse(runs.read_json(path, {}), About, path, remedy=_REMEDY)
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -129,7 +138,8 @@ def write_result(folder: Path, result: Result) -> None:
 
 def remove_result(folder: Path, what: str) -> None:
     """Deletes a diagnostic's files, its plots among them; it may not have been measured yet."""
-    _remove_plots(folder, _earlier(folder / f"{what}.json", schemas.Diagnostic).get("plots", ()))
+    earlier = _earlier(folder / f"{what}.json", schemas.Diagnostic)
+    _remove_plots(folder, earlier["plots"] if earlier is not None else ())
     for kind in ("json", "csv"):
         files.remove_file(folder / f"{what}.{kind}")
 
@@ -165,13 +175,13 @@ def write_comparison(folder: Path, compared: Sequence[str], sections: Sequence[C
     """
     path = folder / "comparison.json"
     old = _earlier(path, schemas.Comparison)
-    kept = old.get("diagnostics", {})
+    kept = old["diagnostics"] if old is not None else {}
     new = [section.what for section in sections]
     for what in list(kept):
-        if old.get("compared") != list(compared) or what in new:
+        if old is None or old["compared"] != list(compared) or what in new:
             _remove_plots(folder, kept.pop(what)["plots"])
-    kept |= {section.what: _document(section, folder) for section in sections}
-    runs.write_text(path, json.dumps({"compared": list(compared), "diagnostics": kept}, indent=1) + "\n")
+    written = {**kept, **{section.what: _document(section, folder) for section in sections}}
+    runs.write_text(path, json.dumps({"compared": list(compared), "diagnostics": written}, indent=1) + "\n")
 
 
 def read_comparison(folder: Path) -> list[Compared]:
@@ -182,13 +192,12 @@ def read_comparison(folder: Path) -> list[Compared]:
     return [_section(Compared, what, stored[what], path) for what in DIAGNOSTICS if what in stored]
 
 
-def _earlier(path: Path, schema: Any) -> dict[str, Any]:
-    """What an earlier call wrote; nothing where it is not what one writes."""
+def _earlier(path: Path, schema: type[_T]) -> _T | None:
+    """What an earlier call wrote; None where it is not what one writes."""
     try:
-        found: dict[str, Any] = schemas.check(runs.read_json(path, {}), schema, path, remedy=_REMEDY)
+        return schemas.check(runs.read_json(path, {}), schema, path, remedy=_REMEDY)
     except UserError:
-        return {}
-    return found
+        return None
 
 
 def _document(section: Section, folder: Path) -> dict[str, Any]:
@@ -204,14 +213,11 @@ def _document(section: Section, folder: Path) -> dict[str, Any]:
     return document | {"drawings": _finite(drawings)}
 
 
-_S = TypeVar("_S", bound=Section)
-
-
-def _section(kind: type[_S], what: str, stored: dict[str, Any], path: Path) -> _S:
+def _section(kind: type[_S], what: str, stored: schemas.Diagnostic | schemas.ComparedDiagnostic, path: Path) -> _S:
     drawings = {str(plot.get("name")): plot for plot in stored.get("drawings", ())}
     plots = [drawings.get(name, {"name": name, "drawing": None}) for name in stored["plots"]]
     values = {"title": what, "question": "", **stored, "what": what, "plots": plots}
-    section: _S = schemas.parse(values, kind, path, remedy=_REMEDY)
+    section = schemas.parse(values, kind, path, remedy=_REMEDY)
     return dataclasses.replace(section, plots=[_with_pictures(plot, path.parent) for plot in section.plots])
 
 
@@ -245,7 +251,7 @@ def _with_pictures(plot: Plot, folder: Path) -> Plot:
     return dataclasses.replace(plot, drawing=dataclasses.replace(plot.drawing, cells=cells))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     """JSON knows neither NaN nor infinity: they become null."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}

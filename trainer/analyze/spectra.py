@@ -33,7 +33,8 @@ class Spectrum:
         gram = self._gram
         if self._centred:
             gram = gram - torch.outer(self._sum, self._sum) / self._rows
-        return torch.linalg.eigvalsh(gram).clamp(min=0).flip(0).sqrt()
+        values: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0).sqrt()
+        return values
 
 
 def energy(singular_values: Tensor) -> Tensor:

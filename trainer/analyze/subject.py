@@ -27,10 +27,11 @@ from trainer.align.sra2 import patchify
 from trainer.analyze.config import AnalyzeConfig
 from trainer.diffusion.noise import sample_noise
 from trainer.diffusion.transport import build_transport
-from trainer.models import Transformer, build_model, load_weights
+from trainer.models import ModelOutput, Transformer, build_model, load_weights
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
+from trainer.runs.records import cache_summary
 from trainer.sampling import draw as sample
 from trainer.training.objective import Objective, ema_decay_at, sample_posterior
 from trainer.training.state import backbone_info, build_alignment, cached_feature
@@ -46,7 +47,7 @@ def open_cache(run: Path) -> featcache.Cache:
     Raises:
         CacheError: it is gone, or another one lies in its place.
     """
-    summary = sample.cache_summary(run)
+    summary = cache_summary(run)
     path = runs.cache_path(run, summary)
     try:
         cache = featcache.open(path)
@@ -189,7 +190,8 @@ class Subject:
 
     def uniform(self, rows: slice, stream: int = _ALIGN) -> Tensor:
         """U(0, 1), [b]."""
-        return torch.special.ndtr(self._normal(rows, stream, (1,))[:, 0])
+        uniform: Tensor = torch.special.ndtr(self._normal(rows, stream, (1,))[:, 0])
+        return uniform
 
     def times_in_bin(self, rows: slice, index: int, bins: int) -> Tensor:
         """A time in bin ``index`` of [0, 1] for each sample, the same place within every bin. [b]."""
@@ -237,7 +239,8 @@ class Subject:
         def hidden(t: Tensor, depth: int) -> Tensor:
             with torch.no_grad():
                 x, times = self.noisy(latent, noise, t)
-                return teacher(x, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
+                output: ModelOutput = teacher(x, times, labels, taps=(depth,), stop_after=depth)
+            return output.hidden[depth]
 
         return hidden
 

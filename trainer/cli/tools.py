@@ -45,8 +45,9 @@ def export(
     from trainer.runs.folder import read_summary
 
     console.print(f"checkpoint: [bold]{safe(export_checkpoint(run, out, convention=to, step=step))}[/bold]")
-    if cache := (read_summary(run) or {}).get("path"):
-        console.print(f"back again: trainer import {safe(out)} --cache {safe(cache)}", soft_wrap=True)
+    summary = read_summary(run)
+    if summary is not None and summary["path"]:
+        console.print(f"back again: trainer import {safe(out)} --cache {safe(summary['path'])}", soft_wrap=True)
 
 
 def stats(

@@ -122,7 +122,8 @@ def dopri5(
         return model_fn(state.to(x.dtype), float(t)).to(state_dtype)
 
     ends = torch.tensor([t_grid[0], t_grid[-1]], dtype=torch.float64, device=x.device)
-    return odeint(velocity, x.to(state_dtype), ends, method="dopri5", rtol=rtol, atol=atol)[-1].to(x.dtype)
+    states: Tensor = odeint(velocity, x.to(state_dtype), ends, method="dopri5", rtol=rtol, atol=atol)
+    return states[-1].to(x.dtype)
 
 
 @torch.no_grad()
@@ -217,4 +218,5 @@ def ddim(
 def _predict_x0(schedule: Schedule, k: int, x: Tensor, epsilon: Tensor) -> Tensor:
     """Clean sample implied by the noise predicted at position k (Ho 2020, Eq. 15)."""
     alpha_bar = float(schedule.alpha_bar[k])
-    return (x - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
+    clean: Tensor = (x - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
+    return clean

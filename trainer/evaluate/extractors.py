@@ -9,9 +9,9 @@ weights may call its distances FID: all others carry a prefix in every name they
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.error import URLError
 
 import torch
@@ -25,6 +25,9 @@ from torch_fidelity.utils import create_feature_extractor
 from featcache.encoders.base import WeightsSource, find_weights, load_file, seeded, weights_sha256
 from featcache.encoders.tiny import load_tiny_vit
 from featcache.errors import UserError, WeightsUnavailable
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 # Metric -> the name it is reported under by each extractor.
 STANDARD_NAMES = {
@@ -102,16 +105,17 @@ def inception_class() -> type[nn.Module]:
     The class is made on demand: torch-fidelity takes a second to import.
     """
 
-    class InceptionV3ADM(FeatureExtractorInceptionV3):
+    class InceptionV3ADM(FeatureExtractorInceptionV3):  # type: ignore[misc]  # torch-fidelity declares no types
         """See `inception_class`."""
 
-        def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> object:
             """As usual; an empty dict means random weights that keep the scale (He et al. 2015)."""
             if state_dict:
                 return super().load_state_dict(state_dict, strict=strict, assign=assign)
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            return None
 
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             """uint8 [B, 3, H, W] => float32 features in the order of `features_list`."""
@@ -236,7 +240,7 @@ class InceptionExtractor:
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
 
-def _reinitialised(vit: Any) -> Any:
+def _reinitialised(vit: VisionTransformer) -> VisionTransformer:
     vit.init_weights()
     return vit
 
@@ -258,11 +262,11 @@ class EmbeddedExtractor:
     is_standard = False
 
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
-        self._module: Any = load_tiny_vit()
+        self._module = load_tiny_vit()
         prefix = "embedded"
         if source.random_seed is not None:
             prefix = "random-embedded"
-            self._module = seeded(source.random_seed, lambda: _reinitialised(self._module))
+            seeded(source.random_seed, lambda: _reinitialised(self._module))
         self._patch = int(self._module.patch_embed.patch_size[0])
         self.metric_names = _prefixed(prefix, ("fid", "kid", "precision", "recall"))
         self.feature_dims = {"pool": int(self._module.num_features)}
@@ -319,7 +323,8 @@ class DinoV2Extractor:
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
         import timm
 
-        self._module = _dinov2_module(source, lambda **kw: timm.create_model(DINOV2_MODEL, img_size=224, **kw))
+        module = _dinov2_module(source, lambda **kw: timm.create_model(DINOV2_MODEL, img_size=224, **kw))
+        self._module = cast("VisionTransformer", module)
         self.is_standard = source.random_seed is None
         self.metric_names = dict(DINOV2_NAMES) if self.is_standard else _prefixed("random-dinov2", tuple(DINOV2_NAMES))
         self.feature_dims = {"pool": 1024}
@@ -344,7 +349,7 @@ class DinoV2Extractor:
         return {"pool": tokens[:, 0], "spatial": None, "logits": None}
 
 
-def _dinov2_module(source: WeightsSource, create: Callable[..., nn.Module]) -> Any:
+def _dinov2_module(source: WeightsSource, create: Callable[..., nn.Module]) -> nn.Module:
     if source.random_seed is not None:
         module = seeded(source.random_seed, lambda: create(pretrained=False))
         return module.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from featcache.sources.base import EXTENSIONS, sample_order
 from featcache.sources.decoders import decode_pil
 from featcache.sources.opening import Unreadable, explained, read_file
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
+
+if TYPE_CHECKING:
+    from featcache import Cache
 
 T = TypeVar("T")
 
@@ -198,7 +201,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     return found
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
     if f"{name}.npy" not in archive.namelist():
         raise UserError(
             f"{path} has no array {name!r} (it has {', '.join(archive.namelist())})",
@@ -208,7 +211,7 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
         return archive.open(f"{name}.npy")
 
 
-def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+def _array_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with explained(str(path), "Write it with numpy.savez.", wrong="holds no plain numpy array"):
         shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
@@ -333,7 +336,7 @@ class CacheImages:
         limit: judge by the first so many samples of the cache (in its own, shuffled order) only.
     """
 
-    cache: Any
+    cache: Cache
     data: str | None = None
     limit: int | None = None
 

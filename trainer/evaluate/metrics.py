@@ -110,7 +110,8 @@ def _covariance_factor(covariance: Tensor) -> Tensor:
     # than dimensions.
     tolerance = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1].clamp(min=0)
     keep = eigenvalues > tolerance
-    return vectors[:, keep] * eigenvalues[keep].sqrt()
+    root: Tensor = vectors[:, keep] * eigenvalues[keep].sqrt()
+    return root
 
 
 def frechet_distance(

@@ -31,6 +31,7 @@ from trainer.sampling.run import Bar, sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
+    from trainer.runs.schemas import Summary
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
 CPU_SAMPLES, CPU_STEPS = 512, 32
@@ -257,7 +258,7 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
     return cache, data_folder(summary, request.data)
 
 
-def data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
+def data_folder(summary: Summary, data: str | None) -> str | None:
     if summary["dataset"]["source"].startswith("shapes "):
         return None
 

@@ -104,7 +104,7 @@ def read_log(path: Path) -> dict[str, Column]:
     return result
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: object) -> float | None:
     """A number of a log as a float; None for anything else, and for what no training measures."""
     if isinstance(value, int | float) and -LARGEST < value < LARGEST:
         return float(value)

@@ -185,7 +185,8 @@ def _time_at(run: RunData, steps: np.ndarray) -> np.ndarray:
     if column is None or not np.isfinite(column.time_s).any():
         return np.full(len(steps), np.nan)
     known = np.isfinite(column.time_s)
-    return np.interp(steps, column.steps[known], column.time_s[known], left=np.nan, right=np.nan)
+    times: np.ndarray = np.interp(steps, column.steps[known], column.time_s[known], left=np.nan, right=np.nan)
+    return times
 
 
 def _charts(runs: Sequence[RunData], x_label: str, x_of: Callable[[Column], np.ndarray]) -> list[Chart]:

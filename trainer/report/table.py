@@ -205,7 +205,7 @@ def _metric_cell(value: float, interval: Sequence[float] | None) -> Cell:
     return Cell(measure(value), f"95 %: {measure(interval[0])} to {measure(interval[1])}" if interval else "")
 
 
-def flatten(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(settings: object, prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as (name, text) pairs; names of inner ones after those of outer ones, None left out."""
     if not isinstance(settings, Mapping):
         return []

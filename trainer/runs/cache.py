@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ class WrongCache(CacheError):
     """A cache of another resolution or VAE: adding features to it would not help."""
 
 
-def check_made_with(config: RunConfig, cache: Any) -> None:
+def check_made_with(config: RunConfig, cache: featcache.Cache) -> None:
     """Raises WrongCache if the configuration asks for a resolution or VAE that is not the cache's."""
     dataset = cache.manifest.dataset
     asked = {"resolution": config.resolution, "vae": config.vae}
@@ -41,7 +40,7 @@ def check_made_with(config: RunConfig, cache: Any) -> None:
             )
 
 
-def find_cache(config: RunConfig) -> Any:
+def find_cache(config: RunConfig) -> featcache.Cache:
     """The cache that the configuration names, else the newest complete one below ``./caches`` that fits the method.
 
     Raises:
@@ -58,7 +57,7 @@ def find_cache(config: RunConfig) -> Any:
     wanted = [
         name for method in config.methods for name in align.required_features(method, config.method_config(method))
     ]
-    unfit: list[tuple[Path, Any, CacheError]] = []
+    unfit: list[tuple[Path, featcache.Cache | None, CacheError]] = []
     for path in found:
         cache = None
         try:
@@ -78,13 +77,13 @@ def find_cache(config: RunConfig) -> Any:
     )
 
 
-def available_features(cache: Any) -> dict[str, FeatureInfo]:
+def available_features(cache: featcache.Cache) -> dict[str, FeatureInfo]:
     """Token features and VAE groups of a cache as the methods see them."""
     features = cache.manifest.features
     return {n: FeatureInfo(shape=tuple(f.shape)) for n, f in features.items() if n not in ("label", "key", "content")}
 
 
-def missing_features(config: RunConfig, cache: Any) -> None:
+def missing_features(config: RunConfig, cache: featcache.Cache) -> None:
     """Raises CacheError if the cache is of the wrong kind or lacks what the configuration's methods read."""
     check_made_with(config, cache)
     cache.require(["vae/moments", "label"])
@@ -93,12 +92,12 @@ def missing_features(config: RunConfig, cache: Any) -> None:
         align.resolve(method, config.method_config(method), available)
 
 
-def random_features(cache: Any) -> list[str]:
+def random_features(cache: featcache.Cache) -> list[str]:
     """Features that were made with random encoder weights."""
     return sorted(n for n, f in cache.manifest.features.items() if f.provenance.get("weights") == "random")
 
 
-def sample_keys(cache: Any, indices: np.ndarray) -> list[str]:
+def sample_keys(cache: featcache.Cache, indices: np.ndarray) -> list[str]:
     """Keys (source paths) of the samples ``indices`` [n]."""
     with cache.reader(["key"]) as reader:
         out = reader.allocate(len(indices))
@@ -106,7 +105,7 @@ def sample_keys(cache: Any, indices: np.ndarray) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in out["key"]]
 
 
-def build_command(cache: Any, wanted: Iterable[str]) -> str:
+def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
     """The sentence with the ``featcache build`` line that adds features to a cache."""
     wanted = _settle(wanted, cache)
     dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
@@ -128,7 +127,7 @@ def build_command(cache: Any, wanted: Iterable[str]) -> str:
     return f"Add what is missing:\n  {' '.join(words)} --data {data}"
 
 
-def _settle(wanted: Iterable[str], cache: Any) -> list[str]:
+def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
     """Open names such as ``<encoder>@<last>`` made definite where the cache holds tokens of exactly one encoder.
 
     Its deepest cached layer counts as the last, and the texture layer is DyA's 9 of 11 in proportion.

@@ -20,6 +20,7 @@ from trainer.models import model_config
 from trainer.runs.published import parse_published
 
 if TYPE_CHECKING:
+    from trainer.align.base import MethodConfig
     from trainer.models import ModelConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -152,7 +153,7 @@ class RunConfig:
             attention=self.attention,
         )
 
-    def method_config(self, method: str) -> Any:
+    def method_config(self, method: str) -> MethodConfig:
         """The method's own frozen configuration, validated."""
         return from_mapping(config_class(method), self.align.get(method) or {}, where=f"align.{method}")
 

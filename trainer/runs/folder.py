@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import CacheError, UserError, os_error
 from featcache.redact import is_redacted, redact
@@ -17,6 +17,9 @@ from featcache.store.manifest import nested_deeper
 from featcache.store.root import cache_digest
 from trainer.runs import locks, schemas
 from trainer.runs.config import RunConfig
+
+if TYPE_CHECKING:
+    from featcache import Cache
 
 ROOT = Path("runs")
 MAX_JSON_BYTES = 256 << 20
@@ -112,7 +115,7 @@ _FREE_KEYS = frozenset({
 })  # fmt: skip
 
 
-def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -> None:
+def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool) -> None:
     """Whether a run may write to ``run``: it is a new folder, or, with ``resume``, one of the same settings.
 
     Raises:
@@ -160,7 +163,7 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
             )
 
 
-def check_same_bytes(run: Path, cache: Any) -> str | None:
+def check_same_bytes(run: Path, cache: Cache) -> str | None:
     """Whether the arrays that a run was trained on are, byte for byte, those of ``cache``.
 
     Returns a remark where the cache has changed in other respects, or where its layout differs, so that its bytes cannot
@@ -169,13 +172,12 @@ def check_same_bytes(run: Path, cache: Any) -> str | None:
     Raises:
         CacheError: an array that the run reads has other bytes.
     """
-    seen = read_summary(run) or {}
-    recorded, now = seen.get("checksums"), cache.manifest.checksums
-    if not recorded:
+    seen, now = read_summary(run), cache.manifest.checksums
+    if seen is None or not seen.get("checksums"):
         return None
     if seen.get("layout") != _layout(cache):
         return f"{cache.path} is stored in another layout than when {run} was started, so their bytes are not compared"
-    for name, checksum in recorded.items():
+    for name, checksum in seen["checksums"].items():
         if now.get(name) != checksum:
             raise CacheError(
                 f"{name} in {cache.path} holds other bytes than {run} was trained on (checksum "
@@ -189,7 +191,7 @@ def check_same_bytes(run: Path, cache: Any) -> str | None:
     return None
 
 
-def check_digest(cache: Any, expected: str) -> None:
+def check_digest(cache: Cache, expected: str) -> None:
     """Raises CacheError unless ``cache`` has the digest ``expected`` (whole, or its first 12 hex digits or more)."""
     wanted, found = expected.strip().lower(), _digest(cache)
     if len(wanted) < 12 or any(c not in "0123456789abcdef" for c in wanted):
@@ -204,17 +206,17 @@ def check_digest(cache: Any, expected: str) -> None:
         )
 
 
-def _digest(cache: Any) -> str:
+def _digest(cache: Cache) -> str:
     return cache_digest(cache.manifest)
 
 
-def _layout(cache: Any) -> str:
+def _layout(cache: Cache) -> str:
     """What decides, beside the values, which bytes a cache stores."""
     manifest = cache.manifest
     return f"{manifest.format} {manifest.shard_size} {manifest.compressor or ''}".strip()
 
 
-def summary_of(cache: Any, reads: Sequence[str] = ()) -> dict[str, Any]:
+def summary_of(cache: Cache, reads: Sequence[str] = ()) -> dict[str, Any]:
     """What a run's ``cache.json`` records of its cache: path (without secrets), fingerprint, digest, dataset, features.
 
     reads: features whose bytes are recorded, too, by the checksums of their arrays.
@@ -232,7 +234,7 @@ def summary_of(cache: Any, reads: Sequence[str] = ()) -> dict[str, Any]:
     return dict(_plain(summary))
 
 
-def open_folder(run: Path, config: RunConfig, cache: Any, reads: Sequence[str], start: int, *, main: bool) -> int:
+def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str], start: int, *, main: bool) -> int:
     """Writes what describes the run before its first step, and cuts the log back to ``start``. Only where ``main``.
 
     reads: names of the features that are trained on. Returns how many damaged lines the log lost.
@@ -252,13 +254,13 @@ def clear_leftovers(run: Path) -> None:
         files.remove_parts(samples)
 
 
-def _features(cache: Any) -> dict[str, Any]:
+def _features(cache: Cache) -> dict[str, Any]:
     """Shape, codec and provenance of a cache's tokens, groups and latents."""
     features = cache.manifest.features.items()
     return {n: {"shape": list(f.shape), "codec": f.codec, **f.provenance} for n, f in features if len(f.shape) >= 2}
 
 
-def _plain(values: Any) -> Any:
+def _plain(values: object) -> Any:
     """As JSON gives it back: mappings as dicts, tuples as lists."""
     return json.loads(json.dumps(values, default=dict))
 
@@ -340,7 +342,7 @@ def write_page(path: Path, text: str) -> None:
 _REMAKE = "Remove it and run the command again."
 
 
-def read_json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: object) -> Any:
     """A JSON file, or ``default`` if it does not exist; of the same type as ``default`` unless that is None.
 
     Raises:
@@ -361,7 +363,7 @@ def read_json(path: Path, default: Any) -> Any:
     return value
 
 
-def read_summary(run: Path) -> dict[str, Any] | None:
+def read_summary(run: Path) -> schemas.Summary | None:
     """``cache.json`` of a run, checked; None if there is none.
 
     Raises:
@@ -374,7 +376,7 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     return schemas.check(summary, schemas.Summary, path, remedy="Restore the file as the run wrote it.")
 
 
-def cache_path(run: Path, summary: dict[str, Any]) -> str:
+def cache_path(run: Path, summary: schemas.Summary) -> str:
     """The path or URL of a run's cache, to be opened again; empty for an imported run without one.
 
     Raises:
@@ -390,7 +392,7 @@ def cache_path(run: Path, summary: dict[str, Any]) -> str:
     return path
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[schemas.Evaluation]:
     """Entries of ``metrics.json``, oldest first; none if there is no such file.
 
     Raises:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, Literal
+from typing import Literal
 
 from featcache.errors import UserError
 from featcache.settings import Count, from_mapping, settings
@@ -93,7 +93,7 @@ class Published:
         return shown
 
 
-def parse_published(values: Any) -> Published:
+def parse_published(values: object) -> Published:
     """What a recipe or a run's configuration says under ``published``.
 
     Raises:

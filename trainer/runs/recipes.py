@@ -223,7 +223,7 @@ def _resolve(entry: _Entry) -> Recipe:
     )
 
 
-def _published(values: Any, where: str) -> Published:
+def _published(values: object, where: str) -> Published:
     try:
         return parse_published(values)
     except UserError as error:

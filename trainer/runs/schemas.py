@@ -5,8 +5,7 @@ Only types and ranges that the code relies on; what else a file says is kept as 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, TypeVar, cast
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -68,6 +67,7 @@ class Evaluation(TypedDict):
     warnings: NotRequired[list[Any]]
     sampler: NotRequired[dict[str, Any] | None]
     settings: NotRequired[dict[str, Any] | None]
+    figure: NotRequired[Any]
 
 
 class CheckpointState(TypedDict):
@@ -91,7 +91,9 @@ class Diagnostic(TypedDict):
     drawings: NotRequired[list[dict[str, Any]]]
 
 
-class _Compared(TypedDict):
+class ComparedDiagnostic(TypedDict):
+    """One diagnostic of several runs, as far as files are found by it."""
+
     plots: list[_Stem] | dict[_Stem, Any]
     drawings: NotRequired[list[dict[str, Any]]]
 
@@ -100,16 +102,19 @@ class Comparison(TypedDict):
     """``comparison.json`` of the diagnostics."""
 
     compared: list[_Text]
-    diagnostics: dict[_Text, _Compared]
+    diagnostics: dict[_Text, ComparedDiagnostic]
 
 
-def check(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
+T = TypeVar("T")
+
+
+def check(value: object, schema: type[T], where: object, *, remedy: str) -> T:
     """``value`` itself, once it is known to fit. Raises as :func:`parse`."""
     parse(value, schema, where, remedy=remedy)
-    return value
+    return cast(T, value)
 
 
-def parse(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
+def parse(value: object, schema: type[T], where: object, *, remedy: str) -> T:
     """``value`` as an instance of ``schema``.
 
     Raises:
@@ -123,6 +128,11 @@ def parse(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
         raise UserError(f"{where} is damaged: {place or 'it'}: {first['msg']:.200}", remedy=remedy) from error
 
 
-@cache
-def _adapter(schema: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(schema)
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(schema: type[T]) -> TypeAdapter[T]:
+    """Made once per schema."""
+    if schema not in _ADAPTERS:
+        _ADAPTERS[schema] = TypeAdapter(schema)
+    return _ADAPTERS[schema]

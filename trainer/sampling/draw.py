@@ -28,6 +28,7 @@ from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary, run_model_config
+from trainer.runs.schemas import Summary
 
 if TYPE_CHECKING:
     from trainer.sampling.inference import Network
@@ -90,7 +91,7 @@ class SampleConfig:
     pixels: str = "round"
     seed: int = 0
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Plain values, as ``settings.json`` beside samples holds them."""
         return {**vars(self), "guidance": self.guidance.record()}
 
@@ -126,7 +127,7 @@ class LoadedRun:
     path: Path
     step: int
     config: RunConfig
-    summary: Mapping[str, Any]  # cache.json
+    summary: Summary  # cache.json
     model: Transformer
 
     @property
@@ -270,7 +271,7 @@ def _each_by_one_thread(draw: Callable[[int], Tensor], starts: Sequence[int]) ->
 
 def _fetched(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """A GPU's tensors on the host, one behind: it works on the next while one is copied."""
-    waiting: tuple[Tensor, Any] | None = None
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
     for batch in batches:
         host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)  # to pageable memory the copy would wait
         host.copy_(batch, non_blocking=True)

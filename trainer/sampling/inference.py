@@ -85,7 +85,7 @@ class Network(nn.Module):
         enabled = self.arithmetic.precision == "bf16"
         try:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
-                output = self.backbone(x, t, y)
+                output: ModelOutput = self.backbone(x, t, y)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
                 f"the backbone could not be compiled: {str(error).strip().splitlines()[0]}",

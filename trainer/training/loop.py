@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -258,8 +259,12 @@ def forward_backward(
         loss = torch.stack(list(terms.values())).sum()
         scaled = loss * share
         (scaled if parts.scaler is None else parts.scaler.scale(scaled)).backward()
-    measured = parts.objective.measure(kept, batch, draws) if measures else {}
+    measured: dict[str, Tensor] = {}
+    if measures:
+        assert kept is not None, "only a method measures"
+        measured |= parts.objective.measure(kept, batch, draws)
     if adversarial:
+        assert kept is not None, "only a method has an adversary"
         adversary_loss = parts.objective.adversary_loss(kept, batch)
         (adversary_loss * share).backward()
         measured["align/adversary"] = adversary_loss
@@ -448,7 +453,7 @@ def _stop_on_signals() -> Iterator[list[int]]:
     caught: list[int] = []
     first_s = 0.0
 
-    def catch(number: int, _frame: Any) -> None:
+    def catch(number: int, _frame: FrameType | None) -> None:
         nonlocal first_s
         if not caught:
             first_s = time.monotonic()

@@ -22,7 +22,7 @@ from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
     from trainer.diffusion.interpolants import Path, TimeDistribution
-    from trainer.models import Transformer
+    from trainer.models import ModelOutput, Transformer
 
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of the posterior's log-variance
 
@@ -213,7 +213,8 @@ class Objective(nn.Module):
         def hidden(t: Tensor, depth: int) -> Tensor:
             with torch.no_grad(), self._autocast():
                 noisy, times = self._transport.noisy(latent, draws.noise, t), self._transport.model_time(t)
-                return teacher(noisy, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
+                output: ModelOutput = teacher(noisy, times, labels, taps=(depth,), stop_after=depth)
+            return output.hidden[depth]
 
         return hidden
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from featcache.errors import CacheError, UserError
 from trainer import align, distributed
-from trainer.align.base import Alignment, BackboneInfo
+from trainer.align.base import AlignInputs, Alignment, BackboneInfo
 from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import sincos_positions
@@ -42,7 +42,7 @@ class Parts:
     ema: Transformer
     alignment: Alignment | None
     objective: Objective
-    forward: Any
+    forward: Callable[..., tuple[dict[str, Tensor], AlignInputs | None]]
     groups: tuple[list[nn.Parameter], ...]
     names: Mapping[Tensor, str]
     optimizer: torch.optim.Optimizer
@@ -149,13 +149,13 @@ def _trained(
     return backbone | heads, groups  # type: ignore[return-value]
 
 
-def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> Any:
+def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> nn.Module:
     """``objective`` for several ranks and compiled as one region; sharded models look after themselves."""
     if sharded:
         return objective
     if compiled:
         objective.compile(dynamic=False)  # in place and inside DDP, which cuts it where gradients are exchanged
-    forward: Any = objective
+    forward: nn.Module = objective
     if world.size > 1:
         # DDP averages the backbone's gradients alone: what does not require gradients now is left to us. Steps without
         # alignment give its heads none, and to learn that, DDP would have the host wait for the device in each of them.
