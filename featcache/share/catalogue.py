@@ -23,7 +23,8 @@ from featcache.share.verification import Verification
 from featcache.store import files
 from featcache.store.layout import ROOT_NAMES, sample_bytes
 from featcache.store.manifest import FeatureSpec, Manifest
-from featcache.store.remote import Location, Missing, is_remote, local_path, open_location
+from featcache.store.places import Location, Missing
+from featcache.store.remote import is_remote, local_path, open_location
 from featcache.store.root import cache_digest
 
 _TEMPLATES = Path(__file__).with_name("templates")

@@ -40,16 +40,8 @@ from featcache.store.contents import (
 )
 from featcache.store.layout import PUSHES, ROOT_NAMES, STATE
 from featcache.store.manifest import Manifest
-from featcache.store.remote import (
-    Destination,
-    Location,
-    Missing,
-    is_remote,
-    local_path,
-    open_destination,
-    open_location,
-    parse_hub_url,
-)
+from featcache.store.places import Location, Missing
+from featcache.store.remote import Destination, is_remote, local_path, open_destination, open_location, parse_hub_url
 from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
 from featcache.store.signing import SIGNATURE, parse_digest, read_signature
 from featcache.store.writer import (

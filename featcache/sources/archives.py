@@ -37,7 +37,8 @@ from featcache.sources.base import EXTENSIONS, EncodedSource
 from featcache.sources.opening import explained
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
 from featcache.store import files
-from featcache.store.remote import Location, Missing, is_remote, open_location
+from featcache.store.places import Location, Missing
+from featcache.store.remote import is_remote, open_location
 
 _STORED, _DEFLATED = 0, 8
 _TEXT_COLUMNS = ("text_offsets", "text_sizes", "json_offsets", "json_sizes")
