@@ -27,6 +27,7 @@ were busy all the time, from their CPU seconds an image.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import resource
@@ -170,7 +171,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
 
     rates["encode"] = _rate(lambda: run(work.encoders), device, at_least_s=at_least_s)
     single = {
-        encoder_name(e): _rate(lambda e=e: run([e]), device, at_least_s=at_least_s / 2).images_per_s
+        encoder_name(e): _rate(functools.partial(run, [e]), device, at_least_s=at_least_s / 2).images_per_s
         for e in work.encoders
     }
     features = {name: value for name, value in features.items() if name in work.specs}
@@ -335,7 +336,7 @@ def main(
             batch_size=batch_size,
             device=device,
             decode=decode,
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]  # checked there
             random_weights=0,
         )
         plain = Plain(request, folder)

@@ -139,7 +139,7 @@ def zarr_python(path: Path, records: Records) -> Reader:
     import zarr
 
     group = zarr.open_group(path, mode="r")
-    arrays = {name: group[name] for name in records.arrays}
+    arrays: dict[str, Any] = {name: group[name] for name in records.arrays}
     out = array_buffers(records)
 
     def read(indices: np.ndarray) -> None:
@@ -228,7 +228,7 @@ def write_safetensors(folder: Path, records: Records) -> None:
 def safetensors_slices(folder: Path, records: Records) -> Samples:
     from safetensors import safe_open
 
-    files = [safe_open(path, framework="np") for path in sorted(folder.glob("*.st"))]
+    files: list[Any] = [safe_open(path, framework="np") for path in sorted(folder.glob("*.st"))]
     slices = {name: [file.get_slice(name) for file in files] for name in records.arrays}
 
     def sample(index: int) -> dict[str, np.ndarray]:
@@ -344,9 +344,9 @@ def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> d
         peers["MosaicML streaming"] = (work / "mds", mosaicml_mds)
     except ImportError as error:
         print(f"without MosaicML streaming: {error}", file=sys.stderr)
-    for name, (folder, open_peer) in peers.items():
-        loaders[name] = (folder, lambda f=folder, o=open_peer: into_buffers(o(f, records), records))  # type: ignore[misc]
-        loaders[f"{name}{COLLATED}"] = (folder, lambda f=folder, o=open_peer: collated(o(f, records)))  # type: ignore[misc]
+    for name, (place, open_peer) in peers.items():
+        loaders[name] = (place, lambda f=place, o=open_peer: into_buffers(o(f, records), records))  # type: ignore[misc]
+        loaders[f"{name}{COLLATED}"] = (place, lambda f=place, o=open_peer: collated(o(f, records)))  # type: ignore[misc]
     readers = {name: make() for name, (_, make) in loaders.items()}
     conditions = ["warm", "cold"] if args.cold else ["warm"]
     rates: dict[str, dict[str, list[float]]] = {name: {} for name in loaders}
@@ -387,7 +387,7 @@ def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> d
         start = time.perf_counter()
         for i, first in enumerate(range(0, len(records.blobs), shard_size)):
             with (folder / str(i)).open("wb", buffering=0) as file:
-                data = memoryview(records.blobs[first : first + shard_size].reshape(-1))
+                data = memoryview(records.blobs[first : first + shard_size].reshape(-1).data)
                 while data:
                     data = data[file.write(data[: 8 << 20]) :]
                 os.fsync(file.fileno())
@@ -418,13 +418,13 @@ def summarise(reading: dict[str, Any], threads: int) -> dict[str, float]:
     """The ratios that matter, warm and in random order."""
 
     def of(name: str) -> float:
-        return reading[name]["warm random"]["median"]
+        return float(reading[name]["warm random"]["median"])
 
     names = ("safetensors slices", "one .npy per image", "webdataset", "MosaicML streaming")
     straight = max(of(name) for name in names if name in reading)
     stacked = max(of(name + COLLATED) for name in names if name in reading)
     limit = max(of(name) for name in reading if name.startswith("raw memory"))
-    found = {}
+    found: dict[str, float] = {}
     for n in (1, threads):
         mine = of(f"featcache x{n}")
         found |= {

@@ -317,8 +317,8 @@ def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> fl
     with torch.device("meta"):
         model = Transformer(backbone_config(config, cache))
     for module in model.modules():  # one number stands for all of a tensor's
-        for name, tensor in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.zeros(()).expand(tensor.shape)))
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape)))
         for name, tensor in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     parts = assemble(config, cache, torch.device("cpu"), World(), backbone=(model, model))
@@ -338,7 +338,7 @@ def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> fl
             loss = parts.objective.adversary_loss(kept, batch)
             torch.autograd.grad(loss, list(parts.adversary.parameters()))
             flops += (counter.get_total_flops() - flops) / parts.alignment.adversary_every
-    return flops / n
+    return float(flops / n)
 
 
 def peak_memories(options: dict[str, Any], cache: Path, name: str, methods: tuple[str, ...]) -> dict[str, int]:

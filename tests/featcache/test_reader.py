@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,7 +248,12 @@ def test_labels_of_a_large_cache(imagenet_sized: Path) -> None:
 def test_neighbours_merge_into_few_calls(path: Path, monkeypatch) -> None:
     calls = []
     real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *a: calls.append(real(*a)) or calls[-1])
+
+    def counted(*arguments: Any) -> int:
+        calls.append(real(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
     with featcache.open(path).reader(["vae/moments"], threads=0, access="pread") as reader:
         out = reader.allocate(46)
         reader.read(np.random.default_rng(0).permutation(46), out)

@@ -99,7 +99,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert dataclasses.replace(chart, series=()) == dataclasses.replace(written.plots[0].drawing, series=())  # type: ignore[type-var]
     for row, expected in zip(strips.cells, written.plots[1].drawing.cells):  # type: ignore[union-attr]
         for tile, one in zip(row, expected):
-            np.testing.assert_array_equal(tile, one)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(tile, one)
     np.testing.assert_array_equal(matrix.values, [[0.25, np.nan]])
 
 

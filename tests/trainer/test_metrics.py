@@ -47,7 +47,7 @@ def exact_fid(x: Array, y: Array) -> float:
     No covariance is formed, so nothing is squared and rank does not matter.
     """
     centred = [(a - a.mean(0)) / math.sqrt(len(a) - 1) for a in (x, y)]
-    a, b = (np.linalg.qr(c, "r") if len(c) > c.shape[1] else c for c in centred)
+    a, b = (np.linalg.qr(c).R if len(c) > c.shape[1] else c for c in centred)
     difference = x.mean(0) - y.mean(0)
     return float(difference @ difference + (a**2).sum() + (b**2).sum() - 2 * np.linalg.norm(a @ b.T, "nuc"))
 

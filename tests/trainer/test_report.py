@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from featcache.errors import UserError
+from trainer.plots import Chart, Series
 from trainer.report import (
     Figure,
     Published,
@@ -24,11 +25,11 @@ from trainer.report import (
     write_comparison,
     write_report,
 )
-from trainer.report.charts import Chart, Series, render_svg, smooth, smoothed_series
+from trainer.report.charts import render_svg, smooth, smoothed_series
 from trainer.report.data import read_log
-from trainer.report.page import measure, number
 from trainer.report.report import _evaluated
 from trainer.report.table import higher_is_better
+from trainer.typeset import measure, number
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

@@ -7,8 +7,8 @@ trained with the backbone and dropped at inference.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,10 @@ class FeatureInfo:
 
 class MethodConfig(Protocol):
     """Options of one method: a frozen, keyword-only dataclass that is validated when made."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __init__(self, **options: Any) -> None: ...
 
     def required(self) -> tuple[str, ...]:
         """Cached features the method will read; placeholders where the options leave the encoder open."""

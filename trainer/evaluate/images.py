@@ -10,7 +10,7 @@ import queue
 import re
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -407,7 +407,7 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
     raise UserError(f"{text} is not a set of images", remedy="Pass an npz file, a tar shard, a folder or a cache.")
 
 
-def prefetch(items: Iterator[T], *, depth: int = PREFETCHED_BATCHES) -> Iterator[T]:
+def prefetch(items: Iterator[T], *, depth: int = PREFETCHED_BATCHES) -> Generator[T, None, None]:
     """The same items, made by a thread up to `depth` ahead: decoding overlaps with the network."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
