@@ -15,13 +15,13 @@ What the build is set against:
 - the *plain loop*: ImageFolder with the same crop, a DataLoader with one worker a core, the VAE and then the encoder in
   float32, one torch.save of float32 features a batch;
 - the structure of the *extraction scripts* that come with REPA and its successors: a first pass that crops every image and
-  writes it as PNG, a second that reads the PNGs one by one, encodes one at a time, and writes one .npy file an image and
+  writes it as PNG, a second that reads the PNGs one by one, encodes one at a time, and writes one .npy file per image and
   feature. Own code, and the same features as ours, of which theirs have the moments alone. On the first `--script-count`
   images.
 
 Stages: decoding (all threads), all encoders one after another (they share a device), quantising with the copy to the
 host, writing. On a CPU they share the cores: `core_bound_images_per_s` is what all of them together would reach if every core
-were busy all the time, from their CPU seconds an image.
+were busy all the time, from their CPU seconds per image.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def plain_loop(plain: Plain, request: Any, folder: Path) -> Rate:
 
 
 def extraction_scripts(plain: Plain, request: Any, folder: Path, *, count: int) -> Rate:
-    """Two passes, one image at a time, one file an image and feature."""
+    """Two passes, one image at a time, one file per image and feature."""
     import numpy as np
     import torch
     from PIL import Image
@@ -311,7 +311,7 @@ def main(
     vae: Annotated[str, typer.Option(help="VAE.")] = "tiny",
     levels: Annotated[str, typer.Option(help="VAE levels.")] = "G3,G4",
     encoder: Annotated[str, typer.Option(help="Vision encoder.")] = "tiny",
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     decode: Annotated[str, typer.Option(help="pil or turbo.")] = "pil",
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or auto.")] = "auto",

@@ -52,7 +52,7 @@ Batches = Iterator[np.ndarray]
 
 @dataclass(frozen=True)
 class Records:
-    """Synthetic records: every array's stored values, and the same bytes as one blob a sample."""
+    """Synthetic records: every array's stored values, and the same bytes as one blob per sample."""
 
     specs: list[FeatureSpec]
     arrays: dict[str, np.ndarray]
@@ -300,7 +300,7 @@ def batches(order: str, n: int, seed: int) -> Batches:
 
 
 def rate(read: Reader, order: str, n: int, seed: int, limit_s: float) -> float:
-    """Images a second over one pass, or over as much of it as fits into `limit_s`."""
+    """Images per second over one pass, or over as much of it as fits into `limit_s`."""
     done, start = 0, time.perf_counter()
     for indices in batches(order, n, seed):
         read(indices)
@@ -375,7 +375,7 @@ def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> d
 
 
 def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
-    """Bytes a second of the cache writer and of plain sequential writes of the same bytes, alternating."""
+    """Bytes per second of the cache writer and of plain sequential writes of the same bytes, alternating."""
     total = records.blobs.nbytes
     shard_size = recommended_shard_size(max(spec.bytes_per_sample for spec in records.specs))
     found: dict[str, list[float]] = {"plain write + fsync": [], "featcache": []}
@@ -468,7 +468,7 @@ def main() -> None:
         "writing": writing,
     }
     columns = sorted({key for by_key in reading.values() for key in by_key}, reverse=True)
-    print(f"images/s, {records.blobs.shape[1]:,} bytes a record, {len(records.blobs)} records")
+    print(f"images/s, {records.blobs.shape[1]:,} bytes per record, {len(records.blobs)} records")
     print(f"{'':30}" + "".join(f"{c:>18}" for c in columns))
     for name, by_key in reading.items():
         cells = (f"{by_key[c]['median']:>18,.0f}" if c in by_key else f"{'-':>18}" for c in columns)

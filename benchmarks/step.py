@@ -195,7 +195,7 @@ class Bench:
         return self.streams[method, source]
 
     def run(self, method: str, source: str, steps: int) -> float:
-        """Seconds a step over a block of steps, the device idle before and after."""
+        """Seconds per step over a block of steps, the device idle before and after."""
         from trainer.training.loop import train_step
 
         job, stream, numbers = self.jobs[method], self.stream(method, source), self.steps[method, source]
@@ -444,7 +444,7 @@ def table(results: dict[str, Any]) -> str:
 def main(
     name: Annotated[str, typer.Option(help="Names the result file.")],
     model: Annotated[str, typer.Option(help="Backbone.")] = "SiT-S/2",
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16 or fp16.")] = "auto",
     compile_: Annotated[bool | None, typer.Option("--compile/--no-compile", help="[default: on a GPU]")] = None,

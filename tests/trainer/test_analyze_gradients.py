@@ -1,4 +1,4 @@
-"""G-SNR on gradients of known mean and covariance; per-sample gradients against one backward pass a sample."""
+"""G-SNR on gradients of known mean and covariance; per-sample gradients against one backward pass per sample."""
 
 from __future__ import annotations
 

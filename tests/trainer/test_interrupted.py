@@ -290,7 +290,7 @@ def test_a_checkpoint_s_name_comes_after_all_that_it_stands_for(
     log, entries = str(root / "run" / "log.jsonl"), journal.entries
     saved = [i for i, entry in enumerate(entries) if entry[0] == "rename" and re.search(r"/step_\d+$", entry[-1])]
     assert len(saved) == 3
-    assert entries.count(("fsync", log)) == 3, "once a checkpoint, not once a step"
+    assert entries.count(("fsync", log)) == 3, "once per checkpoint, not once per step"
     for start, stop in zip([0, *saved], saved):
         assert ("fsync", log) in entries[start:stop]
         assert entries[stop + 1] == ("fsync", str(root / "run" / "checkpoints"))

@@ -30,10 +30,10 @@ def _imagenet_file() -> Path | None:
 
 
 def resnet18_state(weights: str) -> dict[str, Tensor] | None:
-    """State dict of timm's ``resnet18``, or None for a random start.
+    """State dict of timm's `resnet18`, or None for a random start.
 
-    weights: ``'random'``; ``'auto'``, ImageNet weights where they can be had and else, with a warning,
-        random; or the path of a ``.safetensors`` file.
+    weights: `'random'`; `'auto'`, ImageNet weights where they can be had and else, with a warning,
+        random; or the path of a `.safetensors` file.
 
     Raises:
         UserError: the file is missing or unreadable.
@@ -83,8 +83,8 @@ class TokenDiscriminator(nn.Module):
     gone. The paper leaves the output open; ours is global average pooling and one linear layer, for the
     adversary is to judge the global distribution.
 
-    norm: ``'group'`` (ours) makes a sample's logit independent of the others in its micro-batch and on its
-        rank, so that runs agree for any number of ranks; ``'batch'`` normalises by the statistics of the
+    norm: `'group'` (ours) makes a sample's logit independent of the others in its micro-batch and on its
+        rank, so that runs agree for any number of ranks; `'batch'` normalises by the statistics of the
         batch at hand. Neither keeps running statistics, which the model's own step would change.
     """
 
@@ -119,7 +119,7 @@ class TokenDiscriminator(nn.Module):
 
 
 def frozen(discriminator: nn.Module, tokens: Tensor) -> Tensor:
-    """The discriminator's logits with its parameters as constants: gradients reach ``tokens`` alone."""
+    """The discriminator's logits with its parameters as constants: gradients reach `tokens` alone."""
     constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     logits: Tensor = torch.func.functional_call(discriminator, constants, (tokens,))
     return logits

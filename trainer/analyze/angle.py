@@ -20,7 +20,7 @@ Y_LABEL = "cosine of the two gradients"
 
 
 def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tuple[list[Tensor], list[Tensor], int]:
-    """Mean gradients of both losses over ``count`` samples with t in one bin, with respect to what they share.
+    """Mean gradients of both losses over `count` samples with t in one bin, with respect to what they share.
 
     Shared are all parameters of the backbone that the alignment loss reaches: embedders and the blocks up to the last
     tap. DyA does not say which parameters its figures use; this is ours.
@@ -66,7 +66,7 @@ class _Angles:
 
 
 def run(subject: Subject) -> Result:
-    """Cosine between the two gradients over timesteps, at up to ``checkpoints`` checkpoints."""
+    """Cosine between the two gradients over timesteps, at up to `checkpoints` checkpoints."""
     if subject.alignment is None:
         raise NotApplicable(
             f"{subject.run} trained without alignment: there is no second gradient",
@@ -94,14 +94,14 @@ def run(subject: Subject) -> Result:
 
 
 def _chosen_steps(subject: Subject) -> list[int]:
-    """Up to ``checkpoints`` of the kept checkpoints up to the subject's own, spread evenly."""
+    """Up to `checkpoints` of the kept checkpoints up to the subject's own, spread evenly."""
     steps = [step for step, _ in checkpoint.list_checkpoints(subject.run) if step <= subject.step]
     places = np.linspace(0, len(steps) - 1, min(subject.options.checkpoints, len(steps))).round().astype(int)
     return sorted({steps[i] for i in places})
 
 
 def measure_angles(subject: Subject, count: int) -> _Angles:
-    """The angle in every timestep bin at every chosen checkpoint, from ``count`` samples each."""
+    """The angle in every timestep bin at every chosen checkpoint, from `count` samples each."""
     options, chosen = subject.options, _chosen_steps(subject)
     cosines = np.full((len(chosen), options.bins), np.nan)
     rows: list[Row] = []

@@ -45,7 +45,7 @@ class _Measure:
 
 
 def representation(subject: Subject, name: str) -> Tensor:
-    """Pooled features [n, C] of a cached feature or a layer of a VAE group, or ``block3:0.5``: block 3 at t = 0.5.
+    """Pooled features [n, C] of a cached feature or a layer of a VAE group, or `block3:0.5`: block 3 at t = 0.5.
 
     Raises:
         UserError: neither.

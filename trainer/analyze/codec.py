@@ -42,14 +42,14 @@ def gradient_cosines(exact: Tensor, stored: Tensor) -> Tensor:
 
 
 def stored_bits(codec: str, shape: tuple[int, ...]) -> float:
-    """Bits a value of one sample's feature, scales included."""
+    """Bits per value of one sample's feature, scales included."""
     arrays = stored_arrays(codec, shape)
     stored = sum(np.dtype(dtype).itemsize * int(np.prod(size)) for dtype, size in arrays.values())
     return 8 * stored / int(np.prod(shape))
 
 
 def roundtrip(codec: str, x: Tensor) -> Tensor:
-    """What the trainer would see of features [B, *shape] stored with ``codec``; float32."""
+    """What the trainer would see of features [B, *shape] stored with `codec`; float32."""
     return decode(codec, encode(codec, x), tuple(x.shape[1:]))
 
 
@@ -57,7 +57,7 @@ def recompute(subject: Subject, names: list[str], rows: slice) -> dict[str, Tens
     """The features as the encoders give them, float32; None where images or weights are not at hand.
 
     Raises:
-        UserError: ``data`` holds other images than the cache was built from.
+        UserError: `data` holds other images than the cache was built from.
     """
     options, features = subject.options, subject.cache.manifest.features
     if source_of(subject.cache, options.data) is None:
@@ -218,7 +218,7 @@ def _whose(shown: str) -> str:
 
 
 def _finding(subject: Subject, means: np.ndarray, shown: str) -> str:
-    """What the codec in use and the coarsest do to the loss ``shown``. means: its mean cosine by codec [codecs]."""
+    """What the codec in use and the coarsest do to the loss `shown`. means: its mean cosine by codec [codecs]."""
     features = subject.cache.manifest.features
     reads = [n for n in (subject.alignment.reads if subject.alignment is not None else ()) if n in features]
     used = features[(reads or [*subject.token_features, *subject.levels])[0]].codec
@@ -243,14 +243,14 @@ def _matrix(names: list[str], means: np.ndarray) -> Plot:
         high=1.0,
         decimals=5,
         note="Look for the cheapest codec whose column stays at 0.999 or above for the features you read; the papers "
-        "store nothing, so no figure of theirs corresponds (bits a value at width 64, scales included; a dash: the "
+        "store nothing, so no figure of theirs corresponds (bits per value at width 64, scales included; a dash: the "
         "codec cannot hold that width).",
     )
     return Plot(name="codec_matrix", drawing=matrix)
 
 
 def _over_t(found: Cosines, shown: str, bins: int) -> Plot:
-    """One line per codec for the loss ``shown``."""
+    """One line per codec for the loss `shown`."""
     centres = (np.arange(bins) + 0.5) / bins
     # int8 and friends miss 1 by parts in a thousand or less: only the distance from 1 shows differences.
     lines = [

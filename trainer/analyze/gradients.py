@@ -20,7 +20,7 @@ GsnrEstimator = Literal["plugin", "unbiased"]
 
 @dataclass(frozen=True)
 class Moments:
-    """What G-SNR needs of ``count`` per-sample gradients: ``||mean||^2`` and the trace of their sample covariance."""
+    """What G-SNR needs of `count` per-sample gradients: `||mean||^2` and the trace of their sample covariance."""
 
     count: int
     squared_mean: float
@@ -53,7 +53,7 @@ class GradientMoments:
 
     @property
     def squared_mean(self) -> float:
-        """``||mean_i g_i||^2``."""
+        """`||mean_i g_i||^2`."""
         return float(self.mean.square().sum())
 
     @property
@@ -67,12 +67,12 @@ class GradientMoments:
 
 
 def gsnr(moments: GradientMoments | Moments, estimator: GsnrEstimator = "plugin") -> float:
-    """Gradient signal-to-noise ratio ``||E g||^2 / tr Cov g`` (AHPA, Eq. 1), dimensionless.
+    """Gradient signal-to-noise ratio `||E g||^2 / tr Cov g` (AHPA, Eq. 1), dimensionless.
 
-    ``plugin`` puts the sample mean and the sample covariance (ddof 1) in place of the true ones (AHPA, Eq. 6). It
-    is too large by 1/n on average, n the number of samples, because ``E ||mean||^2 = ||E g||^2 + tr Cov g / n``:
-    gradients without any common direction get 1/n and not 0. ``unbiased`` (ours) estimates the numerator without bias,
-    ``||mean||^2 - tr Cov / n``, and so is ``plugin - 1/n``; it may come out negative. Its ratio is consistent, but the
+    `plugin` puts the sample mean and the sample covariance (ddof 1) in place of the true ones (AHPA, Eq. 6). It
+    is too large by 1/n on average, n the number of samples, because `E ||mean||^2 = ||E g||^2 + tr Cov g / n`:
+    gradients without any common direction get 1/n and not 0. `unbiased` (ours) estimates the numerator without bias,
+    `||mean||^2 - tr Cov / n`, and so is `plugin - 1/n`; it may come out negative. Its ratio is consistent, but the
     ratio of two unbiased estimates is not itself free of bias.
 
     Raises:
@@ -97,10 +97,10 @@ Loss = Callable[[Mapping[int, Tensor], S], Tensor]
 
 
 def hidden_gradients(loss: Loss[S], hidden: Mapping[int, Tensor], sample: S) -> dict[int, Tensor]:
-    """Per-sample gradients of ``loss`` with respect to hidden states, by ``vmap(grad)``.
+    """Per-sample gradients of `loss` with respect to hidden states, by `vmap(grad)`.
 
     Args:
-        loss: see :data:`Loss`.
+        loss: see `Loss`.
         hidden: depth -> [B, N, D].
         sample: pytree of tensors with B in front.
 
@@ -115,14 +115,14 @@ def hidden_gradients(loss: Loss[S], hidden: Mapping[int, Tensor], sample: S) -> 
 def block_gradients(
     loss: Loss[S], block: torch.nn.Module, depth: int, x: Tensor, c: Tensor, hidden: Mapping[int, Tensor], sample: S
 ) -> Tensor:
-    """Per-sample gradients of ``loss`` with respect to one block's parameters, through that block's output alone.
+    """Per-sample gradients of `loss` with respect to one block's parameters, through that block's output alone.
 
     Args:
-        block: called as block(x [1, N, D], c [1, D]); depth: where its output stands in ``hidden``.
+        block: called as block(x [1, N, D], c [1, D]); depth: where its output stands in `hidden`.
         x, c: the block's inputs [B, N, D] and [B, D].
 
     Returns:
-        [B, P], parameters flattened in the order of ``named_parameters``.
+        [B, P], parameters flattened in the order of `named_parameters`.
     """
     parameters = {name: p.detach() for name, p in block.named_parameters()}
 
@@ -157,7 +157,7 @@ def degrees(cos: float) -> float:
 class RidgeHeads:
     """Linear maps with offset from one X to several Y by ridge regression, from float64 sums added chunk by chunk.
 
-    ``min_W ||X W + b - Y||^2 + a ||W||^2`` with ``a = strength`` times the mean variance of X times the rows. The
+    `min_W ||X W + b - Y||^2 + a ||W||^2` with `a = strength` times the mean variance of X times the rows. The
     moments of X are added up once for all targets.
     """
 

@@ -23,8 +23,8 @@ MOST_VALUES = 1 << 28  # of per-sample gradients at once: 1 GiB
 def measure(subject: Subject) -> dict[str, list[Moments]]:
     """Target -> moments of the per-sample gradients in each timestep bin.
 
-    Gradients are with respect to the hidden state after the tapped block(s), or with ``wrt="block"`` to the parameters
-    of block ``subject.block`` through its output. Every bin sees the same samples and the same noise.
+    Gradients are with respect to the hidden state after the tapped block(s), or with `wrt="block"` to the parameters
+    of block `subject.block` through its output. Every bin sees the same samples and the same noise.
     """
     options, targets = subject.options, subject.target_names()
     heads = fit_heads(subject, targets)

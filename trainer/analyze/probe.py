@@ -19,7 +19,7 @@ TOGETHER_BYTES = 256 << 20
 
 
 def folds_of(count: int, folds: int, *, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(training, held-out) indices. ``folds=1`` holds out one quarter; otherwise each sample is held out once.
+    """(training, held-out) indices. `folds=1` holds out one quarter; otherwise each sample is held out once.
 
     Raises:
         UserError: more folds than samples.
@@ -82,10 +82,10 @@ def probe_accuracy(
 ) -> tuple[list[float], int]:
     """Top-1 accuracy in [0, 1] of each representation on held-out samples, and how many were held out.
 
-    Representations are probed together as long as their training sets take less than ``TOGETHER_BYTES``.
+    Representations are probed together as long as their training sets take less than `TOGETHER_BYTES`.
 
     Args:
-        features: [R, n, D]. labels: int64 [n]. folds: see :func:`folds_of`.
+        features: [R, n, D]. labels: int64 [n]. folds: see `folds_of`.
         batch: None takes 16,384, but at most an eighth of the training set (ours, for small sets).
     """
     _, n, D = features.shape

@@ -45,14 +45,14 @@ class Split(NamedTuple):
 
 
 def split(subject: Subject) -> Split:
-    """At most ``gradient_samples`` each, at most half of the chosen samples for measuring."""
+    """At most `gradient_samples` each, at most half of the chosen samples for measuring."""
     measured = min(subject.options.gradient_samples, len(subject.indices) // 2)
     return Split(measured, min(subject.options.gradient_samples, len(subject.indices) - measured))
 
 
 @torch.no_grad()
 def fit_heads(subject: Subject, targets: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Target -> weights [D, C] and offset [C] of a head from block ``subject.block``, fitted over all timestep bins."""
+    """Target -> weights [D, C] and offset [C] of a head from block `subject.block`, fitted over all timestep bins."""
     heads = RidgeHeads()
     sizes, bins = split(subject), subject.options.bins
     depths = taps(subject)
@@ -84,7 +84,7 @@ def head_loss(depth: int, weight: Tensor, offset: Tensor) -> Loss[Tensor]:
 
 
 def own_sample(subject: Subject, state: AlignInputs) -> OwnSample:
-    """A state as :class:`OwnSample`."""
+    """A state as `OwnSample`."""
     answers: list[Tensor] = []
     if state.teacher is not None and subject.alignment is not None:
         ask = state.teacher
@@ -106,7 +106,7 @@ def own_sample(subject: Subject, state: AlignInputs) -> OwnSample:
 
 
 def own_loss(subject: Subject) -> Loss[OwnSample]:
-    """The run's alignment loss of one sample: (depth -> [N, D], one row of :func:`own_sample`) -> scalar."""
+    """The run's alignment loss of one sample: (depth -> [N, D], one row of `own_sample`) -> scalar."""
     alignment = subject.alignment
     assert alignment is not None, "the run has no alignment"
 

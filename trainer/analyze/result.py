@@ -1,7 +1,7 @@
 """What a diagnostic hands back (numbers, plots and sentences), and the files that keep it.
 
-``<what>.json`` holds all of it but the pictures of strips, which lie in ``tiles/<plot>.png``, and ``<what>.csv`` the rows
-once more. Several runs' common plots are kept in the same form in ``comparison.json``. Pages are made from these files.
+`<what>.json` holds all of it but the pictures of strips, which lie in `tiles/<plot>.png`, and `<what>.csv` the rows
+once more. Several runs' common plots are kept in the same form in `comparison.json`. Pages are made from these files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _REMEDY = "Delete the file; trainer analyze makes it anew."
 
 
 class NotApplicable(UserError):
-    """The run has nothing that this diagnostic looks at. ``all`` leaves it out and says so."""
+    """The run has nothing that this diagnostic looks at. `all` leaves it out and says so."""
 
 
 Row = Mapping[str, object]
@@ -49,7 +49,7 @@ class Section:
         what: the diagnostic's name on the command line.
         title: heading of its section.
         question: one sentence: what it answers.
-        plots: see :class:`Plot`.
+        plots: see `Plot`.
     """
 
     what: str
@@ -64,7 +64,7 @@ class Result(Section):
 
     Attributes:
         finding: one sentence with what came out, from the numbers.
-        rows: the numbers, one mapping a row of the CSV; all have the same keys.
+        rows: the numbers, one mapping per row of the CSV; all have the same keys.
         settings: how they were measured: estimators, samples, seeds.
         run: name, step, method and model. measured: on what and for how long, in a few words. Both are put in after
             the diagnostic has run.
@@ -86,7 +86,7 @@ class Compared(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a run's page says beside the results, ``about.json``. left_out: diagnostic => why it does not apply."""
+    """What a run's page says beside the results, `about.json`. left_out: diagnostic => why it does not apply."""
 
     lead: str = ""
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -108,7 +108,7 @@ def writing(run: Path) -> Iterator[Path]:
 
 
 def write_about(folder: Path, about: About, *, asked: Sequence[str]) -> None:
-    """Replaces ``about.json``; what is left out of diagnostics that were not asked for now stays."""
+    """Replaces `about.json`; what is left out of diagnostics that were not asked for now stays."""
     path = folder / "about.json"
     try:
         earlier = read_about(folder).left_out
@@ -153,7 +153,7 @@ def _remove_plots(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """The results in a run's analysis folder, in the order of :data:`DIAGNOSTICS`.
+    """The results in a run's analysis folder, in the order of `DIAGNOSTICS`.
 
     Raises:
         UserError: a file is damaged.
@@ -168,7 +168,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def write_comparison(folder: Path, compared: Sequence[str], sections: Sequence[Compared]) -> None:
-    """Adds sections to ``comparison.json``, in place of those on the same diagnostics; of other runs, none is kept.
+    """Adds sections to `comparison.json`, in place of those on the same diagnostics; of other runs, none is kept.
 
     Args:
         compared: the runs and their checkpoints.
@@ -185,7 +185,7 @@ def write_comparison(folder: Path, compared: Sequence[str], sections: Sequence[C
 
 
 def read_comparison(folder: Path) -> list[Compared]:
-    """The sections of ``comparison.json``, in the order of :data:`DIAGNOSTICS`. Raises UserError if it is damaged."""
+    """The sections of `comparison.json`, in the order of `DIAGNOSTICS`. Raises UserError if it is damaged."""
     path = folder / "comparison.json"
     document = schemas.check(runs.read_json(path, {}), schemas.Comparison, path, remedy=_REMEDY)
     stored = document["diagnostics"]

@@ -47,7 +47,7 @@ def energy(singular_values: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """``exp`` of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to D."""
+    """`exp` of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to D."""
     p = singular_values / singular_values.sum()
     p = p[p > 0]
     return float(torch.exp(-(p * p.log()).sum()))

@@ -14,7 +14,7 @@ from trainer.plots import Chart, Plot, Series
 
 @dataclass(frozen=True, kw_only=True)
 class _Spectra:
-    """By representation, a block at a time (``block3:0.5``) or a cached feature.
+    """By representation, a block at a time (`block3:0.5`) or a cached feature.
 
     shares: of the energy that the first n singular values hold, [width]. ranks: effective ones. places: block and time,
     empty for features.
@@ -26,7 +26,7 @@ class _Spectra:
     features: list[str]
 
     def top(self, name: str, count: int) -> float:
-        """Share of the energy in the first ``count`` singular values, or in all if there are fewer."""
+        """Share of the energy in the first `count` singular values, or in all if there are fewer."""
         share = self.shares[name]
         return float(share[min(count, len(share)) - 1])
 

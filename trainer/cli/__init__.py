@@ -1,4 +1,4 @@
-"""``trainer``: train, sample, evaluate, report. Thin: parse, call, print. Heavy imports are inside the commands."""
+"""`trainer`: train, sample, evaluate, report. Thin: parse, call, print. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ DRAWING = (
 
 
 def _refuse(given: Given, names: Sequence[str], why: str) -> None:
-    """Raises UserError if any of the settings ``names`` was typed."""
+    """Raises UserError if any of the settings `names` was typed."""
     for name in names:
         if name in given:
             flag = flag_of(EvalRequest if name == "figure" else SampleSettings, name)
@@ -248,7 +248,7 @@ def recipes(
         ),
     ] = "",
 ) -> None:
-    """List the recipes, one a row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
+    """List the recipes, one per row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
     from trainer.runs.recipe_pages import page
 
     for line in page(text, width=min(console.width, 120)):
@@ -259,5 +259,5 @@ commands.register(app)
 
 
 def main() -> None:
-    """Entry point of the ``trainer`` command."""
+    """Entry point of the `trainer` command."""
     sys.exit(run_app(app))

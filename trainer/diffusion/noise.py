@@ -41,10 +41,10 @@ def noise_stream(
     device: torch.device | str = "cpu",
     threads: int = 4,
 ) -> Callable[[int], Tensor]:
-    """The ``noise(step)`` callable that samplers take, for the samples of one batch.
+    """The `noise(step)` callable that samplers take, for the samples of one batch.
 
-    Gives what :func:`sample_noise` gives. A latent of 4 x 32 x 32 costs about 0.1 ms, so the next step's
-    noise is drawn by ``threads`` threads (numpy releases the interpreter lock) while the model runs the
+    Gives what `sample_noise` gives. A latent of 4 x 32 x 32 costs about 0.1 ms, so the next step's
+    noise is drawn by `threads` threads (numpy releases the interpreter lock) while the model runs the
     present one.
     """
     pool = ThreadPoolExecutor(threads)

@@ -137,7 +137,7 @@ def _numbers(measured: Mapping[str, _Measured]) -> dict[str, object]:
 
 @contextmanager
 def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
-    """Puts the seconds that a block takes into ``times``."""
+    """Puts the seconds that a block takes into `times`."""
     started = time.perf_counter()
     yield
     times[stage] = time.perf_counter() - started
@@ -213,7 +213,7 @@ class _Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """Both sides and how to compare them; one method a metric."""
+    """Both sides and how to compare them; one method per metric."""
 
     judged: Statistics
     reference: Statistics

@@ -132,7 +132,7 @@ class _Sums:
         self._keep_all = keep_all
 
     def add(self, activations: Mapping[str, Tensor | None], start: int) -> None:
-        """One batch, of the images from number ``start`` on."""
+        """One batch, of the images from number `start` on."""
         pool, maps, classes = activations["pool"], activations["spatial"], activations["logits"]
         assert pool is not None
         self._moments.update(pool)
@@ -178,10 +178,10 @@ def compute_statistics(
 
     Args:
         images: read in order.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         limit: stop after so many images.
         keep_features: `pool` rows kept for precision, recall and KID, 0 for none; 8 KB each with Inception.
-        keep_all: keep `pool`, `spatial` and `logits` of all images, for bootstrap intervals (20 KB an image).
+        keep_all: keep `pool`, `spatial` and `logits` of all images, for bootstrap intervals (20 KB per image).
         resolution: expected side of the images; None takes the first image's.
         stage: name given to `progress`.
         progress: called after each batch.

@@ -1,4 +1,4 @@
-"""From a run to its numbers: sample, judge, write ``metrics.json``."""
+"""From a run to its numbers: sample, judge, write `metrics.json`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class _Mute:
 
 
 def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None:
-    """Samples a run's averaged weights, compares them with the reference and adds the numbers to the run's ``metrics.json``.
+    """Samples a run's averaged weights, compares them with the reference and adds the numbers to the run's `metrics.json`.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
 
@@ -105,12 +105,12 @@ def _check_before_drawing(
 
 
 def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, bar: Bar) -> EvalResult:
-    """Judges images that are there already, by any code, and writes the numbers to ``<samples>.metrics.json``.
+    """Judges images that are there already, by any code, and writes the numbers to `<samples>.metrics.json`.
 
     Raises:
         UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where they
             are required.
-        WeightsUnavailable: as :func:`evaluate_run`.
+        WeightsUnavailable: as `evaluate_run`.
     """
     if request.reference is None:
         raise UserError(
@@ -154,7 +154,7 @@ def _judge(
 
 
 def _stages(bar: Bar) -> Callable[[str, int, int | None], None]:
-    """What the judge reports, as one task of the bar a stage."""
+    """What the judge reports, as one task of the bar per stage."""
     stage, shown = "", 0
 
     def progress(name: str, done: int, total: int | None) -> None:
@@ -228,7 +228,7 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
 
 
 def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
-    """The feature extractor of that name; ``auto`` is Inception where its weights are to be had, else the embedded one."""
+    """The feature extractor of that name; `auto` is Inception where its weights are to be had, else the embedded one."""
     folder = None if weights_dir is None else Path(weights_dir)
     if name != "auto":
         return build_extractor(name, weights_dir=folder, device=device)
@@ -240,7 +240,7 @@ def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) 
 
 
 def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
-    """What to compare with: ``--reference``, else the cache's own images. Returns (where, data folder)."""
+    """What to compare with: `--reference`, else the cache's own images. Returns (where, data folder)."""
     if request.reference is not None:
         return request.reference, request.data
     summary = cache_summary(run)

@@ -49,7 +49,7 @@ def sinusoid(t: Tensor, width: int = TIME_FREQUENCIES) -> Tensor:
 class PatchEmbed(nn.Module):
     """Linear embedding of non-overlapping patches: [B, C, H, W] -> [B, N, D], tokens row-major.
 
-    ``proj`` is a convolution because the official checkpoints store it as one; it is applied as the matrix
+    `proj` is a convolution because the official checkpoints store it as one; it is applied as the matrix
     product it is, which costs the same on every backend and needs no convolution algorithm to be chosen.
     """
 
@@ -103,11 +103,11 @@ def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention, [B, N, D] -> [B, N, D].
 
-    ``qk_norm`` is a LayerNorm over the head's channels with its own scale and offset (what REPA's
-    ``--qk-norm`` gives with the timm release it names).
+    `qk_norm` is a LayerNorm over the head's channels with its own scale and offset (what REPA's
+    `--qk-norm` gives with the timm release it names).
 
     Raises:
-        UserError: ``attention='xformers'`` where xformers is not installed.
+        UserError: `attention='xformers'` where xformers is not installed.
     """
 
     def __init__(self, width: int, heads: int, *, qk_norm: bool, attention: str) -> None:

@@ -30,18 +30,18 @@ class ModelConfig:
     """One backbone.
 
     Args:
-        family: ``sit`` (velocity, t in [0, 1], t = 1 is noise) or ``dit`` (noise prediction, t = DDPM step
+        family: `sit` (velocity, t in [0, 1], t = 1 is noise) or `dit` (noise prediction, t = DDPM step
             0..999).
         depth: number of blocks.
-        width: hidden size; divisible by ``heads`` and by 4 (2-D sin-cos positions).
+        width: hidden size; divisible by `heads` and by 4 (2-D sin-cos positions).
         heads: attention heads.
         patch_size: side of a square patch of the latent.
         latent_channels, latent_size: the latent is [latent_channels, latent_size, latent_size].
-        num_classes: labels are 0..num_classes-1; ``num_classes`` itself is the null label.
+        num_classes: labels are 0..num_classes-1; `num_classes` itself is the null label.
         qk_norm: LayerNorm over each head's queries and keys, as in REPA's code.
         learn_sigma: predict the variance's interpolation values beside the noise (DiT only).
-        attention: ``sdpa`` (torch) or ``xformers``.
-        mlp_ratio: hidden width of the MLP over ``width``.
+        attention: `sdpa` (torch) or `xformers`.
+        mlp_ratio: hidden width of the MLP over `width`.
 
     Raises:
         UserError: values that do not fit together.
@@ -120,9 +120,9 @@ class ModelConfig:
 
 
 def model_config(name: str, *, latent_channels: int, latent_size: int, num_classes: int, **kw: Any) -> ModelConfig:
-    """The configuration of a named model such as ``SiT-B/2`` or ``DiT-XL/4``.
+    """The configuration of a named model such as `SiT-B/2` or `DiT-XL/4`.
 
-    ``kw`` are further fields of :class:`ModelConfig`. DiT learns its variance unless ``learn_sigma=False``
+    `kw` are further fields of `ModelConfig`. DiT learns its variance unless `learn_sigma=False`
     is given.
 
     Raises:
@@ -159,8 +159,8 @@ def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
     multiply-add.
 
     Norms, activations and embedding look-ups are left out, as usual for model FLOPs utilisation. A training
-    step costs three times this figure. With ``depth``, only that many blocks are counted and the final
-    layer is not (a forward pass with ``stop_after=depth``).
+    step costs three times this figure. With `depth`, only that many blocks are counted and the final
+    layer is not (a forward pass with `stop_after=depth`).
     """
     N, D, M = cfg.tokens, cfg.width, cfg.mlp_width
     patch = cfg.patch_size**2

@@ -101,7 +101,7 @@ def render_svg(chart: Chart) -> str:
 
 
 def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
-    """Write ``<stem>.svg`` and ``<stem>.png`` (150 dots an inch), with fixed colours, title and legend.
+    """Write `<stem>.svg` and `<stem>.png` (150 dots per inch), with fixed colours, title and legend.
 
     Raises UserError if the disk refuses.
     """

@@ -74,8 +74,8 @@ def write_comparison(
 ) -> Path:
     """Write one self-contained page that puts runs side by side.
 
-    Every curve stands twice: over steps and over time. Samples are compared as strips: one row a run, one
-    column a step that all runs have, always the same tiles of the grids, which come from the same noise.
+    Every curve stands twice: over steps and over time. Samples are compared as strips: one row per run, one
+    column per step that all runs have, always the same tiles of the grids, which come from the same noise.
 
     Arguments, return value and errors as `write_report`.
     """
@@ -249,7 +249,7 @@ def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
 
 
 def _strips(runs: Sequence[RunData]) -> dict[str, Any] | None:
-    """A column a step that all runs have; a block of rows, one a run, for each of a few tiles of the grids."""
+    """A column per step that all runs have; a block of rows, one per run, for each of a few tiles of the grids."""
     common = sorted(set.intersection(*({s for s, _ in run.samples} for run in runs))) if runs else []
     if not common:
         return None

@@ -36,9 +36,9 @@ REFERENCE_TILES = (4, 8)  # rows, columns
 def write_run_report(
     folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = ""
 ) -> Path:
-    """The report of one run (by default its ``report.html``), or one page that compares several.
+    """The report of one run (by default its `report.html`), or one page that compares several.
 
-    The comparison goes to ``comparison.html`` in the first run's folder where ``out`` is None.
+    The comparison goes to `comparison.html` in the first run's folder where `out` is None.
 
     Raises:
         UserError: a folder is not a run, or is named twice.
@@ -91,8 +91,8 @@ def _reference_figures(folder: Path) -> list[Figure]:
         Figure(
             image=grid,
             title="Real images",
-            caption="From the training set, one row a class, the same rows as in the sample grids.",
-            alt="Grid of training images, one row a class",
+            caption="From the training set, one row per class, the same rows as in the sample grids.",
+            alt="Grid of training images, one row per class",
             section="samples",
         ),
         Figure(

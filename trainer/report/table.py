@@ -1,4 +1,4 @@
-"""The numbers of a report as tables: one column a run, one row a quantity."""
+"""The numbers of a report as tables: one column per run, one row per quantity."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Row:
     """One quantity.
 
     Attributes:
-        cells: one a run, None where there is nothing to show.
+        cells: one per run, None where there is nothing to show.
         best: the index of the cell that leads.
         published: figures of papers.
         better: which values are, `higher` or `lower` ones; empty where that is no question.

@@ -41,7 +41,7 @@ def check_made_with(config: RunConfig, cache: featcache.Cache) -> None:
 
 
 def find_cache(config: RunConfig) -> featcache.Cache:
-    """The cache that the configuration names, else the newest complete one below ``./caches`` that fits the method.
+    """The cache that the configuration names, else the newest complete one below `./caches` that fits the method.
 
     Raises:
         CacheError: none there, or none that fits; the error ends with the command that builds it.
@@ -98,7 +98,7 @@ def random_features(cache: featcache.Cache) -> list[str]:
 
 
 def sample_keys(cache: featcache.Cache, indices: np.ndarray) -> list[str]:
-    """Keys (source paths) of the samples ``indices`` [n]."""
+    """Keys (source paths) of the samples `indices` [n]."""
     with cache.reader(["key"]) as reader:
         out = reader.allocate(len(indices))
         reader.read(indices, out)
@@ -106,7 +106,7 @@ def sample_keys(cache: featcache.Cache, indices: np.ndarray) -> list[str]:
 
 
 def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
-    """The sentence with the ``featcache build`` line that adds features to a cache."""
+    """The sentence with the `featcache build` line that adds features to a cache."""
     wanted = _settle(wanted, cache)
     dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
     words = [build_line(cache.path, wanted)]
@@ -128,7 +128,7 @@ def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
 
 
 def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
-    """Open names such as ``<encoder>@<last>`` made definite where the cache holds tokens of exactly one encoder.
+    """Open names such as `<encoder>@<last>` made definite where the cache holds tokens of exactly one encoder.
 
     Its deepest cached layer counts as the last, and the texture layer is DyA's 9 of 11 in proportion.
     """
@@ -144,7 +144,7 @@ def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
 def build_line(
     cache: str | Path | None, wanted: Iterable[str], *, resolution: int | None = None, vae: str | None = None
 ) -> str:
-    """``featcache build ...`` for feature names; open ones (in angle brackets) become the default encoder's."""
+    """`featcache build ...` for feature names; open ones (in angle brackets) become the default encoder's."""
     levels = sorted({name.split("/")[1] for name in wanted if name.startswith("vae/G")})
     layers: dict[str, set[int]] = {}
     for name in wanted:

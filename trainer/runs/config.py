@@ -31,11 +31,11 @@ class RunConfig:
     """What one training run does.
 
     What to train:
-        method: ``none``, or alignment methods joined by ``+`` (``ahpa``, ``repa``, ``ahpa+sra``).
-        align: options of each method by its name, e.g. ``{"ahpa": {"router": "lookup"}}``.
+        method: `none`, or alignment methods joined by `+` (`ahpa`, `repa`, `ahpa+sra`).
+        align: options of each method by its name, e.g. `{"ahpa": {"router": "lookup"}}`.
         align_until: step from which alignment is switched off (HASTE); None: never.
-        model: backbone, e.g. ``SiT-XL/2``. cache: path or URL of the feature cache. name: folder below ``runs``.
-        resolution, vae: side in pixels and VAE (``sd-ft-ema``) that the cache must have been made with; None: any.
+        model: backbone, e.g. `SiT-XL/2`. cache: path or URL of the feature cache. name: folder below `runs`.
+        resolution, vae: side in pixels and VAE (`sd-ft-ema`) that the cache must have been made with; None: any.
     Objective:
         path: interpolant of SiT. time_sampling: how t is drawn. label_dropout: share of null labels.
     Optimisation (AdamW):
@@ -43,11 +43,11 @@ class RunConfig:
         method's (2.0 for AHPA, else 1.0). ema_decay: of the weights' average, reached after a short warm-up if
         ema_warmup (min(decay, (1 + step) / (10 + step))).
     Machine:
-        precision: ``auto`` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
-        accumulate: micro-batches a step, for batches that do not fit at once. shard: split weights, average and
+        precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
+        accumulate: micro-batches per step, for batches that do not fit at once. shard: split weights, average and
         optimiser state over the ranks (FSDP2) instead of keeping a copy on each (DDP); a single rank has nothing to
         split. None of these three changes more than rounding. stream_dir, stream_gib: where blocks of a remote cache
-        are kept, and how many GiB of them each process keeps at most; None: ``$FEATCACHE_STREAM_DIR`` and 10 GiB.
+        are kept, and how many GiB of them each process keeps at most; None: `$FEATCACHE_STREAM_DIR` and 10 GiB.
     Bookkeeping:
         log_every, sample_every, checkpoint_every in steps; sample_every 0 draws no grids. keep_checkpoints: how many of
         the latest stay. published: figures of the paper's row, for the report.
@@ -135,11 +135,11 @@ class RunConfig:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Names of the alignment methods in use; empty for ``none``."""
+        """Names of the alignment methods in use; empty for `none`."""
         return tuple(m for m in self.method.split("+") if m != "none")
 
     def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
-        """Shape of the backbone for images of ``resolution`` pixels a side, given the manifest's ``dataset.vae``.
+        """Shape of the backbone for images of `resolution` pixels per side, given the manifest's `dataset.vae`.
 
         Raises:
             UserError: patch and latent sizes do not fit.
@@ -159,12 +159,12 @@ class RunConfig:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``["steps=1000", "align.ahpa.router=lookup"]`` on top of a recipe's values; values are parsed as YAML.
+    """`["steps=1000", "align.ahpa.router=lookup"]` on top of a recipe's values; values are parsed as YAML.
 
-    A dotted key whose first part is a method's name may leave out ``align.``.
+    A dotted key whose first part is a method's name may leave out `align.`.
 
     Raises:
-        UserError: an override without ``=``, or one below something that is no mapping.
+        UserError: an override without `=`, or one below something that is no mapping.
     """
     from trainer.runs.yaml_text import parse_yaml
 

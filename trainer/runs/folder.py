@@ -30,17 +30,17 @@ _NAME_BYTES = 200  # of one part: 255 less what temporary files add
 
 
 def run_dir(config: RunConfig, root: Path = ROOT) -> Path:
-    """``runs/<name>``; without a name ``<method>-<model>``, numbered if taken.
+    """`runs/<name>`; without a name `<method>-<model>`, numbered if taken.
 
     Raises:
-        UserError: a name that cannot be a folder below ``root``.
+        UserError: a name that cannot be a folder below `root`.
     """
     return next(_candidates(config, root, taken=False))
 
 
 def _candidates(config: RunConfig, root: Path, *, taken: bool) -> Iterator[Path]:
     """The folder of that name; without a name one after the other, from the first that is not there (or, with
-    ``taken``, from the one after it)."""
+    `taken`, from the one after it)."""
     if config.name is not None:
         yield root / checked_name(config.name)
         return
@@ -54,7 +54,7 @@ def _candidates(config: RunConfig, root: Path, *, taken: bool) -> Iterator[Path]
 
 
 def checked_name(name: str) -> str:
-    """``name`` if a run can have it.
+    """`name` if a run can have it.
 
     Raises:
         UserError: it leaves the runs folder, is empty, too long, or holds control characters.
@@ -116,7 +116,7 @@ _FREE_KEYS = frozenset({
 
 
 def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool) -> None:
-    """Whether a run may write to ``run``: it is a new folder, or, with ``resume``, one of the same settings.
+    """Whether a run may write to `run`: it is a new folder, or, with `resume`, one of the same settings.
 
     Raises:
         UserError: the folder exists already, or was begun with other settings.
@@ -164,7 +164,7 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
 
 
 def check_same_bytes(run: Path, cache: Cache) -> str | None:
-    """Whether the arrays that a run was trained on are, byte for byte, those of ``cache``.
+    """Whether the arrays that a run was trained on are, byte for byte, those of `cache`.
 
     Returns a remark where the cache has changed in other respects, or where its layout differs, so that its bytes cannot
     be compared; None where nothing has changed or the run, of an earlier version, has no record.
@@ -192,7 +192,7 @@ def check_same_bytes(run: Path, cache: Cache) -> str | None:
 
 
 def check_digest(cache: Cache, expected: str) -> None:
-    """Raises CacheError unless ``cache`` has the digest ``expected`` (whole, or its first 12 hex digits or more)."""
+    """Raises CacheError unless `cache` has the digest `expected` (whole, or its first 12 hex digits or more)."""
     wanted, found = expected.strip().lower(), _digest(cache)
     if len(wanted) < 12 or any(c not in "0123456789abcdef" for c in wanted):
         raise UserError(
@@ -217,7 +217,7 @@ def _layout(cache: Cache) -> str:
 
 
 def summary_of(cache: Cache, reads: Sequence[str] = ()) -> dict[str, Any]:
-    """What a run's ``cache.json`` records of its cache: path (without secrets), fingerprint, digest, dataset, features.
+    """What a run's `cache.json` records of its cache: path (without secrets), fingerprint, digest, dataset, features.
 
     reads: features whose bytes are recorded, too, by the checksums of their arrays.
     """
@@ -235,7 +235,7 @@ def summary_of(cache: Cache, reads: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str], start: int, *, main: bool) -> int:
-    """Writes what describes the run before its first step, and cuts the log back to ``start``. Only where ``main``.
+    """Writes what describes the run before its first step, and cuts the log back to `start`. Only where `main`.
 
     reads: names of the features that are trained on. Returns how many damaged lines the log lost.
     """
@@ -247,7 +247,7 @@ def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str]
 
 
 def clear_leftovers(run: Path) -> None:
-    """Removes what a killed process left of files it was writing. The caller holds the run (:func:`claim`)."""
+    """Removes what a killed process left of files it was writing. The caller holds the run (`claim`)."""
     files.remove_parts(run, of=("config.yaml", "cache.json", "log.jsonl", "diverged.json"))
     samples = files.inside(run, "samples")
     if samples.is_dir():
@@ -266,7 +266,7 @@ def _plain(values: object) -> Any:
 
 
 def save_config(run: Path, config: RunConfig) -> None:
-    """Writes ``config.yaml``, whole or not at all."""
+    """Writes `config.yaml`, whole or not at all."""
     import yaml
 
     write_text(run / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
@@ -276,7 +276,7 @@ def load_config(run: Path) -> RunConfig:
     """The resolved configuration of a run.
 
     Raises:
-        UserError: not a run folder, or its ``config.yaml`` is damaged.
+        UserError: not a run folder, or its `config.yaml` is damaged.
     """
     from trainer.runs.yaml_text import read_yaml
 
@@ -295,7 +295,7 @@ def load_config(run: Path) -> RunConfig:
 
 
 def find_runs(root: Path = ROOT) -> list[Path]:
-    """All runs below ``root``, oldest first (by the time of their latest log line or configuration)."""
+    """All runs below `root`, oldest first (by the time of their latest log line or configuration)."""
 
     def age(run: Path) -> float:
         times = [0.0]
@@ -312,7 +312,7 @@ def find_runs(root: Path = ROOT) -> list[Path]:
 
 
 def display_name(run: Path) -> str:
-    """A run's name as reports show it: its folder's last part, as :func:`trainer.report.data.load_run` does."""
+    """A run's name as reports show it: its folder's last part, as `trainer.report.data.load_run` does."""
     return run.name
 
 
@@ -334,7 +334,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_page(path: Path, text: str) -> None:
-    """As :func:`write_text`, for what several processes may write at once, and what can be made again."""
+    """As `write_text`, for what several processes may write at once, and what can be made again."""
     with locks.alone(path):
         files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
 
@@ -343,7 +343,7 @@ _REMAKE = "Remove it and run the command again."
 
 
 def read_json(path: Path, default: object) -> Any:
-    """A JSON file, or ``default`` if it does not exist; of the same type as ``default`` unless that is None.
+    """A JSON file, or `default` if it does not exist; of the same type as `default` unless that is None.
 
     Raises:
         UserError: the file cannot be read, is damaged, or holds something else.
@@ -364,7 +364,7 @@ def read_json(path: Path, default: object) -> Any:
 
 
 def read_summary(run: Path) -> schemas.Summary | None:
-    """``cache.json`` of a run, checked; None if there is none.
+    """`cache.json` of a run, checked; None if there is none.
 
     Raises:
         UserError: it is damaged.
@@ -393,7 +393,7 @@ def cache_path(run: Path, summary: schemas.Summary) -> str:
 
 
 def read_metrics(run: Path) -> list[schemas.Evaluation]:
-    """Entries of ``metrics.json``, oldest first; none if there is no such file.
+    """Entries of `metrics.json`, oldest first; none if there is no such file.
 
     Raises:
         UserError: it is damaged.
@@ -404,9 +404,9 @@ def read_metrics(run: Path) -> list[schemas.Evaluation]:
 
 
 def log_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """Number (from 1), bytes and record of each line of a ``log.jsonl``; None for a line that holds no valid record.
+    """Number (from 1), bytes and record of each line of a `log.jsonl`; None for a line that holds no valid record.
 
-    A record is an object with a whole number ``step``. Nothing is yielded for empty lines and if there is no file.
+    A record is an object with a whole number `step`. Nothing is yielded for empty lines and if there is no file.
 
     Raises:
         UserError: the file cannot be read or is far too long.
@@ -434,12 +434,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def read_log(run: Path) -> Iterator[dict[str, Any]]:
-    """Records of ``log.jsonl``; damaged lines, such as a torn last one, are left out."""
+    """Records of `log.jsonl`; damaged lines, such as a torn last one, are left out."""
     return (record for _, _, record in log_lines(run / "log.jsonl") if record is not None)
 
 
 def truncate_log(run: Path, step: int) -> int:
-    """Drops records after ``step`` (a resumed run writes them again) and damaged lines.
+    """Drops records after `step` (a resumed run writes them again) and damaged lines.
 
     Returns how many damaged lines there were beside a torn last one.
     """

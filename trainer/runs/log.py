@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """Appends records to ``log.jsonl`` and scalars to ``tensorboard/`` (and wandb if ``$WANDB_PROJECT`` is set)."""
+    """Appends records to `log.jsonl` and scalars to `tensorboard/` (and wandb if `$WANDB_PROJECT` is set)."""
 
     def __init__(self, run: Path, *, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -50,7 +50,7 @@ class RunLog:
                 ) from error
 
     def record(self, values: Mapping[str, object]) -> None:
-        """One line; numbers also become scalars at ``values["step"]``. NaN and infinity are null: JSON has neither."""
+        """One line; numbers also become scalars at `values["step"]`. NaN and infinity are null: JSON has neither."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._explained():
             self._write(json.dumps(values) + "\n")

@@ -12,7 +12,7 @@ from trainer.runs.schemas import Summary
 
 
 def cache_summary(run: Path) -> Summary:
-    """``cache.json`` of a run: path, fingerprint, dataset and features of the cache it was trained on.
+    """`cache.json` of a run: path, fingerprint, dataset and features of the cache it was trained on.
 
     Raises:
         UserError: the file is missing or damaged.

@@ -47,7 +47,7 @@ class _Feature(TypedDict):
 
 
 class Summary(TypedDict):
-    """``cache.json``."""
+    """`cache.json`."""
 
     path: _Text
     fingerprint: _Text
@@ -59,7 +59,7 @@ class Summary(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """One entry of ``metrics.json``."""
+    """One entry of `metrics.json`."""
 
     step: NotRequired[_Whole | None]
     metrics: NotRequired[dict[_Text, _Number]]
@@ -71,7 +71,7 @@ class Evaluation(TypedDict):
 
 
 class CheckpointState(TypedDict):
-    """``state.json`` of a checkpoint."""
+    """`state.json` of a checkpoint."""
 
     step: _Whole
     time_s: NotRequired[Annotated[float, Field(strict=True, ge=0, le=1e12)]]
@@ -82,7 +82,7 @@ _Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"^[^/\x00]+$")] 
 
 
 class Diagnostic(TypedDict):
-    """``<what>.json`` of the diagnostics, as far as files are found by it; :mod:`trainer.plots` says how plots are kept.
+    """`<what>.json` of the diagnostics, as far as files are found by it; `trainer.plots` says how plots are kept.
 
     Earlier versions kept the plots' names and no drawings.
     """
@@ -99,7 +99,7 @@ class ComparedDiagnostic(TypedDict):
 
 
 class Comparison(TypedDict):
-    """``comparison.json`` of the diagnostics."""
+    """`comparison.json` of the diagnostics."""
 
     compared: list[_Text]
     diagnostics: dict[_Text, ComparedDiagnostic]
@@ -109,13 +109,13 @@ T = TypeVar("T")
 
 
 def check(value: object, schema: type[T], where: object, *, remedy: str) -> T:
-    """``value`` itself, once it is known to fit. Raises as :func:`parse`."""
+    """`value` itself, once it is known to fit. Raises as `parse`."""
     parse(value, schema, where, remedy=remedy)
     return cast(T, value)
 
 
 def parse(value: object, schema: type[T], where: object, *, remedy: str) -> T:
-    """``value`` as an instance of ``schema``.
+    """`value` as an instance of `schema`.
 
     Raises:
         UserError: naming the first entry that does not fit.

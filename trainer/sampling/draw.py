@@ -77,11 +77,11 @@ def sampling_times(sampler: str, steps: int) -> list[float] | ddpm.Schedule:
 class SampleConfig:
     """How images are drawn.
 
-    sampler: for SiT ``ode`` (Euler), ``heun``, ``dopri5``, ``sde`` (Euler-Maruyama, the papers' last step without noise);
-    for DiT ``ddpm`` (ancestral) and ``ddim`` (every i-th step from 0 on as in ADM, where a whole i gives ``steps`` of
-    them; else spread evenly from the first step to the last, as for ``ddpm``: our choice; a single step is the last).
+    sampler: for SiT `ode` (Euler), `heun`, `dopri5`, `sde` (Euler-Maruyama, the papers' last step without noise);
+    for DiT `ddpm` (ancestral) and `ddim` (every i-th step from 0 on as in ADM, where a whole i gives `steps` of
+    them; else spread evenly from the first step to the last, as for `ddpm`: our choice; a single step is the last).
     steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own). guidance: scale, interval and channels.
-    pixels: ``round`` is 127.5 x + 128 clamped (ADM, DiT, SiT); ``truncate`` is 255 (x + 1) / 2 cut off (REPA).
+    pixels: `round` is 127.5 x + 128 clamped (ADM, DiT, SiT); `truncate` is 255 (x + 1) / 2 cut off (REPA).
     seed: together with the sample's index it fixes the sample's noise.
     """
 
@@ -92,7 +92,7 @@ class SampleConfig:
     seed: int = 0
 
     def record(self) -> dict[str, object]:
-        """Plain values, as ``settings.json`` beside samples holds them."""
+        """Plain values, as `settings.json` beside samples holds them."""
         return {**vars(self), "guidance": self.guidance.record()}
 
 
@@ -100,7 +100,7 @@ def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir
     """The VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
 
     Args:
-        vae: the manifest's ``dataset.vae``. moments: provenance of ``vae/moments``.
+        vae: the manifest's `dataset.vae`. moments: provenance of `vae/moments`.
 
     Raises:
         UserError: the weights found are not those that the cache was made with.
@@ -146,7 +146,7 @@ class LoadedRun:
 
 
 def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
-    """The model of a run at ``step`` (None: the latest checkpoint).
+    """The model of a run at `step` (None: the latest checkpoint).
 
     Raises:
         UserError: no such run or checkpoint.
@@ -168,9 +168,9 @@ def draw_latents(
     *,
     transport: Transport | None = None,
 ) -> Tensor:
-    """Scaled latents float32 [B, C, h, w] of the samples ``indices`` with ``labels`` [B].
+    """Scaled latents float32 [B, C, h, w] of the samples `indices` with `labels` [B].
 
-    Each sample's noise is a function of (config.seed, its index) alone. ``transport``: what the model was trained with,
+    Each sample's noise is a function of (config.seed, its index) alone. `transport`: what the model was trained with,
     None its family's with default settings.
     """
     cfg, device = model.cfg, labels.device
@@ -197,7 +197,7 @@ def draw_latents(
 
 
 def _velocities(model: Transformer | Network, transport: Transport) -> Callable[[Tensor, Tensor, Tensor], ModelOutput]:
-    """``model`` with velocities for predictions, whatever it was trained to predict."""
+    """`model` with velocities for predictions, whatever it was trained to predict."""
 
     def call(x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
         output: ModelOutput = model(x, t, y)
@@ -231,7 +231,7 @@ def draw_units(
     transport: Transport | None = None,
     unit: int,
 ) -> Iterator[np.ndarray]:
-    """The samples ``indices`` with ``labels`` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
+    """The samples `indices` with `labels` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
 
     Every unit is computed whole (the last filled up with its last sample), so that shapes, and with them the rounding,
     are always the same. On the CPU each unit is computed by one thread, as many at a time as torch has threads, so that
@@ -251,7 +251,7 @@ def draw_units(
 
 
 def _each_by_one_thread(draw: Callable[[int], Tensor], starts: Sequence[int]) -> Iterator[np.ndarray]:
-    """``draw`` of each start in order, on the host; one thread each, and never many more results than threads ahead."""
+    """`draw` of each start in order, on the host; one thread each, and never many more results than threads ahead."""
     threads = torch.get_num_threads()
     ahead: deque[Future[Tensor]] = deque()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -286,7 +286,7 @@ def _fetched(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
 
 
 def grid_classes(num_classes: int, rows: int = 10) -> list[int]:
-    """Up to ``rows`` classes spread evenly over all of them."""
+    """Up to `rows` classes spread evenly over all of them."""
     return [int(c) for c in np.linspace(0, num_classes - 1, min(rows, num_classes)).round()]
 
 
@@ -300,7 +300,7 @@ def class_grid(
     config: SampleConfig | None = None,
     unit: int | None = None,
 ) -> np.ndarray:
-    """One row a class, the same noise down every column: uint8 [rows * R, columns * R, 3]. ``unit`` images at once."""
+    """One row per class, the same noise down every column: uint8 [rows * R, columns * R, 3]. `unit` images at once."""
     config = config or SampleConfig(sampler=GRID_SAMPLERS[model.cfg.family], steps=GRID_STEPS, seed=seed)
     classes = grid_classes(model.cfg.num_classes)
     indices = list(range(columns)) * len(classes)

@@ -1,6 +1,6 @@
 """Many samples of one run, without babysitting: resumable, over any number of ranks, the same images every time.
 
-Sample ``i`` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind of
+Sample `i` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind of
 device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units of
 consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size rounded
 down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads or of
@@ -87,7 +87,7 @@ def file_name(request: SampleRequest) -> str:
 
 
 def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic) -> str:
-    """What the samples of checkpoint ``step`` depend on, one name for equal settings: defaults are left out, and so are an
+    """What the samples of checkpoint `step` depend on, one name for equal settings: defaults are left out, and so are an
     interval and channels of guidance where the scale is 1.
     """
     parts = [f"step_{step:07d}", f"{sampler}{request.steps}", f"seed{request.seed}"]
@@ -104,7 +104,7 @@ def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Ari
 
 
 def _short(text: str, most: int = 40) -> str:
-    """``text``, the end of a long one replaced by a digest of it."""
+    """`text`, the end of a long one replaced by a digest of it."""
     return text if len(text) <= most else f"{text[: most - 9]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -112,8 +112,8 @@ def _short(text: str, most: int = 40) -> str:
 class SampleResult:
     """What was written, and of which run.
 
-    images: an npz (``arr_0`` uint8 [n, R, R, 3], ``arr_1`` int64 [n] labels: ADM's layout), a WebDataset tar (``png``,
-    ``cls``) or a folder of PNGs by class. grid: one row a class.
+    images: an npz (`arr_0` uint8 [n, R, R, 3], `arr_1` int64 [n] labels: ADM's layout), a WebDataset tar (`png`,
+    `cls`) or a folder of PNGs by class. grid: one row per class.
     """
 
     images: Path
@@ -123,7 +123,7 @@ class SampleResult:
 
 
 def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
-    """Draws ``request.num`` images of a run and writes them with a grid; finished work of an interrupted call is kept.
+    """Draws `request.num` images of a run and writes them with a grid; finished work of an interrupted call is kept.
 
     Under torchrun all ranks call it together and draw a share each.
 
@@ -298,7 +298,7 @@ def _block_count(num: int, number: int) -> int:
 
 
 def _is_whole(blocks: Path, num: int, number: int) -> bool:
-    """Whether a block is there with as many samples as ``num`` in all needs (it may come from a call that asked for fewer)."""
+    """Whether a block is there with as many samples as `num` in all needs (it may come from a call that asked for fewer)."""
     path = _block_path(blocks, number)
     try:
         return len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
@@ -307,14 +307,14 @@ def _is_whole(blocks: Path, num: int, number: int) -> bool:
 
 
 def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether samples with the record ``saved`` are those asked for; what an older record does not say is no difference."""
+    """Whether samples with the record `saved` are those asked for; what an older record does not say is no difference."""
     now = json.loads(json.dumps(record))
     return all(now[key] == value for key, value in saved.items() if key in now)
 
 
 def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
-    """``named``, or the folder beside it whose record says that it holds the same samples: names have been made by other
-    rules, such as intervals as they were typed. Before all comes one that holds ``file``.
+    """`named`, or the folder beside it whose record says that it holds the same samples: names have been made by other
+    rules, such as intervals as they were typed. Before all comes one that holds `file`.
     """
     if (named / file).exists():
         return named
@@ -346,7 +346,7 @@ def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
 
 
 def _prepare(blocks: Path, record: dict[str, Any], file: str) -> None:
-    """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for ``file``."""
+    """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for `file`."""
     files.make_directory(blocks)
     saved = runs.read_json(blocks / "settings.json", {})
     if saved and not _same(saved, record):
@@ -372,7 +372,7 @@ def _save_block(path: Path, pixels: np.ndarray) -> None:
 
 
 def _block_images(blocks: Path, num: int) -> Iterator[np.ndarray]:
-    """The first ``num`` images, uint8 [b, R, R, 3] a block."""
+    """The first `num` images, uint8 [b, R, R, 3] per block."""
     for k in range(-(-num // BLOCK)):
         yield np.load(_block_path(blocks, k), mmap_mode="r", allow_pickle=False)[: _block_count(num, k)]
 

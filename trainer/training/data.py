@@ -1,7 +1,7 @@
 """Cache => device: stored bytes of the right samples, read and copied ahead of the step that uses them.
 
-The order of samples is one infinite stream, the epochs' permutations one after another; batch ``k`` of the run is
-positions ``k * B .. (k + 1) * B`` of it. So the position is a function of the step alone: nothing to save, any number
+The order of samples is one infinite stream, the epochs' permutations one after another; batch `k` of the run is
+positions `k * B .. (k + 1) * B` of it. So the position is a function of the step alone: nothing to save, any number
 of ranks reads the same global batches, and no sample is dropped at the end of an epoch.
 """
 
@@ -29,7 +29,7 @@ Stored = dict[str, Tensor]
 
 
 def stream_indices(start: int, stop: int, *, count: int, seed: int) -> np.ndarray:
-    """Sample indices at positions ``start..stop`` of the infinite stream over ``count`` samples, int64."""
+    """Sample indices at positions `start..stop` of the infinite stream over `count` samples, int64."""
     pieces = []
     while start < stop:
         epoch, offset = divmod(start, count)
@@ -68,7 +68,7 @@ class Share:
         return self.global_batch // self.world_size // self.micro_batches
 
     def slice(self, micro: int) -> slice:
-        """This rank's rows of the global batch in micro-batch ``micro``."""
+        """This rank's rows of the global batch in micro-batch `micro`."""
         first = (micro * self.world_size + self.rank) * self.rows
         return slice(first, first + self.rows)
 
@@ -83,7 +83,7 @@ class Batches:
     Args:
         cache: an open one.
         features: names to read at every step.
-        extra: names to read only at the steps for which ``wanted`` says so (a method's targets).
+        extra: names to read only at the steps for which `wanted` says so (a method's targets).
         steps: range of steps to deliver.
     """
 

@@ -34,7 +34,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Parts:
     """Everything that a step changes and a checkpoint saves.
 
-    forward: ``objective`` as a step calls it: compiled, and wrapped for several ranks. groups: trained parameters, the
+    forward: `objective` as a step calls it: compiled, and wrapped for several ranks. groups: trained parameters, the
     backbone's and the alignment's. names: of all of them, as keys of the optimiser's saved state.
     """
 
@@ -150,7 +150,7 @@ def _trained(
 
 
 def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> nn.Module:
-    """``objective`` for several ranks and compiled as one region; sharded models look after themselves."""
+    """`objective` for several ranks and compiled as one region; sharded models look after themselves."""
     if sharded:
         return objective
     if compiled:
@@ -181,7 +181,7 @@ def _wrapped(objective: Objective, world: World, device: torch.device, *, sharde
 
 
 def precision_of(config: RunConfig, device: torch.device) -> str:
-    """``auto`` is bf16 on a GPU, fp32 on the CPU."""
+    """`auto` is bf16 on a GPU, fp32 on the CPU."""
     if config.precision != "auto":
         return config.precision
     return "bf16" if device.type == "cuda" else "fp32"
