@@ -349,9 +349,9 @@ def summarise(
     """Curves and end points by method, over the seeds that have all of a method's points.
 
     `step_s`: a method's seconds per step, the median over its seeds and the stretches between evaluations (so that a
-    pause of the machine counts little), or `step_times` where given. `curves`: per method and step the number of seeds, the time `step * step_s`,
-    and mean and standard error of each metric. `equal_time`: each metric at the time at which the fastest method ends,
-    between two evaluations by linear interpolation.
+    pause of the machine counts little), or `step_times` where given. `curves`: per method and step the number of seeds,
+    the time `step * step_s`, and mean and standard error of each metric. `equal_time`: each metric at the time at which
+    the fastest method ends, between two evaluations by linear interpolation.
     """
     runs: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for entry in evaluations:

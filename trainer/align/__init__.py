@@ -58,7 +58,11 @@ def split_methods(text: str) -> tuple[str, ...]:
 
 
 def config_class(name: str) -> type[MethodConfig]:
-    """Options dataclass of one method: frozen, keyword-only, validated when made. UserError: unknown name."""
+    """Options dataclass of one method: frozen, keyword-only, validated when made.
+
+    Raises:
+        UserError: an unknown name.
+    """
     (name,) = split_methods(name)
     return _classes(name)[0]
 

@@ -48,8 +48,7 @@ class AhpaConfig:
     groups: VAE groups to align with, shallow to deep, any of G1, G2, G3, G4 (Table 2).
     split: how the layers of two groups of equal width are shared out anew, e.g. `(2, 6)` (Table D.14);
         None: as cached.
-    router: `mlp`; `static` uniform weights; `linear` schedule; lookup `table`; `attention`;
-        `content`-adaptive.
+    router: `mlp`; `static` uniform weights; `linear` schedule; lookup `table`; `attention`; `content`-adaptive.
     time_embedding: of the router's t, for `mlp`, `attention` and `content`.
     router_depth, router_width, time_width: hidden layers and widths of the router's MLP.
     bins: rows of the lookup table. prototypes: size of the attention router's bank. fourier_scale: std of the
@@ -167,8 +166,8 @@ class Ahpa(Alignment):
     def route(self, inputs: AlignInputs, hidden: Tensor) -> RouterWeights:
         """Weights for this batch. `hidden` [B, N, D] only matters to the content-adaptive router.
 
-        The content is detached (ours): otherwise the backbone could lower the loss by steering the choice of
-        its target.
+        The content is detached (ours): otherwise the backbone could lower the loss by steering the choice
+        of its target.
         """
         content = hidden.detach().float().mean(dim=1) if self.config.router == "content" else None
         weights: RouterWeights = self.router(inputs.t, content)

@@ -84,7 +84,12 @@ class MethodConfig(Protocol):
         ...
 
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
-        """The concrete features, given those of a cache. Raises CacheError or UserError."""
+        """The concrete features, given those of a cache.
+
+        Raises:
+            CacheError: the cache lacks one.
+            UserError: the options leave open which of several is meant, or a feature's shape is wrong.
+        """
         ...
 
 

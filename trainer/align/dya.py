@@ -35,8 +35,7 @@ class DyaConfig:
         layer nearest to 9/11 of its number the texture one. The paper does not say whether the inner layer
         passes the encoder's final norm: that is chosen when the cache is built (`featcache build
         --final-norm`: all layers by default, or the last alone) and recorded in its manifest.
-    depth: block (1-based) whose hidden state is aligned; None: 6 for B, 8 for L and XL, in proportion
-        elsewhere.
+    depth: block (1-based) whose hidden state is aligned; None: 6 for B, 8 for L and XL, in proportion elsewhere.
     weight: lambda of Eq. 9.
     modulation: `texture`, xi weighs the texture term alone (Eq. 5); `both`, texture by 1 - xi and
         semantic by xi (Table 5, second row).
@@ -95,8 +94,7 @@ class DyaConfig:
 
 
 def dropped(*, seed: int, step: int, probability: float) -> bool:
-    """SDS: whether this step goes without alignment. One Bernoulli(probability) draw, a function of (seed,
-    step).
+    """SDS: whether this step goes without alignment. One Bernoulli(probability) draw, a function of (seed, step).
 
     The paper's Algorithm 1 compares the wrong way round; its text (Sec. 3.4) is followed: alignment ceases
     with `probability`. A hash instead of a generator: no state to save, and every rank draws alike.
@@ -106,8 +104,7 @@ def dropped(*, seed: int, step: int, probability: float) -> bool:
 
 
 class Dya(Alignment):
-    """`L = -weight * mean_b [xi_b A(y_texture, p) + A(y_semantic, p)]`, A the mean patch cosine (Eq. 5 to
-    9).
+    """`L = -weight * mean_b [xi_b A(y_texture, p) + A(y_semantic, p)]`, A the mean patch cosine (Eq. 5 to 9).
 
     `p = head(h)` serves both targets. `xi = sigmoid(linear(time embedding))`, the temporal module (Eq.
     6), is trained with the model; its gradient also reaches the backbone's time embedding, as the plain

@@ -1,8 +1,7 @@
 """Which cached features a method means. No torch here.
 
-Encoder tokens are cached as `<encoder>@<layer>` with shape (N, C), layers counted from 0; VAE groups as
-`vae/G1` to `vae/G4` with shape (L, N, C). A method may leave the encoder open; it is then the only one in
-the cache.
+Encoder tokens are cached as `<encoder>@<layer>` with shape (N, C), layers counted from 0; VAE groups as `vae/G1` to
+`vae/G4` with shape (L, N, C). A method may leave the encoder open; it is then the only one in the cache.
 """
 
 from __future__ import annotations
@@ -33,7 +32,11 @@ def split_name(name: str) -> tuple[str, int] | None:
 
 
 def check_token_name(method: str, option: str, name: object) -> None:
-    """Raises UserError unless `name` reads `<encoder>@<layer>`."""
+    """Refuses names of tokens other than `<encoder>@<layer>`.
+
+    Raises:
+        UserError: it is one.
+    """
     if not isinstance(name, str) or split_name(name) is None:
         raise UserError(
             f"{method}: {option}={name!r} does not name an encoder's tokens",
@@ -76,7 +79,11 @@ def only_encoder(method: str, available: Iterable[str]) -> str:
 
 
 def last_layer(method: str, available: Iterable[str]) -> str:
-    """Name of the deepest cached layer of the cache's only encoder. Raises as `only_encoder`."""
+    """Name of the deepest cached layer of the cache's only encoder.
+
+    Raises:
+        CacheError, UserError: as `only_encoder`.
+    """
     available = list(available)
     encoder = only_encoder(method, available)
     return f"{encoder}@{encoder_layers(available)[encoder][-1]}"

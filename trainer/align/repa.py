@@ -32,8 +32,8 @@ class RepaConfig:
 
     features: encoder tokens to align with, e.g. `("dinov2-b@11",)`; empty: the deepest cached layer of the
         cache's only encoder. With several, each has its own head and their losses are averaged.
-    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL (Table 7), in
-        proportion elsewhere.
+    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL (Table 7),
+        in proportion elsewhere.
     weight: lambda of Eq. 9.
     loss: `cosine` (Eq. 8) or `nt-xent` (Table 2).
     temperature: of NT-Xent; the paper does not give it, 0.1 is ours.

@@ -32,10 +32,8 @@ DEPTHS = {"B": 4, "L": 8, "XL": 8}
 class SaraConfig:
     """Options of SARA. A weight of 0 switches its term off, computation included (rows of Table 2).
 
-    feature: encoder tokens, e.g. `"dinov2-b@11"`; None: the deepest cached layer of the cache's only
-        encoder.
-    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL, in proportion
-        elsewhere.
+    feature: encoder tokens, e.g. `"dinov2-b@11"`; None: the deepest cached layer of the cache's only encoder.
+    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL, in proportion elsewhere.
     patch_weight, structure_weight, adversarial_weight: lambda, beta, gamma of Eq. 11.
     structure_reduction: `mean` or `sum` over the N x N entries of Eq. 8. The paper writes a squared
         Frobenius norm without saying which; at beta = 0.5 a sum over 65,536 entries would drown the denoising

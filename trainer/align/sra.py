@@ -36,8 +36,8 @@ class SraConfig:
     weight: lambda.
     loss: `smooth-l1` or `cosine` over channels.
     beta: of smooth L1.
-    head: whether the student passes a two-layer MLP with SiLU; without it hidden states are compared as they
-        are (ablation).
+    head: whether the student passes a two-layer MLP with SiLU; without it hidden states are compared as
+        they are (ablation).
     head_width: inner width of the MLP; None: the backbone's (ours).
     """
 

@@ -26,8 +26,7 @@ DEPTHS = {"B": 4, "L": 8, "XL": 8}
 class Sra2Config:
     """Options of SRA 2. All defaults are ours: REPA's depth and head, SRA's distance and weight.
 
-    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL, in proportion
-        elsewhere.
+    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL, in proportion elsewhere.
     weight: factor of the term.
     loss: `smooth-l1` or `cosine` over the p*p*C entries of a patch.
     beta: of smooth L1.

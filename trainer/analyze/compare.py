@@ -30,8 +30,8 @@ def compare(by_run: Mapping[str, Sequence[Result]]) -> list[Compared]:
 
 
 def _common_plots(results: Mapping[str, Result], runs: Sequence[str]) -> list[Plot]:
-    """A chart for each headline that at least two runs have, one line per run; pictures (the first of each run) one below
-    the other."""
+    """A chart for each headline that at least two runs have, one line per run; pictures (the first of each run) one
+    below the other."""
     charts: dict[str, list[tuple[Plot, Series]]] = {}
     pictures: dict[str, list[tuple[str, Strips]]] = {}
     for run, result in results.items():

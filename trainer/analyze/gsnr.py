@@ -120,7 +120,7 @@ def _finding(values: dict[str, np.ndarray]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Axes:
-    """What all plots share. centres: of the timestep bins. floors: the lines of gradients that have nothing in common."""
+    """What all plots share. centres: of the timestep bins. floors: lines of gradients with nothing in common."""
 
     centres: np.ndarray
     y_label: str

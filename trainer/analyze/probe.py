@@ -116,8 +116,8 @@ def probe_accuracy(
 
 @dataclass(frozen=True, kw_only=True)
 class _Accuracies:
-    """Top-1 accuracies in percent. blocks: [times, depth]. references: cached feature -> accuracy. tested: held-out
-    predictions."""
+    """Top-1 accuracies in percent. blocks: [times, depth]. references: cached feature -> accuracy.
+    tested: held-out predictions."""
 
     blocks: np.ndarray
     references: dict[str, float]

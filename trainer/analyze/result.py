@@ -119,7 +119,11 @@ def write_about(folder: Path, about: About, *, asked: Sequence[str]) -> None:
 
 
 def read_about(folder: Path) -> About:
-    """Empty where an earlier version wrote the folder. Raises UserError if the file is damaged."""
+    """Empty where an earlier version wrote the folder.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / "about.json"
     return schemas.parse(runs.read_json(path, {}), About, path, remedy=_REMEDY)
 
@@ -185,7 +189,11 @@ def write_comparison(folder: Path, compared: Sequence[str], sections: Sequence[C
 
 
 def read_comparison(folder: Path) -> list[Compared]:
-    """The sections of `comparison.json`, in the order of `DIAGNOSTICS`. Raises UserError if it is damaged."""
+    """The sections of `comparison.json`, in the order of `DIAGNOSTICS`.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = folder / "comparison.json"
     document = schemas.check(runs.read_json(path, {}), schemas.Comparison, path, remedy=_REMEDY)
     stored = document["diagnostics"]

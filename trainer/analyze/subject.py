@@ -198,8 +198,8 @@ class Subject:
         return (index + self.uniform(rows, _TIME)) / bins
 
     def noisy(self, latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at t in [0, 1] (drawn uniformly, as far as the transport goes) and the time as the backbone
-        takes it."""
+        """Noisy latents at t in [0, 1] (drawn uniformly, as far as the transport goes) and the time as the
+        backbone takes it."""
         t = self.transport.times(t)
         return self.transport.noisy(latent, noise, t), self.transport.model_time(t)
 

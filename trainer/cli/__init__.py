@@ -150,7 +150,11 @@ DRAWING = (
 
 
 def _refuse(given: Given, names: Sequence[str], why: str) -> None:
-    """Raises UserError if any of the settings `names` was typed."""
+    """Refuses the settings `names`.
+
+    Raises:
+        UserError: one of them was typed.
+    """
     for name in names:
         if name in given:
             flag = flag_of(EvalRequest if name == "figure" else SampleSettings, name)

@@ -1,5 +1,4 @@
-"""DDPM as DiT trains it: linear schedule, noise prediction, learned variance (Ho 2020; Nichol & Dhariwal
-2021).
+"""DDPM as DiT trains it: linear schedule, noise prediction, learned variance (Ho 2020; Nichol & Dhariwal 2021).
 
 The schedule is kept in float64 numpy; training gathers from float32 `Tables` on the device, samplers
 use the float64 numbers themselves.
@@ -84,9 +83,9 @@ def has_stride(schedule: Schedule, count: int) -> bool:
 def respace(schedule: Schedule, count: int, *, spacing: Literal["even", "stride"] = "even") -> Schedule:
     """The same process seen at `count` of its steps only (Nichol & Dhariwal 2021, Sec. 4).
 
-    `even` spreads them from the first step to the last, rounded: 10 of 1000 are 0, 111, ..., 999.
-    `stride` takes every i-th step from 0 on (DDIM's choice): 10 of 1000 are 0, 100, ..., 900.
-    A single step is the last one, where the process ends in noise, not the first as either rule has it: our choice.
+    `even` spreads them from the first step to the last, rounded: 10 of 1000 are 0, 111, ..., 999. `stride` takes every
+    i-th step from 0 on (DDIM's choice): 10 of 1000 are 0, 100, ..., 900. A single step is the last one, where the
+    process ends in noise, not the first as either rule has it: our choice.
 
     Raises:
         UserError: a count that the process or the stride does not allow.
@@ -145,8 +144,7 @@ def _gather(column: Tensor, t: Tensor, x: Tensor) -> Tensor:
 
 
 def q_sample(table: Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_t given x_0 (Ho 2020, Eq. 4). x0, noise [B, ...], t [B] int64 position in the schedule -> [B,
-    ...]."""
+    """Draw x_t given x_0 (Ho 2020, Eq. 4). x0, noise [B, ...], t [B] int64 position in the schedule -> [B, ...]."""
     return _gather(table.signal, t, x0) * x0 + _gather(table.noise, t, x0) * noise
 
 

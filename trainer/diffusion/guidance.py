@@ -24,8 +24,7 @@ class Guidance:
     Args:
         scale: 1 is no guidance (and costs no second evaluation); the guided prediction is
             `unconditional + scale * (conditional - unconditional)`.
-        interval: of t, in which to guide (Kynkaanniemi et al. 2024). For DDPM models t is the step divided by
-            999.
+        interval: of t, in which to guide (Kynkaanniemi et al. 2024). For DDPM models t is the step divided by 999.
         channels: guide the first so many channels only: None for all (REPA), 3 as the public SiT and DiT do.
 
     Raises:

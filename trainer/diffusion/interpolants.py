@@ -1,5 +1,4 @@
-"""Paths between data and noise, x_t = alpha(t) z + sigma(t) e with t = 0 data and t = 1 noise (SiT, Eq. 4
-to 6)."""
+"""Paths between data and noise, x_t = alpha(t) z + sigma(t) e with t = 0 data and t = 1 noise (SiT, Eq. 4 to 6)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Samplers, each one function on one screen.
 
-For velocity models, from noise at t = 1 to data at t = 0: `euler`, `heun`, `dopri5` (ODE)
-and `euler_maruyama` (SDE). All take `(model_fn, x, t_grid)` first: `model_fn(x, t) -> velocity`
-with x [B, ...] and t a Python float (testing it reads nothing back from the device), the noise x at
-`t_grid[0]`, and a decreasing grid of times. For DDPM models: `ddpm` and `ddim`, which take a
-`Schedule` in place of the grid; their t is a step number.
+For velocity models, from noise at t = 1 to data at t = 0: `euler`, `heun`, `dopri5` (ODE) and `euler_maruyama` (SDE).
+All take `(model_fn, x, t_grid)` first: `model_fn(x, t) -> velocity` with x [B, ...] and t a Python float (testing it
+reads nothing back from the device), the noise x at `t_grid[0]`, and a decreasing grid of times. For DDPM models: `ddpm`
+and `ddim`, which take a `Schedule` in place of the grid; their t is a step number.
 
 The state is kept in `state_dtype` (float64 as in REPA's samplers; float32 for dopri5 as in SiT's, and for
 DDPM and DDIM as in DiT's), the model is called in the dtype of x, and the sample comes back in it.
@@ -29,8 +28,7 @@ from trainer.diffusion.interpolants import interpolant, score_from_velocity
 
 
 class ModelFn(Protocol):
-    """Velocity at (x, t). `interval_t` is the time at which a guidance interval is tested, by default t
-    itself."""
+    """Velocity at (x, t). `interval_t` is the time at which a guidance interval is tested, by default t itself."""
 
     def __call__(self, x: Tensor, t: float, /, *, interval_t: float | None = None) -> Tensor: ...
 
@@ -79,8 +77,7 @@ def heun(
     state_dtype: torch.dtype = torch.float64,
     interval_at: Literal["current", "next"] = "current",
 ) -> Tensor:
-    """Heun's method for the probability flow ODE: second order, two evaluations per step, one in the last.
-    [B, ...].
+    """Heun's method for the probability flow ODE: second order, two evaluations per step, one in the last. [B, ...].
 
     As in EDM (Alg. 1) and REPA the last step is Euler's. `interval_at` says at which time the corrector
     tests a guidance interval: `current`, the beginning of the step, as REPA's code does, or `next`,
@@ -197,8 +194,7 @@ def ddim(
     eta: float = 0.0,
     state_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """DDIM (Song 2021, Eq. 12 and 16): deterministic at `eta` = 0, the posterior's variance at 1. [B, C,
-    ...].
+    """DDIM (Song 2021, Eq. 12 and 16): deterministic at `eta` = 0, the posterior's variance at 1. [B, C, ...].
 
     `model_fn` as for `ddpm`; a learned variance is not used. `noise` is needed if `eta` is not 0.
     """

@@ -1,7 +1,7 @@
 """What a model's times and predictions mean, and how it is trained on them: flows (SiT) and DDPM (DiT).
 
-To the trainer time is t in [0, 1] with 0 = data and 1 = noise, whatever the backbone is told. The random numbers come in
-from outside. Nothing here reads a value back from the device, and all of it compiles as a part of the step.
+To the trainer time is t in [0, 1] with 0 = data and 1 = noise, whatever the backbone is told. The random numbers come
+in from outside. Nothing here reads a value back from the device, and all of it compiles as a part of the step.
 """
 
 from __future__ import annotations

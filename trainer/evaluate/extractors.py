@@ -1,9 +1,8 @@
 """Images => activations: the networks that the metrics look through.
 
-uint8 pixels enter, float32 activations leave; every resize and normalisation that belongs to a network
-happens here and nowhere else, because FID differences of several tenths hide in them. Only a standard
-extractor with its real
-weights may call its distances FID: all others carry a prefix in every name they produce.
+uint8 pixels enter, float32 activations leave; every resize and normalisation that belongs to a network happens here and
+nowhere else, because FID differences of several tenths hide in them. Only a standard extractor with its real weights
+may call its distances FID: all others carry a prefix in every name they produce.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ class Extractor(Protocol):
         resolution: side in pixels that the network works at, or None if it takes images as they are.
         is_standard: its numbers may stand beside published ones: a published extractor with its real weights.
         metric_names: metrics it defines (keys as in `STANDARD_NAMES`) -> names they are reported under.
-        feature_dims: sizes of what `features` returns, `pool` always, `spatial` and `logits` where they
-            exist.
+        feature_dims: sizes of what `features` returns, `pool` always, `spatial` and `logits` where they exist.
         provenance: JSON-able record of weights and preprocessing, stored with reference statistics.
             Statistics can only be compared if their provenance is equal.
         device: where the network runs.
@@ -97,9 +95,8 @@ SPATIAL_CHANNELS = 7
 def inception_class() -> type[nn.Module]:
     """torch-fidelity's TensorFlow-compatible Inception v3 with sFID's activations as one more feature.
 
-    Features: `spatial`, `2048` and `logits_unbiased` (ADM's evaluator multiplies pool_3 by the softmax
-    weights and adds no bias), always all three. `spatial` is TensorFlow's `mixed_6/conv:0`, which is
-    `Mixed_6d.branch1x1` after its ReLU
+    Features: `spatial`, `2048` and `logits_unbiased` (ADM's evaluator multiplies pool_3 by the softmax weights and adds
+    no bias), always all three. `spatial` is TensorFlow's `mixed_6/conv:0`, which is `Mixed_6d.branch1x1` after its ReLU
     here: the first 7 channels, flattened channels-last, [B, 17 * 17 * 7].
 
     The class is made on demand: torch-fidelity takes a second to import.
@@ -248,10 +245,9 @@ def _reinitialised(vit: VisionTransformer) -> VisionTransformer:
 class EmbeddedExtractor:
     """The tiny ViT that ships with the project: mean patch token, [B, 96].
 
-    Works offline, in seconds, and is trained on the embedded images, so that its distances say something
-    about them.
-    They are not FID and cannot be compared with anything published: every name carries the prefix `embedded`.
-    It has no classifier, so the Inception score is not defined, and no counterpart of sFID's layer.
+    Works offline, in seconds, and is trained on the embedded images, so that its distances say something about them.
+    They are not FID and cannot be compared with anything published: every name carries the prefix `embedded`. It has no
+    classifier, so the Inception score is not defined, and no counterpart of sFID's layer.
 
     Args:
         source: `random_seed` replaces the trained weights by random ones (prefix `random-embedded`).
@@ -304,11 +300,10 @@ DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"
 class DinoV2Extractor:
     """FD-DINOv2 (Stein et al. 2023): class token of DINOv2 ViT-L/14 at 224 pixels, [B, 1024].
 
-    Images are scaled to [0, 1], resized by antialiased bicubic interpolation and normalised with ImageNet's
-    mean and std. The network comes from timm, which resamples the position table from 37 x 37 to 16 x 16 with
-    antialiasing
-    where the original code does so without: distances move in the third digit at most (our choice; not
-    measured against the original code).
+    Images are scaled to [0, 1], resized by antialiased bicubic interpolation and normalised with ImageNet's mean and
+    std. The network comes from timm, which resamples the position table from 37 x 37 to 16 x 16 with antialiasing
+    where the original code does so without: distances move in the third digit at most (our choice; not measured
+    against the original code).
 
     Args:
         source: where the weights come from. `random_seed` builds random weights (prefix `random-dinov2`).
@@ -398,8 +393,7 @@ def build_extractor(
 
     Args:
         weights_dir: a folder searched for weights first.
-        random_weights: seed of random weights instead of real ones, for tests and timing; renames every
-            metric.
+        random_weights: seed of random weights instead of real ones, for tests and timing; renames every metric.
 
     Raises:
         UserError: an unknown name.

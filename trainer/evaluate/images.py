@@ -64,7 +64,11 @@ class ImageSet(Protocol):
 
 
 def check_batch(images: np.ndarray, resolution: int | None, where: str) -> int:
-    """Side R of a batch [b, R, R, 3]; `UserError` if it is not uint8, square RGB, of `resolution`."""
+    """Side R of a batch [b, R, R, 3].
+
+    Raises:
+        UserError: it is not uint8, square RGB, of `resolution`.
+    """
     if images.dtype != np.uint8:
         raise UserError(
             f"{where} holds {images.dtype} images: metrics are defined on 8-bit images",
@@ -173,7 +177,11 @@ def _opened(path: Path) -> AbstractContextManager[None]:
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
-    """The archive behind an npz file; `UserError` if it is none."""
+    """The archive behind an npz file.
+
+    Raises:
+        UserError: it is none.
+    """
     with _opened(path):
         return zipfile.ZipFile(path)
 
@@ -355,8 +363,7 @@ class CacheImages:
         """See `ImageSet.batches`.
 
         Raises:
-            UserError: the images are not here; other than for `featcache inspect`, decoded latents will not
-                do.
+            UserError: the images are not here; other than for `featcache inspect`, decoded latents will not do.
         """
         dataset = self.cache.manifest.dataset
         source = source_of(self.cache, self.data)
@@ -382,8 +389,7 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
     """The image set behind a path: an npz file, a tar shard or pattern, a feature cache, or a folder.
 
     Args:
-        resolution: for folders, bring every image to this side by ADM's centre crop; None takes them as they
-            are.
+        resolution: for folders, bring every image to this side by ADM's centre crop; None takes them as they are.
         data: for caches, the folder they were built from.
 
     Raises:

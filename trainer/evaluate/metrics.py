@@ -124,12 +124,10 @@ def frechet_distance(
 ) -> float:
     """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    ADM takes the trace of `scipy.linalg.sqrtm(S1 @ S2)`. Its product squares the condition number, and with
-    fewer
-    samples than dimensions it is singular: sqrtm then returns rounding noise of order sqrt(eps) per missing
-    dimension.
-    The choice here is ours and gives the same number where sqrtm is accurate: with S1 = A A' and S2 = B B'
-    the trace is the sum of the singular values of A' B, which never squares anything.
+    ADM takes the trace of `scipy.linalg.sqrtm(S1 @ S2)`. Its product squares the condition number, and with fewer
+    samples than dimensions it is singular: sqrtm then returns rounding noise of order sqrt(eps) per missing dimension.
+    The choice here is ours and gives the same number where sqrtm is accurate: with S1 = A A' and S2 = B B' the trace is
+    the sum of the singular values of A' B, which never squares anything.
 
     Args:
         mean_1, mean_2: [D].
@@ -279,11 +277,10 @@ def manifold_coverage(
 ) -> ManifoldCoverage:
     """Improved precision and recall (Kynkaanniemi et al. 2019): membership in k-nearest-neighbour balls.
 
-    A point is covered by the other set when it lies within the ball of any of its points, whose radius
-    reaches that point's k-th nearest neighbour in its own set, itself excluded. ADM's evaluator computes the
-    squared distances in float16 and falls back to float32 on overflow; here they are float32 always (features
-    centred first, so that |x|^2 + |y|^2 - 2 x.y loses fewer digits), which differs from float16 in the third
-    decimal.
+    A point is covered by the other set when it lies within the ball of any of its points, whose radius reaches that
+    point's k-th nearest neighbour in its own set, itself excluded. ADM's evaluator computes the squared distances in
+    float16 and falls back to float32 on overflow; here they are float32 always (features centred first, so that |x|^2 +
+    |y|^2 - 2 x.y loses fewer digits), which differs from float16 in the third decimal.
 
     Args:
         reference: [M, D] and samples [N, D], any floating dtype; compared in float32.
@@ -331,8 +328,7 @@ def kid(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """Kernel Inception distance: mean and standard deviation of `polynomial_mmd` over random subsets, in
-    float64.
+    """Kernel Inception distance: mean and standard deviation of `polynomial_mmd` over random subsets, in float64.
 
     Args:
         reference: [M, D].

@@ -76,7 +76,7 @@ def full_precision() -> AbstractContextManager[None]:
 
 
 class _Kept:
-    """Rows of activations up to a limit, in CPU memory, brought there many batches at a time: each copy makes a GPU wait."""
+    """Rows of activations up to a limit, in CPU memory. Many batches are copied at a time: a copy makes a GPU wait."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit, self._rows = limit, 0
@@ -119,7 +119,10 @@ def _checked(images: ImageSet, batch_size: int, resolution: int | None, *, pin: 
 
 
 class _Sums:
-    """What is added up over batches of activations. limit: rows of `pool` to keep. keep_all: all rows of the others, too."""
+    """What is added up over batches of activations.
+
+    limit: rows of `pool` to keep, None for all. keep_all: keep all rows of the others, too.
+    """
 
     def __init__(self, extractor: Extractor, limit: int | None, *, keep_all: bool) -> None:
         # Float64 matrix products: on the network's device where it has them (not on Apple's).
@@ -287,7 +290,11 @@ def load_statistics(path: Path) -> Statistics:
 
 
 def _provenance(stored: np.ndarray | None, path: Path) -> dict[str, Any]:
-    """The JSON beside the arrays, empty where there is none. Raises UserError if it is damaged."""
+    """The JSON beside the arrays, empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     if stored is None:
         return {}
     try:
@@ -399,8 +406,7 @@ def reference_statistics(
         data: for a cache, the folder it was built from.
 
     Raises:
-        UserError: nothing there; made with another extractor; for another resolution; features needed and not
-            kept.
+        UserError: nothing there; made with another extractor; for another resolution; features needed and not kept.
     """
     stored, images = open_reference(where, extractor, resolution=resolution, need_features=need_features, data=data)
     if images is None:

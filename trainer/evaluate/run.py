@@ -58,7 +58,7 @@ class _Mute:
 
 
 def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None:
-    """Samples a run's averaged weights, compares them with the reference and adds the numbers to the run's `metrics.json`.
+    """Samples a run's averaged weights, compares with the reference and adds the numbers to the run's `metrics.json`.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
 
@@ -108,8 +108,8 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
     """Judges images that are there already, by any code, and writes the numbers to `<samples>.metrics.json`.
 
     Raises:
-        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where they
-            are required.
+        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where
+            they are required.
         WeightsUnavailable: as `evaluate_run`.
     """
     if request.reference is None:
@@ -174,7 +174,7 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
 
 
 def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> tuple[EvalRequest, RunConfig]:
-    """The request at the figure's step, with its sampler, and the run's configuration as if it came from that recipe."""
+    """The request at the figure's step and with its sampler; the run's configuration as if it came from that recipe."""
     recipe = load_recipe_file(figure)
     if recipe.published is None:
         raise UserError(
@@ -228,7 +228,7 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
 
 
 def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
-    """The feature extractor of that name; `auto` is Inception where its weights are to be had, else the embedded one."""
+    """The extractor of that name; `auto` is Inception where its weights are to be had, else the embedded one."""
     folder = None if weights_dir is None else Path(weights_dir)
     if name != "auto":
         return build_extractor(name, weights_dir=folder, device=device)

@@ -30,8 +30,7 @@ class ModelConfig:
     """One backbone.
 
     Args:
-        family: `sit` (velocity, t in [0, 1], t = 1 is noise) or `dit` (noise prediction, t = DDPM step
-            0..999).
+        family: `sit` (velocity, t in [0, 1], t = 1 is noise) or `dit` (noise prediction, t = DDPM step 0..999).
         depth: number of blocks.
         width: hidden size; divisible by `heads` and by 4 (2-D sin-cos positions).
         heads: attention heads.
@@ -122,8 +121,7 @@ class ModelConfig:
 def model_config(name: str, *, latent_channels: int, latent_size: int, num_classes: int, **kw: Any) -> ModelConfig:
     """The configuration of a named model such as `SiT-B/2` or `DiT-XL/4`.
 
-    `kw` are further fields of `ModelConfig`. DiT learns its variance unless `learn_sigma=False`
-    is given.
+    `kw` are further fields of `ModelConfig`. DiT learns its variance unless `learn_sigma=False` is given.
 
     Raises:
         UserError: an unknown name, or values that do not fit together.
@@ -155,8 +153,7 @@ def model_config(name: str, *, latent_channels: int, latent_size: int, num_class
 
 
 def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
-    """Floating-point operations of one image's forward pass: matrix products and attention, 2 per
-    multiply-add.
+    """Floating-point operations of one image's forward pass: matrix products and attention, 2 per multiply-add.
 
     Norms, activations and embedding look-ups are left out, as usual for model FLOPs utilisation. A training
     step costs three times this figure. With `depth`, only that many blocks are counted and the final

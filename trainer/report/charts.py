@@ -51,8 +51,7 @@ def smooth(values: np.ndarray, *, span: int) -> np.ndarray:
 
 
 def smoothed_series(label: str, x: np.ndarray, y: np.ndarray, *, colour: int) -> Series:
-    """A line of logged values: smoothed over 4 % of the points, the raw values behind it; raw alone if they
-    are few.
+    """A line of logged values: smoothed over 4 % of the points, the raw values behind it; raw alone if they are few.
 
     Values that are not finite are left out.
     """
@@ -103,7 +102,8 @@ def render_svg(chart: Chart) -> str:
 def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
     """Write `<stem>.svg` and `<stem>.png` (150 dots per inch), with fixed colours, title and legend.
 
-    Raises UserError if the disk refuses.
+    Raises:
+        UserError: the disk refuses.
     """
     with matplotlib.rc_context(_settings("analysis", 10)):
         figure = Figure(layout="constrained")

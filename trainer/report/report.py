@@ -226,7 +226,7 @@ def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 
 def _diagnostics_pages(out_html: Path, runs: Sequence[RunData]) -> list[tuple[str, str]]:
-    """Runs and where their diagnostics pages lie, as seen from the report; percent-encoded, since runs are named at will."""
+    """Runs and where their diagnostics pages lie, as seen from the report; percent-encoded: runs are named at will."""
     pages = [(run.name, files.inside(run.path, "analysis/index.html")) for run in runs if run.path is not None]
     return [(name, quote(os.path.relpath(page, out_html.parent))) for name, page in pages if page.is_file()]
 

@@ -108,7 +108,7 @@ def _reference_figures(folder: Path) -> list[Figure]:
 
 
 def router_charts(folder: Path, name: str | None = None, points: int = 101) -> list[Chart]:
-    """AHPA's inter-group and intra-group weights over t at the latest checkpoint (AHPA, Fig. 5); empty for other methods."""
+    """AHPA's weights between and within groups over t at the latest checkpoint (Fig. 5); empty for other methods."""
     config = runs.load_config(folder)
     if config.methods != ("ahpa",) or not checkpoint.list_checkpoints(folder):
         return []

@@ -25,7 +25,11 @@ class WrongCache(CacheError):
 
 
 def check_made_with(config: RunConfig, cache: featcache.Cache) -> None:
-    """Raises WrongCache if the configuration asks for a resolution or VAE that is not the cache's."""
+    """Refuses a cache of another resolution or VAE than the configuration asks for.
+
+    Raises:
+        WrongCache: it is one.
+    """
     dataset = cache.manifest.dataset
     asked = {"resolution": config.resolution, "vae": config.vae}
     found = {"resolution": dataset.preprocessing.get("resolution"), "vae": (dataset.vae or {}).get("name")}
@@ -84,7 +88,11 @@ def available_features(cache: featcache.Cache) -> dict[str, FeatureInfo]:
 
 
 def missing_features(config: RunConfig, cache: featcache.Cache) -> None:
-    """Raises CacheError if the cache is of the wrong kind or lacks what the configuration's methods read."""
+    """Refuses a cache that the configuration cannot be trained on.
+
+    Raises:
+        CacheError: it is of the wrong kind or lacks what the methods read.
+    """
     check_made_with(config, cache)
     cache.require(["vae/moments", "label"])
     available = available_features(cache)

@@ -39,8 +39,10 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run, by rising step; raises `UserError` where their folder is a link, which would have
-    those of another run removed as old ones.
+    """Complete checkpoints of a run, by rising step.
+
+    Raises:
+        UserError: their folder is a link, which would have those of another run removed as old ones.
     """
     folder = files.inside(run, "checkpoints")
     try:

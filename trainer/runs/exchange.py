@@ -21,7 +21,11 @@ CONVENTIONS = ("repa", "sra", "sit", "dit")
 
 
 def _summary_of(path: str, shape: object) -> dict[str, Any]:
-    """What a run records of the cache at `path`. Raises `UserError` if its latents are not of this shape."""
+    """What a run records of the cache at `path`.
+
+    Raises:
+        UserError: its latents are not of this shape.
+    """
     cache = featcache.open(path)
     cache.require(["vae/moments"])
     found = list(cache.manifest.features["vae/moments"].shape)

@@ -166,8 +166,8 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
 def check_same_bytes(run: Path, cache: Cache) -> str | None:
     """Whether the arrays that a run was trained on are, byte for byte, those of `cache`.
 
-    Returns a remark where the cache has changed in other respects, or where its layout differs, so that its bytes cannot
-    be compared; None where nothing has changed or the run, of an earlier version, has no record.
+    Returns a remark where the cache has changed in other respects, or where its layout differs, so that its bytes
+    cannot be compared; None where nothing has changed or the run, of an earlier version, has no record.
 
     Raises:
         CacheError: an array that the run reads has other bytes.
@@ -192,7 +192,12 @@ def check_same_bytes(run: Path, cache: Cache) -> str | None:
 
 
 def check_digest(cache: Cache, expected: str) -> None:
-    """Raises CacheError unless `cache` has the digest `expected` (whole, or its first 12 hex digits or more)."""
+    """Refuses a cache without the digest `expected` (whole, or its first 12 hex digits or more).
+
+    Raises:
+        CacheError: it has another one.
+        UserError: `expected` is no digest.
+    """
     wanted, found = expected.strip().lower(), _digest(cache)
     if len(wanted) < 12 or any(c not in "0123456789abcdef" for c in wanted):
         raise UserError(
@@ -329,7 +334,11 @@ def newest_run(root: Path = ROOT) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small file atomically and durably. Raises UserError if the disk refuses."""
+    """Replaces a small file atomically and durably.
+
+    Raises:
+        UserError: the disk refuses.
+    """
     files.atomic_write(path, [text.encode("utf-8", "backslashreplace")])
 
 

@@ -72,14 +72,22 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Of training. Raises UserError if the file says something that is no number."""
+        """Of training.
+
+        Raises:
+            UserError: the file says something that is no number.
+        """
         steps = self.values.get("steps", RunConfig.steps)
         if not isinstance(steps, int) or isinstance(steps, bool):
             raise UserError(f"{self.name}: steps must be a number, not {steps!r:.80}")
         return steps
 
     def config(self) -> RunConfig:
-        """The validated configuration. Raises UserError as `RunConfig`."""
+        """The validated configuration.
+
+        Raises:
+            UserError: as `RunConfig`.
+        """
         return from_mapping(RunConfig, self.values)
 
 
@@ -87,8 +95,9 @@ class Recipe:
 class Paper:
     """One of the project's own files.
 
-    name: `ahpa`. title, about: a heading and a sentence. common: settings and build line of all its trainings. rows: by
-    name, without the paper's; a figure is a row that extends its training. trainings: row -> the training it belongs to.
+    name: `ahpa`. title, about: a heading and a sentence. common: settings and build line of all its trainings.
+    rows: by name, without the paper's; a figure is a row that extends its training. trainings: row -> the training
+    it belongs to.
     """
 
     name: str
@@ -162,7 +171,7 @@ def _is_file(path: Path | str) -> bool:
 
 
 def _plain(typed: str) -> str:
-    """`pipelines/ahpa/xl2.yaml`, which was a file once, or `../ahpa/xl2.yaml` as its neighbours named it, as `ahpa/xl2`."""
+    """`pipelines/ahpa/xl2.yaml`, once a file, or `../ahpa/xl2.yaml`, as its neighbours named it: `ahpa/xl2`."""
     return _FORMER_FOLDER.sub("", typed).removesuffix(".yaml")
 
 

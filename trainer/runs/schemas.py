@@ -109,7 +109,11 @@ T = TypeVar("T")
 
 
 def check(value: object, schema: type[T], where: object, *, remedy: str) -> T:
-    """`value` itself, once it is known to fit. Raises as `parse`."""
+    """`value` itself, once it is known to fit.
+
+    Raises:
+        UserError: as `parse`.
+    """
     parse(value, schema, where, remedy=remedy)
     return cast(T, value)
 

@@ -285,8 +285,7 @@ def _modern_key(key: str, state: Mapping[str, Tensor], options: Mapping[str, Any
 
 
 def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) -> tuple[ModelConfig, bool]:
-    """Shapes tell everything but the heads. Gives a SiT configuration and whether the channels out are
-    doubled."""
+    """Shapes tell everything but the heads. Gives a SiT configuration and whether the channels out are doubled."""
     for key, axes in _NEEDED.items():
         if key not in state:
             raise UserError(

@@ -80,7 +80,8 @@ class SampleConfig:
     sampler: for SiT `ode` (Euler), `heun`, `dopri5`, `sde` (Euler-Maruyama, the papers' last step without noise);
     for DiT `ddpm` (ancestral) and `ddim` (every i-th step from 0 on as in ADM, where a whole i gives `steps` of
     them; else spread evenly from the first step to the last, as for `ddpm`: our choice; a single step is the last).
-    steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own). guidance: scale, interval and channels.
+    steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own).
+    guidance: scale, interval and channels.
     pixels: `round` is 127.5 x + 128 clamped (ADM, DiT, SiT); `truncate` is 255 (x + 1) / 2 cut off (REPA).
     seed: together with the sample's index it fixes the sample's noise.
     """
@@ -207,7 +208,7 @@ def _velocities(model: Transformer | Network, transport: Transport) -> Callable[
 
 
 def to_uint8(pixels: Tensor, rule: str = "round") -> Tensor:
-    """Pixels in [-1, 1], [B, 3, R, R] => uint8 [B, R, R, 3] on the same device, under one of the two public conventions."""
+    """Pixels in [-1, 1], [B, 3, R, R] => uint8 [B, R, R, 3] on the same device, by either public convention."""
     if rule == "round":
         values = (127.5 * pixels + 128).clamp(0, 255)
     else:
@@ -313,7 +314,11 @@ def class_grid(
 
 
 def save_png(pixels: np.ndarray, path: Path) -> None:
-    """uint8 [H, W, 3] to a PNG, replaced whole. Raises UserError if the disk refuses."""
+    """uint8 [H, W, 3] to a PNG, replaced whole.
+
+    Raises:
+        UserError: the disk refuses.
+    """
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     files.make_directory(path.parent)

@@ -1,11 +1,11 @@
 """Many samples of one run, without babysitting: resumable, over any number of ranks, the same images every time.
 
-Sample `i` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind of
-device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units of
-consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size rounded
-down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads or of
-ranks, nor on where a job was cut. Finished blocks lie on the disk; the npz is put together at the end without holding it
-in memory.
+Sample `i` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind
+of device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units
+of consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size
+rounded down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads
+or of ranks, nor on where a job was cut. Finished blocks lie on the disk; the npz is put together at the end without
+holding it in memory.
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ class Bar(Protocol):
 
 
 def sample_config(request: SampleRequest, family: str) -> SampleConfig:
-    """What decides the numbers of the samples. Raises UserError for a sampler that the family has not, or wrong steps."""
+    """What decides the numbers of the samples.
+
+    Raises:
+        UserError: a sampler that the family has not, or wrong steps.
+    """
     sampler = check_sampler(family, request.sampler)
     sampling_times(sampler, request.steps)
     guidance = Guidance(scale=request.guidance, interval=request.interval, channels=request.guided_channels)
@@ -87,8 +91,8 @@ def file_name(request: SampleRequest) -> str:
 
 
 def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic) -> str:
-    """What the samples of checkpoint `step` depend on, one name for equal settings: defaults are left out, and so are an
-    interval and channels of guidance where the scale is 1.
+    """What the samples of checkpoint `step` depend on, one name for equal settings: defaults are left out, and so are
+    an interval and channels of guidance where the scale is 1.
     """
     parts = [f"step_{step:07d}", f"{sampler}{request.steps}", f"seed{request.seed}"]
     if request.guidance != 1:
@@ -201,8 +205,8 @@ def _is_there(images: Path) -> bool:
 
 
 def _is_pending(folder: Path, images: Path) -> bool:
-    """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number, that
-    were cut off."""
+    """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number,
+    that were cut off."""
     record = files.inside(folder, "blocks/settings.json")
     made_for = runs.read_json(record, {}).get("file")
     return bool(made_for == images.name) or (record.parent.is_dir() and not files.names_in(record.parent))
@@ -298,7 +302,7 @@ def _block_count(num: int, number: int) -> int:
 
 
 def _is_whole(blocks: Path, num: int, number: int) -> bool:
-    """Whether a block is there with as many samples as `num` in all needs (it may come from a call that asked for fewer)."""
+    """Whether a block is there with as many samples as it needs: it may come from a call that asked for fewer."""
     path = _block_path(blocks, number)
     try:
         return len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)

@@ -1,7 +1,8 @@
 """From cached bytes to losses: one region that compiles whole.
 
-Dequantise, draw the latent from the posterior, add noise, run the backbone with taps, align. Everything random comes in as `Draws`, made outside from (seed, step) for the *global* batch, so any number of ranks sees
-the same numbers for the same samples.
+Dequantise, draw the latent from the posterior, add noise, run the backbone with taps, align. Everything random comes
+in as `Draws`, made outside from (seed, step) for the *global* batch, so any number of ranks sees the same numbers for
+the same samples.
 """
 
 from __future__ import annotations
