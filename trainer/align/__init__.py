@@ -71,7 +71,7 @@ def required_features(name: str, config: MethodConfig) -> tuple[str, ...]:
     """Cached features that `name` will read, without building it.
 
     Where the options leave the encoder open, the entry is a placeholder in angle brackets
-    (`features.LAST_LAYER`, `features.TEXTURE_LAYER`) that `resolve` fills in from a cache.
+    (`<encoder>@<last>`, `<encoder>@<texture>`) that `resolve` fills in from a cache.
     """
     return config.required()
 

@@ -20,9 +20,6 @@ _TOKENS = re.compile(r"(?P<encoder>[^/@]+)@(?P<layer>\d+)")
 
 # What `required` reports where the encoder is left open: the cache decides.
 LAST_LAYER = "<encoder>@<last>"
-TEXTURE_LAYER = "<encoder>@<texture>"
-
-GROUPS = ("G1", "G2", "G3", "G4")
 
 
 def split_name(name: str) -> tuple[str, int] | None:

@@ -27,7 +27,7 @@ DISTANCE_BLOCK_BYTES = 512 * 2**20
 
 
 class Moments:
-    """Streaming mean and covariance in float64, mergeable across batches and ranks.
+    """Streaming mean and covariance in float64.
 
     Uses Chan, Golub and LeVeque's pairwise update: sums of squares are taken about each block's own mean, so
     a large common offset costs no digits, unlike E[xx'] - E[x]E[x]'.
@@ -63,13 +63,6 @@ class Moments:
         self._pending_rows += len(x)
         if self._pending_rows >= self.block_rows:
             self._flush()
-
-    def merge(self, other: "Moments") -> None:
-        """Add all that `other` has seen, as if this accumulator had seen it (up to rounding)."""
-        self._flush()
-        other._flush()
-        device = self._mean.device
-        self._combine(other._count, other._mean.to(device), other._scatter.to(device))
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean [D] and covariance [D, D] with `ddof = 1`, float64.
@@ -158,7 +151,7 @@ class InceptionScore:
 
     exp(mean KL(p(y|x) || p(y))) in each chunk of `chunk` consecutive samples (the last may be shorter), then
     the unweighted mean over chunks, as ADM's evaluator does. The order of samples therefore matters a little;
-    each batch says where it starts, so ranks may work on any part and merge.
+    each batch says where it starts.
     """
 
     def __init__(self, *, chunk: int = INCEPTION_CHUNK) -> None:
@@ -177,13 +170,6 @@ class InceptionScore:
             rows = slice(max(index * self.chunk - start, 0), min((index + 1) * self.chunk, stop) - start)
             part = terms[rows]
             self._add(index, len(part), part.sum(0))
-
-    def merge(self, other: "InceptionScore") -> None:
-        """Add all that `other` has seen."""
-        if other.chunk != self.chunk:
-            raise ValueError(f"chunks of {other.chunk} and {self.chunk} samples cannot be merged")
-        for index, sums in other._sums.items():
-            self._add(index, *sums)
 
     def _add(self, index: int, count: int, sums: Tensor) -> None:
         if index in self._sums:

@@ -282,7 +282,7 @@ def _append_metrics(run: Path, entry: dict[str, Any]) -> None:
             json.dumps(e.get("settings"), sort_keys=True),
         )
 
-    entry = json.loads(json.dumps(entry))
+    entry = runs.as_json(entry)
     with locks.alone(run / "metrics.json"):
         kept = [e for e in runs.read_metrics(run) if identity(e) != identity(entry)]
         runs.write_text(run / "metrics.json", json.dumps([*kept, entry], indent=1))

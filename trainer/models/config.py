@@ -167,17 +167,3 @@ def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
     if depth is None:
         return 2 * (embed + cfg.depth * block + final)
     return 2 * (embed + depth * block)
-
-
-def parameter_count(cfg: ModelConfig) -> int:
-    """Number of trained parameters (the fixed position table is not one)."""
-    D, M = cfg.width, cfg.mlp_width
-    patch = cfg.patch_size**2
-    embed = D * patch * cfg.latent_channels + D
-    time = TIME_FREQUENCIES * D + D + D * D + D
-    label = (cfg.num_classes + 1) * D
-    block = 4 * (D * D + D) + 2 * D * M + M + D + 6 * (D * D + D)
-    if cfg.qk_norm:
-        block += 4 * (D // cfg.heads)
-    final = 2 * (D * D + D) + (D + 1) * patch * cfg.out_channels
-    return embed + time + label + cfg.depth * block + final

@@ -66,8 +66,8 @@ class RunData:
         return max((int(c.steps[-1]) for c in self.log.values()), default=None)
 
 
-def read_log(path: Path) -> dict[str, Column]:
-    """log.jsonl => quantities by key.
+def read_columns(path: Path) -> dict[str, Column]:
+    """`log.jsonl` => quantities by key.
 
     A last line without its end (the run is still writing, or was killed) is left out. After a resume the log
     may hold a step twice: the later entry counts. Values that are not finite numbers are left out, too.
@@ -138,7 +138,7 @@ def load_run(run_dir: Path | str) -> RunData:
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
         cache=_shown(runs.read_json(path / "cache.json", {})),
-        log=read_log(path / "log.jsonl"),
+        log=read_columns(path / "log.jsonl"),
         evaluations=runs.read_metrics(path),
         samples=samples,
         diagnostics=read_results(files.inside(path, "analysis")),

@@ -17,7 +17,7 @@ from trainer.report.charts import smoothed_series
 from trainer.report.data import Column, RunData
 from trainer.report.page import Figure, read_picture, write_page
 from trainer.report.table import (
-    Published,
+    PublishedFigure,
     flatten,
     higher_is_better,
     latest,
@@ -39,7 +39,7 @@ def write_report(
     lead: str = "",
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
-    published: Sequence[Published] = (),
+    published: Sequence[PublishedFigure] = (),
 ) -> Path:
     """Write one self-contained page about one or several runs: samples, curves, numbers, settings.
 
@@ -70,7 +70,7 @@ def write_comparison(
     lead: str = "",
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
-    published: Sequence[Published] = (),
+    published: Sequence[PublishedFigure] = (),
 ) -> Path:
     """Write one self-contained page that puts runs side by side.
 
@@ -90,7 +90,7 @@ def _values(
     title: str,
     lead: str,
     images: Sequence[Figure],
-    published: Sequence[Published],
+    published: Sequence[PublishedFigure],
 ) -> dict[str, Any]:
     """What both pages show."""
     return {

@@ -21,7 +21,7 @@ from trainer.plots import Chart
 from trainer.report.data import load_run
 from trainer.report.page import Figure
 from trainer.report.report import router_chart, write_comparison, write_report
-from trainer.report.table import Published
+from trainer.report.table import PublishedFigure
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.published import parse_published
@@ -153,7 +153,7 @@ def features_layers(summary: Summary, feature: str, count: int) -> list[str]:
     return list(named) if len(named) == count else [f"layer {i + 1}" for i in range(count)]
 
 
-def _published(folder: Path, name: str) -> list[Published]:
+def _published(folder: Path, name: str) -> list[PublishedFigure]:
     """The figures that a run's recipe carries from its paper, then those that it was evaluated beside, each once."""
     config = runs.load_config(folder)
     entries = [config.published, *(e["figure"] for e in runs.read_metrics(folder) if "figure" in e)]
@@ -161,5 +161,5 @@ def _published(folder: Path, name: str) -> list[Published]:
     for entry in (parse_published(given) for given in entries if given):
         source = entry.source + (f": {entry.sampling}" if entry.sampling is not None else "")
         for metric, value in entry.metrics.items():
-            figures[metric, source, value] = Published(metric=metric, value=float(value), source=source, run=name)
+            figures[metric, source, value] = PublishedFigure(metric=metric, value=float(value), source=source, run=name)
     return list(figures.values())

@@ -14,7 +14,7 @@ from trainer.typeset import measure, number, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class PublishedFigure:
     """A figure from a paper, shown beside ours.
 
     Attributes:
@@ -89,7 +89,7 @@ def latest(run: RunData) -> Mapping[str, Any]:
     return run.evaluations[-1] if run.evaluations else {}
 
 
-def numbers(runs: Sequence[RunData], published: Sequence[Published]) -> Table:
+def numbers(runs: Sequence[RunData], published: Sequence[PublishedFigure]) -> Table:
     """The table of numbers; groups and rows in which nothing is known are left out."""
     names = list(dict.fromkeys([*metric_names(runs), *(p.metric for p in published)]))
     sources = {p.source for p in published}
@@ -148,7 +148,9 @@ def _training_rows(runs: Sequence[RunData]) -> list[Row]:
     ]
 
 
-def _metric_row(runs: Sequence[RunData], metric: str, published: Sequence[Published], *, with_source: bool) -> Row:
+def _metric_row(
+    runs: Sequence[RunData], metric: str, published: Sequence[PublishedFigure], *, with_source: bool
+) -> Row:
     found = [_latest_metric(run, metric) for run in runs]
     known = [(f[0], i) for i, f in enumerate(found) if f is not None]
     best = None

@@ -155,7 +155,7 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
             f"but {cache.path} has {cache.fingerprint[:12]}",
             remedy=again,
         )
-    now = _plain(_features(cache))
+    now = as_json(_features(cache))
     for name, feature in seen.get("features", {}).items():
         if name in now and now[name] != feature:
             raise CacheError(
@@ -236,7 +236,7 @@ def summary_of(cache: Cache, reads: Sequence[str] = ()) -> dict[str, Any]:
         "dataset": cache.manifest.dataset.to_json(),
         "features": _features(cache),
     }
-    return dict(_plain(summary))
+    return dict(as_json(summary))
 
 
 def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str], start: int, *, main: bool) -> int:
@@ -265,7 +265,7 @@ def _features(cache: Cache) -> dict[str, Any]:
     return {n: {"shape": list(f.shape), "codec": f.codec, **f.provenance} for n, f in features if len(f.shape) >= 2}
 
 
-def _plain(values: object) -> Any:
+def as_json(values: object) -> Any:
     """As JSON gives it back: mappings as dicts, tuples as lists."""
     return json.loads(json.dumps(values, default=dict))
 

@@ -312,7 +312,7 @@ def _is_whole(blocks: Path, num: int, number: int) -> bool:
 
 def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether samples with the record `saved` are those asked for; what an older record does not say is no difference."""
-    now = json.loads(json.dumps(record))
+    now = runs.as_json(record)
     return all(now[key] == value for key, value in saved.items() if key in now)
 
 
@@ -341,7 +341,7 @@ def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
     if not saved and images.exists():  # earlier versions wrote the record after the images
         saved = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
     if not _same(saved, record):
-        now = json.loads(json.dumps(record))
+        now = runs.as_json(record)
         differing = [f"{k} {saved[k]}, not {now[k]}" for k in now if k in saved and saved[k] != now[k]]
         raise UserError(
             f"{folder} holds samples of other settings ({'; '.join(differing)})",
