@@ -458,13 +458,14 @@ def main() -> None:
         larger = make_records(args.records, args.write_samples or 4 * len(records.blobs))
         with tempfile.TemporaryDirectory(dir=args.out, prefix="writer-") as folder:
             writing = measure_writing(args, larger, Path(folder))
+    summary = summarise(reading, args.threads)
     result = {
         "command": "python " + " ".join(sys.argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "records": {"kind": args.records, "samples": len(records.blobs), "bytes": records.blobs.shape[1]},
         "images_per_s": reading,
-        "summary": summarise(reading, args.threads),
+        "summary": summary,
         "writing": writing,
     }
     columns = sorted({key for by_key in reading.values() for key in by_key}, reverse=True)
@@ -473,7 +474,7 @@ def main() -> None:
     for name, by_key in reading.items():
         cells = (f"{by_key[c]['median']:>18,.0f}" if c in by_key else f"{'-':>18}" for c in columns)
         print(f"{name:30}" + "".join(cells))
-    for name, value in result["summary"].items():
+    for name, value in summary.items():
         print(f"{name}: {value:.2f}")
     if writing is not None:
         for name, values in writing["bytes_per_s"].items():

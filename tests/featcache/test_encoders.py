@@ -338,7 +338,7 @@ def test_vae_without_a_posterior_gives_its_latent_and_no_spread() -> None:
 
 def test_a_vae_in_a_folder_of_another_depth_and_shift(tmp_path: Path) -> None:
     """Five stages, 16 channels, no quantising convolution, a shift: as diffusers saves it, and back."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(0)
     vae = AutoencoderKL(

@@ -171,11 +171,12 @@ def sparse_cache(path: Path, count: int, shard_size: int = 1024) -> Path:
             with (path / array / shard_name(shard, len(shape))).open("wb") as file:
                 if array == "label":
                     labels = (np.arange(n) + shard * shard_size) % 1000
-                    file.writelines(encode_shard(labels, shard_size, None))
+                    whole: list[Any] = list(encode_shard(labels, shard_size, None))
+                    file.writelines(whole)
                 else:
-                    *_, index, crc = encode_shard(np.empty((n, length), np.uint8), shard_size, None)
+                    parts: list[Any] = list(encode_shard(np.empty((n, length), np.uint8), shard_size, None))
                     file.seek(n * length)
-                    file.writelines([index, crc])
+                    file.writelines(parts[-2:])  # index and checksum
     (path / "zarr.json").write_bytes(root_bytes(manifest))
     return path
 

@@ -44,7 +44,7 @@ def test_all_methods_are_in_the_table():
 
 @pytest.mark.parametrize("name", method_names())
 def test_option_classes_are_frozen_keyword_only_and_typed(name):
-    cls = config_class(name)
+    cls: Any = config_class(name)
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(cls))
     hints = typing.get_type_hints(cls)

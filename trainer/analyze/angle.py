@@ -137,7 +137,8 @@ def _norm(gradients: list[Tensor]) -> float:
 def _centres(angles: _Angles) -> np.ndarray:
     """Of the timestep bins."""
     _, bins = angles.cosines.shape
-    return (np.arange(bins) + 0.5) / bins
+    centres: np.ndarray = (np.arange(bins) + 0.5) / bins
+    return centres
 
 
 def _finding(angles: _Angles) -> str:

@@ -134,7 +134,7 @@ def _blocks_plot(subject: Subject, found: _Spectra, top: int) -> Plot:
         Series(
             label=f"t = {t:g}",
             x=blocks,
-            y=100 * np.array([found.shares[_state(d, t)][top - 1] for d in blocks]),
+            y=100 * np.array([found.shares[_state(d, t)][top - 1] for d in range(1, subject.depth + 1)]),
             colour=i % 7,
             markers=True,
         )
