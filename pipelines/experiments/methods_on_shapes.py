@@ -329,7 +329,7 @@ def _drop_checkpoints(run: Path, *, before: int) -> None:
             shutil.rmtree(path)
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: object) -> None:
     from trainer.runs.folder import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)

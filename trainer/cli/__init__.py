@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -99,7 +99,7 @@ def _leave_a_core() -> None:
         torch.set_num_threads(max(1, cores - 1))
 
 
-def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str], *, resume: bool) -> Any:
+def _run_config(recipe: Path | None, given: Given, overrides: list[str], *, resume: bool) -> RunConfig:
     """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top."""
     from trainer.runs.recipes import load_recipe
 
@@ -109,7 +109,7 @@ def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str]
     return from_mapping(RunConfig, apply_overrides(values, overrides))
 
 
-def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
+def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
     """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
     from trainer.runs.folder import ROOT, checked_name, load_config, newest_run
 

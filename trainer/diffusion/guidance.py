@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Guidance:
     def active(self, t: float) -> bool:
         return self.scale != 1 and t in self.interval
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Plain values, as `settings.json` beside samples holds them."""
         return {
             "scale": self.scale,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from featcache.errors import UserError
 
@@ -19,6 +19,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "XL": (28, 1152, 16),
 }
 PATCH_SIZES = (1, 2, 4, 8)
+Attention = Literal["sdpa", "xformers"]
 FAMILIES = ("SiT", "DiT")
 MODEL_NAMES = tuple(f"{f}-{s}/{p}" for f in FAMILIES for s in SIZES for p in PATCH_SIZES)
 
@@ -56,7 +57,7 @@ class ModelConfig:
     num_classes: int
     qk_norm: bool = False
     learn_sigma: bool = False
-    attention: Literal["sdpa", "xformers"] = "sdpa"
+    attention: Attention = "sdpa"
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
@@ -118,10 +119,16 @@ class ModelConfig:
         return int(self.width * self.mlp_ratio)
 
 
-def model_config(name: str, *, latent_channels: int, latent_size: int, num_classes: int, **kw: Any) -> ModelConfig:
-    """The configuration of a named model such as `SiT-B/2` or `DiT-XL/4`.
-
-    `kw` are further fields of `ModelConfig`. DiT learns its variance unless `learn_sigma=False` is given.
+def model_config(
+    name: str,
+    *,
+    latent_channels: int,
+    latent_size: int,
+    num_classes: int,
+    qk_norm: bool = False,
+    attention: Attention = "sdpa",
+) -> ModelConfig:
+    """The configuration of a named model such as `SiT-B/2` or `DiT-XL/4`; DiT learns its variance.
 
     Raises:
         UserError: an unknown name, or values that do not fit together.
@@ -137,8 +144,6 @@ def model_config(name: str, *, latent_channels: int, latent_size: int, num_class
         )
     depth, width, heads = SIZES[match[2]]
     family: Literal["sit", "dit"] = "sit" if match[1] == "SiT" else "dit"
-    if family == "dit":
-        kw.setdefault("learn_sigma", True)
     return ModelConfig(
         family=family,
         depth=depth,
@@ -148,7 +153,9 @@ def model_config(name: str, *, latent_channels: int, latent_size: int, num_class
         latent_channels=latent_channels,
         latent_size=latent_size,
         num_classes=num_classes,
-        **kw,
+        qk_norm=qk_norm,
+        learn_sigma=family == "dit",
+        attention=attention,
     )
 
 

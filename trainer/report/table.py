@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from trainer.report.charts import smooth
 from trainer.report.data import Column, RunData
 from trainer.typeset import measure, number, setting
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +172,7 @@ def _metric_row(
     )
 
 
-def _cells(text: Callable[[Any], str], values: Sequence[Any]) -> list[Cell | None]:
+def _cells(text: Callable[[T], str], values: Sequence[T | None]) -> list[Cell | None]:
     return [Cell(text(value)) if value is not None else None for value in values]
 
 

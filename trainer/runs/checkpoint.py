@@ -73,7 +73,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path]:
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object], *, keep: int
 ) -> Path:
     """Writes one checkpoint atomically and removes all but the `keep` latest.
 
@@ -132,7 +132,7 @@ def tidy(run: Path, *, keep: int) -> None:
     _remove_old(run, keep)
 
 
-def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object]) -> None:
     """A new folder with everything in it, on the disk when this returns."""
     folder.mkdir()
     for stem, values in tensors.items():

@@ -17,6 +17,7 @@ from featcache.errors import UserError
 from featcache.settings import Count, Index, NotNegative, Option, Positive, Share, from_mapping, number, settings
 from trainer.align import config_class, method_names, split_methods
 from trainer.models import model_config
+from trainer.models.config import Attention
 from trainer.runs.published import parse_published
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class RunConfig:
     seed: Annotated[Index, Option("Seed of everything random.")] = 0
     device: Annotated[str, Option("cpu, cuda or auto.")] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Option("auto, fp32, bf16 or fp16.")] = "auto"
-    attention: Annotated[Literal["sdpa", "xformers"], Option("sdpa (torch's own, the default) or xformers.")] = "sdpa"
+    attention: Annotated[Attention, Option("sdpa (torch's own, the default) or xformers.")] = "sdpa"
     compile: bool | None = None
     shard: bool = False
     weights_dir: Annotated[

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -55,6 +55,10 @@ if TYPE_CHECKING:
 
 GROUP = 8  # samples of one arithmetic unit on the CPU
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
+
+
+# What samples are a function of, as their `settings.json` holds it.
+Record = dict[str, object]
 
 
 class Bar(Protocol):
@@ -123,7 +127,7 @@ class SampleResult:
     images: Path
     grid: Path
     loaded: LoadedRun
-    settings: dict[str, Any]
+    settings: Record
 
 
 def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
@@ -168,9 +172,7 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
         return _result(images, folder, loaded, settings, request)
 
 
-def _result(
-    images: Path, folder: Path, loaded: LoadedRun, settings: dict[str, Any], request: SampleRequest
-) -> SampleResult:
+def _result(images: Path, folder: Path, loaded: LoadedRun, settings: Record, request: SampleRequest) -> SampleResult:
     return SampleResult(
         images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
     )
@@ -232,9 +234,7 @@ def _unit(device: torch.device, batch_size: int) -> int:
     return max(GROUP, min(BLOCK, 1 << (batch_size.bit_length() - 1)))
 
 
-def _draw_to(
-    folder: Path, images: Path, record: dict[str, Any], draw: _Draw, world: distributed.World, bar: Bar
-) -> None:
+def _draw_to(folder: Path, images: Path, record: Record, draw: _Draw, world: distributed.World, bar: Bar) -> None:
     """This rank's share of the blocks; then, on the main rank, the files made of all of them."""
     blocks = files.inside(folder, "blocks")
     missing: list[int] = []
@@ -310,13 +310,13 @@ def _is_whole(blocks: Path, num: int, number: int) -> bool:
         return False
 
 
-def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
+def _same(saved: Record, record: Record) -> bool:
     """Whether samples with the record `saved` are those asked for; what an older record does not say is no difference."""
     now = runs.as_json(record)
     return all(now[key] == value for key, value in saved.items() if key in now)
 
 
-def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
+def _find_folder(named: Path, record: Record, file: str) -> Path:
     """`named`, or the folder beside it whose record says that it holds the same samples: names have been made by other
     rules, such as intervals as they were typed. Before all comes one that holds `file`.
     """
@@ -326,7 +326,7 @@ def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
     for folder in sorted(named.parent.glob(f"step_{record['step']:07d}-*/")):
         if folder.is_symlink():
             continue
-        saved: dict[str, Any] = {}
+        saved: Record = {}
         with suppress(UserError):  # a damaged record says nothing
             unfinished = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
             saved = runs.read_json(folder / "settings.json", unfinished)
@@ -335,7 +335,7 @@ def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
     return max(found, key=lambda folder: (folder / file).exists(), default=named)
 
 
-def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
+def _check_folder(folder: Path, record: Record, images: Path) -> None:
     """Refuses a folder with finished samples of other settings: they would be taken for the ones asked for."""
     saved = runs.read_json(folder / "settings.json", {})
     if not saved and images.exists():  # earlier versions wrote the record after the images
@@ -349,7 +349,7 @@ def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
         )
 
 
-def _prepare(blocks: Path, record: dict[str, Any], file: str) -> None:
+def _prepare(blocks: Path, record: Record, file: str) -> None:
     """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for `file`."""
     files.make_directory(blocks)
     saved = runs.read_json(blocks / "settings.json", {})

@@ -240,7 +240,7 @@ def cached_feature(cache: Cache, name: str) -> CachedFeature:
 
 
 def save_parts(
-    parts: Parts, run: Path, step: int, config: RunConfig, world: World, *, state: Mapping[str, Any]
+    parts: Parts, run: Path, step: int, config: RunConfig, world: World, *, state: Mapping[str, object]
 ) -> None:
     """Writes a checkpoint from the main rank. The files are the same whether the model is sharded or not.
 
@@ -257,7 +257,7 @@ def save_parts(
         files["adversary"] = checkpoint.optimizer_tensors(parts.adversary_optimizer, _adversary_names(parts))
     whole = {stem: distributed.gather(tensors, keep=world.is_main) for stem, tensors in files.items()}
     if world.is_main:
-        described: dict[str, Any] = {"model": config.model, "method": config.method, **state}
+        described: dict[str, object] = {"model": config.model, "method": config.method, **state}
         if parts.scaler is not None:
             described["scaler"] = parts.scaler.state_dict()
         checkpoint.save_checkpoint(run, step, whole, described, keep=config.keep_checkpoints)
