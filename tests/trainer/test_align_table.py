@@ -45,7 +45,7 @@ def test_all_methods_are_in_the_table():
 @pytest.mark.parametrize("name", method_names())
 def test_option_classes_are_frozen_keyword_only_and_typed(name):
     cls: Any = config_class(name)
-    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+    assert dataclasses.is_dataclass(config_class(name)) and cls.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(cls))
     hints = typing.get_type_hints(cls)
     assert {field.name for field in dataclasses.fields(cls)} <= set(hints)
