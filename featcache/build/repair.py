@@ -10,7 +10,7 @@ import featcache
 from featcache.build.lead import Progress
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import prepare
-from featcache.build.run import BuildRequest
+from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError
 from featcache.machine import pick_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,13 +16,14 @@ from featcache.build.request import BuildRequest
 from featcache.cli.build import request_of
 from featcache.console import ByteBar, console, plain, safe, size_text
 from featcache.errors import UserError
+from featcache.paths import on_this_machine
 from featcache.redact import redact
 from featcache.settings import Given, takes
 
 if TYPE_CHECKING:
     from featcache.share.verify import Report
 
-CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
+CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False, callback=on_this_machine)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. \\[default: all]")]
 Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
 Expect = Annotated[str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it.")]
@@ -34,8 +36,15 @@ Device = Annotated[str, typer.Option(help="For encoding again.")]
 Captions = Annotated[Path | None, typer.Option(help="Table of captions, to encode text features again.")]
 
 
+def _local(path: Path | None) -> Path | None:
+    return None if path is None else on_this_machine(path)
+
+
 def _split(text: str | None) -> list[str] | None:
-    """``"vae/G3,dinov2-b@9,11"`` => names; a bare number is one more layer of the encoder before it."""
+    """``"vae/G3,dinov2-b@9,11"`` => names, each once; a bare number is one more layer of the encoder before it.
+
+    Raises `UserError` if it names nothing: that is not the same as naming no features, which means all.
+    """
     if text is None:
         return None
     names: list[str] = []
@@ -44,7 +53,11 @@ def _split(text: str | None) -> list[str] | None:
             names.append(f"{names[-1].split('@')[0]}@{part}")
         elif part:
             names.append(part)
-    return names
+    if not names:
+        raise UserError(
+            f"--features {text!r} names no feature", remedy="Name some, separated by commas, or leave --features out."
+        )
+    return list(dict.fromkeys(names))
 
 
 def list_caches(
@@ -85,7 +98,7 @@ def list_caches(
             f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
         )
     if table.row_count:
-        console.print(table)
+        console.print_table(table)
     for line in problems:
         console.print(line)
 
@@ -97,7 +110,7 @@ def _counted(problems: Sequence[object]) -> str:
 def verify(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
-    threads: Annotated[int | None, typer.Option(help="\\[default: one a core; 8 for a URL]")] = None,
+    threads: Annotated[int | None, typer.Option(help="\\[default: one a core; 8 for a URL]", min=1)] = None,
     expect: Expect = None,
     signed_by: SignedBy = None,
     sample: Annotated[
@@ -322,6 +335,8 @@ def sign(
 
 def _confirmed(question: str) -> bool:
     """The answer to a question; no where there is nobody to ask."""
+    if sys.stdin is None:
+        return False
     try:
         return bool(typer.confirm(question))
     except typer.Abort:
@@ -369,7 +384,10 @@ def restore(
 
 
 def collect_garbage(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache, or of several caches.", show_default=False)],
+    cache: Annotated[
+        Path,
+        typer.Argument(help="Folder of the cache, or of several caches.", show_default=False, callback=on_this_machine),
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
 ) -> None:
@@ -394,8 +412,11 @@ def catalogue(
     html: Annotated[Path | None, typer.Option(help="Page to write: one file, for a browser.")] = None,
 ) -> None:
     """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
+    from featcache.paths import PAGES, check_output
     from featcache.share import catalogue as page
 
+    if html is not None:
+        check_output(html, PAGES, example="caches.html")
     rows = page.gather(place)
     if not rows:
         raise UserError(
@@ -440,7 +461,7 @@ def pull(
     url: Annotated[
         str, typer.Argument(help="Where the cache is: s3://, gs://, hf://, http(s):// or a folder.", show_default=False)
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False, callback=on_this_machine)],
     features: Features = None,
     samples: Annotated[int | None, typer.Option(help="Only the first so many samples (whole shards).", min=1)] = None,
     threads: Threads = 8,
@@ -467,8 +488,10 @@ def pull(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Cache to read.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="Folder of the new cache.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Cache to read.", show_default=False, callback=on_this_machine)],
+    target: Annotated[
+        Path, typer.Argument(help="Folder of the new cache.", show_default=False, callback=on_this_machine)
+    ],
     to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
     features: Features = None,
     shard_size: Annotated[int | None, typer.Option(help="Samples a shard of the new cache.", min=1)] = None,
@@ -496,7 +519,8 @@ def import_latents(
     source: Annotated[Path, typer.Argument(help="Folder of latents.", show_default=False)],
     layout: Annotated[str, typer.Option("--from", help="Who made them: repa, edm2 or lightningdit.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]")
+        Path | None,
+        typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]", callback=_local),
     ] = None,
     vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
 ) -> None:
@@ -513,8 +537,8 @@ def import_latents(
 @takes(BuildRequest, but=["batch_size", "compile", "on_bad_image", "shard_size", "format", "compressor", "seed"])
 def plan(
     given: Given,
-    steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.")] = 2.0,
-    batch: Annotated[int, typer.Option(help="Training batch to plan reading for.")] = 256,
+    steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.", min=0, max=1e6)] = 2.0,
+    batch: Annotated[int, typer.Option(help="Training batch to plan reading for.", min=1, max=2**31 - 1)] = 256,
     measure: Annotated[
         bool, typer.Option("--measure", help="Encode a few real images: rates, error of each precision and codec.")
     ] = False,

@@ -148,7 +148,10 @@ def remove_features(path: str | Path, features: Sequence[str], *, now: bool = Fa
     with cache_lock(path):
         manifest = read_root(path)
         if manifest.format != "zarr":
-            raise CacheError(f"{path} is a webdataset cache: features cannot be removed from its tars")
+            raise CacheError(
+                f"{path} is a webdataset cache: features cannot be removed from its tars",
+                remedy="make a copy with just the features that are to stay: featcache convert OLD NEW --to zarr --features ...",
+            )
         missing = [name for name in features if name not in manifest.features]
         if missing:
             raise CacheError(

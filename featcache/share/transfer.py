@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,13 +36,14 @@ from featcache.store.contents import (
     read_blocks,
     read_checksums,
     shard_files,
+    sound_file,
 )
-from featcache.store.layout import PUSHES, ROOT_NAMES, STATE
+from featcache.store.layout import PUSHES, ROOT_NAMES, SIGNATURE, STATE
 from featcache.store.manifest import Manifest
 from featcache.store.places import Location, Missing
 from featcache.store.remote import Destination, is_remote, local_path, open_destination, open_location, parse_hub_url
 from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
-from featcache.store.signing import SIGNATURE, parse_digest, read_signature
+from featcache.store.signing import parse_digest, read_signature
 from featcache.store.writer import (
     CacheWriter,
     building_directory,
@@ -126,9 +126,12 @@ def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | No
         missing = [name for name in features if name not in manifest.features]
         if missing:
             have = ", ".join(sorted(manifest.features))
-            raise CacheError(f"the cache does not hold {', '.join(missing)} (it holds {have})")
+            raise CacheError(f"the cache does not hold {', '.join(missing)}", remedy=f"it holds {have}")
         if manifest.format == "wds" and set(features) != set(manifest.features):
-            raise CacheError("a webdataset cache holds all features in each tar: pull it whole, then convert it")
+            raise CacheError(
+                "a webdataset cache holds all features in each tar, and goes as a whole",
+                remedy="leave --features out, then take them from the copy: featcache convert COPY NEW --to zarr --features ...",
+            )
         wanted = {*features, *(name for name in _ALWAYS if name in manifest.features)}
         part = part.only(wanted)
     if samples is not None:
@@ -529,7 +532,7 @@ def _send_shards(
             version = place.version(entry.name)
             if version is not None and version == sent[entry.name][1]:
                 return
-        path, size = _sound_file(source, entry, expected)
+        path, size = sound_file(source, entry, expected)
         place.put(entry.name, path)
         if read_back and _sha256(place.chunks(entry.name, 0, size)) != expected:
             raise CacheError(f"{place.url}/{entry.name} did not arrive as it was sent")
@@ -551,17 +554,6 @@ def _send_shards(
 
     in_parallel(todo, send, done, threads)
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
-
-
-def _sound_file(source: Path, entry: ShardFileEntry, sha256: str) -> tuple[Path, int]:
-    """A shard's file and its length; raises `CacheError` if its bytes are not the recorded ones."""
-    path = files.inside(source, entry.name)
-    if files.sha256_of(path) != sha256:
-        raise CacheError(
-            f"{path} is damaged: its bytes do not match the recorded SHA-256; it was not sent",
-            remedy=f"featcache verify {shlex.quote(str(source))} --repair mends it",
-        )
-    return path, path.stat().st_size
 
 
 def _sha256(pieces: Iterable[bytes]) -> str:
@@ -681,7 +673,7 @@ def _to_send(
         if entry.array in present:
             before += 1
             continue
-        content[entry.name], size = _sound_file(source, entry, recorded[entry.array][entry.shard])
+        content[entry.name], size = sound_file(source, entry, recorded[entry.array][entry.shard])
         sizes.append(size)
     if cache_digest(merged) == cache_digest(whole) and (signature := read_signature(open_location(source))) is not None:
         content[SIGNATURE] = signature

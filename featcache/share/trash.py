@@ -72,7 +72,8 @@ class Entry:
     deleting: bool
 
     def expired(self, older_than_s: float) -> bool:
-        return self.deleting or _now_s() - self.removed_s >= older_than_s
+        # Where the clock went back since, it was removed just now.
+        return self.deleting or max(0.0, _now_s() - self.removed_s) >= older_than_s
 
 
 def _stamp() -> str:
@@ -320,6 +321,8 @@ def restore_features(cache: Path, wanted: Sequence[str] | None) -> list[str]:
 
     Raises `CacheError` if they are not there, not whole, or in the cache already.
     """
+    if find_root(cache) is None:
+        read_root(cache)  # raises, saying what is there instead, before a lock makes a state folder there
     with cache_lock(cache):
         manifest = read_root(cache)
         remove_void(cache, manifest)
@@ -372,7 +375,10 @@ def _choose(cache: Path, manifest: Manifest, wanted: Sequence[str] | None) -> di
         if names and latest is None:
             latest = (entry, names)
     if latest is None:
-        raise CacheError(f"there is nothing in the trash of {cache} to restore")
+        raise CacheError(
+            f"there is nothing in the trash of {cache} to restore",
+            remedy=f"featcache info {shlex.quote(str(cache))} lists what the cache holds",
+        )
     if wanted is None:
         return {latest[0]: latest[1]}
     missing = [name for name in wanted if name not in held]

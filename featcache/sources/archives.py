@@ -23,7 +23,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -33,6 +33,7 @@ import numpy as np
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes, key_text, printable
 from featcache.redact import redact
+from featcache.settings import is_number
 from featcache.sources.base import EXTENSIONS, EncodedSource
 from featcache.sources.opening import explained
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
@@ -532,8 +533,9 @@ def find_places(data: str) -> list[Place]:
             try:
                 places.append(Place(location, name, location.size(name)))
             except (Missing, CacheError) as error:
+                why = error.what if isinstance(error, UserError) else "there is nothing of that name"
                 raise UserError(
-                    f"{redact(text)} cannot be read: {error}", remedy="Check the URL and the pattern."
+                    f"{redact(text)} cannot be read: {why}", remedy="Check the URL and the pattern."
                 ) from error
             continue
         found = sorted(Path(text).parent.glob(Path(text).name)) if "*" in text else [Path(text)]
@@ -546,21 +548,23 @@ def find_places(data: str) -> list[Place]:
     return places
 
 
-def _expanded(pattern: str) -> list[str]:
-    """Brace patterns as shells and webdataset write them; the longest width pads numbers."""
+def _expanded(pattern: str) -> Iterator[str]:
+    """Brace patterns as shells and webdataset write them, one after the other; the first number's width pads all."""
     before, opened, rest = pattern.partition("{")
     inside, closed, after = rest.partition("}")
     if not opened or not closed:
-        return [pattern]
+        yield pattern
+        return
     first, dots, last = inside.partition("..")
     if dots:
-        if not (first.isdigit() and last.isdigit()):
+        if not (is_number(first) and is_number(last)):
             raise UserError(f"{{{inside}}} is not a range", remedy="Write for example {000000..000146}.")
-        choices = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+        choices: Iterable[str] = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
     else:
         choices = inside.split(",")
-    tails = _expanded(after)
-    return [before + choice + tail for choice in choices for tail in tails]
+    for choice in choices:
+        for tail in _expanded(after):
+            yield before + choice + tail
 
 
 def kind_of(places: Sequence[Place], *, folder: bool) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import featcache
 from featcache.errors import UserError
+from featcache.settings import is_number
 from featcache.sources.archives import find_places, open_archives
 from featcache.sources.base import Source
 from featcache.sources.folder import open_folder
@@ -33,7 +34,7 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
     """
     if data == "shapes" or data.startswith("shapes:"):
         seed = data.partition(":")[2] or "0"
-        if not seed.isdigit():
+        if not is_number(seed):
             raise UserError(f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0")
         return ShapesSource(count=limit or 2000, resolution=resolution, seed=int(seed))
     try:

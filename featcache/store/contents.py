@@ -139,6 +139,17 @@ def read_checksums(place: Location, manifest: Manifest, array: str) -> list[str]
     return parse_checksums(data, shard_names(manifest, array), f"{place.url}/{name}")
 
 
+def sound_file(path: Path, entry: ShardFileEntry, sha256: str) -> tuple[Path, int]:
+    """A shard's file in the cache at `path`, and its length; raises `CacheError` if its bytes are not the recorded ones."""
+    file = files.inside(path, entry.name)
+    if files.sha256_of(file) != sha256:
+        raise CacheError(
+            f"{file} is damaged: its bytes do not match the recorded SHA-256; it was not copied",
+            remedy=f"featcache repair {shlex.quote(str(path))} mends it",
+        )
+    return file, file.stat().st_size
+
+
 def read_blocks(place: Location, manifest: Manifest, array: str) -> list[ShardBlocks] | None:
     """The hashes of an array's blocks, from a place; None where the manifest names none."""
     if array not in manifest.blocks:

@@ -25,12 +25,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from featcache.errors import CacheError
+from featcache.errors import CacheError, os_error
 from featcache.store.blocks import BLOCK_BYTES, BlockHasher, ShardBlocks
 
 PART_SUFFIX = ".part"
 _LINK_REMEDY = "put what it stands for in its place, or remove it"
-_READ_REMEDY = "featcache verify names all that is damaged"
+_READ_REMEDY = "name a file; in a cache, featcache verify names all that is damaged"
 # What file systems without hard links answer to a request for one.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 _PART = re.compile(r"(.+?)(?:\.[0-9a-f]{16})?\.part\Z", re.DOTALL)
@@ -493,7 +493,7 @@ def open_to_read(path: Path) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise explain(error, path) from error
-        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=_READ_REMEDY) from error
+        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=os_error(error).remedy) from error
 
 
 def open_to_write(path: Path, flags: int = 0) -> int:

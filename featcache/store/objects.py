@@ -167,7 +167,7 @@ def _object_store(url: str, scheme: str) -> Any:
             options |= _gs_options(url)
         return from_url(url, **options)
     except (BaseError, ValueError) as error:
-        raise UserError(f"{redact(url)} cannot be reached: {first_line(error)}") from error
+        raise UserError(f"{redact(url)} cannot be reached: {first_line(error)}", remedy="check the URL") from error
 
 
 def _s3_options(url: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import CacheError
+from featcache.paths import typed
 from featcache.store import files
 from featcache.store.layout import ROOT_NAMES, STATE, array_metadata, canonical_json, group_metadata
 from featcache.store.manifest import (
@@ -19,6 +20,7 @@ from featcache.store.manifest import (
 )
 
 _MANIFEST, _CHECKSUM = "featcache", "featcache_sha256"
+_DAMAGED_REMEDY = "get that file again from where the cache came from, or build the cache again"
 
 
 class NotACache(CacheError):
@@ -72,16 +74,19 @@ def parse_root(data: bytes, where: str) -> Manifest:
 
     The check is by content, not spelling, so that a file passed through another JSON writer still opens.
     """
-    document = load_json(data, where)
-    attributes = document.get("attributes") if isinstance(document, dict) else None
-    if not isinstance(attributes, dict) or _MANIFEST not in attributes:
-        raise NotACache(f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}")
-    manifest = manifest_from_json(attributes[_MANIFEST])
-    if canonical_json(document) != root_bytes(manifest):
-        raise CacheError(
-            f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest",
-            remedy="get that file again from where the cache came from, or build the cache again",
-        )
+    try:
+        document = load_json(data, where)
+        attributes = document.get("attributes") if isinstance(document, dict) else None
+        if not isinstance(attributes, dict) or _MANIFEST not in attributes:
+            raise NotACache(
+                f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}",
+                remedy="featcache ls DIR lists the caches below a folder",
+            )
+        manifest = manifest_from_json(attributes[_MANIFEST])
+        if canonical_json(document) != root_bytes(manifest):
+            raise CacheError(f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest")
+    except CacheError as error:
+        raise type(error)(error.what, remedy=error.remedy or _DAMAGED_REMEDY) from error
     return manifest
 
 
@@ -112,6 +117,6 @@ def read_root(path: Path) -> Manifest:
             )
         raise CacheError(
             f"there is no cache at {path}",
-            remedy=f"featcache build --out {path} makes one; featcache ls DIR lists them",
+            remedy=f"featcache build --out {typed(path)} makes one; featcache ls DIR lists them",
         )
     return parse_named_root(files.read_bounded(root, MAX_METADATA_BYTES), root.name, str(root))

@@ -615,7 +615,7 @@ def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> No
     if differences:
         raise CacheError(
             f"{path} holds a cache of other images or preprocessing:\n  " + "\n  ".join(differences),
-            remedy="use the same --data and options as that cache, or choose another --out",
+            remedy="use the same images and options as that cache, or choose another folder",
         )
 
 
@@ -626,7 +626,7 @@ def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> N
         raise CacheError(
             f"{path} holds {have.name!r} already (complete or begun), with another {key}: "
             f"{have.to_json()[key]!r:.300} there, {want.to_json()[key]!r:.300} here",
-            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another --out",
+            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another folder",
         )
 
 
@@ -751,6 +751,6 @@ def unfinished_features(path: Path) -> list[str]:
 
 def refuse_foreign_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise CacheError(f"{path} is a file", remedy="choose another --out")
+        raise CacheError(f"{path} is a file", remedy="choose another folder")
     if path.is_dir() and not (path / STATE).is_dir() and find_root(path) is None and any(path.iterdir()):
-        raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another --out")
+        raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another folder")

@@ -10,7 +10,7 @@ from pathlib import Path
 from featcache.errors import CacheError
 from featcache.store import files
 from featcache.store.layout import COMPRESSORS, canonical_json
-from featcache.store.manifest import DatasetSpec, FeatureSpec, Manifest, manifest_from_json
+from featcache.store.manifest import MAX_SHARD_SIZE, DatasetSpec, FeatureSpec, Manifest, manifest_from_json
 from featcache.store.root import find_root
 from featcache.store.wds_writer import WdsWriter
 from featcache.store.writer import (
@@ -49,6 +49,11 @@ def create_writer(
         raise CacheError(f"there is no compressor {compressor!r}", remedy=f"use one of {', '.join(COMPRESSORS)}")
     if format == "wds" and compressor is not None:
         raise CacheError("webdataset caches are not compressed", remedy="use the zarr format, or no compressor")
+    if not 1 <= shard_size <= MAX_SHARD_SIZE:
+        raise CacheError(
+            f"a shard cannot hold {shard_size} samples: 1 to {MAX_SHARD_SIZE:,} are possible",
+            remedy="choose another --shard-size, or leave it out",
+        )
     wanted = Manifest(
         dataset=dataset,
         shard_size=shard_size,
@@ -64,7 +69,9 @@ def create_writer(
             files.atomic_write(state_directory(path) / "dataset.json", [canonical_json(wanted.to_json())])
             return _writer(path, wanted)
     if not resume:
-        raise CacheError(f"there is a cache at {path} already", remedy="choose another --out, or leave --no-resume out")
+        raise CacheError(
+            f"there is a cache at {path} already", remedy="choose another folder, or call with resume=True"
+        )
     require_same_dataset(existing, wanted, path)
     return _writer(path, existing)
 

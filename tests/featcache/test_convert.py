@@ -57,6 +57,36 @@ def test_some_features_only_and_more_later(tmp_path: Path) -> None:
     assert tree(tmp_path / "b") == tree(original)
 
 
+@pytest.mark.parametrize("form", ["zarr", "wds"])
+@pytest.mark.parametrize("shard_size", [None, 7, 50])
+def test_damage_is_not_copied(tmp_path: Path, form: str, shard_size: int | None) -> None:
+    """The copy gets checksums of its own, which would say of damaged values that they are sound."""
+    original = build(tmp_path / "a")
+    if form == "wds":
+        original = convert(original, tmp_path / "w", to="wds") and tmp_path / "w"
+    (shard,) = original.glob("00000001.tar" if form == "wds" else "vae/moments/c.1.*")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    for to in ("zarr", "wds"):
+        with pytest.raises(CacheError, match="is damaged: its bytes do not match") as error:
+            convert(original, tmp_path / f"copy-{to}", to=to, shard_size=shard_size)
+        assert "featcache repair" in str(error.value.remedy)
+        with pytest.raises(CacheError, match="unfinished build"):
+            featcache.open(tmp_path / f"copy-{to}")
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    convert(original, tmp_path / "copy-zarr", to="zarr", shard_size=shard_size)
+    assert verify(tmp_path / "copy-zarr").ok
+
+
+def test_other_features_may_be_damaged(tmp_path: Path) -> None:
+    original = build(tmp_path / "a")
+    next(original.glob("vae/moments/c.1.*")).write_bytes(b"")
+    convert(original, tmp_path / "b", to="zarr", features=["label", "key", "tiny@5"])
+    assert verify(tmp_path / "b").ok
+
+
 def test_refusals(tmp_path: Path) -> None:
     original = build(tmp_path / "a")
     with pytest.raises(CacheError, match="no cache format 'tfrecord'"):

@@ -14,16 +14,7 @@ from torch import Tensor
 from featcache.encoders.base import Compute, WeightsSource
 from featcache.encoders.custom import UserEncoder
 from featcache.encoders.keys import from_ijepa, from_mocov3
-from featcache.encoders.table import (
-    CLIP_MEAN,
-    CLIP_STD,
-    ENCODERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    TEXTS,
-    VAES,
-    token_grid,
-)
+from featcache.encoders.table import CLIP_MEAN, CLIP_STD, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, TEXTS, VAES, token_grid
 from featcache.encoders.tiny import load_tiny_vae
 from featcache.encoders.vae import LEVELS, VaeEncoder, build_vae, downsampling_of, encoder_layers, load_vae
 from featcache.encoders.vision import Preparation, VisionEncoder, build_vision, on_grid

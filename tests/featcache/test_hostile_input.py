@@ -26,7 +26,8 @@ import pytest
 from PIL import Image
 
 import featcache
-from featcache.build.run import BuildRequest, build
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.errors import UserError
 from featcache.keys import from_printable, key_bytes, key_text, printable
 from featcache.share.importers import ImportRequest, import_latents, open_latents
@@ -754,7 +755,7 @@ def test_files_larger_than_any_image_are_bad(folder: Path, monkeypatch: pytest.M
 def test_a_network_that_fails_is_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --on-bad-image skip the whole archive would be left out."""
     from featcache.errors import CacheError
-    from featcache.store.remote import LocalLocation
+    from featcache.store.places import LocalLocation
 
     source = opened(tmp_path / "set.tar", tar_of([("n0/a.png", picture())]))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from featcache.build.prepare import prepare
-from featcache.build.run import BuildRequest
+from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice, hub
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.missing import require_weights

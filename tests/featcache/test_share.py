@@ -423,7 +423,7 @@ def test_push_refuses_damage_and_conflicts(source: Path, bucket, tmp_path: Path)
     damaged = tmp_path / "damaged"
     shutil.copytree(source, damaged)
     corrupt(damaged / "dino@9" / "c.0.0.0", lambda data: data.__setitem__(0, data[0] ^ 1))
-    with pytest.raises(CacheError, match=r"is damaged(.|\n)*was not sent(.|\n)*--repair"):
+    with pytest.raises(CacheError, match=r"is damaged(.|\n)*was not copied(.|\n)*featcache repair"):
         push(damaged, url)
     push(source, url)
     other = build(tmp_path / "other", count=20)

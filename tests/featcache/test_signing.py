@@ -19,9 +19,10 @@ from web_server import serve
 import featcache
 from featcache.errors import CacheError, UserError
 from featcache.share.transfer import pull, push
+from featcache.store.layout import SIGNATURE
 from featcache.store.remote import open_location
 from featcache.store.root import cache_digest, read_root
-from featcache.store.signing import SIGNATURE, parse_digest, read_signature, require_signature, sign
+from featcache.store.signing import parse_digest, read_signature, require_signature, sign
 
 pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not here")
 

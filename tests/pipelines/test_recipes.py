@@ -20,8 +20,8 @@ import torch
 import typer
 import yaml
 
-from featcache.build.request import parse_resolution
-from featcache.build.run import BuildRequest, build
+from featcache.build.request import BuildRequest, parse_resolution
+from featcache.build.run import build
 from featcache.cli import app as featcache_app
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.codecs import CODECS, decode, encode, stored_arrays
+from featcache.codecs import decode, encode
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import VaeEncoder
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
 from featcache.inspect import source_of
+from featcache.store.layout import CODECS, stored_arrays
 from trainer.align.base import AlignInputs
 from trainer.align.heads import to_grid
 from trainer.analyze.gradients import degrees, hidden_gradients

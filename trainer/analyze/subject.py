@@ -38,6 +38,7 @@ from trainer.training.state import backbone_info, build_alignment, cached_featur
 
 _POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
 MIXTURE = "router's mixture"
+FEWEST_SAMPLES = 8
 _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnostics
 
 
@@ -82,6 +83,11 @@ class Subject:
         self.model = loaded.model
         self.cfg = loaded.model.cfg
         self.cache = open_cache(run)
+        if len(self.cache) < FEWEST_SAMPLES:
+            raise UserError(
+                f"{self.cache.path} holds {len(self.cache)} images, and diagnostics need at least {FEWEST_SAMPLES}",
+                remedy="Analyse a run that was trained on more.",
+            )
         self.info = backbone_info(loaded.config.model, self.cfg)
         self.alignment = self._load_alignment()
         self._teacher: Transformer | None = None

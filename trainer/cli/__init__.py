@@ -15,6 +15,7 @@ import typer
 
 from featcache.console import console, run_app, safe
 from featcache.errors import UserError, os_error
+from featcache.paths import typed
 from featcache.redact import is_redacted
 from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
 from trainer.analyze import DIAGNOSTICS
@@ -62,7 +63,7 @@ def run(
 
         with RichWatcher() as watcher:
             folder = train(config, resume=resume, watcher=watcher, expect=expect)
-        console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(folder)}")
+        console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
 
 
 @contextmanager

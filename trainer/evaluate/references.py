@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.paths import check_output
 from featcache.precision import tensor_float32
 from featcache.store import files
 from trainer.evaluate.extractors import Extractor
@@ -333,8 +334,7 @@ def write_statistics(
     Raises:
         UserError: as `open_images` and `compute_statistics`; `out` not ending in .npz.
     """
-    if out.suffix != ".npz":
-        raise UserError(f"{out} does not end in .npz", remedy=f"Type --out {out.with_suffix('.npz')}")
+    check_output(out, (".npz",), example="reference.npz")
     images = open_images(where, resolution=resolution, data=data)
     statistics = compute_statistics(
         images,

@@ -13,6 +13,7 @@ import torch
 import featcache
 from featcache.errors import CacheError, UserError
 from featcache.inspect import contact_sheet, images_of
+from featcache.paths import PAGES, check_output
 from trainer import align
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import FeatureInfo
@@ -41,8 +42,10 @@ def write_run_report(
     The comparison goes to `comparison.html` in the first run's folder where `out` is None.
 
     Raises:
-        UserError: a folder is not a run, or is named twice.
+        UserError: a folder is not a run, or is named twice; `out` is no name for a page.
     """
+    if out is not None:
+        check_output(out, PAGES, example="report.html")
     for folder in folders:
         runs.load_config(folder)
     if len({folder.resolve() for folder in folders}) < len(folders):

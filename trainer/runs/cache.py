@@ -10,6 +10,7 @@ import numpy as np
 
 import featcache
 from featcache.errors import CacheError
+from featcache.paths import typed
 from trainer import align
 from trainer.align.base import FeatureInfo
 from trainer.align.features import encoder_layers
@@ -25,11 +26,16 @@ class WrongCache(CacheError):
 
 
 def check_made_with(config: RunConfig, cache: featcache.Cache) -> None:
-    """Refuses a cache of another resolution or VAE than the configuration asks for.
+    """Refuses a cache of another resolution or VAE than the configuration asks for, and one without images.
 
     Raises:
         WrongCache: it is one.
     """
+    if not len(cache):
+        raise WrongCache(
+            f"{cache.path} holds no images: all {cache.manifest.dataset.count} were skipped when it was built",
+            remedy=f"featcache info {typed(cache.path)} says why; build another one from images that can be read.",
+        )
     dataset = cache.manifest.dataset
     asked = {"resolution": config.resolution, "vae": config.vae}
     found = {"resolution": dataset.preprocessing.get("resolution"), "vae": (dataset.vae or {}).get("name")}
@@ -167,7 +173,7 @@ def build_line(
             layers[encoder] |= {9, 11}
     words = ["featcache build"]
     if cache is not None:
-        words.append(f"--into {cache}")
+        words.append(f"--into {typed(cache)}")
     if resolution is not None:
         words.append(f"--resolution {resolution}")
     if vae is not None:

@@ -137,7 +137,7 @@ class RunConfig:
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of the alignment methods in use; empty for `none`."""
-        return tuple(m for m in self.method.split("+") if m != "none")
+        return tuple(name for name in split_methods(self.method) if name != "none")
 
     def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
         """Shape of the backbone for images of `resolution` pixels per side, given the manifest's `dataset.vae`.

@@ -108,10 +108,14 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     """Writes a run's averaged weights (and its raw ones) as a file that the public code loads.
 
     Raises:
-        UserError: no such run, an unknown convention, or a model the convention has no place for.
+        UserError: no such run, an unknown convention, a model the convention has no place for, or `out` is no name
+            for a checkpoint.
     """
+    from featcache.paths import CHECKPOINTS, check_output
+
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
+    check_output(out, CHECKPOINTS, example="weights.pt")
     at, folder = checkpoint.find_checkpoint(run, step)
     raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}

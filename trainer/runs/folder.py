@@ -15,6 +15,7 @@ from featcache.settings import from_mapping, to_mapping
 from featcache.store import files
 from featcache.store.manifest import nested_deeper
 from featcache.store.root import cache_digest
+from featcache.store.signing import require_digest
 from trainer.runs import locks, schemas
 from trainer.runs.config import RunConfig
 
@@ -122,7 +123,7 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
         UserError: the folder exists already, or was begun with other settings.
         CacheError: it was trained on other images or other features.
     """
-    if not (run / "config.yaml").exists():
+    if not is_run(run):
         return
     if not resume:
         raise UserError(
@@ -192,23 +193,13 @@ def check_same_bytes(run: Path, cache: Cache) -> str | None:
 
 
 def check_digest(cache: Cache, expected: str) -> None:
-    """Refuses a cache without the digest `expected` (whole, or its first 12 hex digits or more).
+    """Refuses a cache without the digest `expected`, all of it.
 
     Raises:
         CacheError: it has another one.
         UserError: `expected` is no digest.
     """
-    wanted, found = expected.strip().lower(), _digest(cache)
-    if len(wanted) < 12 or any(c not in "0123456789abcdef" for c in wanted):
-        raise UserError(
-            f"--expect {expected!r:.80} is not a digest",
-            remedy="Pass the 64 hexadecimal digits that whoever made the cache gives for it, or at least the first 12.",
-        )
-    if not found.startswith(wanted):
-        raise CacheError(
-            f"{cache.path} has the digest {found}, not {wanted}",
-            remedy="It is another cache, or was changed: get it again from whom you trust.",
-        )
+    require_digest(cache.manifest, expected, str(cache.path))
 
 
 def _digest(cache: Cache) -> str:
@@ -277,6 +268,11 @@ def save_config(run: Path, config: RunConfig) -> None:
     write_text(run / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (folder / "config.yaml").exists()
+
+
 def load_config(run: Path) -> RunConfig:
     """The resolved configuration of a run.
 
@@ -286,7 +282,7 @@ def load_config(run: Path) -> RunConfig:
     from trainer.runs.yaml_text import read_yaml
 
     path = run / "config.yaml"
-    if not path.exists():
+    if not is_run(run):
         raise UserError(
             f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs."
         )

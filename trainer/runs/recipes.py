@@ -365,7 +365,10 @@ def _read(file: Path) -> dict[str, Any]:
     """The mapping in one file."""
     values = read_yaml(file)
     if not isinstance(values, dict):
-        raise UserError(f"{file} must hold keys and values, for example 'method: ahpa'")
+        raise UserError(
+            f"{file} must hold keys and values, for example 'method: ahpa'",
+            remedy="Type: trainer recipes   to list them.",
+        )
     return values
 
 

@@ -216,9 +216,14 @@ def reverse_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+_OTHER_FILE = (
+    "Name the .pt or .safetensors file that the public code wrote; of a run of ours: trainer export RUN weights.pt"
+)
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"There is no checkpoint at {path}.")
+        raise UserError(f"There is no checkpoint at {path}.", remedy=_OTHER_FILE)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
@@ -240,10 +245,11 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
         raise UserError(
-            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {' '.join(str(error).split()):.300}",
+            remedy=_OTHER_FILE,
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint or state dict.")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint or state dict.", remedy=_OTHER_FILE)
     return content
 
 

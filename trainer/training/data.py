@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.read.reader import epoch_order
+from featcache.read.order import epoch_order
 
 if TYPE_CHECKING:
     from featcache import Cache, Reader

@@ -402,8 +402,10 @@ def _told_how_to_go_on(job: Job) -> Iterator[None]:
         words = ["trainer run --resume", f"--name {shlex.quote(str(job.config.name))}"]
         if is_redacted(str(job.config.cache)):
             words.append("--cache URL")
-        remedy = "" if known.remedy is None else known.remedy.strip()
-        remedy += f" Training goes on with: {' '.join(words)}"
+        go_on = f"Training goes on with: {' '.join(words)}"
+        if not saved and not runs.is_run(job.run):  # so early that there is nothing to resume
+            go_on = "Then type the same command again."
+        remedy = f"{(known.remedy or '').strip().rstrip('.')}. {go_on}" if known.remedy else go_on
         kind = CacheError if isinstance(known, CacheError) else UserError
         raise kind(f"training stopped ({kept}): {known.what}", remedy=remedy.strip()) from error
 
@@ -422,7 +424,7 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
     unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
     if unused and not is_remote(job.cache.path):
         job.watcher.warn(
-            f"{' and '.join(unused)} have no effect: {job.cache.path} is on this machine, so nothing streams"
+            f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect: {job.cache.path} is on this machine, so nothing streams"
         )
     if start >= config.steps:
         job.watcher.warn(f"{job.run} has {start} steps already; nothing to do (raise --steps to go on)")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from featcache.codecs import decode, stored_arrays
+from featcache.codecs import decode
+from featcache.store.layout import stored_arrays
 from trainer.align.base import AlignInputs, Alignment, Teacher
 from trainer.diffusion.transport import build_transport
 from trainer.distributed import is_sharded, local, sum_over_ranks
