@@ -50,8 +50,10 @@ def test_gc_follows_no_link_and_leaves_what_is_not_its_own(tmp_path: Path) -> No
     dead_build(path)
     (path / "link").symlink_to(other, target_is_directory=True)
     (path / "vae" / "link").symlink_to(other / "vae", target_is_directory=True)
-    users = ("thesis.part", "mine/c.0.0.0", "mine/zarr.json", "vae/draft.part", "tiny@5/c.9.0.0.part", "00000000.tar")
-    users += ("tiny@5/c.0.0.part", "tiny@5/c.00.0.0.part", "tiny@5/notes.part", ".featcache/notes.txt")
+    users = [
+        *("thesis.part", "mine/c.0.0.0", "mine/zarr.json", "vae/draft.part", "tiny@5/c.9.0.0.part", "00000000.tar"),
+        *("tiny@5/c.0.0.part", "tiny@5/c.00.0.0.part", "tiny@5/notes.part", ".featcache/notes.txt"),
+    ]
     for name in users:
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(b"mine")
@@ -148,8 +150,10 @@ def test_gc_clears_the_state_that_killed_commands_leave(tmp_path: Path) -> None:
     path = build(tmp_path / "x")
     before = tree(path)
     state = path / ".featcache"
-    left = ("restored/tiny@5+c.0.0.0.fetched", "restored/lock", "push/0123456789abcdef.jsonl")
-    left += ("sound/tiny@5.0123456789abcdef.part", "verified.json.0123456789abcdef.part")
+    left = [
+        *("restored/tiny@5+c.0.0.0.fetched", "restored/lock", "push/0123456789abcdef.jsonl"),
+        *("sound/tiny@5.0123456789abcdef.part", "verified.json.0123456789abcdef.part"),
+    ]
     for name in left:
         (state / name).parent.mkdir(parents=True, exist_ok=True)
         (state / name).write_bytes(b"half")
@@ -171,6 +175,7 @@ def test_gc_leaves_what_a_living_repair_and_push_need(tmp_path: Path) -> None:
     assert manage.collect_garbage(path) == []
     assert all((state / name).exists() for name in names)
     for lock in held:
+        assert lock is not None
         lock.release()
 
 

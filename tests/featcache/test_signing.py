@@ -80,7 +80,7 @@ def cache(tmp_path: Path) -> Path:
 
 def test_digest_is_printed_and_asked_for(cache: Path, tmp_path: Path, run) -> None:
     shown = run("featcache", "info", str(cache))
-    digest = re.search(r"digest ([0-9a-f]{64})\n", shown.stdout)[1]
+    (digest,) = re.findall(r"digest ([0-9a-f]{64})\n", shown.stdout)
     assert digest == cache_digest(read_root(cache))
     wrong = "0" * 64
     with serve(cache.parent) as web:

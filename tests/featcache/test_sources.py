@@ -340,12 +340,12 @@ def test_a_cache_built_from_the_tar_equals_one_built_from_the_folder(folder: Pat
         def advance(self, *_: object) -> None: ...
         def warn(self, *_: object) -> None: ...
 
-    caches = []
+    caches: list[featcache.Cache] = []
     for data in (str(folder), imagenet_tar(folder, tmp_path)):
         out = tmp_path / f"cache{len(caches)}"
         build(
             BuildRequest(data=data, vae="tiny", resolution=32, batch_size=4, shard_size=4, out=out, workers=2),
-            Silent(),  # type: ignore[arg-type]
+            Silent(),
         )
         caches.append(featcache.open(out))
     arrays = [p.relative_to(caches[0].path) for p in Path(caches[0].path).rglob("c.*")]

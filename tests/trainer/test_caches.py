@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,8 @@ def test_the_command_names_a_folder_to_find_and_random_weights(shapes_cache: Pat
     drawn = replace(spec, name="dinov2-b@11", provenance={"weights": "random", "seed": 3})
     dataset = replace(manifest.dataset, source="folder my photos")
     manifest = replace(manifest, dataset=dataset, features={**manifest.features, "dinov2-b@11": drawn})
-    command = build_command(SimpleNamespace(path="c", manifest=manifest), ["dinov2-b@9", "dinov2-b@11"])
+    cache: Any = SimpleNamespace(path="c", manifest=manifest)
+    command = build_command(cache, ["dinov2-b@9", "dinov2-b@11"])
     expected = ["--encoder", "dinov2-b@9,11", "--random-weights", "3", "--data", "/path/to/my photos"]
     assert shlex.split(command.splitlines()[1])[4:] == expected
 

@@ -46,9 +46,10 @@ def export(
     from trainer.runs.folder import read_summary
 
     console.print(f"checkpoint: [bold]{safe(export_checkpoint(run, out, convention=to, step=step))}[/bold]")
-    if cache := (read_summary(run) or {}).get("path"):
+    summary = read_summary(run)
+    if summary is not None and summary["path"]:
         console.print(
-            f"back again: trainer import {safe(typed(out))} --cache {safe(typed(str(cache)))}", soft_wrap=True
+            f"back again: trainer import {safe(typed(out))} --cache {safe(typed(summary['path']))}", soft_wrap=True
         )
 
 

@@ -1,4 +1,4 @@
-"""From a run to its numbers: sample, judge, write ``metrics.json``."""
+"""From a run to its numbers: sample, judge, write `metrics.json`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from trainer.sampling.run import Bar, sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
+    from trainer.runs.schemas import Summary
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
 CPU_SAMPLES, CPU_STEPS = 512, 32
@@ -58,7 +59,7 @@ class _Mute:
 
 
 def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None:
-    """Samples a run's averaged weights, compares them with the reference and adds the numbers to the run's ``metrics.json``.
+    """Samples a run's averaged weights, compares with the reference and adds the numbers to the run's `metrics.json`.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
 
@@ -105,12 +106,12 @@ def _check_before_drawing(
 
 
 def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, bar: Bar) -> EvalResult:
-    """Judges images that are there already, by any code, and writes the numbers to ``<samples>.metrics.json``.
+    """Judges images that are there already, by any code, and writes the numbers to `<samples>.metrics.json`.
 
     Raises:
-        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where they
-            are required.
-        WeightsUnavailable: as :func:`evaluate_run`.
+        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where
+            they are required.
+        WeightsUnavailable: as `evaluate_run`.
     """
     if request.reference is None:
         raise UserError(
@@ -154,7 +155,7 @@ def _judge(
 
 
 def _stages(bar: Bar) -> Callable[[str, int, int | None], None]:
-    """What the judge reports, as one task of the bar a stage."""
+    """What the judge reports, as one task of the bar per stage."""
     stage, shown = "", 0
 
     def progress(name: str, done: int, total: int | None) -> None:
@@ -174,7 +175,7 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
 
 
 def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> tuple[EvalRequest, RunConfig]:
-    """The request at the figure's step, with its sampler, and the run's configuration as if it came from that recipe."""
+    """The request at the figure's step and with its sampler; the run's configuration as if it came from that recipe."""
     recipe = load_recipe_file(figure)
     if recipe.published is None:
         raise UserError(
@@ -228,7 +229,7 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
 
 
 def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
-    """The feature extractor of that name; ``auto`` is Inception where its weights are to be had, else the embedded one."""
+    """The extractor of that name; `auto` is Inception where its weights are to be had, else the embedded one."""
     folder = None if weights_dir is None else Path(weights_dir)
     if name != "auto":
         return build_extractor(name, weights_dir=folder, device=device)
@@ -240,7 +241,7 @@ def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) 
 
 
 def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
-    """What to compare with: ``--reference``, else the cache's own images. Returns (where, data folder)."""
+    """What to compare with: `--reference`, else the cache's own images. Returns (where, data folder)."""
     if request.reference is not None:
         return request.reference, request.data
     summary = cache_summary(run)
@@ -260,7 +261,7 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
     return cache, data_folder(summary, request.data)
 
 
-def data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
+def data_folder(summary: Summary, data: str | None) -> str | None:
     if summary["dataset"]["source"].startswith("shapes "):
         return None
 
@@ -284,7 +285,7 @@ def _append_metrics(run: Path, entry: dict[str, Any]) -> None:
             json.dumps(e.get("settings"), sort_keys=True),
         )
 
-    entry = json.loads(json.dumps(entry))
+    entry = runs.as_json(entry)
     with locks.alone(run / "metrics.json"):
         kept = [e for e in runs.read_metrics(run) if identity(e) != identity(entry)]
         runs.write_text(run / "metrics.json", json.dumps([*kept, entry], indent=1))

@@ -58,7 +58,7 @@ def read_yaml(path: Path) -> Any:
     """The plain values in a file.
 
     Raises:
-        UserError: it cannot be read, or as :func:`parse_yaml`.
+        UserError: it cannot be read, or as `parse_yaml`.
     """
     try:
         data = files.read_bounded(path, MAX_BYTES)
@@ -68,10 +68,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(data: bytes | str, where: str) -> Any:
-    """The plain values in one YAML document; ``where`` opens the error's sentence.
+    """The plain values in one YAML document; `where` opens the error's sentence.
 
     Raises:
-        UserError: no valid YAML, too large, too deep, a key given twice, or a tag (``!!python/...``).
+        UserError: no valid YAML, too large, too deep, a key given twice, or a tag (`!!python/...`).
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")

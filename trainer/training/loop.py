@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def train(
 
     Raises:
         UserError: bad input, a cache that does not fit, a folder in use, or a disk that refuses.
-        Diverged: a loss or gradient that is not finite (the step and the batch's keys are saved in ``diverged.json``).
+        Diverged: a loss or gradient that is not finite (the step and the batch's keys are saved in `diverged.json`).
         SystemExit: SIGTERM or Ctrl-C, after saving; 128 + the signal's number.
     """
     device_name = pick_device(config.device)
@@ -134,7 +135,7 @@ def _train(
 
 
 def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, trained_s: float) -> None:
-    """Steps ``start`` to the end. The host waits for the device where it logs or saves, and nowhere else."""
+    """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
     config, alignment = job.config, job.parts.alignment
     means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
     grids = GridMaker(config, job.cache, job.watcher.warn)
@@ -248,7 +249,7 @@ def forward_backward(
     share: float,
     last: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of one micro-batch, added up; its loss terms with their sum ``loss``, and what was measured.
+    """Gradients of one micro-batch, added up; its loss terms with their sum `loss`, and what was measured.
 
     Args:
         share: weight of this micro-batch in the step. last: ranks exchange gradients only after the last one.
@@ -259,8 +260,12 @@ def forward_backward(
         loss = torch.stack(list(terms.values())).sum()
         scaled = loss * share
         (scaled if parts.scaler is None else parts.scaler.scale(scaled)).backward()
-    measured = parts.objective.measure(kept, batch, draws) if measures else {}
+    measured: dict[str, Tensor] = {}
+    if measures:
+        assert kept is not None, "only a method measures"
+        measured |= parts.objective.measure(kept, batch, draws)
     if adversarial:
+        assert kept is not None, "only a method has an adversary"
         adversary_loss = parts.objective.adversary_loss(kept, batch)
         (adversary_loss * share).backward()
         measured["align/adversary"] = adversary_loss
@@ -293,7 +298,7 @@ def adversary_step(parts: Parts) -> None:
 
 
 def set_learning_rate(parts: Parts, config: RunConfig, step: int) -> None:
-    """Linear warm-up over ``warmup_steps``, then constant."""
+    """Linear warm-up over `warmup_steps`, then constant."""
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     for optimizer in (parts.optimizer, parts.adversary_optimizer):
         for group in optimizer.param_groups if optimizer is not None else ():
@@ -359,7 +364,7 @@ def _share(config: RunConfig, world: World) -> Share:
 def _resolve(
     config: RunConfig, cache: Cache, device: torch.device, root: Path, claimed: Path | None
 ) -> tuple[Path, RunConfig]:
-    """The run's folder (the main rank's) and its settings with nothing left open, as ``config.yaml`` has them."""
+    """The run's folder (the main rank's) and its settings with nothing left open, as `config.yaml` has them."""
     run = distributed.from_main(claimed)
     assert run is not None
     return run, dataclasses.replace(
@@ -451,7 +456,7 @@ def _stop_on_signals() -> Iterator[list[int]]:
     caught: list[int] = []
     first_s = 0.0
 
-    def catch(number: int, _frame: Any) -> None:
+    def catch(number: int, _frame: FrameType | None) -> None:
         nonlocal first_s
         if not caught:
             first_s = time.monotonic()
