@@ -434,7 +434,7 @@ def _check_zip_directory(place: Place, archive: zipfile.ZipFile, members: Sequen
                 remedy="Do not use it: honest programs write no such zips.",
             )
         free = member.header_offset + 30 + len(member.orig_filename) + member.compress_size
-    if free > archive.start_dir:  # type: ignore[attr-defined]
+    if free > archive.start_dir:
         raise UserError(f"{place.where} is not a whole zip: its last member is cut", remedy=_BRING_AGAIN)
 
 

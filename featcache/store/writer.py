@@ -73,7 +73,7 @@ GROUP_FILES = 128
 _ENTRY = re.compile(r"(\d{8})\.json\Z")
 _RUN = re.compile(r"run-[0-9a-f]{16}\Z")
 _SHARD = re.compile(r"c(?:\.\d+)+\Z")
-_METADATA = re.compile(rf"(?:{CHECKSUMS}|{BLOCKS}|{'|'.join(map(re.escape, ROOT_NAMES.values()))})\Z")
+_METADATA = re.compile(rf"(?:{CHECKSUMS}|{BLOCKS}|{'|'.join(re.escape(name) for name in ROOT_NAMES.values())})\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 # How long what another machine has written may stay unseen: NFS trusts what it knows of a directory for a minute.
 STALE_S = 90.0

@@ -200,7 +200,7 @@ class PanicException(BaseException):
 def test_a_panic_of_a_library_becomes_a_paragraph(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ended, said = ends_with(PanicException("request valid: InvalidUri"), monkeypatch, capsys)  # type: ignore[arg-type]
+    ended, said = ends_with(PanicException("request valid: InvalidUri"), monkeypatch, capsys)
     assert ended == 70 and "PanicException: request valid" in said and "report it" in said
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_helpers import SHARD_SIZE, build, tokens, tree, values, write_all
@@ -192,7 +193,7 @@ def test_a_removed_cache_is_not_made_again_by_a_verification(tmp_path: Path, mon
     before = tree(path)
     check, n_checked = verification._check_shard, 0
 
-    def check_and_remove(job: object) -> object:
+    def check_and_remove(job: Any) -> Any:
         nonlocal n_checked
         n_checked += 1
         if n_checked == 3:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_helpers import base_features, build, tokens, tree
@@ -146,7 +147,7 @@ def test_lists_that_name_nothing_are_errors() -> None:
 @pytest.mark.parametrize(
     "values", [{"limit": 1 << 70}, {"seed": 1 << 70}, {"batch_size": 1 << 40}, {"workers": True}, {"flip": 1}]
 )
-def test_every_refused_setting_has_a_remedy(values: dict[str, object]) -> None:
+def test_every_refused_setting_has_a_remedy(values: dict[str, Any]) -> None:
     with pytest.raises(UserError) as error:
         BuildRequest(data="shapes", **values)
     assert error.value.remedy

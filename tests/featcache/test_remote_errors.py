@@ -177,7 +177,7 @@ def test_credentials_files_that_are_wrong(
     for name, text in files.items():
         (tmp_path / ".aws" / name).write_text(text)
     error = refused(lambda: list_remote("s3://bucket/cache"), match)
-    assert "AWS_PROFILE" in error.remedy
+    assert error.remedy and "AWS_PROFILE" in error.remedy
 
 
 def test_credentials_files_at_another_place(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_web_servers_that_list_nothing(web: FileServer, monkeypatch, status: int
     if found == "nothing":
         assert list_remote(f"{web.url}/absent") == []
     else:
-        assert "a cache itself" in refused(lambda: list_remote(f"{web.url}/absent"), found).remedy
+        assert "a cache itself" in (refused(lambda: list_remote(f"{web.url}/absent"), found).remedy or "")
 
 
 def test_a_token_in_the_query_goes_with_every_request(web: FileServer, tmp_path: Path) -> None:

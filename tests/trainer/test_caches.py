@@ -124,5 +124,5 @@ def test_keys_that_are_no_utf8_keep_their_bytes() -> None:
     """They go into ``diverged.json``: two images must not get one name."""
     stored = {"key": np.array([[0xE9, 0x61, 0], [0xE8, 0x61, 0]], np.uint8)}
     reader = SimpleNamespace(allocate=lambda n: stored, read=lambda indices, out: None)
-    cache = SimpleNamespace(reader=lambda names: nullcontext(reader))
+    cache: Any = SimpleNamespace(reader=lambda names: nullcontext(reader))
     assert sample_keys(cache, np.array([0, 1])) == ["\\xe9a", "\\xe8a"]

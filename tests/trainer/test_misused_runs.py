@@ -139,7 +139,8 @@ def test_webdataset_caches_are_caches(shapes_cache: Path, tmp_path: Path, monkey
         root=Path("runs"),
     )
     ask = EvalRequest(settings=SampleSettings(num=4, steps=2, device="cpu"), extractor="embedded", metrics=("fid",))
-    assert "embedded-FID" in evaluate_run(run, ask, _Bar()).metrics
+    result = evaluate_run(run, ask, _Bar())
+    assert result is not None and "embedded-FID" in result.metrics
     assert open_images("caches/w").count == 24
 
 
