@@ -16,15 +16,8 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from featcache.share.verify import repair_metadata, verify
-
-
-class Quiet:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count as counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.progress import QUIET, Progress
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import ImageSet, NpzImages, open_images
 from trainer.evaluate.metrics import (
@@ -32,7 +32,6 @@ from trainer.evaluate.metrics import (
 )
 from trainer.evaluate.references import (
     DEFAULT_KEPT_FEATURES,
-    ProgressCallback,
     Statistics,
     compute_statistics,
     full_precision,
@@ -59,7 +58,7 @@ def evaluate(
     data: str | None = None,
     reference_limit: int | None = None,
     keep_features: int = DEFAULT_KEPT_FEATURES,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Judge samples by a reference.
 
@@ -79,7 +78,7 @@ def evaluate(
         reference_limit: use only so many reference images.
         keep_features: reference activations kept for precision, recall and KID. ADM's references hold 10,000
             images.
-        progress: called with (stage, done, total) as images pass through the network.
+        progress: of images that pass through the network, then of each metric's bootstrap.
 
     Returns:
         JSON-able: `metrics` {reported name: value}, `intervals` {reported name: [low, high]}, `details`
@@ -106,7 +105,7 @@ def evaluate(
         limit=count,
         keep_features=None if need_features else 0,
         keep_all=bootstrap > 0,
-        stage="samples",
+        name="features of the samples",
         progress=progress,
     )
     assert judged.count is not None and judged.resolution is not None
@@ -220,7 +219,7 @@ class _Trial:
     device: torch.device
     bootstrap: int
     seed: int
-    progress: ProgressCallback | None
+    progress: Progress
 
     @property
     def _samples(self) -> int:
@@ -237,11 +236,10 @@ class _Trial:
     ) -> tuple[float, float] | None:
         if not self.bootstrap:
             return None
-        replicate = counter(1)
+        self.progress.begin(f"bootstrap {metric}", self.bootstrap, unit="replicates")
 
         def counted(indices: np.ndarray) -> float:
-            if self.progress is not None:
-                self.progress(f"bootstrap {metric}", next(replicate), self.bootstrap)
+            self.progress.update(1)
             return statistic(indices)
 
         return bootstrap_interval(counted, rows, estimate, replicates=self.bootstrap, seed=self.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from featcache.precision import tensor_float32
+from featcache.progress import QUIET, Progress
 from featcache.store import files
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import (
@@ -37,9 +38,6 @@ KEPT_AT_ONCE = 2_048  # rows that wait on the device
 
 _REMAKE = "Make the statistics again: trainer stats"
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "pool", "provenance")
-
-# (stage, images done, images in all or None)
-ProgressCallback = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +125,8 @@ def compute_statistics(
     keep_features: int | None = DEFAULT_KEPT_FEATURES,
     keep_all: bool = False,
     resolution: int | None = None,
-    stage: str = "features",
-    progress: ProgressCallback | None = None,
+    name: str = "features",
+    progress: Progress = QUIET,
 ) -> Statistics:
     """Run the extractor over the images once; memory does not grow with their number, but for what is kept.
 
@@ -139,8 +137,7 @@ def compute_statistics(
         keep_features: `pool` rows kept for precision, recall and KID, 0 for none; 8 KB each with Inception.
         keep_all: keep `pool`, `spatial` and `logits` of all images, for bootstrap intervals (20 KB an image).
         resolution: expected side of the images; None takes the first image's.
-        stage: name given to `progress`.
-        progress: called after each batch.
+        name: of the task that `progress` is told of, batch by batch.
 
     Raises:
         UserError: images that cannot be read, of another size or type, or fewer than two.
@@ -154,7 +151,7 @@ def compute_statistics(
     inception = InceptionScore() if "logits" in dims else None
     features = _Kept(None if keep_all else keep_features)
     spatial_features, logits = _Kept(None), _Kept(None)
-    total = images.count if limit is None else min(limit, images.count or limit)
+    progress.begin(name, images.count if limit is None else min(limit, images.count or limit))
     done = 0
     with full_precision():
         for batch in prefetch(_checked(images, batch_size, resolution, pin=device.type == "cuda")):
@@ -176,8 +173,7 @@ def compute_statistics(
                 if keep_all:
                     logits.add(classes)
             done += len(batch)
-            if progress is not None:
-                progress(stage, done, total)
+            progress.update(len(batch))
             if limit is not None and done >= limit:
                 break
     if done < 2:
@@ -299,7 +295,7 @@ def write_statistics(
     limit: int | None = None,
     batch_size: int = 64,
     data: str | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> Statistics:
     """What `trainer stats` does: images => a file of reference statistics.
 
@@ -322,7 +318,7 @@ def write_statistics(
         batch_size=batch_size,
         limit=limit,
         keep_features=features,
-        stage="reference",
+        name="features of the reference",
         progress=progress,
     )
     save_statistics(out, statistics)
@@ -373,7 +369,7 @@ def reference_statistics(
     data: str | None = None,
     limit: int | None = None,
     keep_features: int = DEFAULT_KEPT_FEATURES,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> Statistics:
     """Statistics to judge by, from whatever `--reference` names.
 
@@ -406,7 +402,7 @@ def reference_statistics(
             limit=keep_features,
             keep_features=keep_features,
             resolution=resolution,
-            stage="reference",
+            name="features of the reference",
             progress=progress,
         )
         provenance = {**computed.provenance, "moments": "stored in the file"}
@@ -427,7 +423,7 @@ def reference_statistics(
         limit=limit,
         keep_features=keep_features if need_features else 0,
         resolution=resolution,
-        stage="reference",
+        name="features of the reference",
         progress=progress,
     )
 
