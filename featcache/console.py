@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from rich import console as rich_console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from featcache.errors import UserError, first_line, os_error
 from featcache.redact import redact
@@ -57,31 +56,6 @@ EXIT_USER_ERROR = 2
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141  # 128 + SIGPIPE
-
-
-class ByteBar:
-    """A spinner with what has been done so far and its rate (for work whose total is not known beforehand)."""
-
-    def __init__(self, name: str) -> None:
-        columns = (
-            SpinnerColumn(),
-            TextColumn(safe(name)),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task(name, total=None)
-
-    def __enter__(self) -> ByteBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, amount: int) -> None:
-        self._bar.update(self._task, advance=amount)
 
 
 def print_error(error: UserError) -> None:
@@ -296,7 +270,7 @@ def _interrupted() -> int:
 
 def size_text(count_bytes: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
-        if count_bytes < 1000:
+        if count_bytes < 999.5:  # 999.7 would be shown as 1e+03
             return f"{count_bytes:.3g} {unit}"
         count_bytes /= 1000
     return f"{count_bytes:.3g} TB"

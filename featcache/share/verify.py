@@ -24,6 +24,7 @@ import numpy as np
 
 from featcache.errors import CacheError
 from featcache.keys import key_bytes
+from featcache.progress import QUIET, Progress
 from featcache.read.open import open_cache
 from featcache.read.reader import Cache
 from featcache.store import files, locks, wds
@@ -132,7 +133,7 @@ def verify(
     *,
     features: Sequence[str] | None = None,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = QUIET,
     fraction: float | None = None,
     seed: int | None = None,
     since_last: bool = False,
@@ -141,8 +142,7 @@ def verify(
     """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped
     slots.
 
-    features: check only these. threads: default one a core. progress: called with the bytes of each checked
-    file.
+    features: check only these. threads: default one a core. progress: advances with each checked file.
 
     fraction: read only this part of the bytes, drawn at random with `seed` (default: a fresh one): blocks of 1 MiB where
     their hashes are recorded, else whole shards. Metadata are checked whole, labels and keys then not. since_last: skip
@@ -158,6 +158,7 @@ def verify(
     path = Path(path)
     if fraction is not None and seed is None:
         seed = fresh_seed()
+    progress.begin("checking", None, unit="bytes")
     plan = _Plan(fraction, seed, since_last, remember, threads or os.cpu_count() or 1, progress)
     checked = _Checked()
     previous: Manifest | None = None
@@ -195,7 +196,7 @@ def verify_place(
     *,
     features: Sequence[str] | None,
     threads: int,
-    progress: Callable[[int], None] | None,
+    progress: Progress,
     fraction: float | None,
     seed: int | None,
     consistent: Callable[[], list[Problem]],
@@ -207,6 +208,7 @@ def verify_place(
 
     Raises `CacheError` if the connection stays broken.
     """
+    progress.begin("checking", None, unit="bytes")
     plan = _Plan(fraction, fresh_seed() if seed is None else seed, False, False, threads, progress)
     checked = _Checked()
     _check(place, manifest, None, arrays_with_files(manifest, features), plan, checked)
@@ -224,7 +226,7 @@ class _Plan:
     since_last: bool
     remember: bool
     threads: int
-    progress: Callable[[int], None] | None
+    progress: Progress
 
 
 @dataclass
@@ -391,8 +393,7 @@ def _check_array(
             untold.add(job.entry, result.sha256)
         if plan.remember and ledger is not None and (result.what is not None or job.parts is None):
             ledger.note(job.entry.shard, result.mark if recorded is not None and result.what is None else b"")
-        if plan.progress is not None:
-            plan.progress(result.n_bytes)
+        plan.progress.update(result.n_bytes)
     if untold is not None:
         checked.problems += untold.problems(place, MAX_PROBLEMS - len(checked.problems))
     if plan.remember and ledger is not None:
