@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.build.lead import BuildResult, features_note, finish, lead, warn_of_bare_images
+from featcache.build.lead import BuildResult, features_note, finish, lead, remarks, warn_of_bare_images
 from featcache.build.pipeline import Meter, Stage, run_shards
 from featcache.build.prepare import prepare
 from featcache.errors import UserError
@@ -99,8 +99,8 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
             total = len(plan.work.order)
             left = sum(len(plan.work.slots(shard)) for shard in pending)
             progress.start(total=total, done=total - left, note=features_note(plan.work.specs) + " (Ray)")
-            if plan.work.captions is not None and plan.work.captions.remark:
-                progress.warn(plan.work.captions.remark)
+            for remark in remarks(plan):
+                progress.warn(remark)
             resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             remote: Any = ray.remote
             make = remote(max_restarts=0, **resources)(_Actor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from featcache.build.lead import BuildResult, Progress, features_note, finish, lead, warn_of_bare_images
+from featcache.build.lead import BuildResult, Progress, features_note, finish, lead, remarks, warn_of_bare_images
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import Plan, check_request, prepare
 from featcache.build.ranks import Ranks
@@ -45,8 +45,8 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
             progress = _Shared(progress, ranks) if ranks.size > 1 else progress
             note = features_note(work.specs) + ranks.note()
             progress.start(total=len(work.order), done=len(work.order) - left, note=note)
-            if writer is not None and work.captions is not None and work.captions.remark:
-                progress.warn(work.captions.remark)
+            for remark in remarks(plan) if writer is not None else ():
+                progress.warn(remark)
             mine = ranks.share(pending, request.schedule)
             run_shards(work, mine, shard_writer, meter=meter, advance=progress.advance, warn=progress.warn)
             ranks.wait(lambda: progress.advance(0))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import featcache
 from featcache.errors import UserError
+from featcache.settings import is_number
 from featcache.sources.archives import open_archives
 from featcache.sources.base import Source
 from featcache.sources.folder import open_folder
@@ -48,7 +49,7 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
     """
     if data == "shapes" or data.startswith("shapes:"):
         seed = data.partition(":")[2] or "0"
-        if not seed.isdigit():
+        if not is_number(seed):
             raise UserError(f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0")
         return ShapesSource(count=limit or 2000, resolution=resolution, seed=int(seed))
     try:
@@ -58,11 +59,12 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
 
 
 def _open_files(data: str) -> Source:
-    path = Path(data)
-    if is_remote(data) or "{" in data or "*" in data or (path.is_file() and path.suffix.lower() in FILES):
-        stem, dot, suffix = data.rstrip("/").rpartition("/")[2].rpartition(".")
+    remote, path = is_remote(data), Path(data)
+    if remote or "{" in data or "*" in data or (path.is_file() and path.suffix.lower() in FILES):
+        named = data.partition("?")[0] if remote else data  # without the secrets of a signed URL
+        stem, dot, suffix = named.rstrip("/").rpartition("/")[2].rpartition(".")
         name = stem if dot + suffix in FILES else stem + dot + suffix
-        opener = FILES.get("." + data.lower().rpartition(".")[2], open_archives)
+        opener = FILES.get("." + named.lower().rpartition(".")[2], open_archives)
         return opener(data, name=name, folder=False)
     if path.is_dir():
         held = {file.suffix.lower() for file in path.iterdir() if file.is_file()}

@@ -25,12 +25,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from featcache.errors import CacheError
+from featcache.errors import CacheError, os_error
 from featcache.store.blocks import BLOCK_BYTES, BlockHasher, ShardBlocks
 
 PART_SUFFIX = ".part"
 _LINK_REMEDY = "put what it stands for in its place, or remove it"
-_READ_REMEDY = "featcache verify names all that is damaged"
+_READ_REMEDY = "name a file; in a cache, featcache verify names all that is damaged"
 # What file systems without hard links answer to a request for one.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 _PART = re.compile(r"(.+?)(?:\.[0-9a-f]{16})?\.part\Z", re.DOTALL)
@@ -124,10 +124,7 @@ def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
         )
     if error.errno == errno.ELOOP:
         return CacheError(f"{path} is a symbolic link; inside a cache or a run none is followed", remedy=_LINK_REMEDY)
-    return CacheError(
-        f"{path} could not be {what}: {error.strerror or error}",
-        remedy="put that right and run the same command again: it goes on where it stopped",
-    )
+    return CacheError(f"{path} could not be {what}: {error.strerror or error}", remedy=os_error(error).remedy)
 
 
 @contextlib.contextmanager
@@ -460,7 +457,7 @@ def open_to_read(path: Path) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise explain(error, path) from error
-        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=_READ_REMEDY) from error
+        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=os_error(error).remedy) from error
 
 
 def open_to_write(path: Path, flags: int = 0) -> int:

@@ -28,7 +28,7 @@ from trainer.runs.folder import load_config
 
 RECORD = json.loads(before.RECORD.read_text())
 SAME_MACHINE = RECORD["made by"] == before.made_by()
-NEAR = {"rel": 1e-4, "abs": 1e-5}
+NEAR: Any = {"rel": 1e-4, "abs": 1e-5}
 GREY_LEVELS = 1.0  # of an image's mean
 
 

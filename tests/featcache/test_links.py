@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_whatever_the_system_answers_is_one_line(tmp_path: Path, monkeypatch: py
 
     target = tmp_path / "file"
     target.write_bytes(b"x")
-    uses = {
+    uses: dict[str, list[Callable[..., object]]] = {
         "open": [files.read_bounded, files.sha256_of, files.hashes_of, files.open_to_read, files.atomic_write],
         "mkdir": [files.make_directory],
         "unlink": [files.remove_file],
@@ -170,7 +171,10 @@ def test_whatever_the_system_answers_is_one_line(tmp_path: Path, monkeypatch: py
         "replace": [files.atomic_write],
         "listdir": [files.names_in],
     }
-    arguments = {files.read_bounded: (100,), files.atomic_write: ([b"data"],)}
+    arguments: dict[Callable[..., object], tuple[object, ...]] = {
+        files.read_bounded: (100,),
+        files.atomic_write: ([b"data"],),
+    }
     for primitive, functions in uses.items():
         for use in functions:
             path = tmp_path / "new" if use is files.make_directory else target

@@ -20,8 +20,8 @@ import torch
 import typer
 import yaml
 
-from featcache.build.request import parse_resolution
-from featcache.build.run import BuildRequest, build
+from featcache.build.request import BuildRequest, parse_resolution
+from featcache.build.run import build
 from featcache.cli import app as featcache_app
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES
@@ -29,6 +29,7 @@ from featcache.errors import CacheError, UserError
 from featcache.settings import from_mapping
 from pipelines import index
 from trainer import align
+from trainer.align.ahpa import AhpaConfig
 from trainer.align.base import BackboneInfo, FeatureInfo
 from trainer.cli import app as trainer_app
 from trainer.models import model_config
@@ -315,11 +316,23 @@ def test_a_paper_gives_settings_a_row_its_own(root: Path) -> None:
     assert [r.name for r in figures_of(late)] == ["x/a", "x/a-late"]
 
 
+def ahpa_options(row: str) -> AhpaConfig:
+    options = load_recipe_file(row).config().method_config("ahpa")
+    assert isinstance(options, AhpaConfig)
+    return options
+
+
 def test_one_row_reads_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, files = recipes._read, []
-    monkeypatch.setattr(recipes, "_read", lambda file: files.append(file.name) or read(file))
+    read = recipes._read
+    files: list[str] = []
+
+    def counted(file: Path) -> dict[str, Any]:
+        files.append(file.name)
+        return read(file)
+
+    monkeypatch.setattr(recipes, "_read", counted)
     recipes._paper.cache_clear()
-    assert load_recipe_file("ahpa/b2-static-g4-depth2").config().method_config("ahpa").depths == (2,)
+    assert ahpa_options("ahpa/b2-static-g4-depth2").depths == (2,)
     page("ahpa/xl2", width=80)
     assert files == ["ahpa.yaml"]
 
@@ -451,9 +464,9 @@ def test_set_works_on_a_recipe() -> None:
     config = from_mapping(RunConfig, values)
     assert (config.steps, config.lr, config.model) == (1000, 3e-4, "SiT-XL/2")
     options = config.method_config("ahpa")
-    assert options.depths == (5,) and options.router == "mlp"
+    assert isinstance(options, AhpaConfig) and options.depths == (5,) and options.router == "mlp"
     assert isinstance(config.published, Mapping) and config.published["metrics"]["FID"] == 8.1
-    assert load_recipe_file("ahpa/xl2").config().method_config("ahpa").depths == (7,), "the recipe is unchanged"
+    assert ahpa_options("ahpa/xl2").depths == (7,), "the recipe is unchanged"
 
 
 @pytest.mark.parametrize("typed", ["ahpa/b2", "ahpa/b2.yaml", "pipelines/ahpa/b2.yaml", "pipelines/ahpa/b2"])

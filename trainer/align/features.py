@@ -1,8 +1,7 @@
 """Which cached features a method means. No torch here.
 
-Encoder tokens are cached as ``<encoder>@<layer>`` with shape (N, C), layers counted from 0; VAE groups as
-``vae/G1`` to ``vae/G4`` with shape (L, N, C). A method may leave the encoder open; it is then the only one in
-the cache.
+Encoder tokens are cached as `<encoder>@<layer>` with shape (N, C), layers counted from 0; VAE groups as `vae/G1` to
+`vae/G4` with shape (L, N, C). A method may leave the encoder open; it is then the only one in the cache.
 """
 
 from __future__ import annotations
@@ -25,13 +24,17 @@ TEXTURE_LAYER = "<encoder>@<texture>"
 
 
 def split_name(name: str) -> tuple[str, int] | None:
-    """``'dinov2-b@11'`` -> ``('dinov2-b', 11)``; None for a name that is not an encoder's tokens."""
+    """`'dinov2-b@11'` -> `('dinov2-b', 11)`; None for a name that is not an encoder's tokens."""
     match = _TOKENS.fullmatch(name)
     return (match["encoder"], int(match["layer"])) if match else None
 
 
 def check_token_name(method: str, option: str, name: object) -> None:
-    """Raises UserError unless ``name`` reads ``<encoder>@<layer>``."""
+    """Refuses names of tokens other than `<encoder>@<layer>`.
+
+    Raises:
+        UserError: it is one.
+    """
     if not isinstance(name, str) or split_name(name) is None:
         raise UserError(
             f"{method}: {option}={name!r} does not name an encoder's tokens",
@@ -72,14 +75,18 @@ def only_encoder(method: str, available: Iterable[str], *, option: str) -> str:
 
 
 def last_layer(method: str, available: Iterable[str], *, option: str) -> str:
-    """Name of the deepest cached layer of the cache's only encoder. Arguments and errors as of :func:`only_encoder`."""
+    """Name of the deepest cached layer of the cache's only encoder.
+
+    Raises:
+        CacheError, UserError: as `only_encoder`.
+    """
     available = list(available)
     encoder = only_encoder(method, available, option=option)
     return f"{encoder}@{encoder_layers(available)[encoder][-1]}"
 
 
 def require(method: str, names: Iterable[str], available: Mapping[str, FeatureInfo], *, rank: int) -> tuple[str, ...]:
-    """``names`` if all are cached with ``rank`` axes: 2 for tokens (N, C), 3 for VAE groups (L, N, C).
+    """`names` if all are cached with `rank` axes: 2 for tokens (N, C), 3 for VAE groups (L, N, C).
 
     Raises:
         CacheError: one is missing.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,6 @@ from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import ImageSet, NpzImages, open_images
 from trainer.evaluate.metrics import INCEPTION_CHUNK, NEIGHBOURS
 from trainer.evaluate.references import (
-    DEFAULT_KEPT_FEATURES,
     ProgressCallback,
     Statistics,
     compute_statistics,
@@ -43,8 +43,6 @@ def evaluate(
     seed: int = 0,
     require_labels: bool = False,
     data: str | None = None,
-    reference_limit: int | None = None,
-    keep_features: int = DEFAULT_KEPT_FEATURES,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Judge samples by a reference.
@@ -55,99 +53,100 @@ def evaluate(
         extractor: the network; runs on its own device, as do the metrics.
         metrics: keys of `extractor.metric_names`, in any case, or `is`; None takes all of them.
         count: how many samples to judge, the first ones; None takes all.
-        batch_size: images a forward pass. Results do not depend on it beyond float32 rounding.
-        bootstrap: replicates behind 95 % intervals, 0 for none. Each repeats FID's covariance and
-            decomposition: seconds each on a GPU at 50,000 x 2048, half a minute on two cores. KID has none;
-                see `details`.
+        batch_size: images per forward pass. Results do not depend on it beyond float32 rounding.
+        bootstrap: replicates behind 95 % intervals, 0 for none; KID has none. Each repeats FID's covariance and
+            decomposition: at 50,000 x 2048 that takes seconds on a GPU, half a minute on two cores.
         seed: of KID's subsets and of the bootstrap.
-        require_labels: insist that the samples carry labels, and record how they are spread over the classes.
+        require_labels: insist that the samples carry labels.
         data: for a cache as reference, the folder it was built from.
-        reference_limit: use only so many reference images.
-        keep_features: reference activations kept for precision, recall and KID. ADM's references hold 10,000
-            images.
         progress: called with (stage, done, total) as images pass through the network.
 
     Returns:
-        JSON-able: `metrics` {reported name: value}, `intervals` {reported name: [low, high]}, `details`
-        (KID's standard deviation over subsets), `settings`, `warnings`, `time_s`.
+        JSON-able: `metrics`, `intervals` and `details` by reported name, `settings`, `warnings`, `time_s`.
 
     Raises:
-        UserError: an unknown metric, or one the extractor does not define; fewer samples than `count`; images
-            of a wrong size or type; a reference of another resolution or extractor; labels required and
-            missing.
+        UserError: an unknown metric, or one the extractor does not define; fewer samples than `count`; images of a
+            wrong size or type; a reference of another resolution or extractor; labels required and missing.
     """
     chosen = chosen_metrics(metrics, extractor)
-    images = open_images(samples) if isinstance(samples, str | Path) else samples
-    if count is not None and images.count is not None and images.count < count:
-        raise _too_few(images, images.count, count)
-    labels = _label_record(images, require_labels=require_labels)
     need_features = bool(NEED_FEATURES & set(chosen))
+    images = open_images(samples) if isinstance(samples, str | Path) else samples
+    _check_count(images, images.count, count)
+    labels = _label_record(images, require_labels=require_labels)
     if isinstance(images, NpzImages) and not isinstance(reference, Statistics):  # before the work, where a header tells
         open_reference(reference, extractor, resolution=images.resolution, need_features=need_features, data=data)
-    started = time.perf_counter()
-    judged = compute_statistics(
-        images,
-        extractor,
-        batch_size=batch_size,
-        limit=count,
-        keep_features=None if need_features else 0,
-        keep_all=bootstrap > 0,
-        stage="samples",
-        progress=progress,
-    )
-    assert judged.count is not None and judged.resolution is not None
-    if count is not None and judged.count < count:
-        raise _too_few(images, judged.count, count)
-    times = {"samples": time.perf_counter() - started}
-    started = time.perf_counter()
-    if not isinstance(reference, Statistics):
-        reference = reference_statistics(
-            reference,
+    times: dict[str, float] = {}
+    with _timed(times, "samples"):
+        judged = compute_statistics(
+            images,
             extractor,
-            resolution=judged.resolution,
-            need_features=need_features,
             batch_size=batch_size,
-            data=data,
-            limit=reference_limit,
-            keep_features=keep_features,
+            limit=count,
+            keep_features=None if need_features else 0,
+            keep_all=bootstrap > 0,
+            stage="samples",
             progress=progress,
         )
-    times["reference"] = time.perf_counter() - started
-    started = time.perf_counter()
-    trial = Trial(
-        judged=judged,
-        reference=reference,
-        device=extractor.device,
-        bootstrap=bootstrap,
-        seed=seed,
-        progress=progress,
-    )
-    with full_precision():
+    assert judged.resolution is not None
+    _check_count(images, judged.count, count)
+    with _timed(times, "reference"):
+        if not isinstance(reference, Statistics):
+            reference = reference_statistics(
+                reference,
+                extractor,
+                resolution=judged.resolution,
+                need_features=need_features,
+                batch_size=batch_size,
+                data=data,
+                progress=progress,
+            )
+    draws = {"bootstrap": bootstrap, "seed": seed}
+    trial = Trial(judged=judged, reference=reference, device=extractor.device, progress=progress, **draws)
+    with full_precision(), _timed(times, "metrics"):
         measured = {extractor.metric_names[metric]: _function(metric)(trial) for metric in chosen}
-    times["metrics"] = time.perf_counter() - started
-    kept = reference.features if need_features else None
+    sides = {**_samples_record(images, judged, labels), **_reference_record(reference, need_features=need_features)}
+    return {
+        **_numbers(measured),
+        "settings": {"extractor": dict(extractor.provenance), **sides, **draws, "batch_size": batch_size},
+        "warnings": _warnings(chosen, judged, extractor),
+        "time_s": {stage: round(seconds, 3) for stage, seconds in times.items()},
+    }
+
+
+def _numbers(measured: Mapping[str, Measured]) -> dict[str, object]:
     return {
         "metrics": {name: m.value for name, m in measured.items()},
         "intervals": {name: list(m.interval) for name, m in measured.items() if m.interval is not None},
         "details": {name: m.detail for name, m in measured.items() if m.detail is not None},
-        "settings": {
-            "extractor": dict(extractor.provenance),
-            "samples": images.description,
-            "sample_count": judged.count,
-            "resolution": judged.resolution,
-            "labels": labels,
-            "reference": reference.provenance.get("source", "stored statistics"),
-            "reference_count": reference.count,
-            "reference_features": len(kept) if kept is not None else None,
-            "neighbours": NEIGHBOURS,
-            "inception_chunk": INCEPTION_CHUNK,
-            "distance_dtype": "float32",
-            "bootstrap": bootstrap,
-            "seed": seed,
-            "batch_size": batch_size,
-        },
-        "warnings": _warnings(chosen, judged, extractor),
-        "time_s": {stage: round(seconds, 3) for stage, seconds in times.items()},
+    }
+
+
+@contextmanager
+def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    """Puts the seconds that a block takes into `times`."""
+    started = time.perf_counter()
+    yield
+    times[stage] = time.perf_counter() - started
+
+
+def _samples_record(images: ImageSet, judged: Statistics, labels: dict[str, int] | None) -> dict[str, object]:
+    return {
+        "samples": images.description,
+        "sample_count": judged.count,
+        "resolution": judged.resolution,
+        "labels": labels,
+    }
+
+
+def _reference_record(reference: Statistics, *, need_features: bool) -> dict[str, object]:
+    kept = reference.features if need_features else None
+    return {
+        "reference": reference.provenance.get("source", "stored statistics"),
+        "reference_count": reference.count,
+        "reference_features": len(kept) if kept is not None else None,
+        "neighbours": NEIGHBOURS,
+        "inception_chunk": INCEPTION_CHUNK,
+        "distance_dtype": "float32",
     }
 
 
@@ -169,11 +168,12 @@ def chosen_metrics(metrics: Sequence[str] | None, extractor: Extractor) -> list[
     return [m for m in defined if m in wanted]
 
 
-def _too_few(images: ImageSet, found: int, expected: int) -> UserError:
-    return UserError(
-        f"{images.description} holds {found} samples, {expected} were asked for",
-        remedy=f"Draw that many (trainer sample --num {expected}), or judge what is there: --num {found}",
-    )
+def _check_count(images: ImageSet, found: int | None, expected: int | None) -> None:
+    if found is not None and expected is not None and found < expected:
+        raise UserError(
+            f"{images.description} holds {found} samples, {expected} were asked for",
+            remedy=f"Draw that many (trainer sample --num {expected}), or judge what is there: --num {found}",
+        )
 
 
 def _label_record(images: ImageSet, *, require_labels: bool) -> dict[str, int] | None:

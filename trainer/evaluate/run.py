@@ -1,4 +1,4 @@
-"""From a run to its numbers: sample, judge, write ``metrics.json``."""
+"""From a run to its numbers: sample, judge, write `metrics.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.machine import pick_device
 from featcache.sources.open import find_data
 from trainer import distributed
@@ -23,6 +23,7 @@ from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs import locks
+from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
 from trainer.runs.published import Sampling, parse_published
 from trainer.runs.recipes import load_recipe_file
@@ -31,6 +32,7 @@ from trainer.sampling.run import Bar, sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
+    from trainer.runs.schemas import Summary
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
 CPU_SAMPLES, CPU_STEPS = 512, 32
@@ -57,7 +59,7 @@ class _Mute:
 
 
 def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None:
-    """Samples a run's averaged weights, compares them with the reference and adds the numbers to the run's ``metrics.json``.
+    """Samples a run's averaged weights, compares with the reference and adds the numbers to the run's `metrics.json`.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
 
@@ -104,12 +106,12 @@ def _check_before_drawing(
 
 
 def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, bar: Bar) -> EvalResult:
-    """Judges images that are there already, by any code, and writes the numbers to ``<samples>.metrics.json``.
+    """Judges images that are there already, by any code, and writes the numbers to `<samples>.metrics.json`.
 
     Raises:
-        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where they
-            are required.
-        WeightsUnavailable: as :func:`evaluate_run`.
+        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where
+            they are required.
+        WeightsUnavailable: as `evaluate_run`.
     """
     if request.reference is None:
         raise UserError(
@@ -153,7 +155,7 @@ def _judge(
 
 
 def _stages(bar: Bar) -> Callable[[str, int, int | None], None]:
-    """What the judge reports, as one task of the bar a stage."""
+    """What the judge reports, as one task of the bar per stage."""
     stage, shown = "", 0
 
     def progress(name: str, done: int, total: int | None) -> None:
@@ -173,7 +175,7 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
 
 
 def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> tuple[EvalRequest, RunConfig]:
-    """The request at the figure's step, with its sampler, and the run's configuration as if it came from that recipe."""
+    """The request at the figure's step and with its sampler; the run's configuration as if it came from that recipe."""
     recipe = load_recipe_file(figure)
     if recipe.published is None:
         raise UserError(
@@ -227,7 +229,7 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
 
 
 def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
-    """The feature extractor of that name; ``auto`` is Inception where its weights are to be had, else the embedded one."""
+    """The extractor of that name; `auto` is Inception where its weights are to be had, else the embedded one."""
     folder = None if weights_dir is None else Path(weights_dir)
     if name != "auto":
         return build_extractor(name, weights_dir=folder, device=device)
@@ -239,7 +241,7 @@ def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) 
 
 
 def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
-    """What to compare with: ``--reference``, else the cache's own images. Returns (where, data folder)."""
+    """What to compare with: `--reference`, else the cache's own images. Returns (where, data folder)."""
     if request.reference is not None:
         return request.reference, request.data
     summary = cache_summary(run)
@@ -249,15 +251,17 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
             f"{run} was imported and has no cache, so there are no images to compare with",
             remedy="Pass --reference with an npz, a folder of images or a cache.",
         )
-    if not (Path(cache) / "zarr.json").is_file() and "://" not in cache:
-        raise UserError(
-            f"the cache of {run}, {cache}, is no longer there, so there are no images to compare with",
-            remedy="Pass --reference with an npz or a folder of images.",
-        )
+    try:
+        cache_of_run(run)
+    except CacheError as error:
+        raise CacheError(
+            f"{error.what}: so there are no images to compare with",
+            remedy="Bring the cache back, or pass --reference with an npz, a folder of images or a cache.",
+        ) from error
     return cache, data_folder(summary, request.data)
 
 
-def data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
+def data_folder(summary: Summary, data: str | None) -> str | None:
     if summary["dataset"]["source"].startswith("shapes "):
         return None
 
@@ -281,7 +285,7 @@ def _append_metrics(run: Path, entry: dict[str, Any]) -> None:
             json.dumps(e.get("settings"), sort_keys=True),
         )
 
-    entry = json.loads(json.dumps(entry))
+    entry = runs.as_json(entry)
     with locks.alone(run / "metrics.json"):
         kept = [e for e in runs.read_metrics(run) if identity(e) != identity(entry)]
         runs.write_text(run / "metrics.json", json.dumps([*kept, entry], indent=1))
