@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from featcache.errors import CacheError
+from featcache.errors import CacheError, os_error
 from featcache.store.blocks import BLOCK_BYTES, BlockHasher, ShardBlocks
 
 PART_SUFFIX = ".part"
@@ -33,6 +33,8 @@ _LINK_REMEDY = "put what it stands for in its place, or remove it"
 _READ_REMEDY = "featcache verify names all that is damaged"
 # What file systems without hard links answer to a request for one.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
+# What file systems that cannot sync directories (SMB, some in user space) answer.
+_NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _PART = re.compile(r"(.+?)(?:\.[0-9a-f]{16})?\.part\Z", re.DOTALL)
 _NEW_PART = re.compile(r"(.+)\.[0-9a-f]{16}\.part\Z", re.DOTALL)
 _PIECE_BYTES = 8 << 20
@@ -124,10 +126,7 @@ def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
         )
     if error.errno == errno.ELOOP:
         return CacheError(f"{path} is a symbolic link; inside a cache or a run none is followed", remedy=_LINK_REMEDY)
-    return CacheError(
-        f"{path} could not be {what}: {error.strerror or error}",
-        remedy="put that right and run the same command again: it goes on where it stopped",
-    )
+    return CacheError(f"{path} could not be {what}: {error.strerror or error}", remedy=os_error(error).remedy)
 
 
 @contextlib.contextmanager
@@ -214,9 +213,13 @@ class Hasher:
 
 
 def fsync_directory(path: Path) -> None:
+    """Names in it are on the disk then, as far as its file system can say so."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_FSYNC:
+            raise
     finally:
         os.close(fd)
 
@@ -493,13 +496,22 @@ def open_to_read(path: Path) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise explain(error, path) from error
-        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=_READ_REMEDY) from error
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        remedy = _READ_REMEDY if gone else os_error(error).remedy
+        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=remedy) from error
 
 
 def open_to_write(path: Path, flags: int = 0) -> int:
-    """`open_regular` for reading and writing, made if it is not there; raises `CacheError` if that cannot be."""
+    """`open_regular` for reading and writing, made if it is not there; raises `CacheError` if that cannot be, or if the
+    file has another name as well (a hard link), which may lie anywhere.
+    """
+    remedy = f"remove it: rm -r {shlex.quote(str(path))}"
     with explained(path, "written"):
-        return open_regular(path, os.O_RDWR | os.O_CREAT | flags, remedy=f"remove it: rm -r {shlex.quote(str(path))}")
+        fd = open_regular(path, os.O_RDWR | os.O_CREAT | flags, remedy=remedy)
+    if os.fstat(fd).st_nlink > 1:
+        os.close(fd)
+        raise CacheError(f"{path} is a hard link: another name of a file that is not to be changed", remedy=remedy)
+    return fd
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
