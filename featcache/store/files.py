@@ -258,14 +258,19 @@ def atomic_write(path: Path, buffers: Sequence[Buffer], *, folder: Path | None =
     return hashes.sha256
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
-    """A file of a group: open, under its temporary name, to become `target`."""
+    """A file of a group: open (while `fd` is not None), under its temporary name, to become `target`."""
 
-    fd: int
+    fd: int | None
     part: Path
     target: Path
     replace: bool
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 class Group:
@@ -311,7 +316,8 @@ class Group:
                 for view in views:
                     write_all(fd, view)
         except BaseException as error:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
             with contextlib.suppress(OSError):
                 _unlink(part)
             if isinstance(error, OSError):
@@ -332,10 +338,13 @@ class Group:
         entries, self._open, self.n_bytes = self._open, [], 0
         path, there = Path(), []
         try:
-            if durable:
-                for entry in entries:
-                    path = entry.target
+            for entry in entries:
+                path = entry.target
+                if durable:
+                    assert entry.fd is not None
                     _fsync(entry.fd)
+                # Before it takes its name: NFS sends what was written, and says that it failed, when a file is closed.
+                entry.close()
             for entry in entries:
                 path = entry.target
                 if entry.replace:
@@ -360,7 +369,8 @@ class Group:
 def _discard(entries: Sequence[_Entry]) -> None:
     """Close the files and remove what is left of their temporary names."""
     for entry in entries:
-        os.close(entry.fd)
+        with contextlib.suppress(OSError):
+            entry.close()
         with contextlib.suppress(OSError):
             _unlink(entry.part)
 
