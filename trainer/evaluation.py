@@ -60,6 +60,7 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
         WeightsUnavailable: weights that were asked for by name are not to be had.
     """
     config = runs.load_config(run)
+    runs.read_metrics(run)  # what the numbers are added to: if it is damaged, that is said now, not after hours
     device = pick_device(request.settings.device)
     if not distributed.is_main():
         bar = _Mute()

@@ -288,11 +288,11 @@ def load_config(run: Path) -> RunConfig:
         )
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys and values", remedy="Restore the file as the run wrote it.")
+        raise UserError(f"{path} holds no keys and values", remedy=RESTORE)
     try:
         return from_mapping(RunConfig, values)
     except UserError as error:
-        raise UserError(f"{path}: {error.what}", remedy="Restore the file as the run wrote it.") from error
+        raise UserError(f"{path}: {error.what}", remedy=RESTORE) from error
 
 
 def find_runs(root: Path = ROOT) -> list[Path]:
@@ -341,10 +341,14 @@ def write_page(path: Path, text: str) -> None:
 
 
 _REMAKE = "Remove it and run the command again."
+RESTORE = "Restore the file as the run wrote it."
 
 
-def read_json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: Any, *, remedy: str = _REMAKE) -> Any:
     """A JSON file, or ``default`` if it does not exist; of the same type as ``default`` unless that is None.
+
+    Args:
+        remedy: what to do about a damaged one, where it is not made again by the same command.
 
     Raises:
         UserError: the file cannot be read, is damaged, or holds something else.
@@ -357,10 +361,10 @@ def read_json(path: Path, default: Any) -> Any:
         if nested_deeper(value, MAX_JSON_DEPTH):
             raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error!s:.200}", remedy=_REMAKE) from error
+        raise UserError(f"{path} is damaged: {error!s:.200}", remedy=remedy) from error
     if default is not None and not isinstance(value, type(default)):
         kind = "a list" if isinstance(default, list) else "an object"
-        raise UserError(f"{path} is damaged: it does not hold {kind}", remedy=_REMAKE)
+        raise UserError(f"{path} is damaged: it does not hold {kind}", remedy=remedy)
     return value
 
 
@@ -373,10 +377,10 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     from trainer import schemas
 
     path = run / "cache.json"
-    summary = read_json(path, None)
+    summary = read_json(path, None, remedy=RESTORE)
     if summary is None and not path.exists():
         return None
-    return schemas.check(summary, schemas.Summary, path, remedy="Restore the file as the run wrote it.")
+    return schemas.check(summary, schemas.Summary, path, remedy=RESTORE)
 
 
 def cache_path(run: Path, summary: dict[str, Any]) -> str:
@@ -405,7 +409,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
     path = run / "metrics.json"
     remedy = "Delete or repair the file; trainer eval writes it anew."
-    return schemas.check(read_json(path, []), list[schemas.Evaluation], path, remedy=remedy)
+    return schemas.check(read_json(path, [], remedy=remedy), list[schemas.Evaluation], path, remedy=remedy)
 
 
 def log_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:

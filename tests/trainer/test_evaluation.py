@@ -18,7 +18,7 @@ from featcache.build import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.request import BuildRequest
-from trainer import runs
+from trainer import evaluation, runs
 from trainer.config import RunConfig
 from trainer.diffusion.interval import Interval
 from trainer.evaluation import _beside, _with_defaults, evaluate_images, evaluate_run, router_charts, write_run_report
@@ -26,6 +26,7 @@ from trainer.exchange import export_checkpoint, import_checkpoint
 from trainer.loop import train
 from trainer.models import build_model
 from trainer.recipes import list_recipes, load_recipe_file
+from trainer.report import data
 from trainer.requests import EvalRequest, SampleSettings
 from trainer.sample import load_run, run_model_config
 
@@ -138,6 +139,24 @@ def test_report_survives_a_cache_that_is_gone(root: Path, tmp_path: Path) -> Non
     assert write_run_report([copy]).is_file()
     with pytest.raises(UserError, match="no longer there"):
         evaluate_run(copy, ASK, Quiet())
+
+
+@pytest.mark.parametrize("content", ["{", "[3]"])
+def test_damaged_files_of_a_run_are_not_to_be_removed(root: Path, tmp_path: Path, content: str, monkeypatch) -> None:
+    """Without cache.json a run cannot be resumed, and metrics.json holds all that was measured."""
+    copy = tmp_path / "runs/b"
+    shutil.copytree(root / "runs/a", copy)
+    (copy / "metrics.json").write_text(content)
+    monkeypatch.setattr(evaluation, "sample_run", None)  # nothing is drawn for numbers that cannot be kept
+    with pytest.raises(UserError, match=r"metrics\.json") as found:
+        evaluate_run(copy, ASK, Quiet())
+    assert found.value.remedy is not None and "repair" in found.value.remedy
+    (copy / "metrics.json").unlink()
+    (copy / "cache.json").write_text(content)
+    for read in (runs.read_summary, data.load_run):
+        with pytest.raises(UserError, match=r"cache\.json") as found:
+            read(copy)
+        assert found.value.remedy == runs.RESTORE
 
 
 def test_the_newest_run_is_the_one_active_last(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def load_run(run_dir: Path | str) -> RunData:
         path=path,
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        cache=_shown(runs.read_json(path / "cache.json", {})),
+        cache=_shown(runs.read_json(path / "cache.json", {}, remedy=runs.RESTORE)),
         log=read_log(path / "log.jsonl"),
         evaluations=runs.read_metrics(path),
         samples=samples,
