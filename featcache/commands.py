@@ -391,7 +391,9 @@ def collect_garbage(
     cache: Annotated[Path, typer.Argument(help="Folder of the cache, or of several caches.", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
-    only_trash: Annotated[bool, typer.Option("--trash", help="Only empty the trash; leave what dead builds left.")] = False,
+    only_trash: Annotated[
+        bool, typer.Option("--trash", help="Only empty the trash; leave what dead builds left.")
+    ] = False,
 ) -> None:
     """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
     from featcache.describe import size_text

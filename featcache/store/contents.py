@@ -156,9 +156,7 @@ def checksum_files(manifest: Manifest, array: str) -> list[tuple[str, str, int]]
     return found
 
 
-def _recorded(
-    path: Path, manifest: Manifest, array: str
-) -> tuple[list[str] | None, list[ShardBlocks] | None]:
+def _recorded(path: Path, manifest: Manifest, array: str) -> tuple[list[str] | None, list[ShardBlocks] | None]:
     """The SHA-256 of an array's shards and the hashes of their blocks, as far as the files that say so are sound."""
     place, checksums, blocks = LocalLocation(path), None, None
     with contextlib.suppress(CacheError):

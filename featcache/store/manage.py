@@ -227,7 +227,9 @@ def collect_garbage(
     for info in list_caches(path):
         if info.path.is_symlink():
             if info.problem is None:
-                warn(f"{info.path} is a symbolic link; for that cache: featcache gc {shlex.quote(str(info.path.resolve()))}")
+                warn(
+                    f"{info.path} is a symbolic link; for that cache: featcache gc {shlex.quote(str(info.path.resolve()))}"
+                )
             continue
         try:
             found = _collect_cache(info.path, dry_run, older_than_s, only_trash)

@@ -12,7 +12,6 @@ import math
 import os
 import random
 import stat
-import time
 from array import array as compact
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

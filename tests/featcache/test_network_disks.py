@@ -296,7 +296,7 @@ def test_what_fails_when_a_file_is_closed_takes_no_name(tmp_path: Path, monkeypa
     close = os.close
 
     def refuse(fd: int) -> None:
-        written = os.readlink(f"/proc/self/fd/{fd}").endswith(".part")
+        written = Path(f"/proc/self/fd/{fd}").readlink().suffix == ".part"
         close(fd)
         if written:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))

@@ -31,7 +31,6 @@ from featcache.errors import CacheError
 from featcache.store import CacheWriter, FeatureSpec, files
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manage import cache_bytes, cache_info, collect_garbage, list_caches, remove_features
-from featcache.store.manage import collect_garbage
 from featcache.store.manifest import check_feature_name
 from featcache.store.root import find_root
 from featcache.store.verify import repair_metadata, verify
