@@ -486,8 +486,8 @@ class _Journal:
             return
         os.close(self._fd)
         # What was sent is sent, though the cache here may have been removed meanwhile.
-        # An idle cache loses its state directory on the way out.
-        with contextlib.suppress(CacheError), cache_lock(self.path.parent.parent.parent):
+        with contextlib.suppress(CacheError), cache_lock(self.path.parents[2]):
+            # Within the lock: an idle cache loses its state directory on the way out of it.
             self._held.release(remove=remove)
             files.remove_empty_directory(self.path.parent)
         self._held.release()

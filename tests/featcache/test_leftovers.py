@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +252,10 @@ def test_a_repair_does_not_keep_builders_waiting_while_it_reads(tmp_path: Path, 
     hashes_of, free = files.hashes_of, []
 
     def hashes(shard: Path) -> files.Hashes:
-        with (path / ".featcache" / "lock").open("a") if (path / ".featcache").exists() else nullcontext() as lock:
-            if lock is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = locks.try_lock(path / ".featcache" / "lock") if (path / ".featcache").exists() else None
+        assert held is not None or not (path / ".featcache").exists()
+        if held is not None:
+            held.release()
         free.append(shard)
         return hashes_of(shard)
 

@@ -23,6 +23,7 @@ from tests.told import Told
 from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run
 from trainer.interval import Interval
 from trainer.models import build_model
+from trainer.report import data
 from trainer.report.run import router_charts, write_run_report
 from trainer.requests import EvalRequest, SampleSettings
 from trainer.runs import folder as runs
@@ -127,6 +128,24 @@ def test_report_survives_a_cache_that_is_gone(root: Path, tmp_path: Path) -> Non
     assert write_run_report([copy]).is_file()
     with pytest.raises(UserError, match=r"cannot be opened: there is no cache at .*gone"):
         evaluate_run(copy, ASK, Quiet())
+
+
+@pytest.mark.parametrize("content", ["{", "[3]"])
+def test_damaged_files_of_a_run_are_not_to_be_removed(root: Path, tmp_path: Path, content: str, monkeypatch) -> None:
+    """Without cache.json a run cannot be resumed, and metrics.json holds all that was measured."""
+    copy = tmp_path / "runs/b"
+    shutil.copytree(root / "runs/a", copy)
+    (copy / "metrics.json").write_text(content)
+    monkeypatch.setattr("trainer.evaluate.run.sample_run", None)  # nothing is drawn for numbers that cannot be kept
+    with pytest.raises(UserError, match=r"metrics\.json") as found:
+        evaluate_run(copy, ASK, Quiet())
+    assert found.value.remedy is not None and "repair" in found.value.remedy
+    (copy / "metrics.json").unlink()
+    (copy / "cache.json").write_text(content)
+    for read in (runs.read_summary, data.load_run):
+        with pytest.raises(UserError, match=r"cache\.json") as found:
+            read(copy)
+        assert found.value.remedy == runs.RESTORE
 
 
 def test_the_newest_run_is_the_one_active_last(tmp_path: Path) -> None:

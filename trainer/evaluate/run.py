@@ -59,6 +59,7 @@ def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalRes
         WeightsUnavailable: weights that were asked for by name are not to be had.
     """
     config = runs.load_config(run)
+    runs.read_metrics(run)  # what the numbers are added to: if it is damaged, that is said now, not after hours
     device = pick_device(request.settings.device)
     if not distributed.is_main():
         progress = QUIET
