@@ -654,10 +654,12 @@ def free_bytes(path: Path) -> int:
 
 
 def _check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> None:
+    from featcache.describe import size_text
+
     needed, free = room_for(samples * sum(spec_bytes(spec) for spec in specs)), free_bytes(path)
     if needed > free:
         raise UserError(
-            f"{path} needs {needed / 1e6:,.1f} MB of free space, but its disk has {free / 1e6:,.1f} MB",
+            f"{path} needs {size_text(needed)} of free space, but its disk has {size_text(free)}",
             remedy="Choose another disk with --out, fewer --vae-levels or layers, or --limit; nothing was encoded.",
         )
 

@@ -34,6 +34,7 @@ from featcache.encoders import is_number
 from featcache.errors import CacheError, UserError
 from featcache.images import EXTENSIONS, MAX_FILE_BYTES, BadImage, EncodedSource
 from featcache.keys import key_bytes, key_text, printable
+from featcache.paths import user_cache
 from featcache.redact import redact
 from featcache.remote import Location, Missing, is_remote, open_location
 from featcache.sources.opening import explained
@@ -638,7 +639,7 @@ def index_folder() -> Path:
     chosen = os.environ.get("FEATCACHE_INDEX")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featcache"
+    return user_cache("FEATCACHE_INDEX")
 
 
 def _index(members: Iterator[Member], kind: str, name: str) -> dict[str, np.ndarray]:

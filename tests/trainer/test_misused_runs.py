@@ -9,14 +9,12 @@ import pytest
 from PIL import Image
 from tiny_runs import add_nano, settings
 
-import featcache
 from featcache.build import build
 from featcache.convert import convert
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.request import BuildRequest
 from featcache.settings import from_mapping, to_mapping
-from featcache.store.root import cache_digest
 from trainer import loop, runs
 from trainer.analysis import analyze_runs
 from trainer.analyze.config import AnalyzeConfig
@@ -190,18 +188,6 @@ def test_a_run_that_ends_before_it_begins_is_not_to_be_resumed(
     with pytest.raises(UserError, match="nothing is saved yet") as error:
         loop.train(settings(shapes_cache), resume=False, watcher=loop.Silent(), root=tmp_path / "runs")
     assert "--resume" not in str(error.value.remedy) and "the same command" in str(error.value.remedy)
-
-
-@pytest.mark.usefixtures("nano")
-def test_a_prefix_is_not_the_digest(shapes_cache: Path, tmp_path: Path) -> None:
-    """Two caches whose digests begin alike are soon made."""
-    digest = cache_digest(featcache.open(shapes_cache).manifest)
-    for wrong in (digest[:12], digest[:63], "", "0" * 64):
-        with pytest.raises(UserError, match="digest"):
-            loop.train(
-                settings(shapes_cache), resume=False, watcher=loop.Silent(), root=tmp_path / "runs", expect=wrong
-            )
-    loop.train(settings(shapes_cache), resume=False, watcher=loop.Silent(), root=tmp_path / "runs", expect=digest)
 
 
 # Outputs
