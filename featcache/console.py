@@ -12,6 +12,7 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import console as rich_console
@@ -136,6 +137,7 @@ def _run(app: Any) -> int:
 
     try:
         refuse_empty(sys.argv[1:])
+        _require_folder()
         code = int(app(standalone_mode=False) or 0)
         # The parser turns Ctrl-C into this code without a word.
         return _interrupted() if code == EXIT_INTERRUPTED else code
@@ -204,6 +206,14 @@ def refuse_empty(words: Sequence[str]) -> None:
             )
 
 
+def _require_folder() -> None:
+    """Raises `UserError` where the working folder was removed: libraries end the process there, each in its own way."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("the folder you are in was removed", remedy="Go to one that exists: cd") from error
+
+
 def _warned(message: Warning | str, *_: object, **__: object) -> None:
     """A library's warning as one line; its text may quote names."""
     with contextlib.suppress(OSError):
@@ -237,6 +247,11 @@ def _known(error: Exception) -> UserError | None:
         return UserError(
             f"the memory of this machine is not enough{f': {text}' if text else ''}",
             remedy="Take a smaller --batch-size or fewer samples, or end other programs; finished work is kept.",
+        )
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return UserError(
+            "the machine starts no more threads for this user",
+            remedy="Have the limit on processes raised (ulimit -u), or take fewer --workers or --threads; finished work is kept.",
         )
     if isinstance(error, RecursionError):
         return UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -349,7 +350,9 @@ def sign(
     """Vouch for a cache: sign its digest with an SSH key. Push and pull take the signature along."""
     from featcache.store.signing import sign as run
 
-    console.print(f"{safe(cache)}: signed {run(cache, key.expanduser())}")
+    with contextlib.suppress(RuntimeError):  # no such user, or no home: the name stays as it was typed
+        key = key.expanduser()
+    console.print(f"{safe(cache)}: signed {run(cache, key)}")
 
 
 def _confirmed(question: str) -> bool:

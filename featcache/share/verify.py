@@ -152,8 +152,9 @@ def verify(
     What a builder, a removal or a restoration publishes meanwhile is taken into account: before problems are reported
     the root document is read again, and where it has changed, what changed is checked again.
 
-    Raises `CacheError` only if there is no cache at `path` (any more), it lacks one of `features`, or changes again and
-    again; whatever is wrong inside one is in the report.
+    Raises `CacheError` only if there is no cache at `path` (any more), it lacks one of `features`, changes again and
+    again, or cannot be read for a reason that is not the files' (permissions, a limit on open files); whatever is wrong
+    inside one is in the report.
     """
     path = Path(path)
     if fraction is not None and seed is None:
@@ -321,6 +322,8 @@ def _inconsistencies(path: Path) -> list[Problem]:
     try:
         return inconsistencies(open_cache(path), str(path))
     except CacheError as error:
+        if files.not_the_file(error):
+            raise
         return [Problem(path=str(path), what=error.what)]
 
 
@@ -531,7 +534,11 @@ def _check_shard(job: _Job) -> _Result:
             return _compared(job, _LocalShard(file.fileno()))
     except (Unreadable, DamagedSource) as error:
         return _Result(f"missing or unreadable: {error.what}", 0)
-    except (Missing, OSError):
+    except Missing:
+        return _Result("missing or unreadable", 0)
+    except OSError as error:
+        if files.not_the_file(error):
+            raise files.explain(error, Path(job.place.address) / name, "read") from error
         return _Result("missing or unreadable", 0)
 
 

@@ -129,6 +129,25 @@ def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
     return CacheError(f"{path} could not be {what}: {error.strerror or error}", remedy=os_error(error).remedy)
 
 
+# Answers that say nothing about a file's bytes.
+_NOT_THE_FILE = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+    }
+)
+
+
+def not_the_file(error: BaseException | None) -> bool:
+    """Whether a file could not be read because of the machine, a limit, permissions or the network: so that it is not
+    known to be damaged, and must not be called so."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+            return True
+        error = error.__cause__
+    return False
+
+
 @contextlib.contextmanager
 def explained(path: Path, what: str) -> Iterator[None]:
     """Errors of the system inside the block become a `CacheError` that says what `path` could not be."""

@@ -62,7 +62,7 @@ from featcache.store.manifest import (
     manifest_from_json,
     skipped_from_json,
 )
-from featcache.store.root import find_root, node_metadata, read_root, root_bytes
+from featcache.store.root import NotACache, find_root, node_metadata, read_root, root_bytes
 from featcache.store.shards import encode_shard
 
 # When a group of shards is made durable: whichever comes first.
@@ -783,7 +783,23 @@ def unfinished_features(path: Path) -> list[str]:
 
 
 def refuse_foreign_directory(path: Path) -> None:
+    """Raises `CacheError` for a place where a new cache would mix with what is there: other files, or a cache around it,
+    whose removal it would share."""
+    if find_root(path) is None:
+        for parent in path.absolute().parents:
+            if find_root(parent) is not None and _is_cache(parent):
+                raise CacheError(f"{path} lies inside the cache {parent}", remedy="choose a folder outside of it")
     if path.exists() and not path.is_dir():
         raise CacheError(f"{path} is a file", remedy="choose another folder")
     if path.is_dir() and not (path / STATE).is_dir() and find_root(path) is None and any(path.iterdir()):
         raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another folder")
+
+
+def _is_cache(path: Path) -> bool:
+    try:
+        read_root(path)
+    except NotACache:  # a group or an array of zarr's, which may hold anything
+        return False
+    except CacheError:
+        return True
+    return True

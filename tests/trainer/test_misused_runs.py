@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from tiny_runs import add_nano, settings
 
-import featcache
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
@@ -17,7 +16,6 @@ from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
 from featcache.settings import from_mapping, to_mapping
 from featcache.share.convert import convert
-from featcache.store.root import cache_digest
 from tests.told import Told
 from trainer import runs
 from trainer.analyze.config import AnalyzeConfig
@@ -176,16 +174,6 @@ def test_a_run_that_ends_before_it_begins_is_not_to_be_resumed(
     with pytest.raises(UserError, match="nothing is saved yet") as error:
         loop.train(settings(shapes_cache), resume=False, watcher=Quiet(), root=tmp_path / "runs")
     assert "--resume" not in str(error.value.remedy) and "the same command" in str(error.value.remedy)
-
-
-@pytest.mark.usefixtures("nano")
-def test_a_prefix_is_not_the_digest(shapes_cache: Path, tmp_path: Path) -> None:
-    """Two caches whose digests begin alike are soon made."""
-    digest = cache_digest(featcache.open(shapes_cache).manifest)
-    for wrong in (digest[:12], digest[:63], "", "0" * 64):
-        with pytest.raises(UserError, match="digest"):
-            loop.train(settings(shapes_cache), resume=False, watcher=Quiet(), root=tmp_path / "runs", expect=wrong)
-    loop.train(settings(shapes_cache), resume=False, watcher=Quiet(), root=tmp_path / "runs", expect=digest)
 
 
 # Outputs

@@ -432,9 +432,10 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying, so that the loop can save and leave.
+    """Collects SIGTERM, SIGINT and SIGHUP (the terminal is gone) instead of dying, so that the loop can save and leave.
+    What is ignored already (`nohup`) stays so.
 
-    Both often come twice (a scheduler signals every process, and torchrun passes its own on), so only a second Ctrl-C
+    They often come twice (a scheduler signals every process, and torchrun passes its own on), so only a second Ctrl-C
     that a person must have typed, a second or more after the first, ends the process at once.
     """
     caught: list[int] = []
@@ -449,7 +450,8 @@ def _stop_on_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     try:
-        former = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        wanted = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        former = {number: signal.signal(number, catch) for number in wanted}
     except ValueError:  # not the main thread: signals go elsewhere
         yield caught
         return
