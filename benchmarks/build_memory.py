@@ -5,10 +5,10 @@
 Draws 100,000 JPEGs of the procedural set at 32 px into webdataset shards (tars, so that no 100,000 files are made), builds
 a cache from them with the embedded encoders, and samples the process's anonymous memory (the kernel's `RssAnon`: what it
 has allocated, without files that are mapped) about every half a second. Writes `benchmarks/results/build_memory.json`:
-the slope of a straight line through the samples after the first tenth of the images, in bytes an image, and about a
+the slope of a straight line through the samples after the first tenth of the images, in bytes per image, and about a
 hundred of the samples.
 
-A leak of one small Python object an image would show as a slope of 50 bytes or more; of its pixels, 3,072.
+A leak of one small Python object per image would show as a slope of 50 bytes or more; of its pixels, 3,072.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def write_shards(folder: Path, count: int, size: int) -> str:
 def main(
     count: Annotated[int, typer.Option(help="Images.")] = 100_000,
     size: Annotated[int, typer.Option(help="Side of images and crops in px, a multiple of 32.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     every_s: Annotated[float, typer.Option(help="Seconds between samples.")] = 0.5,
     name: Annotated[str, typer.Option(help="Of the result's file.")] = "build_memory",
 ) -> None:

@@ -15,18 +15,19 @@ What the build is set against:
 - the *plain loop*: ImageFolder with the same crop, a DataLoader with one worker a core, the VAE and then the encoder in
   float32, one torch.save of float32 features a batch;
 - the structure of the *extraction scripts* that come with REPA and its successors: a first pass that crops every image and
-  writes it as PNG, a second that reads the PNGs one by one, encodes one at a time, and writes one .npy file an image and
+  writes it as PNG, a second that reads the PNGs one by one, encodes one at a time, and writes one .npy file per image and
   feature. Own code, and the same features as ours, of which theirs have the moments alone. On the first `--script-count`
   images.
 
 Stages: decoding (all threads), all encoders one after another (they share a device), quantising with the copy to the
 host, writing. On a CPU they share the cores: `core_bound_images_per_s` is what all of them together would reach if every core
-were busy all the time, from their CPU seconds an image.
+were busy all the time, from their CPU seconds per image.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import resource
@@ -168,7 +169,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
 
     rates["encode"] = _rate(lambda: run(work.encoders), device, at_least_s=at_least_s)
     single = {
-        encoder_name(e): _rate(lambda e=e: run([e]), device, at_least_s=at_least_s / 2).images_per_s
+        encoder_name(e): _rate(functools.partial(run, [e]), device, at_least_s=at_least_s / 2).images_per_s
         for e in work.encoders
     }
     features = {name: value for name, value in features.items() if name in work.specs}
@@ -273,7 +274,7 @@ def plain_loop(plain: Plain, request: Any, folder: Path) -> Rate:
 
 
 def extraction_scripts(plain: Plain, request: Any, folder: Path, *, count: int) -> Rate:
-    """Two passes, one image at a time, one file an image and feature."""
+    """Two passes, one image at a time, one file per image and feature."""
     import numpy as np
     import torch
     from PIL import Image
@@ -308,7 +309,7 @@ def main(
     vae: Annotated[str, typer.Option(help="VAE.")] = "tiny",
     levels: Annotated[str, typer.Option(help="VAE levels.")] = "G3,G4",
     encoder: Annotated[str, typer.Option(help="Vision encoder.")] = "tiny",
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     decode: Annotated[str, typer.Option(help="pil or turbo.")] = "pil",
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or auto.")] = "auto",
@@ -333,7 +334,7 @@ def main(
             batch_size=batch_size,
             device=device,
             decode=decode,
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]  # checked there
             random_weights=0,
         )
         plain = Plain(request, folder)

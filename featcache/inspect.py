@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from featcache.codecs import decode, stored_arrays
+from featcache.codecs import decode
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import decode_latents, load_vae
 from featcache.errors import UserError
@@ -18,6 +18,7 @@ from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.open import open_source
 from featcache.sources.pixels import BadImage
 from featcache.sources.shapes import recorded_shapes
+from featcache.store.layout import stored_arrays
 
 THUMB = 128
 MARGIN = 6
@@ -162,5 +163,10 @@ def contact_sheet(cache: Any, *, data: str | None = None, count: int = 6) -> Ima
 
 
 def save_sheet(cache: Any, out: Path, *, data: str | None = None, count: int = 6) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(cache, data=data, count=count).save(out)
+    """:func:`contact_sheet` into a picture file, whole or not at all; folders are made as needed."""
+    from featcache.store import files
+
+    sheet = contact_sheet(cache, data=data, count=count)
+    files.make_directory(out.parent)
+    with files.atomic_file(out, durable=False) as file:
+        sheet.save(file, Image.registered_extensions()[out.suffix.lower()])

@@ -30,4 +30,4 @@ class Quiet:
     def note(self, text: str) -> None: ...
 
 
-QUIET = Quiet()
+QUIET: Progress = Quiet()

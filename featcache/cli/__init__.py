@@ -53,7 +53,10 @@ def inspect(
 ) -> None:
     """Draw samples of a cache: the image, and PCA-RGB of each cached layer."""
     from featcache.inspect import save_sheet
+    from featcache.paths import PICTURES, check_output
 
+    if out is not None:
+        check_output(out, PICTURES, example="cache.png")
     opened = featcache.open(cache)
     data = data or _images_at_hand(opened)
     name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name

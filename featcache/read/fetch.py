@@ -151,12 +151,11 @@ def _fetch_blocks(
         while start < file.n_bytes:
             index = start // hashes.BLOCK_BYTES
             if index in here:
-                data = os.pread(old, hashes.BLOCK_BYTES, start)
-                with contextlib.suppress(CacheError):
-                    check_block(blocks, index, data, file.name)
-                    files.append(fd, data, partial)
-                    hasher.update(memoryview(data))
-                    start += len(data)
+                kept = _right_block(old, blocks, index)
+                if kept is not None:
+                    files.append(fd, kept, partial)
+                    hasher.update(memoryview(kept))
+                    start += len(kept)
                     continue
                 here.discard(index)  # it has changed since
             stop = min([i * hashes.BLOCK_BYTES for i in here if i > index], default=file.n_bytes)
@@ -174,16 +173,23 @@ def _fetch_blocks(
 
 def _right_blocks(fd: int, blocks: ShardBlocks, *, stop_at_wrong: bool = False) -> Iterator[tuple[int, bytes]]:
     """The blocks of an open file that are what they must be."""
-    for index in range(-(-blocks.n_bytes // hashes.BLOCK_BYTES)):
-        data = os.pread(fd, hashes.BLOCK_BYTES, index * hashes.BLOCK_BYTES)
-        try:
-            # A file that is too long ends in a block that is too long.
-            check_block(blocks, index, data[: blocks.n_bytes - index * hashes.BLOCK_BYTES], "")
-        except CacheError:
-            if stop_at_wrong:
-                return
-            continue
-        yield index, data[: blocks.n_bytes - index * hashes.BLOCK_BYTES]
+    for index in range(hashes.n_blocks(blocks.n_bytes)):
+        data = _right_block(fd, blocks, index)
+        if data is not None:
+            yield index, data
+        elif stop_at_wrong:
+            return
+
+
+def _right_block(fd: int, blocks: ShardBlocks, index: int) -> bytes | None:
+    """A block of an open file; None if it is not what it must be, or the disk does not give it any more."""
+    start = index * hashes.BLOCK_BYTES
+    try:
+        data = os.pread(fd, min(hashes.BLOCK_BYTES, blocks.n_bytes - start), start)
+        check_block(blocks, index, data, "")
+    except (CacheError, OSError):
+        return None
+    return data
 
 
 def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int, stop: int) -> Iterator[bytes]:

@@ -73,7 +73,8 @@ class BlockCache:
             entries = [(e.stat().st_mtime_ns, e.name, e.stat().st_size) for e in os.scandir(directory) if e.is_file()]
         except OSError as error:
             raise CacheError(
-                f"{directory} cannot be used: {error.strerror}", remedy="choose another --cache-dir"
+                f"{directory} cannot be used: {error.strerror}",
+                remedy="set $FEATCACHE_STREAM_DIR to a folder that can be written to",
             ) from error
         for _, name, size in sorted(entries):
             if name.endswith(".new"):
@@ -318,6 +319,11 @@ def open_remote(
             f"{manifest.format} makes a copy that has them."
         )
     base = default_cache_directory() if cache_dir is None else Path(cache_dir)
+    return remote_cache(place, manifest, base, cache_bytes)
+
+
+def remote_cache(place: Location, manifest: Manifest, base: Path, cache_bytes: int) -> Cache:
+    """The cache at a place with the manifest that was read there, through a directory below `base`."""
     # By content: a cache that changes at its place never meets blocks of its former self. 'checked': nor blocks that
     # an earlier version of this program kept without checking them.
     name = hashlib.sha256(b"checked " + place.address.encode() + root_bytes(manifest)).hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,11 @@ import numpy as np
 from featcache.errors import CacheError
 from featcache.progress import QUIET, Progress
 from featcache.read.open import open_cache
+from featcache.store.contents import array_files, arrays_with_files, read_checksums, sound_file
 from featcache.store.layout import FORMATS
 from featcache.store.manifest import Manifest
+from featcache.store.places import LocalLocation
+from featcache.store.remote import is_remote, local_path
 from featcache.store.writers import create_writer
 
 
@@ -30,7 +33,8 @@ def convert(
     features: only these (default all). shard_size: samples a shard (default the source's). compressor: of a
     zarr target ('zstd' or 'blosc'). progress: advances with each finished shard.
 
-    Slots, skipped ones included, stay where they are; so converting there and back gives the same files.
+    Slots, skipped ones included, stay where they are; so converting there and back gives the same files. The copy has
+    checksums of its own, so each shard is checked against the recorded one before it is read: damage is not copied.
 
     Raises `CacheError` for an unknown format, a target that holds something else, or a damaged source.
     """
@@ -51,6 +55,7 @@ def convert(
         format=to,
         versions=manifest.versions,
     )
+    check = _checker(source, manifest, names)
     with writer, cache.reader(names, slots=True) as reader:
         writer.begin(specs)
         pending = writer.pending()
@@ -58,6 +63,7 @@ def convert(
         progress.begin("converting", manifest.dataset.count, done=manifest.dataset.count - left, unit="samples")
         for shard in pending:
             slots = writer.slots(shard)
+            check(slots)
             arrays = reader.allocate(len(slots))
             reader.read(np.arange(slots.start, slots.stop), arrays)
             writer.skip(shard, [(s.slot, s.key, s.reason) for s in manifest.skipped if s.slot in slots])
@@ -66,3 +72,25 @@ def convert(
                 writer.write_shard(spec.name, shard, stored)
             progress.update(len(slots))
         return writer.finish()
+
+
+def _checker(source: str | Path, manifest: Manifest, names: Sequence[str]) -> Callable[[range], None]:
+    """A function that raises `CacheError` unless the shards of some features in which a range of slots lies are what
+    was recorded. Ranges must come in rising order: each shard is read once. Streams check what they fetch themselves.
+    """
+    if is_remote(source):
+        return lambda _: None
+    path = Path(local_path(source))
+    place = LocalLocation(path)
+    recorded = {array: read_checksums(place, manifest, array) for array in arrays_with_files(manifest, names)}
+    size, next_shard = manifest.shard_size, 0
+
+    def check(slots: range) -> None:
+        nonlocal next_shard
+        shards = range(max(next_shard, slots.start // size), (slots.stop - 1) // size + 1)
+        for array, digests in recorded.items():
+            for entry in array_files(manifest, array, shards):
+                sound_file(path, entry, digests[entry.shard])
+        next_shard = max(next_shard, shards.stop)
+
+    return check

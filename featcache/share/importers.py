@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -116,7 +117,10 @@ class _Files:
     def names(self, suffix: str) -> list[str]:
         """Files of that suffix, sorted, in all folders that are no links."""
         if self.archive is not None:
-            return sorted(name for name in self.archive.namelist() if name.endswith(suffix))
+            found = sorted(name for name in self.archive.namelist() if name.endswith(suffix))
+            if twice := next((a for a, b in itertools.pairwise(found) if a == b), None):
+                raise UserError(f"{self.path} holds two files {twice!r:.200}", remedy="Pack it again.")
+            return found
 
         def refuse(error: OSError) -> None:
             raise UserError(f"{self.path}: {first_line(error)}", remedy="Check the folder's permissions.") from error
@@ -182,11 +186,19 @@ class _NpyLatents:
             'It must hold {"labels": [[file, number], ...]}.',
             wrong="does not give each .npy file its label",
         ):
-            by_name = dict(json.loads(data)["labels"])
+            labels = json.loads(data)["labels"]
+            by_name = dict(labels)
+            if len(by_name) != len(labels):
+                raise ValueError("a file is listed twice")
             found = [by_name[name] for name in self._names]
             wrong = [label for label in found if type(label) is not int]
             if wrong:
                 raise ValueError(f"{wrong[0]!r:.40} is no integer")
+        if gone := sorted(set(by_name) - set(self._names)):
+            raise UserError(
+                f"{path}: dataset.json lists {len(gone)} files that are not there, such as {gone[0]!r:.200}",
+                remedy="Bring the folder again, as a whole, or take them out of dataset.json.",
+            )
         self.labels = _checked_labels(found, path)
         first = self._values(0)
         if first.ndim != 3 or len(first) % 2 or not first.size:

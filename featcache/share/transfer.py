@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,13 +37,22 @@ from featcache.store.contents import (
     read_blocks,
     read_checksums,
     shard_files,
+    sound_file,
 )
-from featcache.store.layout import PUSHES, ROOT_NAMES, STATE
+from featcache.store.layout import PUSHES, ROOT_NAMES, SIGNATURE, STATE
 from featcache.store.manifest import Manifest
 from featcache.store.places import Location, Missing
-from featcache.store.remote import Destination, is_remote, local_path, open_destination, open_location, parse_hub_url
+from featcache.store.remote import (
+    Destination,
+    address_below,
+    is_remote,
+    local_path,
+    open_destination,
+    open_location,
+    parse_hub_url,
+)
 from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
-from featcache.store.signing import SIGNATURE, parse_digest, read_signature
+from featcache.store.signing import parse_digest, read_signature
 from featcache.store.writer import (
     CacheWriter,
     building_directory,
@@ -60,9 +68,13 @@ _ALWAYS = ("label", "key")
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line."""
+    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line.
+
+    `url` is for people, `address` to open it with.
+    """
 
     url: str
+    address: str
     manifest: Manifest | None
     problem: str | None = None
 
@@ -88,29 +100,34 @@ def list_remote(url: str) -> list[Listed]:
     """
     place = open_location(url)
     document = root_document(place)
-    here = None if document is None else _listed(place.url, *document[:2])
+    here = None if document is None else _listed(place.address, *document[:2])
     if here is not None:
         return [here]
     found: list[Listed | None] = []
     for name in place.directories():
-        below = f"{place.url}/{name}"
+        below = address_below(place, name)
         try:
-            document = root_document(open_location(f"{place.address}/{name}"))
+            document = root_document(open_location(below))
         except UserError as error:
-            found.append(Listed(url=below, manifest=None, problem=" ".join(error.what.split())))
+            found.append(_unreadable(below, error))
             continue
         found.append(None if document is None else _listed(below, *document[:2]))
     return [entry for entry in found if entry is not None]
 
 
-def _listed(url: str, name: str, data: bytes) -> Listed | None:
+def _listed(address: str, name: str, data: bytes) -> Listed | None:
     """What a listing says of a document; None for one of something else (a zarr array in a half-pushed cache)."""
+    url = redact(address)
     try:
-        return Listed(url=url, manifest=parse_named_root(data, name, f"{url}/{name}"))
+        return Listed(url=url, address=address, manifest=parse_named_root(data, name, f"{url}/{name}"))
     except NotACache:
         return None
     except CacheError as error:
-        return Listed(url=url, manifest=None, problem=" ".join(error.what.split()))
+        return _unreadable(address, error)
+
+
+def _unreadable(address: str, error: UserError) -> Listed:
+    return Listed(url=redact(address), address=address, manifest=None, problem=" ".join(error.what.split()))
 
 
 def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | None) -> Manifest:
@@ -126,9 +143,12 @@ def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | No
         missing = [name for name in features if name not in manifest.features]
         if missing:
             have = ", ".join(sorted(manifest.features))
-            raise CacheError(f"the cache does not hold {', '.join(missing)} (it holds {have})")
+            raise CacheError(f"the cache does not hold {', '.join(missing)}", remedy=f"it holds {have}")
         if manifest.format == "wds" and set(features) != set(manifest.features):
-            raise CacheError("a webdataset cache holds all features in each tar: pull it whole, then convert it")
+            raise CacheError(
+                "a webdataset cache holds all features in each tar, and goes as a whole",
+                remedy="leave --features out, then take them from the copy: featcache convert COPY NEW --to zarr --features ...",
+            )
         wanted = {*features, *(name for name in _ALWAYS if name in manifest.features)}
         part = part.only(wanted)
     if samples is not None:
@@ -417,7 +437,9 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
     limit = checksums_limit(manifest)
     for name in sorted({checksums_path(manifest, array) for array in manifest.arrays if array not in present}):
         ours = local.read_whole(name, limit)[0]
-        while not place.put_if(name, ours, None):
+        for _ in range(_MERGES):
+            if place.put_if(name, ours, None):
+                break
             try:
                 theirs, version = place.read_whole(name, limit)
             except Missing:
@@ -430,6 +452,8 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
                     "with other bytes",
                     remedy="if it is not running any more, add --replace-unfinished; else push to another URL",
                 )
+        else:
+            raise _replaced_too_often(place)
 
 
 class _Journal:
@@ -461,9 +485,12 @@ class _Journal:
         if self._held is None:
             return
         os.close(self._fd)
-        with cache_lock(self.path.parent.parent.parent):  # an idle cache loses its state directory on the way out
+        # What was sent is sent, though the cache here may have been removed meanwhile.
+        with contextlib.suppress(CacheError), cache_lock(self.path.parents[2]):
+            # Within the lock: an idle cache loses its state directory on the way out of it.
             self._held.release(remove=remove)
             files.remove_empty_directory(self.path.parent)
+        self._held.release()
 
 
 @contextlib.contextmanager
@@ -531,7 +558,7 @@ def _send_shards(
             version = place.version(entry.name)
             if version is not None and version == sent[entry.name][1]:
                 return
-        path, size = _sound_file(source, entry, expected)
+        path, size = sound_file(source, entry, expected)
         place.put(entry.name, path)
         if read_back and _sha256(place.chunks(entry.name, 0, size)) != expected:
             raise CacheError(f"{place.url}/{entry.name} did not arrive as it was sent")
@@ -552,17 +579,6 @@ def _send_shards(
 
     in_parallel(todo, send, done, threads)
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
-
-
-def _sound_file(source: Path, entry: ShardFileEntry, sha256: str) -> tuple[Path, int]:
-    """A shard's file and its length; raises `CacheError` if its bytes are not the recorded ones."""
-    path = files.inside(source, entry.name)
-    if files.sha256_of(path) != sha256:
-        raise CacheError(
-            f"{path} is damaged: its bytes do not match the recorded SHA-256; it was not sent",
-            remedy=f"featcache verify {shlex.quote(str(source))} --repair mends it",
-        )
-    return path, path.stat().st_size
 
 
 def _sha256(pieces: Iterable[bytes]) -> str:
@@ -597,10 +613,10 @@ def verify_remote(
     subset(manifest, features, None)
 
     def consistent() -> list[Problem]:
-        from featcache.read.stream import open_remote
+        from featcache.read.stream import DEFAULT_CACHE_BYTES, remote_cache
 
         with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
-            return inconsistencies(open_remote(url, cache_dir=folder), place.url)
+            return inconsistencies(remote_cache(place, manifest, Path(folder), DEFAULT_CACHE_BYTES), place.url)
 
     return verify_place(
         place,
@@ -681,7 +697,7 @@ def _to_send(
         if entry.array in present:
             before += 1
             continue
-        content[entry.name], size = _sound_file(source, entry, recorded[entry.array][entry.shard])
+        content[entry.name], size = sound_file(source, entry, recorded[entry.array][entry.shard])
         sizes.append(size)
     if cache_digest(merged) == cache_digest(whole) and (signature := read_signature(open_location(source))) is not None:
         content[SIGNATURE] = signature

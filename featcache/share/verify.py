@@ -7,13 +7,11 @@ In constant memory, whatever the manifest claims: shards are named one by one, f
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import os
 import random
 import stat
-import time
 from array import array as compact
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -29,7 +27,7 @@ from featcache.keys import key_bytes
 from featcache.progress import QUIET, Progress
 from featcache.read.open import open_cache
 from featcache.read.reader import Cache
-from featcache.store import files, wds
+from featcache.store import files, locks, wds
 from featcache.store.blocks import (
     BLOCK_BYTES,
     ShardBlocks,
@@ -48,6 +46,7 @@ from featcache.store.contents import (
     checksums_text,
     metadata_files,
     most_bytes,
+    shard_names,
 )
 from featcache.store.layout import ROOT_NAMES, STATE, sample_bytes, shard_name
 from featcache.store.ledger import Ledger, identity
@@ -169,7 +168,7 @@ def verify(
                 manifest = root.manifest()
             except CacheError as error:
                 if _unchanged(path, root):
-                    problem = Problem(path=str(root.path), what=error.what)
+                    problem = Problem(path=str(root.path), what=error.what.removeprefix(f"{root.path}: "))
                     return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
                 continue
             missing = [name for name in features or () if name not in manifest.features]
@@ -311,27 +310,11 @@ def _unchanged(path: Path, root: _Root) -> bool:
 
     Raises `CacheError` where there is no cache any more.
     """
-    with contextlib.suppress(OSError, CacheError):
-        lock = os.open(files.inside(path, f"{STATE}/lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            _wait_for_publisher(lock)
-        finally:
-            os.close(lock)
+    with contextlib.suppress(CacheError):
+        locks.wait_while_held(files.inside(path, f"{STATE}/lock"), _PUBLISHING_S)
     if find_root(path) is None:
         read_root(path)
     return root.is_current()
-
-
-def _wait_for_publisher(lock: int) -> None:
-    deadline = time.monotonic() + _PUBLISHING_S
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.01)
-        except OSError:
-            return  # a file system without such locks
 
 
 def _inconsistencies(path: Path) -> list[Problem]:
@@ -546,7 +529,7 @@ def _check_shard(job: _Job) -> _Result:
             return _compared(job, _RemoteShard(job.place, name, job.place.size(name)))
         with job.place.open(name) as file:
             return _compared(job, _LocalShard(file.fileno()))
-    except Unreadable as error:
+    except (Unreadable, DamagedSource) as error:
         return _Result(f"missing or unreadable: {error.what}", 0)
     except (Missing, OSError):
         return _Result("missing or unreadable", 0)
@@ -724,6 +707,9 @@ def repair_metadata(path: str | Path) -> list[str]:
         files.atomic_write(target, [content])
         rewritten.append(name)
 
+    # Outside the lock, which builders need for moments: this may read all of a cache.
+    manifest = read_root(path)
+    made = {name: data for array in arrays_with_files(manifest) for name, data in _made_again(path, manifest, array)}
     with cache_lock(path):
         manifest = read_root(path)
         clear_parts(path, manifest, manifest.features)
@@ -731,27 +717,29 @@ def repair_metadata(path: str | Path) -> list[str]:
             if not _equals(LocalLocation(path), name, content):
                 write(name, content)
         for array in arrays_with_files(manifest):
-            for name, content in _lost_hashes(path, manifest, array).items():
-                write(name, content)
+            for name, sha256 in _lost(path, checksum_files(manifest, array)).items():
+                if name in made and hashlib.sha256(made[name]).hexdigest() == sha256:
+                    write(name, made[name])
     return rewritten
 
 
-def _lost_hashes(path: Path, manifest: Manifest, array: str) -> dict[str, bytes]:
-    """Name -> content of an array's damaged checksum files, where its shards still give what the manifest names."""
+def _made_again(path: Path, manifest: Manifest, array: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of an array's damaged checksum files, where its shards still give what the manifest names."""
     lost = _lost(path, checksum_files(manifest, array))
     if not lost:
-        return {}
+        return
+    entries = list(array_files(manifest, array))
     try:
-        found = [files.hashes_of(files.inside(path, entry.name)) for entry in array_files(manifest, array)]
+        found = [files.hashes_of(files.inside(path, entry.name)) for entry in entries]
     except CacheError:
-        return {}
-    folder = checksums_path(manifest, array).rpartition("/")[0]
-    names = [entry.name.removeprefix(f"{folder}/") for entry in array_files(manifest, array)]
+        return
     made = {
-        checksums_path(manifest, array): checksums_text([hashes.sha256 for hashes in found], names),
+        checksums_path(manifest, array): checksums_text([h.sha256 for h in found], shard_names(manifest, array)),
         blocks_path(manifest, array): blocks_bytes([hashes.blocks for hashes in found]),
     }
-    return {n: made[n] for n, digest in lost.items() if hashlib.sha256(made[n]).hexdigest() == digest}
+    for name, sha256 in lost.items():
+        if hashlib.sha256(made[name]).hexdigest() == sha256:
+            yield name, made[name]
 
 
 def _lost(path: Path, names: Iterable[tuple[str, str, int]]) -> dict[str, str]:

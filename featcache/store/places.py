@@ -47,6 +47,12 @@ def read_small(place: Location, name: str, limit: int) -> bytes:
         raise is_missing(place, name) from error
 
 
+def joined(url: str, name: str) -> str:
+    """A URL with a name after its path, before its query."""
+    path, mark, query = url.partition("?")
+    return f"{path}/{name}{mark}{query}"
+
+
 class Location(Protocol):
     """A place that holds files by name. Names use '/' and never begin with it.
 
@@ -110,7 +116,7 @@ class LocalLocation:
                 except OSError as error:
                     raise Unreadable(f"{self.path / name} cannot be read: {error.strerror}") from error
                 if not data:
-                    raise Unreadable(f"{self.path / name} is shorter than expected")
+                    raise DamagedSource(f"{self.path / name} is shorter than it must be")
                 start += len(data)
                 yield data
 

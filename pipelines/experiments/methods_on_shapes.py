@@ -5,8 +5,8 @@
 One model size, one cache, the papers' options but a small set, a high learning rate and projectors as much narrower
 than theirs as the backbone is. Seeds are the outer loop and methods the inner one, so that a machine that slows down
 slows all methods down. Interrupted, the same command goes on; more seeds or methods may be added later. It writes
-``results.json`` (every evaluation, and what was set), ``summary.json`` (means and standard errors over seeds) and
-``methods.svg`` / ``methods.png``.
+`results.json` (every evaluation, and what was set), `summary.json` (means and standard errors over seeds) and
+`methods.svg` / `methods.png`.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ class Settings:
 def run_experiment(
     settings: Settings, *, methods: Sequence[str], seeds: int, out: Path, jobs: int = 1, times: Path | None = None
 ) -> Path:
-    """Trains and judges what is missing, ``jobs`` runs at a time, then draws the figure; returns its path.
+    """Trains and judges what is missing, `jobs` runs at a time, then draws the figure; returns its path.
 
-    times: another experiment with the same model and batch, whose seconds a step count (see :func:`main`).
+    times: another experiment with the same model and batch, whose seconds per step count (see `main`).
 
     Raises:
-        UserError: an unknown method, or ``out`` or ``times`` holds an experiment with other settings.
+        UserError: an unknown method, or `out` or `times` holds an experiment with other settings.
     """
     for method in methods:
         if method not in METHODS:
@@ -139,7 +139,7 @@ def run_experiment(
 
 
 def _step_times(folder: Path, settings: Settings, methods: Sequence[str]) -> dict[str, float]:
-    """Seconds a step by method of the experiment in ``folder``."""
+    """Seconds per step by method of the experiment in `folder`."""
     try:
         timed: dict[str, Any] = json.loads((folder / "results.json").read_text())["settings"]
         step_s: dict[str, float] = json.loads((folder / "summary.json").read_text())["step_s"]
@@ -327,7 +327,7 @@ def _drop_checkpoints(run: Path, *, before: int) -> None:
             shutil.rmtree(path)
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: object) -> None:
     from trainer.runs.folder import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,7 +335,7 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and its standard error, ``s / sqrt(n)`` with the sample's deviation s; no error of a single value."""
+    """Mean and its standard error, `s / sqrt(n)` with the sample's deviation s; no error of a single value."""
     listed = list(values)
     error = statistics.stdev(listed) / math.sqrt(len(listed)) if len(listed) > 1 else None
     return statistics.fmean(listed), error
@@ -346,10 +346,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Curves and end points by method, over the seeds that have all of a method's points.
 
-    ``step_s``: a method's seconds a step, the median over its seeds and the stretches between evaluations (so that a
-    pause of the machine counts little), or ``step_times`` where given. ``curves``: per method and step the number of seeds, the time ``step * step_s``,
-    and mean and standard error of each metric. ``equal_time``: each metric at the time at which the fastest method ends,
-    between two evaluations by linear interpolation.
+    `step_s`: a method's seconds per step, the median over its seeds and the stretches between evaluations (so that a
+    pause of the machine counts little), or `step_times` where given. `curves`: per method and step the number of seeds,
+    the time `step * step_s`, and mean and standard error of each metric. `equal_time`: each metric at the time at which
+    the fastest method ends, between two evaluations by linear interpolation.
     """
     runs: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for entry in evaluations:
@@ -361,7 +361,7 @@ def summarise(
             if entries[-1]["step"] < last:
                 del by_seed[seed]
     finished = {method: by_seed for method, by_seed in runs.items() if by_seed}
-    step_s = {method: statistics.median(_seconds_a_step(by_seed.values())) for method, by_seed in finished.items()}
+    step_s = {method: statistics.median(_seconds_per_step(by_seed.values())) for method, by_seed in finished.items()}
     step_s = {method: (step_times or step_s)[method] for method in step_s}
     budget = last * min(step_s.values(), default=0.0)
     summary: dict[str, Any] = {"last_step": last, "budget_s": budget, "step_s": step_s, "curves": {}, "equal_time": {}}
@@ -384,8 +384,8 @@ def summarise(
     return summary
 
 
-def _seconds_a_step(runs: Iterable[Sequence[Mapping[str, Any]]]) -> list[float]:
-    """Seconds a step between each evaluation and the one before it (or the start) in the same run."""
+def _seconds_per_step(runs: Iterable[Sequence[Mapping[str, Any]]]) -> list[float]:
+    """Seconds per step between each evaluation and the one before it (or the start) in the same run."""
     found = []
     for entries in runs:
         step, time_s = 0, 0.0
@@ -450,7 +450,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs of each method, seeds 0, 1, ...", min=1)] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each on its share of the cores.", min=1)] = 1,
     times: Annotated[
-        Path | None, typer.Option(help="Folder of a short experiment on a quiet machine, whose seconds a step count.")
+        Path | None, typer.Option(help="Folder of a short experiment on a quiet machine, whose seconds per step count.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to and to continue from.")] = Path("experiments/methods"),
     model: Annotated[str, typer.Option(help="Backbone.")] = _DEFAULT.model,

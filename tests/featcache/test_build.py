@@ -83,7 +83,7 @@ def test_stored_features_equal_a_direct_encoding(cache_path: Path) -> None:
 
     vae = load_tiny_vae()
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
     vae.encoder.mid_block.attentions[0].register_forward_hook(lambda _m, _i, out: seen.update(attn=out))
     with torch.no_grad():
         expected = vae.encode(x).latent_dist.parameters.numpy()
@@ -214,7 +214,7 @@ def test_bad_image_fails_by_name_or_is_skipped_and_recorded(tmp_path: Path) -> N
         with Image.open(folder / key) as image:
             assert np.array_equal(images_of(cache, str(folder), [i])[0], center_crop(image.convert("RGB"), 32))
     build(
-        request(None, into=tmp_path / "cache", data=str(folder), encoders=(EncoderChoice(name="tiny"),), limit=None),  # type: ignore[arg-type]
+        request(None, into=tmp_path / "cache", data=str(folder), encoders=(EncoderChoice(name="tiny"),), limit=None),
         Quiet(),
     )
     assert np.isfinite(read_feature(featcache.open(tmp_path / "cache"), "tiny@5", range(7))).all()

@@ -239,7 +239,12 @@ def test_two_torchrun_ranks_give_the_bytes_of_one_process(
 
 def test_only_the_first_rank_counts_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    monkeypatch.setattr("featcache.sources.captions.ShapesCaptions.most", lambda *_: [counted.append(1), 2][1])
+
+    def most(*_: object) -> int:
+        counted.append(1)
+        return 2
+
+    monkeypatch.setattr("featcache.sources.captions.ShapesCaptions.most", most)
     ask = request(tmp_path / "c", texts=("tiny",), encoders=(), vae="tiny")
     numbers: list[int] = []
 

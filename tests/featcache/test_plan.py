@@ -147,8 +147,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-PLAIN = ("featcache", "build", "--data", "shapes", "--encoder", "tiny@5", "--vae", "tiny")
-PLAIN += ("--limit", "9", "--resolution", "32", "--shard-size", "4")
+PLAIN = (
+    *("featcache", "build", "--data", "shapes", "--encoder", "tiny@5", "--vae", "tiny"),
+    *("--limit", "9", "--resolution", "32", "--shard-size", "4"),
+)
 
 
 @pytest.mark.parametrize(("words", "format_name"), [(("--format", "wds"), "wds"), (("--compressor", "zstd"), "zarr")])

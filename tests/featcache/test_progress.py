@@ -145,7 +145,12 @@ def test_many_threads_lose_no_count(monkeypatch: pytest.MonkeyPatch, terminal: b
     try:
         with RichProgress() as progress:
             progress.begin("copying", None, unit="files")
-            threads = [threading.Thread(target=lambda: [progress.update(1) for _ in range(2000)]) for _ in range(8)]
+
+            def count() -> None:
+                for _ in range(2000):
+                    progress.update(1)
+
+            threads = [threading.Thread(target=count) for _ in range(8)]
             for thread in threads:
                 thread.start()
             for thread in threads:

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_a_root_that_changes_between_the_reads(tmp_path: Path, monkeypatch, adde
 def test_damage_is_still_found_beside_a_publication(tmp_path: Path, monkeypatch) -> None:
     path = build(tmp_path / "cache")
     corrupt(path / "tiny@5" / "c.1.0.0", lambda data: data.__setitem__(9, data[9] ^ 1))
-    real, published = verification._check_array, []
+    real = verification._check_array
+    published: list[object] = []
 
     def publishing(*arguments):
         if not published:
@@ -249,7 +251,12 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path, monkeypa
     hostile_manifest(path, 1 << 20)
     submitted = []
     real = verification._check_shard
-    monkeypatch.setattr(verification, "_check_shard", lambda job: (submitted.append(job.entry.shard), real(job))[1])
+
+    def counted(job: Any) -> Any:
+        submitted.append(job.entry.shard)
+        return real(job)
+
+    monkeypatch.setattr(verification, "_check_shard", counted)
     report = verify(path, threads=2)
     assert len(submitted) < 100
     assert report.problems[-1].what.endswith("the rest was not checked")
@@ -454,7 +461,9 @@ def test_the_record_keeps_the_latest_and_no_digest_covers_it(tmp_path: Path) -> 
     path = build(tmp_path / "cache")
     before, digest = tree(path), cache_digest(read_root(path))
     for seed in range(verified.MAX_ENTRIES + 5):
-        verified.record(path, verified.of_report(verify(path, fraction=0.5, seed=seed), ["tiny@5"]))
+        made = verified.of_report(verify(path, fraction=0.5, seed=seed), ["tiny@5"])
+        assert made is not None
+        verified.record(path, made)
     found = verified.read(LocalLocation(path))[0]
     assert [e.seed for e in found] == list(range(5, verified.MAX_ENTRIES + 5))
     assert (found[-1].digest, found[-1].mode, found[-1].fraction) == (digest, "sample", 0.5)
@@ -480,7 +489,7 @@ def test_a_record_is_bounded(tmp_path: Path) -> None:
 def odd_records() -> list[object]:
     good = json.loads(verified.dump([entry()]))
     (item,) = good["verifications"]
-    changes = [
+    changes: list[dict[str, object]] = [
         {"at": "yesterday"},
         {"at": 5},
         {"by": ""},
@@ -576,3 +585,33 @@ def _read_by(path: Path, seed: int) -> list[int]:
     read = Told()
     verify(path, fraction=0.2, seed=seed, progress=read)
     return read.counts
+
+
+def test_a_damaged_root_document_is_not_to_be_repaired(tmp_path: Path, cli) -> None:
+    """What is printed is what can be done: the file is copied from elsewhere, or the cache is made anew."""
+    path = build(tmp_path / "x")
+    before = tree(path)
+    root = bytearray((path / "zarr.json").read_bytes())
+    root[len(root) // 2] ^= 1
+    (path / "zarr.json").write_bytes(root)
+    found = cli("featcache", "verify", "x", "--no-record")
+    assert found.returncode == 1
+    assert "copy that file from another copy" in found.stdout and "repair" not in found.stdout
+    for words in (("repair", "x"), ("repair", "x", "--from", str(path)), ("info", "x")):
+        refused = cli("featcache", *words)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: x/zarr.json") and "copy that file from another copy" in refused.stderr
+    assert cli("featcache", "rm", "x", "--yes", "--now").returncode == 2  # nothing says what is the cache's
+    assert cli("featcache", "rm", "x", "--yes").returncode == 0
+    assert cli("featcache", "restore", "x").returncode == 0
+    (path / "zarr.json").write_bytes(before["zarr.json"])
+    assert verify(path).ok
+
+
+def test_a_seed_that_cannot_be_recorded_is_refused(tmp_path: Path, cli) -> None:
+    path = build(tmp_path / "x")
+    assert cli("featcache", "verify", "x").returncode == 0
+    assert cli("featcache", "verify", "x", "--sample", "1%", "--seed", str(1 << 64)).returncode == 2
+    assert cli("featcache", "verify", "x", "--sample", "1%", "--seed", str((1 << 64) - 1)).returncode == 0
+    entries, _ = verified.read(LocalLocation(path))
+    assert [entry.mode for entry in entries] == ["whole", "sample"]

@@ -34,6 +34,7 @@ from trainer.analyze.result import NotApplicable
 from trainer.analyze.subject import MIXTURE, Subject
 from trainer.models.config import SIZES
 from trainer.report import analysis as report_pages
+from trainer.report import page
 from trainer.report.analyze import analyze_runs
 from trainer.training.loop import train
 
@@ -198,7 +199,7 @@ def test_two_calls_at_once_both_stay_on_the_page(
     """Each waits (for a while) until the other is as far as itself, where it has read the page and not yet written it."""
     shutil.copytree(runs_root / "none", tmp_path / "run")
     run, meeting = tmp_path / "run", threading.Barrier(2)
-    real = report_pages.write_page
+    real = page.write_page
 
     def late(*args: Any, **values: Any) -> Path:
         with contextlib.suppress(threading.BrokenBarrierError):

@@ -23,6 +23,7 @@ from tests.told import Told
 from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run
 from trainer.interval import Interval
 from trainer.models import build_model
+from trainer.report import data
 from trainer.report.run import router_charts, write_run_report
 from trainer.requests import EvalRequest, SampleSettings
 from trainer.runs import folder as runs
@@ -68,6 +69,7 @@ def changed(request: EvalRequest, **changes: object) -> EvalRequest:
 def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     run = root / "runs/a"
     result = evaluate_run(run, ASK, Quiet())
+    assert result is not None
     assert all(name.startswith("embedded-") for name in result.metrics)
     assert result.metrics["embedded-FID"] > 0
     (entry,) = json.loads((run / "metrics.json").read_text())
@@ -75,7 +77,7 @@ def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     assert entry["sampler"]["sampler"] == "ode"
     assert entry["metrics"] == dict(result.metrics)
     again = evaluate_run(run, ASK, Quiet())
-    assert again.metrics == result.metrics
+    assert again is not None and again.metrics == result.metrics
     assert len(json.loads((run / "metrics.json").read_text())) == 1, "the same evaluation replaces itself"
     evaluate_run(run, changed(ASK, seed=1), Quiet())
     assert len(json.loads((run / "metrics.json").read_text())) == 2
@@ -124,8 +126,26 @@ def test_report_survives_a_cache_that_is_gone(root: Path, tmp_path: Path) -> Non
     summary = json.loads((copy / "cache.json").read_text())
     (copy / "cache.json").write_text(json.dumps(summary | {"path": str(tmp_path / "gone")}))
     assert write_run_report([copy]).is_file()
-    with pytest.raises(UserError, match="no longer there"):
+    with pytest.raises(UserError, match=r"cannot be opened: there is no cache at .*gone"):
         evaluate_run(copy, ASK, Quiet())
+
+
+@pytest.mark.parametrize("content", ["{", "[3]"])
+def test_damaged_files_of_a_run_are_not_to_be_removed(root: Path, tmp_path: Path, content: str, monkeypatch) -> None:
+    """Without cache.json a run cannot be resumed, and metrics.json holds all that was measured."""
+    copy = tmp_path / "runs/b"
+    shutil.copytree(root / "runs/a", copy)
+    (copy / "metrics.json").write_text(content)
+    monkeypatch.setattr("trainer.evaluate.run.sample_run", None)  # nothing is drawn for numbers that cannot be kept
+    with pytest.raises(UserError, match=r"metrics\.json") as found:
+        evaluate_run(copy, ASK, Quiet())
+    assert found.value.remedy is not None and "repair" in found.value.remedy
+    (copy / "metrics.json").unlink()
+    (copy / "cache.json").write_text(content)
+    for read in (runs.read_summary, data.load_run):
+        with pytest.raises(UserError, match=r"cache\.json") as found:
+            read(copy)
+        assert found.value.remedy == runs.RESTORE
 
 
 def test_the_newest_run_is_the_one_active_last(tmp_path: Path) -> None:
@@ -167,7 +187,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_drawn(root: Path, t
         ({"reference": str(other)}, "64 pixels"),
     ):
         with pytest.raises(UserError, match=words):
-            evaluate_run(run, replace(changed(ASK, seed=77), **change), Quiet())  # type: ignore[arg-type]
+            evaluate_run(run, replace(changed(ASK, seed=77), **change), Quiet())
     assert not list((run / "samples").glob("*seed77*"))
 
 
@@ -226,7 +246,7 @@ def test_options_without_effect_are_refused(words: list[str], named: str) -> Non
     assert done.exception.what.startswith(named.replace("--no-compile", "--compile"))
 
 
-PUBLISHED = {
+PUBLISHED: dict[str, object] = {
     "source": "REPA, Table 4",
     "metrics": {"FID": 1.42, "sFID": 4.7, "IS": 305.7, "Precision": 0.8, "Recall": 0.65},
     "sampling": {"sampler": "heun", "steps": 40, "guidance": 1.8, "interval": [0, 0.7]},

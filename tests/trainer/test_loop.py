@@ -303,7 +303,8 @@ def test_no_step_waits_for_the_gpu(
     """Any synchronising call inside a step that logs nothing is an error; the discriminator's turns are included."""
     import trainer.training.loop
 
-    real, seen = trainer.training.loop.train_step, []
+    real = trainer.training.loop.train_step
+    seen: list[int] = []
 
     def watched(*args: Any, measures: bool, **kw: Any) -> Any:
         if measures or len(seen) < 2:  # first steps set up handles

@@ -163,7 +163,8 @@ def record_all() -> None:
 
     from tiny_runs import add_nano
 
-    from featcache.build.run import BuildRequest, build
+    from featcache.build.request import BuildRequest
+    from featcache.build.run import build
     from featcache.encoders import EncoderChoice
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""``trainer``: train, sample, evaluate, report. Thin: parse, call, print. Heavy imports are inside the commands."""
+"""`trainer`: train, sample, evaluate, report. Thin: parse, call, print. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from featcache.console import console, run_app, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError, os_error
+from featcache.paths import typed
 from featcache.redact import is_redacted
 from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
 from trainer.analyze import DIAGNOSTICS
@@ -59,7 +60,7 @@ def run(
         with RichProgress() as progress:
             folder = train(config, resume=resume, watcher=progress, expect=expect)
         if main:
-            console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(folder)}")
+            console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def _leave_a_core() -> None:
         torch.set_num_threads(max(1, cores - 1))
 
 
-def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str], *, resume: bool) -> Any:
+def _run_config(recipe: Path | None, given: Given, overrides: list[str], *, resume: bool) -> RunConfig:
     """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top."""
     from trainer.runs.recipes import load_recipe
 
@@ -106,7 +107,7 @@ def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str]
     return from_mapping(RunConfig, apply_overrides(values, overrides))
 
 
-def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
+def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
     """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
     from trainer.runs.folder import ROOT, checked_name, load_config, newest_run
 
@@ -146,7 +147,11 @@ DRAWING = (
 
 
 def _refuse(given: Given, names: Sequence[str], why: str) -> None:
-    """Raises UserError if any of the settings ``names`` was typed."""
+    """Refuses the settings `names`.
+
+    Raises:
+        UserError: one of them was typed.
+    """
     for name in names:
         if name in given:
             flag = flag_of(EvalRequest if name == "figure" else SampleSettings, name)
@@ -242,7 +247,7 @@ def recipes(
         ),
     ] = "",
 ) -> None:
-    """List the recipes, one a row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
+    """List the recipes, one per row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
     from trainer.runs.recipe_pages import page
 
     for line in page(text, width=min(console.width, 120)):
@@ -253,5 +258,5 @@ commands.register(app)
 
 
 def main() -> None:
-    """Entry point of the ``trainer`` command."""
+    """Entry point of the `trainer` command."""
     sys.exit(run_app(app))

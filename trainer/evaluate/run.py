@@ -1,4 +1,4 @@
-"""From a run to its numbers: sample, judge, write ``metrics.json``."""
+"""From a run to its numbers: sample, judge, write `metrics.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
 from featcache.sources.open import find_data
@@ -24,6 +24,7 @@ from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs import locks
+from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
 from trainer.runs.published import Sampling, parse_published
 from trainer.runs.recipes import load_recipe_file
@@ -32,6 +33,7 @@ from trainer.sampling.run import sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
+    from trainer.runs.schemas import Summary
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
 CPU_SAMPLES, CPU_STEPS = 512, 32
@@ -48,7 +50,7 @@ class EvalResult:
 
 
 def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalResult | None:
-    """Samples a run's averaged weights, compares them with the reference and adds the numbers to the run's ``metrics.json``.
+    """Samples a run's averaged weights, compares with the reference and adds the numbers to the run's `metrics.json`.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
 
@@ -57,6 +59,7 @@ def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalRes
         WeightsUnavailable: weights that were asked for by name are not to be had.
     """
     config = runs.load_config(run)
+    runs.read_metrics(run)  # what the numbers are added to: if it is damaged, that is said now, not after hours
     device = pick_device(request.settings.device)
     if not distributed.is_main():
         progress = QUIET
@@ -95,12 +98,12 @@ def _check_before_drawing(
 
 
 def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, progress: Progress) -> EvalResult:
-    """Judges images that are there already, by any code, and writes the numbers to ``<samples>.metrics.json``.
+    """Judges images that are there already, by any code, and writes the numbers to `<samples>.metrics.json`.
 
     Raises:
-        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where they
-            are required.
-        WeightsUnavailable: as :func:`evaluate_run`.
+        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where
+            they are required.
+        WeightsUnavailable: as `evaluate_run`.
     """
     if request.reference is None:
         raise UserError(
@@ -149,7 +152,7 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
 
 
 def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[EvalRequest, RunConfig]:
-    """The request at the figure's step, with its sampler, and the run's configuration as if it came from that recipe."""
+    """The request at the figure's step and with its sampler; the run's configuration as if it came from that recipe."""
     recipe = load_recipe_file(figure)
     if recipe.published is None:
         raise UserError(
@@ -207,7 +210,7 @@ def _with_defaults(
 
 
 def choose_extractor(name: str, weights_dir: str | None, device: str, progress: Progress) -> Extractor:
-    """The feature extractor of that name; ``auto`` is Inception where its weights are to be had, else the embedded one."""
+    """The extractor of that name; `auto` is Inception where its weights are to be had, else the embedded one."""
     folder = None if weights_dir is None else Path(weights_dir)
     if name != "auto":
         return build_extractor(name, weights_dir=folder, device=device)
@@ -221,7 +224,7 @@ def choose_extractor(name: str, weights_dir: str | None, device: str, progress: 
 
 
 def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
-    """What to compare with: ``--reference``, else the cache's own images. Returns (where, data folder)."""
+    """What to compare with: `--reference`, else the cache's own images. Returns (where, data folder)."""
     if request.reference is not None:
         return request.reference, request.data
     summary = cache_summary(run)
@@ -231,15 +234,17 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
             f"{run} was imported and has no cache, so there are no images to compare with",
             remedy="Pass --reference with an npz, a folder of images or a cache.",
         )
-    if not (Path(cache) / "zarr.json").is_file() and "://" not in cache:
-        raise UserError(
-            f"the cache of {run}, {cache}, is no longer there, so there are no images to compare with",
-            remedy="Pass --reference with an npz or a folder of images.",
-        )
+    try:
+        cache_of_run(run)
+    except CacheError as error:
+        raise CacheError(
+            f"{error.what}: so there are no images to compare with",
+            remedy="Bring the cache back, or pass --reference with an npz, a folder of images or a cache.",
+        ) from error
     return cache, data_folder(summary, request.data)
 
 
-def data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
+def data_folder(summary: Summary, data: str | None) -> str | None:
     if summary["dataset"]["source"].startswith("shapes "):
         return None
 
@@ -263,7 +268,7 @@ def _append_metrics(run: Path, entry: dict[str, Any]) -> None:
             json.dumps(e.get("settings"), sort_keys=True),
         )
 
-    entry = json.loads(json.dumps(entry))
+    entry = runs.as_json(entry)
     with locks.alone(run / "metrics.json"):
         kept = [e for e in runs.read_metrics(run) if identity(e) != identity(entry)]
         runs.write_text(run / "metrics.json", json.dumps([*kept, entry], indent=1))

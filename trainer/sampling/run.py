@@ -1,11 +1,11 @@
 """Many samples of one run, without babysitting: resumable, over any number of ranks, the same images every time.
 
-Sample ``i`` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind of
-device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units of
-consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size rounded
-down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads or of
-ranks, nor on where a job was cut. Finished blocks lie on the disk; the npz is put together at the end without holding it
-in memory.
+Sample `i` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind
+of device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units
+of consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size
+rounded down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads
+or of ranks, nor on where a job was cut. Finished blocks lie on the disk; the npz is put together at the end without
+holding it in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -58,8 +58,16 @@ GROUP = 8  # samples of one arithmetic unit on the CPU
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
 
 
+# What samples are a function of, as their `settings.json` holds it.
+Record = dict[str, object]
+
+
 def sample_config(request: SampleRequest, family: str) -> SampleConfig:
-    """What decides the numbers of the samples. Raises UserError for a sampler that the family has not, or wrong steps."""
+    """What decides the numbers of the samples.
+
+    Raises:
+        UserError: a sampler that the family has not, or wrong steps.
+    """
     sampler = check_sampler(family, request.sampler)
     sampling_times(sampler, request.steps)
     guidance = Guidance(scale=request.guidance, interval=request.interval, channels=request.guided_channels)
@@ -78,8 +86,8 @@ def file_name(request: SampleRequest) -> str:
 
 
 def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic) -> str:
-    """What the samples of checkpoint ``step`` depend on, one name for equal settings: defaults are left out, and so are an
-    interval and channels of guidance where the scale is 1.
+    """What the samples of checkpoint `step` depend on, one name for equal settings: defaults are left out, and so are
+    an interval and channels of guidance where the scale is 1.
     """
     parts = [f"step_{step:07d}", f"{sampler}{request.steps}", f"seed{request.seed}"]
     if request.guidance != 1:
@@ -95,7 +103,7 @@ def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Ari
 
 
 def _short(text: str, most: int = 40) -> str:
-    """``text``, the end of a long one replaced by a digest of it."""
+    """`text`, the end of a long one replaced by a digest of it."""
     return text if len(text) <= most else f"{text[: most - 9]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -103,18 +111,18 @@ def _short(text: str, most: int = 40) -> str:
 class SampleResult:
     """What was written, and of which run.
 
-    images: an npz (``arr_0`` uint8 [n, R, R, 3], ``arr_1`` int64 [n] labels: ADM's layout), a WebDataset tar (``png``,
-    ``cls``) or a folder of PNGs by class. grid: one row a class.
+    images: an npz (`arr_0` uint8 [n, R, R, 3], `arr_1` int64 [n] labels: ADM's layout), a WebDataset tar (`png`,
+    `cls`) or a folder of PNGs by class. grid: one row per class.
     """
 
     images: Path
     grid: Path
     loaded: LoadedRun
-    settings: dict[str, Any]
+    settings: Record
 
 
 def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleResult:
-    """Draws ``request.num`` images of a run and writes them with a grid; finished work of an interrupted call is kept.
+    """Draws `request.num` images of a run and writes them with a grid; finished work of an interrupted call is kept.
 
     Under torchrun all ranks call it together and draw a share each.
 
@@ -155,9 +163,7 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleR
         return _result(images, folder, loaded, settings, request)
 
 
-def _result(
-    images: Path, folder: Path, loaded: LoadedRun, settings: dict[str, Any], request: SampleRequest
-) -> SampleResult:
+def _result(images: Path, folder: Path, loaded: LoadedRun, settings: Record, request: SampleRequest) -> SampleResult:
     return SampleResult(
         images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
     )
@@ -192,8 +198,8 @@ def _is_there(images: Path) -> bool:
 
 
 def _is_pending(folder: Path, images: Path) -> bool:
-    """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number, that
-    were cut off."""
+    """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number,
+    that were cut off."""
     record = files.inside(folder, "blocks/settings.json")
     made_for = runs.read_json(record, {}).get("file")
     return bool(made_for == images.name) or (record.parent.is_dir() and not files.names_in(record.parent))
@@ -220,7 +226,7 @@ def _unit(device: torch.device, batch_size: int) -> int:
 
 
 def _draw_to(
-    folder: Path, images: Path, record: dict[str, Any], draw: _Draw, world: distributed.World, progress: Progress
+    folder: Path, images: Path, record: Record, draw: _Draw, world: distributed.World, progress: Progress
 ) -> None:
     """This rank's share of the blocks; then, on the main rank, the files made of all of them."""
     blocks = files.inside(folder, "blocks")
@@ -288,7 +294,7 @@ def _block_count(num: int, number: int) -> int:
 
 
 def _is_whole(blocks: Path, num: int, number: int) -> bool:
-    """Whether a block is there with as many samples as ``num`` in all needs (it may come from a call that asked for fewer)."""
+    """Whether a block is there with as many samples as it needs: it may come from a call that asked for fewer."""
     path = _block_path(blocks, number)
     try:
         return len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
@@ -296,15 +302,15 @@ def _is_whole(blocks: Path, num: int, number: int) -> bool:
         return False
 
 
-def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether samples with the record ``saved`` are those asked for; what an older record does not say is no difference."""
-    now = json.loads(json.dumps(record))
+def _same(saved: Record, record: Record) -> bool:
+    """Whether samples with the record `saved` are those asked for; what an older record does not say is no difference."""
+    now = runs.as_json(record)
     return all(now[key] == value for key, value in saved.items() if key in now)
 
 
-def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
-    """``named``, or the folder beside it whose record says that it holds the same samples: names have been made by other
-    rules, such as intervals as they were typed. Before all comes one that holds ``file``.
+def _find_folder(named: Path, record: Record, file: str) -> Path:
+    """`named`, or the folder beside it whose record says that it holds the same samples: names have been made by other
+    rules, such as intervals as they were typed. Before all comes one that holds `file`.
     """
     if (named / file).exists():
         return named
@@ -312,7 +318,7 @@ def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
     for folder in sorted(named.parent.glob(f"step_{record['step']:07d}-*/")):
         if folder.is_symlink():
             continue
-        saved: dict[str, Any] = {}
+        saved: Record = {}
         with suppress(UserError):  # a damaged record says nothing
             unfinished = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
             saved = runs.read_json(folder / "settings.json", unfinished)
@@ -321,13 +327,13 @@ def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
     return max(found, key=lambda folder: (folder / file).exists(), default=named)
 
 
-def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
+def _check_folder(folder: Path, record: Record, images: Path) -> None:
     """Refuses a folder with finished samples of other settings: they would be taken for the ones asked for."""
     saved = runs.read_json(folder / "settings.json", {})
     if not saved and images.exists():  # earlier versions wrote the record after the images
         saved = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
     if not _same(saved, record):
-        now = json.loads(json.dumps(record))
+        now = runs.as_json(record)
         differing = [f"{k} {saved[k]}, not {now[k]}" for k in now if k in saved and saved[k] != now[k]]
         raise UserError(
             f"{folder} holds samples of other settings ({'; '.join(differing)})",
@@ -335,8 +341,8 @@ def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
         )
 
 
-def _prepare(blocks: Path, record: dict[str, Any], file: str) -> None:
-    """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for ``file``."""
+def _prepare(blocks: Path, record: Record, file: str) -> None:
+    """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for `file`."""
     files.make_directory(blocks)
     saved = runs.read_json(blocks / "settings.json", {})
     if saved and not _same(saved, record):
@@ -362,7 +368,7 @@ def _save_block(path: Path, pixels: np.ndarray) -> None:
 
 
 def _block_images(blocks: Path, num: int) -> Iterator[np.ndarray]:
-    """The first ``num`` images, uint8 [b, R, R, 3] a block."""
+    """The first `num` images, uint8 [b, R, R, 3] per block."""
     for k in range(-(-num // BLOCK)):
         yield np.load(_block_path(blocks, k), mmap_mode="r", allow_pickle=False)[: _block_count(num, k)]
 

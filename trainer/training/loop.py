@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
 from featcache.redact import is_redacted, redact
 from featcache.store.remote import is_remote
+from featcache.store.signing import require_digest
 from trainer import distributed
 from trainer.align.base import Alignment
 from trainer.distributed import World
@@ -67,7 +69,7 @@ def train(
 
     Raises:
         UserError: bad input, a cache that does not fit, a folder in use, or a disk that refuses.
-        Diverged: a loss or gradient that is not finite (the step and the batch's keys are saved in ``diverged.json``).
+        Diverged: a loss or gradient that is not finite (the step and the batch's keys are saved in `diverged.json`).
         SystemExit: SIGTERM or Ctrl-C, after saving; 128 + the signal's number.
     """
     device_name = pick_device(config.device)
@@ -90,13 +92,13 @@ def _train(
     share = _share(config, world)
     cache = find_cache(config)
     if expect is not None:
-        runs.check_digest(cache, expect)
+        require_digest(cache.manifest, expect, str(cache.path))
     with runs.claim(config, root) if world.is_main else nullcontext() as claimed:
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
         parts = assemble(config, cache, device, world)
-        start, trained_s = _restore(parts, run)
+        start, trained_s = _restore(parts, run, config)
         if world.is_main:
             runs.clear_leftovers(run)
             checkpoint.tidy(run, keep=config.keep_checkpoints)
@@ -115,7 +117,7 @@ def _train(
 
 
 def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, trained_s: float) -> None:
-    """Steps ``start`` to the end. The host waits for the device where it logs or saves, and nowhere else."""
+    """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
     config, alignment = job.config, job.parts.alignment
     means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
     grids = GridMaker(config, job.cache, job.watcher.note)
@@ -229,7 +231,7 @@ def forward_backward(
     share: float,
     last: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of one micro-batch, added up; its loss terms with their sum ``loss``, and what was measured.
+    """Gradients of one micro-batch, added up; its loss terms with their sum `loss`, and what was measured.
 
     Args:
         share: weight of this micro-batch in the step. last: ranks exchange gradients only after the last one.
@@ -240,8 +242,12 @@ def forward_backward(
         loss = torch.stack(list(terms.values())).sum()
         scaled = loss * share
         (scaled if parts.scaler is None else parts.scaler.scale(scaled)).backward()
-    measured = parts.objective.measure(kept, batch, draws) if measures else {}
+    measured: dict[str, Tensor] = {}
+    if measures:
+        assert kept is not None, "only a method measures"
+        measured |= parts.objective.measure(kept, batch, draws)
     if adversarial:
+        assert kept is not None, "only a method has an adversary"
         adversary_loss = parts.objective.adversary_loss(kept, batch)
         (adversary_loss * share).backward()
         measured["align/adversary"] = adversary_loss
@@ -274,7 +280,7 @@ def adversary_step(parts: Parts) -> None:
 
 
 def set_learning_rate(parts: Parts, config: RunConfig, step: int) -> None:
-    """Linear warm-up over ``warmup_steps``, then constant."""
+    """Linear warm-up over `warmup_steps`, then constant."""
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     for optimizer in (parts.optimizer, parts.adversary_optimizer):
         for group in optimizer.param_groups if optimizer is not None else ():
@@ -340,7 +346,7 @@ def _share(config: RunConfig, world: World) -> Share:
 def _resolve(
     config: RunConfig, cache: Cache, device: torch.device, root: Path, claimed: Path | None
 ) -> tuple[Path, RunConfig]:
-    """The run's folder (the main rank's) and its settings with nothing left open, as ``config.yaml`` has them."""
+    """The run's folder (the main rank's) and its settings with nothing left open, as `config.yaml` has them."""
     run = distributed.from_main(claimed)
     assert run is not None
     return run, dataclasses.replace(
@@ -352,12 +358,12 @@ def _resolve(
     )
 
 
-def _restore(parts: Parts, run: Path) -> tuple[int, float]:
+def _restore(parts: Parts, run: Path, config: RunConfig) -> tuple[int, float]:
     """Loads the latest checkpoint if there is one: steps done and seconds trained."""
     if not checkpoint.list_checkpoints(run):
         return 0, 0.0
     step, path = checkpoint.find_checkpoint(run)
-    state = checkpoint.load_state(path)
+    state = checkpoint.require_own(path, method=config.method, model=config.model)
     load_parts(parts, path, state)
     return step, float(state.get("time_s", 0.0))
 
@@ -379,8 +385,10 @@ def _told_how_to_go_on(job: Job) -> Iterator[None]:
         words = ["trainer run --resume", f"--name {shlex.quote(str(job.config.name))}"]
         if is_redacted(str(job.config.cache)):
             words.append("--cache URL")
-        remedy = "" if known.remedy is None else known.remedy.strip()
-        remedy += f" Training goes on with: {' '.join(words)}"
+        go_on = f"Training goes on with: {' '.join(words)}"
+        if not saved and not runs.is_run(job.run):  # so early that there is nothing to resume
+            go_on = "Then type the same command again."
+        remedy = f"{(known.remedy or '').strip().rstrip('.')}. {go_on}" if known.remedy else go_on
         kind = CacheError if isinstance(known, CacheError) else UserError
         raise kind(f"training stopped ({kept}): {known.what}", remedy=remedy.strip()) from error
 
@@ -399,7 +407,7 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
     unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
     if unused and not is_remote(job.cache.path):
         job.watcher.note(
-            f"{' and '.join(unused)} have no effect: {job.cache.path} is on this machine, so nothing streams"
+            f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect: {job.cache.path} is on this machine, so nothing streams"
         )
     if start >= config.steps:
         job.watcher.note(f"{job.run} has {start} steps already; nothing to do (raise --steps to go on)")
@@ -432,7 +440,7 @@ def _stop_on_signals() -> Iterator[list[int]]:
     caught: list[int] = []
     first_s = 0.0
 
-    def catch(number: int, _frame: Any) -> None:
+    def catch(number: int, _frame: FrameType | None) -> None:
         nonlocal first_s
         if not caught:
             first_s = time.monotonic()
