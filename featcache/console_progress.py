@@ -115,9 +115,11 @@ class RichProgress:
         task = self._task
         assert task is not None
         beside, *below = plain(task.text).splitlines() or [""]
-        bar = self._spinner if task.total is None else ProgressBar(total=task.total, completed=task.done)
+        name, numbers = Text(task.name, style="bold"), Text(", ".join(filter(None, [task.numbers(), beside])))
+        width = min(60, max(10, console.width - name.cell_len - numbers.cell_len - 2))  # the bar gets what is left
+        bar = self._spinner if task.total is None else ProgressBar(task.total, task.done, width=width)
         row = Table.grid("", "", "", padding=(0, 1))
-        row.add_row(Text(task.name, style="bold"), bar, Text(", ".join(filter(None, [task.numbers(), beside]))))
+        row.add_row(name, bar, numbers)
         return Group(row, *(Text(line, style="dim") for line in below))
 
     def _say_regularly(self) -> None:
