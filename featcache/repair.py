@@ -90,7 +90,7 @@ def _passes(manifest: Manifest, damaged: Mapping[str, Sequence[int]]) -> list[tu
                 "its features were made with random weights from different seeds, which cannot be made again in one tar",
                 remedy="mend it from another copy: featcache repair CACHE --from URL",
             )
-        return [(list(damaged), *seeds)] if seeds else [(list(damaged), None)]
+        return [(list(damaged), next(iter(seeds), None))]
     order = sorted(groups, key=lambda group: (group[0], group[1] is not None, group[1] or 0))
     return [(groups[group], group[1]) for group in order]
 
