@@ -98,7 +98,7 @@ def _counted(problems: Sequence[object]) -> str:
 def verify(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
-    threads: Annotated[int | None, typer.Option(help="\\[default: one a core; 8 for a URL]")] = None,
+    threads: Annotated[int | None, typer.Option(help="\\[default: one a core; 8 for a URL]", min=1)] = None,
     expect: Expect = None,
     signed_by: SignedBy = None,
     sample: Annotated[

@@ -5,6 +5,7 @@ first.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,6 @@ def read_root(path: Path) -> Manifest:
             )
         raise CacheError(
             f"there is no cache at {path}",
-            remedy=f"featcache build --out {path} makes one; featcache ls DIR lists them",
+            remedy=f"featcache build --out {shlex.quote(str(path))} makes one; featcache ls DIR lists them",
         )
     return parse_named_root(files.read_bounded(root, MAX_METADATA_BYTES), root.name, str(root))

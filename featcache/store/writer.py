@@ -231,7 +231,8 @@ class CacheWriter:
             with cache_lock(path):
                 existing = known_manifest(path)
         if existing is None:
-            raise CacheError(f"there is no cache at {path}", remedy=f"featcache build --out {path} makes one")
+            remedy = f"featcache build --out {shlex.quote(str(path))} makes one"
+            raise CacheError(f"there is no cache at {path}", remedy=remedy)
         if dataset is not None:
             require_same_dataset(existing, replace(existing, dataset=dataset), path)
         return _writer_class(existing)(path, existing)
