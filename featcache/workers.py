@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from featcache import launch
 from featcache.errors import UserError
 from featcache.pipeline import Meter, Stage, run_shards
 from featcache.store import CacheWriter
@@ -42,10 +43,10 @@ class Ranks:
     @classmethod
     def of_environment(cls) -> Ranks:
         """From torchrun's environment variables; without them, rank 0 of 1."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = launch.world_size()
         if size == 1 or "MASTER_ADDR" not in os.environ:
             return cls(0, 1, 0)
-        return cls(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+        return cls(launch.rank(), size, launch.local_rank())
 
     def __enter__(self) -> Self:
         if self.size > 1:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from featcache import launch
 from featcache.console import console, run_app, safe
 from featcache.errors import UserError
 from featcache.paths import typed
@@ -74,7 +75,7 @@ def _one_voice() -> Iterator[bool]:
 
     from featcache.errors import UserError, os_error
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launch.rank()
     if rank == 0:
         yield True
         return

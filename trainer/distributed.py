@@ -7,7 +7,6 @@ signals, barriers) never touches a GPU.
 from __future__ import annotations
 
 import gc
-import os
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from featcache import launch
 from featcache.errors import UserError
 
 T = TypeVar("T")
@@ -46,17 +46,19 @@ def join(device: str) -> World:
     """Joins the process group that ``torchrun`` describes in the environment.
 
     Raises:
-        UserError: several ranks were told to share one GPU (``cuda:N``).
+        UserError: several ranks were told to share one GPU (``cuda:N``), or the environment is not torchrun's.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size, local_rank = launch.world_size(), launch.local_rank()
+    if size == 1:
         return World()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
         raise UserError(
-            f"{os.environ['WORLD_SIZE']} ranks cannot share {device}",
+            f"{size} ranks cannot share {device}",
             remedy="Type --device cuda: each rank takes its own GPU.",
         )
     if not dist.is_initialized():
+        launch.rank()
+        launch.require_meeting_point()
         if device == "cuda":
             torch.cuda.set_device(local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
@@ -106,7 +108,7 @@ def joined(device: str) -> Iterator[World]:
 
 def is_main() -> bool:
     """Whether this process speaks for all of torchrun's: also before it joins them and after it left."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return launch.rank() == 0
 
 
 def barrier() -> None:
