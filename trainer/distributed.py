@@ -7,7 +7,6 @@ signals, barriers) never touches a GPU.
 from __future__ import annotations
 
 import gc
-import os
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from featcache import launch
 from featcache.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,17 +52,19 @@ def join(device: str) -> World:
     """Joins the process group that `torchrun` describes in the environment.
 
     Raises:
-        UserError: several ranks were told to share one GPU (`cuda:N`).
+        UserError: several ranks were told to share one GPU (`cuda:N`), or the environment is not torchrun's.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size, local_rank = launch.world_size(), launch.local_rank()
+    if size == 1:
         return World()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
         raise UserError(
-            f"{os.environ['WORLD_SIZE']} ranks cannot share {device}",
+            f"{size} ranks cannot share {device}",
             remedy="Type --device cuda: each rank takes its own GPU.",
         )
     if not dist.is_initialized():
+        launch.rank()
+        launch.require_meeting_point()
         if device == "cuda":
             torch.cuda.set_device(local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
@@ -112,7 +114,7 @@ def joined(device: str) -> Iterator[World]:
 
 def is_main() -> bool:
     """Whether this process speaks for all of torchrun's: also before it joins them and after it left."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return launch.rank() == 0
 
 
 def barrier() -> None:

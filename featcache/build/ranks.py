@@ -16,6 +16,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from featcache import launch
+
 MAX_WAIT = timedelta(days=14)  # the first rank to be done waits for the last
 POLL_S = 0.5
 
@@ -30,10 +32,10 @@ class Ranks:
     @classmethod
     def of_environment(cls) -> Ranks:
         """From torchrun's environment variables; without them, rank 0 of 1."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = launch.world_size()
         if size == 1 or "MASTER_ADDR" not in os.environ:
             return cls(0, 1, 0)
-        return cls(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+        return cls(launch.rank(), size, launch.local_rank())
 
     def __enter__(self) -> Self:
         if self.size > 1:

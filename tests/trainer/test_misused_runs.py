@@ -11,13 +11,14 @@ from tiny_runs import add_nano, settings
 
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
+from featcache.console import run_app
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
 from featcache.settings import from_mapping, to_mapping
 from featcache.share.convert import convert
 from tests.told import Told
-from trainer import runs
+from trainer import cli, runs
 from trainer.analyze.config import AnalyzeConfig
 from trainer.evaluate.extractors import build_extractor
 from trainer.evaluate.images import open_images
@@ -158,6 +159,17 @@ def test_checkpoints_of_other_runs_and_steps_are_refused(
         sample_run(Path("sound"), ask, Quiet())
 
 
+@pytest.mark.usefixtures("nano")
+def test_no_run_inside_another(shapes_cache: Path, tmp_path: Path) -> None:
+    run = loop.train(settings(shapes_cache, steps=1), resume=False, watcher=Quiet(), root=tmp_path / "runs")
+    for name in ("run/inner", "run/checkpoints/step_0000009"):
+        with pytest.raises(UserError, match="lies inside the run"):
+            loop.train(settings(shapes_cache, name=name), resume=False, watcher=Quiet(), root=tmp_path / "runs")
+    assert not (run / "inner").exists()
+    beside = settings(shapes_cache, name="group/inner", steps=1)
+    loop.train(beside, resume=False, watcher=Quiet(), root=tmp_path / "runs")
+
+
 # What ends a run
 
 
@@ -195,3 +207,28 @@ def test_a_checkpoint_does_not_replace_a_configuration(
         write_statistics("nothing", tmp_path, build_extractor("embedded", weights_dir=None, device="cpu"))
     assert (run / "config.yaml").read_bytes() == before
     assert export_checkpoint(run, tmp_path / "w.pt", convention=None, step=None).is_file()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "x"}, "RANK is 'x', not a whole number"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is not one of 2 processes"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT not set"),
+    ],
+)
+def test_half_an_environment_of_torchrun(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were faults of the program."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["trainer", "run", "--device", "cpu", "--cache", "nowhere"])
+    assert run_app(cli.app) == 2
+    said = capsys.readouterr().err
+    assert words in said and "torchrun" in said

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from featcache import launch
 from featcache.console import console, run_app, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError, os_error
@@ -70,7 +71,7 @@ def _one_voice() -> Iterator[bool]:
     An error that all ranks meet is the main rank's to print, whereupon torchrun ends the others. One that is another
     rank's alone is printed when that has not happened for a while.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launch.rank()
     if rank == 0:
         yield True
         return

@@ -78,9 +78,12 @@ def claim(config: RunConfig, root: Path = ROOT) -> Iterator[Path]:
     Of several processes that ask for a folder without a name at the same moment, each gets its own.
 
     Raises:
-        UserError: another process works in it, or it cannot be made.
+        UserError: another process works in it, it lies inside another run, or it cannot be made.
     """
     for folder in _candidates(config, root, taken=True):
+        around = next((root / p for p in folder.relative_to(root).parents if p.parts and is_run(root / p)), None)
+        if around is not None:
+            raise UserError(f"--name {config.name} lies inside the run {around}", remedy="Type another --name.")
         files.make_directory(folder.parent)
         try:
             folder.mkdir()
