@@ -25,6 +25,8 @@ from typing import Annotated
 
 import typer
 
+from featcache.progress import Quiet
+
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARD_IMAGES = 10_000
 
@@ -37,7 +39,7 @@ def rss_anon_bytes() -> int:
     raise RuntimeError("the kernel does not report RssAnon")
 
 
-class Sampler:
+class Sampler(Quiet):
     """Progress of a build that notes memory beside the number of images done."""
 
     def __init__(self, every_s: float) -> None:
@@ -48,13 +50,11 @@ class Sampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def start(self, *, total: int, done: int, note: str) -> None:
+    def begin(self, name: str, total: int | None, *, done: int = 0, unit: str = "images") -> None:
         self._thread.start()
 
-    def advance(self, images: int) -> None:
-        self._done += images
-
-    def warn(self, text: str) -> None: ...
+    def update(self, count: int, text: str = "") -> None:
+        self._done += count
 
     def _watch(self) -> None:
         while not self._stop.wait(self._every_s):

@@ -45,6 +45,8 @@ from typing import Annotated, Any
 
 import typer
 
+from featcache.progress import Quiet
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -67,17 +69,13 @@ def provenance(device: str) -> dict[str, Any]:
     }
 
 
-class _Silent:
+class _Begun(Quiet):
     """Progress that notes when encoding began."""
 
     began_s = began_cpu_s = 0.0
 
-    def start(self, *, total: int, done: int, note: str) -> None:
+    def begin(self, name: str, total: int | None, *, done: int = 0, unit: str = "images") -> None:
         self.began_s, self.began_cpu_s = time.perf_counter(), _cpu_s()
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 def _draw(folder: Path, count: int, size: int) -> None:
@@ -127,8 +125,8 @@ def whole_build(request: Any, folder: Path) -> dict[str, Any]:
     from featcache.build.pipeline import Meter
     from featcache.build.run import build
 
-    build(replace(request, out=folder / "warm", limit=min(2 * request.batch_size, 64)), _Silent())
-    progress, meter = _Silent(), Meter()
+    build(replace(request, out=folder / "warm", limit=min(2 * request.batch_size, 64)), _Begun())
+    progress, meter = _Begun(), Meter()
     result = build(replace(request, out=folder / "whole"), progress, meter=meter)
     seconds = time.perf_counter() - progress.began_s
     stored = sum(f.stat().st_size for f in (folder / "whole").rglob("*") if f.is_file())
@@ -198,7 +196,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
 
     few = list(range(min(2, -(-len(work.order) // work.shard_size))))
     recorded = Recorded()
-    run_shards(work, few, recorded, meter=Meter(), advance=lambda _: None, warn=print)
+    run_shards(work, few, recorded, meter=Meter(), progress=Quiet())
     images = sum(len(work.slots(shard)) for shard in few)
     written, seconds, cpu = 0, 0.0, 0.0
     while seconds < at_least_s:

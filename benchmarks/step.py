@@ -129,9 +129,10 @@ class Bench:
         import torch
 
         import featcache
+        from featcache.progress import Quiet
         from trainer.distributed import World
         from trainer.training.data import Share
-        from trainer.training.loop import Job, Silent
+        from trainer.training.loop import Job
         from trainer.training.meters import FirstBadStep, RunningMeans
         from trainer.training.state import assemble
 
@@ -164,7 +165,7 @@ class Bench:
                 world=World(),
                 device=self.device,
                 share=share,
-                watcher=Silent(),
+                watcher=Quiet(),
             )
 
     def stream(self, method: str, source: str) -> Iterator[Any]:

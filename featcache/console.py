@@ -12,12 +12,12 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import console as rich_console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from featcache.errors import UserError, first_line, os_error
 from featcache.redact import redact
@@ -57,31 +57,6 @@ EXIT_USER_ERROR = 2
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141  # 128 + SIGPIPE
-
-
-class ByteBar:
-    """A spinner with what has been done so far and its rate (for work whose total is not known beforehand)."""
-
-    def __init__(self, name: str) -> None:
-        columns = (
-            SpinnerColumn(),
-            TextColumn(safe(name)),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task(name, total=None)
-
-    def __enter__(self) -> ByteBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, amount: int) -> None:
-        self._bar.update(self._task, advance=amount)
 
 
 def print_error(error: UserError) -> None:
@@ -162,6 +137,7 @@ def _run(app: Any) -> int:
 
     try:
         refuse_empty(sys.argv[1:])
+        _require_folder()
         code = int(app(standalone_mode=False) or 0)
         # The parser turns Ctrl-C into this code without a word.
         return _interrupted() if code == EXIT_INTERRUPTED else code
@@ -230,6 +206,14 @@ def refuse_empty(words: Sequence[str]) -> None:
             )
 
 
+def _require_folder() -> None:
+    """Raises `UserError` where the working folder was removed: libraries end the process there, each in its own way."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("the folder you are in was removed", remedy="Go to one that exists: cd") from error
+
+
 def _warned(message: Warning | str, *_: object, **__: object) -> None:
     """A library's warning as one line; its text may quote names."""
     with contextlib.suppress(OSError):
@@ -264,6 +248,11 @@ def _known(error: Exception) -> UserError | None:
             f"the memory of this machine is not enough{f': {text}' if text else ''}",
             remedy="Take a smaller --batch-size or fewer samples, or end other programs; finished work is kept.",
         )
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return UserError(
+            "the machine starts no more threads for this user",
+            remedy="Have the limit on processes raised (ulimit -u), or take fewer --workers or --threads; finished work is kept.",
+        )
     if isinstance(error, RecursionError):
         return UserError(
             "a file or setting is nested too deeply to be read", remedy="Look at what was passed to the command."
@@ -296,7 +285,7 @@ def _interrupted() -> int:
 
 def size_text(count_bytes: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
-        if count_bytes < 1000:
+        if count_bytes < 999.5:  # 999.7 would be shown as 1e+03
             return f"{count_bytes:.3g} {unit}"
         count_bytes /= 1000
     return f"{count_bytes:.3g} TB"

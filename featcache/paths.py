@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import stat
@@ -19,6 +20,34 @@ def typed(path: Path | str) -> str:
     """How a path is typed in a shell, also one with spaces or one that would be taken for an option."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def home() -> Path | None:
+    """The user's home, None where nobody knows it: no `HOME`, and an id without a name, as in many containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def user_cache(variable: str) -> Path:
+    """Where files go that can be had again: `$XDG_CACHE_HOME/featcache`, else `~/.cache/featcache`.
+
+    variable: one that names another place, for the remedy.
+
+    Raises:
+        UserError: nobody knows the user's home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "featcache"
+    found = home()
+    if found is None:
+        raise UserError(
+            "no home folder is known for this user, so there is no place to keep files",
+            remedy=f"Name one: export {variable}=FOLDER, or export HOME=FOLDER",
+        )
+    return found / ".cache" / "featcache"
 
 
 _SCHEME = re.compile(r"(s3|gs|hf|https?|file|ftp):/")

@@ -15,6 +15,7 @@ import numpy as np
 import featcache
 from featcache.build.pipeline import Work
 from featcache.build.request import BuildRequest
+from featcache.console import size_text
 from featcache.encoders import TINY
 from featcache.encoders.base import Compute, Encoder, WeightsSource
 from featcache.encoders.custom import UserEncoder, is_custom
@@ -435,7 +436,7 @@ def check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> Non
     needed, free = room_for(samples * sum(spec_bytes(spec) for spec in specs)), free_bytes(path)
     if needed > free:
         raise UserError(
-            f"{path} needs {needed / 1e6:,.1f} MB of free space, but its disk has {free / 1e6:,.1f} MB",
+            f"{path} needs {size_text(needed)} of free space, but its disk has {size_text(free)}",
             remedy="Choose another disk with --out, fewer --vae-levels or layers, or --limit; nothing was encoded.",
         )
 

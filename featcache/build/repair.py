@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import featcache
-from featcache.build.lead import Progress
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import SAMPLE_FEATURES, prepare
 from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError
 from featcache.machine import pick_device
+from featcache.progress import Progress
 from featcache.sources.open import find_data
 from featcache.sources.shapes import recorded_shapes
 from featcache.store.manifest import Manifest
@@ -60,8 +60,9 @@ def repair_shards(
         shards = {name: list(damaged[name]) for name in names}
         numbers = sorted({shard for numbers in shards.values() for shard in numbers})
         with repair_writer(path, shards, exact=set(names) & set(SAMPLE_FEATURES)) as writer:
-            progress.start(total=sum(len(plan.work.slots(n)) for n in numbers), done=0, note=", ".join(names))
-            run_shards(plan.work, numbers, writer, meter=Meter(), advance=progress.advance, warn=progress.warn)
+            progress.begin("encoding again", sum(len(plan.work.slots(n)) for n in numbers))
+            progress.note(f"features: {', '.join(names)}")
+            run_shards(plan.work, numbers, writer, meter=Meter(), progress=progress)
             writer.finish()
 
 

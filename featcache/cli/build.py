@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 import featcache
 from featcache.build.request import BuildRequest
 from featcache.console import console, safe
+from featcache.console_progress import RichProgress
 from featcache.errors import UserError
 from featcache.paths import on_this_machine, typed
 from featcache.settings import Given, flag_of, from_typed, takes
+
+if TYPE_CHECKING:
+    from featcache.build.pipeline import Stage
 
 
 @takes(BuildRequest)
@@ -31,13 +37,12 @@ def build(
     _refuse_other_layout(given)
     from featcache.build import run as builder
     from featcache.build.pipeline import Meter
-    from featcache.progress import RichProgress, stage_table
 
     meter = Meter()
-    with RichProgress(meter) as progress:
+    with RichProgress() as progress:
         result = builder.build(request, progress, meter=meter)
     if profile and result.encoded:
-        console.print_table(stage_table(result.stages))
+        console.print_table(_stage_table(result.stages))
         if result.first and request.decode not in (None, "pil"):
             _say_difference(request.data, result.path, request.decode)
     if not result.first:
@@ -50,6 +55,17 @@ def build(
     console.print(
         f"cache: [bold]{safe(result.path)}[/bold]   ({images} images)   next: featcache info {safe(typed(result.path))}"
     )
+
+
+def _stage_table(stages: Mapping[str, Stage]) -> Table:
+    """What each stage could do alone, slowest first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("stage", "images/s", "ms an image", "lanes", "images"):
+        table.add_column(title, justify="left" if title == "stage" else "right")
+    for name, stage in sorted(stages.items(), key=lambda item: item[1].images_per_s):
+        milliseconds = 1000 * stage.busy_s / max(1, stage.images)
+        table.add_row(name, f"{stage.images_per_s:.4g}", f"{milliseconds:.4g}", str(stage.lanes), str(stage.images))
+    return table
 
 
 def _say_difference(data: str, path: Path, decoder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from rich.table import Table
 import featcache
 from featcache.build.request import BuildRequest
 from featcache.cli.build import request_of
-from featcache.console import ByteBar, console, plain, safe, size_text
+from featcache.console import console, plain, safe, size_text
+from featcache.console_progress import RichProgress
 from featcache.errors import CacheError, UserError
 from featcache.paths import on_this_machine
 from featcache.redact import redact
@@ -150,10 +152,10 @@ def verify(
     authentic = _require_authentic(cache, expect, signed_by)
 
     def checked() -> Report:
-        with ByteBar("checking") as bar:
+        with RichProgress() as progress:
             if remote:
                 return verify_remote(
-                    cache, features=names, threads=threads or 8, fraction=fraction, seed=seed, progress=bar.advance
+                    cache, features=names, threads=threads or 8, fraction=fraction, seed=seed, progress=progress
                 )
             return check(
                 Path(cache),
@@ -163,7 +165,7 @@ def verify(
                 seed=seed,
                 since_last=since_last,
                 remember=keep,
-                progress=bar.advance,
+                progress=progress,
             )
 
     report = checked()
@@ -246,7 +248,6 @@ def _encode_again(
 ) -> None:
     """Metadata from the manifest, damaged shards (feature -> numbers) from the images."""
     from featcache.build.repair import repair_shards
-    from featcache.progress import RichProgress
     from featcache.share.verify import repair_metadata
 
     for name in repair_metadata(folder):
@@ -297,8 +298,8 @@ def _check_again(folder: Path, features: str | None, threads: int | None) -> Non
     """Exit code 1 unless the cache is sound now."""
     from featcache.share.verify import verify as check
 
-    with ByteBar("checking") as bar:
-        again = check(folder, features=_split(features), threads=threads, progress=bar.advance)
+    with RichProgress() as progress:
+        again = check(folder, features=_split(features), threads=threads, progress=progress)
     _show_problems(again, "still damaged")
     _record(str(folder), again, _split(features))
     if not again.ok:
@@ -323,14 +324,14 @@ def repair(
     if source is None:
         from featcache.share.verify import verify as check
 
-        with ByteBar("checking") as bar:
-            report = check(cache, features=_split(features), progress=bar.advance)
+        with RichProgress() as progress:
+            report = check(cache, features=_split(features), progress=progress)
         _encode_again(cache, report.damaged, data, weights_dir, device, captions)
     else:
         from featcache.share.restore import restore
 
-        with ByteBar("fetching") as bar:
-            done = restore(cache, source, features=_split(features), threads=threads, progress=bar.advance)
+        with RichProgress() as progress:
+            done = restore(cache, source, features=_split(features), threads=threads, progress=progress)
         for name in done.files:
             console.print(f"mended: {safe(name)}")
         for what in done.refused:
@@ -349,7 +350,9 @@ def sign(
     """Vouch for a cache: sign its digest with an SSH key. Push and pull take the signature along."""
     from featcache.store.signing import sign as run
 
-    console.print(f"{safe(cache)}: signed {run(cache, key.expanduser())}")
+    with contextlib.suppress(RuntimeError):  # no such user, or no home: the name stays as it was typed
+        key = key.expanduser()
+    console.print(f"{safe(cache)}: signed {run(cache, key)}")
 
 
 def _confirmed(question: str) -> bool:
@@ -466,14 +469,14 @@ def push(
     """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
     from featcache.share import transfer as share
 
-    with ByteBar("pushing") as bar:
+    with RichProgress() as progress:
         done = share.push(
             cache,
             url,
             features=_split(features),
             threads=threads,
             replace_unfinished=replace_unfinished,
-            progress=bar.advance,
+            progress=progress,
         )
     console.print(
         f"{safe(redact(url))}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there"
@@ -494,7 +497,7 @@ def pull(
     """Copy a cache, or a part of one, to this machine; resumable, verified on arrival."""
     from featcache.share import transfer as share
 
-    with ByteBar("pulling") as bar:
+    with RichProgress() as progress:
         done = share.pull(
             url,
             folder,
@@ -503,7 +506,7 @@ def pull(
             threads=threads,
             expect=expect,
             signed_by=signed_by,
-            progress=bar.advance,
+            progress=progress,
         )
     console.print(
         f"{safe(folder)}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
@@ -525,7 +528,7 @@ def convert(
 
     if to not in ("zarr", "wds"):
         raise UserError(f"--to {to!r} is neither zarr nor wds", remedy="Type --to zarr or --to wds.")
-    with ByteBar("converting") as bar:
+    with RichProgress() as progress:
         manifest = run(
             source,
             target,
@@ -533,7 +536,7 @@ def convert(
             features=_split(features),
             shard_size=shard_size,
             compressor=compressor,
-            progress=bar.advance,
+            progress=progress,
         )
     console.print(f"{safe(target)}: {manifest.dataset.count} samples as {to}")
 
@@ -552,8 +555,8 @@ def import_latents(
     from featcache.share.importers import import_latents as run
 
     target = out or Path("caches") / f"{source.resolve().name}-{layout}"
-    with ByteBar("importing") as bar:
-        manifest = run(ImportRequest(source=source, out=target, layout=layout, vae=vae), bar.advance)
+    with RichProgress() as progress:
+        manifest = run(ImportRequest(source=source, out=target, layout=layout, vae=vae), progress)
     console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
 
 

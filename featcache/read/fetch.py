@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError
+from featcache.progress import QUIET, Progress
 from featcache.store import blocks as hashes
 from featcache.store import files
 from featcache.store.blocks import ShardBlocks, check_block
 from featcache.store.contents import ShardFileEntry, most_bytes
 from featcache.store.manifest import Manifest
 from featcache.store.places import DamagedSource, Location, Missing, is_missing
-
-Progress = Callable[[int], None]
 
 # Of a block that comes damaged, and of a whole shard without hashes of its blocks.
 TRIES = 3
@@ -69,7 +68,7 @@ def fetch(
     partial: Path,
     *,
     damaged: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Fetched:
     """Bring one file from `place` to `target`, which takes its name only if every byte is right.
 
@@ -98,7 +97,7 @@ def _damaged(place: Location, file: Wanted, what: str) -> DamagedSource:
     return DamagedSource(f"{place.url}/{file.name} is damaged: {what}")
 
 
-def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> Fetched:
+def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress) -> Fetched:
     """A file without hashes of blocks: checked as a whole, at the end."""
     fetched = 0
     for _ in range(TRIES):
@@ -114,8 +113,7 @@ def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress
             files.append(fd, data, partial)
             hasher.update(memoryview(data))
             fetched += len(data)
-            if progress is not None:
-                progress(len(data))
+            progress.update(len(data))
         found = hasher.result()
         if found.sha256 == file.sha256:
             return Fetched(found, fetched)
@@ -130,7 +128,7 @@ def _fetch_blocks(
     fd: int,
     partial: Path,
     damaged: Path | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Fetched:
     """A file with hashes of its blocks: each is checked before it is written."""
     if blocks.n_bytes != file.n_bytes:
@@ -166,8 +164,7 @@ def _fetch_blocks(
                 hasher.update(memoryview(data))
                 start += len(data)
                 fetched += len(data)
-                if progress is not None:
-                    progress(len(data))
+                progress.update(len(data))
     found = hasher.result()
     if found.sha256 != file.sha256:
         raise _damaged(place, file, "the hashes of its blocks contradict its SHA-256")

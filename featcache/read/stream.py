@@ -25,6 +25,7 @@ import google_crc32c
 
 from featcache.console import errors, safe
 from featcache.errors import CacheError
+from featcache.paths import user_cache
 from featcache.read.fetch import TRIES, verified_blocks, wanted
 from featcache.read.reader import Cache
 from featcache.read.root import require_authentic, required_root
@@ -47,8 +48,7 @@ WHOLE_BYTES = 16 << 20
 def default_cache_directory() -> Path:
     """`$FEATCACHE_STREAM_DIR`, else `featcache/stream` under the user's cache directory."""
     chosen = os.environ.get("FEATCACHE_STREAM_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(base) / "featcache" / "stream"
+    return Path(chosen) if chosen else user_cache("FEATCACHE_STREAM_DIR") / "stream"
 
 
 class BlockCache:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from featcache.errors import CacheError
+from featcache.progress import QUIET, Progress
 from featcache.read.open import open_cache
 from featcache.store.contents import array_files, arrays_with_files, read_checksums, sound_file
 from featcache.store.layout import FORMATS
@@ -25,12 +26,12 @@ def convert(
     features: Sequence[str] | None = None,
     shard_size: int | None = None,
     compressor: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Manifest:
     """Copy the cache `source` to `target` in format `to` ('zarr' or 'wds'); returns the new manifest.
 
     features: only these (default all). shard_size: samples a shard (default the source's). compressor: of a
-    zarr target ('zstd' or 'blosc'). progress: called with the number of samples of each finished shard.
+    zarr target ('zstd' or 'blosc'). progress: advances with each finished shard.
 
     Slots, skipped ones included, stay where they are; so converting there and back gives the same files. The copy has
     checksums of its own, so each shard is checked against the recorded one before it is read: damage is not copied.
@@ -57,7 +58,10 @@ def convert(
     check = _checker(source, manifest, names)
     with writer, cache.reader(names, slots=True) as reader:
         writer.begin(specs)
-        for shard in writer.pending():
+        pending = writer.pending()
+        left = sum(len(writer.slots(shard)) for shard in pending)
+        progress.begin("converting", manifest.dataset.count, done=manifest.dataset.count - left, unit="samples")
+        for shard in pending:
             slots = writer.slots(shard)
             check(slots)
             arrays = reader.allocate(len(slots))
@@ -66,8 +70,7 @@ def convert(
             for spec in specs:
                 stored = {array[len(spec.name) :]: arrays[array] for array in spec.arrays}
                 writer.write_shard(spec.name, shard, stored)
-            if progress is not None:
-                progress(len(slots))
+            progress.update(len(slots))
         return writer.finish()
 
 

@@ -39,6 +39,7 @@ from safetensors import safe_open
 from featcache.codecs import encode, numpy_view
 from featcache.errors import UserError, first_line
 from featcache.keys import key_bytes, printable
+from featcache.progress import QUIET, Progress
 from featcache.read.order import epoch_order
 from featcache.sources.opening import Unreadable, explained, file_size, read_file
 from featcache.store.layout import recommended_shard_size
@@ -418,11 +419,11 @@ def open_latents(path: Path, layout: str, *, vae: str | None = None) -> Latents:
     return _SafetensorsLatents(path, layout, vae) if layout == "lightningdit" else _NpyLatents(path, layout, vae)
 
 
-def import_latents(request: ImportRequest, progress: Callable[[int], None] | None = None) -> Manifest:
+def import_latents(request: ImportRequest, progress: Progress = QUIET) -> Manifest:
     """Turn latents of another project into a cache with `label`, `key` and `vae/moments`; returns its
     manifest.
 
-    Resumable by shard. `progress` is called with the number of samples of each finished shard. The images
+    Resumable by shard; `progress` advances with each finished one. The images
     themselves are unknown: the fingerprint is over the latents' names, labels and sizes, so features of
     images cannot be added.
 
@@ -474,7 +475,9 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
     order = epoch_order(request.order_seed, 0, n)
     with create_writer(request.out, dataset, shard_size=shard_size) as writer:
         writer.begin(specs)
-        for shard in writer.pending():
+        pending = writer.pending()
+        progress.begin("importing", n, done=n - sum(len(writer.slots(s)) for s in pending), unit="samples")
+        for shard in pending:
             indices = [order[slot] for slot in writer.slots(shard)]
             keys = np.zeros((len(indices), longest), np.uint8)
             for row, index in enumerate(indices):
@@ -485,8 +488,7 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
             writer.write_shard("label", shard, {"": latents.labels[indices]})
             writer.write_shard("key", shard, {"": keys})
             writer.write_shard("vae/moments", shard, stored)
-            if progress is not None:
-                progress(len(indices))
+            progress.update(len(indices))
         return writer.finish()
 
 

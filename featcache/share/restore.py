@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError
+from featcache.progress import QUIET, Progress
 from featcache.read import fetch as transfer
 from featcache.read.root import required_root
 from featcache.share.transfer import in_parallel, refuse_links
@@ -50,7 +51,7 @@ def restore(
     *,
     features: Sequence[str] | None = None,
     threads: int = 8,
-    progress: transfer.Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Restored:
     """Mend the cache in directory `path` from the copy at `source` (URL or directory): its metadata, checksum files and
     shards, of all or some features.
@@ -64,6 +65,7 @@ def restore(
     refuse_links(path, manifest)
     place = open_location(source)
     theirs = required_root(place)
+    progress.begin("fetching", None, unit="bytes")
     with _partial_files(path) as folder:
         return _restored(path, manifest, place, theirs, features, folder, threads, progress)
 
@@ -101,7 +103,7 @@ def _restored(
     features: Sequence[str] | None,
     folder: Path,
     threads: int,
-    progress: transfer.Progress | None,
+    progress: Progress,
 ) -> Restored:
     mended = repair_metadata(path)
     refused: list[str] = []

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import CacheError, UserError, first_line
+from featcache.progress import QUIET, Progress
 from featcache.read import fetch as transfer
 from featcache.read.root import read_remote_root, require_authentic, required_root, root_document, versioned_root
 from featcache.redact import redact
@@ -63,7 +64,6 @@ from featcache.store.writer import (
 from featcache.store.writers import create_writer
 
 _ALWAYS = ("label", "key")
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,13 +174,13 @@ def pull(
     threads: int = 8,
     expect: str | None = None,
     signed_by: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Transfer:
     """Copy a cache, or part of one, from `url` (or a local path) into the directory `target`.
 
     Every shard is checked against the recorded SHA-256 before it takes its name; an interrupted pull goes on
     where it stopped, inside a shard too; readers of `target` see its features only when all of them are there.
-    Pulling more features into the same directory later adds them. `progress` is called with bytes as they arrive.
+    Pulling more features into the same directory later adds them. `progress` advances as bytes arrive.
 
     expect: the digest that the whole cache at `url` must have; signed_by: a public key or allowed-signers file, one of
     which must have signed it. Both are checked before anything else is fetched.
@@ -193,6 +193,7 @@ def pull(
     place = open_location(url)
     whole = required_root(place)
     require_authentic(place, whole, expect, signed_by)
+    progress.begin("copying", None, unit="bytes")
     part = subset(whole, features, samples)
     target = Path(target)
     refuse_links(target, part)
@@ -232,7 +233,7 @@ class _Pull:
     writer: CacheWriter
     recorded: dict[str, list[str]]
     blocks: dict[str, list[ShardBlocks] | None]
-    progress: Progress | None
+    progress: Progress
     moved: list[int] = field(default_factory=lambda: [0, 0, 0])
     arrived: dict[tuple[str, int], transfer.Fetched] = field(default_factory=dict)
 
@@ -349,14 +350,14 @@ def push(
     threads: int = 8,
     read_back: bool = True,
     replace_unfinished: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Transfer:
     """Copy the local `cache` (or some features) to `url`: s3://, gs://, hf:// or a local path.
 
     Each shard is checked against the recorded SHA-256 before it leaves and, with `read_back`, after it has
     arrived. The root document goes last, so a reader sees the old cache or the new one. Features that are at
     `url` already stay; a push that was interrupted goes on where it stopped. Pushes to one place may run at the same
-    time. `progress` is called with bytes as they are sent.
+    time. `progress` advances as bytes are sent.
 
     replace_unfinished: send over what an unfinished push left there of a feature with other bytes.
 
@@ -368,6 +369,7 @@ def push(
     manifest = subset(whole, features, None)
     if not is_remote(url):
         return pull(str(source), local_path(url), features=features, threads=threads, progress=progress)
+    progress.begin("sending", None, unit="bytes")
     if url.startswith("hf://"):
         return _push_to_hub(source, whole, manifest, url, progress)
     place = open_destination(url)
@@ -484,8 +486,8 @@ class _Journal:
             return
         os.close(self._fd)
         # What was sent is sent, though the cache here may have been removed meanwhile.
-        # An idle cache loses its state directory on the way out.
-        with contextlib.suppress(CacheError), cache_lock(self.path.parent.parent.parent):
+        with contextlib.suppress(CacheError), cache_lock(self.path.parents[2]):
+            # Within the lock: an idle cache loses its state directory on the way out of it.
             self._held.release(remove=remove)
             files.remove_empty_directory(self.path.parent)
         self._held.release()
@@ -539,7 +541,7 @@ def _send_shards(
     threads: int,
     read_back: bool,
     journal: _Journal,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Transfer:
     sent, moved = journal.sent, [0, 0, 0]
     todo = []
@@ -561,8 +563,7 @@ def _send_shards(
         if read_back and _sha256(place.chunks(entry.name, 0, size)) != expected:
             raise CacheError(f"{place.url}/{entry.name} did not arrive as it was sent")
         arrived[entry.name] = size, place.version(entry.name)
-        if progress is not None:
-            progress(size)
+        progress.update(size)
 
     def done(entry: ShardFileEntry) -> None:
         if entry.name not in arrived:
@@ -596,7 +597,7 @@ def verify_remote(
     signed_by: Path | None = None,
     fraction: float | None = None,
     seed: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Report:
     """Check a cache where it lies, byte by byte as `verify` does a local one, without keeping what is read.
 
@@ -629,7 +630,7 @@ def verify_remote(
     )
 
 
-def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress | None) -> Transfer:
+def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress) -> Transfer:
     """One commit to a data-set repository. The hub keeps uploaded files by SHA-256, so a rerun sends only
     the rest.
     """
@@ -667,8 +668,7 @@ def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, pr
                 if error.response.status_code in (409, 412):
                     continue
                 raise
-            if progress is not None:
-                progress(result.n_bytes)
+            progress.update(result.n_bytes)
             return result
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CacheError(

@@ -24,6 +24,7 @@ import numpy as np
 
 from featcache.errors import CacheError
 from featcache.keys import key_bytes
+from featcache.progress import QUIET, Progress
 from featcache.read.open import open_cache
 from featcache.read.reader import Cache
 from featcache.store import files, locks, wds
@@ -132,7 +133,7 @@ def verify(
     *,
     features: Sequence[str] | None = None,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = QUIET,
     fraction: float | None = None,
     seed: int | None = None,
     since_last: bool = False,
@@ -141,8 +142,7 @@ def verify(
     """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped
     slots.
 
-    features: check only these. threads: default one a core. progress: called with the bytes of each checked
-    file.
+    features: check only these. threads: default one a core. progress: advances with each checked file.
 
     fraction: read only this part of the bytes, drawn at random with `seed` (default: a fresh one): blocks of 1 MiB where
     their hashes are recorded, else whole shards. Metadata are checked whole, labels and keys then not. since_last: skip
@@ -152,12 +152,14 @@ def verify(
     What a builder, a removal or a restoration publishes meanwhile is taken into account: before problems are reported
     the root document is read again, and where it has changed, what changed is checked again.
 
-    Raises `CacheError` only if there is no cache at `path` (any more), it lacks one of `features`, or changes again and
-    again; whatever is wrong inside one is in the report.
+    Raises `CacheError` only if there is no cache at `path` (any more), it lacks one of `features`, changes again and
+    again, or cannot be read for a reason that is not the files' (permissions, a limit on open files); whatever is wrong
+    inside one is in the report.
     """
     path = Path(path)
     if fraction is not None and seed is None:
         seed = fresh_seed()
+    progress.begin("checking", None, unit="bytes")
     plan = _Plan(fraction, seed, since_last, remember, threads or os.cpu_count() or 1, progress)
     checked = _Checked()
     previous: Manifest | None = None
@@ -195,7 +197,7 @@ def verify_place(
     *,
     features: Sequence[str] | None,
     threads: int,
-    progress: Callable[[int], None] | None,
+    progress: Progress,
     fraction: float | None,
     seed: int | None,
     consistent: Callable[[], list[Problem]],
@@ -207,6 +209,7 @@ def verify_place(
 
     Raises `CacheError` if the connection stays broken.
     """
+    progress.begin("checking", None, unit="bytes")
     plan = _Plan(fraction, fresh_seed() if seed is None else seed, False, False, threads, progress)
     checked = _Checked()
     _check(place, manifest, None, arrays_with_files(manifest, features), plan, checked)
@@ -224,7 +227,7 @@ class _Plan:
     since_last: bool
     remember: bool
     threads: int
-    progress: Callable[[int], None] | None
+    progress: Progress
 
 
 @dataclass
@@ -319,6 +322,8 @@ def _inconsistencies(path: Path) -> list[Problem]:
     try:
         return inconsistencies(open_cache(path), str(path))
     except CacheError as error:
+        if files.not_the_file(error):
+            raise
         return [Problem(path=str(path), what=error.what)]
 
 
@@ -391,8 +396,7 @@ def _check_array(
             untold.add(job.entry, result.sha256)
         if plan.remember and ledger is not None and (result.what is not None or job.parts is None):
             ledger.note(job.entry.shard, result.mark if recorded is not None and result.what is None else b"")
-        if plan.progress is not None:
-            plan.progress(result.n_bytes)
+        plan.progress.update(result.n_bytes)
     if untold is not None:
         checked.problems += untold.problems(place, MAX_PROBLEMS - len(checked.problems))
     if plan.remember and ledger is not None:
@@ -530,7 +534,11 @@ def _check_shard(job: _Job) -> _Result:
             return _compared(job, _LocalShard(file.fileno()))
     except (Unreadable, DamagedSource) as error:
         return _Result(f"missing or unreadable: {error.what}", 0)
-    except (Missing, OSError):
+    except Missing:
+        return _Result("missing or unreadable", 0)
+    except OSError as error:
+        if files.not_the_file(error):
+            raise files.explain(error, Path(job.place.address) / name, "read") from error
         return _Result("missing or unreadable", 0)
 
 

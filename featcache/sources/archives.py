@@ -32,6 +32,7 @@ import numpy as np
 
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes, key_text, printable
+from featcache.paths import user_cache
 from featcache.redact import redact
 from featcache.settings import is_number
 from featcache.sources.base import EXTENSIONS, EncodedSource
@@ -658,7 +659,7 @@ def index_folder() -> Path:
     chosen = os.environ.get("FEATCACHE_INDEX")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featcache"
+    return user_cache("FEATCACHE_INDEX")
 
 
 def _index(members: Iterator[Member], kind: str, name: str) -> dict[str, np.ndarray]:

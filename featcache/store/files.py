@@ -33,6 +33,8 @@ _LINK_REMEDY = "put what it stands for in its place, or remove it"
 _READ_REMEDY = "name a file; in a cache, featcache verify names all that is damaged"
 # What file systems without hard links answer to a request for one.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
+# What file systems that cannot sync directories (SMB, some in user space) answer.
+_NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _PART = re.compile(r"(.+?)(?:\.[0-9a-f]{16})?\.part\Z", re.DOTALL)
 _NEW_PART = re.compile(r"(.+)\.[0-9a-f]{16}\.part\Z", re.DOTALL)
 _PIECE_BYTES = 8 << 20
@@ -127,6 +129,25 @@ def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
     return CacheError(f"{path} could not be {what}: {error.strerror or error}", remedy=os_error(error).remedy)
 
 
+# Answers that say nothing about a file's bytes.
+_NOT_THE_FILE = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+    }
+)
+
+
+def not_the_file(error: BaseException | None) -> bool:
+    """Whether a file could not be read because of the machine, a limit, permissions or the network: so that it is not
+    known to be damaged, and must not be called so."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+            return True
+        error = error.__cause__
+    return False
+
+
 @contextlib.contextmanager
 def explained(path: Path, what: str) -> Iterator[None]:
     """Errors of the system inside the block become a `CacheError` that says what `path` could not be."""
@@ -211,9 +232,13 @@ class Hasher:
 
 
 def fsync_directory(path: Path) -> None:
+    """Names in it are on the disk then, as far as its file system can say so."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_FSYNC:
+            raise
     finally:
         os.close(fd)
 
@@ -252,14 +277,19 @@ def atomic_write(path: Path, buffers: Sequence[Buffer], *, folder: Path | None =
     return hashes.sha256
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
-    """A file of a group: open, under its temporary name, to become `target`."""
+    """A file of a group: open (while `fd` is not None), under its temporary name, to become `target`."""
 
-    fd: int
+    fd: int | None
     part: Path
     target: Path
     replace: bool
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 class Group:
@@ -305,7 +335,8 @@ class Group:
                 for view in views:
                     write_all(fd, view)
         except BaseException as error:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
             with contextlib.suppress(OSError):
                 _unlink(part)
             if isinstance(error, OSError):
@@ -326,10 +357,13 @@ class Group:
         entries, self._open, self.n_bytes = self._open, [], 0
         path, there = Path(), []
         try:
-            if durable:
-                for entry in entries:
-                    path = entry.target
+            for entry in entries:
+                path = entry.target
+                if durable:
+                    assert entry.fd is not None
                     _fsync(entry.fd)
+                # Before it takes its name: NFS sends what was written, and says that it failed, when a file is closed.
+                entry.close()
             for entry in entries:
                 path = entry.target
                 if entry.replace:
@@ -354,7 +388,8 @@ class Group:
 def _discard(entries: Sequence[_Entry]) -> None:
     """Close the files and remove what is left of their temporary names."""
     for entry in entries:
-        os.close(entry.fd)
+        with contextlib.suppress(OSError):
+            entry.close()
         with contextlib.suppress(OSError):
             _unlink(entry.part)
 
@@ -457,13 +492,22 @@ def open_to_read(path: Path) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise explain(error, path) from error
-        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=os_error(error).remedy) from error
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        remedy = _READ_REMEDY if gone else os_error(error).remedy
+        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=remedy) from error
 
 
 def open_to_write(path: Path, flags: int = 0) -> int:
-    """`open_regular` for reading and writing, made if it is not there; raises `CacheError` if that cannot be."""
+    """`open_regular` for reading and writing, made if it is not there; raises `CacheError` if that cannot be, or if the
+    file has another name as well (a hard link), which may lie anywhere.
+    """
+    remedy = f"remove it: rm -r {shlex.quote(str(path))}"
     with explained(path, "written"):
-        return open_regular(path, os.O_RDWR | os.O_CREAT | flags, remedy=f"remove it: rm -r {shlex.quote(str(path))}")
+        fd = open_regular(path, os.O_RDWR | os.O_CREAT | flags, remedy=remedy)
+    if os.fstat(fd).st_nlink > 1:
+        os.close(fd)
+        raise CacheError(f"{path} is a hard link: another name of a file that is not to be changed", remedy=remedy)
+    return fd
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:

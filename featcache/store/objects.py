@@ -22,6 +22,7 @@ from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, from_url
 
 from featcache.errors import CacheError, UserError
+from featcache.paths import home
 from featcache.redact import redact
 from featcache.store.places import CHUNK_BYTES, Missing, joined, too_long
 from featcache.store.remote_errors import Attempts, first_line, missing, no_credentials, retrying, status_of
@@ -211,7 +212,7 @@ def _s3_options(url: str) -> dict[str, Any]:
     }
     if not from_environment.isdisjoint(os.environ) or _is_true("AWS_SKIP_SIGNATURE"):
         return found
-    if any(map(os.environ.get, _FILES_OF_BOTO3)) or (Path.home() / ".aws").is_dir():
+    if any(map(os.environ.get, _FILES_OF_BOTO3)) or ((own := home()) is not None and (own / ".aws").is_dir()):
         try:
             from obstore.auth.boto3 import Boto3CredentialProvider
 
@@ -246,8 +247,9 @@ def _gs_options(url: str) -> dict[str, Any]:
         return {"config": {"service_account_key": json.dumps(account)}, "client_options": _client_options(base)}
     names = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH")
     configured = any(os.environ.get(name) for name in (*names, "GOOGLE_SERVICE_ACCOUNT_KEY"))
-    adc = Path.home() / ".config" / "gcloud" / "application_default_credentials.json"
-    if configured or adc.is_file() or _is_true("GOOGLE_SKIP_SIGNATURE"):
+    own = home()
+    adc = own is not None and (own / ".config" / "gcloud" / "application_default_credentials.json").is_file()
+    if configured or adc or _is_true("GOOGLE_SKIP_SIGNATURE"):
         return {}
     if not _answers(f"http://{os.environ.get('GCE_METADATA_HOST', urlsplit(_METADATA).netloc)}"):
         raise no_credentials(url)

@@ -92,10 +92,12 @@ class LocalLocation:
         self.url = self.address = str(path)
 
     def open(self, name: str) -> FileIO:
-        """A regular file; raises `Missing` or `Unreadable`."""
+        """A regular file; raises `Missing`, `Unreadable`, or another `CacheError` where that says nothing of the file."""
         try:
             return os.fdopen(files.open_to_read(files.inside(self.path, name)), "rb", buffering=0)
         except CacheError as error:
+            if files.not_the_file(error):
+                raise
             if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 raise Missing(name) from error
             raise Unreadable(error.what, remedy=error.remedy) from error
@@ -114,6 +116,8 @@ class LocalLocation:
                 try:
                     data = file.read(min(CHUNK_BYTES, stop - start))
                 except OSError as error:
+                    if files.not_the_file(error):
+                        raise files.explain(error, self.path / name, "read") from error
                     raise Unreadable(f"{self.path / name} cannot be read: {error.strerror}") from error
                 if not data:
                     raise DamagedSource(f"{self.path / name} is shorter than it must be")
@@ -125,6 +129,8 @@ class LocalLocation:
             with self.open(name) as file:
                 return files.read_all(file.fileno(), self.path / name, limit), None
         except CacheError as error:
+            if files.not_the_file(error):
+                raise
             raise Unreadable(error.what, remedy=error.remedy) from error
 
     def modified(self, name: str) -> datetime | None:

@@ -62,7 +62,7 @@ from featcache.store.manifest import (
     manifest_from_json,
     skipped_from_json,
 )
-from featcache.store.root import find_root, node_metadata, read_root, root_bytes
+from featcache.store.root import NotACache, find_root, node_metadata, read_root, root_bytes
 from featcache.store.shards import encode_shard
 
 # When a group of shards is made durable: whichever comes first.
@@ -90,11 +90,7 @@ def cache_lock(path: Path) -> Iterator[None]:
     idle cache loses its state directory. Raises `CacheError` where the cache's folder is not there (any more).
     """
     state = files.inside(path, STATE)
-    try:
-        held = locks.lock(files.inside(path, f"{STATE}/lock"))
-    except CacheError as error:
-        raise error if path.is_dir() else _was_removed(path) from error
-    idle = False
+    held, idle = lock_cache(path), False
     try:
         # Whoever wrote these under this lock is dead.
         files.remove_parts(state)
@@ -110,6 +106,14 @@ def cache_lock(path: Path) -> Iterator[None]:
     if idle:
         # Only now: NFS keeps a file that is open. Whoever has made a new lock there meanwhile keeps the directory.
         files.remove_empty_directory(state)
+
+
+def lock_cache(path: Path) -> locks.Lock:
+    """The lock of `cache_lock` alone, waited for; raises `CacheError` where the cache's folder is not there (any more)."""
+    try:
+        return locks.lock(files.inside(path, f"{STATE}/lock"))
+    except CacheError as error:
+        raise error if path.is_dir() else _was_removed(path) from error
 
 
 def _was_removed(path: Path) -> CacheError:
@@ -523,6 +527,8 @@ class CacheWriter:
     def finish(self) -> Manifest:
         """Make the begun features visible, all at once, and remove the journal. Returns the new manifest.
 
+        Of those that were complete when they were declared, it holds the ones that were not removed meanwhile.
+
         Raises `CacheError` if a shard is missing.
         """
         self.commit()
@@ -534,7 +540,7 @@ class CacheWriter:
             )
         with cache_lock(self.path):
             current = self._current()
-            features = {**current.features, **self._specs}
+            features = {**current.features, **{name: self._specs[name] for name in self._locks}}
             skipped = {entry.slot: entry for entry in current.skipped}
             sums = Sums(dict(current.checksums), dict(current.blocks))
             for name in self._locks:
@@ -546,7 +552,7 @@ class CacheWriter:
                 checksums=dict(sorted(sums.checksums.items())),
                 blocks=dict(sorted(sums.blocks.items())),
             )
-            publish(self.path, manifest, set(self._specs), self._group)
+            publish(self.path, manifest, set(self._locks), self._group)
             while self._locks:
                 name, held = self._locks.popitem()
                 remove_building(self.path, name, held)
@@ -602,6 +608,7 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
 
     The caller holds the cache's lock.
     """
+    manifest_from_json(manifest.to_json())  # a root document that does not open would take the whole cache with it
     group = files.Group() if group is None else group
     content: dict[Path, dict[str, Any]] = {}
     nodes = node_metadata(manifest) if manifest.format == "zarr" else {}
@@ -776,14 +783,31 @@ def clear_parts(path: Path, manifest: Manifest, features: Iterable[str]) -> None
 
 def unfinished_features(path: Path) -> list[str]:
     """Features of which an unfinished build is in the cache's directory."""
-    names = [name.replace("+", "/") for name in files.names_in(files.inside(path, f"{STATE}/building"))]
-    for name in names:
-        check_feature_name(name)
-    return names
+    found = []
+    for name in files.names_in(files.inside(path, f"{STATE}/building")):
+        with contextlib.suppress(CacheError):  # what cannot name a feature is nobody's build
+            found.append(check_feature_name(name.replace("+", "/")))
+    return found
 
 
 def refuse_foreign_directory(path: Path) -> None:
+    """Raises `CacheError` for a place where a new cache would mix with what is there: other files, or a cache around it,
+    whose removal it would share."""
+    if find_root(path) is None:
+        for parent in path.absolute().parents:
+            if find_root(parent) is not None and _is_cache(parent):
+                raise CacheError(f"{path} lies inside the cache {parent}", remedy="choose a folder outside of it")
     if path.exists() and not path.is_dir():
         raise CacheError(f"{path} is a file", remedy="choose another folder")
     if path.is_dir() and not (path / STATE).is_dir() and find_root(path) is None and any(path.iterdir()):
         raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another folder")
+
+
+def _is_cache(path: Path) -> bool:
+    try:
+        read_root(path)
+    except NotACache:  # a group or an array of zarr's, which may hold anything
+        return False
+    except CacheError:
+        return True
+    return True

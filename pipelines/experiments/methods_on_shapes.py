@@ -27,6 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.console import console, run_app, safe
+from featcache.console_progress import RichProgress
 from featcache.errors import UserError
 
 # Twice SiT-Ti's width of 192; the papers' 2048 is 1.8 times SiT-XL's 1152.
@@ -231,7 +232,6 @@ def _build_cache(settings: Settings, path: Path) -> Path:
     from featcache.build.request import BuildRequest
     from featcache.build.run import build
     from featcache.encoders import parse_encoders
-    from featcache.progress import RichProgress
 
     request = BuildRequest(
         data="shapes",
@@ -246,7 +246,6 @@ def _build_cache(settings: Settings, path: Path) -> Path:
 
 
 def _train(settings: Settings, *, method: str, seed: int, cache: Path, run: Path) -> None:
-    from trainer.progress import RichWatcher
     from trainer.runs.config import RunConfig
     from trainer.training.loop import train
 
@@ -270,8 +269,8 @@ def _train(settings: Settings, *, method: str, seed: int, cache: Path, run: Path
         checkpoint_every=settings.interval,
         keep_checkpoints=settings.points,
     )
-    with RichWatcher() as watcher:
-        train(config, resume=(run / "config.yaml").exists(), watcher=watcher, root=run.parent)
+    with RichProgress() as progress:
+        train(config, resume=(run / "config.yaml").exists(), watcher=progress, root=run.parent)
 
 
 class _Judge:
@@ -291,7 +290,6 @@ class _Judge:
     def __call__(self, run: Path, step: int) -> dict[str, float]:
         import torch
 
-        from featcache.progress import RichBar
         from trainer.evaluate.judge import evaluate
         from trainer.requests import SampleRequest
         from trainer.sampling.run import sample_run
@@ -305,8 +303,8 @@ class _Judge:
             device=self._settings.device,
             out=folder,
         )
-        with RichBar("sampling", unit="images") as bar:
-            drawn = sample_run(run, request, bar)
+        with RichProgress() as progress:
+            drawn = sample_run(run, request, progress)
         with torch.inference_mode():
             judged = evaluate(drawn.images, self._reference, self._extractor)
         drawn.images.unlink()  # the grid beside it stays

@@ -20,19 +20,12 @@ from featcache.cli.info import print_info
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.inspect import contact_sheet
+from featcache.progress import Quiet
 from featcache.share.verify import verify
 from featcache.store import files
 from featcache.store.layout import canonical_json
 from featcache.store.manifest import manifest_from_json
 from featcache.store.root import root_bytes
-
-
-class Quiet:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 def deep(levels: int) -> Any:

@@ -20,6 +20,7 @@ from featcache.share.convert import convert
 from featcache.share.importers import ImportRequest, import_latents
 from featcache.share.verify import verify
 from featcache.store import files
+from tests.told import Told
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +31,9 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_there_and_back_gives_the_same_files(tmp_path: Path) -> None:
     specs = [*base_features(), tokens("v@1", views=2), tokens("i@1", codec="int4")]
     original = build(tmp_path / "zarr", specs, skipped=[5, 33])
-    done: list[int] = []
-    convert(original, tmp_path / "wds", to="wds", progress=done.append)
-    assert sum(done) == COUNT
+    done = Told()
+    convert(original, tmp_path / "wds", to="wds", progress=done)
+    assert sum(done.counts) == COUNT and done.tasks == [("converting", COUNT, 0, "samples")]
     assert verify(tmp_path / "wds").ok
     convert(tmp_path / "wds", tmp_path / "back", to="zarr")
     assert tree(tmp_path / "back") == tree(original)

@@ -30,6 +30,7 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.errors import UserError
 from featcache.keys import from_printable, key_bytes, key_text, printable
+from featcache.progress import Quiet
 from featcache.share.importers import ImportRequest, import_latents, open_latents
 from featcache.share.verify import verify
 from featcache.sources import base as base_module
@@ -50,21 +51,9 @@ def own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_fsync", lambda fd: None)
 
 
-class Told:
-    """A build's progress that keeps what it warns of."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def start(self, **_: object) -> None: ...
-    def advance(self, *_: object) -> None: ...
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 def built(data: Path, out: Path, **changes: Any) -> featcache.Cache:
     request = BuildRequest(data=str(data), vae="tiny", resolution=32, batch_size=4, out=out, workers=2, **changes)
-    build(request, Told())
+    build(request, Quiet())
     return featcache.open(out)
 
 
@@ -412,7 +401,7 @@ def test_a_cache_of_files_with_any_names(tmp_path: Path) -> None:
     assert [entry["key"] for entry in manifest["skipped"]] == ["stra\\xdfe/b\\xe4d.png"]
     assert manifest["dataset"]["class_names"] == ["stra\\xdfe", "two\nlines[bold]"]
     request = BuildRequest(data=str(data), into=tmp_path / "cache", encoders=(tiny_choice(),), workers=1)
-    build(request, Told())
+    build(request, Quiet())
     assert verify(tmp_path / "cache").ok
     # The same, from archives.
     with tarfile.open(tmp_path / "set.tar", "w") as tar:

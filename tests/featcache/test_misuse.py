@@ -4,6 +4,7 @@ terminals, full and closed outputs. Nothing may be lost, and what is said must b
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -18,6 +19,7 @@ from store_helpers import base_features, build, tokens, tree
 
 import featcache
 from featcache import cli
+from featcache.build import prepare as building
 from featcache.build.request import BuildRequest, parse_names, parse_resolution
 from featcache.console import run_app
 from featcache.encoders import parse_encoders, parse_levels
@@ -26,6 +28,7 @@ from featcache.paths import PAGES, check_output, on_this_machine, typed
 from featcache.settings import is_number
 from featcache.share import manage, trash
 from featcache.sources.open import open_source
+from featcache.store.manifest import spec_bytes
 
 Typed = Callable[..., tuple[int, str, str]]
 
@@ -315,3 +318,110 @@ def test_a_feature_named_twice_is_removed_once(tmp_path: Path, run: Typed) -> No
     assert code == 0 and "removed tiny@2 of" in out
     assert run("restore", str(path))[0] == 0
     assert "tiny@2" in featcache.open(path).manifest.features
+
+
+def test_no_cache_is_made_inside_another(cache: Path, run: Typed, tmp_path: Path) -> None:
+    """It went to the trash with the one around it."""
+    before = tree(cache)
+    for words in ("push {c} {c}/sub", "pull {c} {c}/vae/sub", "convert {c} {c}/sub --to wds"):
+        code, _, err = run(*words.format(c=cache).split())
+        assert code == 2 and "lies inside the cache" in err
+    assert tree(cache) == before
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    assert run("push", str(cache), str(tmp_path / "group" / "c"))[0] == 0
+
+
+def test_a_pattern_of_very_many_archives(tmp_path: Path) -> None:
+    """Its names were all made before the first was looked for."""
+    from featcache.sources.archives import find_places
+
+    with pytest.raises(UserError, match="there is no archive"):
+        find_places(str(tmp_path / "{000..99999999999}{000..99999999999}.tar"))
+
+
+# What is not the files'
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("name", ["label/c.0", "tiny@5/SHA256SUMS", "key/zarr.json"])
+def test_what_cannot_be_read_at_the_moment_is_not_called_damaged(
+    cache: Path, run: Typed, monkeypatch: pytest.MonkeyPatch, code: int, name: str
+) -> None:
+    """`verify` under a low `ulimit -n` said that shards are damaged, and to repair them."""
+    real = os.open
+
+    def refused(path: str | Path, flags: int, *others: int) -> int:
+        if str(path).endswith(name):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, flags, *others)
+
+    monkeypatch.setattr(os, "open", refused)
+    done, out, err = run("verify", str(cache))
+    assert done == 2 and "damaged" not in out and os.strerror(code) in err and name in err
+    code = errno.EIO  # a disk that fails is a matter of the file
+    done, out, _ = run("verify", str(cache))
+    assert done == 1 and "damaged" in out
+
+
+def test_a_limit_on_threads_is_said(monkeypatch: pytest.MonkeyPatch, run: Typed, cache: Path) -> None:
+    import threading
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    code, _, err = run("verify", str(cache))
+    assert code == 2 and "ulimit -u" in err
+
+
+def test_a_working_folder_that_is_gone(tmp_path: Path, run: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    code, _, err = run("ls")
+    assert code == 2 and "was removed" in err
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_home_that_nobody_knows(cache: Path, run: Typed) -> None:
+    code, _, err = run("sign", str(cache), "--key", "~nobody-of-that-name/key")
+    assert code == 2 and "there is no key ~nobody-of-that-name/key" in err
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An id without a name, as containers have: streaming and archives ended in a fault of the program."""
+    from featcache.read.stream import default_cache_directory
+    from featcache.sources.archives import index_folder
+    from featcache.store.remote import open_location
+
+    def unknown(_: type) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", classmethod(unknown))
+    for name in ("XDG_CACHE_HOME", "FEATCACHE_STREAM_DIR", "FEATCACHE_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    for find, variable in ((default_cache_directory, "FEATCACHE_STREAM_DIR"), (index_folder, "FEATCACHE_INDEX")):
+        with pytest.raises(UserError, match="no home folder") as error:
+            find()
+        assert variable in str(error.value.remedy)
+        monkeypatch.setenv(variable, str(tmp_path))
+        assert find() == tmp_path
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    for url in ("s3://bucket/c", "gs://bucket/c"):
+        open_location(url)
+
+
+def test_small_caches_need_little_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """256 MiB had to be free for any; the error said that 0.00 GB are needed where 0.11 GB are free."""
+    specs = base_features()
+    n_bytes = 10 * sum(spec_bytes(spec) for spec in specs)
+    for free, enough in ((2 * n_bytes, True), (2 * n_bytes - 1, False)):
+        monkeypatch.setattr(building, "free_bytes", lambda _, free=free: free)
+        if enough:
+            building.check_disk(tmp_path, specs, samples=10)
+        else:
+            with pytest.raises(UserError, match=r"needs 1\d\.?\d* KB of free space, but its disk has 1\d\.?\d* KB"):
+                building.check_disk(tmp_path, specs, samples=10)
+    assert building.room_for(1 << 40) == (1 << 40) + building.RESERVE_BYTES

@@ -289,3 +289,22 @@ def test_a_verification_waits_for_a_publisher(no_flock, tmp_path: Path) -> None:
     report = verify(path)
     thread.join()
     assert report.ok, report.problems
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_fails_when_a_file_is_closed_takes_no_name(tmp_path: Path, monkeypatch, durable: bool) -> None:
+    """NFS sends what was written, and finds the quota exceeded, at the latest then."""
+    atomic_write(tmp_path / "file", [b"before"])
+    close = os.close
+
+    def refuse(fd: int) -> None:
+        written = Path(f"/proc/self/fd/{fd}").readlink().suffix == ".part"
+        close(fd)
+        if written:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "close", refuse)
+    with pytest.raises(CacheError, match="disk is full"):
+        atomic_write(tmp_path / "file", [b"after"], durable=durable)
+    monkeypatch.undo()
+    assert tree(tmp_path) == {"file": b"before"}

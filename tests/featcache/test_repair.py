@@ -19,16 +19,9 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
+from featcache.progress import Quiet
 from featcache.share.verify import repair_metadata, verify
 from featcache.store.manifest import Manifest
-
-
-class Quiet:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

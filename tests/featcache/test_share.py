@@ -31,6 +31,7 @@ from featcache.store import blocks as hashes
 from featcache.store import files, remote_errors
 from featcache.store import objects as object_stores
 from featcache.store.remote import is_remote, open_destination, open_location, parse_hub_url
+from tests.told import Told
 
 SKIPPED = (4, 20)
 
@@ -79,10 +80,10 @@ def objects(bucket) -> dict[str, bytes]:
 
 
 def test_pull_over_http(source: Path, web, tmp_path: Path) -> None:
-    seen: list[int] = []
-    done = pull(f"{web.url}/cache", tmp_path / "copy", progress=seen.append)
+    seen = Told()
+    done = pull(f"{web.url}/cache", tmp_path / "copy", progress=seen)
     assert tree(tmp_path / "copy") == tree(source)
-    assert sum(seen) == done.n_bytes
+    assert sum(seen.counts) == done.n_bytes and seen.tasks == [("copying", None, 0, "bytes")]
     assert done.n_files_before == 0
     again = pull(f"{web.url}/cache", tmp_path / "copy")
     assert (again.n_files, again.n_bytes, again.n_files_before) == (0, 0, done.n_files)
@@ -204,10 +205,10 @@ def test_push_and_pull_between_directories(source: Path, tmp_path: Path) -> None
 
 def test_push_list_pull_over_s3(source: Path, bucket, tmp_path: Path) -> None:
     url = f"s3://{bucket[0]}/caches/one"
-    seen: list[int] = []
-    done = push(source, url, progress=seen.append)
+    seen = Told()
+    done = push(source, url, progress=seen)
     assert {k.removeprefix("caches/one/"): v for k, v in objects(bucket).items()} == tree(source)
-    assert sum(seen) == done.n_bytes > 0
+    assert sum(seen.counts) == done.n_bytes > 0 and seen.tasks == [("sending", None, 0, "bytes")]
     assert not (source / ".featcache").exists()
     assert [item.url for item in list_remote(f"s3://{bucket[0]}/caches")] == [url]
     pull(url, tmp_path / "copy")
@@ -607,9 +608,9 @@ def test_verify_remote_finds_what_verify_finds(source: Path, tmp_path: Path) -> 
     shutil.copytree(source, tmp_path / "cache")
     local = verify(tmp_path / "cache")
     with serve(tmp_path) as web:
-        seen: list[int] = []
-        report = verify_remote(f"{web.url}/cache", progress=seen.append)
-        assert report.ok and (report.n_files, sum(seen) > 0) == (local.n_files, True)
+        seen = Told()
+        report = verify_remote(f"{web.url}/cache", progress=seen)
+        assert report.ok and (report.n_files, sum(seen.counts) > 0) == (local.n_files, True)
         shard = next((tmp_path / "cache" / "dino@9").glob("c/**/*"), None) or next(
             p for p in sorted((tmp_path / "cache" / "dino@9").iterdir()) if p.name.startswith("c.")
         )

@@ -23,6 +23,7 @@ import featcache
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from featcache.sources.archives import _expanded, index_folder
 from featcache.sources.base import Source, fingerprint
 from featcache.sources.open import open_source
@@ -335,17 +336,12 @@ def test_unpacking_a_row_group_takes_a_few_rows_at_a_time(tmp_path: Path) -> Non
 
 
 def test_a_cache_built_from_the_tar_equals_one_built_from_the_folder(folder: Path, tmp_path: Path) -> None:
-    class Silent:
-        def start(self, **_: object) -> None: ...
-        def advance(self, *_: object) -> None: ...
-        def warn(self, *_: object) -> None: ...
-
     caches: list[featcache.Cache] = []
     for data in (str(folder), imagenet_tar(folder, tmp_path)):
         out = tmp_path / f"cache{len(caches)}"
         build(
             BuildRequest(data=data, vae="tiny", resolution=32, batch_size=4, shard_size=4, out=out, workers=2),
-            Silent(),
+            Quiet(),
         )
         caches.append(featcache.open(out))
     arrays = [p.relative_to(caches[0].path) for p in Path(caches[0].path).rglob("c.*")]

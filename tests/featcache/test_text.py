@@ -24,22 +24,12 @@ from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
 from featcache.errors import CacheError, UserError
 from featcache.inspect import read_feature
+from featcache.progress import Quiet
 from featcache.sources.captions import open_captions, read_table
 from featcache.sources.open import open_source
+from tests.told import Told
 
 TINY = TEXTS["tiny"]
-
-
-class Quiet:
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture(autouse=True)
@@ -483,10 +473,10 @@ def test_text_joins_a_cache_without_reading_an_image(
     with monkeypatch.context() as patch:
         patch.setattr("featcache.sources.folder.FolderSource.read", lambda *_: pytest.fail("an image was read"))
         adding = replace(ask, out=None, into=tmp_path / "c", vae=None, captions=table, text_codec="int8")
-        progress = Quiet()
+        progress = Told()
         build(adding, progress)
-    assert any("4 of 6 images have no caption" in text for text in progress.warnings)
-    assert any("1 of 4 rows" in text and "'b/7.png'" in text for text in progress.warnings)
+    assert any("4 of 6 images have no caption" in text for text in progress.notes)
+    assert any("1 of 4 rows" in text and "'b/7.png'" in text for text in progress.notes)
     cache = featcache.open(tmp_path / "c")
     with cache.reader(["text/count", "text/tiny.length"]) as reader:
         out = reader.allocate(6)

@@ -26,6 +26,7 @@ from featcache.cli import app as featcache_app
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES
 from featcache.errors import CacheError, UserError
+from featcache.progress import Quiet
 from featcache.settings import from_mapping
 from pipelines import index
 from trainer import align
@@ -40,7 +41,7 @@ from trainer.runs.config import RunConfig, apply_overrides
 from trainer.runs.published import METRICS
 from trainer.runs.recipe_pages import describe, listing, page
 from trainer.runs.recipes import Recipe, figures_of, list_recipes, load_recipe, load_recipe_file, papers, recipe_root
-from trainer.training.loop import Silent, train
+from trainer.training.loop import train
 
 RECIPES = list_recipes()
 TRAININGS = [r for r in RECIPES if r.training == r.name]
@@ -577,14 +578,6 @@ def test_command_lists_shows_and_refuses(cli: Callable[..., subprocess.Completed
 # Training
 
 
-class Quiet:
-    def start(self, **_: object) -> None: ...
-
-    def advance(self, *_: object) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixteen embedded images with moments, all VAE groups and three layers of the tiny encoder."""
@@ -625,7 +618,7 @@ def test_a_row_of_each_paper_trains(small_cache: Path, tmp_path: Path, monkeypat
         words = ["model=SiT-Narrow/2", "steps=2", "batch_size=4", "sample_every=0", "log_every=1", "device=cpu"]
         overrides = [*words, *OFFLINE.get(recipe.method, []), f"name={recipe.name.replace('/', '-')}"]
         config = from_mapping(RunConfig, apply_overrides({**recipe.values, "cache": str(small_cache)}, overrides))
-        folder = train(config, resume=False, watcher=Silent(), root=tmp_path / "runs")
+        folder = train(config, resume=False, watcher=Quiet(), root=tmp_path / "runs")
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [r["step"] for r in records] == [1, 2]
         losses = {key: r[key] for r in records for key in r if key == "loss" or key.startswith("align/")}

@@ -21,16 +21,9 @@ import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401 (what every ch
 import numpy as np
 import torch
 
+from featcache.progress import Quiet
 from trainer.requests import SampleRequest
 from trainer.sampling import run as sampling
-
-
-class _Quiet:
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def dies_in_the_second_block(path: Path, pixels: np.ndarray) -> None:
@@ -50,7 +43,7 @@ def start(out: Path, environment: Mapping[str, str] = MappingProxyType({}), *, d
         status = 1
         try:
             ask = SampleRequest(num=21, sampler="sde", steps=3, device="cpu", batch_size=8, out=out)
-            sampling.sample_run(Path(sys.argv[1]), ask, _Quiet())
+            sampling.sample_run(Path(sys.argv[1]), ask, Quiet())
             status = 0
         finally:
             os._exit(status)

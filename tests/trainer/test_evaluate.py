@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from featcache.sources.open import open_source
+from tests.told import Told
 from trainer.evaluate.extractors import Extractor, build_extractor
 from trainer.evaluate.images import (
     ArrayImages,
@@ -356,15 +358,19 @@ def test_prefetch_keeps_order_passes_errors_and_stops() -> None:
 
 
 def test_progress_and_times_are_reported(extractor: Extractor, shapes: np.ndarray) -> None:
-    seen: list[tuple[str, int, int | None]] = []
+    told = Told()
     result = evaluate(
         samples := ArrayImages(images=shapes[:50]),
         compute_statistics(samples, extractor),
         extractor,
         batch_size=20,
-        progress=lambda *entry: seen.append(entry),
+        bootstrap=3,
+        progress=told,
     )
-    assert seen == [("samples", 20, 50), ("samples", 40, 50), ("samples", 50, 50)]
+    first, *bootstraps = told.tasks
+    assert first == ("features of the samples", 50, 0, "images") and told.counts[:3] == [20, 20, 10]
+    assert {(total, unit) for _, total, _, unit in bootstraps} == {(3, "replicates")}
+    assert told.counts[3:] == [1] * 3 * len(bootstraps)
     assert set(result["time_s"]) == {"samples", "reference", "metrics"}
 
 
@@ -393,23 +399,13 @@ def test_dinov2_with_random_weights(shapes: np.ndarray) -> None:
     }  # fmt: skip
 
 
-class Silent:
-    """A build's progress, ignored."""
-
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-
 def build_cache(path: Path, data: str, **options: object) -> Path:
     """A small cache of the tiny VAE's moments."""
     from featcache.build.request import BuildRequest
     from featcache.build.run import build
 
     request = BuildRequest(data=data, vae="tiny", resolution=SIDE, device="cpu", out=path, **options)  # type: ignore[arg-type]
-    return build(request, Silent()).path
+    return build(request, Quiet()).path
 
 
 def test_a_caches_own_images_are_the_ones_it_encoded(tmp_path: Path, extractor: Extractor, shapes: np.ndarray) -> None:

@@ -20,6 +20,7 @@ from faults import Killed, Operations
 from tiny_runs import Listener, add_nano, log_of, settings
 
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from featcache.store import files
 from trainer.models.config import SIZES
 from trainer.requests import SampleRequest
@@ -32,14 +33,6 @@ from trainer.sampling.run import sample_run
 from trainer.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("nano")
-
-
-class Quiet:
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from trainer.classes import Classes
 from trainer.diffusion.ddpm import linear_schedule
 from trainer.diffusion.guidance import Guidance
@@ -49,20 +50,6 @@ from trainer.sampling.draw import (
 from trainer.sampling.inference import Arithmetic
 from trainer.sampling.run import folder_name, sample_run
 from trainer.training.loop import train
-
-
-class Quiet:
-    """Watcher, bar and progress at once, saying nothing."""
-
-    def start(self, **_: object) -> None: ...
-
-    def advance(self, *_: object) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

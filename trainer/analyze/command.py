@@ -7,12 +7,12 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from featcache.errors import UserError
 from featcache.machine import pick_device
+from featcache.progress import Progress
 from trainer.analyze import DIAGNOSTICS, diagnostic
 from trainer.analyze.compare import compare
 from trainer.analyze.config import AnalyzeConfig
@@ -30,14 +30,6 @@ from trainer.analyze.subject import Subject
 from trainer.runs import folder as runs
 
 SMALL = 1 << 19  # SiT-S/2 at 256 px, batch 32: 3.1 million; SiT-Ti/2 at 64 px: 0.1 million
-
-
-class Progress(Protocol):
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def measure_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeConfig, progress: Progress) -> list[Path]:
@@ -67,13 +59,13 @@ def measure_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
     compared: list[str] = []
     by_run: dict[str, list[Result]] = {}
     unfit: list[NotApplicable] = []
-    progress.begin("analysing", total=len(paths) * len(what))
+    progress.begin("analysing", len(paths) * len(what), unit="diagnostics")
     for path, name in zip(paths, names):
         try:
             by_run[name], step = _measure(path, what, options, progress)
         except NotApplicable as error:
             unfit.append(error)
-            progress.advance(len(what))
+            progress.update(len(what))
             continue
         done.append(path)
         compared.append(f"{path} {step}")
@@ -108,7 +100,7 @@ def _measure(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: 
             if len(what) == 1:
                 raise
             left_out[name] = error.what
-        progress.advance(1)
+        progress.update(1)
     subject = next(iter(subjects.values()))
     with writing(path) as folder:
         for result in results:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from featcache.console import console, run_app, safe
+from featcache.console_progress import RichProgress
 from featcache.errors import UserError, os_error
 from featcache.paths import typed
 from featcache.redact import is_redacted
@@ -53,17 +54,13 @@ def run(
     """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
     with _one_voice() as main:
         config = _run_config(recipe, given, set_ or [], resume=resume)
-        from trainer.training.loop import Silent, train
+        from trainer.training.loop import train
 
         _leave_a_core()
-        if not main:
-            train(config, resume=resume, watcher=Silent(), expect=expect)
-            return
-        from trainer.progress import RichWatcher
-
-        with RichWatcher() as watcher:
-            folder = train(config, resume=resume, watcher=watcher, expect=expect)
-        console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
+        with RichProgress() as progress:
+            folder = train(config, resume=resume, watcher=progress, expect=expect)
+        if main:
+            console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
 
 
 @contextmanager
@@ -132,13 +129,12 @@ def sample(
     given: Given,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
-    from featcache.progress import RichBar
     from trainer import distributed
     from trainer.sampling.run import sample_run
 
     request = from_typed(SampleRequest, given)
-    with RichBar("sampling", unit="images") as bar:
-        result = sample_run(run, request, bar)
+    with RichProgress() as progress:
+        result = sample_run(run, request, progress)
     if distributed.is_main():
         console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")
 
@@ -175,7 +171,6 @@ def evaluate(
     ] = False,
 ) -> None:
     """Sample a run, compare with reference images, write metrics.json and report.html."""
-    from featcache.progress import RichBar
     from trainer.evaluate.run import evaluate_images, evaluate_run
     from trainer.report.run import write_run_report
     from trainer.runs.folder import newest_run
@@ -192,12 +187,12 @@ def evaluate(
     drawing = {name: value for name, value in given.items() if name in options_of(SampleSettings)}
     judging = {name: value for name, value in given.items() if name not in drawing}
     request = from_typed(EvalRequest, judging, settings=from_typed(SampleSettings, drawing))
-    with RichBar("evaluating", unit="images") as bar:
+    with RichProgress() as progress:
         if samples is None:
             run = run or newest_run()
-            result = evaluate_run(run, request, bar)
+            result = evaluate_run(run, request, progress)
         else:
-            result = evaluate_images(samples, request, require_labels=require_labels, bar=bar)
+            result = evaluate_images(samples, request, require_labels=require_labels, progress=progress)
     if result is None:  # the main rank judges
         return
     for name, value in result.metrics.items():
@@ -220,13 +215,12 @@ def analyze(
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for any other option; repeatable.")] = None,
 ) -> None:
     """See why an alignment works: diagnostics as numbers, plots and one page. [dim]Example: trainer analyze runs/ahpa[/dim]"""
-    from featcache.progress import RichBar
     from trainer.report.analyze import analyze_runs
 
     chosen = parse_what(what, tuple(DIAGNOSTICS))
     options = from_mapping(AnalyzeConfig, apply_overrides(given, set_ or []))
-    with RichBar("analysing", unit="diagnostics") as bar:
-        pages = analyze_runs(runs, chosen, options, bar)
+    with RichProgress() as progress:
+        pages = analyze_runs(runs, chosen, options, progress)
     for page in pages:
         console.print(f"page: [bold]{safe(page)}[/bold]")
 

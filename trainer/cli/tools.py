@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from featcache.console import console, safe
+from featcache.console_progress import RichProgress
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.paths import typed
@@ -70,9 +71,18 @@ def stats(
     from trainer.evaluate.references import write_statistics
 
     network = build_extractor(extractor, weights_dir=weights_dir, device=pick_device(device))
-    made = write_statistics(
-        images, out, network, resolution=resolution, features=features, limit=limit, batch_size=batch_size, data=data
-    )
+    with RichProgress() as progress:
+        made = write_statistics(
+            images,
+            out,
+            network,
+            resolution=resolution,
+            features=features,
+            limit=limit,
+            batch_size=batch_size,
+            data=data,
+            progress=progress,
+        )
     console.print(f"statistics of {made.count} images: [bold]{safe(out)}[/bold]")
 
 

@@ -12,11 +12,11 @@ from typing import Any, cast
 import numpy as np
 
 from featcache.errors import UserError
+from featcache.progress import QUIET, Progress
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import ImageSet, NpzImages, open_images
 from trainer.evaluate.metrics import INCEPTION_CHUNK, NEIGHBOURS
 from trainer.evaluate.references import (
-    ProgressCallback,
     Statistics,
     compute_statistics,
     full_precision,
@@ -43,7 +43,7 @@ def evaluate(
     seed: int = 0,
     require_labels: bool = False,
     data: str | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Judge samples by a reference.
 
@@ -59,7 +59,7 @@ def evaluate(
         seed: of KID's subsets and of the bootstrap.
         require_labels: insist that the samples carry labels.
         data: for a cache as reference, the folder it was built from.
-        progress: called with (stage, done, total) as images pass through the network.
+        progress: of images that pass through the network, then of each metric's bootstrap.
 
     Returns:
         JSON-able: `metrics`, `intervals` and `details` by reported name, `settings`, `warnings`, `time_s`.
@@ -84,7 +84,7 @@ def evaluate(
             limit=count,
             keep_features=None if need_features else 0,
             keep_all=bootstrap > 0,
-            stage="samples",
+            name="features of the samples",
             progress=progress,
         )
     assert judged.resolution is not None

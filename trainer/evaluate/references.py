@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from torch import Tensor
 from featcache.errors import UserError
 from featcache.paths import check_output
 from featcache.precision import tensor_float32
+from featcache.progress import QUIET, Progress
 from featcache.store import files
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import (
@@ -38,9 +39,6 @@ KEPT_AT_ONCE = 2_048  # rows that wait on the device
 
 _REMAKE = "Make the statistics again: trainer stats"
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "pool", "provenance")
-
-# (stage, images done, images in all or None)
-ProgressCallback = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +173,8 @@ def compute_statistics(
     keep_features: int | None = DEFAULT_KEPT_FEATURES,
     keep_all: bool = False,
     resolution: int | None = None,
-    stage: str = "features",
-    progress: ProgressCallback | None = None,
+    name: str = "features",
+    progress: Progress = QUIET,
 ) -> Statistics:
     """Run the extractor over the images once; memory does not grow with their number, but for what is kept.
 
@@ -187,15 +185,14 @@ def compute_statistics(
         keep_features: `pool` rows kept for precision, recall and KID, 0 for none; 8 KB each with Inception.
         keep_all: keep `pool`, `spatial` and `logits` of all images, for bootstrap intervals (20 KB per image).
         resolution: expected side of the images; None takes the first image's.
-        stage: name given to `progress`.
-        progress: called after each batch.
+        name: of the task that `progress` is told of, batch by batch.
 
     Raises:
         UserError: images that cannot be read, of another size or type, or fewer than two.
     """
     device = extractor.device
     sums = _Sums(extractor, None if keep_all else keep_features, keep_all=keep_all)
-    total = images.count if limit is None else min(limit, images.count or limit)
+    progress.begin(name, images.count if limit is None else min(limit, images.count or limit))
     done = 0
     with full_precision():
         for batch in prefetch(_checked(images, batch_size, resolution, pin=device.type == "cuda")):
@@ -205,8 +202,7 @@ def compute_statistics(
             pixels = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()  # [B, 3, R, R]
             sums.add(extractor.features(pixels), done)
             done += len(batch)
-            if progress is not None:
-                progress(stage, done, total)
+            progress.update(len(batch))
             if limit is not None and done >= limit:
                 break
     if done < 2:
@@ -319,7 +315,7 @@ def write_statistics(
     limit: int | None = None,
     batch_size: int = 64,
     data: str | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> Statistics:
     """What `trainer stats` does: images => a file of reference statistics.
 
@@ -342,7 +338,7 @@ def write_statistics(
         batch_size=batch_size,
         limit=limit,
         keep_features=features,
-        stage="reference",
+        name="features of the reference",
         progress=progress,
     )
     save_statistics(out, statistics)
@@ -391,7 +387,7 @@ def reference_statistics(
     need_features: bool,
     batch_size: int = 64,
     data: str | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> Statistics:
     """Statistics to judge by, from whatever `--reference` names.
 
@@ -422,7 +418,7 @@ def reference_statistics(
             limit=DEFAULT_KEPT_FEATURES,
             keep_features=DEFAULT_KEPT_FEATURES,
             resolution=resolution,
-            stage="reference",
+            name="features of the reference",
             progress=progress,
         )
         provenance = {**computed.provenance, "moments": "stored in the file"}
@@ -442,7 +438,7 @@ def reference_statistics(
         batch_size=batch_size,
         keep_features=DEFAULT_KEPT_FEATURES if need_features else 0,
         resolution=resolution,
-        stage="reference",
+        name="features of the reference",
         progress=progress,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.machine import pick_device
+from featcache.progress import QUIET, Progress
 from featcache.sources.open import find_data
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
@@ -28,7 +29,7 @@ from trainer.runs.config import RunConfig
 from trainer.runs.published import Sampling, parse_published
 from trainer.runs.recipes import load_recipe_file
 from trainer.runs.records import cache_summary, run_model_config
-from trainer.sampling.run import Bar, sample_run
+from trainer.sampling.run import sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
@@ -48,17 +49,7 @@ class EvalResult:
     file: Path
 
 
-class _Mute:
-    """The bar of ranks other than the main one."""
-
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
-def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None:
+def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalResult | None:
     """Samples a run's averaged weights, compares with the reference and adds the numbers to the run's `metrics.json`.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
@@ -68,20 +59,21 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
         WeightsUnavailable: weights that were asked for by name are not to be had.
     """
     config = runs.load_config(run)
+    runs.read_metrics(run)  # what the numbers are added to: if it is damaged, that is said now, not after hours
     device = pick_device(request.settings.device)
     if not distributed.is_main():
-        bar = _Mute()
+        progress = QUIET
     if request.figure is not None:
-        request, config = _beside(request.figure, request, config, bar)
-    settings = _with_defaults(request.settings, run, config, device, bar)
+        request, config = _beside(request.figure, request, config, progress)
+    settings = _with_defaults(request.settings, run, config, device, progress)
     if not distributed.is_main():
-        sample_run(run, settings, bar)
+        sample_run(run, settings, progress)
         return None
-    extractor = choose_extractor(request.extractor, settings.weights_dir, device, bar)
+    extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
     reference, data = _reference(run, request)
     _check_before_drawing(run, request, extractor, reference, data)
-    drawn = sample_run(run, settings, bar)
-    result = _judge(drawn.images, reference, extractor, replace(request, settings=settings, data=data), bar)
+    drawn = sample_run(run, settings, progress)
+    result = _judge(drawn.images, reference, extractor, replace(request, settings=settings, data=data), progress)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
     entry = {
         "step": drawn.loaded.step,
@@ -105,7 +97,7 @@ def _check_before_drawing(
     )
 
 
-def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, bar: Bar) -> EvalResult:
+def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, progress: Progress) -> EvalResult:
     """Judges images that are there already, by any code, and writes the numbers to `<samples>.metrics.json`.
 
     Raises:
@@ -119,8 +111,8 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
             remedy="Pass --reference with an npz, a folder, a cache or saved statistics.",
         )
     settings = request.settings
-    extractor = choose_extractor(request.extractor, settings.weights_dir, pick_device(settings.device), bar)
-    result = _judge(samples, request.reference, extractor, request, bar, require_labels=require_labels)
+    extractor = choose_extractor(request.extractor, settings.weights_dir, pick_device(settings.device), progress)
+    result = _judge(samples, request.reference, extractor, request, progress, require_labels=require_labels)
     out = Path(f"{samples.rstrip('/')}.metrics.json")
     runs.write_page(out, json.dumps(result, indent=1))
     return EvalResult(metrics=result["metrics"], file=out)
@@ -131,7 +123,7 @@ def _judge(
     reference: str,
     extractor: Extractor,
     request: EvalRequest,
-    bar: Bar,
+    progress: Progress,
     *,
     require_labels: bool = False,
 ) -> dict[str, Any]:
@@ -147,26 +139,11 @@ def _judge(
             seed=request.settings.seed,
             require_labels=require_labels,
             data=request.data,
-            progress=_stages(bar),
+            progress=progress,
         )
     for warning in result["warnings"]:
-        bar.note(warning)
+        progress.note(warning)
     return result
-
-
-def _stages(bar: Bar) -> Callable[[str, int, int | None], None]:
-    """What the judge reports, as one task of the bar per stage."""
-    stage, shown = "", 0
-
-    def progress(name: str, done: int, total: int | None) -> None:
-        nonlocal stage, shown
-        if name != stage:
-            stage, shown = name, 0
-            bar.begin(f"features of the {name}" if name in ("samples", "reference") else name, total or 0)
-        bar.advance(done - shown)
-        shown = done
-
-    return progress
 
 
 def recipe_sampling(config: RunConfig) -> Sampling | None:
@@ -174,7 +151,7 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
     return parse_published(config.published).sampling if config.published else None
 
 
-def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> tuple[EvalRequest, RunConfig]:
+def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[EvalRequest, RunConfig]:
     """The request at the figure's step and with its sampler; the run's configuration as if it came from that recipe."""
     recipe = load_recipe_file(figure)
     if recipe.published is None:
@@ -189,7 +166,7 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> t
     ]
     if other:
         verb = "differs" if len(other) == 1 else "differ"
-        bar.note(f"the run was not trained as {recipe.training} says: its {', '.join(other)} {verb}")
+        progress.note(f"the run was not trained as {recipe.training} says: its {', '.join(other)} {verb}")
     sampling = recipe.published.sampling or Sampling()
     asked = request.settings
     settings = replace(
@@ -201,7 +178,9 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> t
     return replace(request, settings=settings), replace(config, published=recipe.values["published"])
 
 
-def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
+def _with_defaults(
+    asked: SampleSettings, run: Path, config: RunConfig, device: str, progress: Progress
+) -> SampleRequest:
     """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""
     on_gpu = device.startswith("cuda")
     model = run_model_config(run, config)
@@ -209,7 +188,9 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
     steps = asked.steps or (paper.steps or GPU_STEPS if on_gpu else CPU_STEPS)
     guidance = asked.guidance if asked.guidance is not None else paper.guidance
     if guidance is None:
-        bar.note("the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without")
+        progress.note(
+            "the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without"
+        )
         guidance = 1.0
     interval = asked.interval
     if interval is None:
@@ -220,7 +201,7 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
     elif num is None:
         cost = forward_flops(model) * steps * (1 if guidance == 1 else 2)
         num = int(max(8, min(CPU_SAMPLES, CPU_BUDGET_FLOPS // cost)))
-        bar.note(
+        progress.note(
             f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}"
         )
     sampler = asked.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family])
@@ -228,7 +209,7 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
     return SampleRequest(**{**vars(asked), **chosen, "device": device})
 
 
-def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
+def choose_extractor(name: str, weights_dir: str | None, device: str, progress: Progress) -> Extractor:
     """The extractor of that name; `auto` is Inception where its weights are to be had, else the embedded one."""
     folder = None if weights_dir is None else Path(weights_dir)
     if name != "auto":
@@ -236,7 +217,9 @@ def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) 
     try:
         return build_extractor("inception", weights_dir=folder, device=device)
     except WeightsUnavailable as error:
-        bar.note(f"{error.what}; judging with the embedded extractor: its numbers are named embedded-* and are not FID")
+        progress.note(
+            f"{error.what}; judging with the embedded extractor: its numbers are named embedded-* and are not FID"
+        )
         return build_extractor("embedded", device=device)
 
 

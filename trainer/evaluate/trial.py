@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count as counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.progress import Progress
 from trainer.evaluate.metrics import NEIGHBOURS, ManifoldCoverage, bootstrap_interval, manifold_coverage
-from trainer.evaluate.references import ProgressCallback, Statistics
+from trainer.evaluate.references import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Trial:
     device: torch.device
     bootstrap: int
     seed: int
-    progress: ProgressCallback | None
+    progress: Progress
 
     @property
     def samples(self) -> int:
@@ -53,11 +53,10 @@ class Trial:
         """95 % interval of `statistic` of resampled rows (their indices, int64 [rows]); None where none is asked for."""
         if not self.bootstrap:
             return None
-        replicate = counter(1)
+        self.progress.begin(f"bootstrap {metric}", self.bootstrap, unit="replicates")
 
         def counted(indices: np.ndarray) -> float:
-            if self.progress is not None:
-                self.progress(f"bootstrap {metric}", next(replicate), self.bootstrap)
+            self.progress.update(1)
             return statistic(indices)
 
         return bootstrap_interval(counted, rows, estimate, replicates=self.bootstrap, seed=self.seed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.analyze.command import Progress, measure_runs
+from featcache.progress import Progress
+from trainer.analyze.command import measure_runs
 from trainer.analyze.config import AnalyzeConfig
 from trainer.report.analysis import write_diagnostics, write_diagnostics_comparison
 from trainer.report.run import write_run_report

@@ -271,6 +271,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
 
 
 def _sync(path: Path) -> None:
+    if path.is_dir():
+        files.fsync_directory(path)
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -340,12 +340,16 @@ def write_page(path: Path, text: str) -> None:
 
 
 _REMAKE = "Remove it and run the command again."
+RESTORE = "Restore the file as the run wrote it."
 
 
 def read_json(path: Path, default: object, *, remedy: str = _REMAKE) -> Any:
     """A JSON file, or `default` if it does not exist; of the same type as `default` unless that is None.
 
     remedy: what to do about a damaged one; most can be made again.
+
+    Args:
+        remedy: what to do about a damaged one, where it is not made again by the same command.
 
     Raises:
         UserError: the file cannot be read, is damaged, or holds something else.
@@ -402,7 +406,7 @@ def read_metrics(run: Path) -> list[schemas.Evaluation]:
     """
     path = run / "metrics.json"
     remedy = "Delete or repair the file; trainer eval writes it anew."
-    return schemas.check(read_json(path, []), list[schemas.Evaluation], path, remedy=remedy)
+    return schemas.check(read_json(path, [], remedy=remedy), list[schemas.Evaluation], path, remedy=remedy)
 
 
 def log_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import nn
 
 from featcache.errors import UserError
 from featcache.machine import pick_device
+from featcache.progress import QUIET, Progress
 from featcache.store import files
 from trainer import distributed
 from trainer.classes import Classes
@@ -59,16 +60,6 @@ BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
 
 # What samples are a function of, as their `settings.json` holds it.
 Record = dict[str, object]
-
-
-class Bar(Protocol):
-    """Who is told how far it is."""
-
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def sample_config(request: SampleRequest, family: str) -> SampleConfig:
@@ -130,7 +121,7 @@ class SampleResult:
     settings: Record
 
 
-def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
+def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleResult:
     """Draws `request.num` images of a run and writes them with a grid; finished work of an interrupted call is kept.
 
     Under torchrun all ranks call it together and draw a share each.
@@ -168,7 +159,7 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
                 unit=_unit(device, request.batch_size),
             )
             with applied(arithmetic):
-                _draw_to(folder, images, record, draw, world, bar)
+                _draw_to(folder, images, record, draw, world, progress)
         return _result(images, folder, loaded, settings, request)
 
 
@@ -234,7 +225,9 @@ def _unit(device: torch.device, batch_size: int) -> int:
     return max(GROUP, min(BLOCK, 1 << (batch_size.bit_length() - 1)))
 
 
-def _draw_to(folder: Path, images: Path, record: Record, draw: _Draw, world: distributed.World, bar: Bar) -> None:
+def _draw_to(
+    folder: Path, images: Path, record: Record, draw: _Draw, world: distributed.World, progress: Progress
+) -> None:
     """This rank's share of the blocks; then, on the main rank, the files made of all of them."""
     blocks = files.inside(folder, "blocks")
     missing: list[int] = []
@@ -244,9 +237,9 @@ def _draw_to(folder: Path, images: Path, record: Record, draw: _Draw, world: dis
         if not _is_there(images):
             missing = [k for k in range(-(-draw.num // BLOCK)) if not _is_whole(blocks, draw.num, k)]
         left = sum(_block_count(draw.num, k) for k in missing)
-        bar.begin("sampling", draw.num, done=draw.num - left)
+        progress.begin("sampling", draw.num, done=draw.num - left)
     missing = distributed.from_main(missing)  # one list for all: another rank may be done with a block before we look
-    _draw_blocks(blocks, draw, missing[world.rank :: world.size], bar if world.is_main else None, world.size)
+    _draw_blocks(blocks, draw, missing[world.rank :: world.size], progress if world.is_main else QUIET, world.size)
     distributed.barrier()
     if world.is_main:
         runs.write_text(
@@ -267,7 +260,7 @@ def _grid(draw: _Draw) -> np.ndarray:
     )
 
 
-def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | None, ranks: int) -> None:
+def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], progress: Progress, ranks: int) -> None:
     """Draws blocks and saves each when it is full, in a thread beside the drawing of the next."""
     indices = [i for k in numbers for i in range(k * BLOCK, k * BLOCK + _padded(_block_count(draw.num, k), draw.unit))]
     units = draw_units(
@@ -280,8 +273,7 @@ def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | N
             parts = []
             for start in range(0, count, draw.unit):
                 parts.append(next(units))
-                if bar is not None:
-                    bar.advance(min(draw.unit, count - start) * ranks)  # the other ranks are about as far
+                progress.update(min(draw.unit, count - start) * ranks)  # the other ranks are about as far
             if saving is not None:
                 saving.result()
             saving = writer.submit(_save_block, _block_path(blocks, k), np.concatenate(parts)[:count])

@@ -12,13 +12,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from featcache.errors import CacheError, UserError, os_error
 from featcache.machine import pick_device
+from featcache.progress import QUIET, Progress
 from featcache.redact import is_redacted, redact
 from featcache.store.remote import is_remote
 from featcache.store.signing import require_digest
@@ -40,26 +41,6 @@ if TYPE_CHECKING:
     from featcache import Cache
 
 
-class Watcher(Protocol):
-    """Who is told about a run while it goes on."""
-
-    def start(self, *, run: Path, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, step: int, shown: Mapping[str, float]) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-
-class Silent:
-    """Watches for ranks other than the main one: says nothing."""
-
-    def start(self, *, run: Path, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, step: int, shown: Mapping[str, float]) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-
 class Diverged(UserError):
     """The loss, or its gradient, is not finite."""
 
@@ -75,11 +56,11 @@ class Job:
     world: World
     device: torch.device
     share: Share
-    watcher: Watcher
+    watcher: Progress
 
 
 def train(
-    config: RunConfig, *, resume: bool, watcher: Watcher, root: Path = runs.ROOT, expect: str | None = None
+    config: RunConfig, *, resume: bool, watcher: Progress, root: Path = runs.ROOT, expect: str | None = None
 ) -> Path:
     """Runs (or continues) one training run and returns its folder, which is held against other processes meanwhile.
 
@@ -93,14 +74,15 @@ def train(
     """
     device_name = pick_device(config.device)
     with distributed.joined(device_name) as world:
-        speaker = watcher if world.is_main else Silent()
-        return _train(config, resume, speaker, root, world, world.device(device_name), expect)
+        return _train(
+            config, resume, watcher if world.is_main else QUIET, root, world, world.device(device_name), expect
+        )
 
 
 def _train(
     config: RunConfig,
     resume: bool,
-    watcher: Watcher,
+    watcher: Progress,
     root: Path,
     world: World,
     device: torch.device,
@@ -128,7 +110,7 @@ def _train(
             with _told_how_to_go_on(job):
                 lost = runs.open_folder(run, config, cache, parts.reads, start, main=world.is_main)
                 if lost:
-                    watcher.warn(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
+                    watcher.note(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
                 with _stop_on_signals() as caught, _logging(job, start) as log:
                     _loop(job, log, caught, start=start, trained_s=trained_s)
         return run
@@ -138,7 +120,7 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
     """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
     config, alignment = job.config, job.parts.alignment
     means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
-    grids = GridMaker(config, job.cache, job.watcher.warn)
+    grids = GridMaker(config, job.cache, job.watcher.note)
     signals = distributed.StopSignal()
     batches = Batches(
         job.cache,
@@ -168,7 +150,7 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
             if logs:
                 _record(job, log, clock, means, done, norm)
             else:
-                job.watcher.advance(done, {})
+                job.watcher.update(1)
             with clock.paused() if saves or draws else nullcontext():
                 if saves:
                     if log is not None:
@@ -178,7 +160,7 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
                 if draws and (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
                     grids.draw(ema, job.run, done, log)
             if stop and done < config.steps:
-                job.watcher.warn(f"stopped at step {done}, saved; continue with the same command and --resume")
+                job.watcher.note(f"stopped at step {done}, saved; continue with the same command and --resume")
                 raise SystemExit(128 + stop)
     finally:
         batches.close()
@@ -314,7 +296,7 @@ def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMe
     record = {"step": done, "time_s": round(clock.trained_s, 3), **speed, "lr": lr, "grad_norm": float(norm), **shown}
     if log is not None:
         log.record(record)
-    job.watcher.advance(done, shown | speed)
+    job.watcher.update(1, "  ".join(f"{name} {value:.4g}" for name, value in (shown | speed).items()))
 
 
 def _check_finite(job: Job, step: int | None) -> None:
@@ -414,23 +396,25 @@ def _told_how_to_go_on(job: Job) -> Iterator[None]:
 def _announce(job: Job, start: int, remark: str | None) -> None:
     config = job.config
     if remark is not None:
-        job.watcher.warn(remark)
+        job.watcher.note(remark)
     random = [
         n for n in random_features(job.cache) if n == "vae/moments" or n in getattr(job.parts.alignment, "reads", ())
     ]
     if random:
-        job.watcher.warn(
+        job.watcher.note(
             f"{', '.join(random)} in {job.cache.path} were made with random encoder weights: good for trying out only"
         )
     unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
     if unused and not is_remote(job.cache.path):
-        job.watcher.warn(
+        job.watcher.note(
             f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect: {job.cache.path} is on this machine, so nothing streams"
         )
     if start >= config.steps:
-        job.watcher.warn(f"{job.run} has {start} steps already; nothing to do (raise --steps to go on)")
+        job.watcher.note(f"{job.run} has {start} steps already; nothing to do (raise --steps to go on)")
     else:
-        job.watcher.start(run=job.run, total=config.steps, done=start, note=f"{config.method} on {config.model}")
+        name = f"training {config.method} on {config.model}"
+        job.watcher.begin(name, config.steps, done=start, unit="steps")
+        job.watcher.note(f"the run's folder is {job.run}")
 
 
 @contextmanager
@@ -439,7 +423,7 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
     if not job.world.is_main:
         yield None
         return
-    log = RunLog(job.run, step=start, warn=job.watcher.warn)
+    log = RunLog(job.run, step=start, warn=job.watcher.note)
     try:
         yield log
     finally:
@@ -448,9 +432,10 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying, so that the loop can save and leave.
+    """Collects SIGTERM, SIGINT and SIGHUP (the terminal is gone) instead of dying, so that the loop can save and leave.
+    What is ignored already (`nohup`) stays so.
 
-    Both often come twice (a scheduler signals every process, and torchrun passes its own on), so only a second Ctrl-C
+    They often come twice (a scheduler signals every process, and torchrun passes its own on), so only a second Ctrl-C
     that a person must have typed, a second or more after the first, ends the process at once.
     """
     caught: list[int] = []
@@ -465,7 +450,8 @@ def _stop_on_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     try:
-        former = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        wanted = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        former = {number: signal.signal(number, catch) for number in wanted}
     except ValueError:  # not the main thread: signals go elsewhere
         yield caught
         return
