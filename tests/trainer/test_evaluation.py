@@ -81,7 +81,7 @@ def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     assert len(json.loads((run / "metrics.json").read_text())) == 1, "the same evaluation replaces itself"
     evaluate_run(run, changed(ASK, seed=1), Quiet())
     assert len(json.loads((run / "metrics.json").read_text())) == 2
-    page = result.file.read_text()
+    page = write_run_report([run]).read_text()
     for expected in (
         "embedded-FID",
         "Real images",
@@ -335,7 +335,7 @@ def test_evaluations_beside_figures_are_reported_with_them(root: Path, tmp_path:
     evaluate_run(run, changed(replace(ASK, figure="ahpa/b2", metrics=("fid",)), checkpoint=3), Quiet())
     *_, entry = json.loads((run / "metrics.json").read_text())
     assert entry["figure"] == load_recipe_file("ahpa/b2").values["published"]
-    page = (run / "report.html").read_text()
+    page = write_run_report([run]).read_text()
     for source in ("REPA, Table 4: heun 40, guidance 1.8 in [0, 0.7]", "AHPA, Table 3: ode 250"):
         assert source in page
     for figure in ("1.420", "25.5", "5.78", "52.3"):

@@ -157,7 +157,7 @@ def test_an_export_makes_its_folder_or_says_why_not(trained: Path, tmp_path: Pat
     assert torch.load(out, weights_only=True).keys() >= {"ema", "model"}
     with pytest.raises(UserError, match="could not be written"):
         export_checkpoint(trained, out / "weights.pt", convention=None, step=None)
-    with pytest.raises(UserError, match=r"folder is a folder, and a file is to be written"):
+    with pytest.raises(UserError, match="folder is a folder, and a file is to be written"):
         export_checkpoint(trained, out.parent, convention=None, step=None)
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, former[1]))

@@ -54,7 +54,7 @@ def encoder_layers(available: Iterable[str]) -> dict[str, list[int]]:
 def only_encoder(method: str, available: Iterable[str], *, option: str) -> str:
     """The one encoder whose tokens are cached.
 
-    option: how the method is told its encoder, such as ``feature={name}@LAYER``.
+    option: how the method is told its encoder, such as `feature={name}@LAYER`.
 
     Raises:
         CacheError: the cache holds none.

@@ -1,10 +1,9 @@
-"""The metrics as :mod:`trainer.evaluate.table` names them, each a function of a :class:`Trial`."""
+"""The metrics as `trainer.evaluate.table` names them, each a function of a `Trial`."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.evaluate import metrics
@@ -35,7 +34,7 @@ def _frechet(
     metric: str,
     mine: tuple[np.ndarray, np.ndarray],
     theirs: tuple[np.ndarray, np.ndarray],
-    rows: Any,
+    rows: Tensor | None,
 ) -> Measured:
     if theirs[0].shape != mine[0].shape:
         raise UserError(
@@ -46,6 +45,7 @@ def _frechet(
     value = frechet_distance(*mine, *theirs, device=device)
 
     def resampled(indices: np.ndarray) -> float:
+        assert rows is not None, "all are kept where intervals are asked for"
         return frechet_distance(*moments_of(rows, indices=indices, device=device), *theirs, device=device)
 
     return Measured(value=value, interval=trial.interval(metric, value, trial.samples, resampled))

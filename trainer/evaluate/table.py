@@ -12,7 +12,7 @@ class Metric:
     """One metric.
 
     label: the name it is reported under with a standard network; others put theirs before it. function: its file in this
-    folder and its name there: a function of a :class:`trainer.evaluate.trial.Trial`. reads: the feature it looks at; an
+    folder and its name there: a function of a `trainer.evaluate.trial.Trial`. reads: the feature it looks at; an
     extractor without that one does not define the metric. activations: whether it needs each image's `pool` on both
     sides, not its moments alone.
     """

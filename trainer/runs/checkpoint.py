@@ -188,7 +188,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def require_own(checkpoint: Path, *, method: str, model: str) -> dict[str, Any]:
-    """The checkpoint's :func:`load_state`, after checking that a run of that method and model saved it.
+    """The checkpoint's `load_state`, after checking that a run of that method and model saved it.
 
     Raises:
         UserError: as there; or it was brought from a run of another method or model.
