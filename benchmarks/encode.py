@@ -141,7 +141,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
     import torch
 
     from featcache.build.lead import lead
-    from featcache.build.pipeline import Meter, encoder_name, run_shards
+    from featcache.build.pipeline import Meter, run_shards
     from featcache.build.prepare import prepare
     from featcache.codecs import encode, numpy_view
     from featcache.machine import pick_device
@@ -170,8 +170,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
 
     rates["encode"] = _rate(lambda: run(work.encoders), device, at_least_s=at_least_s)
     single = {
-        encoder_name(e): _rate(lambda e=e: run([e]), device, at_least_s=at_least_s / 2).images_per_s
-        for e in work.encoders
+        e.title: _rate(lambda e=e: run([e]), device, at_least_s=at_least_s / 2).images_per_s for e in work.encoders
     }
     features = {name: value for name, value in features.items() if name in work.specs}
 

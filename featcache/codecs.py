@@ -110,7 +110,7 @@ def decode(
     if codec == "fp8":
         return (values.view(torch.float8_e4m3fn).float() * scale.unsqueeze(-1)).to(dtype)
     nibbles = torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)  # [B, ..., C]
-    q = nibbles.float().unflatten(-1, (-1, INT4_GROUP)) - 8.0
+    q: Tensor = nibbles.float().unflatten(-1, (-1, INT4_GROUP)) - 8.0
     return (q * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 

@@ -7,8 +7,9 @@ import sys
 import threading
 import unicodedata
 import warnings
-from typing import Any
+from collections.abc import Callable
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
@@ -76,7 +77,7 @@ def _visible(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def run_app(app: Any) -> int:
+def run_app(app: Callable[..., int | None]) -> int:
     """Runs a typer application and gives the exit code: whatever goes wrong becomes one paragraph.
 
     0: done. 1: done, and the answer is no (a damaged cache). 2: something the user can put right, a disk that refuses and
@@ -94,9 +95,7 @@ def run_app(app: Any) -> int:
         threading.excepthook, warnings.showwarning = former
 
 
-def _run(app: Any) -> int:
-    import typer
-
+def _run(app: Callable[..., int | None]) -> int:
     try:
         code = int(app(standalone_mode=False) or 0)
         # The parser turns Ctrl-C into this code without a word.

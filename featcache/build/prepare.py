@@ -25,6 +25,7 @@ from featcache.encoders.vae import LEVELS, VaeEncoder
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.keys import from_printable, key_bytes
+from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.captions import Captions, open_captions
 from featcache.sources.decoders import check_decoder
@@ -46,7 +47,7 @@ class Plan:
     path: Path
     dataset: DatasetSpec
     specs: tuple[FeatureSpec, ...]
-    existing: Any
+    existing: Cache | None
     work: Work
 
 
@@ -66,8 +67,10 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     resolution = _resolution(request, existing)
     decoder = _decoder(request, existing)
     source = open_source(request.data, resolution=resolution, limit=_source_limit(request, existing))
-    order = sample_order(len(source), seed=existing.manifest.dataset.order_seed if existing else request.seed)
-    order = order[: existing.manifest.dataset.count if existing else request.limit]
+    order = sample_order(
+        len(source), seed=existing.manifest.dataset.order_seed if existing is not None else request.seed
+    )
+    order = order[: existing.manifest.dataset.count if existing is not None else request.limit]
 
     compute = _compute(request, device)
     grid = existing.manifest.dataset.grid if existing is not None else None
@@ -125,7 +128,7 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
 class _Texts:
     """The text encoders of a request with their captions; ``origin`` is what the manifest says of the captions."""
 
-    encoders: tuple[Any, ...] = ()
+    encoders: tuple[TextEncoder, ...] = ()
     captions: Captions | None = None
     per_image: int = 0
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -136,7 +139,13 @@ def _is_text(feature: str) -> bool:
 
 
 def _prepare_texts(
-    request: BuildRequest, source: Source, order: np.ndarray, existing: Any, compute: Any, *, counted: bool
+    request: BuildRequest,
+    source: Source,
+    order: np.ndarray,
+    existing: Cache | None,
+    compute: Compute,
+    *,
+    counted: bool,
 ) -> _Texts:
     """counted: captions are wanted even without an encoder, to be counted again."""
     if not (request.texts or counted):
@@ -203,7 +212,7 @@ def _check_same_captions(specs: Sequence[FeatureSpec], origin: Mapping[str, Any]
                 )
 
 
-def _compute(request: BuildRequest, device: str) -> Any:
+def _compute(request: BuildRequest, device: str) -> Compute:
     gpu = device.startswith("cuda")
     precision = ("tf32" if gpu else "fp32") if request.precision == "auto" else request.precision
     return Compute(device=device, precision=precision, compile=gpu if request.compile is None else request.compile)
@@ -239,7 +248,7 @@ def check_request(request: BuildRequest) -> None:
             raise UserError(f"unknown text encoder {name!r}", remedy=f"Type --text with one of: {', '.join(TEXTS)}.")
 
 
-def _resolution(request: BuildRequest, existing: Any) -> int:
+def _resolution(request: BuildRequest, existing: Cache | None) -> int:
     if existing is not None:
         cached = existing.manifest.dataset.resolution
         if request.resolution not in (None, cached):
@@ -257,7 +266,7 @@ def _resolution(request: BuildRequest, existing: Any) -> int:
     return resolution
 
 
-def _source_limit(request: BuildRequest, existing: Any) -> int | None:
+def _source_limit(request: BuildRequest, existing: Cache | None) -> int | None:
     """How many images the source shall offer: of the embedded set, whose size is a choice, as many as the cache's had."""
     shapes = recorded_shapes(existing.manifest.dataset.source) if existing is not None else None
     if shapes is not None and request.data.split(":")[0] == "shapes" and request.limit is None:
@@ -265,7 +274,7 @@ def _source_limit(request: BuildRequest, existing: Any) -> int | None:
     return request.limit
 
 
-def _decoder(request: BuildRequest, existing: Any) -> str:
+def _decoder(request: BuildRequest, existing: Cache | None) -> str:
     """The decoder asked for, which must be that of the cache to add to."""
     cached = str(existing.manifest.dataset.preprocessing.get("decode", "pil")) if existing is not None else None
     decoder = request.decode or cached or "pil"
@@ -279,8 +288,8 @@ def _decoder(request: BuildRequest, existing: Any) -> str:
 
 
 def _encoders(
-    request: BuildRequest, resolution: int, compute: Any, *, grid: int | None, need_vae: bool, add_vae: bool
-) -> list[Any]:
+    request: BuildRequest, resolution: int, compute: Compute, *, grid: int | None, need_vae: bool, add_vae: bool
+) -> list[Encoder]:
     """The encoders that the request names. ``grid``: token grid of an existing cache; else the VAE decides it.
 
     need_vae: for a new cache. add_vae: the VAE is asked for by name, be it without levels.
@@ -297,17 +306,24 @@ def _encoders(
     with_vae = need_vae or bool(levels) or add_vae
     names = [choice.name for choice in request.encoders if not is_custom(choice.name)]
     require_weights(weights, vae_name=vae if with_vae else None, encoders=names, texts=request.texts)
-    encoders: list[Any] = []
+    encoders: list[Encoder] = []
     if with_vae:
         encoders.append(VaeEncoder(vae, weights, resolution=resolution, levels=levels, compute=compute))
         grid = encoders[0].grid
     for choice in request.encoders:
-        common = {"resolution": resolution, "grid": grid, "compute": compute}
         if is_custom(choice.name):
-            encoders.append(UserEncoder(choice.name, choice.layers, **common))
+            made: Encoder = UserEncoder(choice.name, choice.layers, resolution=resolution, grid=grid, compute=compute)
         else:
-            common["final_norm"] = request.final_norm
-            encoders.append(VisionEncoder(choice.name, choice.layers, weights, **common))
+            made = VisionEncoder(
+                choice.name,
+                choice.layers,
+                weights,
+                resolution=resolution,
+                grid=grid,
+                final_norm=request.final_norm,
+                compute=compute,
+            )
+        encoders.append(made)
     if not encoders:
         raise UserError(
             "nothing to add: neither --encoder nor --vae-levels nor --text was given",
@@ -322,10 +338,10 @@ def _dataset(
     order: np.ndarray,
     resolution: int,
     decoder: str,
-    encoders: Sequence[Any],
-    existing: Any,
+    encoders: Sequence[Encoder],
+    existing: Cache | None,
 ) -> DatasetSpec:
-    vae = next((e.info for e in encoders if hasattr(e, "info")), None)
+    vae = _vae_info(encoders)
     if existing is not None:
         vae = vae or existing.manifest.dataset.vae
     return DatasetSpec(
@@ -347,6 +363,10 @@ def _dataset(
     )
 
 
+def _vae_info(encoders: Sequence[Encoder]) -> Mapping[str, Any] | None:
+    return next((e.info for e in encoders if isinstance(e, VaeEncoder)), None)
+
+
 def _kind(feature: str) -> str:
     if feature == "vae/moments":
         return "moments"
@@ -354,7 +374,7 @@ def _kind(feature: str) -> str:
 
 
 def _feature_specs(
-    request: BuildRequest, source: Source, order: np.ndarray, encoders: Sequence[Any], *, with_samples: bool
+    request: BuildRequest, source: Source, order: np.ndarray, encoders: Sequence[Encoder], *, with_samples: bool
 ) -> list[FeatureSpec]:
     views = 2 if request.flip else 1
     specs = []
@@ -418,7 +438,7 @@ def check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> Non
         )
 
 
-def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[Any]) -> None:
+def _check_same_images(existing: Cache, dataset: DatasetSpec, encoders: Sequence[Encoder]) -> None:
     cached = existing.manifest.dataset
     if dataset.fingerprint != cached.fingerprint:
         raise CacheError(
@@ -426,7 +446,7 @@ def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[A
             f"{dataset.fingerprint[:12]} against the manifest's {cached.fingerprint[:12]} ({cached.source})",
             remedy="Pass the same --data, unchanged, or build a new cache with --out.",
         )
-    ours = next((e.info for e in encoders if hasattr(e, "info")), None)
+    ours = _vae_info(encoders)
     if ours is not None and cached.vae is not None and ours["sha256"] != cached.vae.get("sha256"):
         raise CacheError(
             f"{existing.path} was built with VAE {cached.vae['name']!r} ({str(cached.vae.get('sha256'))[:12]}), "
@@ -435,7 +455,7 @@ def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[A
         )
 
 
-def _check_same_weights(specs: Sequence[FeatureSpec], encoders: Sequence[Any]) -> None:
+def _check_same_weights(specs: Sequence[FeatureSpec], encoders: Sequence[Encoder | TextEncoder]) -> None:
     """Features made again must come from the weights that are recorded."""
     found = {name: origin for encoder in encoders for name, origin in encoder.provenance.items()}
     for spec in specs:

@@ -11,10 +11,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 MAX_WAIT = timedelta(days=14)  # the first rank to be done waits for the last
 POLL_S = 0.5
@@ -25,7 +27,7 @@ class Ranks:
 
     def __init__(self, rank: int, size: int, local_rank: int) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
-        self._store: Any = None
+        self._store: Store | None = None
 
     @classmethod
     def of_environment(cls) -> Ranks:
@@ -38,10 +40,10 @@ class Ranks:
     def __enter__(self) -> Self:
         if self.size > 1:
             # Over the network's sockets: only lists of numbers are exchanged.
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=MAX_WAIT)))
+            store, _, _ = next(iter(rendezvous("env://", timeout=MAX_WAIT)))
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=MAX_WAIT)
             # Counters beside the group's own entries. torchrun gives every restart of the ranks fresh ones.
-            self._store = dist.PrefixStore("featcache", store)
+            self._store = PrefixStore("featcache", store)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,12 +79,16 @@ class Ranks:
         elif schedule == "static":
             yield from shards[self.rank :: self.size]
         else:
-            while (position := self._store.add("next", 1) - 1) < len(shards):
+            while (position := self._count("next", 1) - 1) < len(shards):
                 yield shards[position]
 
     def done(self, images: int) -> int:
         """Adds to the images that all ranks have encoded. Returns their number so far."""
-        return int(self._store.add("images", images))
+        return self._count("images", images)
+
+    def _count(self, counter: str, amount: int) -> int:
+        assert self._store is not None, "ranks share counters inside their context only"
+        return int(self._store.add(counter, amount))
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Until every rank is here. ``meanwhile`` is called every half a second and once at the end; not by one alone."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.build.lead import BuildResult, features_note, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, Stage, run_shards
-from featcache.build.prepare import prepare
+from featcache.build.prepare import Plan, prepare
 from featcache.errors import UserError
 from featcache.store.writers import join_writer
 
 if TYPE_CHECKING:
-    from featcache.build.lead import BuildResult, Progress
+    from featcache.build.lead import Progress
     from featcache.build.request import BuildRequest
 
 
@@ -42,7 +42,7 @@ class _Actor:
         # Where the user typed the command, so that relative paths mean what they meant there.
         os.chdir(folder)
         self._request, self._device = request, device
-        self._plan: Any = None
+        self._plan: Plan | None = None
 
     def run(self, shards: Sequence[int]) -> _Answer:
         meter, images, warnings = Meter(), [0], list[str]()
@@ -144,8 +144,8 @@ def _settled(request: BuildRequest, resources: dict[str, float]) -> tuple[BuildR
     return settled, device
 
 
-def _run_calls(pending: Sequence[int], make: Any, count: int, meter: Meter, progress: Progress) -> None:
-    """Hands runs of shards to actors until none is pending."""
+def _run_calls(pending: Sequence[int], make: Callable[[], Any], count: int, meter: Meter, progress: Progress) -> None:
+    """Hands runs of shards to actors until none is pending. What Ray makes of them at run time has no types."""
     import ray
     from ray.exceptions import RayActorError
 

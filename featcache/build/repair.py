@@ -10,12 +10,13 @@ import featcache
 from featcache.build.lead import Progress
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import prepare
-from featcache.build.run import BuildRequest
+from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError
 from featcache.machine import pick_device
 from featcache.sources.open import find_data
 from featcache.sources.shapes import recorded_shapes
+from featcache.store.manifest import FeatureSpec, Manifest
 from featcache.store.writers import repair_writer
 
 
@@ -74,7 +75,7 @@ def _limit_of(description: str) -> int | None:
 
 
 def _by_weights(
-    features: Mapping[str, Any], damaged: Mapping[str, Sequence[int]]
+    features: Mapping[str, FeatureSpec], damaged: Mapping[str, Sequence[int]]
 ) -> list[tuple[list[str], int | None]]:
     """Damaged features grouped by the seed of random weights (None: pretrained, embedded, or no encoder at all)."""
     groups: dict[int | None, list[str]] = {}
@@ -85,7 +86,7 @@ def _by_weights(
     return [(groups[seed], seed) for seed in sorted(groups, key=lambda seed: (seed is not None, seed or 0))]
 
 
-def _encoders_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
+def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     """The request's fields that make these features the way they were made."""
     layers: dict[str, list[int]] = {}
     norms = set()
@@ -100,19 +101,19 @@ def _encoders_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
         last = {"final_norm": "last"}
     else:
         last = {"final_norm": "all"} if norms == {True} else {}
-    uses_vae = any(name.startswith("vae/") for name in names)
-    if uses_vae and manifest.dataset.vae is None:
+    vae = manifest.dataset.vae if any(name.startswith("vae/") for name in names) else {"name": None}
+    if vae is None:
         raise CacheError("the manifest names no VAE, so its features cannot be made again")
     return {
         "encoders": tuple(EncoderChoice(name=e, layers=tuple(sorted(n))) for e, n in sorted(layers.items())),
-        "vae": manifest.dataset.vae["name"] if uses_vae else None,
+        "vae": vae["name"],
         "levels": tuple(sorted(name.split("/")[1] for name in names if name.startswith("vae/G"))),
         **last,
         **_texts_of(manifest, names),
     }
 
 
-def _texts_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
+def _texts_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     texts = [name.removeprefix("text/") for name in names if name.startswith("text/")]
     if not texts:
         return {}

@@ -7,7 +7,6 @@ and :mod:`featcache.build.ray` divide it. The bytes of a cache do not depend on 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from featcache.build.lead import BuildResult, Progress, features_note, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, run_shards
@@ -17,9 +16,6 @@ from featcache.build.ray import build_on_ray
 from featcache.build.request import BuildRequest
 from featcache.machine import pick_device
 from featcache.store.writers import join_writer
-
-if TYPE_CHECKING:
-    from featcache.build.ranks import Ranks
 
 
 def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = None) -> BuildResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from featcache.cli import caches as commands
 from featcache.cli.build import build
 from featcache.console import console, run_app, safe
 from featcache.errors import UserError
+
+if TYPE_CHECKING:
+    from featcache.read.reader import Cache
 
 app = typer.Typer(
     name="featcache",
@@ -62,7 +65,7 @@ def inspect(
     console.print(f"picture: [bold]{safe(target)}[/bold]")
 
 
-def _images_at_hand(cache: Any) -> str | None:
+def _images_at_hand(cache: Cache) -> str | None:
     """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from."""
     from featcache.inspect import source_of
     from featcache.sources.open import find_data

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 
 from featcache.console import console, safe, size_text
 from featcache.errors import UserError
+from featcache.read.reader import Cache
 from featcache.share import records as verified
 from featcache.store.manifest import spec_bytes
 from featcache.store.root import cache_digest
 
 
-def _last_verification(cache: Any, place: str) -> str:
+def _last_verification(cache: Cache, place: str) -> str:
     """The latest verification on record, in a line."""
     try:
         found = verified.last(place)
@@ -22,7 +21,7 @@ def _last_verification(cache: Any, place: str) -> str:
     return "never (on record)" if found is None else safe(found.words(cache.manifest))
 
 
-def print_info(cache: Any, place: str | None = None) -> None:
+def print_info(cache: Cache, place: str | None = None) -> None:
     """Dataset, last verification, VAE, then one line a feature with its layout, codec, size and origin.
 
     place: the path or URL that the cache was opened by.
@@ -46,15 +45,8 @@ def print_info(cache: Any, place: str | None = None) -> None:
         captions = manifest.features["text/count"].provenance["captions"]
         console.print(f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} an image")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (
-        ("feature", "left"),
-        ("shape", "left"),
-        ("codec", "left"),
-        ("per image", "right"),
-        ("total", "right"),
-        ("weights", "left"),
-    ):
-        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for title in ("feature", "shape", "codec", "per image", "total", "weights"):
+        table.add_column(title, justify="right" if title in ("per image", "total") else "left", no_wrap=True)
     for name, spec in manifest.features.items():
         size = spec_bytes(spec)
         origin = spec.provenance

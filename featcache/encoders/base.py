@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file as load_safetensors
@@ -33,18 +33,6 @@ class WeightsSource:
 
     weights_dir: Path | None = None
     random_seed: int | None = None
-
-
-class Encoder(Protocol):
-    """One frozen network that yields one or more features per image."""
-
-    shapes: Mapping[str, tuple[int, ...]]  # feature name -> per-sample shape
-    provenance: Mapping[str, Mapping[str, Any]]  # feature name -> JSON-able record for the manifest
-    module: nn.Module
-
-    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => feature name -> float32 [B, *shape]."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +64,41 @@ class Compute:
             yield
 
 
+Batch = TypeVar("Batch", contravariant=True)
+
+
+class Network(Protocol[Batch]):
+    """One frozen network that yields one or more features per image, from ``Batch``.
+
+    title: what a build's stages call it. shapes: feature name -> per-sample shape. provenance: feature name -> JSON-able
+    record for the manifest.
+    """
+
+    compute: Compute
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+    def __call__(self, given: Batch, /) -> dict[str, Tensor]:
+        """Feature name -> float32 [B, *shape] of a batch of B images, on the encoder's device."""
+        ...
+
+
+class Encoder(Network[Tensor], Protocol):
+    """A network that is given pixels, uint8 [B, 3, R, R]. grid: side of the token grid of its features."""
+
+    grid: int
+
+
+N = TypeVar("N", bound=Network[Any])
+
+
 def synchronise(device: str) -> None:
     """Waits until the device has done all it was given; a CPU always has."""
     if device.startswith("cuda"):
@@ -89,14 +112,14 @@ def upload(tensor: Tensor, device: str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def in_precision(encoder: Any, precision: str) -> Any:
+def in_precision(encoder: N, precision: str) -> N:
     """The same encoder, weights shared, computing in another precision."""
     twin = copy.copy(encoder)
     twin.compute = replace(encoder.compute, precision=precision)
     return twin
 
 
-def seeded(seed: int, build: Any) -> nn.Module:
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     """Runs ``build()`` under its own random state, so that the same seed gives the same weights anywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,10 +8,9 @@ become layers 0, 1, ... of the feature.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +88,7 @@ class UserEncoder:
         self.compute = compute or Compute()
         self.grid = grid or resolution // TOKEN_PX
         self.name, made = load_custom(name, resolution=resolution)
+        self.title = self.name
         self.module = made.module.eval().requires_grad_(False).to(self.compute.device)
         self.prepare = Preparation(
             mean=made.mean,
@@ -98,7 +98,7 @@ class UserEncoder:
             mode=made.resize_mode,
             device=self.compute.device,
         )
-        self._run: Any = torch.compile(self.module, dynamic=False) if self.compute.compile else self.module
+        self._run = torch.compile(self.module, dynamic=False) if self.compute.compile else self.module
         blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8, device=self.compute.device)
         seen = self._outputs(self.module, blank)
         wrong = [i for i in layers if not 0 <= i < len(seen)]
@@ -115,15 +115,16 @@ class UserEncoder:
         self.shapes = {f"{self.name}@{i}": (self.grid**2, seen[i].shape[-1]) for i in self.layers}
         self.provenance = {f"{self.name}@{i}": {**record, "layer": i} for i in self.layers}
 
-    def _outputs(self, run: Any, pixels: Tensor) -> list[Tensor]:
+    def _outputs(self, run: Callable[[Tensor], object], pixels: Tensor) -> list[Tensor]:
         with self.compute.scope():
             made = run(self.prepare(pixels))
-        tensors = [made] if isinstance(made, Tensor) else list(made)
-        for tensor in tensors:
+        outputs: list[Tensor] = []
+        for tensor in [made] if isinstance(made, Tensor) or not isinstance(made, Iterable) else made:
             if not isinstance(tensor, Tensor) or tensor.ndim != 3 or len(tensor) != len(pixels):
                 what = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise UserError(f"{self.name} must give tokens [B, T, D], but gave {what}")
-        return [on_grid(tensor.float(), self.grid) for tensor in tensors]
+            outputs.append(on_grid(tensor.float(), self.grid))
+        return outputs
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """uint8 [B, 3, R, R] => ``name@layer`` -> float32 [B, grid^2, D]."""

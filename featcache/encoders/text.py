@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,9 @@ from featcache.encoders.base import Compute, WeightsSource, load_file, seeded, u
 from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.table import TEXTS, TextEntry
 from featcache.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -61,7 +64,7 @@ def byte_vocabulary(entry: TextEntry) -> dict[str, int]:
     return vocabulary | {"<|startoftext|>": entry.vocabulary - 2, "<|endoftext|>": entry.vocabulary - 1}
 
 
-def _byte_tokenizer(entry: TextEntry) -> Any:
+def _byte_tokenizer(entry: TextEntry) -> PreTrainedTokenizerFast:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         (folder / "vocab.json").write_text(json.dumps(byte_vocabulary(entry)), "utf-8")
@@ -69,14 +72,15 @@ def _byte_tokenizer(entry: TextEntry) -> Any:
         return _tokenizer(folder)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """CLIP's tokenizer from ``vocab.json`` and ``merges.txt`` in ``folder``."""
     import transformers
 
     # Before version 5 the plain name was a tokenizer in Python.
     kind = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: PreTrainedTokenizerFast = kind.from_pretrained(str(folder), local_files_only=True)
+        return tokenizer
     except Exception as error:  # the library raises bare Exceptions for damaged files
         raise UserError(
             f"the vocabulary in {str(folder)!r} cannot be read: {str(error).splitlines()[0]}",
@@ -132,7 +136,7 @@ def _state(path: Path) -> dict[str, Tensor]:
     return {key: value for key, value in load_file(path).items() if wanted(key)}
 
 
-def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, Any, dict[str, Any]]:
+def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedTokenizerFast, dict[str, Any]]:
     """A frozen text encoder, its tokenizer, and where both came from.
 
     With random weights the vocabulary is the one brought, else the bytes alone: texts then take more tokens.
@@ -163,7 +167,9 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, Any, dict[s
     return model, tokenizer, {"name": name, **origin, "sha256": weights_sha256(model), "tokenizer": vocabulary}
 
 
-def _load_tokenizer(name: str, entry: TextEntry, weights: WeightsSource, *, needed: bool) -> tuple[Any, str]:
+def _load_tokenizer(
+    name: str, entry: TextEntry, weights: WeightsSource, *, needed: bool
+) -> tuple[PreTrainedTokenizerFast, str]:
     """The tokenizer, and what the manifest says of it: the SHA-256 of both files, or that it knows bytes only."""
     if entry.hub_id is None or not (needed or _brought(name, entry.hub_id, weights, VOCABULARY_FILES[:1])):
         return _byte_tokenizer(entry), _BYTES
@@ -217,7 +223,8 @@ class TextEncoder:
         self.captions, self.batch_size = captions, batch_size
         entry = TEXTS[name]
         model, tokenizer, origin = load_text(name, weights)
-        self.entry, self.name, self.module = entry, name, model.to(self.compute.device)
+        self.entry, self.name, self.title = entry, name, f"text {name}"
+        self.module = model.to(self.compute.device)
         # The settings live in the tokenizer itself: made once here, so that threads only read it.
         self._tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.enable_truncation(entry.tokens)

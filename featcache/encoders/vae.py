@@ -19,7 +19,7 @@ block, G3 the one before, and so on; stages before the last four belong to no le
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def build_vae(model_class: str, config: Mapping[str, Any]) -> nn.Module:
     """An untrained VAE of one of :data:`MODEL_CLASSES`."""
     import diffusers
 
-    return getattr(diffusers, model_class).from_config(dict(config))
+    vae: nn.Module = getattr(diffusers, model_class).from_config(dict(config))
+    return vae
 
 
 def _folder_of(name: str, weights: WeightsSource) -> Path:
@@ -177,6 +178,9 @@ def encoder_layers(vae: nn.Module) -> list[Layer]:
 _Staged = list[tuple[int, str, nn.Module, int]]  # stage, name, module, width
 
 
+# `encoder` and `config` are `Any` below: torch knows no types of a module's submodules, diffusers none of a config.
+
+
 def _kl_layers(encoder: Any, config: Any) -> _Staged:
     """A stage ends with its downsampling. In SD's layout (four stages, the last two equally wide) the last stage's
     first layer counts with the stage before, as the paper groups them.
@@ -231,7 +235,7 @@ def downsampling_of(vae: nn.Module) -> int:
     """Pixels a latent cell spans along one axis."""
     config: Any = vae.config
     stages = config.encoder_block_out_channels if isinstance(vae.encoder, _no_kl()) else config.block_out_channels
-    return 2 ** (len(stages) - 1)
+    return 1 << (len(stages) - 1)
 
 
 def _no_kl() -> tuple[type, ...]:
@@ -284,6 +288,7 @@ class VaeEncoder:
         latent_size = resolution // self.downsampling
         self.grid = token_grid(resolution, self.downsampling)
         self.levels = tuple(level for level in LEVELS if level in levels)
+        self.title = f"vae {name}"
         self.info = {
             "name": name,
             "sha256": origin["sha256"],
@@ -330,8 +335,8 @@ class VaeEncoder:
                 "resampling": "bilinear, half-pixel centres, no antialiasing",
             }
 
-    def _keep(self, level: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def _keep(self, level: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             size = (self.grid, self.grid)
             grid = F.interpolate(output.float(), size=size, mode="bilinear", align_corners=False)
             self._kept[level].append(grid.flatten(2).transpose(1, 2))  # [B, T, channels]
@@ -367,4 +372,5 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     shift = getattr(config, "shift_factor", None) or 0.0
     raw = latents.to(next(vae.parameters()).dtype) / config.scaling_factor + shift
     decode: Any = vae.decode
-    return decode(raw).sample.float()
+    pixels: Tensor = decode(raw).sample.float()
+    return pixels

@@ -178,11 +178,12 @@ class VisionEncoder:
             raise UserError(f"unknown --final-norm {final_norm!r}", remedy=f"Type one of: {', '.join(FINAL_NORMS)}.")
         place = self.compute.device
         if name == "tiny":
-            model: Any = load_tiny_vit()
-            depth, width = len(model.blocks), model.embed_dim
+            tiny = load_tiny_vit()
+            model: nn.Module | None = tiny
+            depth, width = len(tiny.blocks), tiny.embed_dim
             default: tuple[int, ...] = (depth // 2 - 1, depth - 2, depth - 1)
             self.prepare = Preparation(mean=HALF, std=HALF, input_px=resolution, device=place)
-            origin: dict[str, Any] = {"name": "tiny", "weights": "embedded", "sha256": weights_sha256(model)}
+            origin: dict[str, Any] = {"name": "tiny", "weights": "embedded", "sha256": weights_sha256(tiny)}
             norm_by_default = True
         else:
             entry = ENCODERS[name]
@@ -206,7 +207,8 @@ class VisionEncoder:
             )
         if model is None:
             model, origin = load_vision(name, weights, input_px=self.prepare.input_px)
-        self.name, self.module = name, model.to(place)
+        self.name = self.title = name
+        self.module: Any = model.to(place)  # one of timm's families, which share methods but no class
         self._normed = _normed_layers(self.layers, depth, final_norm, norm_by_default)
         self._run = torch.compile(self._tokens, dynamic=False) if self.compute.compile else self._tokens
         self.shapes = {f"{name}@{i}": (self.grid**2, width) for i in self.layers}

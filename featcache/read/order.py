@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -75,7 +76,13 @@ class Order:
     def _at(self, positions: np.ndarray) -> np.ndarray:
         return positions
 
-    def __getitem__(self, key):
+    @overload
+    def __getitem__(self, key: int) -> int: ...
+
+    @overload
+    def __getitem__(self, key: slice | np.ndarray | Sequence[int]) -> np.ndarray: ...
+
+    def __getitem__(self, key: int | slice | np.ndarray | Sequence[int]) -> int | np.ndarray:
         if isinstance(key, slice):
             return self._at(np.arange(*key.indices(self.count), dtype=np.int64))
         positions = np.asarray(key, np.int64)
@@ -133,7 +140,8 @@ class WindowedOrder(Order):
             keys = _keys("window", self.seed, self.epoch, int(window))
             streamed[inside] = low + permute(flat[inside] - low, high - low, keys)
         place = np.searchsorted(starts, streamed, side="right") - 1
-        return (shards[place] * self.shard_size + streamed - starts[place]).reshape(positions.shape)
+        found: np.ndarray = shards[place] * self.shard_size + streamed - starts[place]
+        return found.reshape(positions.shape)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Order:

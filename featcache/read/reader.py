@@ -307,8 +307,7 @@ class Reader:
         jobs = []
         for name, (dtype, shape) in self.arrays.items():
             array = self._flat(name, out[name], dtype, shape, out_offset + n)
-            view = memoryview(array)  # type: ignore[arg-type]
-            jobs.append(_Job(name, view, array, sample_bytes(dtype, shape), self._views[name] > 1))
+            jobs.append(_Job(name, array.data, array, sample_bytes(dtype, shape), self._views[name] > 1))
         n_runs = len(starts)
         if self._pool is None or n_runs == 1:
             self._read_range(jobs, plan, 0, n_runs)

@@ -8,10 +8,7 @@ from pathlib import Path
 from featcache.errors import CacheError
 from featcache.store.layout import ROOT_NAMES
 from featcache.store.manifest import MAX_METADATA_BYTES, Manifest
-from featcache.store.remote import (
-    Location,
-    Missing,
-)
+from featcache.store.places import Location, Missing
 from featcache.store.root import parse_named_root
 from featcache.store.signing import read_signature, require_digest, require_signature
 

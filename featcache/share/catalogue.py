@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -23,7 +22,8 @@ from featcache.share.verification import Verification
 from featcache.store import files
 from featcache.store.layout import ROOT_NAMES, sample_bytes
 from featcache.store.manifest import FeatureSpec, Manifest
-from featcache.store.remote import Location, Missing, is_remote, local_path, open_location
+from featcache.store.places import Location, Missing
+from featcache.store.remote import is_remote, local_path, open_location
 from featcache.store.root import cache_digest
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -183,12 +183,12 @@ def render(rows: Iterable[Row], place: str) -> str:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=plain
     )
     hashes = {kind: _csp_hash(environment.get_template(f"catalogue.{kind}").render()) for kind in ("js", "css")}
-    shown = [{"row": row, "features": _features(row)} for row in rows]
+    rows = list(rows)
     return environment.get_template("catalogue.html").render(
         place=redact(place),
-        rows=shown,
+        rows=[{"row": row, "features": _features(row)} for row in rows],
         max_features=_MAX_FEATURES,
-        n_bytes=sum(entry["row"].n_bytes for entry in shown),  # type: ignore[attr-defined]
+        n_bytes=sum(row.n_bytes for row in rows),
         made=time_text(datetime.now(UTC)),
         hashes=hashes,
         size_text=_size_text,
@@ -197,7 +197,7 @@ def render(rows: Iterable[Row], place: str) -> str:
     )
 
 
-def _timestamp(row: Row) -> dict[str, Any]:
+def _timestamp(row: Row) -> dict[str, int | str]:
     """Numbers to sort by: 0 where unknown."""
     return {
         "changed": 0 if row.changed is None else int(row.changed.timestamp()),

@@ -354,13 +354,13 @@ class _SafetensorsLatents:
         return values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
 
 
-def _open_safetensors(path: Path) -> Any:
+def _open_safetensors(path: Path) -> safe_open:
     file_size(path)  # a FIFO would be waited for
     return safe_open(path, framework="pt")
 
 
 @lru_cache(maxsize=8)
-def _cached_safetensors(path: Path) -> Any:
+def _cached_safetensors(path: Path) -> safe_open:
     return _open_safetensors(path)
 
 
@@ -469,7 +469,7 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
                 key = key_bytes(latents.key(index))
                 keys[row, : len(key)] = np.frombuffer(key, np.uint8)
             moments = np.stack([latents.read(index) for index in indices])  # [n, views, 2C, h, w]
-            stored = _encode(moments if views > 1 else moments[:, 0], request.codec, encode, numpy_view)
+            stored = _encode(moments if views > 1 else moments[:, 0], request.codec)
             writer.write_shard("label", shard, {"": latents.labels[indices]})
             writer.write_shard("key", shard, {"": keys})
             writer.write_shard("vae/moments", shard, stored)
@@ -478,7 +478,7 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
         return writer.finish()
 
 
-def _encode(values: np.ndarray, codec: str, encode: Callable, numpy_view: Callable) -> dict[str, np.ndarray]:
+def _encode(values: np.ndarray, codec: str) -> dict[str, np.ndarray]:
     if not np.isfinite(values).all():
         raise UserError("the latents hold values that are not finite", remedy="Make the latents again.")
     return {suffix: numpy_view(tensor) for suffix, tensor in encode(codec, torch.from_numpy(values)).items()}

@@ -28,8 +28,8 @@ from featcache.store.contents import (
 )
 from featcache.store.layout import RESTORED, STATE
 from featcache.store.manifest import Manifest
-from featcache.store.places import DamagedSource
-from featcache.store.remote import Location, open_location
+from featcache.store.places import DamagedSource, Location
+from featcache.store.remote import open_location
 from featcache.store.root import read_root
 from featcache.store.writer import cache_lock
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from featcache.errors import CacheError, UserError, first_line
 from featcache.read import fetch as transfer
@@ -38,12 +38,11 @@ from featcache.store.contents import (
     read_checksums,
     shard_files,
 )
-from featcache.store.layout import PUSHES, ROOT_NAMES, STATE
+from featcache.store.layout import PUSHES, ROOT_NAMES, SIGNATURE, STATE
 from featcache.store.manifest import Manifest
+from featcache.store.places import Location, Missing
 from featcache.store.remote import (
     Destination,
-    Location,
-    Missing,
     is_remote,
     local_path,
     open_destination,
@@ -51,7 +50,7 @@ from featcache.store.remote import (
     parse_hub_url,
 )
 from featcache.store.root import NotACache, cache_digest, parse_named_root, read_root
-from featcache.store.signing import SIGNATURE, parse_digest, read_signature
+from featcache.store.signing import parse_digest, read_signature
 from featcache.store.writer import (
     CacheWriter,
     building_directory,
@@ -61,6 +60,8 @@ from featcache.store.writer import (
     require_same_dataset,
 )
 from featcache.store.writers import create_writer
+
+T = TypeVar("T")
 
 _ALWAYS = ("label", "key")
 Progress = Callable[[int], None]
@@ -298,12 +299,12 @@ def _carry_signature(place: Location, whole: Manifest, target: Path, manifest: M
         files.atomic_write(files.inside(target, SIGNATURE), [signature])
 
 
-def in_parallel(jobs: Iterable[Any], work: Callable[[Any], None], done: Callable[[Any], None], threads: int) -> None:
+def in_parallel(jobs: Iterable[T], work: Callable[[T], None], done: Callable[[T], None], threads: int) -> None:
     """`work(job)` in threads, `done(job)` in this one as each finishes. The first error stops the rest and
     is raised.
     """
     waiting = iter(jobs)
-    running: dict[Future[None], Any] = {}
+    running: dict[Future[None], T] = {}
     failure: BaseException | None = None
     with ThreadPoolExecutor(max(1, threads)) as pool:
         while True:

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -37,7 +37,11 @@ from featcache.sources.base import EXTENSIONS, EncodedSource
 from featcache.sources.opening import explained
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
 from featcache.store import files
-from featcache.store.remote import Location, Missing, is_remote, open_location
+from featcache.store.places import Location, Missing
+from featcache.store.remote import is_remote, open_location
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _STORED, _DEFLATED = 0, 8
 _TEXT_COLUMNS = ("text_offsets", "text_sizes", "json_offsets", "json_sizes")
@@ -240,13 +244,14 @@ class _Window(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        out = memoryview(buffer)
         start = self._start + self._at
-        stop = min(self._stop, start + len(buffer))
+        stop = min(self._stop, start + len(out))
         if stop <= start:
             return 0
         data = self._place.location.read(self._place.name, start, stop)
-        buffer[: len(data)] = data
+        out[: len(data)] = data
         self._at += len(data)
         return len(data)
 
@@ -302,7 +307,7 @@ def _tar_members(
                 f"{place.where} is not a whole tar: {member.name!r} claims {member.size} bytes", remedy=_BRING_AGAIN
             )
         after = member.offset_data
-        tar.members = []  # type: ignore[attr-defined]
+        tar.members = []  # type: ignore[attr-defined]  # where tarfile collects them
         if member.isreg() and not member.issparse():
             yield member, file
         elif _is_image(member.name) and not member.isdir():
@@ -415,7 +420,7 @@ def _check_zip_directory(place: Place, archive: zipfile.ZipFile, members: Sequen
                 remedy="Do not use it: honest programs write no such zips.",
             )
         free = member.header_offset + 30 + len(member.orig_filename) + member.compress_size
-    if free > archive.start_dir:  # type: ignore[attr-defined]
+    if free > archive.start_dir:
         raise UserError(f"{place.where} is not a whole zip: its last member is cut", remedy=_BRING_AGAIN)
 
 
@@ -735,7 +740,7 @@ def _kept_index(path: Path) -> dict[str, np.ndarray] | None:
 def _keep_index(path: Path, columns: dict[str, np.ndarray]) -> None:
     """Best effort: without it the next build passes over the archives again."""
     buffer = io.BytesIO()
-    np.savez(buffer, **columns)  # type: ignore[arg-type]
+    np.savez(buffer, allow_pickle=False, **columns)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.atomic_write(path, [buffer.getvalue()])

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
 import numpy as np
 
 from featcache.errors import UserError, first_line
 from featcache.keys import printable
+from featcache.sources.archives import ArchiveSource
 from featcache.sources.base import Source
 from featcache.sources.shapes import ShapesSource
 
@@ -97,7 +98,7 @@ class TableCaptions:
 class MemberCaptions:
     """Captions in webdataset's shards: the lines of ``.txt``, or a string or list of strings in ``.json``."""
 
-    source: Any  # featcache.sources.archives.ArchiveSource
+    source: ArchiveSource
     key: str | None
     remark: str | None = None
 
@@ -140,8 +141,6 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
     Raises:
         UserError: the source has no captions of its own, or the table cannot be used.
     """
-    from featcache.sources.archives import ArchiveSource
-
     if table is not None:
         return read_table(table, source)
     if isinstance(source, ShapesSource):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from featcache.errors import UserError, first_line
-from featcache.store.remote import Missing
+from featcache.store.places import Missing
 
 # The machine or the network, not the file: the same file may be read the next time.
 _PASSING = (errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EHOSTDOWN, errno.ENOTCONN)

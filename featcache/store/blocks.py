@@ -17,8 +17,8 @@ import numpy as np
 from blake3 import blake3
 
 from featcache.errors import CacheError
-from featcache.store.layout import BLOCKS, index_bytes, sample_bytes, shard_samples
-from featcache.store.manifest import Json, Manifest
+from featcache.store.layout import BLOCKS, Json, index_bytes, sample_bytes, shard_samples
+from featcache.store.manifest import Manifest
 from featcache.store.wds import tar_layout
 
 BLOCK_BYTES = 1 << 20

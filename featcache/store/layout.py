@@ -15,6 +15,8 @@ import numpy as np
 
 from featcache.errors import UserError
 
+Json = Any  # a value as JSON holds it
+
 SCALE_SUFFIX = ".scale"
 INT4_GROUP = 32
 CODECS = ("raw", "fp32", "fp16", "bf16", "int8", "fp8", "int4")
@@ -88,8 +90,8 @@ def shard_name(shard: int, sample_ndim: int) -> str:
     return ".".join(["c", str(shard), *("0" * sample_ndim)])
 
 
-def inner_codecs(dtype: np.dtype, compressor: str | None) -> list[dict[str, Any]]:
-    endian: dict[str, Any] = {"name": "bytes"}
+def inner_codecs(dtype: np.dtype, compressor: str | None) -> list[dict[str, Json]]:
+    endian: dict[str, Json] = {"name": "bytes"}
     if dtype.itemsize > 1:
         endian["configuration"] = {"endian": "little"}
     codecs = [endian]
@@ -118,8 +120,8 @@ def array_metadata(
     sample_shape: tuple[int, ...],
     dtype: np.dtype,
     compressor: str | None,
-    attributes: Mapping[str, Any],
-) -> dict[str, Any]:
+    attributes: Mapping[str, Json],
+) -> dict[str, Json]:
     """The zarr v3 metadata document of one array `[count, *sample_shape]`, inner chunk = one sample."""
     return {
         "zarr_format": 3,
@@ -148,7 +150,7 @@ def array_metadata(
     }
 
 
-def group_metadata(attributes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def group_metadata(attributes: Mapping[str, Json] | None = None) -> dict[str, Json]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
 
 

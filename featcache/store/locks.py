@@ -20,7 +20,6 @@ import shlex
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from featcache.errors import CacheError
 from featcache.store import files
@@ -220,7 +219,7 @@ def _create(path: Path, data: bytes) -> bool:
         raise
 
 
-def _owner(path: Path) -> dict[str, Any]:
+def _owner(path: Path) -> dict[str, object]:
     """What an owner file says; nothing where there is none, or it is damaged."""
     try:
         owner = json.loads(files.read_bounded(_owner_file(path), 4096))
@@ -229,7 +228,7 @@ def _owner(path: Path) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _is_dead(owner: dict[str, Any]) -> bool:
+def _is_dead(owner: dict[str, object]) -> bool:
     pid = owner.get("pid")
     if owner.get("machine") != _machine() or type(pid) is not int or pid <= 0:
         return False
@@ -242,7 +241,7 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     return _started(pid) != str(owner.get("started"))
 
 
-def _describe(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, object]) -> str:
     return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('time')}"
 
 

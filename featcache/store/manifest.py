@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from featcache.store.layout import (
     FORMATS,
     RAW_DTYPES,
     SCALE_SUFFIX,
+    Json,
     canonical_json,
     n_shards,
     sample_bytes,
@@ -46,8 +47,6 @@ _COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9_@-]|\.(?!\.))*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})?\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _RESERVED = {"c", "zarr.json", "SHA256SUMS"}
-
-Json = Any
 
 
 def check_feature_name(name: object) -> str:
@@ -280,9 +279,10 @@ def _plain_json(value: Mapping[str, Json], what: str) -> dict[str, Json]:
     it.
     """
     try:
-        return json.loads(json.dumps(dict(value), allow_nan=False))
+        plain: dict[str, Json] = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UserError(f"{what} cannot be written as JSON: {error}") from error
+    return plain
 
 
 def _object(value: Json, what: str, keys: set[str]) -> dict[str, Json]:
@@ -378,7 +378,8 @@ def parse_dataset(value: Json) -> dict[str, Json]:
 def _number(value: Json, what: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= 1e30:
         _fail(what, "a number", value)
-    return value
+    number: float = value
+    return number
 
 
 def _preprocessing(value: Json) -> None:

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Generator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
@@ -25,8 +25,11 @@ from featcache.redact import redact
 from featcache.store.places import CHUNK_BYTES, Missing, too_long
 from featcache.store.remote_errors import Attempts, first_line, missing, no_credentials, retrying
 
-PIECE_BYTES = 8 << 20
+if TYPE_CHECKING:
+    from obstore import ObjectMeta, PutMode
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
+PIECE_BYTES = 8 << 20
 
 T = TypeVar("T")
 
@@ -34,12 +37,12 @@ T = TypeVar("T")
 class ObjectLocation:
     """A prefix in an object store, or a directory of a web server."""
 
-    def __init__(self, url: str, store: Any) -> None:
+    def __init__(self, url: str, store: ObjectStore) -> None:
         self.url, self.address = redact(url), url
         self._store = store
         self.conditional = True
         # Google's conditions name an object's generation, the others' its entity tag.
-        self._condition = "version" if url.startswith("gs://") else "e_tag"
+        self._condition: Literal["version", "e_tag"] = "version" if url.startswith("gs://") else "e_tag"
 
     def _what(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -115,7 +118,9 @@ class ObjectLocation:
 
     def put_if(self, name: str, content: bytes, previous: str | None) -> bool:
         def attempt() -> bool:
-            mode: Any = "create" if previous is None else {self._condition: previous}
+            mode: PutMode = "create"
+            if previous is not None:
+                mode = {"version": previous} if self._condition == "version" else {"e_tag": previous}
             try:
                 obstore.put(self._store, name, content, mode=mode)
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
@@ -139,18 +144,17 @@ class ObjectLocation:
         except Missing:
             return None
 
-    def _version(self, meta: Any) -> str:
-        condition = meta["version"] if self._condition == "version" else meta["e_tag"]
-        return condition or f"{meta['size']}@{meta['last_modified']}"
+    def _version(self, meta: ObjectMeta) -> str:
+        return meta[self._condition] or f"{meta['size']}@{meta['last_modified']}"
 
 
-def _client_options(url: str) -> Any:
+def _client_options(url: str) -> ClientConfig:
     # The time is for a request of at most PIECE_BYTES; one that is cut off goes on where it was.
     return {"timeout": "60s", "connect_timeout": "5s", "allow_http": url.startswith("http://")}
 
 
 # Our own retries start a request anew from where it broke; the library's would multiply with them.
-_NO_RETRIES: Any = {"max_retries": 0}
+_NO_RETRIES: RetryConfig = {"max_retries": 0}
 
 
 def object_location(url: str) -> ObjectLocation:
@@ -158,7 +162,7 @@ def object_location(url: str) -> ObjectLocation:
     return ObjectLocation(url, _object_store(url, url.split("://")[0]))
 
 
-def _object_store(url: str, scheme: str) -> Any:
+def _object_store(url: str, scheme: str) -> ObjectStore:
     options: dict[str, Any] = {"client_options": _client_options(url), "retry_config": _NO_RETRIES}
     try:
         if scheme == "s3":

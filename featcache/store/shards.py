@@ -5,7 +5,7 @@ crc32c.
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
@@ -13,6 +13,9 @@ import numpy as np
 from featcache.errors import CacheError
 from featcache.store.files import Buffer
 from featcache.store.layout import index_bytes, inner_codecs
+
+if TYPE_CHECKING:
+    from numcodecs.abc import Codec
 
 _EMPTY = np.uint64(2**64 - 1)
 
@@ -70,7 +73,7 @@ def parse_index(
     return offsets.astype(np.int64), lengths.astype(np.int64)
 
 
-def _numcodec(dtype: np.dtype, compressor: str) -> Any:
+def _numcodec(dtype: np.dtype, compressor: str) -> Codec:
     """The numcodecs codec with the settings that the array's metadata states."""
     from numcodecs.blosc import Blosc
     from numcodecs.zstd import Zstd

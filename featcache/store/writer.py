@@ -29,7 +29,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from featcache.store.layout import (
     ROOT_METADATA,
     ROOT_NAMES,
     STATE,
+    Json,
     canonical_json,
     index_bytes,
     sample_bytes,
@@ -587,7 +588,7 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
     The caller holds the cache's lock.
     """
     group = files.Group() if group is None else group
-    content: dict[Path, dict[str, Any]] = {}
+    content: dict[Path, dict[str, Json]] = {}
     nodes = node_metadata(manifest) if manifest.format == "zarr" else {}
     for name in sorted(features) if nodes else ():
         parents = [name.split("/")[0]] if "/" in name else []
@@ -676,7 +677,7 @@ def known_manifest(path: Path) -> Manifest | None:
     return manifest_from_json(_read_json(record)) if record.is_file() else None
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> Json:
     return load_json(files.read_bounded(path, MAX_METADATA_BYTES), str(path))
 
 

@@ -114,7 +114,7 @@ def test_padding_batches_changes_no_shape_and_no_label(tmp_path: Path) -> None:
     encoder = plan.work.encoders[0]
 
     class Watched:
-        info, shapes = encoder.info, encoder.shapes
+        title, shapes = encoder.title, encoder.shapes
 
         def __call__(self, pixels: object) -> object:
             sizes.add(len(pixels))  # type: ignore[arg-type]

@@ -53,7 +53,8 @@ def load_tiny_vae(*, folder: Path = FOLDER) -> AutoencoderKL:
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    return _fill(AutoencoderKL(**_config("vae", folder)), weights_path("vae", folder=folder))
+    vae: AutoencoderKL = AutoencoderKL(**_config("vae", folder))
+    return _fill(vae, weights_path("vae", folder=folder))
 
 
 def load_tiny_vit(*, folder: Path = FOLDER) -> VisionTransformer:

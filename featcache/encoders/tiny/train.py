@@ -24,7 +24,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version
@@ -449,7 +449,7 @@ def main(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    jobs: dict[Part, Any] = {
+    jobs: dict[Part, Callable[[Progress], dict[str, Any]]] = {
         Part.vae: lambda p: train_vae(
             steps=vae_steps, batch_size=4, peak_lr=2e-2, seed=seed, device=device, out=out, progress=p
         ),
