@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ import torch
 from rich.table import Table
 
 from featcache.build.fidelity import distance, fidelity
-from featcache.build.prepare import SAMPLE_FEATURES, check_request, prepare
+from featcache.build.prepare import check_request, free_bytes, prepare
 from featcache.build.request import BuildRequest
 from featcache.codecs import CODECS, encode
 from featcache.console import console, safe, size_text
@@ -24,7 +23,7 @@ from featcache.encoders.text import Tokens
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.precision import PRECISIONS
-from featcache.store.manifest import FeatureSpec, spec_bytes
+from featcache.store.manifest import SAMPLE_FEATURES, FeatureSpec
 
 PROBE_IMAGES = 2  # for the encoders' rate, after one warm-up of the same size
 
@@ -51,7 +50,7 @@ class Estimate:
 
     @property
     def bytes_per_image(self) -> int:
-        return sum(spec_bytes(spec) for spec in self.specs)
+        return sum(spec.bytes_per_sample for spec in self.specs)
 
     @property
     def seconds(self) -> float:
@@ -117,15 +116,12 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
     for name, feature in features.items():
         encode(work.specs[name].codec, feature)
     rates["quantise"] = len(images) / max(time.perf_counter() - start, 1e-9)
-    parent = plan.path
-    while not parent.exists():
-        parent = parent.parent
     return Estimate(
         path=plan.path,
         specs=tuple(plan.specs),
         count=len(work.order),
         device=work.device,
-        free_bytes=shutil.disk_usage(parent).free,
+        free_bytes=free_bytes(plan.path),
         rates=rates,
         fidelity={name: _fidelities(feature) for name, feature in features.items()} if measure else {},
         precision=precision,
@@ -192,12 +188,11 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
 
     sizes = table("feature", "shape", "codec", "per image", "total")
     for spec in plan.specs:
-        shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
-        one = spec_bytes(spec)
+        one = spec.bytes_per_sample
         sizes.add_row(
             safe(spec.name),
-            shape,
-            spec.codec if spec.codec != "raw" else spec.dtype,
+            spec.shape_text,
+            spec.stored_as,
             size_text(one),
             size_text(one * plan.count),
         )
@@ -205,7 +200,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     sizes.add_row("[bold]all[/bold]", "", "", size_text(plan.bytes_per_image), f"[bold]{size_text(total)}[/bold]")
     console.print(sizes)
     views = max(spec.views for spec in plan.specs)
-    read = sum(spec_bytes(spec) // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
+    read = sum(spec.bytes_per_sample // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
     console.print(
         f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {read * steps_per_s * batch / 1e9:.3g} GB/s"
         + (" (one of the two views)" if views > 1 else "")

@@ -33,7 +33,7 @@ from featcache.sources.open import open_source
 from featcache.sources.pixels import CROP_NAME
 from featcache.sources.shapes import recorded_shapes
 from featcache.store.layout import recommended_shard_size
-from featcache.store.manifest import DatasetSpec, FeatureSpec, spec_bytes
+from featcache.store.manifest import SAMPLE_FEATURES, DatasetSpec, FeatureSpec
 
 RESERVE_BYTES = 256 << 20  # free space to leave on the disk
 KEY_ALIGN = 8
@@ -49,9 +49,6 @@ class Plan:
     specs: tuple[FeatureSpec, ...]
     existing: Cache | None
     work: Work
-
-
-SAMPLE_FEATURES = ("label", "key", "content")
 
 
 def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) -> Plan:
@@ -421,16 +418,21 @@ def _shard_size(request: BuildRequest, specs: Sequence[FeatureSpec], count: int)
     """By bytes for big sets; for small ones about sixteen shards, so that an interrupted build loses little."""
     if request.shard_size:
         return request.shard_size
-    by_bytes = recommended_shard_size(max(spec_bytes(spec) for spec in specs))
+    by_bytes = recommended_shard_size(max(spec.bytes_per_sample for spec in specs))
     return max(1, min(by_bytes, max(16, -(-count // 16))))
 
 
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that `path`, which need not exist yet, would lie on."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
 def check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> None:
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    needed = samples * sum(spec_bytes(spec) for spec in specs)
+    """Raises `UserError` unless the features of so many samples fit onto the disk."""
+    free = free_bytes(path)
+    needed = samples * sum(spec.bytes_per_sample for spec in specs)
     if needed + RESERVE_BYTES > free:
         raise UserError(
             f"{path} needs {needed / 1e9:.2f} GB more, but its disk has {free / 1e9:.2f} GB free",

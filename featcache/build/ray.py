@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.build.lead import BuildResult, features_note, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, Stage, run_shards
 from featcache.build.prepare import Plan, prepare
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 from featcache.store.writers import join_writer
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _run_calls(pending: Sequence[int], make: Callable[[], Any], count: int, mete
         except RayActorError as error:
             if deaths + 1 >= MAX_DEATHS_OF_A_CALL:
                 raise UserError(
-                    f"workers died {deaths + 1} times at shards {shards[0]} to {shards[-1]}: {str(error).splitlines()[0]}",
+                    f"workers died {deaths + 1} times at shards {shards[0]} to {shards[-1]}: {first_line(error)}",
                     remedy="Look at Ray's logs; often it is memory: type a smaller --batch-size or --shard-size.",
                 ) from error
             progress.warn(f"a worker died; its shards {shards[0]} to {shards[-1]} are tried again")

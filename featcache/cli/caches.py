@@ -56,7 +56,6 @@ def list_caches(
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("cache", "images", "size", "features"):
         table.add_column(title, no_wrap=title != "features", overflow="fold")
-    hidden = ("label", "key", "content")
     problems: list[str] = []
     if "://" in place:
         from featcache.share.transfer import list_remote
@@ -65,14 +64,13 @@ def list_caches(
             if listed.manifest is None:
                 problems.append(f"{safe(listed.url)}  [red]{safe(listed.problem)}[/red]")
                 continue
-            names = [n for n in listed.manifest.features if n not in hidden]
             count = str(listed.manifest.dataset.count)
-            table.add_row(safe(listed.url), count, size_text(listed.n_bytes), safe(" ".join(names)))
+            table.add_row(safe(listed.url), count, size_text(listed.n_bytes), safe(" ".join(listed.manifest.encoded)))
     else:
         from featcache.share import manage
 
         for info in manage.list_caches(place):
-            names = [n for n in info.manifest.features if n not in hidden] if info.manifest else []
+            names = info.manifest.encoded if info.manifest else []
             notes = [f"[yellow]unfinished: {safe(' '.join(info.unfinished))}[/yellow]"] if info.unfinished else []
             if info.problem:
                 problems.append(f"{safe(info.path)}  [red]{safe(info.problem)}[/red]")

@@ -8,7 +8,6 @@ from featcache.console import console, safe, size_text
 from featcache.errors import UserError
 from featcache.read.reader import Cache
 from featcache.share import records as verified
-from featcache.store.manifest import spec_bytes
 from featcache.store.root import cache_digest
 
 
@@ -48,18 +47,17 @@ def print_info(cache: Cache, place: str | None = None) -> None:
     for title in ("feature", "shape", "codec", "per image", "total", "weights"):
         table.add_column(title, justify="right" if title in ("per image", "total") else "left", no_wrap=True)
     for name, spec in manifest.features.items():
-        size = spec_bytes(spec)
+        size = spec.bytes_per_sample
         origin = spec.provenance
         weights = safe(origin.get("weights", ""))
         if weights == "random":
             weights = f"[yellow]RANDOM, seed {safe(origin.get('seed'))}[/yellow]"
         elif "sha256" in origin:
             weights += f"  {safe(str(origin['sha256'])[:12])}"
-        shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
         table.add_row(
             safe(name),
-            shape,
-            spec.codec if spec.codec != "raw" else spec.dtype,
+            spec.shape_text,
+            spec.stored_as,
             size_text(size),
             size_text(size * dataset.count),
             weights,

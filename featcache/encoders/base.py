@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import UserError, WeightsUnavailable, first_line
 from featcache.precision import PRECISIONS, tensor_float32
 
 
@@ -163,7 +163,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"cannot read weights from {str(path)!r}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"cannot read weights from {str(path)!r}: {type(error).__name__}: {first_line(error)}",
             remedy="Bring the file again, preferably as .safetensors.",
         ) from error
     for wrapper in ("state_dict", "model", "teacher", "encoder"):

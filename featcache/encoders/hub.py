@@ -8,6 +8,8 @@ import urllib.request
 from functools import cache
 from pathlib import Path
 
+from featcache.errors import first_line
+
 PROBE_TIMEOUT_S = 5.0
 
 
@@ -52,5 +54,5 @@ def hub_file(repo: str, names: tuple[str, ...]) -> Path:
         try:
             return Path(hf_hub_download(repo, name))
         except Exception as error:  # the client raises a dozen unrelated classes; all mean "not to be had"
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
     raise HubUnreachable(problem)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from featcache.encoders.base import Compute, WeightsSource, load_file, seeded, unavailable, upload, weights_sha256
 from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.table import TEXTS, TextEntry
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,7 +83,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         return tokenizer
     except Exception as error:  # the library raises bare Exceptions for damaged files
         raise UserError(
-            f"the vocabulary in {str(folder)!r} cannot be read: {str(error).splitlines()[0]}",
+            f"the vocabulary in {str(folder)!r} cannot be read: {first_line(error)}",
             remedy=f"Bring {' and '.join(VOCABULARY_FILES)} again.",
         ) from error
 
@@ -131,7 +131,7 @@ def _state(path: Path) -> dict[str, Tensor]:
                 return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"cannot read weights from {str(path)!r}: {str(error).splitlines()[0]}", remedy="Bring the file again."
+                f"cannot read weights from {str(path)!r}: {first_line(error)}", remedy="Bring the file again."
             ) from error
     return {key: value for key, value in load_file(path).items() if wanted(key)}
 
@@ -158,7 +158,7 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedT
             model.load_state_dict({key: value.float() for key, value in state.items()})
         except RuntimeError as error:
             raise UserError(
-                f"the weights found for --text {name} do not fit: {str(error).splitlines()[0]}",
+                f"the weights found for --text {name} do not fit: {first_line(error)}",
                 remedy=f"Bring the weights of {entry.hub_id}.",
             ) from error
         origin = {"weights": entry.hub_id}

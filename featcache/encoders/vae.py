@@ -40,7 +40,7 @@ from featcache.encoders.base import (
 from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.table import VAES, token_grid
 from featcache.encoders.tiny import load_tiny_vae
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 
 LEVELS = ("G1", "G2", "G3", "G4")
 LOG_VARIANCE_OF_NONE = -30.0
@@ -118,9 +118,8 @@ def _filled(vae: nn.Module, state: dict[str, Tensor], where: str) -> nn.Module:
     try:
         vae.load_state_dict(_modern_keys(state))
     except RuntimeError as error:
-        first = str(error).splitlines()[0]
         raise UserError(
-            f"the weights of {where} do not fit a {type(vae).__name__} of its configuration: {first}"
+            f"the weights of {where} do not fit a {type(vae).__name__} of its configuration: {first_line(error)}"
         ) from error
     return vae
 

@@ -28,7 +28,7 @@ from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.keys import to_timm
 from featcache.encoders.table import ENCODERS, HALF, TOKEN_PX, VisionEntry
 from featcache.encoders.tiny import load_tiny_vit
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 
 FINAL_NORMS = ("auto", "all", "last", "none")
 
@@ -62,7 +62,7 @@ def load_vision(name: str, weights: WeightsSource, *, input_px: int) -> tuple[nn
             model.load_state_dict(_filtered(state, model))
         except (RuntimeError, KeyError) as error:
             raise UserError(
-                f"the weights found for {name!r} do not fit {entry.timm_name}: {str(error).splitlines()[0]}",
+                f"the weights found for {name!r} do not fit {entry.timm_name}: {first_line(error)}",
                 remedy=f"Bring the weights of {entry.hub_id or entry.weights_page}.",
             ) from error
         origin = {"weights": entry.hub_id or "file"}

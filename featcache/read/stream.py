@@ -169,6 +169,7 @@ class BlockCache:
         return data
 
     def _keep(self, key: str, data: bytes) -> None:
+        # Not `files.atomic_write`, which would hash each block again: its crc32c tells a torn one.
         temporary = self._directory / f"{os.getpid()}-{next(self._serial)}.new"
         with self._lock:
             self._bytes += len(data) + 4 - self._known.pop(key, 0)

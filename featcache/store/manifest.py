@@ -46,6 +46,7 @@ MAX_RESOLUTION = 1 << 13
 _COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9_@-]|\.(?!\.))*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})?\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+SAMPLE_FEATURES = ("label", "key", "content")  # of the samples themselves, from no encoder
 _RESERVED = {"c", "zarr.json", "SHA256SUMS"}
 
 
@@ -100,7 +101,18 @@ class FeatureSpec:
 
     @property
     def bytes_per_sample(self) -> int:
+        """Stored bytes, scales and views included."""
         return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
+
+    @property
+    def shape_text(self) -> str:
+        """Decoded shape of a sample, with the view axis, for people: '256x768'."""
+        return "x".join(map(str, ((self.views,) if self.views > 1 else ()) + self.shape)) or "scalar"
+
+    @property
+    def stored_as(self) -> str:
+        """The codec, or what a raw feature's numbers are, for people."""
+        return self.codec if self.codec != "raw" else self.dtype
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -190,6 +202,11 @@ class Manifest:
     def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Array name -> (numpy dtype, per-sample stored shape) of all features."""
         return {name: array for spec in self.features.values() for name, array in spec.arrays.items()}
+
+    @property
+    def encoded(self) -> list[str]:
+        """Names of the features but those of the samples themselves (`SAMPLE_FEATURES`)."""
+        return [name for name in self.features if name not in SAMPLE_FEATURES]
 
     def only(self, features: Collection[str]) -> Manifest:
         """The manifest without the other features."""
@@ -551,9 +568,3 @@ def _as_cache_error(make: Callable[[], FeatureSpec]) -> FeatureSpec:
         raise
     except UserError as error:
         raise CacheError(f"the cache's metadata is damaged: {error.what}") from error
-
-
-def spec_bytes(spec: FeatureSpec) -> int:
-    """Stored bytes of one sample of a feature, scales and views included."""
-    arrays = stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)
-    return spec.views * sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())

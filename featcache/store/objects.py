@@ -20,10 +20,10 @@ from obstore import exceptions
 from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, from_url
 
-from featcache.errors import CacheError, UserError
+from featcache.errors import CacheError, UserError, first_line
 from featcache.redact import redact
 from featcache.store.places import CHUNK_BYTES, Missing, too_long
-from featcache.store.remote_errors import Attempts, first_line, missing, no_credentials, retrying
+from featcache.store.remote_errors import Attempts, missing, no_credentials, retrying
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode
@@ -171,7 +171,7 @@ def _object_store(url: str, scheme: str) -> ObjectStore:
             options |= _gs_options(url)
         return from_url(url, **options)
     except (BaseError, ValueError) as error:
-        raise UserError(f"{redact(url)} cannot be reached: {first_line(error)}") from error
+        raise UserError(f"{redact(url)} cannot be reached: {redact(first_line(error))}") from error
 
 
 def _s3_options(url: str) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from featcache.encoders import tiny
 from featcache.machine import cpu_name
 from featcache.sources import shapes
+from featcache.store import files
 
 VAE_CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -145,9 +146,7 @@ def _update_average(average: nn.Module, model: nn.Module, step: int) -> None:
 
 def _save(module: nn.Module, config: dict[str, Any], name: str, out: Path) -> None:
     half = {key: value.detach().cpu().half().contiguous() for key, value in module.state_dict().items()}
-    partial = out / f"{name}.safetensors.partial"
-    partial.write_bytes(save(half))
-    partial.replace(out / f"{name}.safetensors")
+    files.atomic_write(out / f"{name}.safetensors", [save(half)])
     (out / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
