@@ -15,7 +15,7 @@ from featcache.encoders.vae import decode_latents, load_vae
 from featcache.errors import UserError
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
-from featcache.sources.open import open_source
+from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage
 from featcache.sources.shapes import recorded_shapes
 
@@ -46,6 +46,16 @@ def source_of(cache: Cache, data: str | None) -> Source | None:
             remedy="Pass the folder it was built from.",
         )
     return source
+
+
+def images_at_hand(cache: Cache) -> str | None:
+    """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from; else None."""
+    try:
+        found = find_data(None)
+        source_of(cache, found)
+    except UserError:
+        return None
+    return found
 
 
 def images_of(cache: Cache, data: str | None, indices: Sequence[int]) -> np.ndarray:

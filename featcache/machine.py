@@ -29,7 +29,7 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
     A package that is not installed has the version None.
     """
-    import torch
+    import torch  # late here and below: the command lines load this module at once
 
     def installed(package: str) -> str | None:
         try:

@@ -73,7 +73,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
         UserError: Ray is missing, bad input of any kind, or a call that keeps killing its actors.
     """
     try:
-        import ray
+        import ray  # late here and below: an extra
     except ImportError as error:
         raise UserError(
             "--engine ray needs Ray, which is not installed", remedy="pip install 'featcache-trainer[ray]'"
@@ -147,7 +147,6 @@ def _settled(request: BuildRequest, resources: dict[str, float]) -> tuple[BuildR
 def _run_calls(pending: Sequence[int], make: Callable[[], Any], count: int, meter: Meter, progress: Progress) -> None:
     """Hands runs of shards to actors until none is pending. What Ray makes of them at run time has no types."""
     import ray
-    from ray.exceptions import RayActorError
 
     size = max(1, min(SHARDS_A_CALL, -(-len(pending) // (2 * count))))
     calls = deque((tuple(pending[i : i + size]), 0) for i in range(0, len(pending), size))
@@ -162,7 +161,7 @@ def _run_calls(pending: Sequence[int], make: Callable[[], Any], count: int, mete
         actor, shards, deaths = running.pop(ready)
         try:
             answer: _Answer = ray.get(ready)
-        except RayActorError as error:
+        except ray.exceptions.RayActorError as error:
             if deaths + 1 >= MAX_DEATHS_OF_A_CALL:
                 raise UserError(
                     f"workers died {deaths + 1} times at shards {shards[0]} to {shards[-1]}: {first_line(error)}",

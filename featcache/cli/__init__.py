@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,10 +12,8 @@ import featcache
 from featcache.cli import caches as commands
 from featcache.cli.build import build
 from featcache.console import console, run_app, safe
-from featcache.errors import UserError
 
-if TYPE_CHECKING:
-    from featcache.read.reader import Cache
+# Imports inside the commands: the rooms that they call load numpy or torch, which `featcache --help` does without.
 
 app = typer.Typer(
     name="featcache",
@@ -55,27 +53,16 @@ def inspect(
     count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=64)] = 6,
 ) -> None:
     """Draw samples of a cache: the image, and PCA-RGB of each cached layer."""
-    from featcache.inspect import save_sheet
+    from featcache.inspect import images_at_hand, save_sheet
 
     opened = featcache.open(cache)
-    data = data or _images_at_hand(opened)
+    data = data or images_at_hand(opened)
+    if data is None:
+        console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
     name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name
     target = out or Path(f"{name}.png")
     save_sheet(opened, target, data=data, count=count)
     console.print(f"picture: [bold]{safe(target)}[/bold]")
-
-
-def _images_at_hand(cache: Cache) -> str | None:
-    """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from."""
-    from featcache.inspect import source_of
-    from featcache.sources.open import find_data
-
-    try:
-        found = find_data(None)
-        return found if source_of(cache, found) is not None else None
-    except UserError:
-        console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
-        return None
 
 
 commands.register(app)

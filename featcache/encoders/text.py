@@ -35,6 +35,7 @@ _BYTES = "bytes, without merges"
 
 def build_text(entry: TextEntry) -> nn.Module:
     """The architecture of ``entry``, weights as transformers initialises them."""
+    # Late here and below: transformers takes seconds to load.
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(

@@ -78,7 +78,7 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
 
 def build_vae(model_class: str, config: Mapping[str, Any]) -> nn.Module:
     """An untrained VAE of one of :data:`MODEL_CLASSES`."""
-    import diffusers
+    import diffusers  # late: it takes seconds to load
 
     vae: nn.Module = getattr(diffusers, model_class).from_config(dict(config))
     return vae
@@ -233,15 +233,9 @@ def _dc_layers(encoder: Any, config: Any) -> _Staged:
 def downsampling_of(vae: nn.Module) -> int:
     """Pixels a latent cell spans along one axis."""
     config: Any = vae.config
-    stages = config.encoder_block_out_channels if isinstance(vae.encoder, _no_kl()) else config.block_out_channels
+    # Classes whose decoder may have other stages say which are the encoder's.
+    stages = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
     return 1 << (len(stages) - 1)
-
-
-def _no_kl() -> tuple[type, ...]:
-    from diffusers.models.autoencoders.autoencoder_dc import Encoder
-    from diffusers.models.autoencoders.vae import EncoderTiny
-
-    return (Encoder, EncoderTiny)
 
 
 class VaeEncoder:

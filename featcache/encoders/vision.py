@@ -35,7 +35,7 @@ FINAL_NORMS = ("auto", "all", "last", "none")
 
 def build_vision(entry: VisionEntry, *, input_px: int) -> nn.Module:
     """The architecture of ``entry`` for square inputs of ``input_px``, weights as timm initialises them."""
-    import timm
+    import timm  # late: it takes seconds to load
 
     return timm.create_model(
         entry.architecture, pretrained=False, num_classes=0, img_size=input_px, **dict(entry.options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,6 @@ _LABEL, _KEY = "label", "key"
 
 
 def _descriptor_budget() -> int:
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(16, min(2048, soft // 2))
 

@@ -24,6 +24,7 @@ from typing import TypeVar
 from featcache.errors import CacheError, UserError, first_line
 from featcache.read import fetch as transfer
 from featcache.read.root import read_remote_root, require_authentic, required_root, root_document, versioned_root
+from featcache.read.stream import open_remote
 from featcache.redact import redact
 from featcache.share.manage import cache_bytes
 from featcache.share.verify import Problem, Report, inconsistencies, verify_place
@@ -605,8 +606,6 @@ def verify_remote(
     subset(manifest, features, None)
 
     def consistent() -> list[Problem]:
-        from featcache.read.stream import open_remote
-
         with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
             return inconsistencies(open_remote(url, cache_dir=folder), place.url)
 
@@ -626,8 +625,8 @@ def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, pr
     """One commit to a data-set repository. The hub keeps uploaded files by SHA-256, so a rerun sends only
     the rest.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    # Late: other places need no client of the hub.
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
 
     repository, revision, prefix = parse_hub_url(url)
     place, api = open_location(url), HfApi()
@@ -656,14 +655,14 @@ def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, pr
                     parent_commit=parent,
                     commit_message=f"featcache: {', '.join(sorted(manifest.features))}",
                 )
-            except HfHubHTTPError as error:
+            except errors.HfHubHTTPError as error:
                 if error.response.status_code in (409, 412):
                     continue
                 raise
             if progress is not None:
                 progress(result.n_bytes)
             return result
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
         raise CacheError(
             f"{url} could not be written: {redact(first_line(error))}",
             remedy="log in (hf auth login) and run the same command again: what has arrived is not sent twice",

@@ -192,6 +192,7 @@ def _s3_options(url: str) -> dict[str, Any]:
         return found
     if (Path.home() / ".aws").is_dir():
         try:
+            # Late: boto3 need not be there.
             from obstore.auth.boto3 import Boto3CredentialProvider
 
             found["credential_provider"] = Boto3CredentialProvider()
@@ -253,7 +254,7 @@ def _is_true(variable: str) -> bool:
 
 def hub_location(url: str, repository: str, revision: str, path: str) -> ObjectLocation:
     """A data-set repository of the hub, read over its https interface."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants, get_token  # late: other places need no client of the hub
 
     base = f"{constants.ENDPOINT}/datasets/{repository}/resolve/{revision}/{path}".rstrip("/")
     client = _client_options(base)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from featcache.errors import UserError
 from featcache.redact import redact
 from featcache.store.places import LocalLocation, Location
+
+if TYPE_CHECKING:
+    from featcache.store.objects import ObjectLocation
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*)://")
 REMOTE_SCHEMES = ("s3", "gs", "hf", "http", "https")
@@ -64,12 +67,7 @@ def open_location(url: str | os.PathLike[str]) -> Location:
     text = os.fspath(url).rstrip("/")
     if not is_remote(text):
         return LocalLocation(local_path(text))
-    # Late here and below: local caches need no client of object stores.
-    from featcache.store import objects
-
-    if text.startswith("hf://"):
-        return objects.hub_location(text, *parse_hub_url(text))
-    return objects.object_location(text)
+    return _object_location(text)
 
 
 def open_destination(url: str) -> Destination:
@@ -77,6 +75,11 @@ def open_destination(url: str) -> Destination:
     text = url.rstrip("/")
     if text.split("://")[0] not in ("s3", "gs"):
         raise UserError(f"{redact(url)} can only be read", remedy="push to a local path, s3://, gs:// or hf://")
+    return _object_location(text)
+
+
+def _object_location(url: str) -> ObjectLocation:
+    # Late: local caches need no client of object stores.
     from featcache.store import objects
 
-    return objects.object_location(text)
+    return objects.hub_location(url, *parse_hub_url(url)) if url.startswith("hf://") else objects.object_location(url)

@@ -5,17 +5,15 @@ crc32c.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
+from numcodecs import blosc, zstd
+from numcodecs.abc import Codec
 
 from featcache.errors import CacheError
 from featcache.store.files import Buffer
 from featcache.store.layout import index_bytes, inner_codecs
-
-if TYPE_CHECKING:
-    from numcodecs.abc import Codec
 
 _EMPTY = np.uint64(2**64 - 1)
 
@@ -75,14 +73,13 @@ def parse_index(
 
 def _numcodec(dtype: np.dtype, compressor: str) -> Codec:
     """The numcodecs codec with the settings that the array's metadata states."""
-    from numcodecs.blosc import Blosc
-    from numcodecs.zstd import Zstd
-
     settings = inner_codecs(dtype, compressor)[1]["configuration"]
     if compressor == "zstd":
-        return Zstd(level=settings["level"], checksum=settings["checksum"])
-    shuffle = Blosc.SHUFFLE if settings["shuffle"] == "shuffle" else Blosc.NOSHUFFLE
-    return Blosc(cname=settings["cname"], clevel=settings["clevel"], shuffle=shuffle, typesize=settings["typesize"])
+        return zstd.Zstd(level=settings["level"], checksum=settings["checksum"])
+    shuffle = blosc.Blosc.SHUFFLE if settings["shuffle"] == "shuffle" else blosc.Blosc.NOSHUFFLE
+    return blosc.Blosc(
+        cname=settings["cname"], clevel=settings["clevel"], shuffle=shuffle, typesize=settings["typesize"]
+    )
 
 
 def decompress(compressor: str, data: bytes, out: np.ndarray, where: str) -> None:
@@ -90,8 +87,6 @@ def decompress(compressor: str, data: bytes, out: np.ndarray, where: str) -> Non
 
     The length that the frame claims is checked before anything is allocated.
     """
-    from numcodecs import blosc, zstd
-
     try:
         claimed = _claimed_bytes(compressor, data)
         if claimed is not None and claimed != out.nbytes:

@@ -671,7 +671,7 @@ def test_push_to_the_hub_is_one_commit(source: Path, monkeypatch) -> None:
             commits.append({o.path_in_repo: o.path_or_fileobj for o in operations})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr("featcache.read.root.read_remote_root", lambda place: None)
+    monkeypatch.setattr("featcache.share.transfer.read_remote_root", lambda place: None)
     push(source, "hf://datasets/me/set/cache")
     assert len(commits) == 1
     sent = {
