@@ -67,7 +67,7 @@ def safe(value: object) -> str:
 
 
 def plain(value: object) -> str:
-    """As :func:`safe`, for places that know no markup, such as questions."""
+    """As `safe`, for places that know no markup, such as questions."""
     return "".join(_visible(character) for character in redact(str(value)))
 
 
@@ -83,7 +83,7 @@ def run_app(app: Callable[..., int | None]) -> int:
     0: done. 1: done, and the answer is no (a damaged cache). 2: something the user can put right, a disk that refuses and
     a lack of memory included. 70: a fault of the program. 128 + n: stopped by signal n (130: Ctrl-C).
 
-    With ``FEATCACHE_DEBUG=1`` in the environment, errors are raised as they are (for developers).
+    With `FEATCACHE_DEBUG=1` in the environment, errors are raised as they are (for developers).
     """
     if debugging():
         return int(app(standalone_mode=False) or 0)
@@ -139,7 +139,7 @@ def _thread_ended(ended: threading.ExceptHookArgs) -> None:
 
 
 def debugging() -> bool:
-    """Whether errors are to be raised as they are: ``FEATCACHE_DEBUG``, or its former name ``FEATCACHE_TRACEBACK``."""
+    """Whether errors are to be raised as they are: `FEATCACHE_DEBUG`, or its former name `FEATCACHE_TRACEBACK`."""
     return any(os.environ.get(name, "") not in ("", "0") for name in ("FEATCACHE_DEBUG", "FEATCACHE_TRACEBACK"))
 
 

@@ -26,10 +26,10 @@ MAX_CHANNELS = 1 << 14
 
 
 def source_of(cache: Cache, data: str | None) -> Source | None:
-    """The images a cache was made from: regenerated for the embedded set, from ``data`` for a folder; None if unknown.
+    """The images a cache was made from: regenerated for the embedded set, from `data` for a folder; None if unknown.
 
     Raises:
-        UserError: ``data`` holds other images than the cache.
+        UserError: `data` holds other images than the cache.
     """
     dataset = cache.manifest.dataset
     resolution = dataset.resolution

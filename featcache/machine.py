@@ -50,7 +50,7 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
 
 def pick_device(device: str) -> str:
-    """``auto`` => ``cuda`` where there is one, else ``cpu``.
+    """`auto` => `cuda` where there is one, else `cpu`.
 
     Raises:
         UserError: the device does not exist here.

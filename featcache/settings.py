@@ -46,12 +46,12 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def number(value: object) -> object:
-    """``1e-4``, which YAML 1.1 takes for text, as the number it looks like; anything else as it is."""
+    """`1e-4`, which YAML 1.1 takes for text, as the number it looks like; anything else as it is."""
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _whole(value: object) -> object:
-    """``4e5``, which is how people write it, as the whole number it is."""
+    """`4e5`, which is how people write it, as the whole number it is."""
     value = number(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -78,9 +78,9 @@ Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """How a field appears on a command line. Without one, a field is no option (``--set`` may reach it still).
+    """How a field appears on a command line. Without one, a field is no option (`--set` may reach it still).
 
-    help: one sentence; the default is added to it unless the sentence tells one. flag: if it is not ``--`` and the
+    help: one sentence; the default is added to it unless the sentence tells one. flag: if it is not `--` and the
     field's name. typed, parse: what is typed, where that is not the field's own type, and the function that turns it
     into the field's value.
     """
@@ -103,7 +103,7 @@ def settings(*, where: str) -> Callable[[type[T]], type[T]]: ...
 def settings(cls: type[T] | None = None, /, *, where: str = "") -> type[T] | Callable[[type[T]], type[T]]:
     """A frozen, keyword-only dataclass whose fields are validated; what is wrong is a `UserError`.
 
-    where: goes before the fields' names in errors (``ahpa``: "ahpa.head = ...").
+    where: goes before the fields' names in errors (`ahpa`: "ahpa.head = ...").
     """
     if cls is None:
         return functools.partial(_settings, where=f"{where}.")
@@ -127,7 +127,7 @@ def _settings(cls: type[T], *, where: str) -> type[T]:
 
 
 def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "") -> T:
-    """An instance of a class of settings from plain values; ``where`` goes before the fields' names in errors.
+    """An instance of a class of settings from plain values; `where` goes before the fields' names in errors.
 
     Raises:
         UserError: an unknown key (with the nearest valid one), or a value that does not fit.
@@ -150,7 +150,7 @@ def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "")
 
 
 def from_typed(cls: type[S], given: Given, **others: object) -> S:
-    """Settings from what was typed (and ``others``, which were not); errors name the options.
+    """Settings from what was typed (and `others`, which were not); errors name the options.
 
     Raises:
         UserError: a value that does not fit.
@@ -180,13 +180,13 @@ def _plain(value: object) -> object:
 
 
 def suggest(value: object, choices: Collection[str]) -> str:
-    """``"Did you mean 'x'? "`` for a near miss, else an empty string."""
+    """`"Did you mean 'x'? "` for a near miss, else an empty string."""
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
 def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], str]) -> UserError:
-    """The first problem in our words: which field (as it is ``shown``), what it is, what it must be."""
+    """The first problem in our words: which field (as it is `shown`), what it is, what it must be."""
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0])
     name, value, context = shown(field), problem["input"], problem.get("ctx", {})
@@ -272,7 +272,7 @@ def options_of(cls: type[DataclassInstance]) -> dict[str, Option]:
 def takes(
     *classes: type[DataclassInstance], but: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of classes of settings (all ``but`` some); its parameter ``given`` receives them.
+    """Gives a command the options of classes of settings (all `but` some); its parameter `given` receives them.
 
     The command's own further parameters stay as they are, after those of the settings.
     """
@@ -304,7 +304,7 @@ def takes(
 
 
 def _parameter(cls: type[DataclassInstance], name: str, option: Option) -> inspect.Parameter:
-    """The parameter from which typer makes the option: None, and so absent from ``given``, unless it is typed."""
+    """The parameter from which typer makes the option: None, and so absent from `given`, unless it is typed."""
     field = next(field for field in dataclasses.fields(cls) if field.name == name)
     bare = _bare(_hint(cls, name))
     typed = option.typed or (str if _choices(bare) else bare)
@@ -318,7 +318,7 @@ def _parameter(cls: type[DataclassInstance], name: str, option: Option) -> inspe
 
 
 def flag_of(cls: type[DataclassInstance], name: str) -> str:
-    """``--batch-size`` of the field ``batch_size``."""
+    """`--batch-size` of the field `batch_size`."""
     return _flag(name, options_of(cls)[name]).partition("/")[0]
 
 

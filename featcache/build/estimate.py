@@ -33,8 +33,8 @@ class Estimate:
     """One planned build.
 
     specs: features to be made. count: images. free_bytes: on the disk that the cache would lie on. rates: stage ->
-    images/s on this machine, measured. fidelity: feature -> codec -> figures of :func:`featcache.build.fidelity.fidelity`.
-    precision: feature -> precision -> figures of :func:`featcache.build.fidelity.distance` from fp32. precision_rates: encoder
+    images/s on this machine, measured. fidelity: feature -> codec -> figures of `featcache.build.fidelity.fidelity`.
+    precision: feature -> precision -> figures of `featcache.build.fidelity.distance` from fp32. precision_rates: encoder
     -> precision -> images/s.
     """
 
@@ -63,10 +63,10 @@ class Estimate:
 
 
 def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
-    """Plans a build. Rates come from a few probe images; with ``measure`` > 0 from so many real ones, which also give
+    """Plans a build. Rates come from a few probe images; with `measure` > 0 from so many real ones, which also give
     each codec's fidelity and each precision's error and rate.
 
-    Without ``measure`` the encoders run with random weights where real ones are not to be had: sizes and speed are the same.
+    Without `measure` the encoders run with random weights where real ones are not to be had: sizes and speed are the same.
 
     Raises:
         UserError: bad input of any kind, as for a build.
@@ -142,8 +142,8 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True, kw_only=True)
 class _Run(Generic[Batch]):
-    """An encoder and what it is given: inputs one call each, of ``computed`` images together, of which the first
-    ``images`` count as features."""
+    """An encoder and what it is given: inputs one call each, of `computed` images together, of which the first
+    `images` count as features."""
 
     encoder: Network[Batch]
     inputs: Sequence[Batch]
@@ -178,7 +178,7 @@ def _figure(value: float, form: str) -> str:
 
 
 def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bool) -> None:
-    """The table that ``featcache plan`` shows."""
+    """The table that `featcache plan` shows."""
 
     def table(*titles: str) -> Table:
         made = Table(box=None, pad_edge=False, header_style="bold")

@@ -56,7 +56,7 @@ class Work:
     order: slot -> index in the source, int64. specs: features to write. encoders: those with a wanted feature.
     holes: keys of images that an existing cache lacks. known: content hashes of an existing cache by slot, uint64, or
     None. skip_bad: leave unreadable images out instead of raising. texts: text encoders with a wanted feature, which read
-    the first ``captions_per_image`` of ``captions``.
+    the first `captions_per_image` of `captions`.
     """
 
     source: Source
@@ -89,7 +89,7 @@ class Work:
 
 @dataclass
 class Stage:
-    """Busy time of one stage, added up over ``lanes`` parallel lanes."""
+    """Busy time of one stage, added up over `lanes` parallel lanes."""
 
     lanes: int = 1
     busy_s: float = 0.0
@@ -108,7 +108,7 @@ class Meter:
     stages: dict[str, Stage] = field(default_factory=dict)
 
     def add(self, stage: str, seconds: float, images: int, *, lanes: int = 1) -> None:
-        """Counts ``seconds`` in which one lane of ``stage`` did ``images`` images; ``lanes`` counts at the first call."""
+        """Counts `seconds` in which one lane of `stage` did `images` images; `lanes` counts at the first call."""
         entry = self.stages.setdefault(stage, Stage(lanes=lanes))
         entry.busy_s += seconds
         entry.images += images
@@ -134,7 +134,7 @@ def run_shards(
     advance: Callable[[int], None],
     warn: Callable[[str], None],
 ) -> list[int]:
-    """Encodes and writes ``shards``, in order; they are durable when it returns. Returns them.
+    """Encodes and writes `shards`, in order; they are durable when it returns. Returns them.
 
     Args:
         shards: taken one by one, a few batches before they are encoded: an iterator may decide late.
@@ -193,7 +193,7 @@ class _Buffers:
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
 
     def take(self, *shape: int) -> Tensor:
-        """A tensor, uint8 of ``shape``, with anything in it."""
+        """A tensor, uint8 of `shape`, with anything in it."""
         if self._pinned:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         try:
@@ -401,7 +401,7 @@ class _Device:
         self._images = 0
 
     def encode(self, batch: _Batch, part: _Part) -> None:
-        """Encodes a batch into rows of ``part``; on a GPU they arrive later (see :meth:`finisher`)."""
+        """Encodes a batch into rows of `part`; on a GPU they arrive later (see `finisher`)."""
         n = len(batch.slots)
         first = int(batch.slots[0])
         bad = [slot - first for slot, _, _ in batch.bad]

@@ -52,10 +52,10 @@ class Plan:
 
 
 def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) -> Plan:
-    """Opens the source and loads the encoders onto ``device``. Writes nothing.
+    """Opens the source and loads the encoders onto `device`. Writes nothing.
 
     Args:
-        again: complete features of the cache ``request.into`` to make once more, as they are recorded (for repairs).
+        again: complete features of the cache `request.into` to make once more, as they are recorded (for repairs).
 
     Raises:
         UserError: bad input of any kind.
@@ -123,7 +123,7 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Texts:
-    """The text encoders of a request with their captions; ``origin`` is what the manifest says of the captions."""
+    """The text encoders of a request with their captions; `origin` is what the manifest says of the captions."""
 
     encoders: tuple[TextEncoder, ...] = ()
     captions: Captions | None = None
@@ -216,7 +216,7 @@ def _compute(request: BuildRequest, device: str) -> Compute:
 
 
 def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
-    """Folder name from what is built, e.g. ``imagenet-256-sd-ft-ema-G3-G4-dinov2-b@11``."""
+    """Folder name from what is built, e.g. `imagenet-256-sd-ft-ema-G3-G4-dinov2-b@11`."""
     vae = Path(dataset.vae["name"]).name if dataset.vae else "no-vae"
     levels = [s.name.split("/")[1] for s in specs if s.name.startswith("vae/G")]
     tokens: dict[str, list[str]] = {}
@@ -287,7 +287,7 @@ def _decoder(request: BuildRequest, existing: Cache | None) -> str:
 def _encoders(
     request: BuildRequest, resolution: int, compute: Compute, *, grid: int | None, need_vae: bool, add_vae: bool
 ) -> list[Encoder]:
-    """The encoders that the request names. ``grid``: token grid of an existing cache; else the VAE decides it.
+    """The encoders that the request names. `grid`: token grid of an existing cache; else the VAE decides it.
 
     need_vae: for a new cache. add_vae: the VAE is asked for by name, be it without levels.
     """

@@ -1,7 +1,7 @@
 """Dividing a build among the processes that torchrun started.
 
 One process leads: it holds the features' locks, says which shards are pending, and finishes the cache. The others join
-it (:meth:`featcache.store.join_writer`) and write shards of their own into the same directory, which must be on a
+it (`featcache.store.join_writer`) and write shards of their own into the same directory, which must be on a
 file system that all of them see. A shard is journaled when it is whole, so whoever dies loses the shard it was at.
 """
 
@@ -51,7 +51,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def device(self, device: str) -> str:
-        """``cuda`` => the GPU of this rank."""
+        """`cuda` => the GPU of this rank."""
         return f"cuda:{self.local_rank}" if device == "cuda" and self.size > 1 else device
 
     def from_first(self, numbers: Sequence[int]) -> list[int]:
@@ -69,7 +69,7 @@ class Ranks:
         return values.tolist()
 
     def share(self, shards: Sequence[int], schedule: str) -> Iterator[int]:
-        """This rank's part of ``shards``, in order.
+        """This rank's part of `shards`, in order.
 
         static: rank r of W takes those at positions r, r + W, ... dynamic: the next one that nobody has taken, so that
         a slow rank takes fewer; whoever asks adds one to a counter that all ranks see.
@@ -91,7 +91,7 @@ class Ranks:
         return int(self._store.add(counter, amount))
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Until every rank is here. ``meanwhile`` is called every half a second and once at the end; not by one alone."""
+        """Until every rank is here. `meanwhile` is called every half a second and once at the end; not by one alone."""
         if self.size > 1:
             arrival = dist.barrier(async_op=True)
             while not arrival.is_completed():

@@ -64,9 +64,9 @@ class _Actor:
 
 
 def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> BuildResult:
-    """As :func:`featcache.build.run.build`, on the Ray cluster at ``$RAY_ADDRESS``, or a local one.
+    """As `featcache.build.run.build`, on the Ray cluster at `$RAY_ADDRESS`, or a local one.
 
-    One actor a GPU of the cluster (``ray_workers`` of them; by default as many as it has now, or one a core without
+    One actor a GPU of the cluster (`ray_workers` of them; by default as many as it has now, or one a core without
     GPUs). A call whose actor dies is tried again on a new one; a cluster may grow meanwhile.
 
     Raises:
@@ -128,7 +128,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
 
 
 def _settled(request: BuildRequest, resources: dict[str, float]) -> tuple[BuildRequest, str]:
-    """The request with what ``auto`` means on this cluster, and its workers' device."""
+    """The request with what `auto` means on this cluster, and its workers' device."""
     gpus = int(resources.get("GPU", 0))
     device = ("cuda" if gpus else "cpu") if request.device == "auto" else request.device
     gpu = device.startswith("cuda")

@@ -30,13 +30,13 @@ def repair_shards(
     progress: Progress,
     captions: Path | None = None,
 ) -> None:
-    """Encodes the ``damaged`` shards (feature -> numbers) of a cache again and records their checksums.
+    """Encodes the `damaged` shards (feature -> numbers) of a cache again and records their checksums.
 
     On the hardware and software of the build the bytes are the recorded ones; elsewhere last bits may differ, which the
     new checksums cover.
 
     Args:
-        data: the images, as ``--data``; not needed for the embedded set.
+        data: the images, as `--data`; not needed for the embedded set.
         captions: the table of captions, where text features were made from one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a build is asked for: each setting of ``featcache build`` and ``featcache plan`` is declared here, once."""
+"""What a build is asked for: each setting of `featcache build` and `featcache plan` is declared here, once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _DATA = (
 
 
 def parse_names(texts: Sequence[str]) -> tuple[str, ...]:
-    """``["clip-l,tiny"]`` or ``["clip-l", "tiny"]`` => names, each once."""
+    """`["clip-l,tiny"]` or `["clip-l", "tiny"]` => names, each once."""
     return tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
 
 
 def parse_resolution(text: str) -> int:
-    """``"256"`` => 256. Raises `UserError` for anything but a number, rectangles among them."""
+    """`"256"` => 256. Raises `UserError` for anything but a number, rectangles among them."""
     if not text.isdigit():
         shape = "crops are square, so it is one number" if "x" in text else "it must be a number of pixels"
         raise UserError(f"--resolution {text}: {shape}", remedy="Type --resolution 256 (or 64, 128, 512).")
@@ -34,7 +34,7 @@ def parse_resolution(text: str) -> int:
 class BuildRequest:
     """Everything that a build is asked for, parsed.
 
-    data: folder, archive, shards or embedded set. out: where the cache goes (None: ``./caches/<derived name>``); into:
+    data: folder, archive, shards or embedded set. out: where the cache goes (None: `./caches/<derived name>`); into:
     an existing cache to add features to. captions: a table of captions, None takes the source's own.
     """
 

@@ -1,4 +1,4 @@
-"""``featcache``: build, look at, check and share feature caches. Thin: parse, call, print; heavy imports are late."""
+"""`featcache`: build, look at, check and share feature caches. Thin: parse, call, print; heavy imports are late."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ commands.register(app)
 
 
 def main() -> None:
-    """Entry point of the ``featcache`` command."""
+    """Entry point of the `featcache` command."""
     sys.exit(run_app(app))

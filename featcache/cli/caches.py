@@ -37,7 +37,7 @@ Captions = Annotated[Path | None, typer.Option(help="Table of captions, to encod
 
 
 def _split(text: str | None) -> list[str] | None:
-    """``"vae/G3,dinov2-b@9,11"`` => names; a bare number is one more layer of the encoder before it."""
+    """`"vae/G3,dinov2-b@9,11"` => names; a bare number is one more layer of the encoder before it."""
     if text is None:
         return None
     names: list[str] = []

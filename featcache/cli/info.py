@@ -1,4 +1,4 @@
-"""What ``featcache info`` prints."""
+"""What `featcache info` prints."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class WeightsSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How encoders run: on which device, in which precision (a name of :data:`featcache.precision.PRECISIONS`), compiled or not.
+    """How encoders run: on which device, in which precision (a name of `featcache.precision.PRECISIONS`), compiled or not.
 
     fp32: no TF32 anywhere. tf32: matrix products and convolutions on tensor cores, 10 bits of mantissa. bf16: autocast,
     weights stay float32. Whatever the precision, pixels are prepared and features handed out in float32.
@@ -68,7 +68,7 @@ Batch = TypeVar("Batch", contravariant=True)
 
 
 class Network(Protocol[Batch]):
-    """One frozen network that yields one or more features per image, from ``Batch``.
+    """One frozen network that yields one or more features per image, from `Batch`.
 
     title: what a build's stages call it. shapes: feature name -> per-sample shape. provenance: feature name -> JSON-able
     record for the manifest.
@@ -106,7 +106,7 @@ def synchronise(device: str) -> None:
 
 
 def upload(tensor: Tensor, device: str) -> Tensor:
-    """A CPU tensor on ``device``; to a GPU through pinned memory, so that this thread does not wait for the copy."""
+    """A CPU tensor on `device`; to a GPU through pinned memory, so that this thread does not wait for the copy."""
     if not device.startswith("cuda"):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -120,7 +120,7 @@ def in_precision(encoder: N, precision: str) -> N:
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """Runs ``build()`` under its own random state, so that the same seed gives the same weights anywhere."""
+    """Runs `build()` under its own random state, so that the same seed gives the same weights anywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -137,7 +137,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def unavailable(name: str, hub_id: str | None, tried: str, page: str = "") -> WeightsUnavailable:
-    """The one offline error: names both ways out. ``page`` says where weights are that no hub has."""
+    """The one offline error: names both ways out. `page` says where weights are that no hub has."""
     if hub_id is None:
         what = f"weights of {name!r} are not on this machine, and no hub has them"
         bring = f"get {page}, name it {name}.pth"
@@ -152,7 +152,7 @@ def unavailable(name: str, hub_id: str | None, tried: str, page: str = "") -> We
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
-    """A state dict from ``.safetensors``, or from ``.pt``/``.pth``/``.bin`` without unpickling arbitrary objects.
+    """A state dict from `.safetensors`, or from `.pt`/`.pth`/`.bin` without unpickling arbitrary objects.
 
     Raises:
         UserError: the file is damaged or holds more than tensors.
@@ -175,7 +175,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
 
 
 def find_weights(directory: Path, stems: tuple[str, ...]) -> Path | None:
-    """First of ``DIR/<stem>.<suffix>`` or ``DIR/<stem>/<usual file>`` that exists."""
+    """First of `DIR/<stem>.<suffix>` or `DIR/<stem>/<usual file>` that exists."""
     suffixes = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
     usual = (
         "model.safetensors",

@@ -1,6 +1,6 @@
-"""Encoders that a user brings: ``--encoder path/to/file.py:name`` (see docs/adding-an-encoder.md).
+"""Encoders that a user brings: `--encoder path/to/file.py:name` (see docs/adding-an-encoder.md).
 
-``name`` is a function of the resolution (px) that returns a :class:`CustomEncoder`: a network and how to prepare its
+`name` is a function of the resolution (px) that returns a `CustomEncoder`: a network and how to prepare its
 input. The network maps float32 [B, 3, S, S] to tokens [B, T, D] of a square grid, or to several such tensors, which
 become layers 0, 1, ... of the feature.
 """
@@ -73,7 +73,7 @@ def load_custom(name: str, *, resolution: int) -> tuple[str, CustomEncoder]:
 class UserEncoder:
     """A user's network as an encoder; tokens are resampled to the cache's grid where theirs differs.
 
-    Features: ``<function>@<layer>``: [grid^2, D] float32; all outputs of the network, or the chosen layers.
+    Features: `<function>@<layer>`: [grid^2, D] float32; all outputs of the network, or the chosen layers.
     """
 
     def __init__(
@@ -127,6 +127,6 @@ class UserEncoder:
         return outputs
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => ``name@layer`` -> float32 [B, grid^2, D]."""
+        """uint8 [B, 3, R, R] => `name@layer` -> float32 [B, grid^2, D]."""
         outputs = self._outputs(self._run, pixels)
         return {f"{self.name}@{i}": outputs[i] for i in self.layers}

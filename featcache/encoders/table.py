@@ -1,7 +1,7 @@
 """Every vision encoder and VAE that can be named on the command line, with its facts (imports no torch).
 
 Preprocessing is that of REPA's code, and of iREPA's for encoders that REPA lacks; where we differ, the entry's note
-says so. Pixels come as uint8 crops of R px; all encoders see an input of ``patch * R / 16`` px, which makes R / 16
+says so. Pixels come as uint8 crops of R px; all encoders see an input of `patch * R / 16` px, which makes R / 16
 tokens a side whatever the patch size (R = 256: input 224 at patch 14, 256 at patch 16; R = 512: 448 and 512).
 """
 
@@ -25,7 +25,7 @@ class VisionEntry:
     then weights_page says where they are. native_px: side of the input it was trained with. mean, std: of RGB in
     [0, 1]. resize_first: resize before normalising (else after). resize_mode: 'bicubic' or 'bilinear', always without
     antialiasing. final_norm: whether the public code applies the encoder's last norm to the final block's output.
-    key_format: how the weights' file names its tensors (see :mod:`featcache.encoders.keys`). options: further arguments
+    key_format: how the weights' file names its tensors (see `featcache.encoders.keys`). options: further arguments
     of timm.
     """
 
@@ -57,7 +57,7 @@ class VisionEntry:
         return self.depth - 1
 
     def input_px(self, resolution: int) -> int:
-        """Side of the input for crops of ``resolution`` px, which gives resolution / 16 tokens a side."""
+        """Side of the input for crops of `resolution` px, which gives resolution / 16 tokens a side."""
         return self.patch * resolution // TOKEN_PX
 
 
@@ -234,7 +234,7 @@ def _kl(hub_id: str, licence: str, note: str, **changes: Any) -> VaeEntry:
 
 
 def _dc_ae(name: str, *, channels: int, scaling_factor: float, deep: int) -> VaeEntry:
-    """DC-AE trained on ImageNet; ``deep`` is the number of stages after the four of ResBlocks and 512 channels."""
+    """DC-AE trained on ImageNet; `deep` is the number of stages after the four of ResBlocks and 512 channels."""
     stages = 3 + deep
     widths = [128, 256, 512, 512, 1024, 1024, 2048][:stages]
     blocks = ["ResBlock"] * 3 + ["EfficientViTBlock"] * deep

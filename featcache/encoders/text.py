@@ -34,7 +34,7 @@ _BYTES = "bytes, without merges"
 
 
 def build_text(entry: TextEntry) -> nn.Module:
-    """The architecture of ``entry``, weights as transformers initialises them."""
+    """The architecture of `entry`, weights as transformers initialises them."""
     # Late here and below: transformers takes seconds to load.
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -74,7 +74,7 @@ def _byte_tokenizer(entry: TextEntry) -> PreTrainedTokenizerFast:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """CLIP's tokenizer from ``vocab.json`` and ``merges.txt`` in ``folder``."""
+    """CLIP's tokenizer from `vocab.json` and `merges.txt` in `folder`."""
     import transformers
 
     # Before version 5 the plain name was a tokenizer in Python.
@@ -94,7 +94,7 @@ def _folders(name: str, hub_id: str) -> tuple[str, ...]:
 
 
 def _brought(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str]) -> Path | None:
-    """The first of ``files`` in a folder of the encoder's inside ``--weights-dir``."""
+    """The first of `files` in a folder of the encoder's inside `--weights-dir`."""
     if weights.weights_dir is None:
         return None
     for folder in _folders(name, hub_id):
@@ -202,17 +202,17 @@ class Tokens:
 
 
 class TextEncoder:
-    """Hidden states and pooled vectors of up to ``captions`` captions an image.
+    """Hidden states and pooled vectors of up to `captions` captions an image.
 
     Args:
-        name: a key of :data:`featcache.encoders.table.TEXTS`.
+        name: a key of `featcache.encoders.table.TEXTS`.
         weights: where weights and vocabulary may come from.
         captions: how many captions an image may have; missing ones are zeros.
         compute: device, precision, compilation.
 
     Features:
-        ``text/<name>``: [captions, tokens, width] float32. ``text/<name>.pooled``: [captions, projected] float32.
-        ``text/<name>.length``: [captions] int32, tokens with both marks; 0 for captions that an image lacks.
+        `text/<name>`: [captions, tokens, width] float32. `text/<name>.pooled`: [captions, projected] float32.
+        `text/<name>.length`: [captions] int32, tokens with both marks; 0 for captions that an image lacks.
     """
 
     def __init__(
@@ -262,9 +262,9 @@ class TextEncoder:
         return made.last_hidden_state.float(), made.text_embeds.float()
 
     def __call__(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Captions of n images => ``text/<name>`` [n, C, T, width] and ``.pooled`` [n, C, projected], float32.
+        """Captions of n images => `text/<name>` [n, C, T, width] and `.pooled` [n, C, projected], float32.
 
-        They run in batches of ``batch_size``, filled up with empty ones where the network is compiled for that size.
+        They run in batches of `batch_size`, filled up with empty ones where the network is compiled for that size.
         """
         n, C = tokens.lengths.shape
         device = self.compute.device

@@ -52,8 +52,8 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
     """A frozen VAE of diffusers in eval mode, float32, and where its weights came from.
 
     Args:
-        name: a key of :data:`featcache.encoders.table.VAES`, or a folder as diffusers saves one (``config.json`` and
-            weights), also one inside ``--weights-dir``.
+        name: a key of `featcache.encoders.table.VAES`, or a folder as diffusers saves one (`config.json` and
+            weights), also one inside `--weights-dir`.
 
     Raises:
         UserError: unknown name, a folder with another class of model, or damaged weights.
@@ -77,7 +77,7 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
 
 
 def build_vae(model_class: str, config: Mapping[str, Any]) -> nn.Module:
-    """An untrained VAE of one of :data:`MODEL_CLASSES`."""
+    """An untrained VAE of one of `MODEL_CLASSES`."""
     import diffusers  # late: it takes seconds to load
 
     vae: nn.Module = getattr(diffusers, model_class).from_config(dict(config))
@@ -242,15 +242,15 @@ class VaeEncoder:
     """Posterior moments and, on request, the levels G1..G4 of one VAE.
 
     Args:
-        name: a key of :data:`featcache.encoders.table.VAES`, or a folder (see :func:`load_vae`).
+        name: a key of `featcache.encoders.table.VAES`, or a folder (see `load_vae`).
         weights: where weights may come from.
         resolution: side of the pixels, a multiple of the VAE's downsampling.
-        levels: groups to keep, e.g. ``("G3", "G4")``.
-        compute: device, precision, compilation. ``device`` alone is short for ``Compute(device=device)``.
+        levels: groups to keep, e.g. `("G3", "G4")`.
+        compute: device, precision, compilation. `device` alone is short for `Compute(device=device)`.
 
     Features:
-        ``vae/moments``: [2C, h, w] float32.
-        ``vae/Gk``: [L, T, channels] float32, T = grid^2 tokens row-major, one entry a layer in order.
+        `vae/moments`: [2C, h, w] float32.
+        `vae/Gk`: [L, T, channels] float32, T = grid^2 tokens row-major, one entry a layer in order.
     """
 
     def __init__(
@@ -350,7 +350,7 @@ class VaeEncoder:
         return {"vae/moments": hidden, **levels}
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => ``vae/moments`` [B, 2C, h, w] and the levels [B, L, T, channels], float32."""
+        """uint8 [B, 3, R, R] => `vae/moments` [B, 2C, h, w] and the levels [B, L, T, channels], float32."""
         with self.compute.scope():
             features = self._run(pixels)
         for kept in self._kept.values():

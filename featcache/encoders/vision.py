@@ -1,4 +1,4 @@
-"""Vision encoders: raw pixels => patch tokens of chosen layers (the table of them is :mod:`featcache.encoders.table`).
+"""Vision encoders: raw pixels => patch tokens of chosen layers (the table of them is `featcache.encoders.table`).
 
 A crop scaled to [0, 1] is normalised and resized to the encoder's input, in the order that the public code uses for
 each encoder. Patch tokens leave row-major, without class or register tokens.
@@ -34,7 +34,7 @@ FINAL_NORMS = ("auto", "all", "last", "none")
 
 
 def build_vision(entry: VisionEntry, *, input_px: int) -> nn.Module:
-    """The architecture of ``entry`` for square inputs of ``input_px``, weights as timm initialises them."""
+    """The architecture of `entry` for square inputs of `input_px`, weights as timm initialises them."""
     import timm  # late: it takes seconds to load
 
     return timm.create_model(
@@ -43,7 +43,7 @@ def build_vision(entry: VisionEntry, *, input_px: int) -> nn.Module:
 
 
 def load_vision(name: str, weights: WeightsSource, *, input_px: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A frozen timm vision transformer for square inputs of ``input_px``, and where its weights came from.
+    """A frozen timm vision transformer for square inputs of `input_px`, and where its weights came from.
 
     Position tables are resampled to the input's grid by timm (bicubic, antialiased), as REPA does.
 
@@ -146,18 +146,18 @@ class VisionEncoder:
     """Patch tokens of one vision transformer at one or more layers.
 
     Args:
-        name: a key of :data:`featcache.encoders.table.ENCODERS`, or ``tiny``.
+        name: a key of `featcache.encoders.table.ENCODERS`, or `tiny`.
         layers: block indices counted from 0; empty means the entry's default (the final block).
         weights: where weights may come from.
         resolution: side of the pixels.
         grid: side of the cached token grid; None means resolution / 16, the encoder's own.
-        final_norm: which cached layers go through the encoder's final norm: ``all``, ``last`` (only the final block's),
-            ``none``, or ``auto``: none where the public code applies none, else all (DyA does not say what becomes of
+        final_norm: which cached layers go through the encoder's final norm: `all`, `last` (only the final block's),
+            `none`, or `auto`: none where the public code applies none, else all (DyA does not say what becomes of
             an inner layer; the default is ours).
-        compute: device, precision, compilation. ``device`` alone is short for ``Compute(device=device)``.
+        compute: device, precision, compilation. `device` alone is short for `Compute(device=device)`.
 
     Features:
-        ``<name>@<layer>``: [grid^2, width] float32.
+        `<name>@<layer>`: [grid^2, width] float32.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class VisionEncoder:
         return [self.module.norm(t) if i in self._normed else t for i, t in zip(self.layers, taken)]
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => ``name@layer`` -> float32 [B, grid^2, width]."""
+        """uint8 [B, 3, R, R] => `name@layer` -> float32 [B, grid^2, width]."""
         with self.compute.scope():
             tokens = self._run(self.prepare(pixels))
         return {f"{self.name}@{i}": on_grid(t.float(), self.grid) for i, t in zip(self.layers, tokens)}

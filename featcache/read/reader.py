@@ -142,7 +142,7 @@ class Cache:
         return whole
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Keys (source paths) of the samples `start` to `stop`, as :mod:`featcache.keys` describes them."""
+        """Keys (source paths) of the samples `start` to `stop`, as `featcache.keys` describes them."""
         stop = len(self) if stop is None else min(stop, len(self))
         with self.reader([_KEY]) as reader:
             out = reader.allocate(max(0, stop - start))

@@ -1,7 +1,7 @@
 """Images inside tars and zips, read by offset: ImageNet's tars as downloaded, zips, webdataset shards, also remote.
 
 An index of all members (key, label, place) is made by one pass over the headers and kept in the user's cache folder
-(``$FEATCACHE_INDEX``, else ``$XDG_CACHE_HOME/featcache``), since a pass over a large archive on a spinning disk or a
+(`$FEATCACHE_INDEX`, else `$XDG_CACHE_HOME/featcache`), since a pass over a large archive on a spinning disk or a
 remote store takes long. After that any image is one read, from any thread.
 
 Samples are sorted by key, and keys are those that a folder of the unpacked files would give: a cache built from the
@@ -95,10 +95,10 @@ class Member:
 class ArchiveSource(EncodedSource):
     """Images of one or more archives. Arrays have one entry an image, in order of keys.
 
-    keys: bytes, UTF-8. labels: int32. archives: int32, an index into ``places``. offsets, sizes: int64 bytes.
+    keys: bytes, UTF-8. labels: int32. archives: int32, an index into `places`. offsets, sizes: int64 bytes.
     methods: uint8, how the bytes are packed (0 stored, 8 deflated, as in zips). unpacked: int64 bytes, and checksums:
     uint32 (CRC-32), of a zip's members. text_offsets, text_sizes, json_offsets, json_sizes: int64 bytes, of the sample's
-    ``.txt`` and ``.json`` members; size 0 where there is none.
+    `.txt` and `.json` members; size 0 where there is none.
     """
 
     name: str
@@ -160,9 +160,9 @@ class ArchiveSource(EncodedSource):
             raise
 
     def captions(self, index: int, key: str | None, usual: Sequence[str]) -> tuple[str, ...]:
-        """Captions beside an image: the lines of its ``.txt``, or what its ``.json`` holds under ``key``.
+        """Captions beside an image: the lines of its `.txt`, or what its `.json` holds under `key`.
 
-        Without a key ``.txt`` comes first, then the first of the keys ``usual`` that the ``.json`` has.
+        Without a key `.txt` comes first, then the first of the keys `usual` that the `.json` has.
 
         Raises:
             UserError: a member that cannot be read, or JSON with something else than text under that key.
@@ -224,7 +224,7 @@ def is_unicode(text: str) -> bool:
 
 
 class _Window(io.RawIOBase):
-    """Bytes ``start`` to ``stop`` of a file at a location as a seekable file."""
+    """Bytes `start` to `stop` of a file at a location as a seekable file."""
 
     def __init__(self, place: Place, start: int, stop: int) -> None:
         self._place, self._start, self._stop, self._at = place, start, stop, 0
@@ -273,7 +273,7 @@ class _Bounded(io.BufferedReader):
 def opened(
     place: Place, start: int = 0, stop: int | None = None, *, limit_bytes: int | None = None
 ) -> io.BufferedReader:
-    """Bytes ``start`` to ``stop`` of a file, wherever it lies, as a file to read and to seek in.
+    """Bytes `start` to `stop` of a file, wherever it lies, as a file to read and to seek in.
 
     limit_bytes: at most so many in one read, or it raises `ValueError`.
     """
@@ -344,7 +344,7 @@ def _check_tar_end(place: Place, file: io.BufferedReader, at: int) -> None:
 
 
 def _image_name(place: Place, name: str) -> str:
-    """A member's name as a key: relative, without ``.`` and empty parts. Raises `UserError` for names that lead out."""
+    """A member's name as a key: relative, without `.` and empty parts. Raises `UserError` for names that lead out."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise UserError(
@@ -359,7 +359,7 @@ def _is_image(name: str) -> bool:
 
 
 def class_tars(places: Sequence[Place]) -> Iterator[Member]:
-    """ImageNet's layout: tars of one class each (``n01440764.tar``), or a tar of such tars."""
+    """ImageNet's layout: tars of one class each (`n01440764.tar`), or a tar of such tars."""
     for a, place in enumerate(places):
         stem = place.name.removesuffix(".tar")
         for member, _ in _tar_members(place):
@@ -445,7 +445,7 @@ def _check_zip_member(place: Place, member: zipfile.ZipInfo) -> None:
 
 
 def webdataset(places: Sequence[Place]) -> Iterator[Member]:
-    """Shards of samples: files of one stem belong together; an image, and its class in ``.cls`` or ``.json``."""
+    """Shards of samples: files of one stem belong together; an image, and its class in `.cls` or `.json`."""
     for a, place in enumerate(places):
         stem = ""
         labels: dict[str, str | None] = {}
@@ -479,7 +479,7 @@ def webdataset(places: Sequence[Place]) -> Iterator[Member]:
 
 
 def _json_label(data: bytes) -> str | None:
-    """The class in a ``.json`` member: "" where it has none, None where it is damaged or the class is no class."""
+    """The class in a `.json` member: "" where it has none, None where it is damaged or the class is no class."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -523,7 +523,7 @@ LISTERS: dict[str, Lister] = {"class tars": class_tars, "tar": plain_tars, "zip"
 
 
 def find_places(data: str) -> list[Place]:
-    """Archives named by a path or URL with ``{000..146}`` ranges, ``{a,b}`` choices or (local) ``*``, sorted.
+    """Archives named by a path or URL with `{000..146}` ranges, `{a,b}` choices or (local) `*`, sorted.
 
     Raises:
         UserError: nothing is there.
@@ -568,9 +568,9 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def kind_of(places: Sequence[Place], *, folder: bool) -> str:
-    """Which layout the archives have: a key of :data:`LISTERS`. Looks at the first few members.
+    """Which layout the archives have: a key of `LISTERS`. Looks at the first few members.
 
-    Tars of images without folders or labels are classes only where they are all tars of a local ``folder``.
+    Tars of images without folders or labels are classes only where they are all tars of a local `folder`.
     """
     if all(place.name.lower().endswith(".zip") for place in places):
         return "zip"
@@ -715,7 +715,7 @@ def _is_name(label: str) -> bool:
 
 
 def _without_common_folders(keys: Sequence[str]) -> list[str]:
-    """Leading folders that all keys share are dropped as long as each keeps a folder: ``train/n01/a`` => ``n01/a``."""
+    """Leading folders that all keys share are dropped as long as each keeps a folder: `train/n01/a` => `n01/a`."""
     split = [key.split("/") for key in keys]
     drop = 0
     while all(len(parts) > drop + 2 for parts in split) and len({parts[drop] for parts in split}) == 1:

@@ -1,8 +1,8 @@
 """Captions of images: from a table, from the members beside webdataset's images, or of the embedded set.
 
-Captions belong to a source: ``of(i)`` gives those of its sample ``i``. What a cache's manifest records of them is
-``description`` (where they are from, no paths) and ``identity`` (a digest by which other captions are noticed);
-``remark`` is for the user alone.
+Captions belong to a source: `of(i)` gives those of its sample `i`. What a cache's manifest records of them is
+`description` (where they are from, no paths) and `identity` (a digest by which other captions are noticed);
+`remark` is for the user alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Captions(Protocol):
     def remark(self) -> str | None: ...
 
     def of(self, index: int) -> tuple[str, ...]:
-        """Captions of sample ``index``, in order; none is possible. Raises `UserError` if they cannot be read."""
+        """Captions of sample `index`, in order; none is possible. Raises `UserError` if they cannot be read."""
         ...
 
     def most(self, indices: Sequence[int] | np.ndarray) -> int:
@@ -74,7 +74,7 @@ class ShapesCaptions:
 class TableCaptions:
     """Captions of a table as one run of bytes, so that millions of them cost little more than their letters.
 
-    text: uint8, UTF-8. starts: int64 [captions + 1] into ``text``. firsts: int64 [samples + 1] into ``starts``.
+    text: uint8, UTF-8. starts: int64 [captions + 1] into `text`. firsts: int64 [samples + 1] into `starts`.
     remark: what to tell the user of rows that name no image of the source; None where all do.
     """
 
@@ -96,7 +96,7 @@ class TableCaptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MemberCaptions:
-    """Captions in webdataset's shards: the lines of ``.txt``, or a string or list of strings in ``.json``."""
+    """Captions in webdataset's shards: the lines of `.txt`, or a string or list of strings in `.json`."""
 
     source: ArchiveSource
     key: str | None
@@ -108,7 +108,7 @@ class MemberCaptions:
 
     @property
     def identity(self) -> str:
-        """Over the samples' keys, their members' sizes and the key in ``.json``: reading them all would cost a pass."""
+        """Over the samples' keys, their members' sizes and the key in `.json`: reading them all would cost a pass."""
         source = self.source
         digest = hashlib.sha256(b"\n".join(source.keys.tolist()))
         for column in (source.text_sizes, source.json_sizes):
@@ -132,11 +132,11 @@ class MemberCaptions:
 
 
 def open_captions(source: Source, *, table: Path | None, key: str | None) -> Captions:
-    """The captions of ``source``: from ``table`` where one is given, else its own.
+    """The captions of `source`: from `table` where one is given, else its own.
 
     Args:
-        table: a CSV file with a header (see :func:`read_table`).
-        key: of webdataset's ``.json`` members; None takes ``.txt``, else the first of :data:`JSON_KEYS` there is.
+        table: a CSV file with a header (see `read_table`).
+        key: of webdataset's `.json` members; None takes `.txt`, else the first of `JSON_KEYS` there is.
 
     Raises:
         UserError: the source has no captions of its own, or the table cannot be used.
@@ -159,9 +159,9 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
 
 
 def read_table(path: Path, source: Source) -> TableCaptions:
-    """A CSV file: one column that names the image (one of :data:`KEY_COLUMNS`), every other one holds captions.
+    """A CSV file: one column that names the image (one of `KEY_COLUMNS`), every other one holds captions.
 
-    Images are named by key (as :func:`featcache.keys.printable` writes it), with or without its extension. Several captions of an image are several columns, several
+    Images are named by key (as `featcache.keys.printable` writes it), with or without its extension. Several captions of an image are several columns, several
     rows, or both; empty cells are none. Rows of images that the source lacks are passed over and counted in the remark.
 
     Raises:

@@ -1,6 +1,6 @@
 """Encoded image => cropped pixels: the exact way and faster ones.
 
-``pil`` is the reference, byte for byte what the public preprocessing gives. ``turbo`` lets libjpeg-turbo halve a large
+`pil` is the reference, byte for byte what the public preprocessing gives. `turbo` lets libjpeg-turbo halve a large
 JPEG while it decodes (scaled inverse DCT), where the exact crop decodes it whole and halves it with a box filter; the
 last resize is the same bicubic. Files that are no RGB JPEG go the exact way.
 """

@@ -1,4 +1,4 @@
-"""What ``--data`` names: the embedded set, a folder, archives."""
+"""What `--data` names: the embedded set, a folder, archives."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from featcache.store.remote import is_remote
 
 
 def open_source(data: str, *, resolution: int, limit: int | None = None) -> Source:
-    """The source that ``--data`` names: ``shapes``, ``shapes:SEED``, a folder with one folder per class, or archives.
+    """The source that `--data` names: `shapes`, `shapes:SEED`, a folder with one folder per class, or archives.
 
-    Archives are ``.tar``, ``.zip`` and ``.parquet`` files, folders of them, and patterns of webdataset shards
-    (``data/train-{0000..0146}.tar``, also behind ``s3://`` and ``hf://``): see docs/sources.md.
+    Archives are `.tar`, `.zip` and `.parquet` files, folders of them, and patterns of webdataset shards
+    (`data/train-{0000..0146}.tar`, also behind `s3://` and `hf://`): see docs/sources.md.
 
     Args:
         data: what the user typed.
@@ -62,7 +62,7 @@ def _open_files(data: str) -> Source:
 
 
 def find_data(data: str | None, *, into: Path | None = None) -> str:
-    """``--data``, else ``$FEATCACHE_DATA``, else ``./data/imagenet``.
+    """`--data`, else `$FEATCACHE_DATA`, else `./data/imagenet`.
 
     into: cache to add to; one of the embedded set says itself which images it holds.
 

@@ -2,7 +2,7 @@
 
 Parquet has no access to single rows: a row group is decoded whole. Shuffled access would decode each of them once an
 image, so the images of a row group are unpacked to a temporary file when the first of them is asked for, and read from
-there. It needs as much disk as the images that are used (``$TMPDIR``), and little memory: a row group is read page by
+there. It needs as much disk as the images that are used (`$TMPDIR`), and little memory: a row group is read page by
 page and a few rows at a time. Files may be remote: their footers, labels and then whole row groups are read by range, each
 once.
 """
@@ -168,7 +168,7 @@ def _opened_parquet(place: Place) -> Iterator[pq.ParquetFile]:
 
 
 def open_parquet(pattern: str, *, name: str) -> ParquetSource:
-    """The rows of the parquet files that a path or URL with ``*`` (local only) or ``{000..009}`` names.
+    """The rows of the parquet files that a path or URL with `*` (local only) or `{000..009}` names.
 
     Raises:
         UserError: pyarrow is missing, no such files, or no columns of images and labels.

@@ -337,7 +337,7 @@ MAX_RECORDED_SHAPES = 10_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesSource:
-    """The embedded procedural data set (:mod:`featcache.sources.shapes`); every image is drawn on demand."""
+    """The embedded procedural data set (`featcache.sources.shapes`); every image is drawn on demand."""
 
     count: int
     resolution: int
@@ -370,7 +370,7 @@ class ShapesSource:
 
 
 def recorded_shapes(description: str) -> tuple[str, int] | None:
-    """``--data`` and number of images of the embedded set that a manifest's source describes, None for other sources."""
+    """`--data` and number of images of the embedded set that a manifest's source describes, None for other sources."""
     seed, count = (re.search(rf" {word}=(\d{{1,18}})(?: |$)", description) for word in ("seed", "count"))
     if not description.startswith("shapes ") or seed is None or count is None or int(count[1]) > MAX_RECORDED_SHAPES:
         return None

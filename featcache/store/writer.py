@@ -139,7 +139,7 @@ def journal_name(shard: int) -> str:
 
 
 class CacheWriter:
-    """Writes features into one cache: `begin`, `write_shard`..., `finish`. :mod:`featcache.store.writers` opens it.
+    """Writes features into one cache: `begin`, `write_shard`..., `finish`. `featcache.store.writers` opens it.
 
     One writer belongs to one thread. Several writers, in any processes, may work on different features of
     one cache. It is a context manager that lets go of its features on exit; `finish` does that as well.
