@@ -28,8 +28,7 @@ MAX_CHANNELS = 1 << 14
 def source_of(cache: Cache, data: str | None) -> Source | None:
     """The images a cache was made from: regenerated for the embedded set, from `data` for a folder; None if unknown.
 
-    Raises:
-        UserError: `data` holds other images than the cache.
+    Raises `UserError` if `data` holds other images than the cache.
     """
     dataset = cache.manifest.dataset
     resolution = dataset.resolution
@@ -61,8 +60,7 @@ def images_at_hand(cache: Cache) -> str | None:
 def images_of(cache: Cache, data: str | None, indices: Sequence[int]) -> np.ndarray:
     """Pixels uint8 [n, R, R, 3] of some samples: the originals where they are to be had, else decoded latents.
 
-    Raises:
-        UserError: neither the images nor the VAE's weights are here.
+    Raises `UserError` if neither the images nor the VAE's weights are here.
     """
     dataset = cache.manifest.dataset
     source = source_of(cache, data)

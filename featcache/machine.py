@@ -52,8 +52,7 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 def pick_device(device: str) -> str:
     """`auto` => `cuda` where there is one, else `cpu`.
 
-    Raises:
-        UserError: the device does not exist here.
+    Raises `UserError` if the device does not exist here.
     """
     import torch
 

@@ -129,8 +129,7 @@ def _settings(cls: type[T], *, where: str) -> type[T]:
 def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "") -> T:
     """An instance of a class of settings from plain values; `where` goes before the fields' names in errors.
 
-    Raises:
-        UserError: an unknown key (with the nearest valid one), or a value that does not fit.
+    Raises `UserError` for an unknown key (with the nearest valid one), or a value that does not fit.
     """
     # Also for classes that are known by a protocol alone, which does not say that they are dataclasses.
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -152,8 +151,7 @@ def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "")
 def from_typed(cls: type[S], given: Given, **others: object) -> S:
     """Settings from what was typed (and `others`, which were not); errors name the options.
 
-    Raises:
-        UserError: a value that does not fit.
+    Raises `UserError` for a value that does not fit.
     """
     try:
         return cls(**given, **others)

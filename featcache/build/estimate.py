@@ -68,8 +68,7 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
 
     Without `measure` the encoders run with random weights where real ones are not to be had: sizes and speed are the same.
 
-    Raises:
-        UserError: bad input of any kind, as for a build.
+    Raises `UserError` for bad input of any kind, as a build does.
     """
     check_request(request)
     seed = request.random_weights

@@ -17,8 +17,7 @@ def fidelity(codec: str, x: Tensor) -> dict[str, float]:
     A token is one vector over the last axis. Cosine is the mean and the worst over tokens that are not zero; relative
     error is the root of the summed squared error over the summed squares.
 
-    Raises:
-        UserError: the codec cannot hold features of this shape.
+    Raises `UserError` if the codec cannot hold features of this shape.
     """
     shape = tuple(x.shape[1:])
     stored = stored_arrays(codec, shape)

@@ -141,9 +141,7 @@ def run_shards(
         advance: called with the number of images whenever a batch is encoded.
         warn: called with a line of text for every image left out.
 
-    Raises:
-        UserError: an image that cannot be decoded, unless bad ones are left out; features that are not finite.
-        CacheError: an image whose bytes are not those an existing cache was built from; a disk that refuses.
+    Raises `UserError` for an image that cannot be decoded (unless bad ones are left out) and for features that are not finite; `CacheError` for an image whose bytes are not those an existing cache was built from, and where the disk refuses.
     """
     done: list[int] = []
     with ThreadPoolExecutor(work.threads) as pool, ThreadPoolExecutor(1) as disk:

@@ -57,8 +57,7 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     Args:
         again: complete features of the cache `request.into` to make once more, as they are recorded (for repairs).
 
-    Raises:
-        UserError: bad input of any kind.
+    Raises `UserError` for bad input of any kind.
     """
     existing = featcache.open(request.into) if request.into is not None else None
     resolution = _resolution(request, existing)

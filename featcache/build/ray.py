@@ -69,8 +69,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
     One actor a GPU of the cluster (`ray_workers` of them; by default as many as it has now, or one a core without
     GPUs). A call whose actor dies is tried again on a new one; a cluster may grow meanwhile.
 
-    Raises:
-        UserError: Ray is missing, bad input of any kind, or a call that keeps killing its actors.
+    Raises `UserError` if Ray is missing, for bad input of any kind, and for a call that keeps killing its actors.
     """
     try:
         import ray  # late here and below: an extra

@@ -39,8 +39,7 @@ def repair_shards(
         data: the images, as `--data`; not needed for the embedded set.
         captions: the table of captions, where text features were made from one.
 
-    Raises:
-        UserError: the images or weights are not here, or not the ones the cache was made with.
+    Raises `UserError` if the images or weights are not here, or not the ones the cache was made with.
     """
     manifest = featcache.open(path).manifest
     source = _data_of(manifest.dataset.source, data)

@@ -24,8 +24,7 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
     Under torchrun every rank calls it; the ranks divide the shards, and rank 0 finishes the cache. `meter` is told how
     fast this process's stages are while it goes on.
 
-    Raises:
-        UserError: bad input of any kind; whatever shards were written stay, and the same call continues.
+    Raises `UserError` for bad input of any kind; whatever shards were written stay, and the same call continues.
     """
     check_request(request)
     if request.engine == "ray":

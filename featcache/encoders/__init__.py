@@ -24,8 +24,7 @@ class EncoderChoice:
 def parse_encoders(texts: Sequence[str]) -> tuple[EncoderChoice, ...]:
     """`["dinov2-b@9,11", "tiny"]` or `["dinov2-b@9,11,tiny"]` => choices, names unchecked.
 
-    Raises:
-        UserError: a layer that is not a number, or an encoder given twice.
+    Raises `UserError` for a layer that is not a number, or an encoder given twice.
     """
     choices: list[EncoderChoice] = []
     for part in ",".join(texts).split(",") if texts else []:

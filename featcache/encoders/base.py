@@ -154,8 +154,7 @@ def unavailable(name: str, hub_id: str | None, tried: str, page: str = "") -> We
 def load_file(path: Path) -> dict[str, Tensor]:
     """A state dict from `.safetensors`, or from `.pt`/`.pth`/`.bin` without unpickling arbitrary objects.
 
-    Raises:
-        UserError: the file is damaged or holds more than tensors.
+    Raises `UserError` if the file is damaged or holds more than tensors.
     """
     try:
         if path.suffix == ".safetensors":

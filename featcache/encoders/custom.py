@@ -47,8 +47,7 @@ def is_custom(name: str) -> bool:
 def load_custom(name: str, *, resolution: int) -> tuple[str, CustomEncoder]:
     """Runs the user's file and its function. Returns the function's name, which names the features, and the encoder.
 
-    Raises:
-        UserError: no such file or function, or it returns something else.
+    Raises `UserError` if there is no such file or function, or it returns something else.
     """
     path_text, _, function = name.rpartition(":")
     path = Path(path_text)

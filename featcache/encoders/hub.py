@@ -38,8 +38,7 @@ def _hub_problem() -> str | None:
 def hub_file(repo: str, names: tuple[str, ...]) -> Path:
     """Local path of the first of `names` that the hub repository `repo` holds.
 
-    Raises:
-        HubUnreachable: none is cached and the hub does not answer, refuses access, or has none of them.
+    Raises `HubUnreachable` if none is cached and the hub does not answer, refuses access, or has none of them.
     """
     for name in names:
         cached = try_to_load_from_cache(repo, name)

@@ -114,7 +114,7 @@ class Cache:
         return indices + np.searchsorted(self._before, indices, side="right")
 
     def require(self, names: Sequence[str]) -> None:
-        """Raise `CacheError` naming those of `names` that the cache lacks."""
+        """Raises `CacheError` naming those of `names` that the cache lacks."""
         missing = [name for name in names if name not in self.manifest.features]
         if missing:
             have = ", ".join(sorted(self.manifest.features)) or "nothing"

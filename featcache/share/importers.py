@@ -80,8 +80,7 @@ def moments_from_std(values: np.ndarray) -> np.ndarray:
 def parse_npy(data: bytes, where: str) -> np.ndarray:
     """The array of a `.npy` file in memory, which must hold as many bytes as its header claims; never an object.
 
-    Raises:
-        UserError: it is something else.
+    Raises `UserError` if it is something else.
     """
     file = io.BytesIO(data)
     with explained(where, "Make the file again.", wrong="is not a .npy file"):

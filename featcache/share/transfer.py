@@ -266,13 +266,13 @@ class _Pull:
 
 
 def refuse_links(target: Path, part: Manifest) -> None:
-    """Raise `CacheError` where writing the cache would lead out of its directory."""
+    """Raises `CacheError` where writing the cache would lead out of its directory."""
     for name in (STATE, SIGNATURE, *ROOT_NAMES.values(), *(part.arrays if part.format == "zarr" else ())):
         files.inside(target, name)
 
 
 def _refuse_other_bytes(existing: Manifest, ours: Manifest, where: str) -> None:
-    """Raise `CacheError` if a feature is there already, with other bytes than ours."""
+    """Raises `CacheError` if a feature is there already, with other bytes than ours."""
     for name in sorted(set(existing.features) & set(ours.features)):
         if any(existing.checksums[array] != ours.checksums[array] for array in ours.features[name].arrays):
             raise CacheError(

@@ -164,8 +164,7 @@ class ArchiveSource(EncodedSource):
 
         Without a key `.txt` comes first, then the first of the keys `usual` that the `.json` has.
 
-        Raises:
-            UserError: a member that cannot be read, or JSON with something else than text under that key.
+        Raises `UserError` for a member that cannot be read, and for JSON with something else than text under that key.
         """
         where = f"{self.places[self.archives[index]].name}: {self.key(index)}"
         if key is None and self.text_sizes[index]:
@@ -288,8 +287,7 @@ def _tar_members(
 ) -> Iterator[tuple[tarfile.TarInfo, io.BufferedReader]]:
     """Plain files of a tar in order, and the tar as a file, without keeping them (tarfile collects members otherwise).
 
-    Raises:
-        UserError: it is no whole tar, or one of its images or samples is a link or something else than a file.
+    Raises `UserError` if it is no whole tar, or one of its images or samples is a link or something else than a file.
     """
     stop = place.size_bytes if stop is None else stop
     length = stop - start
@@ -525,8 +523,7 @@ LISTERS: dict[str, Lister] = {"class tars": class_tars, "tar": plain_tars, "zip"
 def find_places(data: str) -> list[Place]:
     """Archives named by a path or URL with `{000..146}` ranges, `{a,b}` choices or (local) `*`, sorted.
 
-    Raises:
-        UserError: nothing is there.
+    Raises `UserError` if nothing is there.
     """
     places = []
     for text in _expanded(data):
@@ -611,8 +608,7 @@ def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -
 
     folder: they are all archives of one local folder.
 
-    Raises:
-        UserError: no images, an archive that is cut off, samples without labels, or two images of one key.
+    Raises `UserError` if there are no images, an archive is cut off, samples lack labels, or two images have one key.
     """
     kind = kind_of(places, folder=folder)
     lines = [f"version 3, {kind}"] + [f"{p.location.url}/{p.name}\t{p.size_bytes}\t{_modified(p)}" for p in places]

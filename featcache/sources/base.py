@@ -47,8 +47,7 @@ class Source(Protocol):
         Args:
             decoder: a key of `featcache.sources.decoders.DECODERS`.
 
-        Raises:
-            BadImage: the file cannot be decoded.
+        Raises `BadImage` if the file cannot be decoded.
         """
         ...
 
@@ -66,9 +65,7 @@ class EncodedSource:
     def read(self, index: int) -> bytes:
         """The sample's file as stored.
 
-        Raises:
-            BadImage: it cannot be read, for a reason that lies in the file.
-            UserError: nor can others: the archive, the disk or the network fails.
+        Raises `BadImage` if it cannot be read for a reason that lies in the file; `UserError` if others cannot either: the archive, the disk or the network fails.
         """
         raise AssertionError("a source defines its reading")
 

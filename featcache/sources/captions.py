@@ -138,8 +138,7 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
         table: a CSV file with a header (see `read_table`).
         key: of webdataset's `.json` members; None takes `.txt`, else the first of `JSON_KEYS` there is.
 
-    Raises:
-        UserError: the source has no captions of its own, or the table cannot be used.
+    Raises `UserError` if the source has no captions of its own, or the table cannot be used.
     """
     if table is not None:
         return read_table(table, source)
@@ -164,9 +163,7 @@ def read_table(path: Path, source: Source) -> TableCaptions:
     Images are named by key (as `featcache.keys.printable` writes it), with or without its extension. Several captions of an image are several columns, several
     rows, or both; empty cells are none. Rows of images that the source lacks are passed over and counted in the remark.
 
-    Raises:
-        UserError: no such file or no such columns; a line that is not CSV in UTF-8, holds NUL, or has more cells than the
-            header; no row names an image of the source, or a name without extension is that of several images.
+    Raises `UserError` if there is no such file or column; for a line that is not CSV in UTF-8, holds NUL or has more cells than the header; if no row names an image of the source, or a name without extension is that of several images.
     """
     numbers = {printable(source.key(i)): i for i in range(len(source))}
     stems: dict[str, list[int]] = {}

@@ -28,8 +28,7 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
         resolution: side in pixels after the crop.
         limit: for the procedural set, how many images exist (default 2,000).
 
-    Raises:
-        UserError: the folder is missing, is not a folder, or holds no images.
+    Raises `UserError` if the folder is missing, is not a folder, or holds no images.
     """
     if data == "shapes" or data.startswith("shapes:"):
         seed = data.partition(":")[2] or "0"
@@ -66,8 +65,7 @@ def find_data(data: str | None, *, into: Path | None = None) -> str:
 
     into: cache to add to; one of the embedded set says itself which images it holds.
 
-    Raises:
-        UserError: none of the three exists.
+    Raises `UserError` if none of the three exists.
     """
     if data is None and into is not None:
         shapes = recorded_shapes(featcache.open(into).manifest.dataset.source)

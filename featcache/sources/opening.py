@@ -64,9 +64,7 @@ def raise_unreadable(what: str, error: OSError) -> NoReturn:
 def file_size(path: Path | str) -> int:
     """Bytes of a regular file, links followed.
 
-    Raises:
-        Unreadable: it is missing, or no regular file.
-        UserError: the disk or the network fails.
+    Raises `Unreadable` if it is missing or no regular file; `UserError` if the disk or the network fails.
     """
     try:
         return _regular(os.stat(path)).st_size  # noqa: PTH116 (once an image: a Path costs more than the call)
@@ -77,9 +75,7 @@ def file_size(path: Path | str) -> int:
 def read_file(path: Path | str, limit_bytes: int) -> bytes:
     """The bytes of a regular file, links followed; a FIFO or a device is refused without waiting for it.
 
-    Raises:
-        Unreadable: it is missing, no regular file, or larger than `limit_bytes`.
-        UserError: the disk or the network fails.
+    Raises `Unreadable` if it is missing, no regular file, or larger than `limit_bytes`; `UserError` if the disk or the network fails.
     """
     try:
         _regular(os.stat(path))  # noqa: PTH116 (before opening, which some devices take for an order)

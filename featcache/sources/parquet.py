@@ -170,8 +170,7 @@ def _opened_parquet(place: Place) -> Iterator[pq.ParquetFile]:
 def open_parquet(pattern: str, *, name: str) -> ParquetSource:
     """The rows of the parquet files that a path or URL with `*` (local only) or `{000..009}` names.
 
-    Raises:
-        UserError: pyarrow is missing, no such files, or no columns of images and labels.
+    Raises `UserError` if pyarrow is missing, or there are no such files, or no columns of images and labels.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError("parquet files need pyarrow, which is not installed", remedy="pip install pyarrow")

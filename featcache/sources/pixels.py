@@ -103,8 +103,7 @@ def room_for(size: tuple[int, int], key: str, *, resolution: int | None, bytes_p
         resolution: side of the crop to be made of it; None for none.
         bytes_per_pixel: that decoding takes.
 
-    Raises:
-        BadImage: too many pixels, as it is or brought to the crop's size.
+    Raises `BadImage` for too many pixels, as it is or brought to the crop's size.
     """
     width, height = size
     if width * height > MAX_PIXELS:
@@ -124,8 +123,7 @@ def decoded(data: bytes, key: str, *, resolution: int | None = None) -> Iterator
     Args:
         resolution: side of the crop that will be made of it inside; None for none.
 
-    Raises:
-        BadImage: truncated or unknown data, or an image too large to be safe to decode.
+    Raises `BadImage` for truncated or unknown data, and for an image too large to be safe to decode.
     """
     with _bad_image(key):
         image = _opened(data, key)

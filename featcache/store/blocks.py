@@ -145,7 +145,7 @@ def parse_blocks(data: bytes, manifest: Manifest, array: str, where: str) -> lis
 
 
 def check_block(shard: ShardBlocks, index: int, data: bytes | bytearray | memoryview, where: str) -> None:
-    """Raise `CacheError` unless `data` is the shard's whole block `index` (the last one may be shorter)."""
+    """Raises `CacheError` unless `data` is the shard's whole block `index` (the last one may be shorter)."""
     recorded = shard.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
     length = min(BLOCK_BYTES, shard.n_bytes - index * BLOCK_BYTES)
     if not index >= 0 or not recorded or len(data) != length or blake3(data).digest() != recorded:

@@ -118,7 +118,7 @@ def encode_tar(layout: TarLayout, first_slot: int, arrays: dict[str, np.ndarray]
 
 
 def check_tar(fd: int, layout: TarLayout, array: str, first_slot: int, n: int, where: str) -> None:
-    """Raise `CacheError` unless the tar has its length, and `array`'s first and last member are where they
+    """Raises `CacheError` unless the tar has its length, and `array`'s first and last member are where they
     belong.
     """
     if os.fstat(fd).st_size != layout.tar_bytes(n):
@@ -128,7 +128,7 @@ def check_tar(fd: int, layout: TarLayout, array: str, first_slot: int, n: int, w
 
 
 def check_member(fd: int, layout: TarLayout, array: str, slot: int, i: int, where: str) -> None:
-    """Raise `CacheError` unless the headers of one sample's member are, byte by byte, what they must be."""
+    """Raises `CacheError` unless the headers of one sample's member are, byte by byte, what they must be."""
     member = layout.members[array]
     expected = tar_header(member_name(slot, array), len(member.npy) + member.length) + member.npy
     if os.pread(fd, len(expected), i * layout.stride + member.offset) != expected:

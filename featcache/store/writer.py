@@ -602,7 +602,7 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
 
 
 def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> None:
-    """Raise `CacheError` naming every difference if `wanted` is not what the cache at `path` was made of."""
+    """Raises `CacheError` naming every difference if `wanted` is not what the cache at `path` was made of."""
     have, want = existing.dataset.to_json(), wanted.dataset.to_json()
     # Where the images lie and what the set is called do not change them.
     differences = [
