@@ -40,9 +40,7 @@ def _check_codec(codec: str) -> None:
 
 
 def _scaled(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """`x / scale` and `scale = max|x| / limit` over the last axis; an all-zero vector has scale 0 and stays
-    zero.
-    """
+    """`x / scale` and `scale = max|x| / limit` over the last axis; an all-zero vector has scale 0 and stays zero."""
     scale = x.abs().amax(dim=-1, keepdim=True) / limit
     # A scale that underflows to 0 must not divide; the values are then below 1e-40 and stored as 0.
     return x / torch.where(scale > 0, scale, torch.ones_like(scale)), scale
@@ -77,8 +75,7 @@ def encode(codec: str, x: Tensor) -> dict[str, Tensor]:
         q = q.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
         return {"": q.view(torch.uint8), SCALE_SUFFIX: scale.squeeze(-1)}
     groups = x.unflatten(-1, (-1, INT4_GROUP))  # [B, ..., C / 32, 32]
-    # Quantise with the scale as it is stored (rounded to float16), so that decoding inverts exactly this
-    # step.
+    # Quantise with the scale as it is stored (rounded to float16), so that decoding inverts exactly this step.
     scale = (groups.abs().amax(dim=-1) / 7.0).clamp(max=_FP16_MAX).half()  # [B, ..., C / 32]
     divisor = scale.float().unsqueeze(-1)
     q = groups / torch.where(divisor > 0, divisor, torch.ones_like(divisor))

@@ -60,8 +60,9 @@ def print_error(error: UserError) -> None:
 def safe(value: object) -> str:
     """`value` as text that a terminal shows and does not obey: for whatever a file, a manifest or a server says.
 
-    Secrets in URLs are hidden (`featcache.redact`). Rich's markup is escaped; control characters other than newline and tab (so terminal escapes too), and the marks
-    that reorder text, become a visible `\\xNN`, lone surrogates (bytes of file names that are not UTF-8) likewise.
+    Secrets in URLs are hidden (`featcache.redact`). Rich's markup is escaped; control characters other than newline and
+    tab (so terminal escapes too), and the marks that reorder text, become a visible `\\xNN`, lone surrogates (bytes of
+    file names that are not UTF-8) likewise.
     """
     return escape(plain(value))
 
@@ -80,8 +81,8 @@ def _visible(character: str) -> str:
 def run_app(app: Callable[..., int | None]) -> int:
     """Runs a typer application and gives the exit code: whatever goes wrong becomes one paragraph.
 
-    0: done. 1: done, and the answer is no (a damaged cache). 2: something the user can put right, a disk that refuses and
-    a lack of memory included. 70: a fault of the program. 128 + n: stopped by signal n (130: Ctrl-C).
+    0: done. 1: done, and the answer is no (a damaged cache). 2: something the user can put right, a disk that refuses
+    and a lack of memory included. 70: a fault of the program. 128 + n: stopped by signal n (130: Ctrl-C).
 
     With `FEATCACHE_DEBUG=1` in the environment, errors are raised as they are (for developers).
     """

@@ -66,7 +66,8 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
     """Plans a build. Rates come from a few probe images; with `measure` > 0 from so many real ones, which also give
     each codec's fidelity and each precision's error and rate.
 
-    Without `measure` the encoders run with random weights where real ones are not to be had: sizes and speed are the same.
+    Without `measure` the encoders run with random weights where real ones are not to be had: sizes and speed
+    are the same.
 
     Raises `UserError` for bad input of any kind, as a build does.
     """

@@ -53,10 +53,10 @@ class ShardWriter(Protocol):
 class Work:
     """What is to be encoded and how, the same in every worker.
 
-    order: slot -> index in the source, int64. specs: features to write. encoders: those with a wanted feature.
-    holes: keys of images that an existing cache lacks. known: content hashes of an existing cache by slot, uint64, or
-    None. skip_bad: leave unreadable images out instead of raising. texts: text encoders with a wanted feature, which read
-    the first `captions_per_image` of `captions`.
+    order: slot -> index in the source, int64. specs: features to write. encoders: those with a wanted feature. holes:
+    keys of images that an existing cache lacks. known: content hashes of an existing cache by slot, uint64, or None.
+    skip_bad: leave unreadable images out instead of raising. texts: text encoders with a wanted feature, which read the
+    first `captions_per_image` of `captions`.
     """
 
     source: Source
@@ -141,7 +141,9 @@ def run_shards(
         advance: called with the number of images whenever a batch is encoded.
         warn: called with a line of text for every image left out.
 
-    Raises `UserError` for an image that cannot be decoded (unless bad ones are left out) and for features that are not finite; `CacheError` for an image whose bytes are not those an existing cache was built from, and where the disk refuses.
+    Raises `UserError` for an image that cannot be decoded (unless bad ones are left out) and for features that
+    are not finite; `CacheError` for an image whose bytes are not those an existing cache was built from, and
+    where the disk refuses.
     """
     done: list[int] = []
     with ThreadPoolExecutor(work.threads) as pool, ThreadPoolExecutor(1) as disk:

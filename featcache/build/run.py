@@ -1,7 +1,8 @@
 """One pass over the images: read, crop, encode, quantise, write; resumable by shard, divided among workers.
 
-What is built is planned by `featcache.build.prepare`, alike in every worker; `featcache.build.pipeline` does it and `featcache.build.ranks`
-and `featcache.build.ray` divide it. The bytes of a cache do not depend on how often the build was interrupted nor on how many workers shared it.
+What is built is planned by `featcache.build.prepare`, alike in every worker; `featcache.build.pipeline` does it and
+`featcache.build.ranks` and `featcache.build.ray` divide it. The bytes of a cache do not depend on how often the build
+was interrupted nor on how many workers shared it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What an encoder is, where its weights come from, and how they are identified.
 
-Pixels => features. Pixels arrive as uint8 [B, 3, R, R] on the encoder's device, one decoded and cropped image shared
-by all encoders; each encoder does its own scaling, normalisation and resizing. Features leave as float32, raw
-(unnormalised, unscaled).
+Pixels => features. Pixels arrive as uint8 [B, 3, R, R] on the encoder's device, one decoded and cropped image
+shared by all encoders; each encoder does its own scaling, normalisation and resizing. Features leave as float32,
+raw (unnormalised, unscaled).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from featcache.precision import PRECISIONS, tensor_float32
 class WeightsSource:
     """Where pretrained weights may come from.
 
-    weights_dir: a folder of files or model folders the user brought; searched first.
-    random_seed: build the architecture with seeded random weights instead (for tests and timing).
+    weights_dir: a folder of files or model folders the user brought; searched first. random_seed: build the
+    architecture with seeded random weights instead (for tests and timing).
     """
 
     weights_dir: Path | None = None
@@ -37,7 +37,8 @@ class WeightsSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How encoders run: on which device, in which precision (a name of `featcache.precision.PRECISIONS`), compiled or not.
+    """How encoders run: on which device, in which precision (a name of `featcache.precision.PRECISIONS`),
+    compiled or not.
 
     fp32: no TF32 anywhere. tf32: matrix products and convolutions on tensor cores, 10 bits of mantissa. bf16: autocast,
     weights stay float32. Whatever the precision, pixels are prepared and features handed out in float32.

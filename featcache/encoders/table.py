@@ -21,12 +21,12 @@ TOKEN_PX = 16
 class VisionEntry:
     """One selectable vision encoder, a timm vision transformer.
 
-    timm_name: architecture and tag of weights. hub_id: repository with the weights; None if they are on no hub, and
-    then weights_page says where they are. native_px: side of the input it was trained with. mean, std: of RGB in
-    [0, 1]. resize_first: resize before normalising (else after). resize_mode: 'bicubic' or 'bilinear', always without
-    antialiasing. final_norm: whether the public code applies the encoder's last norm to the final block's output.
-    key_format: how the weights' file names its tensors (see `featcache.encoders.keys`). options: further arguments
-    of timm.
+    timm_name: architecture and tag of weights. hub_id: repository with the weights; None if they are on no hub,
+    and then weights_page says where they are. native_px: side of the input it was trained with. mean, std: of RGB
+    in [0, 1]. resize_first: resize before normalising (else after). resize_mode: 'bicubic' or 'bilinear', always
+    without antialiasing. final_norm: whether the public code applies the encoder's last norm to the final block's
+    output. key_format: how the weights' file names its tensors (see `featcache.encoders.keys`). options: further
+    arguments of timm.
     """
 
     timm_name: str

@@ -142,7 +142,8 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedT
 
     With random weights the vocabulary is the one brought, else the bytes alone: texts then take more tokens.
 
-    Raises `UserError` for damaged weights or vocabulary, or those of another network; `WeightsUnavailable` if weights or vocabulary are not on this machine and no hub answers.
+    Raises `UserError` for damaged weights or vocabulary, or those of another network; `WeightsUnavailable` if weights
+    or vocabulary are not on this machine and no hub answers.
     """
     entry = TEXTS[name]
     seed = 0 if entry.hub_id is None else weights.random_seed

@@ -55,7 +55,8 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
         name: a key of `featcache.encoders.table.VAES`, or a folder as diffusers saves one (`config.json` and
             weights), also one inside `--weights-dir`.
 
-    Raises `UserError` for an unknown name, a folder with another class of model, or damaged weights; `WeightsUnavailable` if the weights are neither on this machine nor on a hub.
+    Raises `UserError` for an unknown name, a folder with another class of model, or damaged weights;
+    `WeightsUnavailable` if the weights are neither on this machine nor on a hub.
     """
     entry = VAES.get(name)
     if entry is None:

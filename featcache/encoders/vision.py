@@ -47,7 +47,8 @@ def load_vision(name: str, weights: WeightsSource, *, input_px: int) -> tuple[nn
 
     Position tables are resampled to the input's grid by timm (bicubic, antialiased), as REPA does.
 
-    Raises `UserError` for damaged weights, or weights of another network; `WeightsUnavailable` if the weights are neither on this machine nor on a hub.
+    Raises `UserError` for damaged weights, or weights of another network; `WeightsUnavailable` if the weights are
+    neither on this machine nor on a hub.
     """
     entry = ENCODERS[name]
     if weights.random_seed is not None:

@@ -38,9 +38,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
-    """Images (int64) of `positions` (each in [0, count)) under the permutation of [0, count) that `keys`
-    select.
-    """
+    """Images (int64) of `positions` (each in [0, count)) under the permutation of [0, count) that `keys` select."""
     bits = max(2, (count - 1).bit_length())
     right_bits = bits // 2
     left_bits = bits - right_bits
@@ -52,8 +50,7 @@ def permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
         left = values >> np.uint64(right_bits)
         right = values & np.uint64((1 << right_bits) - 1)
         for key in keys:
-            # (L, R) -> (R, L ^ f(R)): the halves change places, and so do their widths where they are
-            # unequal.
+            # (L, R) -> (R, L ^ f(R)): the halves change places, and so do their widths where they are unequal.
             mask = np.uint64((1 << widths[0]) - 1)
             left, right = right, left ^ (_mix(right + key) & mask)
             widths = (widths[1], widths[0])
@@ -117,9 +114,7 @@ class WindowedOrder(Order):
 
     @functools.cached_property
     def _layout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in reading order, and where each begins in the stream (the short last shard shifts the
-        rest).
-        """
+        """Shards in reading order, and where each begins in the stream (the short last shard shifts the rest)."""
         n_full, rest = divmod(self.count, self.shard_size)
         n_shards = n_full + (rest > 0)
         shards = permute(np.arange(n_shards), n_shards, _keys("shards", self.seed, self.epoch))

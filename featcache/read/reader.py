@@ -89,8 +89,7 @@ class Cache:
         self.manifest = manifest
         self.backend = backend
         self._skipped = np.array([entry.slot for entry in manifest.skipped], np.int64)
-        # Number of samples before each skipped slot: sample i lies after k skipped slots if k of these are
-        # <= i.
+        # Number of samples before each skipped slot: sample i lies after k skipped slots if k of these are <= i.
         self._before = self._skipped - np.arange(len(self._skipped))
 
     def __len__(self) -> int:
@@ -158,8 +157,7 @@ class Cache:
         slots: bool = False,
         access: str = "auto",
     ) -> Reader:
-        """A reader of these features. `threads`: default one a core, at most 8; 0 reads in the calling
-        thread.
+        """A reader of these features. `threads`: default one a core, at most 8; 0 reads in the calling thread.
 
         single_view: drop the view axis of flipped caches; `read` then takes the view of each sample and
         moves only its bytes. slots: indices count slots, skipped ones (zeros, label -1) included. access:
@@ -251,12 +249,10 @@ class Reader:
         return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
 
     def allocate(self, batch: int) -> dict[str, np.ndarray]:
-        """Buffers for `batch` samples: array name -> `[batch, *stored_shape]`, beginning at a page's
-        boundary.
+        """Buffers for `batch` samples: array name -> `[batch, *stored_shape]`, beginning at a page's boundary.
 
-        Alignment is worth a factor of two to three: samples lie at multiples of 64 bytes in shards, and
-        copies whose ends differ modulo 64 are slow on current processors. (Pinned tensors are aligned by
-        nature.)
+        Alignment is worth a factor of two to three: samples lie at multiples of 64 bytes in shards, and copies whose
+        ends differ modulo 64 are slow on current processors. (Pinned tensors are aligned by nature.)
         """
         return {name: _aligned((batch, *shape), dtype) for name, (dtype, shape) in self.arrays.items()}
 

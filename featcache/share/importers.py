@@ -1,5 +1,4 @@
-"""Latents that people already have, as caches: no encoding again, and no pretending about where they come
-from.
+"""Latents that people already have, as caches: no encoding again, and no pretending about where they come from.
 
 Three layouts (METHODS of the public code; each states what its numbers are):
 
@@ -280,8 +279,7 @@ class _SafetensorsLatents:
         self.vae = {
             "name": vae_name or "unknown",
             "latent_channels": self._shape[0],
-            # One number for all channels (root mean square of the channels' std): the exact ones are beside
-            # it.
+            # One number for all channels (root mean square of the channels' std): the exact ones are beside it.
             "scaling_factor": float(1 / np.sqrt(np.mean(std**2))),
             "shift_factor": float(np.mean(mean)),
             "downsampling": 16,
@@ -406,8 +404,7 @@ def open_latents(path: Path, layout: str, *, vae: str | None = None) -> Latents:
 
 
 def import_latents(request: ImportRequest, progress: Callable[[int], None] | None = None) -> Manifest:
-    """Turn latents of another project into a cache with `label`, `key` and `vae/moments`; returns its
-    manifest.
+    """Turn latents of another project into a cache with `label`, `key` and `vae/moments`; returns its manifest.
 
     Resumable by shard. `progress` is called with the number of samples of each finished shard. The images
     themselves are unknown: the fingerprint is over the latents' names, labels and sizes, so features of

@@ -301,9 +301,7 @@ def _carry_signature(place: Location, whole: Manifest, target: Path, manifest: M
 
 
 def in_parallel(jobs: Iterable[T], work: Callable[[T], None], done: Callable[[T], None], threads: int) -> None:
-    """`work(job)` in threads, `done(job)` in this one as each finishes. The first error stops the rest and
-    is raised.
-    """
+    """`work(job)` in threads, `done(job)` in this one as each finishes. The first error stops the rest and is raised."""
     waiting = iter(jobs)
     running: dict[Future[None], T] = {}
     failure: BaseException | None = None
@@ -375,8 +373,7 @@ def push(
             metadata: dict[str, bytes | Path] = {**content, **_block_files(source, manifest, existing)}
             for name, data in metadata.items():
                 place.put(name, data)
-            # Another push may have finished meanwhile: then merge with it and try again (its shards are there
-            # already).
+            # Another push may have finished meanwhile: then merge with it and try again (its shards are there already).
             if place.put_if(ROOT_NAMES[merged.format], root, version) and _holds(place, manifest):
                 signature = read_signature(open_location(source))
                 if signature is not None and cache_digest(merged) == cache_digest(whole):
@@ -476,8 +473,8 @@ class _Journal:
 
 @contextlib.contextmanager
 def _push_journal(source: Path, address: str) -> Iterator[_Journal]:
-    """The journal of pushes from `source` to `address`, removed by one that succeeds; on a read-only disk it keeps
-    nothing.
+    """The journal of pushes from `source` to `address`, removed by one that succeeds; on a read-only disk
+    it keeps nothing.
     """
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
     path = files.inside(source, f"{STATE}/{PUSHES}/{name}.jsonl")
@@ -622,9 +619,7 @@ def verify_remote(
 
 
 def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress | None) -> Transfer:
-    """One commit to a data-set repository. The hub keeps uploaded files by SHA-256, so a rerun sends only
-    the rest.
-    """
+    """One commit to a data-set repository. The hub keeps uploaded files by SHA-256, so a rerun sends only the rest."""
     # Late: other places need no client of the hub.
     from huggingface_hub import CommitOperationAdd, HfApi, errors
 

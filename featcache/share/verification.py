@@ -1,7 +1,8 @@
 """The record of verifications: when a cache was checked, how, by whom, with what result.
 
-It lies at `.featcache/verified.json` of a cache, on a disk or at a place that others read, and is no part of the cache:
-no digest covers it, and whoever can write there can write anything into it. It says what people did, not that it is true.
+It lies at `.featcache/verified.json` of a cache, on a disk or at a place that others read, and is no part of the
+cache: no digest covers it, and whoever can write there can write anything into it. It says what people did, not that
+it is true.
 """
 
 from __future__ import annotations

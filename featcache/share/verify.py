@@ -139,11 +139,9 @@ def verify(
     since_last: bool = False,
     remember: bool = False,
 ) -> Report:
-    """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped
-    slots.
+    """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped slots.
 
-    features: check only these. threads: default one a core. progress: called with the bytes of each checked
-    file.
+    features: check only these. threads: default one a core. progress: called with the bytes of each checked file.
 
     fraction: read only this part of the bytes, drawn at random with `seed` (default: a fresh one): blocks of 1 MiB where
     their hashes are recorded, else whole shards. Metadata are checked whole, labels and keys then not. since_last: skip
@@ -664,9 +662,7 @@ def _unexpected(path: Path, manifest: Manifest, limit: int) -> list[Problem]:
 
 
 def inconsistencies(cache: Cache, where: str) -> list[Problem]:
-    """Labels against classes and skipped slots, keys unique and readable. In pieces; 8 bytes a key are
-    kept.
-    """
+    """Labels against classes and skipped slots, keys unique and readable. In pieces; 8 bytes a key are kept."""
     manifest = cache.manifest
     count, piece = manifest.dataset.count, 1 << 14
     skipped = np.zeros(0, np.int64) if not manifest.skipped else np.array([s.slot for s in manifest.skipped])
@@ -711,8 +707,7 @@ def inconsistencies(cache: Cache, where: str) -> list[Problem]:
 def repair_metadata(path: str | Path) -> list[str]:
     """Rewrite those metadata and checksum files that can be had again from the manifest and intact shards.
 
-    Returns the names of the files rewritten. What then remains in `verify(path).damaged` must be encoded
-    again.
+    Returns the names of the files rewritten. What then remains in `verify(path).damaged` must be encoded again.
     """
     path = Path(path)
     rewritten = []

@@ -75,8 +75,8 @@ class Place:
 class Member:
     """One image of an archive as found: key as in a folder, class name or number, and where its bytes are.
 
-    unpacked, checksum: size and CRC-32 of a zip's member once it is unpacked; 0 elsewhere. text, json: offset and size of
-    the webdataset members beside it that may hold captions; (0, 0) where there are none.
+    unpacked, checksum: size and CRC-32 of a zip's member once it is unpacked; 0 elsewhere. text, json: offset and size
+    of the webdataset members beside it that may hold captions; (0, 0) where there are none.
     """
 
     key: str

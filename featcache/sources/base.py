@@ -65,7 +65,8 @@ class EncodedSource:
     def read(self, index: int) -> bytes:
         """The sample's file as stored.
 
-        Raises `BadImage` if it cannot be read for a reason that lies in the file; `UserError` if others cannot either: the archive, the disk or the network fails.
+        Raises `BadImage` if it cannot be read for a reason that lies in the file; `UserError` if others cannot either:
+        the archive, the disk or the network fails.
         """
         raise AssertionError("a source defines its reading")
 

@@ -160,10 +160,13 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
 def read_table(path: Path, source: Source) -> TableCaptions:
     """A CSV file: one column that names the image (one of `KEY_COLUMNS`), every other one holds captions.
 
-    Images are named by key (as `featcache.keys.printable` writes it), with or without its extension. Several captions of an image are several columns, several
-    rows, or both; empty cells are none. Rows of images that the source lacks are passed over and counted in the remark.
+    Images are named by key (as `featcache.keys.printable` writes it), with or without its extension. Several captions
+    of an image are several columns, several rows, or both; empty cells are none. Rows of images that the source lacks
+    are passed over and counted in the remark.
 
-    Raises `UserError` if there is no such file or column; for a line that is not CSV in UTF-8, holds NUL or has more cells than the header; if no row names an image of the source, or a name without extension is that of several images.
+    Raises `UserError` if there is no such file or column; for a line that is not CSV in UTF-8, holds NUL or
+    has more cells than the header; if no row names an image of the source, or a name without extension is that
+    of several images.
     """
     numbers = {printable(source.key(i)): i for i in range(len(source))}
     stems: dict[str, list[int]] = {}

@@ -75,7 +75,8 @@ def file_size(path: Path | str) -> int:
 def read_file(path: Path | str, limit_bytes: int) -> bytes:
     """The bytes of a regular file, links followed; a FIFO or a device is refused without waiting for it.
 
-    Raises `Unreadable` if it is missing, no regular file, or larger than `limit_bytes`; `UserError` if the disk or the network fails.
+    Raises `Unreadable` if it is missing, no regular file, or larger than `limit_bytes`; `UserError` if the disk or
+    the network fails.
     """
     try:
         _regular(os.stat(path))  # noqa: PTH116 (before opening, which some devices take for an order)

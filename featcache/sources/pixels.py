@@ -22,8 +22,8 @@ from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlug
 
 from featcache.errors import UserError, first_line
 
-# PIL's blocks are 16 MB otherwise: malloc takes such from a heap of each thread's own, and keeps them there when they are
-# freed, which adds up. Larger ones go back to the system.
+# PIL's blocks are 16 MB otherwise: malloc takes such from a heap of each thread's own, and keeps them there when they
+# are freed, which adds up. Larger ones go back to the system.
 Image.core.set_block_size(1 << 30)
 
 CROP_NAME = "adm-center-crop"

@@ -124,9 +124,8 @@ def _arrow(x: Float, y: Float) -> Float:
     return _union(shaft, head)
 
 
-# Textures: a mixing weight in [0, 1] between the figure's two colours, from the figure's frame (u, v), the
-# signed distance d and a phase. Waves are sharpened by tanh rather than cut, which keeps them free of
-# aliasing.
+# Textures: a mixing weight in [0, 1] between the figure's two colours, from the figure's frame (u, v), the signed
+# distance d and a phase. Waves are sharpened by tanh rather than cut, which keeps them free of aliasing.
 
 
 def _unit(values: Float) -> Float:

@@ -418,7 +418,8 @@ def atomic_stream(path: Path) -> Iterator[Stream]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """As `atomic_stream`, as a file object for other libraries to write to and seek in. Not `durable`: as `atomic_write`."""
+    """As `atomic_stream`, as a file object for other libraries to write to and seek in. Not
+    `durable`: as `atomic_write`."""
     with _atomic(path, durable=durable) as fd, os.fdopen(fd, "wb", closefd=False) as file:
         yield file
 

@@ -1,8 +1,7 @@
 """The manifest: what a cache holds, of which images, made how. Strictly validated: it may come from anybody.
 
-It lives in the attribute `featcache` of the root group, in the same file as the consolidated metadata, so
-that one rename makes a set of features visible. Its `checksum` covers manifest and consolidated metadata
-together.
+It lives in the attribute `featcache` of the root group, in the same file as the consolidated metadata, so that one
+rename makes a set of features visible. Its `checksum` covers manifest and consolidated metadata together.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ _RESERVED = {"c", "zarr.json", "SHA256SUMS"}
 
 
 def check_feature_name(name: object) -> str:
-    """`name` if it may name a feature: one or two components of letters, digits and `_ @ - .`; raises
-    `CacheError`.
+    """`name` if it may name a feature: one or two components of letters, digits and `_ @ - .`; raises `CacheError`.
 
     It becomes a path inside the cache, so nothing that could leave it (`..`, a leading `/` or `.`) passes.
     """
@@ -72,8 +70,7 @@ def check_feature_name(name: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """One feature: its decoded per-sample `shape` (without the view axis), how it is stored, where it comes
-    from.
+    """One feature: its decoded per-sample `shape` (without the view axis), how it is stored, where it comes from.
 
     `dtype` is the decoded numpy dtype: 'float32' but for codec `raw`. `views` is 2 where mirrored copies are
     stored (a leading axis of every stored sample; view 1 is the mirrored one). `provenance` says encoder,
@@ -179,9 +176,9 @@ class Skipped:
 class Manifest:
     """Everything about a cache but the features' bytes. `features` holds complete ones only.
 
-    checksums: array name -> SHA-256 of that array's `SHA256SUMS` file (in format 'wds', one file for all
-    arrays). blocks: the same of `BLOCKS` files; arrays written before there were any have none. compressor: of every array ('zstd', 'blosc' or None). format: 'zarr' or 'wds'. versions: of the
-    software that made the cache.
+    checksums: array name -> SHA-256 of that array's `SHA256SUMS` file (in format 'wds', one file for all arrays).
+    blocks: the same of `BLOCKS` files; arrays written before there were any have none. compressor: of every array
+    ('zstd', 'blosc' or None). format: 'zarr' or 'wds'. versions: of the software that made the cache.
     """
 
     dataset: DatasetSpec
@@ -221,9 +218,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the samples' identity: dataset and skipped slots. Adding features keeps
-        it.
-        """
+        """SHA-256 of what decides the samples' identity: dataset and skipped slots. Adding features keeps it."""
         identity = {"dataset": self.dataset.to_json(), "skipped": [s.slot for s in self.skipped]}
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
@@ -241,8 +236,7 @@ class Manifest:
         } | ({"blocks": dict(self.blocks)} if self.blocks else {})
 
 
-# Parsing. Every function takes what json.loads made of unknown bytes and raises CacheError for anything
-# unexpected.
+# Parsing. Every function takes what json.loads made of unknown bytes and raises CacheError for anything unexpected.
 
 
 def _fail(what: str, expected: str, value: object) -> NoReturn:
@@ -292,9 +286,7 @@ def nested_deeper(value: Json, most: int) -> bool:
 
 
 def _plain_json(value: Mapping[str, Json], what: str) -> dict[str, Json]:
-    """`value` as it will read back from JSON (tuples become lists); raises `UserError` if JSON cannot hold
-    it.
-    """
+    """`value` as it will read back from JSON (tuples become lists); raises `UserError` if JSON cannot hold it."""
     try:
         plain: dict[str, Json] = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -1,4 +1,5 @@
-"""Which files in a cache's folder are the store's own, by what its manifest and journals say. Nothing else is ever deleted."""
+"""Which files in a cache's folder are the store's own, by what its manifest and journals say. Nothing else
+is ever deleted."""
 
 from __future__ import annotations
 

@@ -29,9 +29,7 @@ class Destination(Location, Protocol):
     def put(self, name: str, content: bytes | Path) -> None: ...
 
     def put_if(self, name: str, content: bytes, previous: str | None) -> bool:
-        """Replace a small file only if its version is still `previous` (None: it must not exist); else
-        False.
-        """
+        """Replace a small file only if its version is still `previous` (None: it must not exist); else False."""
 
     def version(self, name: str) -> str | None:
         """An identifier of the file's present content, None if there is no such file."""

@@ -1,6 +1,4 @@
-"""The root `zarr.json`: manifest, consolidated metadata and their checksum in one file. Written last, read
-first.
-"""
+"""The root `zarr.json`: manifest, consolidated metadata and their checksum in one file. Written last, read first."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""One shard file: contiguous samples, then zarr's index (offset, length as uint64 each) and the index's
-crc32c.
-"""
+"""One shard file: contiguous samples, then zarr's index (offset, length as uint64 each) and the index's crc32c."""
 
 from __future__ import annotations
 
@@ -46,8 +44,7 @@ def encode_shard(samples: np.ndarray, shard_size: int, compressor: str | None) -
 def parse_index(
     raw: bytes, *, n: int, shard_size: int, file_bytes: int, sample_bytes: int | None, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and lengths `[n]` (int64) of a shard's samples from its index; raises `CacheError` if it is
-    damaged.
+    """Offsets and lengths `[n]` (int64) of a shard's samples from its index; raises `CacheError` if it is damaged.
 
     `sample_bytes` is the length that every sample must have, None for compressed ones. `n` samples must be
     present, inside the file and before the index.

@@ -82,9 +82,7 @@ class TarLayout:
 
 
 def tar_layout(manifest: Manifest) -> TarLayout:
-    """The layout of a cache's tars; raises `CacheError` where a feature's name is too long for a tar
-    header.
-    """
+    """The layout of a cache's tars; raises `CacheError` where a feature's name is too long for a tar header."""
     members, offset = {}, 0
     if manifest.dataset.count > 10**_SLOT_DIGITS:
         raise CacheError(f"a webdataset cache holds at most {10**_SLOT_DIGITS} samples", remedy="use the zarr format")
@@ -118,9 +116,7 @@ def encode_tar(layout: TarLayout, first_slot: int, arrays: dict[str, np.ndarray]
 
 
 def check_tar(fd: int, layout: TarLayout, array: str, first_slot: int, n: int, where: str) -> None:
-    """Raises `CacheError` unless the tar has its length, and `array`'s first and last member are where they
-    belong.
-    """
+    """Raises `CacheError` unless the tar has its length, and `array`'s first and last member are where they belong."""
     if os.fstat(fd).st_size != layout.tar_bytes(n):
         raise CacheError(f"{where} is damaged: it must have {layout.tar_bytes(n)} bytes")
     for i in {0, n - 1}:

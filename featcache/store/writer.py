@@ -87,9 +87,7 @@ def state_directory(path: Path) -> Path:
 
 @contextlib.contextmanager
 def cache_lock(path: Path) -> Iterator[None]:
-    """Hold the lock on a cache's metadata (for moments). On the way out an idle cache loses its state
-    directory.
-    """
+    """Hold the lock on a cache's metadata (for moments). On the way out an idle cache loses its state directory."""
     state = files.inside(path, STATE)
     held = locks.lock(files.inside(path, f"{STATE}/lock"))
     idle = False
@@ -282,8 +280,8 @@ class CacheWriter:
         A feature that is complete already and declared alike has nothing pending. without_blocks: features that are
         to have no hashes of blocks, to be copies of ones that have none.
 
-        Raises `CacheError` if another process builds one of them, or if one exists with another shape, codec
-        or provenance.
+        Raises `CacheError` if another process builds one of them, or if one exists with another shape,
+        codec or provenance.
         """
         with cache_lock(self.path):
             self._base = self._current()
@@ -390,8 +388,7 @@ class CacheWriter:
         return True
 
     def skip(self, shard: int, slots: Iterable[tuple[int, str, str]]) -> None:
-        """Say that these `(slot, key, reason)` of `shard` hold no image. Call it before `write_shard` of
-        that shard.
+        """Say that these `(slot, key, reason)` of `shard` hold no image. Call it before `write_shard` of that shard.
 
         The caller still writes zeros there and label -1. Recorded durably with each feature's shard.
         """
@@ -487,8 +484,7 @@ class CacheWriter:
             "blocks": {array: hashes[array].blocks.to_json() for array in with_blocks},
             "skipped": [vars(entry) for entry in self._skipped.get(shard, [])],
         }
-        # After its shards are durable, and not itself: a lost or damaged entry only means writing a shard
-        # again.
+        # After its shards are durable, and not itself: a lost or damaged entry only means writing a shard again.
         target = building_directory(self.path, feature) / journal_name(shard)
         files.atomic_write(target, [canonical_json(entry)], folder=self._runs[feature], durable=False)
         self._done[feature].add(shard)
@@ -721,8 +717,8 @@ def _holds(path: Path, content: bytes) -> bool:
 def remove_others(
     directory: Path, kept: Collection[str], pattern: re.Pattern[str], *, only_parts: bool = False
 ) -> None:
-    """Remove files whose names (or final names, of temporary ones) match, but for those kept. only_parts: only
-    temporary ones.
+    """Remove files whose names (or final names, of temporary ones) match, but for those kept. only_parts:
+    only temporary ones.
     """
     for name in files.names_in(directory):
         final = files.part_of(name)

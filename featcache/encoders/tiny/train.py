@@ -202,10 +202,9 @@ def _zero(layer: nn.Module) -> None:
 def start_as_resampler(vae: AutoencoderKL) -> None:
     """Initialise so that both halves begin as plain resampling networks (our choice).
 
-    Residual branches end in zeros, shortcuts are orthogonal, downsampling averages 2x2 and upsampling repeats
-    (both plus a little noise to break symmetry), and the posterior starts narrow. Colours and positions
-    then get through from the first step, where the default start spends most of a CPU's budget on finding
-    them.
+    Residual branches end in zeros, shortcuts are orthogonal, downsampling averages 2x2 and upsampling repeats (both
+    plus a little noise to break symmetry), and the posterior starts narrow. Colours and positions then get through from
+    the first step, where the default start spends most of a CPU's budget on finding them.
     """
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
