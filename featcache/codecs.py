@@ -9,9 +9,9 @@ needs scales (suffix `.scale`). Per-sample shapes are `[..., C]`; a "token" is o
 | `fp32` | float32 | 4 | - |
 | `fp16` | float16, saturating at +-65504 | 2 | - |
 | `bf16` | bfloat16 bits in uint16 | 2 | - |
-| `int8` | int8 in [-127, 127] | 1 | float32 a token: max\\|x\\| / 127 |
-| `fp8` | float8 e4m3fn bits in uint8 | 1 | float32 a token: max\\|x\\| / 448 |
-| `int4` | two values a byte, low nibble first, q + 8 | 0.5 | float16 a group of 32: max\\|x\\| / 7 |
+| `int8` | int8 in [-127, 127] | 1 | float32 per token: max\\|x\\| / 127 |
+| `fp8` | float8 e4m3fn bits in uint8 | 1 | float32 per token: max\\|x\\| / 448 |
+| `int4` | two values per byte, low nibble first, q + 8 | 0.5 | float16 per group of 32: max\\|x\\| / 7 |
 
 The symmetric absmax quantisation, the group of 32 and the choice of float32 scales for tokens and float16
 for groups are ours; the papers store nothing.

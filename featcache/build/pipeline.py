@@ -407,7 +407,7 @@ class _Device:
         bad = [slot - first for slot, _, _ in batch.bad]
         rows = slice(part.filled, part.filled + n)
         self.clock.begin()
-        self._images = n  # of the quantising and copying stages: once a batch, however many features
+        self._images = n  # of the quantising and copying stages: once per batch, however many features
         if self.work.encoders:
             self._encode_images(batch, part, rows, bad)
         for encoder, tokens in zip(self.work.texts, batch.tokens):
@@ -491,7 +491,7 @@ class _CpuClock:
 
 
 class _GpuClock:
-    """Marks are CUDA events; their differences are read once a shard, when they have passed."""
+    """Marks are CUDA events; their differences are read once per shard, when they have passed."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter

@@ -199,11 +199,11 @@ def _check_same_captions(specs: Sequence[FeatureSpec], origin: Mapping[str, Any]
         recorded = spec.provenance.get("captions")
         if not origin or recorded is None:
             continue
-        for key, what in (("identity", "captions"), ("per_image", "number of captions an image")):
+        for key, what in (("identity", "captions"), ("per_image", "number of captions per image")):
             if recorded[key] != origin[key]:
                 raise CacheError(
-                    f"{spec.name} was made with another {what}: {recorded['from']}, {recorded['per_image']} an image, "
-                    f"against {origin['from']}, {origin['per_image']} an image",
+                    f"{spec.name} was made with another {what}: {recorded['from']}, {recorded['per_image']} per image, "
+                    f"against {origin['from']}, {origin['per_image']} per image",
                     remedy="Pass the same captions, or remove the cache's text features first (featcache rm).",
                 )
 
@@ -263,7 +263,7 @@ def _resolution(request: BuildRequest, existing: Cache | None) -> int:
 
 
 def _source_limit(request: BuildRequest, existing: Cache | None) -> int | None:
-    """How many images the source shall offer: of the embedded set, whose size is a choice, as many as the cache's had."""
+    """How many images to take: of the embedded set, whose size is a choice, as many as the cache has."""
     shapes = recorded_shapes(existing.manifest.dataset.source) if existing is not None else None
     if shapes is not None and request.data.split(":")[0] == "shapes" and request.limit is None:
         return shapes[1]
@@ -288,7 +288,7 @@ def _encoders(
 ) -> list[Encoder]:
     """The encoders that the request names. `grid`: token grid of an existing cache; else the VAE decides it.
 
-    need_vae: for a new cache. add_vae: the VAE is asked for by name, be it without levels.
+    need_vae: for a new cache. add_vae: the VAE is asked for by name, even without levels.
     """
     if request.weights_dir is not None and not request.weights_dir.is_dir():
         raise UserError(

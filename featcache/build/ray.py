@@ -66,7 +66,7 @@ class _Actor:
 def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> BuildResult:
     """As `featcache.build.run.build`, on the Ray cluster at `$RAY_ADDRESS`, or a local one.
 
-    One actor a GPU of the cluster (`ray_workers` of them; by default as many as it has now, or one a core without
+    One actor per GPU of the cluster (`ray_workers` of them; by default as many as it has now, or one per core without
     GPUs). A call whose actor dies is tried again on a new one; a cluster may grow meanwhile.
 
     Raises `UserError` if Ray is missing, for bad input of any kind, and for a call that keeps killing its actors.

@@ -29,7 +29,7 @@ CachePath = Annotated[str, typer.Argument(help="Folder of the cache, or its URL.
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Image folder (one folder a class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+        help="Image folder (one folder per class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
     ),
 ]
 

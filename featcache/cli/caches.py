@@ -95,7 +95,7 @@ def _counted(problems: Sequence[object]) -> str:
 def verify(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
-    threads: Annotated[int | None, typer.Option(help="\\[default: one a core; 8 for a URL]")] = None,
+    threads: Annotated[int | None, typer.Option(help="\\[default: one per core; 8 for a URL]")] = None,
     expect: Expect = None,
     signed_by: SignedBy = None,
     sample: Annotated[
@@ -465,7 +465,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Folder of the new cache.", show_default=False)],
     to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
     features: Features = None,
-    shard_size: Annotated[int | None, typer.Option(help="Samples a shard of the new cache.", min=1)] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Samples per shard of the new cache.", min=1)] = None,
     compressor: Annotated[str | None, typer.Option(help="zstd or blosc, for zarr. \\[default: none]")] = None,
 ) -> None:
     """Copy a cache into the other format, bit for bit."""

@@ -21,7 +21,7 @@ def _last_verification(cache: Cache, place: str) -> str:
 
 
 def print_info(cache: Cache, place: str | None = None) -> None:
-    """Dataset, last verification, VAE, then one line a feature with its layout, codec, size and origin.
+    """Dataset, last verification, VAE, then one line per feature with its layout, codec, size and origin.
 
     place: the path or URL that the cache was opened by.
     """
@@ -42,7 +42,7 @@ def print_info(cache: Cache, place: str | None = None) -> None:
         )
     if "text/count" in manifest.features:
         captions = manifest.features["text/count"].provenance["captions"]
-        console.print(f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} an image")
+        console.print(f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} per image")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("feature", "shape", "codec", "per image", "total", "weights"):
         table.add_column(title, justify="right" if title in ("per image", "total") else "left", no_wrap=True)

@@ -71,8 +71,8 @@ Batch = TypeVar("Batch", contravariant=True)
 class Network(Protocol[Batch]):
     """One frozen network that yields one or more features per image, from `Batch`.
 
-    title: what a build's stages call it. shapes: feature name -> per-sample shape. provenance: feature name -> JSON-able
-    record for the manifest.
+    title: what a build's stages call it. shapes: feature name -> per-sample shape. provenance: feature name ->
+    JSON-able record for the manifest.
     """
 
     compute: Compute

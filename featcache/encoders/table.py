@@ -2,7 +2,7 @@
 
 Preprocessing is that of REPA's code, and of iREPA's for encoders that REPA lacks; where we differ, the entry's note
 says so. Pixels come as uint8 crops of R px; all encoders see an input of `patch * R / 16` px, which makes R / 16
-tokens a side whatever the patch size (R = 256: input 224 at patch 14, 256 at patch 16; R = 512: 448 and 512).
+tokens per side whatever the patch size (R = 256: input 224 at patch 14, 256 at patch 16; R = 512: 448 and 512).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class VisionEntry:
         return self.depth - 1
 
     def input_px(self, resolution: int) -> int:
-        """Side of the input for crops of `resolution` px, which gives resolution / 16 tokens a side."""
+        """Side of the input for crops of `resolution` px, which gives resolution / 16 tokens per side."""
         return self.patch * resolution // TOKEN_PX
 
 
@@ -304,8 +304,8 @@ VAES: Mapping[str, VaeEntry] = {
 def token_grid(resolution: int, downsampling: int) -> int:
     """Side of the token grid: latents in patches of 2 at 8x downsampling (R / 16), of 4 at 4x, of 1 from 16x on.
 
-    So a transformer over the latents sees R / 16 tokens a side as long as the VAE leaves that many (the choice is ours;
-    the papers use 8x and patch 2).
+    So a transformer over the latents sees R / 16 tokens per side as long as the VAE leaves that many (the choice is
+    ours; the papers use 8x and patch 2).
     """
     latent = resolution // downsampling
     return latent // max(1, TOKEN_PX // downsampling)
@@ -315,9 +315,9 @@ def token_grid(resolution: int, downsampling: int) -> int:
 class TextEntry:
     """One selectable text encoder, a CLIP text transformer of transformers.
 
-    hub_id: repository with weights and vocabulary; None for the embedded one. vocabulary: number of tokens; the last two
-    are the start and the end of a text. tokens: length that every text is cut or padded to. width: of the hidden states.
-    projected: of the pooled vector.
+    hub_id: repository with weights and vocabulary; None for the embedded one. vocabulary: number of tokens; the last
+    two are the start and the end of a text. tokens: length that every text is cut or padded to. width: of the hidden
+    states. projected: of the pooled vector.
     """
 
     hub_id: str | None

@@ -1,8 +1,8 @@
-"""Text encoders: captions => hidden states of all tokens, and one pooled vector a caption.
+"""Text encoders: captions => hidden states of all tokens, and one pooled vector per caption.
 
 CLIP's text transformer as Stable Diffusion uses it: texts are cut or padded to 77 tokens, padding is the end token, the
-attention is causal and knows no padding mask, and what is kept is the last hidden state after the final norm. The pooled
-vector is CLIP's own text embedding: the hidden state at the first end token, projected, not normalised.
+attention is causal and knows no padding mask, and what is kept is the last hidden state after the final norm. The
+pooled vector is CLIP's own text embedding: the hidden state at the first end token, projected, not normalised.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Tokens:
 
 
 class TextEncoder:
-    """Hidden states and pooled vectors of up to `captions` captions an image.
+    """Hidden states and pooled vectors of up to `captions` captions per image.
 
     Args:
         name: a key of `featcache.encoders.table.TEXTS`.

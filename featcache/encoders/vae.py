@@ -249,7 +249,7 @@ class VaeEncoder:
 
     Features:
         `vae/moments`: [2C, h, w] float32.
-        `vae/Gk`: [L, T, channels] float32, T = grid^2 tokens row-major, one entry a layer in order.
+        `vae/Gk`: [L, T, channels] float32, T = grid^2 tokens row-major, one entry per layer in order.
     """
 
     def __init__(

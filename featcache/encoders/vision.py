@@ -103,7 +103,7 @@ def on_grid(tokens: Tensor, grid: int) -> Tensor:
     B, T, D = tokens.shape
     side = round(T**0.5)
     if side * side != T:
-        raise UserError(f"an encoder gave {T} tokens an image, which is not a square grid")
+        raise UserError(f"an encoder gave {T} tokens per image, which is not a square grid")
     if side == grid:
         return tokens
     maps = tokens.transpose(1, 2).reshape(B, D, side, side)

@@ -143,7 +143,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> Order:
     """A global shuffle without replacement of `count` samples, a function of (seed, epoch) alone.
 
     Rank r of w takes any fixed share of each slice (`order[start:stop][r::w]`, say): the global order does
-    not know of ranks. Constant memory; about 1 us a sample.
+    not know of ranks. Constant memory; about 1 us per sample.
     """
     return ShuffledOrder(count, _keys("epoch", seed, epoch))
 
@@ -152,6 +152,6 @@ def sequential_order(seed: int, epoch: int, count: int, shard_size: int, *, wind
     """The order for spinning disks and remote storage: whole shards, one window after another.
 
     Shards come in random order; `window` of them at a time are shuffled together. Reading it touches each
-    shard once an epoch. Memory: 16 bytes a shard.
+    shard once per epoch. Memory: 16 bytes per shard.
     """
     return WindowedOrder(count, shard_size, window, seed, epoch)

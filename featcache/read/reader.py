@@ -28,7 +28,7 @@ from featcache.store.manifest import Manifest
 
 __all__ = ["Cache", "Reader", "epoch_order", "sequential_order"]
 
-_MAX_IOV = 512  # Linux takes 1024 buffers a call
+_MAX_IOV = 512  # Linux takes 1024 buffers per call
 _PIECE = 1 << 18
 _SMALL_BYTES = 16 << 10
 _PAGE_BYTES = 4096
@@ -157,7 +157,7 @@ class Cache:
         slots: bool = False,
         access: str = "auto",
     ) -> Reader:
-        """A reader of these features. `threads`: default one a core, at most 8; 0 reads in the calling thread.
+        """A reader of these features. `threads`: default one per core, at most 8; 0 reads in the calling thread.
 
         single_view: drop the view axis of flipped caches; `read` then takes the view of each sample and
         moves only its bytes. slots: indices count slots, skipped ones (zeros, label -1) included. access:
@@ -186,7 +186,7 @@ class _Plan(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """One array of a batch: its buffer as flat bytes (twice: for the kernel, for copies), bytes a sample."""
+    """One array of a batch: its buffer as flat bytes (twice: for the kernel, for copies), bytes per sample."""
 
     name: str
     flat: memoryview

@@ -93,11 +93,11 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveSource(EncodedSource):
-    """Images of one or more archives. Arrays have one entry an image, in order of keys.
+    """Images of one or more archives. Arrays have one entry per image, in order of keys.
 
-    keys: bytes, UTF-8. labels: int32. archives: int32, an index into `places`. offsets, sizes: int64 bytes.
-    methods: uint8, how the bytes are packed (0 stored, 8 deflated, as in zips). unpacked: int64 bytes, and checksums:
-    uint32 (CRC-32), of a zip's members. text_offsets, text_sizes, json_offsets, json_sizes: int64 bytes, of the sample's
+    keys: bytes, UTF-8. labels: int32. archives: int32, an index into `places`. offsets, sizes: int64 bytes. methods:
+    uint8, how the bytes are packed (0 stored, 8 deflated, as in zips). unpacked: int64 bytes, and checksums: uint32
+    (CRC-32), of a zip's members. text_offsets, text_sizes, json_offsets, json_sizes: int64 bytes, of the sample's
     `.txt` and `.json` members; size 0 where there is none.
     """
 

@@ -29,7 +29,7 @@ KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
 JSON_KEYS = ("caption", "captions", "text")
 MAX_LINE_CHARACTERS = 8 << 20
 COUNT_THREADS = 16
-COUNT_AT_ONCE = 4096  # samples a task: a task each would hold gigabytes of them for a large set
+COUNT_AT_ONCE = 4096  # samples per task: one task for each would take gigabytes for a large set
 
 
 class Captions(Protocol):

@@ -67,7 +67,7 @@ def file_size(path: Path | str) -> int:
     Raises `Unreadable` if it is missing or no regular file; `UserError` if the disk or the network fails.
     """
     try:
-        return _regular(os.stat(path)).st_size  # noqa: PTH116 (once an image: a Path costs more than the call)
+        return _regular(os.stat(path)).st_size  # noqa: PTH116 (once per image: a Path costs more than the call)
     except OSError as error:
         _classify(path, error)
 

@@ -1,6 +1,6 @@
 """Images in parquet files as the Hugging Face hub keeps data sets: a column of encoded images, one of labels.
 
-Parquet has no access to single rows: a row group is decoded whole. Shuffled access would decode each of them once an
+Parquet has no access to single rows: a row group is decoded whole. Shuffled access would decode each of them once per
 image, so the images of a row group are unpacked to a temporary file when the first of them is asked for, and read
 from there. It needs as much disk as the images that are used (`$TMPDIR`), and little memory: a row group is read
 page by page and a few rows at a time. Files may be remote: their footers, labels and then whole row groups are read

@@ -163,6 +163,6 @@ def sample_bytes(dtype: np.dtype, sample_shape: tuple[int, ...]) -> int:
 
 
 def recommended_shard_size(bytes_per_sample: int, *, target_bytes: int = 128 << 20) -> int:
-    """Samples a shard so that the largest shard file has about `target_bytes`: a power of two in [16, 4096]."""
+    """Samples per shard so that the largest shard file has about `target_bytes`: a power of two in [16, 4096]."""
     wanted = max(1, target_bytes // max(1, bytes_per_sample))
     return min(4096, max(16, 1 << (wanted.bit_length() - 1)))

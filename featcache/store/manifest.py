@@ -362,7 +362,7 @@ def parse_feature(value: Json) -> dict[str, Json]:
         _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} values", shape)
     stored = stored_arrays(codec, tuple(shape), dtype)
     if any(sample_bytes(d, s) * views > MAX_SAMPLE_BYTES for d, s in stored.values()):
-        _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} bytes a sample", shape)
+        _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} bytes per sample", shape)
     return item
 
 

@@ -1,4 +1,4 @@
-"""The webdataset backend: one tar a shard, one `.npy` member for each array of each sample.
+"""The webdataset backend: one tar per shard, one `.npy` member for each array of each sample.
 
     featcache.json      manifest and its checksum
     SHA256SUMS          of the tars

@@ -397,7 +397,7 @@ def test_captions_under_another_key_are_other_captions(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TEXTS, "second", entry)
         more = replace(ask, out=None, into=tmp_path / "c", vae=None, texts=("second",))
-        with pytest.raises(CacheError, match=r"under 'short', 1 an image, against .* under 'long'"):
+        with pytest.raises(CacheError, match=r"under 'short', 1 per image, against .* under 'long'"):
             build(replace(more, caption_key="long"), Quiet())
         build(more, Quiet())
     assert "text/second" in featcache.open(tmp_path / "c").manifest.features
@@ -539,7 +539,7 @@ def test_as_typed(
         (words, ("encode text tiny", "tokenise", "4 of 6 images have no caption")),
         (
             ["info", str(tmp_path / "c")],
-            ("captions: table captions.csv; up to 1 an image", "1x32x64", "RANDOM, seed 0"),
+            ("captions: table captions.csv; up to 1 per image", "1x32x64", "RANDOM, seed 0"),
         ),
         (["verify", str(tmp_path / "c")], ("sound",)),
     ):
