@@ -29,9 +29,10 @@ test: install  ## run the tests (fast set)
 test-slow: install  ## run the slow tests
 	@$(BIN)/python -m pytest -m slow
 
-lint: install  ## ruff and mypy
+lint: install  ## ruff, import-linter and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
 
 format: install  ## let ruff put the code in order
@@ -42,5 +43,5 @@ eval: install  ## judge the newest run (or RUN=runs/name) and write its report
 	@$(BIN)/trainer eval $(RUN) $(ARGS)
 
 clean:  ## remove the demo's runs and caches and the tools' leftovers; data, caches and runs of yours stay
-	rm -rf runs/demo caches/demo build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf runs/demo caches/demo build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
 	find featcache trainer pipelines tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,10 +5,10 @@
 Draws 100,000 JPEGs of the procedural set at 32 px into webdataset shards (tars, so that no 100,000 files are made), builds
 a cache from them with the embedded encoders, and samples the process's anonymous memory (the kernel's `RssAnon`: what it
 has allocated, without files that are mapped) about every half a second. Writes `benchmarks/results/build_memory.json`:
-the slope of a straight line through the samples after the first tenth of the images, in bytes an image, and about a
+the slope of a straight line through the samples after the first tenth of the images, in bytes per image, and about a
 hundred of the samples.
 
-A leak of one small Python object an image would show as a slope of 50 bytes or more; of its pixels, 3,072.
+A leak of one small Python object per image would show as a slope of 50 bytes or more; of its pixels, 3,072.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Annotated
 
 import typer
 
+from featcache.progress import Quiet
+
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARD_IMAGES = 10_000
 
@@ -37,7 +39,7 @@ def rss_anon_bytes() -> int:
     raise RuntimeError("the kernel does not report RssAnon")
 
 
-class Sampler:
+class Sampler(Quiet):
     """Progress of a build that notes memory beside the number of images done."""
 
     def __init__(self, every_s: float) -> None:
@@ -48,13 +50,11 @@ class Sampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def start(self, *, total: int, done: int, note: str) -> None:
+    def begin(self, name: str, total: int | None, *, done: int = 0, unit: str = "images") -> None:
         self._thread.start()
 
-    def advance(self, images: int) -> None:
-        self._done += images
-
-    def warn(self, text: str) -> None: ...
+    def update(self, count: int, text: str = "") -> None:
+        self._done += count
 
     def _watch(self) -> None:
         while not self._stop.wait(self._every_s):
@@ -88,7 +88,7 @@ def write_shards(folder: Path, count: int, size: int) -> str:
 def main(
     count: Annotated[int, typer.Option(help="Images.")] = 100_000,
     size: Annotated[int, typer.Option(help="Side of images and crops in px, a multiple of 32.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     every_s: Annotated[float, typer.Option(help="Seconds between samples.")] = 0.5,
     name: Annotated[str, typer.Option(help="Of the result's file.")] = "build_memory",
 ) -> None:

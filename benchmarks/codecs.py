@@ -24,8 +24,8 @@ from loader import machine
 
 import featcache
 from featcache.build.fidelity import fidelity
-from featcache.codecs import CODECS
 from featcache.errors import UserError
+from featcache.store.layout import CODECS
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 4096

@@ -15,18 +15,19 @@ What the build is set against:
 - the *plain loop*: ImageFolder with the same crop, a DataLoader with one worker a core, the VAE and then the encoder in
   float32, one torch.save of float32 features a batch;
 - the structure of the *extraction scripts* that come with REPA and its successors: a first pass that crops every image and
-  writes it as PNG, a second that reads the PNGs one by one, encodes one at a time, and writes one .npy file an image and
+  writes it as PNG, a second that reads the PNGs one by one, encodes one at a time, and writes one .npy file per image and
   feature. Own code, and the same features as ours, of which theirs have the moments alone. On the first `--script-count`
   images.
 
 Stages: decoding (all threads), all encoders one after another (they share a device), quantising with the copy to the
 host, writing. On a CPU they share the cores: `core_bound_images_per_s` is what all of them together would reach if every core
-were busy all the time, from their CPU seconds an image.
+were busy all the time, from their CPU seconds per image.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import resource
@@ -43,6 +44,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from featcache.progress import Quiet
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -66,17 +69,13 @@ def provenance(device: str) -> dict[str, Any]:
     }
 
 
-class _Silent:
+class _Begun(Quiet):
     """Progress that notes when encoding began."""
 
     began_s = began_cpu_s = 0.0
 
-    def start(self, *, total: int, done: int, note: str) -> None:
+    def begin(self, name: str, total: int | None, *, done: int = 0, unit: str = "images") -> None:
         self.began_s, self.began_cpu_s = time.perf_counter(), _cpu_s()
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 def _draw(folder: Path, count: int, size: int) -> None:
@@ -126,8 +125,8 @@ def whole_build(request: Any, folder: Path) -> dict[str, Any]:
     from featcache.build.pipeline import Meter
     from featcache.build.run import build
 
-    build(replace(request, out=folder / "warm", limit=min(2 * request.batch_size, 64)), _Silent())
-    progress, meter = _Silent(), Meter()
+    build(replace(request, out=folder / "warm", limit=min(2 * request.batch_size, 64)), _Begun())
+    progress, meter = _Begun(), Meter()
     result = build(replace(request, out=folder / "whole"), progress, meter=meter)
     seconds = time.perf_counter() - progress.began_s
     stored = sum(f.stat().st_size for f in (folder / "whole").rglob("*") if f.is_file())
@@ -170,7 +169,8 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
 
     rates["encode"] = _rate(lambda: run(work.encoders), device, at_least_s=at_least_s)
     single = {
-        e.title: _rate(lambda e=e: run([e]), device, at_least_s=at_least_s / 2).images_per_s for e in work.encoders
+        e.title: _rate(functools.partial(run, [e]), device, at_least_s=at_least_s / 2).images_per_s
+        for e in work.encoders
     }
     features = {name: value for name, value in features.items() if name in work.specs}
 
@@ -196,7 +196,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
 
     few = list(range(min(2, -(-len(work.order) // work.shard_size))))
     recorded = Recorded()
-    run_shards(work, few, recorded, meter=Meter(), advance=lambda _: None, warn=print)
+    run_shards(work, few, recorded, meter=Meter(), progress=Quiet())
     images = sum(len(work.slots(shard)) for shard in few)
     written, seconds, cpu = 0, 0.0, 0.0
     while seconds < at_least_s:
@@ -274,7 +274,7 @@ def plain_loop(plain: Plain, request: Any, folder: Path) -> Rate:
 
 
 def extraction_scripts(plain: Plain, request: Any, folder: Path, *, count: int) -> Rate:
-    """Two passes, one image at a time, one file an image and feature."""
+    """Two passes, one image at a time, one file per image and feature."""
     import numpy as np
     import torch
     from PIL import Image
@@ -309,7 +309,7 @@ def main(
     vae: Annotated[str, typer.Option(help="VAE.")] = "tiny",
     levels: Annotated[str, typer.Option(help="VAE levels.")] = "G3,G4",
     encoder: Annotated[str, typer.Option(help="Vision encoder.")] = "tiny",
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     decode: Annotated[str, typer.Option(help="pil or turbo.")] = "pil",
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or auto.")] = "auto",
@@ -334,7 +334,7 @@ def main(
             batch_size=batch_size,
             device=device,
             decode=decode,
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]  # checked there
             random_weights=0,
         )
         plain = Plain(request, folder)

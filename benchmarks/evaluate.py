@@ -173,7 +173,7 @@ def main(
     dim: Annotated[int, typer.Option(help="Features of an activation.")] = 2048,
     images: Annotated[int, typer.Option(help="Images through the network.")] = 256,
     resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[str, typer.Option(help="Comma-separated: " + ", ".join(METRICS))] = ",".join(METRICS),
     one: Annotated[str, typer.Option(hidden=True)] = "",

@@ -52,7 +52,7 @@ Batches = Iterator[np.ndarray]
 
 @dataclass(frozen=True)
 class Records:
-    """Synthetic records: every array's stored values, and the same bytes as one blob a sample."""
+    """Synthetic records: every array's stored values, and the same bytes as one blob per sample."""
 
     specs: list[FeatureSpec]
     arrays: dict[str, np.ndarray]
@@ -139,7 +139,7 @@ def zarr_python(path: Path, records: Records) -> Reader:
     import zarr
 
     group = zarr.open_group(path, mode="r")
-    arrays = {name: group[name] for name in records.arrays}
+    arrays: dict[str, Any] = {name: group[name] for name in records.arrays}
     out = array_buffers(records)
 
     def read(indices: np.ndarray) -> None:
@@ -228,7 +228,7 @@ def write_safetensors(folder: Path, records: Records) -> None:
 def safetensors_slices(folder: Path, records: Records) -> Samples:
     from safetensors import safe_open
 
-    files = [safe_open(path, framework="np") for path in sorted(folder.glob("*.st"))]
+    files: list[Any] = [safe_open(path, framework="np") for path in sorted(folder.glob("*.st"))]
     slices = {name: [file.get_slice(name) for file in files] for name in records.arrays}
 
     def sample(index: int) -> dict[str, np.ndarray]:
@@ -300,7 +300,7 @@ def batches(order: str, n: int, seed: int) -> Batches:
 
 
 def rate(read: Reader, order: str, n: int, seed: int, limit_s: float) -> float:
-    """Images a second over one pass, or over as much of it as fits into `limit_s`."""
+    """Images per second over one pass, or over as much of it as fits into `limit_s`."""
     done, start = 0, time.perf_counter()
     for indices in batches(order, n, seed):
         read(indices)
@@ -344,9 +344,9 @@ def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> d
         peers["MosaicML streaming"] = (work / "mds", mosaicml_mds)
     except ImportError as error:
         print(f"without MosaicML streaming: {error}", file=sys.stderr)
-    for name, (folder, open_peer) in peers.items():
-        loaders[name] = (folder, lambda f=folder, o=open_peer: into_buffers(o(f, records), records))  # type: ignore[misc]
-        loaders[f"{name}{COLLATED}"] = (folder, lambda f=folder, o=open_peer: collated(o(f, records)))  # type: ignore[misc]
+    for name, (place, open_peer) in peers.items():
+        loaders[name] = (place, lambda f=place, o=open_peer: into_buffers(o(f, records), records))  # type: ignore[misc]
+        loaders[f"{name}{COLLATED}"] = (place, lambda f=place, o=open_peer: collated(o(f, records)))  # type: ignore[misc]
     readers = {name: make() for name, (_, make) in loaders.items()}
     conditions = ["warm", "cold"] if args.cold else ["warm"]
     rates: dict[str, dict[str, list[float]]] = {name: {} for name in loaders}
@@ -375,7 +375,7 @@ def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> d
 
 
 def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
-    """Bytes a second of the cache writer and of plain sequential writes of the same bytes, alternating."""
+    """Bytes per second of the cache writer and of plain sequential writes of the same bytes, alternating."""
     total = records.blobs.nbytes
     shard_size = recommended_shard_size(max(spec.bytes_per_sample for spec in records.specs))
     found: dict[str, list[float]] = {"plain write + fsync": [], "featcache": []}
@@ -387,7 +387,7 @@ def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> d
         start = time.perf_counter()
         for i, first in enumerate(range(0, len(records.blobs), shard_size)):
             with (folder / str(i)).open("wb", buffering=0) as file:
-                data = memoryview(records.blobs[first : first + shard_size].reshape(-1))
+                data = memoryview(records.blobs[first : first + shard_size].reshape(-1).data)
                 while data:
                     data = data[file.write(data[: 8 << 20]) :]
                 os.fsync(file.fileno())
@@ -418,13 +418,13 @@ def summarise(reading: dict[str, Any], threads: int) -> dict[str, float]:
     """The ratios that matter, warm and in random order."""
 
     def of(name: str) -> float:
-        return reading[name]["warm random"]["median"]
+        return float(reading[name]["warm random"]["median"])
 
     names = ("safetensors slices", "one .npy per image", "webdataset", "MosaicML streaming")
     straight = max(of(name) for name in names if name in reading)
     stacked = max(of(name + COLLATED) for name in names if name in reading)
     limit = max(of(name) for name in reading if name.startswith("raw memory"))
-    found = {}
+    found: dict[str, float] = {}
     for n in (1, threads):
         mine = of(f"featcache x{n}")
         found |= {
@@ -458,22 +458,23 @@ def main() -> None:
         larger = make_records(args.records, args.write_samples or 4 * len(records.blobs))
         with tempfile.TemporaryDirectory(dir=args.out, prefix="writer-") as folder:
             writing = measure_writing(args, larger, Path(folder))
+    summary = summarise(reading, args.threads)
     result = {
         "command": "python " + " ".join(sys.argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "records": {"kind": args.records, "samples": len(records.blobs), "bytes": records.blobs.shape[1]},
         "images_per_s": reading,
-        "summary": summarise(reading, args.threads),
+        "summary": summary,
         "writing": writing,
     }
     columns = sorted({key for by_key in reading.values() for key in by_key}, reverse=True)
-    print(f"images/s, {records.blobs.shape[1]:,} bytes a record, {len(records.blobs)} records")
+    print(f"images/s, {records.blobs.shape[1]:,} bytes per record, {len(records.blobs)} records")
     print(f"{'':30}" + "".join(f"{c:>18}" for c in columns))
     for name, by_key in reading.items():
         cells = (f"{by_key[c]['median']:>18,.0f}" if c in by_key else f"{'-':>18}" for c in columns)
         print(f"{name:30}" + "".join(cells))
-    for name, value in result["summary"].items():
+    for name, value in summary.items():
         print(f"{name}: {value:.2f}")
     if writing is not None:
         for name, values in writing["bytes_per_s"].items():

@@ -129,9 +129,10 @@ class Bench:
         import torch
 
         import featcache
+        from featcache.progress import Quiet
         from trainer.distributed import World
         from trainer.training.data import Share
-        from trainer.training.loop import Job, Silent
+        from trainer.training.loop import Job
         from trainer.training.meters import FirstBadStep, RunningMeans
         from trainer.training.state import assemble
 
@@ -164,7 +165,7 @@ class Bench:
                 world=World(),
                 device=self.device,
                 share=share,
-                watcher=Silent(),
+                watcher=Quiet(),
             )
 
     def stream(self, method: str, source: str) -> Iterator[Any]:
@@ -195,7 +196,7 @@ class Bench:
         return self.streams[method, source]
 
     def run(self, method: str, source: str, steps: int) -> float:
-        """Seconds a step over a block of steps, the device idle before and after."""
+        """Seconds per step over a block of steps, the device idle before and after."""
         from trainer.training.loop import train_step
 
         job, stream, numbers = self.jobs[method], self.stream(method, source), self.steps[method, source]
@@ -317,8 +318,8 @@ def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> fl
     with torch.device("meta"):
         model = Transformer(backbone_config(config, cache))
     for module in model.modules():  # one number stands for all of a tensor's
-        for name, tensor in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.zeros(()).expand(tensor.shape)))
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape)))
         for name, tensor in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     parts = assemble(config, cache, torch.device("cpu"), World(), backbone=(model, model))
@@ -338,7 +339,7 @@ def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> fl
             loss = parts.objective.adversary_loss(kept, batch)
             torch.autograd.grad(loss, list(parts.adversary.parameters()))
             flops += (counter.get_total_flops() - flops) / parts.alignment.adversary_every
-    return flops / n
+    return float(flops / n)
 
 
 def peak_memories(options: dict[str, Any], cache: Path, name: str, methods: tuple[str, ...]) -> dict[str, int]:
@@ -444,7 +445,7 @@ def table(results: dict[str, Any]) -> str:
 def main(
     name: Annotated[str, typer.Option(help="Names the result file.")],
     model: Annotated[str, typer.Option(help="Backbone.")] = "SiT-S/2",
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16 or fp16.")] = "auto",
     compile_: Annotated[bool | None, typer.Option("--compile/--no-compile", help="[default: on a GPU]")] = None,

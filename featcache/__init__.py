@@ -6,7 +6,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from featcache.read.open import open_cache as open
-    from featcache.read.reader import Cache, Reader, epoch_order
+    from featcache.read.order import epoch_order
+    from featcache.read.reader import Cache, Reader
 
 __all__ = ["Cache", "Reader", "__version__", "epoch_order", "open"]
 

@@ -2,59 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
+import select
 import sys
 import threading
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
-from rich.console import Console
+from rich import console as rich_console
 from rich.markup import escape
-from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.measure import Measurement
 
 from featcache.errors import UserError, first_line, os_error
 from featcache.redact import redact
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Console(rich_console.Console):
+    """Rich's, which shows what it is given: `:x:` in a file's name is no emoji. A pipe without a reader is an error
+    for `run_app` to answer, not a quiet exit code 1.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, soft_wrap=True, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+    def print_table(self, table: Table) -> None:
+        """A table as wide as what is in it: a narrow terminal wraps its lines, a file has them whole. Columns that are
+        made to fit would lose the ends of paths and of numbers.
+        """
+        own = self._width
+        try:
+            self.width = 1 << 16
+            self.width = max(1, Measurement.get(self, self.options, table).maximum)
+            self.print(table, crop=False)
+        finally:
+            self._width = own
+
+
+console = Console()
+errors = Console(stderr=True)
 
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130
-
-
-class ByteBar:
-    """A spinner with what has been done so far and its rate (for work whose total is not known beforehand)."""
-
-    def __init__(self, name: str) -> None:
-        columns = (
-            SpinnerColumn(),
-            TextColumn(safe(name)),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task(name, total=None)
-
-    def __enter__(self) -> ByteBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, amount: int) -> None:
-        self._bar.update(self._task, advance=amount)
+EXIT_NO_READER = 141  # 128 + SIGPIPE
 
 
 def print_error(error: UserError) -> None:
-    """One short paragraph: what is wrong and why, then what to type."""
-    errors.print(f"[bold red]error:[/bold red] {safe(error.what)}")
-    if error.remedy:
-        errors.print(safe(error.remedy))
+    """One short paragraph: what is wrong and why, then what to type. Nothing where standard error takes no more."""
+    with contextlib.suppress(OSError):
+        errors.print(f"[bold red]error:[/bold red] {safe(error.what)}")
+        if error.remedy:
+            errors.print(safe(error.remedy))
 
 
 def safe(value: object) -> str:
@@ -81,23 +92,52 @@ def _visible(character: str) -> str:
 def run_app(app: Callable[..., int | None]) -> int:
     """Runs a typer application and gives the exit code: whatever goes wrong becomes one paragraph.
 
-    0: done. 1: done, and the answer is no (a damaged cache). 2: something the user can put right, a disk that refuses
-    and a lack of memory included. 70: a fault of the program. 128 + n: stopped by signal n (130: Ctrl-C).
+    0: done. 1: done, and the answer is no (a damaged cache). 2: something the user can put right, a disk that refuses and
+    a lack of memory included. 70: a fault of the program. 128 + n: stopped by signal n (130: Ctrl-C), or as if (141: the
+    reader of a pipe has left, so that what was to be said or done may not have been).
 
     With `FEATCACHE_DEBUG=1` in the environment, errors are raised as they are (for developers).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Of a name that the terminal's encoding lacks the rest is still shown, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if debugging():
         return int(app(standalone_mode=False) or 0)
     former = threading.excepthook, warnings.showwarning
     threading.excepthook, warnings.showwarning = _thread_ended, _warned
     try:
-        return _run(app)
+        return _flushed(_run(app))
     finally:
         threading.excepthook, warnings.showwarning = former
 
 
+def _flushed(code: int) -> int:
+    """The exit code once all that was printed has arrived; of success another one where it cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except BrokenPipeError:
+            code = code or EXIT_NO_READER
+            _discard(stream)
+        except OSError as error:
+            if not code:
+                print_error(os_error(error))
+            code = code or EXIT_USER_ERROR
+            _discard(stream)
+    return code
+
+
+def _discard(stream: TextIO) -> None:
+    """What is left to be written to a stream goes nowhere, so that the interpreter does not fail over it at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _run(app: Callable[..., int | None]) -> int:
     try:
+        refuse_empty(sys.argv[1:])
+        _require_folder()
         code = int(app(standalone_mode=False) or 0)
         # The parser turns Ctrl-C into this code without a word.
         return _interrupted() if code == EXIT_INTERRUPTED else code
@@ -106,18 +146,19 @@ def _run(app: Callable[..., int | None]) -> int:
         return EXIT_USER_ERROR
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except BrokenPipeError:
-        # The reader of a pipe has left (`featcache info | head`): nothing to report, and nothing more to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as leaving:
+        # Typer leaves so, without a word, whatever pipe it was that broke.
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return _refused(leaving.__context__)
+        raise
     except OSError as error:
-        print_error(os_error(error))
-        return EXIT_USER_ERROR
+        return _refused(error)
     except Exception as error:
         # Usage errors (unknown options, missing arguments) of typer's parser, whose classes typer does not export.
         show = getattr(error, "show", None)
         if show is not None:
-            show()
+            with contextlib.suppress(OSError):
+                show()
             return int(getattr(error, "exit_code", EXIT_USER_ERROR))
         known = _known(error)
         if known is not None:
@@ -125,11 +166,58 @@ def _run(app: Callable[..., int | None]) -> int:
             return EXIT_USER_ERROR
         print_error(_fault(error))
         return EXIT_FAULT
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries written in Rust, and no Exception
+            raise
+        print_error(_fault(error))
+        return EXIT_FAULT
+
+
+def _refused(error: OSError) -> int:
+    """The exit code for what the system refused, which is said where somebody listens."""
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        return EXIT_NO_READER
+    print_error(os_error(error))
+    return EXIT_USER_ERROR
+
+
+def _reader_left() -> bool:
+    """Whether whoever read what is printed has left (`featcache info | head`): nobody is there to report to."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Raises `UserError` for an empty word on a command line: nearly always a shell variable that is not set.
+
+    `featcache rm "$CACHE" --features "$LAYERS"` must not mean the whole of the working folder.
+    """
+    for i, word in enumerate(words):
+        name = word.removesuffix("=") if re.fullmatch(r"--[a-z-]+=", word) else None
+        if word == "":
+            name = words[i - 1] if i and words[i - 1].startswith("--") else "an argument"
+        if name is not None:
+            raise UserError(
+                f"{name} is empty",
+                remedy="Give it a value or leave it out. (A shell variable that is not set is empty: echo it.)",
+            )
+
+
+def _require_folder() -> None:
+    """Raises `UserError` where the working folder was removed: libraries end the process there, each in its own way."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("the folder you are in was removed", remedy="Go to one that exists: cd") from error
 
 
 def _warned(message: Warning | str, *_: object, **__: object) -> None:
     """A library's warning as one line; its text may quote names."""
-    errors.print(f"[yellow]note:[/yellow] {safe(' '.join(str(message).split()))}")
+    with contextlib.suppress(OSError):
+        errors.print(f"[yellow]note:[/yellow] {safe(' '.join(str(message).split()))}")
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
@@ -160,6 +248,11 @@ def _known(error: Exception) -> UserError | None:
             f"the memory of this machine is not enough{f': {text}' if text else ''}",
             remedy="Take a smaller --batch-size or fewer samples, or end other programs; finished work is kept.",
         )
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return UserError(
+            "the machine starts no more threads for this user",
+            remedy="Have the limit on processes raised (ulimit -u), or take fewer --workers or --threads; finished work is kept.",
+        )
     if isinstance(error, RecursionError):
         return UserError(
             "a file or setting is nested too deeply to be read", remedy="Look at what was passed to the command."
@@ -167,7 +260,7 @@ def _known(error: Exception) -> UserError | None:
     return None
 
 
-def _fault(error: Exception) -> UserError:
+def _fault(error: BaseException) -> UserError:
     line = _text(error)
     rank = os.environ.get("RANK", "0")
     return UserError(
@@ -185,13 +278,14 @@ def _text(error: BaseException) -> str:
 
 
 def _interrupted() -> int:
-    errors.print("[yellow]interrupted[/yellow]: finished work is kept; the same command continues it.")
+    with contextlib.suppress(OSError):
+        errors.print("[yellow]interrupted[/yellow]: finished work is kept; the same command continues it.")
     return EXIT_INTERRUPTED
 
 
 def size_text(count_bytes: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
-        if count_bytes < 1000:
+        if count_bytes < 999.5:  # 999.7 would be shown as 1e+03
             return f"{count_bytes:.3g} {unit}"
         count_bytes /= 1000
     return f"{count_bytes:.3g} TB"

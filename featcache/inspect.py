@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from featcache.codecs import decode, stored_arrays
+from featcache.codecs import decode
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import decode_latents, load_vae
 from featcache.errors import UserError
@@ -18,6 +18,8 @@ from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage
 from featcache.sources.shapes import recorded_shapes
+from featcache.store import files
+from featcache.store.layout import stored_arrays
 
 THUMB = 128
 MARGIN = 6
@@ -170,5 +172,8 @@ def contact_sheet(cache: Cache, *, data: str | None = None, count: int = 6) -> I
 
 
 def save_sheet(cache: Cache, out: Path, *, data: str | None = None, count: int = 6) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(cache, data=data, count=count).save(out)
+    """`contact_sheet` into a picture file, whole or not at all; folders are made as needed."""
+    sheet = contact_sheet(cache, data=data, count=count)
+    files.make_directory(out.parent)
+    with files.atomic_file(out, durable=False) as file:
+        sheet.save(file, Image.registered_extensions()[out.suffix.lower()])

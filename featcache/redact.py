@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, quote, urlsplit
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+# One slash will do: paths make one of two. Quotes end a URL, but not inside of a password. The first part looks back so
+# that a long word costs one look at each of its letters.
+_URL = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]+://?(?:[^\s/?#@]*@)?[^\s'\"<>]+")
 _HIDDEN = "***"
+_PORT = re.compile(r"\A[^:]*\Z|:\d*\Z|\A\[")  # a host without a colon, with a port, or a number of IPv6
 # Parameters of a query that name or page something and cannot grant access; the value of any other one is hidden.
 _HARMLESS = frozenset({"download", "versionid", "generation", "region", "list-type", "prefix", "delimiter"})
 
@@ -26,16 +28,24 @@ def is_redacted(text: str) -> bool:
 
 
 def _redact_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.split("://")[0] + "://" + _HIDDEN
-    user, at, host = parts.netloc.rpartition("@")
-    netloc = f"{_HIDDEN}@{host}" if at and user else parts.netloc
-    query = parts.query
-    if query:
-        pairs = parse_qsl(query, keep_blank_values=True)
-        shown = [f"{quote(name)}={quote(value) if name.lower() in _HARMLESS else _HIDDEN}" for name, value in pairs]
-        query = "&".join(shown) if pairs else _HIDDEN
-    fragment = _HIDDEN if parts.fragment else ""
-    return parts._replace(netloc=netloc, query=query, fragment=fragment).geturl()
+    scheme, slashes, rest = re.split(r"(:/+)", url, maxsplit=1)
+    rest, hash_mark, _ = rest.partition("#")
+    rest, question_mark, query = rest.partition("?")
+    netloc, slash, path = rest.partition("/")
+    if "@" not in netloc and not _PORT.search(netloc) and "@" in path:
+        # A password with a slash in it: what follows the colon is no port.
+        host, slash, path = rest.rpartition("@")[2].partition("/")
+        netloc = f"{_HIDDEN}@{host}"
+    if "@" in netloc:
+        netloc = f"{_HIDDEN}@{netloc.rpartition('@')[2]}"
+    query = "&".join(map(_redact_parameter, query.split("&")))
+    fragment = _HIDDEN if hash_mark else ""
+    return f"{scheme}{slashes}{netloc}{slash}{path}{question_mark}{query}{hash_mark}{fragment}"
+
+
+def _redact_parameter(parameter: str) -> str:
+    """One of a query; a token may stand there alone, without a name."""
+    name, equals, value = parameter.partition("=")
+    if not equals:
+        return _HIDDEN if parameter else ""
+    return f"{name}={value if name.lower() in _HARMLESS else _HIDDEN}"

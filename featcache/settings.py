@@ -31,6 +31,7 @@ import typer
 from pydantic import Field
 
 from featcache.errors import UserError
+from featcache.paths import on_this_machine
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -71,7 +72,7 @@ def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 Distinct = pydantic.AfterValidator(_distinct)
-FilePath = Annotated[Path, Field(strict=False)]
+FilePath = Annotated[Path, Field(strict=False), pydantic.AfterValidator(on_this_machine)]
 Names = Annotated[tuple[str, ...], Field(strict=False), Distinct]
 Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 
@@ -207,9 +208,11 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
         case "less_than_equal":
             high = context["le"]
             what = "must lie in [0, 1]" if high == 1 else f"can be {high:,} at most"
-            return UserError(f"{name} is {value!r:.200}, but it {what}")
+            return UserError(f"{name} is {value!r:.200}, but it {what}", remedy=f"Type at most {name}{sign}{high}.")
         case "greater_than" | "finite_number":
-            return UserError(f"{name} is {value!r:.200}, but it must be positive and finite")
+            return UserError(
+                f"{name} is {value!r:.200}, but it must be positive and finite", remedy=f"Give {name} such a number."
+            )
     expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
     return UserError(
         f"{name} = {value!r:.200} is not valid: {expected}",
@@ -226,7 +229,15 @@ _EXPECTED = {
     "dict_type": "it must be a group of keys",
     "too_short": "it must name at least one",
 }
-_EXAMPLES = {"bool_type": "Write {0}true or {0}false.", "tuple_type": "Write it as a list: {0}[...]."}
+_EXAMPLES = {
+    "int_type": "Write for example {0}1.",
+    "float_type": "Write for example {0}0.5.",
+    "bool_type": "Write {0}true or {0}false.",
+    "string_type": "Write for example {0}text, in quotes if it looks like a number.",
+    "tuple_type": "Write it as a list: {0}[...].",
+    "dict_type": "Write the keys in it with a dot, as in --set ahpa.weight=0.5, or below it in a recipe.",
+    "too_short": "Name one, or leave it out.",
+}
 
 
 @functools.cache
@@ -336,3 +347,8 @@ def _shown_default(field: dataclasses.Field[Any], text: str) -> str:
     ):
         return ""
     return f" [default: {default}]"
+
+
+def is_number(text: str) -> bool:
+    """Whether `text` is a whole number in ASCII digits, of a length that a layer or a seed may have."""
+    return text.isascii() and text.isdigit() and len(text) <= 18

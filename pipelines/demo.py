@@ -1,4 +1,4 @@
-"""The demo behind ``make demo``: the whole path on the embedded default, offline, on the CPU, in a few minutes.
+"""The demo behind `make demo`: the whole path on the embedded default, offline, on the CPU, in a few minutes.
 
 It types what a user would type, says so, and stops at the first command that fails. Run again, it continues.
 """
@@ -87,7 +87,7 @@ def run_all(commands: list[str]) -> None:
 
 
 def draw_picture(out: Path, columns: int = 6) -> None:
-    """Real images and both runs' guided samples side by side, one row a class."""
+    """Real images and both runs' guided samples side by side, one row per class."""
     from PIL import Image, ImageDraw, ImageFont
 
     import featcache

@@ -1,4 +1,4 @@
-"""Writes ``pipelines/README.md``, the index of all recipes: ``python -m pipelines.index``."""
+"""Writes `pipelines/README.md`, the index of all recipes: `python -m pipelines.index`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def readme() -> Path:
 
 
 def main() -> int:
-    """Writes the index; with ``--check`` only says whether it is up to date (exit code 1 if not)."""
+    """Writes the index; with `--check` only says whether it is up to date (exit code 1 if not)."""
     page = render()
     if "--check" in sys.argv[1:]:
         current = readme().read_text(encoding="utf-8") if readme().is_file() else ""

@@ -15,21 +15,21 @@ KINDS = ("balanced", "random")
 
 @dataclass(frozen=True)
 class Classes:
-    """``balanced`` (0, 1, 2, ... in turn), ``random`` (uniform, seeded), or ``chosen`` classes in turn.
+    """`balanced` (0, 1, 2, ... in turn), `random` (uniform, seeded), or `chosen` classes in turn.
 
-    chosen: used where ``kind`` is ``chosen``; not empty there.
+    chosen: used where `kind` is `chosen`; not empty there.
     """
 
     kind: str = "balanced"
     chosen: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        """One text for equal choices: what :meth:`parse` reads."""
+        """One text for equal choices: what `parse` reads."""
         return ",".join(map(str, self.chosen)) if self.chosen else self.kind
 
     @classmethod
     def parse(cls, value: Classes | str) -> Classes:
-        """From ``balanced``, ``random`` or a list such as ``3,7``; what is parsed already stays.
+        """From `balanced`, `random` or a list such as `3,7`; what is parsed already stays.
 
         Raises:
             UserError: anything else.

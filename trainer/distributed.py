@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from featcache.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.models import Transformer
 
 T = TypeVar("T")
 
@@ -46,10 +49,10 @@ class World:
 
 
 def join(device: str) -> World:
-    """Joins the process group that ``torchrun`` describes in the environment.
+    """Joins the process group that `torchrun` describes in the environment.
 
     Raises:
-        UserError: several ranks were told to share one GPU (``cuda:N``).
+        UserError: several ranks were told to share one GPU (`cuda:N`).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
@@ -79,7 +82,7 @@ def leave() -> None:
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """:func:`join` for the length of a block; a group that was there before stays.
+    """`join` for the length of a block; a group that was there before stays.
 
     After an error the other ranks are not waited for: torchrun ends them.
 
@@ -119,7 +122,7 @@ def barrier() -> None:
 
 
 def from_main(value: T) -> T:
-    """The main rank's ``value``, on every rank."""
+    """The main rank's `value`, on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -172,7 +175,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._sent: tuple[Any, Tensor] | None = None
+        self._sent: tuple[dist.Work, Tensor] | None = None
 
     def agree(self, number: int) -> int:
         """The largest signal number that any rank passed: now for one process, in the step before for several."""
@@ -193,10 +196,10 @@ class StopSignal:
         return int(flag)
 
 
-def shard(model: Any, world: World, device: torch.device) -> None:
+def shard(model: Transformer, world: World, device: torch.device) -> None:
     """FSDP2 in place: every block's parameters, and the rest's, are split over the ranks and gathered when needed.
 
-    Nothing stays gathered after a forward pass, so that between steps ``model.parameters()`` are always the shards (an
+    Nothing stays gathered after a forward pass, so that between steps `model.parameters()` are always the shards (an
     EMA teacher has no backward pass that would free them).
     """
     mesh = init_device_mesh(device.type, (world.size,))
@@ -215,7 +218,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor laid out as ``target`` is: on its device, and this rank's part of it if it is sharded."""
+    """A whole tensor laid out as `target` is: on its device, and this rank's part of it if it is sharded."""
     value = value.to(local(target).device)
     if not isinstance(target, DTensor):
         return value
@@ -224,7 +227,7 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 
 
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors in host memory where ``keep``; sharded ones are put together one at a time, by all ranks."""
+    """Whole tensors in host memory where `keep`; sharded ones are put together one at a time, by all ranks."""
     whole = {}
     for name, value in tensors.items():
         full = value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()

@@ -34,12 +34,12 @@ class Interval:
         return self.low <= t <= self.high
 
     def __str__(self) -> str:
-        """``LOW,HIGH``, one text for equal intervals: what :meth:`parse` reads, and what file names hold."""
+        """`LOW,HIGH`, one text for equal intervals: what `parse` reads, and what file names hold."""
         return f"{plain(self.low)},{plain(self.high)}"
 
     @classmethod
     def parse(cls, value: object) -> Interval:
-        """From ``LOW,HIGH`` as typed, from a list of two numbers as in YAML, or from an interval.
+        """From `LOW,HIGH` as typed, from a list of two numbers as in YAML, or from an interval.
 
         Raises:
             UserError: anything else, or as the constructor.
@@ -63,7 +63,7 @@ ParsedInterval = Annotated[Interval, PlainValidator(Interval.parse)]
 
 
 def plain(value: float) -> str:
-    """The shortest text that reads as this number again: ``0.7``, and ``1`` for 1.0."""
+    """The shortest text that reads as this number again: `0.7`, and `1` for 1.0."""
     return repr(float(value)).removesuffix(".0")
 
 

@@ -1,4 +1,4 @@
-"""What is drawn, as data: made by diagnostics and from logs, kept as JSON, drawn by :mod:`trainer.report.charts`."""
+"""What is drawn, as data: made by diagnostics and from logs, kept as JSON, drawn by `trainer.report.charts`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LINE, _TABLE = TypeAdapter[Any](_Stored), TypeAdapter[Any](list[_Stored])
 _SHOWN = TypeAdapter[Any](list[list[bool]])
 
 
-def _numbers(value: Any, stored: TypeAdapter[Any] = _LINE) -> np.ndarray:
+def _numbers(value: object, stored: TypeAdapter[Any] = _LINE) -> np.ndarray:
     """Numbers of a JSON file => float64, NaN for null and for what no axis can hold."""
     numbers = value if isinstance(value, np.ndarray) else np.array(stored.validate_python(value), dtype=np.float64)
     return np.where(np.abs(numbers) < LARGEST, numbers, np.nan)
@@ -66,7 +66,7 @@ class Chart:
 class Strips:
     """Pictures in rows and columns. cells[row][column]: uint8 [S, S, 3], all of one size, or None.
 
-    JSON says of each cell whether there is a picture; :mod:`trainer.analyze.result` keeps the pictures themselves.
+    JSON says of each cell whether there is a picture; `trainer.analyze.result` keeps the pictures themselves.
     """
 
     title: str
@@ -79,7 +79,7 @@ class Strips:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """Numbers in rows and columns, shaded from ``low`` to ``high``. values: float [rows, columns], NaN: empty."""
+    """Numbers in rows and columns, shaded from `low` to `high`. values: float [rows, columns], NaN: empty."""
 
     title: str
     columns: Sequence[str]
@@ -96,7 +96,7 @@ class Matrix:
             raise ValueError("values do not fit the rows, the columns or the range")
 
     def share(self, value: float) -> float:
-        """Where a value lies between ``low`` and ``high``, 0 to 1."""
+        """Where a value lies between `low` and `high`, 0 to 1."""
         return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
 
 

@@ -1,4 +1,4 @@
-"""What sampling and evaluation are asked for: each option of ``trainer sample`` and ``trainer eval`` declared once. No torch."""
+"""What sampling and evaluation are asked for: each option of `trainer sample` and `trainer eval`, once. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SampleSettings:
     """How samples are to be drawn. A number, steps, guidance or interval of None leaves the choice to who draws.
 
     sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest.
-    precision, compile: see :func:`trainer.sampling.inference.choose_arithmetic`.
+    precision, compile: see `trainer.sampling.inference.choose_arithmetic`.
     """
 
     num: Annotated[Count | None, Option("Samples to judge. [default: 50,000; fewer on the CPU]")] = None
@@ -65,8 +65,8 @@ class SampleSettings:
 
 @settings
 class SampleRequest(SampleSettings):
-    """Settings without a gap, and what is to be written: see :class:`trainer.sampling.run.SampleResult`. out: None names the
-    folder itself."""
+    """Settings without a gap, and what is to be written: see `trainer.sampling.run.SampleResult`. out: None names
+    the folder itself."""
 
     num: Annotated[Count, Option("How many images.")] = 64
     sampler: Annotated[str | None, Option("SiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")] = None
@@ -83,13 +83,13 @@ class SampleRequest(SampleSettings):
 
 @settings
 class EvalRequest:
-    """What ``trainer eval`` is asked for.
+    """What `trainer eval` is asked for.
 
-    settings: how to draw; where one is None, what the run's recipe says of its published figures, else the default of the
-    device (the constants of :mod:`trainer.evaluate.run`). The recipe's interval goes with the recipe's guidance scale alone:
-    with another one the default is to guide at all times. The judge takes number, seed, batch size, device and weights'
-    folder from it too. figure: name of the recipe whose published figures the run is judged beside, instead of its own:
-    drawn at that recipe's step and with its sampler and evaluations on any device.
+    settings: how to draw; where one is None, what the run's recipe says of its published figures, else the default of
+    the device (the constants of `trainer.evaluate.run`). The recipe's interval goes with the recipe's guidance scale
+    alone: with another one the default is to guide at all times. The judge takes number, seed, batch size, device and
+    weights' folder from it too. figure: name of the recipe whose published figures the run is judged beside, instead of
+    its own: drawn at that recipe's step and with its sampler and evaluations on any device.
     """
 
     settings: SampleSettings = SampleSettings()

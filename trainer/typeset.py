@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 
 def number(value: float) -> str:
@@ -30,7 +29,7 @@ def measure(value: float) -> str:
     return _typeset(f"{value:.{1 if abs(value) >= 100 else 2 if abs(value) >= 2 else 3}f}")
 
 
-def setting(value: Any) -> str:
+def setting(value: object) -> str:
     """What a JSON or YAML file holds, as text; a dash for null."""
     if value is None:
         return "–"

@@ -14,15 +14,16 @@ import torch
 from rich.table import Table
 
 from featcache.build.fidelity import distance, fidelity
-from featcache.build.prepare import check_request, free_bytes, prepare
+from featcache.build.prepare import check_request, free_bytes, prepare, room_for
 from featcache.build.request import BuildRequest
-from featcache.codecs import CODECS, encode
+from featcache.codecs import encode
 from featcache.console import console, safe, size_text
 from featcache.encoders.base import Network, in_precision, synchronise
 from featcache.encoders.text import Tokens
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.precision import PRECISIONS
+from featcache.store.layout import CODECS
 from featcache.store.manifest import SAMPLE_FEATURES, FeatureSpec
 
 PROBE_IMAGES = 2  # for the encoders' rate, after one warm-up of the same size
@@ -198,19 +199,19 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         )
     total = plan.bytes_per_image * plan.count
     sizes.add_row("[bold]all[/bold]", "", "", size_text(plan.bytes_per_image), f"[bold]{size_text(total)}[/bold]")
-    console.print(sizes)
+    console.print_table(sizes)
     views = max(spec.views for spec in plan.specs)
     read = sum(spec.bytes_per_sample // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
     console.print(
         f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {read * steps_per_s * batch / 1e9:.3g} GB/s"
         + (" (one of the two views)" if views > 1 else "")
     )
-    fits = "fits" if total < plan.free_bytes else "[red]does not fit[/red]"
+    fits = "fits" if room_for(total) <= plan.free_bytes else "[red]does not fit[/red]"
     console.print(f"{safe(plan.path)}: {size_text(plan.free_bytes)} free on its disk, {fits}")
     rates = table("stage", "images/s")
     for stage, rate in plan.rates.items():
         rates.add_row(safe(stage), f"{rate:.3g}")
-    console.print(rates)
+    console.print_table(rates)
     hours, minutes = divmod(round(plan.seconds / 60), 60)
     console.print(
         f"{plan.count} images in about {hours} h {minutes} min on this machine's device"
@@ -220,7 +221,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
         speeds = table(f"encode {safe(encoder)}", "images/s")
         for kind, rate in by_precision.items():
             speeds.add_row(f"--precision {kind}", f"{rate:.3g}")
-        console.print(speeds)
+        console.print_table(speeds)
     for name, kinds in plan.precision.items():
         errors = table(f"{safe(name)} against fp32", "mean cosine", "worst cosine", "relative error")
         for kind, row in kinds.items():
@@ -230,7 +231,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
                 _figure(row["worst_cosine"], ".6f"),
                 _figure(row["relative_error"], ".2e"),
             )
-        console.print(errors)
+        console.print_table(errors)
     if plan.precision and plan.device == "cpu":
         console.print("tf32 is fp32 on a CPU: it exists on GPUs only")
     for name, codecs in plan.fidelity.items():
@@ -243,4 +244,4 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
                 _figure(row["worst_cosine"], ".6f"),
                 _figure(row["relative_error"], ".2e"),
             )
-        console.print(losses)
+        console.print_table(losses)

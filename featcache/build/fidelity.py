@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from featcache.codecs import decode, encode, stored_arrays
-from featcache.store.layout import sample_bytes
+from featcache.codecs import decode, encode
+from featcache.store.layout import sample_bytes, stored_arrays
 
 
 def fidelity(codec: str, x: Tensor) -> dict[str, float]:

@@ -6,24 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import featcache
 from featcache.build.pipeline import Stage
 from featcache.build.prepare import Plan, check_disk, package_versions
+from featcache.paths import typed
+from featcache.progress import Progress
 from featcache.store import CacheWriter
 from featcache.store.manifest import FeatureSpec
 from featcache.store.writers import create_writer, open_writer
-
-
-class Progress(Protocol):
-    """What a build tells whoever watches. Called from the building thread."""
-
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +58,42 @@ def finish(plan: Plan, writer: CacheWriter) -> tuple[str, ...]:
     return tuple(entry.key for entry in writer.finish().skipped if entry.slot not in before)
 
 
+def remarks(plan: Plan) -> list[str]:
+    """What whoever starts a build should know: images and captions that are left out, and features that stay as they
+    are in the cache although they were asked for otherwise."""
+    found = [getattr(part, "remark", None) for part in (plan.work.source, plan.work.captions)]
+    found += [_kept(plan.existing, spec, plan.path) for spec in plan.there]
+    return [remark for remark in found if remark]
+
+
+def _kept(existing: Any, spec: FeatureSpec, path: Path) -> str | None:
+    """How a feature of the cache differs from what is asked for."""
+    have = existing.manifest.features[spec.name]
+    pairs = [(key, getattr(have, key), getattr(spec, key)) for key in ("codec", "shape", "views")]
+    pairs += [
+        (key, have.provenance.get(key), value)
+        for key, value in spec.provenance.items()
+        if key not in ("versions", "captions")
+    ]
+    differences = [f"{key} {found!s:.40}, not {asked!s:.40}" for key, found, asked in pairs if found != asked]
+    if not differences:
+        return None
+    return (
+        f"{spec.name} is there already and stays as it is: {'; '.join(differences)}. To make it anew, type "
+        f"featcache rm {typed(path)} --features {spec.name} and then the same command again."
+    )
+
+
+def announce(plan: Plan, left: int, progress: Progress, workers: str) -> None:
+    """Begins the progress of a build of which `left` images remain: what it writes, and who does it (`" (2 ranks)"`)."""
+    total = len(plan.work.order)
+    features = ", ".join(name for name in plan.work.specs if name not in ("key", "content"))
+    progress.begin("encoding", total, done=total - left)
+    progress.note(f"features: {features}{workers}")
+    for remark in remarks(plan):
+        progress.note(remark)
+
+
 def warn_of_bare_images(plan: Plan, progress: Progress) -> None:
     """Says how many images of a finished build have no caption, where it made text features."""
     if "text/count" not in plan.work.specs:
@@ -76,9 +104,4 @@ def warn_of_bare_images(plan: Plan, progress: Progress) -> None:
         reader.read(range(len(cache)), out)
     bare = int((out["text/count"] == 0).sum())
     if bare:
-        progress.warn(f"{bare} of {len(cache)} images have no caption: their text/count is 0, their features are zeros")
-
-
-def features_note(specs: Mapping[str, FeatureSpec]) -> str:
-    """The features that a build writes, in a line."""
-    return ", ".join(name for name in specs if name not in ("key", "content"))
+        progress.note(f"{bare} of {len(cache)} images have no caption: their text/count is 0, their features are zeros")

@@ -27,6 +27,7 @@ from featcache.encoders.base import Encoder
 from featcache.encoders.text import TextEncoder, Tokens
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes, printable
+from featcache.progress import Progress
 from featcache.sources.base import Source
 from featcache.sources.captions import Captions
 from featcache.sources.pixels import BadImage
@@ -124,6 +125,14 @@ class Meter:
                 mine.busy_s += stage.busy_s
                 mine.images += stage.images
 
+    def summary(self) -> str:
+        """The bottleneck, and in a second line every stage with its rate, the slowest first; empty without stages."""
+        rates = sorted((stage.images_per_s, name) for name, stage in list(self.stages.items()))
+        if not rates:
+            return ""
+        every = ", ".join(f"{name} {rate:.3g}" for rate, name in rates)
+        return f"bottleneck: {rates[0][1]}\nimages/s of each stage: {every}"
+
 
 def run_shards(
     work: Work,
@@ -131,15 +140,13 @@ def run_shards(
     writer: ShardWriter,
     *,
     meter: Meter,
-    advance: Callable[[int], None],
-    warn: Callable[[str], None],
+    progress: Progress,
 ) -> list[int]:
     """Encodes and writes `shards`, in order; they are durable when it returns. Returns them.
 
     Args:
         shards: taken one by one, a few batches before they are encoded: an iterator may decide late.
-        advance: called with the number of images whenever a batch is encoded.
-        warn: called with a line of text for every image left out.
+        progress: advances with every encoded batch; of every image left out there is a note.
 
     Raises `UserError` for an image that cannot be decoded (unless bad ones are left out) and for features that
     are not finite; `CacheError` for an image whose bytes are not those an existing cache was built from, and
@@ -159,13 +166,13 @@ def run_shards(
                 _check_content(work, batch)
                 device.encode(batch, part)
                 part.add_samples(batch)
-                advance(len(batch.slots))
+                progress.update(len(batch.slots), meter.summary())
                 if batch.pixels is not None:
                     buffers.give(batch.pixels)
                 if part.filled < part.count:
                     continue
                 for _, key, reason in part.bad:
-                    warn(f"skipped {key}: {reason}")
+                    progress.note(f"skipped {key}: {reason}")
                 while len(writing) >= SHARDS_IN_MEMORY - 1:
                     writing.popleft().result()
                 writing.append(disk.submit(_write, writer, part, device.finisher(), meter))

@@ -15,6 +15,7 @@ import numpy as np
 import featcache
 from featcache.build.pipeline import Work
 from featcache.build.request import BuildRequest
+from featcache.console import size_text
 from featcache.encoders import TINY
 from featcache.encoders.base import Compute, Encoder, WeightsSource
 from featcache.encoders.custom import UserEncoder, is_custom
@@ -35,13 +36,16 @@ from featcache.sources.shapes import recorded_shapes
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import SAMPLE_FEATURES, DatasetSpec, FeatureSpec
 
-RESERVE_BYTES = 256 << 20  # free space to leave on the disk
+RESERVE_BYTES = 256 << 20  # free space to leave on the disk, of small caches as much as they take
 KEY_ALIGN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A request with its source and encoders opened: what every worker derives alike before anything is written."""
+    """A request with its source and encoders opened: what every worker derives alike before anything is written.
+
+    there: those features that were asked for and that the cache holds already, as they were asked for.
+    """
 
     request: BuildRequest
     path: Path
@@ -49,6 +53,7 @@ class Plan:
     specs: tuple[FeatureSpec, ...]
     existing: Cache | None
     work: Work
+    there: tuple[FeatureSpec, ...] = ()
 
 
 def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) -> Plan:
@@ -82,6 +87,7 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     dataset = _dataset(request, source, order, resolution, decoder, encoders, existing)
     if existing is not None:
         _check_same_images(existing, dataset, encoders)
+    there: list[FeatureSpec] = []
     if existing is not None and again:
         specs = [existing.manifest.features[name] for name in again]
         _check_same_weights(specs, [*encoders, *texts.encoders])
@@ -92,6 +98,7 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
         specs += _text_specs(request, texts)
         if existing is not None:
             _check_same_captions([s for n, s in existing.manifest.features.items() if _is_text(n)], texts.origin)
+            there = [spec for spec in specs if spec.name in existing.manifest.features]
             specs = [spec for spec in specs if spec.name not in existing.manifest.features]
     path = request.into or request.out or Path("caches") / derived_name(dataset, specs)
     wanted = {spec.name: spec for spec in specs}
@@ -117,7 +124,15 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
         captions=texts.captions if any(map(_is_text, wanted)) else None,
         captions_per_image=texts.per_image,
     )
-    return Plan(request=request, path=path, dataset=dataset, specs=tuple(specs), existing=existing, work=work)
+    return Plan(
+        request=request,
+        path=path,
+        dataset=dataset,
+        specs=tuple(specs),
+        existing=existing,
+        work=work,
+        there=tuple(there),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,6 +436,11 @@ def _shard_size(request: BuildRequest, specs: Sequence[FeatureSpec], count: int)
     return max(1, min(by_bytes, max(16, -(-count // 16))))
 
 
+def room_for(n_bytes: float) -> float:
+    """Bytes that a disk must have free before so many are written to it: metadata, journals and others need some too."""
+    return n_bytes + min(RESERVE_BYTES, n_bytes)
+
+
 def free_bytes(path: Path) -> int:
     """Free space on the disk that `path`, which need not exist yet, would lie on."""
     while not path.exists():
@@ -430,12 +450,11 @@ def free_bytes(path: Path) -> int:
 
 def check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> None:
     """Raises `UserError` unless the features of so many samples fit onto the disk."""
-    free = free_bytes(path)
-    needed = samples * sum(spec.bytes_per_sample for spec in specs)
-    if needed + RESERVE_BYTES > free:
+    needed, free = room_for(samples * sum(spec.bytes_per_sample for spec in specs)), free_bytes(path)
+    if needed > free:
         raise UserError(
-            f"{path} needs {needed / 1e9:.2f} GB more, but its disk has {free / 1e9:.2f} GB free",
-            remedy="Choose another disk with --out, fewer --vae-levels or layers, or --limit; nothing was written.",
+            f"{path} needs {size_text(needed)} of free space, but its disk has {size_text(free)}",
+            remedy="Choose another disk with --out, fewer --vae-levels or layers, or --limit; nothing was encoded.",
         )
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.build.lead import BuildResult, features_note, finish, lead, warn_of_bare_images
+from featcache.build.lead import BuildResult, announce, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, Stage, run_shards
 from featcache.build.prepare import Plan, prepare
 from featcache.errors import UserError, first_line
+from featcache.progress import Progress, Quiet
 from featcache.store.writers import join_writer
 
 if TYPE_CHECKING:
-    from featcache.build.lead import Progress
     from featcache.build.request import BuildRequest
 
 
@@ -31,8 +31,21 @@ class _Answer:
 
     images: int = 0
     stages: dict[str, Stage] | None = None
-    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     error: tuple[str, str | None] | None = None
+
+
+class _Told(Quiet):
+    """Keeps what an actor is to answer."""
+
+    def __init__(self) -> None:
+        self.images, self.notes = 0, list[str]()
+
+    def update(self, count: int, text: str = "") -> None:
+        self.images += count
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 class _Actor:
@@ -45,11 +58,7 @@ class _Actor:
         self._plan: Plan | None = None
 
     def run(self, shards: Sequence[int]) -> _Answer:
-        meter, images, warnings = Meter(), [0], list[str]()
-
-        def advance(count: int) -> None:
-            images[0] += count
-
+        meter, told = Meter(), _Told()
         try:
             if self._plan is None:
                 self._plan = prepare(self._request, device=self._device)
@@ -57,10 +66,10 @@ class _Actor:
                 # A call that is tried again may have written some of its shards.
                 left = set(writer.pending())
                 todo = [shard for shard in shards if shard in left]
-                run_shards(self._plan.work, todo, writer, meter=meter, advance=advance, warn=warnings.append)
+                run_shards(self._plan.work, todo, writer, meter=meter, progress=told)
         except UserError as error:
             return _Answer(error=(error.what, error.remedy))
-        return _Answer(images=images[0], stages=meter.stages, warnings=tuple(warnings))
+        return _Answer(images=told.images, stages=meter.stages, notes=tuple(told.notes))
 
 
 def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> BuildResult:
@@ -97,9 +106,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
             pending = writer.pending()
             total = len(plan.work.order)
             left = sum(len(plan.work.slots(shard)) for shard in pending)
-            progress.start(total=total, done=total - left, note=features_note(plan.work.specs) + " (Ray)")
-            if plan.work.captions is not None and plan.work.captions.remark:
-                progress.warn(plan.work.captions.remark)
+            announce(plan, left, progress, " (Ray)")
             resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             remote: Any = ray.remote
             make = remote(max_restarts=0, **resources)(_Actor)
@@ -166,13 +173,13 @@ def _run_calls(pending: Sequence[int], make: Callable[[], Any], count: int, mete
                     f"workers died {deaths + 1} times at shards {shards[0]} to {shards[-1]}: {first_line(error)}",
                     remedy="Look at Ray's logs; often it is memory: type a smaller --batch-size or --shard-size.",
                 ) from error
-            progress.warn(f"a worker died; its shards {shards[0]} to {shards[-1]} are tried again")
+            progress.note(f"a worker died; its shards {shards[0]} to {shards[-1]} are tried again")
             calls.appendleft((shards, deaths + 1))
             continue
         if answer.error is not None:
             raise UserError(answer.error[0], remedy=answer.error[1])
         idle.append(actor)
         meter.merge(answer.stages or {})
-        for text in answer.warnings:
-            progress.warn(text)
-        progress.advance(answer.images)
+        for text in answer.notes:
+            progress.note(text)
+        progress.update(answer.images, meter.summary())

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import featcache
-from featcache.build.lead import Progress
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import prepare
 from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError
 from featcache.machine import pick_device
+from featcache.progress import Progress
 from featcache.sources.open import find_data
 from featcache.sources.shapes import recorded_shapes
-from featcache.store.manifest import FeatureSpec, Manifest
+from featcache.store.manifest import SAMPLE_FEATURES, Manifest
 from featcache.store.writers import repair_writer
 
 
@@ -33,17 +33,18 @@ def repair_shards(
     """Encodes the `damaged` shards (feature -> numbers) of a cache again and records their checksums.
 
     On the hardware and software of the build the bytes are the recorded ones; elsewhere last bits may differ, which the
-    new checksums cover.
+    new checksums cover. Labels, keys and hashes of the images come out the same everywhere, or the images have changed.
 
     Args:
         data: the images, as `--data`; not needed for the embedded set.
         captions: the table of captions, where text features were made from one.
 
-    Raises `UserError` if the images or weights are not here, or not the ones the cache was made with.
+    Raises `UserError` if the images or weights are not here, or not the ones the cache was made with, and for tars whose
+    features were made with weights from different seeds.
     """
     manifest = featcache.open(path).manifest
     source = _data_of(manifest.dataset.source, data)
-    for names, seed in _by_weights(manifest.features, damaged):
+    for names, seed in _passes(manifest, damaged):
         request = BuildRequest(
             data=source,
             into=path,
@@ -57,9 +58,10 @@ def repair_shards(
         plan = prepare(request, device=pick_device(device), again=names)
         shards = {name: list(damaged[name]) for name in names}
         numbers = sorted({shard for numbers in shards.values() for shard in numbers})
-        with repair_writer(path, shards) as writer:
-            progress.start(total=sum(len(plan.work.slots(n)) for n in numbers), done=0, note=", ".join(names))
-            run_shards(plan.work, numbers, writer, meter=Meter(), advance=progress.advance, warn=progress.warn)
+        with repair_writer(path, shards, exact=set(names) & set(SAMPLE_FEATURES)) as writer:
+            progress.begin("encoding again", sum(len(plan.work.slots(n)) for n in numbers))
+            progress.note(f"features: {', '.join(names)}")
+            run_shards(plan.work, numbers, writer, meter=Meter(), progress=progress)
             writer.finish()
 
 
@@ -73,16 +75,27 @@ def _limit_of(description: str) -> int | None:
     return shapes[1] if shapes is not None else None
 
 
-def _by_weights(
-    features: Mapping[str, FeatureSpec], damaged: Mapping[str, Sequence[int]]
-) -> list[tuple[list[str], int | None]]:
-    """Damaged features grouped by the seed of random weights (None: pretrained, embedded, or no encoder at all)."""
-    groups: dict[int | None, list[str]] = {}
+def _passes(manifest: Manifest, damaged: Mapping[str, Sequence[int]]) -> list[tuple[list[str], int | None]]:
+    """Damaged features, grouped by the seed of random weights (None: pretrained, embedded, or no encoder at all).
+
+    What says which images these were comes first, and by itself: the images that the others are encoded from are compared
+    with it. A tar holds all features at once.
+    """
+    groups: dict[tuple[bool, int | None], list[str]] = {}
     for name in damaged:
-        origin = features[name].provenance
-        groups.setdefault(origin.get("seed") if origin.get("weights") == "random" else None, []).append(name)
-    # Without weights first: what they hold of the images is compared when the others are encoded.
-    return [(groups[seed], seed) for seed in sorted(groups, key=lambda seed: (seed is not None, seed or 0))]
+        origin = manifest.features[name].provenance
+        seed = origin.get("seed") if origin.get("weights") == "random" else None
+        groups.setdefault((name not in SAMPLE_FEATURES, seed), []).append(name)
+    if manifest.format == "wds":
+        seeds = {seed for _, seed in groups if seed is not None}
+        if len(seeds) > 1:
+            raise CacheError(
+                "its features were made with random weights from different seeds, which cannot be made again in one tar",
+                remedy="mend it from another copy: featcache repair CACHE --from URL",
+            )
+        return [(list(damaged), next(iter(seeds), None))]
+    order = sorted(groups, key=lambda group: (group[0], group[1] is not None, group[1] or 0))
+    return [(groups[group], group[1]) for group in order]
 
 
 def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:

@@ -18,13 +18,16 @@ _DATA = (
 
 
 def parse_names(texts: Sequence[str]) -> tuple[str, ...]:
-    """`["clip-l,tiny"]` or `["clip-l", "tiny"]` => names, each once."""
-    return tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
+    """`["clip-l,tiny"]` or `["clip-l", "tiny"]` => names, each once. Raises `UserError` if there are none."""
+    names = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
+    if not names:
+        raise UserError(f"--text {','.join(texts)!r} names no encoder", remedy="Type for example --text clip-l")
+    return names
 
 
 def parse_resolution(text: str) -> int:
     """`"256"` => 256. Raises `UserError` for anything but a number, rectangles among them."""
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit() and int(text)):
         shape = "crops are square, so it is one number" if "x" in text else "it must be a number of pixels"
         raise UserError(f"--resolution {text}: {shape}", remedy="Type --resolution 256 (or 64, 128, 512).")
     return int(text)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from featcache.build.lead import BuildResult, Progress, features_note, finish, lead, warn_of_bare_images
+from featcache.build.lead import BuildResult, announce, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import Plan, check_request, prepare
 from featcache.build.ranks import Ranks
 from featcache.build.ray import build_on_ray
 from featcache.build.request import BuildRequest
 from featcache.machine import pick_device
+from featcache.progress import Progress
 from featcache.store.writers import join_writer
 
 
@@ -39,13 +40,11 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
         left = sum(len(work.slots(shard)) for shard in pending)
         with writer or join_writer(plan.path, plan.specs) as shard_writer:
             progress = _Shared(progress, ranks) if ranks.size > 1 else progress
-            note = features_note(work.specs) + ranks.note()
-            progress.start(total=len(work.order), done=len(work.order) - left, note=note)
-            if writer is not None and work.captions is not None and work.captions.remark:
-                progress.warn(work.captions.remark)
+            if writer is not None:
+                announce(plan, left, progress, ranks.note())
             mine = ranks.share(pending, request.schedule)
-            run_shards(work, mine, shard_writer, meter=meter, advance=progress.advance, warn=progress.warn)
-            ranks.wait(lambda: progress.advance(0))
+            run_shards(work, mine, shard_writer, meter=meter, progress=progress)
+            ranks.wait(lambda: progress.update(0))
             if writer is not None:
                 writer.refresh()
                 skipped = finish(plan, writer)
@@ -75,23 +74,22 @@ def prepare_together(request: BuildRequest, ranks: Ranks, *, device: str) -> Pla
 
 
 class _Shared:
-    """Progress of all ranks: the first one shows it, the others only warn."""
+    """Progress of all ranks: the first one begins and shows it, the others only make notes."""
 
     def __init__(self, progress: Progress, ranks: Ranks) -> None:
         self._progress, self._ranks, self._shown = progress, ranks, 0
 
-    def start(self, *, total: int, done: int, note: str) -> None:
-        if self._ranks.rank == 0:
-            self._progress.start(total=total, done=done, note=note)
+    def begin(self, name: str, total: int | None, *, done: int = 0, unit: str = "images") -> None:
+        self._progress.begin(name, total, done=done, unit=unit)
 
-    def advance(self, images: int) -> None:
+    def update(self, count: int, text: str = "") -> None:
         """Counts images of this rank; the first rank shows those of all. With 0, only that."""
-        if not images and self._ranks.rank > 0:
+        if not count and self._ranks.rank > 0:
             return
-        done = self._ranks.done(images)
+        done = self._ranks.done(count)
         if self._ranks.rank == 0:
-            self._progress.advance(done - self._shown)
+            self._progress.update(done - self._shown, text)
             self._shown = done
 
-    def warn(self, text: str) -> None:
-        self._progress.warn(text)
+    def note(self, text: str) -> None:
+        self._progress.note(text)

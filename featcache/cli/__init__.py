@@ -54,7 +54,10 @@ def inspect(
 ) -> None:
     """Draw samples of a cache: the image, and PCA-RGB of each cached layer."""
     from featcache.inspect import images_at_hand, save_sheet
+    from featcache.paths import PICTURES, check_output
 
+    if out is not None:
+        check_output(out, PICTURES, example="cache.png")
     opened = featcache.open(cache)
     data = data or images_at_hand(opened)
     if data is None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 import featcache
 from featcache.build.request import BuildRequest
 from featcache.console import console, safe
-from featcache.settings import Given, from_typed, takes
+from featcache.console_progress import RichProgress
+from featcache.errors import UserError
+from featcache.paths import on_this_machine, typed
+from featcache.settings import Given, flag_of, from_typed, takes
+
+if TYPE_CHECKING:
+    from featcache.build.pipeline import Stage
 
 # Imports inside the command: the rooms that it calls load numpy or torch, which `featcache --help` does without.
 
@@ -28,14 +36,14 @@ def build(
     [dim]Example: featcache build --encoder dinov2-b --vae-levels G3,G4[/dim]
     """
     request = request_of(given)
+    _refuse_other_layout(given)
     from featcache.build import pipeline, run
-    from featcache.progress import RichProgress, stage_table
 
     meter = pipeline.Meter()
-    with RichProgress(meter) as progress:
+    with RichProgress() as progress:
         result = run.build(request, progress, meter=meter)
     if profile and result.encoded:
-        console.print(stage_table(result.stages))
+        console.print_table(_stage_table(result.stages))
         if result.first and request.decode not in (None, "pil"):
             _say_difference(request.data, result.path, request.decode)
     if not result.first:
@@ -46,8 +54,19 @@ def build(
         console.print(f"[yellow]skipped {len(result.skipped)} bad images[/yellow], recorded in the manifest")
     images = result.count - len(result.skipped)
     console.print(
-        f"cache: [bold]{safe(result.path)}[/bold]   ({images} images)   next: featcache info {safe(result.path)}"
+        f"cache: [bold]{safe(result.path)}[/bold]   ({images} images)   next: featcache info {safe(typed(result.path))}"
     )
+
+
+def _stage_table(stages: Mapping[str, Stage]) -> Table:
+    """What each stage could do alone, slowest first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("stage", "images/s", "ms an image", "lanes", "images"):
+        table.add_column(title, justify="left" if title == "stage" else "right")
+    for name, stage in sorted(stages.items(), key=lambda item: item[1].images_per_s):
+        milliseconds = 1000 * stage.busy_s / max(1, stage.images)
+        table.add_row(name, f"{stage.images_per_s:.4g}", f"{milliseconds:.4g}", str(stage.lanes), str(stage.images))
+    return table
 
 
 def _say_difference(data: str, path: Path, decoder: str) -> None:
@@ -65,9 +84,34 @@ def _say_difference(data: str, path: Path, decoder: str) -> None:
     )
 
 
+def _refuse_other_layout(given: Given) -> None:
+    """Raises `UserError` for an option that says how the cache is laid out which `into` names, and differs from it."""
+    if "into" not in given:
+        return
+    import featcache
+
+    manifest = featcache.open(given["into"]).manifest
+    has = {
+        "seed": manifest.dataset.order_seed,
+        "flip": manifest.dataset.flip,
+        "shard_size": manifest.shard_size,
+        "format": manifest.format,
+        "compressor": manifest.compressor,
+    }
+    for name, value in has.items():
+        if name in given and given[name] != value:
+            flag = flag_of(BuildRequest, name)
+            raise UserError(
+                f"{flag} cannot be chosen when features are added: {given['into']} has {value}, not {given[name]}",
+                remedy=f"Leave {flag} out, or make a new cache with --out.",
+            )
+
+
 def request_of(given: Given) -> BuildRequest:
     """What was typed, with the images found by convention where none are named."""
     from featcache.sources.open import find_data
 
     data, into = given.get("data"), given.get("into")
+    if into is not None:
+        on_this_machine(into)
     return from_typed(BuildRequest, {**given, "data": find_data(data, into=into)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +15,10 @@ from rich.table import Table
 import featcache
 from featcache.build.request import BuildRequest
 from featcache.cli.build import request_of
-from featcache.console import ByteBar, console, plain, safe, size_text
-from featcache.errors import UserError
+from featcache.console import console, plain, safe, size_text
+from featcache.console_progress import RichProgress
+from featcache.errors import CacheError, UserError
+from featcache.paths import on_this_machine
 from featcache.redact import redact
 from featcache.settings import Given, takes
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 
 # Imports inside the commands: the rooms that they call load numpy or torch, which `featcache --help` does without.
 
-CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
+CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False, callback=on_this_machine)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. \\[default: all]")]
 Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
 Expect = Annotated[str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it.")]
@@ -36,8 +40,15 @@ Device = Annotated[str, typer.Option(help="For encoding again.")]
 Captions = Annotated[Path | None, typer.Option(help="Table of captions, to encode text features again.")]
 
 
+def _local(path: Path | None) -> Path | None:
+    return None if path is None else on_this_machine(path)
+
+
 def _split(text: str | None) -> list[str] | None:
-    """`"vae/G3,dinov2-b@9,11"` => names; a bare number is one more layer of the encoder before it."""
+    """`"vae/G3,dinov2-b@9,11"` => names, each once; a bare number is one more layer of the encoder before it.
+
+    Raises `UserError` if it names nothing: that is not the same as naming no features, which means all.
+    """
     if text is None:
         return None
     names: list[str] = []
@@ -46,7 +57,11 @@ def _split(text: str | None) -> list[str] | None:
             names.append(f"{names[-1].split('@')[0]}@{part}")
         elif part:
             names.append(part)
-    return names
+    if not names:
+        raise UserError(
+            f"--features {text!r} names no feature", remedy="Name some, separated by commas, or leave --features out."
+        )
+    return list(dict.fromkeys(names))
 
 
 def list_caches(
@@ -83,7 +98,7 @@ def list_caches(
             f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
         )
     if table.row_count:
-        console.print(table)
+        console.print_table(table)
     for line in problems:
         console.print(line)
 
@@ -95,13 +110,15 @@ def _counted(problems: Sequence[object]) -> str:
 def verify(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
-    threads: Annotated[int | None, typer.Option(help="\\[default: one per core; 8 for a URL]")] = None,
+    threads: Annotated[int | None, typer.Option(help="\\[default: one per core; 8 for a URL]", min=1)] = None,
     expect: Expect = None,
     signed_by: SignedBy = None,
     sample: Annotated[
         str | None, typer.Option(help="Read only this part, drawn at random: 1% or 0.01. \\[default: every byte]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of --sample. \\[default: a fresh one]", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of --sample. \\[default: a fresh one]", min=0, max=(1 << 64) - 1)
+    ] = None,
     since_last: Annotated[
         bool, typer.Option("--since-last", help="Only shards that no earlier verification found as they are now.")
     ] = False,
@@ -128,13 +145,13 @@ def verify(
     _check_options(cache, fraction, seed, repair=repair, since_last=since_last, remote=remote)
     keep = not remote if record is None else record
 
-    _require_authentic(cache, expect, signed_by)
+    authentic = _require_authentic(cache, expect, signed_by)
 
     def checked() -> Report:
-        with ByteBar("checking") as bar:
+        with RichProgress() as progress:
             if remote:
                 return transfer.verify_remote(
-                    cache, features=names, threads=threads or 8, fraction=fraction, seed=seed, progress=bar.advance
+                    cache, features=names, threads=threads or 8, fraction=fraction, seed=seed, progress=progress
                 )
             return verify.verify(
                 Path(cache),
@@ -144,10 +161,16 @@ def verify(
                 seed=seed,
                 since_last=since_last,
                 remember=keep,
-                progress=bar.advance,
+                progress=progress,
             )
 
     report = checked()
+    if authentic is not None and report.digest not in (None, authentic):
+        raise CacheError(
+            f"{cache} is not the cache that was asked for any more: it was exchanged after its digest "
+            f"{authentic} had been found right, and what was checked has {report.digest}",
+            remedy="run the same command again; where nobody adds features meanwhile, do not trust that place",
+        )
     _show_problems(report, "damaged")
     if keep:
         _record(cache, report, names)
@@ -155,6 +178,11 @@ def verify(
         console.print(f"{safe(cache)}: sound ({_how_much(report)})")
         return
     where = safe(shlex.quote(cache))
+    if report.digest is None:
+        from featcache.store.root import DAMAGED_REMEDY
+
+        console.print(f"{_counted(report.problems)}; {DAMAGED_REMEDY}")
+        raise typer.Exit(1)
     if remote:
         console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
         raise typer.Exit(1)
@@ -187,17 +215,23 @@ def _check_options(
         raise UserError("--seed is for --sample", remedy="Add --sample 1%, or leave --seed out.")
 
 
-def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -> None:
-    """Raises `CacheError` unless it is the expected cache, signed by one of the signers; says who signed it."""
+def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -> str | None:
+    """Raises `CacheError` unless it is the expected cache, signed by one of the signers; says who signed it.
+
+    Returns the digest of which that is true, None if nothing was asked for.
+    """
     if expect is None and signed_by is None:
-        return
+        return None
     from featcache.read.root import require_authentic, required_root
     from featcache.store.remote import open_location
+    from featcache.store.root import cache_digest
 
     place = open_location(cache)
-    who = require_authentic(place, required_root(place), expect, signed_by)
+    manifest = required_root(place)
+    who = require_authentic(place, manifest, expect, signed_by)
     if who is not None:
         console.print(f"signed by {safe(who)}")
+    return cache_digest(manifest)
 
 
 def _encode_again(
@@ -210,7 +244,6 @@ def _encode_again(
 ) -> None:
     """Metadata from the manifest, damaged shards (feature -> numbers) from the images."""
     from featcache.build.repair import repair_shards
-    from featcache.progress import RichProgress
     from featcache.share.verify import repair_metadata
 
     for name in repair_metadata(folder):
@@ -261,8 +294,8 @@ def _check_again(folder: Path, features: str | None, threads: int | None) -> Non
     """Exit code 1 unless the cache is sound now."""
     from featcache.share import verify
 
-    with ByteBar("checking") as bar:
-        again = verify.verify(folder, features=_split(features), threads=threads, progress=bar.advance)
+    with RichProgress() as progress:
+        again = verify.verify(folder, features=_split(features), threads=threads, progress=progress)
     _show_problems(again, "still damaged")
     _record(str(folder), again, _split(features))
     if not again.ok:
@@ -287,12 +320,12 @@ def repair(
     from featcache.share import restore, verify
 
     if source is None:
-        with ByteBar("checking") as bar:
-            report = verify.verify(cache, features=_split(features), progress=bar.advance)
+        with RichProgress() as progress:
+            report = verify.verify(cache, features=_split(features), progress=progress)
         _encode_again(cache, report.damaged, data, weights_dir, device, captions)
     else:
-        with ByteBar("fetching") as bar:
-            done = restore.restore(cache, source, features=_split(features), threads=threads, progress=bar.advance)
+        with RichProgress() as progress:
+            done = restore.restore(cache, source, features=_split(features), threads=threads, progress=progress)
         for name in done.files:
             console.print(f"mended: {safe(name)}")
         for what in done.refused:
@@ -311,11 +344,15 @@ def sign(
     """Vouch for a cache: sign its digest with an SSH key. Push and pull take the signature along."""
     from featcache.store import signing
 
-    console.print(f"{safe(cache)}: signed {signing.sign(cache, key.expanduser())}")
+    with contextlib.suppress(RuntimeError):  # no such user, or no home: the name stays as it was typed
+        key = key.expanduser()
+    console.print(f"{safe(cache)}: signed {signing.sign(cache, key)}")
 
 
 def _confirmed(question: str) -> bool:
     """The answer to a question; no where there is nobody to ask."""
+    if sys.stdin is None:
+        return False
     try:
         return bool(typer.confirm(question))
     except typer.Abort:
@@ -347,7 +384,7 @@ def remove(
     if not now:
         undo, empty = shlex.quote(str(cache)), shlex.quote(str(place))
         console.print(safe(f"it is in the trash; to undo: featcache restore {undo}"))
-        console.print(safe(f"to free the space now: featcache gc {empty} --older-than 0d"))
+        console.print(safe(f"to empty the trash now: featcache gc {empty} --trash --older-than 0d"))
 
 
 def restore(
@@ -363,9 +400,15 @@ def restore(
 
 
 def collect_garbage(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache, or of several caches.", show_default=False)],
+    cache: Annotated[
+        Path,
+        typer.Argument(help="Folder of the cache, or of several caches.", show_default=False, callback=on_this_machine),
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
+    only_trash: Annotated[
+        bool, typer.Option("--trash", help="Only empty the trash; leave what dead builds left.")
+    ] = False,
 ) -> None:
     """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
     from featcache.share import manage, trash
@@ -374,6 +417,7 @@ def collect_garbage(
         cache,
         dry_run=dry_run,
         older_than_s=trash.parse_age(older_than),
+        only_trash=only_trash,
         warn=lambda line: console.print(f"[yellow]kept[/yellow] {safe(line)}"),
     )
     for name, n_bytes in removed:
@@ -388,8 +432,11 @@ def catalogue(
     html: Annotated[Path | None, typer.Option(help="Page to write: one file, for a browser.")] = None,
 ) -> None:
     """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
+    from featcache.paths import PAGES, check_output
     from featcache.share import catalogue
 
+    if html is not None:
+        check_output(html, PAGES, example="caches.html")
     rows = catalogue.gather(place)
     if not rows:
         raise UserError(
@@ -416,14 +463,14 @@ def push(
     """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
     from featcache.share import transfer
 
-    with ByteBar("pushing") as bar:
+    with RichProgress() as progress:
         done = transfer.push(
             cache,
             url,
             features=_split(features),
             threads=threads,
             replace_unfinished=replace_unfinished,
-            progress=bar.advance,
+            progress=progress,
         )
     console.print(
         f"{safe(redact(url))}: {done.n_files} files, {size_text(done.n_bytes)} sent, {done.n_files_before} were there"
@@ -434,7 +481,7 @@ def pull(
     url: Annotated[
         str, typer.Argument(help="Where the cache is: s3://, gs://, hf://, http(s):// or a folder.", show_default=False)
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False, callback=on_this_machine)],
     features: Features = None,
     samples: Annotated[int | None, typer.Option(help="Only the first so many samples (whole shards).", min=1)] = None,
     threads: Threads = 8,
@@ -444,7 +491,7 @@ def pull(
     """Copy a cache, or a part of one, to this machine; resumable, verified on arrival."""
     from featcache.share import transfer
 
-    with ByteBar("pulling") as bar:
+    with RichProgress() as progress:
         done = transfer.pull(
             url,
             folder,
@@ -453,7 +500,7 @@ def pull(
             threads=threads,
             expect=expect,
             signed_by=signed_by,
-            progress=bar.advance,
+            progress=progress,
         )
     console.print(
         f"{safe(folder)}: {done.n_files} files, {size_text(done.n_bytes)} fetched, {done.n_files_before} were there"
@@ -461,8 +508,10 @@ def pull(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Cache to read.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="Folder of the new cache.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Cache to read.", show_default=False, callback=on_this_machine)],
+    target: Annotated[
+        Path, typer.Argument(help="Folder of the new cache.", show_default=False, callback=on_this_machine)
+    ],
     to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
     features: Features = None,
     shard_size: Annotated[int | None, typer.Option(help="Samples per shard of the new cache.", min=1)] = None,
@@ -473,7 +522,7 @@ def convert(
 
     if to not in ("zarr", "wds"):
         raise UserError(f"--to {to!r} is neither zarr nor wds", remedy="Type --to zarr or --to wds.")
-    with ByteBar("converting") as bar:
+    with RichProgress() as progress:
         manifest = convert.convert(
             source,
             target,
@@ -481,7 +530,7 @@ def convert(
             features=_split(features),
             shard_size=shard_size,
             compressor=compressor,
-            progress=bar.advance,
+            progress=progress,
         )
     console.print(f"{safe(target)}: {manifest.dataset.count} samples as {to}")
 
@@ -490,7 +539,8 @@ def import_latents(
     source: Annotated[Path, typer.Argument(help="Folder of latents.", show_default=False)],
     layout: Annotated[str, typer.Option("--from", help="Who made them: repa, edm2 or lightningdit.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]")
+        Path | None,
+        typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]", callback=_local),
     ] = None,
     vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
 ) -> None:
@@ -498,17 +548,17 @@ def import_latents(
     from featcache.share import importers
 
     target = out or Path("caches") / f"{source.resolve().name}-{layout}"
-    with ByteBar("importing") as bar:
+    with RichProgress() as progress:
         request = importers.ImportRequest(source=source, out=target, layout=layout, vae=vae)
-        manifest = importers.import_latents(request, bar.advance)
+        manifest = importers.import_latents(request, progress)
     console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
 
 
 @takes(BuildRequest, but=["batch_size", "compile", "on_bad_image", "shard_size", "format", "compressor", "seed"])
 def plan(
     given: Given,
-    steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.")] = 2.0,
-    batch: Annotated[int, typer.Option(help="Training batch to plan reading for.")] = 256,
+    steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.", min=0, max=1e6)] = 2.0,
+    batch: Annotated[int, typer.Option(help="Training batch to plan reading for.", min=1, max=2**31 - 1)] = 256,
     measure: Annotated[
         bool, typer.Option("--measure", help="Encode a few real images: rates, error of each precision and codec.")
     ] = False,

@@ -62,6 +62,6 @@ def print_info(cache: Cache, place: str | None = None) -> None:
             size_text(size * dataset.count),
             weights,
         )
-    console.print(table)
+    console.print_table(table)
     for entry in manifest.skipped:
         console.print(f"[yellow]skipped[/yellow] {safe(entry.key)}: {safe(entry.reason)}")

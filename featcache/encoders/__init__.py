@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featcache.errors import UserError
+from featcache.settings import is_number
 
 TINY = "tiny"
 
@@ -29,12 +30,12 @@ def parse_encoders(texts: Sequence[str]) -> tuple[EncoderChoice, ...]:
     choices: list[EncoderChoice] = []
     for part in ",".join(texts).split(",") if texts else []:
         part = part.strip()
-        if part.isdigit() and choices and choices[-1].layers:
+        if is_number(part) and choices and choices[-1].layers:
             last = choices.pop()
             choices.append(EncoderChoice(name=last.name, layers=(*last.layers, int(part))))
             continue
         name, at, layer = part.rpartition("@") if ".py:" in part and "@" in part else part.partition("@")
-        if not name or (at and not layer.isdigit()):
+        if not name or (at and not is_number(layer)):
             raise UserError(
                 f"--encoder {','.join(texts)!r}: {part!r} is not an encoder or a layer",
                 remedy="Type for example: --encoder dinov2-b, or --encoder dinov2-b@9,11 for two of its layers",
@@ -50,5 +51,13 @@ def parse_encoders(texts: Sequence[str]) -> tuple[EncoderChoice, ...]:
 
 
 def parse_levels(text: str | None) -> tuple[str, ...]:
-    """`"G3,G4"` => `("G3", "G4")`; unknown levels are refused by the VAE encoder, which knows them."""
-    return tuple(part.strip().upper() for part in text.split(",") if part.strip()) if text else ()
+    """`"G3,G4"` => `("G3", "G4")`; unknown levels are refused by the VAE encoder, which knows them.
+
+    Raises `UserError` for text that names no level.
+    """
+    if text is None:
+        return ()
+    levels = tuple(part.strip().upper() for part in text.split(",") if part.strip())
+    if not levels:
+        raise UserError(f"--vae-levels {text!r} names no level", remedy="Type for example --vae-levels G3,G4")
+    return levels

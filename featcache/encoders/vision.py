@@ -214,10 +214,6 @@ class VisionEncoder:
         record = {**origin, **self.prepare.record(resolution), "precision": self.compute.precision}
         self.provenance = {f"{name}@{i}": {**record, "layer": i, "final_norm": i in self._normed} for i in self.layers}
 
-    @property
-    def input_size(self) -> int:
-        return self.prepare.input_px
-
     def _tokens(self, x: Tensor) -> list[Tensor]:
         taken: list[Tensor] = self.module.forward_intermediates(
             x, indices=list(self.layers), norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError
+from featcache.progress import QUIET, Progress
 from featcache.store import blocks as hashes
 from featcache.store import files
 from featcache.store.blocks import ShardBlocks, check_block
 from featcache.store.contents import ShardFileEntry, most_bytes
 from featcache.store.manifest import Manifest
 from featcache.store.places import DamagedSource, Location, Missing, is_missing
-
-Progress = Callable[[int], None]
 
 # Of a block that comes damaged, and of a whole shard without hashes of its blocks.
 TRIES = 3
@@ -69,7 +68,7 @@ def fetch(
     partial: Path,
     *,
     damaged: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Fetched:
     """Bring one file from `place` to `target`, which takes its name only if every byte is right.
 
@@ -98,7 +97,7 @@ def _damaged(place: Location, file: Wanted, what: str) -> DamagedSource:
     return DamagedSource(f"{place.url}/{file.name} is damaged: {what}")
 
 
-def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress | None) -> Fetched:
+def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress: Progress) -> Fetched:
     """A file without hashes of blocks: checked as a whole, at the end."""
     fetched = 0
     for _ in range(TRIES):
@@ -114,8 +113,7 @@ def _fetch_bytes(place: Location, file: Wanted, fd: int, partial: Path, progress
             files.append(fd, data, partial)
             hasher.update(memoryview(data))
             fetched += len(data)
-            if progress is not None:
-                progress(len(data))
+            progress.update(len(data))
         found = hasher.result()
         if found.sha256 == file.sha256:
             return Fetched(found, fetched)
@@ -130,7 +128,7 @@ def _fetch_blocks(
     fd: int,
     partial: Path,
     damaged: Path | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Fetched:
     """A file with hashes of its blocks: each is checked before it is written."""
     if blocks.n_bytes != file.n_bytes:
@@ -153,12 +151,11 @@ def _fetch_blocks(
         while start < file.n_bytes:
             index = start // hashes.BLOCK_BYTES
             if index in here:
-                data = os.pread(old, hashes.BLOCK_BYTES, start)
-                with contextlib.suppress(CacheError):
-                    check_block(blocks, index, data, file.name)
-                    files.append(fd, data, partial)
-                    hasher.update(memoryview(data))
-                    start += len(data)
+                kept = _right_block(old, blocks, index)
+                if kept is not None:
+                    files.append(fd, kept, partial)
+                    hasher.update(memoryview(kept))
+                    start += len(kept)
                     continue
                 here.discard(index)  # it has changed since
             stop = min([i * hashes.BLOCK_BYTES for i in here if i > index], default=file.n_bytes)
@@ -167,8 +164,7 @@ def _fetch_blocks(
                 hasher.update(memoryview(data))
                 start += len(data)
                 fetched += len(data)
-                if progress is not None:
-                    progress(len(data))
+                progress.update(len(data))
     found = hasher.result()
     if found.sha256 != file.sha256:
         raise _damaged(place, file, "the hashes of its blocks contradict its SHA-256")
@@ -177,16 +173,23 @@ def _fetch_blocks(
 
 def _right_blocks(fd: int, blocks: ShardBlocks, *, stop_at_wrong: bool = False) -> Iterator[tuple[int, bytes]]:
     """The blocks of an open file that are what they must be."""
-    for index in range(-(-blocks.n_bytes // hashes.BLOCK_BYTES)):
-        data = os.pread(fd, hashes.BLOCK_BYTES, index * hashes.BLOCK_BYTES)
-        try:
-            # A file that is too long ends in a block that is too long.
-            check_block(blocks, index, data[: blocks.n_bytes - index * hashes.BLOCK_BYTES], "")
-        except CacheError:
-            if stop_at_wrong:
-                return
-            continue
-        yield index, data[: blocks.n_bytes - index * hashes.BLOCK_BYTES]
+    for index in range(hashes.n_blocks(blocks.n_bytes)):
+        data = _right_block(fd, blocks, index)
+        if data is not None:
+            yield index, data
+        elif stop_at_wrong:
+            return
+
+
+def _right_block(fd: int, blocks: ShardBlocks, index: int) -> bytes | None:
+    """A block of an open file; None if it is not what it must be, or the disk does not give it any more."""
+    start = index * hashes.BLOCK_BYTES
+    try:
+        data = os.pread(fd, min(hashes.BLOCK_BYTES, blocks.n_bytes - start), start)
+        check_block(blocks, index, data, "")
+    except (CacheError, OSError):
+        return None
+    return data
 
 
 def verified_blocks(place: Location, name: str, blocks: ShardBlocks, start: int, stop: int) -> Iterator[bytes]:

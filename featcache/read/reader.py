@@ -117,7 +117,7 @@ class Cache:
         missing = [name for name in names if name not in self.manifest.features]
         if missing:
             have = ", ".join(sorted(self.manifest.features)) or "nothing"
-            raise CacheError(f"the cache {self.path} does not hold {', '.join(missing)} (it holds {have})")
+            raise CacheError(f"the cache {self.path} does not hold {', '.join(missing)}", remedy=f"it holds {have}")
 
     def labels(self) -> np.ndarray:
         """Labels int64 `[len(cache)]`, in sample order."""

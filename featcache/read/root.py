@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 
 from featcache.errors import CacheError
@@ -39,7 +40,9 @@ def required_root(place: Location) -> Manifest:
     """The manifest of the cache at a place; raises `CacheError` if there is none."""
     manifest = read_remote_root(place)
     if manifest is None:
-        raise CacheError(f"there is no cache at {place.url}", remedy=f"featcache ls {place.url} lists what is there")
+        raise CacheError(
+            f"there is no cache at {place.url}", remedy=f"featcache ls {shlex.quote(place.url)} lists what is there"
+        )
     return manifest
 
 

@@ -24,6 +24,7 @@ import google_crc32c
 
 from featcache.console import errors, safe
 from featcache.errors import CacheError
+from featcache.paths import user_cache
 from featcache.read.fetch import TRIES, verified_blocks, wanted
 from featcache.read.reader import Cache
 from featcache.read.root import require_authentic, required_root
@@ -46,8 +47,7 @@ WHOLE_BYTES = 16 << 20
 def default_cache_directory() -> Path:
     """`$FEATCACHE_STREAM_DIR`, else `featcache/stream` under the user's cache directory."""
     chosen = os.environ.get("FEATCACHE_STREAM_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(base) / "featcache" / "stream"
+    return Path(chosen) if chosen else user_cache("FEATCACHE_STREAM_DIR") / "stream"
 
 
 class BlockCache:
@@ -72,7 +72,8 @@ class BlockCache:
             entries = [(e.stat().st_mtime_ns, e.name, e.stat().st_size) for e in os.scandir(directory) if e.is_file()]
         except OSError as error:
             raise CacheError(
-                f"{directory} cannot be used: {error.strerror}", remedy="choose another --cache-dir"
+                f"{directory} cannot be used: {error.strerror}",
+                remedy="set $FEATCACHE_STREAM_DIR to a folder that can be written to",
             ) from error
         for _, name, size in sorted(entries):
             if name.endswith(".new"):
@@ -318,6 +319,11 @@ def open_remote(
             f"{manifest.format} makes a copy that has them."
         )
     base = default_cache_directory() if cache_dir is None else Path(cache_dir)
+    return remote_cache(place, manifest, base, cache_bytes)
+
+
+def remote_cache(place: Location, manifest: Manifest, base: Path, cache_bytes: int) -> Cache:
+    """The cache at a place with the manifest that was read there, through a directory below `base`."""
     # By content: a cache that changes at its place never meets blocks of its former self. 'checked': nor blocks that
     # an earlier version of this program kept without checking them.
     name = hashlib.sha256(b"checked " + place.address.encode() + root_bytes(manifest)).hexdigest()[:16]

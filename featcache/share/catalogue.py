@@ -109,14 +109,11 @@ def _local_rows(folder: Path) -> list[Row]:
 
 
 def _remote_rows(url: str) -> list[Row]:
-    base = open_location(url)
     rows = []
     for listed in list_remote(url):
-        name = listed.url.removeprefix(base.url).strip("/")
-        place = open_location(f"{base.address}/{name}") if name else base
-        rows.append(
-            _row(name or base.url.rsplit("/", 1)[-1], place.url, listed.manifest, listed.n_bytes, place, listed.problem)
-        )
+        name = listed.url.partition("?")[0].rsplit("/", 1)[-1]
+        place = open_location(listed.address)
+        rows.append(_row(name, listed.url, listed.manifest, listed.n_bytes, place, listed.problem))
     return rows
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from featcache.errors import CacheError
+from featcache.progress import QUIET, Progress
 from featcache.read.open import open_cache
+from featcache.store.contents import array_files, arrays_with_files, read_checksums, sound_file
 from featcache.store.layout import FORMATS
 from featcache.store.manifest import Manifest
+from featcache.store.places import LocalLocation
+from featcache.store.remote import is_remote, local_path
 from featcache.store.writers import create_writer
 
 
@@ -22,14 +26,15 @@ def convert(
     features: Sequence[str] | None = None,
     shard_size: int | None = None,
     compressor: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Manifest:
     """Copy the cache `source` to `target` in format `to` ('zarr' or 'wds'); returns the new manifest.
 
     features: only these (default all). shard_size: samples per shard (default the source's). compressor: of a
-    zarr target ('zstd' or 'blosc'). progress: called with the number of samples of each finished shard.
+    zarr target ('zstd' or 'blosc'). progress: advances with each finished shard.
 
-    Slots, skipped ones included, stay where they are; so converting there and back gives the same files.
+    Slots, skipped ones included, stay where they are; so converting there and back gives the same files. The copy has
+    checksums of its own, so each shard is checked against the recorded one before it is read: damage is not copied.
 
     Raises `CacheError` for an unknown format, a target that holds something else, or a damaged source.
     """
@@ -50,16 +55,42 @@ def convert(
         format=to,
         versions=manifest.versions,
     )
+    check = _checker(source, manifest, names)
     with writer, cache.reader(names, slots=True) as reader:
         writer.begin(specs)
-        for shard in writer.pending():
+        pending = writer.pending()
+        left = sum(len(writer.slots(shard)) for shard in pending)
+        progress.begin("converting", manifest.dataset.count, done=manifest.dataset.count - left, unit="samples")
+        for shard in pending:
             slots = writer.slots(shard)
+            check(slots)
             arrays = reader.allocate(len(slots))
             reader.read(np.arange(slots.start, slots.stop), arrays)
             writer.skip(shard, [(s.slot, s.key, s.reason) for s in manifest.skipped if s.slot in slots])
             for spec in specs:
                 stored = {array[len(spec.name) :]: arrays[array] for array in spec.arrays}
                 writer.write_shard(spec.name, shard, stored)
-            if progress is not None:
-                progress(len(slots))
+            progress.update(len(slots))
         return writer.finish()
+
+
+def _checker(source: str | Path, manifest: Manifest, names: Sequence[str]) -> Callable[[range], None]:
+    """A function that raises `CacheError` unless the shards of some features in which a range of slots lies are what
+    was recorded. Ranges must come in rising order: each shard is read once. Streams check what they fetch themselves.
+    """
+    if is_remote(source):
+        return lambda _: None
+    path = Path(local_path(source))
+    place = LocalLocation(path)
+    recorded = {array: read_checksums(place, manifest, array) for array in arrays_with_files(manifest, names)}
+    size, next_shard = manifest.shard_size, 0
+
+    def check(slots: range) -> None:
+        nonlocal next_shard
+        shards = range(max(next_shard, slots.start // size), (slots.stop - 1) // size + 1)
+        for array, digests in recorded.items():
+            for entry in array_files(manifest, array, shards):
+                sound_file(path, entry, digests[entry.shard])
+        next_shard = max(next_shard, shards.stop)
+
+    return check

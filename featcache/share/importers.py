@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,7 @@ from safetensors import safe_open
 from featcache.codecs import encode, numpy_view
 from featcache.errors import UserError, first_line
 from featcache.keys import key_bytes, printable
+from featcache.progress import QUIET, Progress
 from featcache.read.order import epoch_order
 from featcache.sources.opening import Unreadable, explained, file_size, read_file
 from featcache.store.layout import recommended_shard_size
@@ -113,7 +115,10 @@ class _Files:
     def names(self, suffix: str) -> list[str]:
         """Files of that suffix, sorted, in all folders that are no links."""
         if self.archive is not None:
-            return sorted(name for name in self.archive.namelist() if name.endswith(suffix))
+            found = sorted(name for name in self.archive.namelist() if name.endswith(suffix))
+            if twice := next((a for a, b in itertools.pairwise(found) if a == b), None):
+                raise UserError(f"{self.path} holds two files {twice!r:.200}", remedy="Pack it again.")
+            return found
 
         def refuse(error: OSError) -> None:
             raise UserError(f"{self.path}: {first_line(error)}", remedy="Check the folder's permissions.") from error
@@ -179,11 +184,19 @@ class _NpyLatents:
             'It must hold {"labels": [[file, number], ...]}.',
             wrong="does not give each .npy file its label",
         ):
-            by_name = dict(json.loads(data)["labels"])
+            labels = json.loads(data)["labels"]
+            by_name = dict(labels)
+            if len(by_name) != len(labels):
+                raise ValueError("a file is listed twice")
             found = [by_name[name] for name in self._names]
             wrong = [label for label in found if type(label) is not int]
             if wrong:
                 raise ValueError(f"{wrong[0]!r:.40} is no integer")
+        if gone := sorted(set(by_name) - set(self._names)):
+            raise UserError(
+                f"{path}: dataset.json lists {len(gone)} files that are not there, such as {gone[0]!r:.200}",
+                remedy="Bring the folder again, as a whole, or take them out of dataset.json.",
+            )
         self.labels = _checked_labels(found, path)
         first = self._values(0)
         if first.ndim != 3 or len(first) % 2 or not first.size:
@@ -403,10 +416,10 @@ def open_latents(path: Path, layout: str, *, vae: str | None = None) -> Latents:
     return _SafetensorsLatents(path, layout, vae) if layout == "lightningdit" else _NpyLatents(path, layout, vae)
 
 
-def import_latents(request: ImportRequest, progress: Callable[[int], None] | None = None) -> Manifest:
+def import_latents(request: ImportRequest, progress: Progress = QUIET) -> Manifest:
     """Turn latents of another project into a cache with `label`, `key` and `vae/moments`; returns its manifest.
 
-    Resumable by shard. `progress` is called with the number of samples of each finished shard. The images
+    Resumable by shard; `progress` advances with each finished one. The images
     themselves are unknown: the fingerprint is over the latents' names, labels and sizes, so features of
     images cannot be added.
 
@@ -458,7 +471,9 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
     order = epoch_order(request.order_seed, 0, n)
     with create_writer(request.out, dataset, shard_size=shard_size) as writer:
         writer.begin(specs)
-        for shard in writer.pending():
+        pending = writer.pending()
+        progress.begin("importing", n, done=n - sum(len(writer.slots(s)) for s in pending), unit="samples")
+        for shard in pending:
             indices = [order[slot] for slot in writer.slots(shard)]
             keys = np.zeros((len(indices), longest), np.uint8)
             for row, index in enumerate(indices):
@@ -469,8 +484,7 @@ def import_latents(request: ImportRequest, progress: Callable[[int], None] | Non
             writer.write_shard("label", shard, {"": latents.labels[indices]})
             writer.write_shard("key", shard, {"": keys})
             writer.write_shard("vae/moments", shard, stored)
-            if progress is not None:
-                progress(len(indices))
+            progress.update(len(indices))
         return writer.finish()
 
 

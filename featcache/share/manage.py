@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,10 @@ def remove_features(path: str | Path, features: Sequence[str], *, now: bool = Fa
     with cache_lock(path):
         manifest = read_root(path)
         if manifest.format != "zarr":
-            raise CacheError(f"{path} is a webdataset cache: features cannot be removed from its tars")
+            raise CacheError(
+                f"{path} is a webdataset cache: features cannot be removed from its tars",
+                remedy="make a copy with just the features that are to stay: featcache convert OLD NEW --to zarr --features ...",
+            )
         missing = [name for name in features if name not in manifest.features]
         if missing:
             raise CacheError(
@@ -174,8 +178,9 @@ def restore(path: str | Path, features: Sequence[str] | None = None) -> str:
     """
     path = Path(path)
     place = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    _remove_ghost(place)
     whole = [e for e in trash.entries(trash.folder_trash(place.parent)) if e.name == place.name and not e.deleting]
+    if whole:
+        _remove_ghost(place)
     in_cache = find_root(place) is not None and bool(trash.entries(trash.cache_trash(place)))
     if features is None and (not os.path.lexists(place) or (whole and not in_cache)):
         trash.restore_cache(place)
@@ -184,11 +189,12 @@ def restore(path: str | Path, features: Sequence[str] | None = None) -> str:
 
 
 def _remove_ghost(path: Path) -> None:
-    """Take away the folder that a process leaves which waited for the lock of a cache while it was removed."""
+    """Take away an empty folder, or one with a lock alone: a process leaves it that began to build and was killed."""
     state = path / STATE
-    if path.is_symlink() or state.is_symlink() or not state.is_dir():
+    if path.is_symlink() or state.is_symlink():
         return
-    if files.names_in(path) == [STATE] and all(map(locks.is_lock_file, files.names_in(state))):
+    files.remove_empty_directory(path)
+    if state.is_dir() and files.names_in(path) == [STATE] and all(map(locks.is_lock_file, files.names_in(state))):
         with cache_lock(path):
             pass
         files.remove_empty_directory(path)
@@ -202,13 +208,14 @@ def collect_garbage(
     *,
     dry_run: bool = False,
     older_than_s: float = DEFAULT_AGE_S,
+    only_trash: bool = False,
     warn: Callable[[str], None] = lambda _: None,
 ) -> list[tuple[str, int]]:
     """Remove what dead builds, interrupted removals and pushes left, and what lies in the trash for long enough.
 
     path: a cache or a folder of caches. An unfinished feature whose builder lives is left alone; one whose builder is
     dead is removed, so that it can no longer be resumed. Only files whose names follow from manifests and journals are
-    deleted, and nothing that is reached through a link.
+    deleted, and nothing that is reached through a link. only_trash: what can be gone on with stays.
 
     Returns (name relative to `path`, bytes) of each thing removed, or with `dry_run` of what would be. `warn` is called
     with a line for each cache of a folder that could not be cleared, and for what must stay in the trash.
@@ -217,13 +224,19 @@ def collect_garbage(
     """
     path = Path(path)
     if is_cache(path):
-        return _collect_cache(path, dry_run, older_than_s)
+        return _collect_cache(path, dry_run, older_than_s, only_trash)
     if not path.is_dir() or not (trash.folder_trash(path).is_dir() or any(info.path for info in list_caches(path))):
         read_root(path)
     removed = []
     for info in list_caches(path):
+        if info.path.is_symlink():
+            if info.problem is None:
+                warn(
+                    f"{info.path} is a symbolic link; for that cache: featcache gc {shlex.quote(str(info.path.resolve()))}"
+                )
+            continue
         try:
-            found = _collect_cache(info.path, dry_run, older_than_s)
+            found = _collect_cache(info.path, dry_run, older_than_s, only_trash)
             removed += [(f"{info.path.name}/{name}", n_bytes) for name, n_bytes in found]
         except (UserError, OSError) as error:
             warn(f"{info.path}: {_reason(error)}")
@@ -261,49 +274,52 @@ def _empty(bin_: Path, path: Path, dry_run: bool, older_than_s: float) -> list[t
     return removed
 
 
-def _collect_cache(path: Path, dry_run: bool, older_than_s: float) -> list[tuple[str, int]]:
+def _collect_cache(path: Path, dry_run: bool, older_than_s: float, only_trash: bool) -> list[tuple[str, int]]:
     files.inside(path, STATE)
-    if find_root(path) is None and not (path / STATE).is_dir():
+    if known_manifest(path) is None and not (path / STATE).is_dir():
         read_root(path)
     with cache_lock(path):
-        complete = find_root(path) is not None
         manifest = known_manifest(path)
-        specs = trash.journaled(path)
-        dead: list[tuple[str, locks.Lock]] = []
-        try:
-            for name in specs:
-                held = locks.try_lock(building_directory(path, name) / "lock")
-                dead += [] if held is None else [(name, held)]
-            live = set(specs) - {name for name, _ in dead}
-            if manifest is not None and complete and not dry_run:
-                for entry in trash.entries(trash.cache_trash(path)):
-                    trash.settle(path, manifest, entry)
-                trash.remove_void(path, manifest)
-            removed = _leftovers(path, manifest, specs, live) if manifest is not None else []
-            state = _old_state(path)
-            if not dry_run:
-                # Runs first, so that no process that is thought dead puts another file in place; the rest of the
-                # journals last, for they say which files are the dead builds'.
-                for name, _ in dead:
-                    _remove_runs(building_directory(path, name))
-                for name, _ in removed:
-                    files.remove_file(path / name)
-                if manifest is not None:
-                    _remove_empty_folders(path, manifest, specs, live)
-                for name, held in dead:
-                    remove_building(path, name, held)
-                for name, _ in state:
-                    files.remove_file(path / name)
-                for folder in (PUSHES, RESTORED, SOUND):
-                    files.remove_empty_directory(path / STATE / folder)
-            removed += state
-            removed += _empty(trash.cache_trash(path), path, dry_run, older_than_s)
-        finally:
-            for _, held in dead:
-                held.release()
-        if not dry_run and not complete and not live:
-            files.remove_file(files.inside(path, f"{STATE}/dataset.json"))
-    return removed
+        if manifest is not None and find_root(path) is not None and not dry_run:
+            for entry in trash.entries(trash.cache_trash(path)):
+                trash.settle(path, manifest, entry)
+            trash.remove_void(path, manifest)
+        removed = [] if only_trash else _clear_dead(path, manifest, dry_run)
+        return removed + _empty(trash.cache_trash(path), path, dry_run, older_than_s)
+
+
+def _clear_dead(path: Path, manifest: Manifest | None, dry_run: bool) -> list[tuple[str, int]]:
+    """Remove what dead builds, pushes and repairs left. The caller holds the cache's lock."""
+    specs = trash.journaled(path)
+    dead: list[tuple[str, locks.Lock]] = []
+    try:
+        for name in specs:
+            held = locks.try_lock(building_directory(path, name) / "lock")
+            dead += [] if held is None else [(name, held)]
+        live = set(specs) - {name for name, _ in dead}
+        leftovers = _leftovers(path, manifest, specs, live) if manifest is not None else []
+        state = _old_state(path)
+        if not dry_run:
+            # Runs first, so that no process that is thought dead puts another file in place; the rest of the journals
+            # last, for they say which files are the dead builds'.
+            for name, _ in dead:
+                _remove_runs(building_directory(path, name))
+            for name, _ in leftovers:
+                files.remove_file(path / name)
+            if manifest is not None:
+                _remove_empty_folders(path, manifest, specs, live)
+            for name, held in dead:
+                remove_building(path, name, held)
+            for name, _ in state:
+                files.remove_file(path / name)
+            for folder in (PUSHES, RESTORED, SOUND):
+                files.remove_empty_directory(path / STATE / folder)
+    finally:
+        for _, held in dead:
+            held.release()
+    if not dry_run and not live and find_root(path) is None:
+        files.remove_file(files.inside(path, f"{STATE}/dataset.json"))
+    return leftovers + state
 
 
 def _remove_runs(directory: Path) -> None:

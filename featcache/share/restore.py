@@ -7,11 +7,13 @@ nor sound itself. Every file is replaced whole and at once, so this can be kille
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.errors import CacheError
+from featcache.progress import QUIET, Progress
 from featcache.read import fetch as transfer
 from featcache.read.root import required_root
 from featcache.share.transfer import in_parallel, refuse_links
@@ -28,7 +30,7 @@ from featcache.store.contents import (
 )
 from featcache.store.layout import RESTORED, STATE
 from featcache.store.manifest import Manifest
-from featcache.store.places import DamagedSource, Location
+from featcache.store.places import DamagedSource, Location, Unreadable, read_small
 from featcache.store.remote import open_location
 from featcache.store.root import read_root
 from featcache.store.writer import cache_lock
@@ -49,7 +51,7 @@ def restore(
     *,
     features: Sequence[str] | None = None,
     threads: int = 8,
-    progress: transfer.Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Restored:
     """Mend the cache in directory `path` from the copy at `source` (URL or directory): its metadata, checksum files and
     shards, of all or some features.
@@ -63,6 +65,7 @@ def restore(
     refuse_links(path, manifest)
     place = open_location(source)
     theirs = required_root(place)
+    progress.begin("fetching", None, unit="bytes")
     with _partial_files(path) as folder:
         return _restored(path, manifest, place, theirs, features, folder, threads, progress)
 
@@ -100,7 +103,7 @@ def _restored(
     features: Sequence[str] | None,
     folder: Path,
     threads: int,
-    progress: transfer.Progress | None,
+    progress: Progress,
 ) -> Restored:
     mended = repair_metadata(path)
     refused: list[str] = []
@@ -131,7 +134,7 @@ def _restored(
             partial = folder / transfer.partial_name(entry)
             fetched = transfer.fetch(place, file, target, partial, damaged=target, progress=progress)
             n_bytes[entry.name] = fetched.n_bytes
-        except DamagedSource as error:
+        except (DamagedSource, Unreadable) as error:
             refused.append(f"{entry.name}: {error.what}")
 
     in_parallel((e for e in shard_files(chosen) if e.array in recorded), mend, lambda _: None, threads)
@@ -143,9 +146,10 @@ def _record(local: Location, place: Location, manifest: Manifest, array: str, me
     try:
         return read_checksums(local, manifest, array)
     except CacheError:
-        digests = read_checksums(place, manifest, array)
-        _copy(local, place, checksums_path(manifest, array), checksums_limit(manifest), mended)
-        return digests
+        _copy(
+            local, place, checksums_path(manifest, array), manifest.checksums[array], checksums_limit(manifest), mended
+        )
+        return read_checksums(local, manifest, array)
 
 
 def _blocks(
@@ -155,14 +159,15 @@ def _blocks(
     try:
         return read_blocks(local, manifest, array)
     except CacheError:
-        found = read_blocks(place, manifest, array)
-        _copy(local, place, blocks_path(manifest, array), blocks_limit(manifest, array), mended)
-        return found
+        _copy(local, place, blocks_path(manifest, array), manifest.blocks[array], blocks_limit(manifest, array), mended)
+        return read_blocks(local, manifest, array)
 
 
-def _copy(local: Location, place: Location, name: str, limit: int, mended: list[str]) -> None:
-    """Write a checksum file that has just been found to be the right one at `place`."""
-    data, _ = place.read_whole(name, limit)
+def _copy(local: Location, place: Location, name: str, sha256: str, limit: int, mended: list[str]) -> None:
+    """Write a checksum file as `place` has it; raises `CacheError` unless it is the one that the manifest names."""
+    data = read_small(place, name, limit)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedSource(f"{place.url}/{name} is damaged: it is not the file that the manifest names")
     target = files.inside(Path(local.address), name)
     files.make_directory(target.parent)
     files.atomic_write(target, [data])

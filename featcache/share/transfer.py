@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from featcache.errors import CacheError, UserError, first_line
+from featcache.progress import QUIET, Progress
 from featcache.read import fetch as transfer
 from featcache.read.root import read_remote_root, require_authentic, required_root, root_document, versioned_root
-from featcache.read.stream import open_remote
+from featcache.read.stream import DEFAULT_CACHE_BYTES, remote_cache
 from featcache.redact import redact
 from featcache.share.manage import cache_bytes
 from featcache.share.verify import Problem, Report, inconsistencies, verify_place
@@ -38,12 +38,14 @@ from featcache.store.contents import (
     read_blocks,
     read_checksums,
     shard_files,
+    sound_file,
 )
 from featcache.store.layout import PUSHES, ROOT_NAMES, SIGNATURE, STATE
 from featcache.store.manifest import Manifest
 from featcache.store.places import Location, Missing
 from featcache.store.remote import (
     Destination,
+    address_below,
     is_remote,
     local_path,
     open_destination,
@@ -65,14 +67,17 @@ from featcache.store.writers import create_writer
 T = TypeVar("T")
 
 _ALWAYS = ("label", "key")
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line."""
+    """One cache at a place. `manifest` is None where it cannot be read; `problem` says why, in one line.
+
+    `url` is for people, `address` to open it with.
+    """
 
     url: str
+    address: str
     manifest: Manifest | None
     problem: str | None = None
 
@@ -98,29 +103,34 @@ def list_remote(url: str) -> list[Listed]:
     """
     place = open_location(url)
     document = root_document(place)
-    here = None if document is None else _listed(place.url, *document[:2])
+    here = None if document is None else _listed(place.address, *document[:2])
     if here is not None:
         return [here]
     found: list[Listed | None] = []
     for name in place.directories():
-        below = f"{place.url}/{name}"
+        below = address_below(place, name)
         try:
-            document = root_document(open_location(f"{place.address}/{name}"))
+            document = root_document(open_location(below))
         except UserError as error:
-            found.append(Listed(url=below, manifest=None, problem=" ".join(error.what.split())))
+            found.append(_unreadable(below, error))
             continue
         found.append(None if document is None else _listed(below, *document[:2]))
     return [entry for entry in found if entry is not None]
 
 
-def _listed(url: str, name: str, data: bytes) -> Listed | None:
+def _listed(address: str, name: str, data: bytes) -> Listed | None:
     """What a listing says of a document; None for one of something else (a zarr array in a half-pushed cache)."""
+    url = redact(address)
     try:
-        return Listed(url=url, manifest=parse_named_root(data, name, f"{url}/{name}"))
+        return Listed(url=url, address=address, manifest=parse_named_root(data, name, f"{url}/{name}"))
     except NotACache:
         return None
     except CacheError as error:
-        return Listed(url=url, manifest=None, problem=" ".join(error.what.split()))
+        return _unreadable(address, error)
+
+
+def _unreadable(address: str, error: UserError) -> Listed:
+    return Listed(url=redact(address), address=address, manifest=None, problem=" ".join(error.what.split()))
 
 
 def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | None) -> Manifest:
@@ -136,9 +146,12 @@ def subset(manifest: Manifest, features: Sequence[str] | None, samples: int | No
         missing = [name for name in features if name not in manifest.features]
         if missing:
             have = ", ".join(sorted(manifest.features))
-            raise CacheError(f"the cache does not hold {', '.join(missing)} (it holds {have})")
+            raise CacheError(f"the cache does not hold {', '.join(missing)}", remedy=f"it holds {have}")
         if manifest.format == "wds" and set(features) != set(manifest.features):
-            raise CacheError("a webdataset cache holds all features in each tar: pull it whole, then convert it")
+            raise CacheError(
+                "a webdataset cache holds all features in each tar, and goes as a whole",
+                remedy="leave --features out, then take them from the copy: featcache convert COPY NEW --to zarr --features ...",
+            )
         wanted = {*features, *(name for name in _ALWAYS if name in manifest.features)}
         part = part.only(wanted)
     if samples is not None:
@@ -164,13 +177,13 @@ def pull(
     threads: int = 8,
     expect: str | None = None,
     signed_by: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Transfer:
     """Copy a cache, or part of one, from `url` (or a local path) into the directory `target`.
 
     Every shard is checked against the recorded SHA-256 before it takes its name; an interrupted pull goes on
     where it stopped, inside a shard too; readers of `target` see its features only when all of them are there.
-    Pulling more features into the same directory later adds them. `progress` is called with bytes as they arrive.
+    Pulling more features into the same directory later adds them. `progress` advances as bytes arrive.
 
     expect: the digest that the whole cache at `url` must have; signed_by: a public key or allowed-signers file, one of
     which must have signed it. Both are checked before anything else is fetched.
@@ -183,6 +196,7 @@ def pull(
     place = open_location(url)
     whole = required_root(place)
     require_authentic(place, whole, expect, signed_by)
+    progress.begin("copying", None, unit="bytes")
     part = subset(whole, features, samples)
     target = Path(target)
     refuse_links(target, part)
@@ -222,7 +236,7 @@ class _Pull:
     writer: CacheWriter
     recorded: dict[str, list[str]]
     blocks: dict[str, list[ShardBlocks] | None]
-    progress: Progress | None
+    progress: Progress
     moved: list[int] = field(default_factory=lambda: [0, 0, 0])
     arrived: dict[tuple[str, int], transfer.Fetched] = field(default_factory=dict)
 
@@ -337,14 +351,14 @@ def push(
     threads: int = 8,
     read_back: bool = True,
     replace_unfinished: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Transfer:
     """Copy the local `cache` (or some features) to `url`: s3://, gs://, hf:// or a local path.
 
     Each shard is checked against the recorded SHA-256 before it leaves and, with `read_back`, after it has
     arrived. The root document goes last, so a reader sees the old cache or the new one. Features that are at
     `url` already stay; a push that was interrupted goes on where it stopped. Pushes to one place may run at the same
-    time. `progress` is called with bytes as they are sent.
+    time. `progress` advances as bytes are sent.
 
     replace_unfinished: send over what an unfinished push left there of a feature with other bytes.
 
@@ -356,6 +370,7 @@ def push(
     manifest = subset(whole, features, None)
     if not is_remote(url):
         return pull(str(source), local_path(url), features=features, threads=threads, progress=progress)
+    progress.begin("sending", None, unit="bytes")
     if url.startswith("hf://"):
         return _push_to_hub(source, whole, manifest, url, progress)
     place = open_destination(url)
@@ -422,7 +437,9 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
     limit = checksums_limit(manifest)
     for name in sorted({checksums_path(manifest, array) for array in manifest.arrays if array not in present}):
         ours = local.read_whole(name, limit)[0]
-        while not place.put_if(name, ours, None):
+        for _ in range(_MERGES):
+            if place.put_if(name, ours, None):
+                break
             try:
                 theirs, version = place.read_whole(name, limit)
             except Missing:
@@ -435,6 +452,8 @@ def _claim(local: Location, place: Destination, manifest: Manifest, present: set
                     "with other bytes",
                     remedy="if it is not running any more, add --replace-unfinished; else push to another URL",
                 )
+        else:
+            raise _replaced_too_often(place)
 
 
 class _Journal:
@@ -466,9 +485,12 @@ class _Journal:
         if self._held is None:
             return
         os.close(self._fd)
-        with cache_lock(self.path.parent.parent.parent):  # an idle cache loses its state directory on the way out
+        # What was sent is sent, though the cache here may have been removed meanwhile.
+        with contextlib.suppress(CacheError), cache_lock(self.path.parents[2]):
+            # Within the lock: an idle cache loses its state directory on the way out of it.
             self._held.release(remove=remove)
             files.remove_empty_directory(self.path.parent)
+        self._held.release()
 
 
 @contextlib.contextmanager
@@ -519,7 +541,7 @@ def _send_shards(
     threads: int,
     read_back: bool,
     journal: _Journal,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Transfer:
     sent, moved = journal.sent, [0, 0, 0]
     todo = []
@@ -536,13 +558,12 @@ def _send_shards(
             version = place.version(entry.name)
             if version is not None and version == sent[entry.name][1]:
                 return
-        path, size = _sound_file(source, entry, expected)
+        path, size = sound_file(source, entry, expected)
         place.put(entry.name, path)
         if read_back and _sha256(place.chunks(entry.name, 0, size)) != expected:
             raise CacheError(f"{place.url}/{entry.name} did not arrive as it was sent")
         arrived[entry.name] = size, place.version(entry.name)
-        if progress is not None:
-            progress(size)
+        progress.update(size)
 
     def done(entry: ShardFileEntry) -> None:
         if entry.name not in arrived:
@@ -558,17 +579,6 @@ def _send_shards(
 
     in_parallel(todo, send, done, threads)
     return Transfer(manifest=manifest, n_files=moved[0], n_bytes=moved[1], n_files_before=moved[2])
-
-
-def _sound_file(source: Path, entry: ShardFileEntry, sha256: str) -> tuple[Path, int]:
-    """A shard's file and its length; raises `CacheError` if its bytes are not the recorded ones."""
-    path = files.inside(source, entry.name)
-    if files.sha256_of(path) != sha256:
-        raise CacheError(
-            f"{path} is damaged: its bytes do not match the recorded SHA-256; it was not sent",
-            remedy=f"featcache verify {shlex.quote(str(source))} --repair mends it",
-        )
-    return path, path.stat().st_size
 
 
 def _sha256(pieces: Iterable[bytes]) -> str:
@@ -587,7 +597,7 @@ def verify_remote(
     signed_by: Path | None = None,
     fraction: float | None = None,
     seed: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Report:
     """Check a cache where it lies, byte by byte as `verify` does a local one, without keeping what is read.
 
@@ -604,7 +614,7 @@ def verify_remote(
 
     def consistent() -> list[Problem]:
         with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
-            return inconsistencies(open_remote(url, cache_dir=folder), place.url)
+            return inconsistencies(remote_cache(place, manifest, Path(folder), DEFAULT_CACHE_BYTES), place.url)
 
     return verify_place(
         place,
@@ -618,7 +628,7 @@ def verify_remote(
     )
 
 
-def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress | None) -> Transfer:
+def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress) -> Transfer:
     """One commit to a data-set repository. The hub keeps uploaded files by SHA-256, so a rerun sends only the rest."""
     # Late: other places need no client of the hub.
     from huggingface_hub import CommitOperationAdd, HfApi, errors
@@ -654,8 +664,7 @@ def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, pr
                 if error.response.status_code in (409, 412):
                     continue
                 raise
-            if progress is not None:
-                progress(result.n_bytes)
+            progress.update(result.n_bytes)
             return result
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         raise CacheError(
@@ -684,7 +693,7 @@ def _to_send(
         if entry.array in present:
             before += 1
             continue
-        content[entry.name], size = _sound_file(source, entry, recorded[entry.array][entry.shard])
+        content[entry.name], size = sound_file(source, entry, recorded[entry.array][entry.shard])
         sizes.append(size)
     if cache_digest(merged) == cache_digest(whole) and (signature := read_signature(open_location(source))) is not None:
         content[SIGNATURE] = signature

@@ -72,7 +72,8 @@ class Entry:
     deleting: bool
 
     def expired(self, older_than_s: float) -> bool:
-        return self.deleting or _now_s() - self.removed_s >= older_than_s
+        # Where the clock went back since, it was removed just now.
+        return self.deleting or max(0.0, _now_s() - self.removed_s) >= older_than_s
 
 
 def _stamp() -> str:
@@ -155,12 +156,13 @@ def journaled(cache: Path) -> dict[str, Axes]:
 
 
 @contextlib.contextmanager
-def without_builders(cache: Path, features: Sequence[str]) -> Iterator[None]:
+def without_builders(cache: Path, features: Sequence[str]) -> Iterator[list[locks.Lock]]:
     """Hold the builders' locks of those of `features` that are under construction.
 
     Raises `CacheError` naming those that another process is writing.
     """
-    held, busy = [], []
+    held: list[locks.Lock] = []
+    busy = []
     try:
         for name in features:
             folder = building_directory(cache, name)
@@ -175,7 +177,7 @@ def without_builders(cache: Path, features: Sequence[str]) -> Iterator[None]:
                 f"another process is writing {', '.join(busy)} of {cache} at this moment; nothing was removed",
                 remedy="wait until it is done, or stop it, then run the same command again",
             )
-        yield
+        yield held
     finally:
         for lock in held:
             lock.release()
@@ -215,7 +217,7 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
     trash = folder_trash(path.parent)
     lock = locks.lock(files.inside(path, f"{STATE}/lock"))
     try:
-        with without_builders(path, list(_building(path))):
+        with without_builders(path, list(_building(path))) as held:
             foreign = first_foreign(path, cache_names(path)) if now else None
             if foreign is not None:
                 raise CacheError(
@@ -225,6 +227,8 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
             files.make_directory(trash)
             target = trash / f"{_DELETING if now else ''}{_stamp()}-{path.name}"
             _rename(path, target)
+            for moved in (lock, *held):
+                moved.moved(target / moved.path.relative_to(path))
     finally:
         lock.release()
         if state_directory(path).is_dir():
@@ -258,6 +262,8 @@ def restore_cache(path: Path) -> None:
         )
     if os.path.lexists(path):
         raise CacheError(f"{path} is in the way", remedy=f"move it elsewhere: mv {shlex.quote(str(path))} NEW_NAME")
+    # In the trash nobody holds it: whoever removed the cache was killed before letting go.
+    files.remove_file(files.inside(found[0].path, f"{STATE}/lock{locks.OWNER_SUFFIX}"))
     _rename(found[0].path, path)
     files.remove_empty_directory(trash)
     tidy(path)
@@ -267,7 +273,7 @@ def restore_cache(path: Path) -> None:
 
 
 def _record(entry: Entry) -> Manifest | None:
-    """The manifest of the features in an entry, None where it was not yet written."""
+    """The manifest of the features in an entry, None where it was not yet written or cannot be read."""
     try:
         return read_root(entry.path)
     except CacheError:
@@ -322,6 +328,8 @@ def restore_features(cache: Path, wanted: Sequence[str] | None) -> list[str]:
 
     Raises `CacheError` if they are not there, not whole, or in the cache already.
     """
+    if find_root(cache) is None:
+        read_root(cache)  # raises, saying what is there instead, before a lock makes a state folder there
     with cache_lock(cache):
         manifest = read_root(cache)
         remove_void(cache, manifest)
@@ -340,14 +348,21 @@ def restore_features(cache: Path, wanted: Sequence[str] | None) -> list[str]:
 
 
 def remove_void(cache: Path, manifest: Manifest) -> None:
-    """Remove entries of the trash in which nothing lies: their removal never happened, or was undone. The caller holds
-    the cache's lock.
+    """Remove entries of the trash in which nothing lies: their removal never happened, or was undone. One that cannot be
+    read stays. The caller holds the cache's lock.
     """
     for entry in entries(cache_trash(cache)):
-        record = _record(entry)
-        specs = {} if record is None else record.features
-        if all(name in manifest.features and not _has_files(entry, spec) for name, spec in specs.items()):
+        if _is_void(entry, manifest):
             delete(entry)
+
+
+def _is_void(entry: Entry, manifest: Manifest) -> bool:
+    if not os.path.lexists(entry.path / ROOT_METADATA):  # it is written before anything comes here
+        return all(map(files.is_part, files.names_in(entry.path)))
+    record = _record(entry)
+    return record is not None and all(
+        name in manifest.features and not _has_files(entry, spec) for name, spec in record.features.items()
+    )
 
 
 def _forget(entry: Entry, names: Sequence[str]) -> None:
@@ -364,9 +379,11 @@ def _choose(cache: Path, manifest: Manifest, wanted: Sequence[str] | None) -> di
     """Entry -> features to restore from it. Entries whose removal never happened, or was undone, are passed over."""
     held: dict[str, Entry] = {}
     latest: tuple[Entry, list[str]] | None = None
+    unreadable: list[Entry] = []
     for entry in entries(cache_trash(cache)):
         record = None if entry.deleting else _record(entry)
         if record is None:
+            unreadable += [] if entry.deleting else [entry]
             continue
         names = [n for n in record.features if n not in manifest.features or _has_files(entry, record.features[n])]
         for name in names:
@@ -374,7 +391,15 @@ def _choose(cache: Path, manifest: Manifest, wanted: Sequence[str] | None) -> di
         if names and latest is None:
             latest = (entry, names)
     if latest is None:
-        raise CacheError(f"there is nothing in the trash of {cache} to restore")
+        if unreadable:
+            raise CacheError(
+                f"{unreadable[0].path / ROOT_METADATA} says what was removed, and cannot be read or is damaged",
+                remedy="if it is damaged, build or pull the features again; featcache gc empties the trash by age",
+            )
+        raise CacheError(
+            f"there is nothing in the trash of {cache} to restore",
+            remedy=f"featcache info {shlex.quote(str(cache))} lists what the cache holds",
+        )
     if wanted is None:
         return {latest[0]: latest[1]}
     missing = [name for name in wanted if name not in held]
@@ -397,7 +422,8 @@ def _bring_back(cache: Path, manifest: Manifest, entry: Entry, part: Manifest) -
     unfinished = _building(cache)
     for name in part.features:
         if name in manifest.features or name in unfinished:
-            remedy = f"featcache rm {shlex.quote(str(cache))} --features {name} removes what is there"
+            # Not to the trash: then it would be the latest there, and the one to come back.
+            remedy = f"to delete what is there for good: featcache rm {shlex.quote(str(cache))} --features {name} --now"
             if name in unfinished:
                 remedy = (
                     f"an unfinished build of it is there; featcache gc {shlex.quote(str(cache))} removes a dead one"

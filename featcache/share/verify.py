@@ -7,13 +7,11 @@ In constant memory, whatever the manifest claims: shards are named one by one, f
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import os
 import random
 import stat
-import time
 from array import array as compact
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -26,9 +24,10 @@ import numpy as np
 
 from featcache.errors import CacheError
 from featcache.keys import key_bytes
+from featcache.progress import QUIET, Progress
 from featcache.read.open import open_cache
 from featcache.read.reader import Cache
-from featcache.store import files, wds
+from featcache.store import files, locks, wds
 from featcache.store.blocks import (
     BLOCK_BYTES,
     ShardBlocks,
@@ -47,6 +46,7 @@ from featcache.store.contents import (
     checksums_text,
     metadata_files,
     most_bytes,
+    shard_names,
 )
 from featcache.store.layout import ROOT_NAMES, STATE, sample_bytes, shard_name
 from featcache.store.ledger import Ledger, identity
@@ -133,7 +133,7 @@ def verify(
     *,
     features: Sequence[str] | None = None,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = QUIET,
     fraction: float | None = None,
     seed: int | None = None,
     since_last: bool = False,
@@ -141,7 +141,7 @@ def verify(
 ) -> Report:
     """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped slots.
 
-    features: check only these. threads: default one per core. progress: called with the bytes of each checked file.
+    features: check only these. threads: default one per core. progress: advances with each checked file.
 
     fraction: read only this part of the bytes, drawn at random with `seed` (default: a fresh one): blocks of 1 MiB
     where their hashes are recorded, else whole shards. Metadata are checked whole, labels and keys then not.
@@ -151,12 +151,14 @@ def verify(
     What a builder, a removal or a restoration publishes meanwhile is taken into account: before problems are reported
     the root document is read again, and where it has changed, what changed is checked again.
 
-    Raises `CacheError` only if there is no cache at `path` (any more), it lacks one of `features`, or changes again and
-    again; whatever is wrong inside one is in the report.
+    Raises `CacheError` only if there is no cache at `path` (any more), it lacks one of `features`, changes again and
+    again, or cannot be read for a reason that is not the files' (permissions, a limit on open files); whatever is wrong
+    inside one is in the report.
     """
     path = Path(path)
     if fraction is not None and seed is None:
         seed = fresh_seed()
+    progress.begin("checking", None, unit="bytes")
     plan = _Plan(fraction, seed, since_last, remember, threads or os.cpu_count() or 1, progress)
     checked = _Checked()
     previous: Manifest | None = None
@@ -166,7 +168,7 @@ def verify(
                 manifest = root.manifest()
             except CacheError as error:
                 if _unchanged(path, root):
-                    problem = Problem(path=str(root.path), what=error.what)
+                    problem = Problem(path=str(root.path), what=error.what.removeprefix(f"{root.path}: "))
                     return Report(path=str(path), problems=(problem,), n_files=1, n_bytes=0)
                 continue
             missing = [name for name in features or () if name not in manifest.features]
@@ -194,7 +196,7 @@ def verify_place(
     *,
     features: Sequence[str] | None,
     threads: int,
-    progress: Callable[[int], None] | None,
+    progress: Progress,
     fraction: float | None,
     seed: int | None,
     consistent: Callable[[], list[Problem]],
@@ -206,6 +208,7 @@ def verify_place(
 
     Raises `CacheError` if the connection stays broken.
     """
+    progress.begin("checking", None, unit="bytes")
     plan = _Plan(fraction, fresh_seed() if seed is None else seed, False, False, threads, progress)
     checked = _Checked()
     _check(place, manifest, None, arrays_with_files(manifest, features), plan, checked)
@@ -223,7 +226,7 @@ class _Plan:
     since_last: bool
     remember: bool
     threads: int
-    progress: Callable[[int], None] | None
+    progress: Progress
 
 
 @dataclass
@@ -307,33 +310,19 @@ def _unchanged(path: Path, root: _Root) -> bool:
 
     Raises `CacheError` where there is no cache any more.
     """
-    with contextlib.suppress(OSError, CacheError):
-        lock = os.open(files.inside(path, f"{STATE}/lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            _wait_for_publisher(lock)
-        finally:
-            os.close(lock)
+    with contextlib.suppress(CacheError):
+        locks.wait_while_held(files.inside(path, f"{STATE}/lock"), _PUBLISHING_S)
     if find_root(path) is None:
         read_root(path)
     return root.is_current()
-
-
-def _wait_for_publisher(lock: int) -> None:
-    deadline = time.monotonic() + _PUBLISHING_S
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.01)
-        except OSError:
-            return  # a file system without such locks
 
 
 def _inconsistencies(path: Path) -> list[Problem]:
     try:
         return inconsistencies(open_cache(path), str(path))
     except CacheError as error:
+        if files.not_the_file(error):
+            raise
         return [Problem(path=str(path), what=error.what)]
 
 
@@ -406,8 +395,7 @@ def _check_array(
             untold.add(job.entry, result.sha256)
         if plan.remember and ledger is not None and (result.what is not None or job.parts is None):
             ledger.note(job.entry.shard, result.mark if recorded is not None and result.what is None else b"")
-        if plan.progress is not None:
-            plan.progress(result.n_bytes)
+        plan.progress.update(result.n_bytes)
     if untold is not None:
         checked.problems += untold.problems(place, MAX_PROBLEMS - len(checked.problems))
     if plan.remember and ledger is not None:
@@ -543,9 +531,13 @@ def _check_shard(job: _Job) -> _Result:
             return _compared(job, _RemoteShard(job.place, name, job.place.size(name)))
         with job.place.open(name) as file:
             return _compared(job, _LocalShard(file.fileno()))
-    except Unreadable as error:
+    except (Unreadable, DamagedSource) as error:
         return _Result(f"missing or unreadable: {error.what}", 0)
-    except (Missing, OSError):
+    except Missing:
+        return _Result("missing or unreadable", 0)
+    except OSError as error:
+        if files.not_the_file(error):
+            raise files.explain(error, Path(job.place.address) / name, "read") from error
         return _Result("missing or unreadable", 0)
 
 
@@ -718,6 +710,9 @@ def repair_metadata(path: str | Path) -> list[str]:
         files.atomic_write(target, [content])
         rewritten.append(name)
 
+    # Outside the lock, which builders need for moments: this may read all of a cache.
+    manifest = read_root(path)
+    made = {name: data for array in arrays_with_files(manifest) for name, data in _made_again(path, manifest, array)}
     with cache_lock(path):
         manifest = read_root(path)
         clear_parts(path, manifest, manifest.features)
@@ -725,27 +720,29 @@ def repair_metadata(path: str | Path) -> list[str]:
             if not _equals(LocalLocation(path), name, content):
                 write(name, content)
         for array in arrays_with_files(manifest):
-            for name, content in _lost_hashes(path, manifest, array).items():
-                write(name, content)
+            for name, sha256 in _lost(path, checksum_files(manifest, array)).items():
+                if name in made and hashlib.sha256(made[name]).hexdigest() == sha256:
+                    write(name, made[name])
     return rewritten
 
 
-def _lost_hashes(path: Path, manifest: Manifest, array: str) -> dict[str, bytes]:
-    """Name -> content of an array's damaged checksum files, where its shards still give what the manifest names."""
+def _made_again(path: Path, manifest: Manifest, array: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of an array's damaged checksum files, where its shards still give what the manifest names."""
     lost = _lost(path, checksum_files(manifest, array))
     if not lost:
-        return {}
+        return
+    entries = list(array_files(manifest, array))
     try:
-        found = [files.hashes_of(files.inside(path, entry.name)) for entry in array_files(manifest, array)]
+        found = [files.hashes_of(files.inside(path, entry.name)) for entry in entries]
     except CacheError:
-        return {}
-    folder = checksums_path(manifest, array).rpartition("/")[0]
-    names = [entry.name.removeprefix(f"{folder}/") for entry in array_files(manifest, array)]
+        return
     made = {
-        checksums_path(manifest, array): checksums_text([hashes.sha256 for hashes in found], names),
+        checksums_path(manifest, array): checksums_text([h.sha256 for h in found], shard_names(manifest, array)),
         blocks_path(manifest, array): blocks_bytes([hashes.blocks for hashes in found]),
     }
-    return {n: made[n] for n, digest in lost.items() if hashlib.sha256(made[n]).hexdigest() == digest}
+    for name, sha256 in lost.items():
+        if hashlib.sha256(made[name]).hexdigest() == sha256:
+            yield name, made[name]
 
 
 def _lost(path: Path, names: Iterable[tuple[str, str, int]]) -> dict[str, str]:

@@ -23,7 +23,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NoReturn
@@ -32,13 +32,15 @@ import numpy as np
 
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes, key_text, printable
+from featcache.paths import user_cache
 from featcache.redact import redact
+from featcache.settings import is_number
 from featcache.sources.base import EXTENSIONS, EncodedSource
 from featcache.sources.opening import explained
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
 from featcache.store import files
 from featcache.store.places import Location, Missing
-from featcache.store.remote import is_remote, open_location
+from featcache.store.remote import is_remote, open_location, open_remote_location
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -59,11 +61,15 @@ _BRING_AGAIN = "Bring it again: it was cut off or changed on the way."
 
 @dataclass(frozen=True)
 class Place:
-    """One archive: its location (a directory or URL prefix), its name there, its size in bytes."""
+    """One archive: its location (a directory or URL prefix), its name there, its size in bytes.
+
+    version: changes when it is replaced by another one, as far as the place tells.
+    """
 
     location: Location
     name: str
     size_bytes: int
+    version: str = ""
 
     @property
     def where(self) -> str:
@@ -390,11 +396,24 @@ def zips(places: Sequence[Place]) -> Iterator[Member]:
             members = archive.infolist()
             _check_zip_directory(place, archive, members)
             for member in members:
-                if not _is_image(member.orig_filename):  # `filename` ends at a NUL
+                name = _zip_name(member)
+                if not _is_image(name):
                     continue
                 _check_zip_member(place, member)
                 where = (a, member.header_offset, member.compress_size, member.compress_type)
-                yield Member(_image_name(place, member.orig_filename), "", *where, member.file_size, member.CRC)
+                yield Member(_image_name(place, name), "", *where, member.file_size, member.CRC)
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """A member's name, whole (`filename` ends at a NUL), as unpacking it gives it.
+
+    Programs on Unix write the bytes of file names without the mark that they are UTF-8, and zipfile takes all such names
+    for those of DOS.
+    """
+    unix, macos = 3, 19
+    if member.flag_bits & 0x800 or member.create_system not in (unix, macos):
+        return member.orig_filename
+    return key_text(member.orig_filename.encode("cp437"))
 
 
 def _check_zip_directory(place: Place, archive: zipfile.ZipFile, members: Sequence[zipfile.ZipInfo]) -> None:
@@ -528,40 +547,48 @@ def find_places(data: str) -> list[Place]:
     places = []
     for text in _expanded(data):
         if is_remote(text):
-            prefix, _, name = text.rpartition("/")
-            location = open_location(prefix)
+            # The query of a signed URL belongs to every request.
+            base, mark, query = text.partition("?")
+            prefix, _, name = base.rpartition("/")
+            location = open_remote_location(f"{prefix}{mark}{query}")
             try:
-                places.append(Place(location, name, location.size(name)))
+                places.append(Place(location, name, *location.size_and_version(name)))
             except (Missing, CacheError) as error:
+                why = error.what if isinstance(error, UserError) else "there is nothing of that name"
                 raise UserError(
-                    f"{redact(text)} cannot be read: {error}", remedy="Check the URL and the pattern."
+                    f"{redact(text)} cannot be read: {why}", remedy="Check the URL and the pattern."
                 ) from error
             continue
         found = sorted(Path(text).parent.glob(Path(text).name)) if "*" in text else [Path(text)]
         for path in found:
             if not path.is_file():
                 raise UserError(f"there is no archive {str(path)!r}", remedy="Check --data.")
-            places.append(Place(open_location(str(path.parent)), path.name, path.stat().st_size))
+            found_now = path.stat()
+            places.append(
+                Place(open_location(str(path.parent)), path.name, found_now.st_size, str(found_now.st_mtime_ns))
+            )
     if not places:
         raise UserError(f"no archive matches {data!r}", remedy="Check --data.")
     return places
 
 
-def _expanded(pattern: str) -> list[str]:
-    """Brace patterns as shells and webdataset write them; the longest width pads numbers."""
+def _expanded(pattern: str) -> Iterator[str]:
+    """Brace patterns as shells and webdataset write them, one after the other; the first number's width pads all."""
     before, opened, rest = pattern.partition("{")
     inside, closed, after = rest.partition("}")
     if not opened or not closed:
-        return [pattern]
+        yield pattern
+        return
     first, dots, last = inside.partition("..")
     if dots:
-        if not (first.isdigit() and last.isdigit()):
+        if not (is_number(first) and is_number(last)):
             raise UserError(f"{{{inside}}} is not a range", remedy="Write for example {000000..000146}.")
-        choices = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+        choices: Iterable[str] = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
     else:
         choices = inside.split(",")
-    tails = _expanded(after)
-    return [before + choice + tail for choice in choices for tail in tails]
+    for choice in choices:
+        for tail in _expanded(after):
+            yield before + choice + tail
 
 
 def kind_of(places: Sequence[Place], *, folder: bool) -> str:
@@ -603,15 +630,17 @@ def _is_flat(place: Place) -> bool:
     raise UserError(f"{place.where} holds no images ({', '.join(EXTENSIONS)})", remedy="Check --data.")
 
 
-def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -> ArchiveSource:
-    """The images of some archives, from the kept index or by a pass over them.
+def open_archives(pattern: str, *, name: str, folder: bool) -> ArchiveSource:
+    """The images of the archives that a path, URL or pattern names, from the kept index or by a pass over them.
 
     folder: they are all archives of one local folder.
 
-    Raises `UserError` if there are no images, an archive is cut off, samples lack labels, or two images have one key.
+    Raises `UserError` if there are no archives, no images, an archive is cut off, samples lack labels, or two images
+    have one key.
     """
+    places = find_places(pattern)
     kind = kind_of(places, folder=folder)
-    lines = [f"version 3, {kind}"] + [f"{p.location.url}/{p.name}\t{p.size_bytes}\t{_modified(p)}" for p in places]
+    lines = [f"version 4, {kind}"] + [f"{p.location.url}/{p.name}\t{p.size_bytes}\t{p.version}" for p in places]
     kept = index_folder() / f"{hashlib.sha256(key_bytes(chr(10).join(lines))).hexdigest()[:32]}.npz"
     columns = _kept_index(kept)
     if columns is None:
@@ -626,17 +655,12 @@ def open_archives(places: Sequence[Place], *, name: str, folder: bool = False) -
     )
 
 
-def _modified(place: Place) -> int:
-    path = Path(place.location.url) / place.name
-    return path.stat().st_mtime_ns if path.is_file() else 0
-
-
 def index_folder() -> Path:
     """Where indices of archives are kept."""
     chosen = os.environ.get("FEATCACHE_INDEX")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featcache"
+    return user_cache("FEATCACHE_INDEX")
 
 
 def _index(members: Iterator[Member], kind: str, name: str) -> dict[str, np.ndarray]:

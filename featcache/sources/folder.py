@@ -20,13 +20,24 @@ MAX_LINKS = 64  # to one folder
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource(EncodedSource):
-    """One folder per class, sorted; keys are paths below the root with forward slashes."""
+    """One folder per class, sorted; keys are paths below the root with forward slashes.
+
+    bare: images that lie in no class folder and are no samples.
+    """
 
     root: Path
     name: str
     class_names: tuple[str, ...]
     files: Sequence[str]
     labels: Sequence[int]
+    bare: int = 0
+
+    @property
+    def remark(self) -> str | None:
+        """What whoever builds a cache of it should know."""
+        if not self.bare:
+            return None
+        return f"{self.bare} images directly in {self.root} are left out: in no class folder, they have no label"
 
     @property
     def description(self) -> str:
@@ -95,6 +106,7 @@ def open_folder(root: Path) -> FolderSource:
         class_names=tuple(map(printable, classes)),
         files=files,
         labels=[index[f.split("/")[0]] for f in files],
+        bare=len(found) - len(files),
     )
 
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import featcache
 from featcache.errors import UserError
-from featcache.sources.archives import find_places, open_archives
+from featcache.settings import is_number
+from featcache.sources.archives import open_archives
 from featcache.sources.base import Source
 from featcache.sources.folder import open_folder
 from featcache.sources.opening import raise_unreadable
 from featcache.sources.parquet import open_parquet
 from featcache.sources.shapes import ShapesSource, recorded_shapes
 from featcache.store.remote import is_remote
+
+
+class Opener(Protocol):
+    """Opens the files that a path, a URL or a pattern of them names; folder: they are all of a kind in a local folder."""
+
+    def __call__(self, pattern: str, *, name: str, folder: bool) -> Source: ...
+
+
+# Of a folder that holds several kinds, the first here is taken. A new kind of file is a module and a line.
+FILES: Mapping[str, Opener] = {
+    ".parquet": open_parquet,
+    ".tar": open_archives,
+    ".zip": open_archives,
+}
 
 
 def open_source(data: str, *, resolution: int, limit: int | None = None) -> Source:
@@ -32,7 +48,7 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
     """
     if data == "shapes" or data.startswith("shapes:"):
         seed = data.partition(":")[2] or "0"
-        if not seed.isdigit():
+        if not is_number(seed):
             raise UserError(f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0")
         return ShapesSource(count=limit or 2000, resolution=resolution, seed=int(seed))
     try:
@@ -42,21 +58,18 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
 
 
 def _open_files(data: str) -> Source:
-    stem = data.rstrip("/").rpartition("/")[2]
-    pattern = is_remote(data) or "{" in data or "*" in data
-    path = Path(data)
-    if pattern or (path.is_file() and path.suffix.lower() in (".tar", ".zip", ".parquet")):
-        if data.lower().endswith(".parquet"):
-            return open_parquet(data, name=stem.removesuffix(".parquet"))
-
-        return open_archives(find_places(data), name=re.sub(r"\.(tar|zip)$", "", stem))
+    remote, path = is_remote(data), Path(data)
+    if remote or "{" in data or "*" in data or (path.is_file() and path.suffix.lower() in FILES):
+        named = data.partition("?")[0] if remote else data  # without the secrets of a signed URL
+        stem, dot, suffix = named.rstrip("/").rpartition("/")[2].rpartition(".")
+        name = stem if dot + suffix in FILES else stem + dot + suffix
+        opener = FILES.get("." + named.lower().rpartition(".")[2], open_archives)
+        return opener(data, name=name, folder=False)
     if path.is_dir():
         held = {file.suffix.lower() for file in path.iterdir() if file.is_file()}
-        if not any(child.is_dir() for child in path.iterdir()) and held & {".tar", ".zip", ".parquet"}:
-            if ".parquet" in held:
-                return open_parquet(str(path / "*.parquet"), name=path.resolve().name)
-            kind = ".tar" if ".tar" in held else ".zip"
-            return open_archives(find_places(str(path / f"*{kind}")), name=path.resolve().name, folder=True)
+        kind = next((suffix for suffix in FILES if suffix in held), None)
+        if kind is not None and not any(child.is_dir() for child in path.iterdir()):
+            return FILES[kind](str(path / f"*{kind}"), name=path.resolve().name, folder=True)
     return open_folder(path)
 
 

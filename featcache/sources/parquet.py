@@ -167,7 +167,7 @@ def _opened_parquet(place: Place) -> Iterator[pq.ParquetFile]:
         yield parquet
 
 
-def open_parquet(pattern: str, *, name: str) -> ParquetSource:
+def open_parquet(pattern: str, *, name: str, folder: bool) -> ParquetSource:
     """The rows of the parquet files that a path or URL with `*` (local only) or `{000..009}` names.
 
     Raises `UserError` if pyarrow is missing, or there are no such files, or no columns of images and labels.

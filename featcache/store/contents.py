@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +139,17 @@ def read_checksums(place: Location, manifest: Manifest, array: str) -> list[str]
     return parse_checksums(data, shard_names(manifest, array), f"{place.url}/{name}")
 
 
+def sound_file(path: Path, entry: ShardFileEntry, sha256: str) -> tuple[Path, int]:
+    """A shard's file in the cache at `path`, and its length; raises `CacheError` if its bytes are not the recorded ones."""
+    file = files.inside(path, entry.name)
+    if files.sha256_of(file) != sha256:
+        raise CacheError(
+            f"{file} is damaged: its bytes do not match the recorded SHA-256; it was not copied",
+            remedy=f"featcache repair {shlex.quote(str(path))} mends it",
+        )
+    return file, file.stat().st_size
+
+
 def read_blocks(place: Location, manifest: Manifest, array: str) -> list[ShardBlocks] | None:
     """The hashes of an array's blocks, from a place; None where the manifest names none."""
     if array not in manifest.blocks:
@@ -156,16 +167,36 @@ def checksum_files(manifest: Manifest, array: str) -> list[tuple[str, str, int]]
     return found
 
 
-def vouched_for(path: Path, manifest: Manifest, array: str, shards: Collection[int]) -> dict[int, files.Hashes]:
-    """Hashes of some shards of an array, of those bytes that the manifest stands for.
-
-    Raises `CacheError` for a shard that has other bytes, and if nothing is left to tell by.
-    """
+def _recorded(path: Path, manifest: Manifest, array: str) -> tuple[list[str] | None, list[ShardBlocks] | None]:
+    """The SHA-256 of an array's shards and the hashes of their blocks, as far as the files that say so are sound."""
     place, checksums, blocks = LocalLocation(path), None, None
     with contextlib.suppress(CacheError):
         checksums = read_checksums(place, manifest, array)
     with contextlib.suppress(CacheError):
         blocks = read_blocks(place, manifest, array)
+    return checksums, blocks
+
+
+def require_recorded(path: Path, manifest: Manifest, array: str, found: Mapping[int, files.Hashes]) -> None:
+    """Raise `CacheError` for a shard (number -> hashes) whose bytes are not the recorded ones, where anything says them."""
+    checksums, blocks = _recorded(path, manifest, array)
+    for shard, hashes in sorted(found.items()):
+        other = checksums is not None and hashes.sha256 != checksums[shard]
+        if other or (blocks is not None and hashes.blocks != blocks[shard]):
+            raise CacheError(
+                f"shard {shard} of {array!r} came out otherwise than it was recorded: these are not the images that {path} "
+                "was built from",
+                remedy="pass the original --data; or mend it from another copy: "
+                f"featcache repair {shlex.quote(str(path))} --from URL",
+            )
+
+
+def vouched_for(path: Path, manifest: Manifest, array: str, shards: Collection[int]) -> dict[int, files.Hashes]:
+    """Hashes of some shards of an array, of those bytes that the manifest stands for.
+
+    Raises `CacheError` for a shard that has other bytes, and if nothing is left to tell by.
+    """
+    checksums, blocks = _recorded(path, manifest, array)
     names, found = shard_names(manifest, array), {}
     for shard in sorted(shards):
         if checksums is not None and (blocks is not None or array not in manifest.blocks):

@@ -25,14 +25,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from featcache.errors import CacheError
+from featcache.errors import CacheError, os_error
 from featcache.store.blocks import BLOCK_BYTES, BlockHasher, ShardBlocks
 
 PART_SUFFIX = ".part"
 _LINK_REMEDY = "put what it stands for in its place, or remove it"
-_READ_REMEDY = "featcache verify names all that is damaged"
+_READ_REMEDY = "name a file; in a cache, featcache verify names all that is damaged"
 # What file systems without hard links answer to a request for one.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
+# What file systems that cannot sync directories (SMB, some in user space) answer.
+_NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _PART = re.compile(r"(.+?)(?:\.[0-9a-f]{16})?\.part\Z", re.DOTALL)
 _NEW_PART = re.compile(r"(.+)\.[0-9a-f]{16}\.part\Z", re.DOTALL)
 _PIECE_BYTES = 8 << 20
@@ -124,10 +126,26 @@ def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
         )
     if error.errno == errno.ELOOP:
         return CacheError(f"{path} is a symbolic link; inside a cache or a run none is followed", remedy=_LINK_REMEDY)
-    return CacheError(
-        f"{path} could not be {what}: {error.strerror or error}",
-        remedy="put that right and run the same command again: it goes on where it stopped",
-    )
+    return CacheError(f"{path} could not be {what}: {error.strerror or error}", remedy=os_error(error).remedy)
+
+
+# Answers that say nothing about a file's bytes.
+_NOT_THE_FILE = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+    }
+)
+
+
+def not_the_file(error: BaseException | None) -> bool:
+    """Whether a file could not be read because of the machine, a limit, permissions or the network: so that it is not
+    known to be damaged, and must not be called so."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextlib.contextmanager
@@ -214,9 +232,13 @@ class Hasher:
 
 
 def fsync_directory(path: Path) -> None:
+    """Names in it are on the disk then, as far as its file system can say so."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_FSYNC:
+            raise
     finally:
         os.close(fd)
 
@@ -255,14 +277,19 @@ def atomic_write(path: Path, buffers: Sequence[Buffer], *, folder: Path | None =
     return hashes.sha256
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
-    """A file of a group: open, under its temporary name, to become `target`."""
+    """A file of a group: open (while `fd` is not None), under its temporary name, to become `target`."""
 
-    fd: int
+    fd: int | None
     part: Path
     target: Path
     replace: bool
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 class Group:
@@ -308,7 +335,8 @@ class Group:
                 for view in views:
                     write_all(fd, view)
         except BaseException as error:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
             with contextlib.suppress(OSError):
                 _unlink(part)
             if isinstance(error, OSError):
@@ -329,10 +357,13 @@ class Group:
         entries, self._open, self.n_bytes = self._open, [], 0
         path, there = Path(), []
         try:
-            if durable:
-                for entry in entries:
-                    path = entry.target
+            for entry in entries:
+                path = entry.target
+                if durable:
+                    assert entry.fd is not None
                     _fsync(entry.fd)
+                # Before it takes its name: NFS sends what was written, and says that it failed, when a file is closed.
+                entry.close()
             for entry in entries:
                 path = entry.target
                 if entry.replace:
@@ -357,40 +388,25 @@ class Group:
 def _discard(entries: Sequence[_Entry]) -> None:
     """Close the files and remove what is left of their temporary names."""
     for entry in entries:
-        os.close(entry.fd)
+        with contextlib.suppress(OSError):
+            entry.close()
         with contextlib.suppress(OSError):
             _unlink(entry.part)
 
 
-class Stream:
-    """A file being written in pieces; see `atomic_stream`."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._hasher = Hasher()
-
-    def write(self, data: Buffer) -> None:
-        view = _bytes_view(data)
-        self._hasher.update(view)
-        write_all(self._fd, view)
-
-    def hashes(self) -> Hashes:
-        """Of what was written so far."""
-        return self._hasher.result()
-
-    def digest(self) -> str:
-        """SHA-256 (hex) of what was written so far."""
-        return self.hashes().sha256
-
-
 @contextlib.contextmanager
-def _atomic(path: Path, *, durable: bool = True) -> Iterator[int]:
-    """A descriptor to write `path` with; see `atomic_stream`."""
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file for other libraries to write to and seek in; it takes the name `path` when the block ends without an exception.
+
+    Not `durable`: as `atomic_write`. Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any
+    other exception.
+    """
     with explained(path, "written"):
         fd, part = _create_part(path)
     try:
         try:
-            yield fd
+            with os.fdopen(fd, "wb", closefd=False) as file:
+                yield file
             if durable:
                 _fsync(fd)
         finally:
@@ -404,24 +420,6 @@ def _atomic(path: Path, *, durable: bool = True) -> Iterator[int]:
         if isinstance(error, OSError):
             raise explain(error, path) from error
         raise
-
-
-@contextlib.contextmanager
-def atomic_stream(path: Path) -> Iterator[Stream]:
-    """Write `path` in pieces; it takes its name, durably, when the block ends without an exception.
-
-    Raises `CacheError` if the disk refuses; nothing is left behind then, nor after any other exception.
-    """
-    with _atomic(path) as fd:
-        yield Stream(fd)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """As `atomic_stream`, as a file object for other libraries to write to and seek in. Not
-    `durable`: as `atomic_write`."""
-    with _atomic(path, durable=durable) as fd, os.fdopen(fd, "wb", closefd=False) as file:
-        yield file
 
 
 @contextlib.contextmanager
@@ -494,13 +492,22 @@ def open_to_read(path: Path) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise explain(error, path) from error
-        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=_READ_REMEDY) from error
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        remedy = _READ_REMEDY if gone else os_error(error).remedy
+        raise CacheError(f"{path} cannot be read: {error.strerror}", remedy=remedy) from error
 
 
 def open_to_write(path: Path, flags: int = 0) -> int:
-    """`open_regular` for reading and writing, made if it is not there; raises `CacheError` if that cannot be."""
+    """`open_regular` for reading and writing, made if it is not there; raises `CacheError` if that cannot be, or if the
+    file has another name as well (a hard link), which may lie anywhere.
+    """
+    remedy = f"remove it: rm -r {shlex.quote(str(path))}"
     with explained(path, "written"):
-        return open_regular(path, os.O_RDWR | os.O_CREAT | flags, remedy=f"remove it: rm -r {shlex.quote(str(path))}")
+        fd = open_regular(path, os.O_RDWR | os.O_CREAT | flags, remedy=remedy)
+    if os.fstat(fd).st_nlink > 1:
+        os.close(fd)
+        raise CacheError(f"{path} is a hard link: another name of a file that is not to be changed", remedy=remedy)
+    return fd
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:

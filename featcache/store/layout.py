@@ -27,7 +27,7 @@ RAW_DTYPES = ("bool", *_INTEGERS, "float16", "float32", "float64")
 
 ROOT_METADATA = "zarr.json"
 WDS_ROOT = "featcache.json"
-ROOT_NAMES = {"zarr": ROOT_METADATA, "wds": WDS_ROOT}
+ROOT_NAMES: Mapping[str, str] = {"zarr": ROOT_METADATA, "wds": WDS_ROOT}
 CHECKSUMS = "SHA256SUMS"
 BLOCKS = "BLOCKS"
 SIGNATURE = "featcache.sig"

@@ -70,7 +70,10 @@ class Ledger:
             return
         try:
             target = files.inside(self._cache, self._name)
-            files.make_directory(target.parent)
+            # One by one, so that a cache which was removed meanwhile does not come back as a folder of marks.
+            for folder in (target.parent.parent, target.parent):
+                with files.explained(folder, "written"):
+                    folder.mkdir(exist_ok=True)
             files.atomic_write(target, [self._header, bytes(self._marks)], durable=False)
         except CacheError:
             return

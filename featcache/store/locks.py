@@ -1,9 +1,9 @@
 """Locks between processes, on any file system.
 
 A lock is flock's where the file system knows it: the kernel lets go of it when its holder dies. Where it does not
-(Lustre without `-o flock`, NFS without a lock manager), a file `<lock>.owner` is the lock: made with O_EXCL, which says
-who holds it. One whose process is dead is taken over on the machine that it ran on; elsewhere nobody can know, so the
-user is told. POSIX record locks are not tried in between: file systems that refuse flock refuse them too, and a process
+(Lustre without `-o flock`, NFS without a lock manager), a file `<lock>.owner` is the lock: put there whole, by whoever is
+first, and it says who holds it. One whose process is dead is taken over on the machine that it ran on; elsewhere nobody
+can know, so the user is told. POSIX record locks are not tried in between: file systems that refuse flock refuse them too, and a process
 loses them by closing any other descriptor of the file.
 """
 
@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import secrets
 import shlex
 import time
@@ -29,13 +30,21 @@ POLL_S = 0.02
 # How long a holder on another machine is waited for: locks that are waited for are held for moments.
 MAX_WAIT_S = 120.0
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_TOKEN = re.compile(r"[0-9a-f]{16}\Z")
+# Of the right to remove a dead owner's file: `<lock>.<its token>`. Earlier versions made `<lock>.<its token>.claim`.
+_CLAIM = re.compile(r"(.+)\.[0-9a-f]{16}(\.owner|\.claim)?\Z", re.DOTALL)
 
 
 class Lock:
     """A lock that is held, on the file `path`."""
 
-    def __init__(self, path: Path, fd: int | None) -> None:
-        self.path, self._fd = path, fd  # without a descriptor, the owner file is the lock
+    def __init__(self, path: Path, fd: int | None, token: str = "") -> None:
+        self.path, self._fd, self._token = path, fd, token  # without a descriptor, the owner file is the lock
+
+    def moved(self, path: Path) -> None:
+        """Say that the holder has moved the file, with the folder that it is in."""
+        if self.path is not _RELEASED:
+            self.path = path
 
     def release(self, *, remove: bool = False) -> None:
         """Let go of it; `remove` removes its file first, which only a holder may. Twice is once."""
@@ -47,7 +56,9 @@ class Lock:
                 files.remove_file(path)
         finally:
             if self._fd is None:
-                files.remove_file(_owner_file(path))
+                # Unless somebody was told that this process is dead, and has removed it.
+                if (_owner(path) or {}).get("token") == self._token:
+                    files.remove_file(_owner_file(path))
             else:
                 # Not by closing alone: a forked child may have the descriptor too.
                 with contextlib.suppress(OSError):
@@ -59,18 +70,19 @@ _RELEASED = Path()
 
 
 def lock(path: Path) -> Lock:
-    """An exclusive lock on the file `path` (created if need be), waited for.
+    """An exclusive lock on the file `path` (made if need be, and the folder that it is in), waited for.
 
     The holder may remove the file; whoever waited for it then starts over with a new one.
 
-    Raises `CacheError` if it cannot be had, or is held on another machine for more than two minutes.
+    Raises `CacheError` if it cannot be had, not even the folder of its folder is there, or another machine holds it for
+    more than two minutes.
     """
-    waited_since, holder = time.monotonic(), ""
+    waited_since, holder = time.monotonic(), None
     while True:
-        files.make_directory(path.parent)
         fd = _open(path)
         if fd is None:
-            continue  # the directory was removed in between
+            _make_folder(path.parent)
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as error:
@@ -82,12 +94,12 @@ def lock(path: Path) -> Lock:
                 return Lock(path, fd)
             os.close(fd)
             continue
-        if _take_owner_file(path):
-            return Lock(path, None)
+        if (token := _take_owner_file(path)) is not None:
+            return Lock(path, None, token)
         owner = _owner(path)
-        if owner.get("token", "") != holder:
-            waited_since, holder = time.monotonic(), str(owner.get("token", ""))
-        if owner and owner.get("machine") != _machine() and time.monotonic() - waited_since > MAX_WAIT_S:
+        if owner is None or owner.get("token") != holder:
+            waited_since, holder = time.monotonic(), None if owner is None else owner.get("token")
+        elif owner.get("machine") != _machine() and time.monotonic() - waited_since > MAX_WAIT_S:
             raise CacheError(f"{path} is held by {_describe(owner)}", remedy=_remedy(path))
         time.sleep(POLL_S)
 
@@ -114,14 +126,40 @@ def _try(path: Path, fd: int) -> Lock | None:
         os.close(fd)
         if error.errno not in _NO_FLOCK:
             raise files.explain(error, path, "locked") from error
-        return Lock(path, None) if _take_owner_file(path) else None
+        token = _take_owner_file(path)
+        return None if token is None else Lock(path, None, token)
     return Lock(path, fd)
+
+
+def wait_while_held(path: Path, most_s: float) -> None:
+    """Wait until nobody holds the lock on `path`, but no longer than so many seconds. Writes nothing."""
+    deadline = time.monotonic() + most_s
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        while _is_held(path, fd) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    finally:
+        os.close(fd)
+
+
+def _is_held(path: Path, fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        owner = _owner(path) if error.errno in _NO_FLOCK else None
+        return owner is not None and not _is_dead(owner)
+    return False
 
 
 def holder(path: Path) -> str | None:
     """Who holds the lock on `path`, and what to do about it, where that is known and on another machine."""
     owner = _owner(path)
-    if not owner or owner.get("machine") == _machine():
+    if owner is None or owner.get("machine") == _machine():
         return None
     return f"{_describe(owner)}; {_remedy(path)}"
 
@@ -129,6 +167,13 @@ def holder(path: Path) -> str | None:
 def is_lock_file(name: str) -> bool:
     """Whether a file of this name in a directory of ours is a lock or says who holds it."""
     return name in ("lock", "lock" + OWNER_SUFFIX)
+
+
+def _make_folder(folder: Path) -> None:
+    """Not its parents: a cache that somebody has removed is not to come back as an empty folder."""
+    with files.explained(folder, "written"):
+        folder.mkdir(exist_ok=True)
+        files.fsync_directory(folder.parent)
 
 
 def _open(path: Path) -> int | None:
@@ -173,27 +218,41 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _take_owner_file(path: Path) -> bool:
-    """Become the owner, if there is none or it is dead."""
-    if _create_owner(path):
-        return True
+def _take_owner_file(path: Path) -> str | None:
+    """Become the owner, if there is none or it is dead: the token that says so, else None."""
+    token = _create_owner(path) or _take_over(path)
+    if token is not None:
+        # What processes left that were killed while they took over. A live one has found, or will, that it is too late.
+        for name in files.names_in(path.parent):
+            claim = _CLAIM.match(name)
+            if claim is not None and claim[2] and claim[1] == path.name:
+                files.remove_file(path.with_name(name))
+    return token
+
+
+def _take_over(path: Path) -> str | None:
     owner = _owner(path)
-    token = str(owner.get("token", ""))
-    if not token or not _is_dead(owner):
-        return False
-    # One process only may remove the file of one dead owner: whoever makes the file that is named for it.
-    claim = path.with_name(f"{path.name}.{token}.claim")
-    if not _create(claim, b""):
-        return False
+    if not owner or not _is_dead(owner):
+        return None
+    # One process only may remove the file of one dead owner: whoever holds the lock that is named for it. It may die too.
+    claim = path.with_name(f"{_lock_name(path)}.{owner['token']}")
+    if _take_owner_file(claim) is None:
+        return None
     try:
-        if _owner(path).get("token") == token:
+        if (_owner(path) or {}).get("token") == owner["token"]:
             files.remove_file(_owner_file(path))
     finally:
-        files.remove_file(claim)
+        files.remove_file(_owner_file(claim))
     return _create_owner(path)
 
 
-def _create_owner(path: Path) -> bool:
+def _lock_name(path: Path) -> str:
+    """The lock that a claim is about in the end, so that names do not grow."""
+    claim = _CLAIM.match(path.name)
+    return path.name if claim is None else claim[1]
+
+
+def _create_owner(path: Path) -> str | None:
     pid, token = os.getpid(), secrets.token_hex(8)
     owner = {
         "host": platform.node(),
@@ -204,7 +263,8 @@ def _create_owner(path: Path) -> bool:
         "token": token,
     }
     # NFS may answer that the file is there to the very request that made it, if its first answer was lost.
-    return _create(_owner_file(path), json.dumps(owner).encode()) or _owner(path).get("token") == token
+    made = _create(_owner_file(path), json.dumps(owner).encode()) or (_owner(path) or {}).get("token") == token
+    return token if made else None
 
 
 def _create(path: Path, data: bytes) -> bool:
@@ -212,20 +272,23 @@ def _create(path: Path, data: bytes) -> bool:
     group = files.Group()
     try:
         group.write(path, [data], replace=False)
-        return not group.commit(durable=False)
+        return not group.commit()  # durable: an empty file would say of nobody that he is dead
     except CacheError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return False  # the directory was removed in between
         raise
 
 
-def _owner(path: Path) -> dict[str, object]:
-    """What an owner file says; nothing where there is none, or it is damaged."""
+def _owner(path: Path) -> dict[str, object] | None:
+    """What an owner file says, None if there is none. Nothing where it is damaged."""
     try:
         owner = json.loads(files.read_bounded(_owner_file(path), 4096))
-    except (CacheError, ValueError):
+    except CacheError as error:
+        return None if isinstance(error.__cause__, FileNotFoundError) else {}
+    except (ValueError, RecursionError):
         return {}
-    return owner if isinstance(owner, dict) else {}
+    told = isinstance(owner, dict) and isinstance(owner.get("token"), str) and _TOKEN.match(owner["token"])
+    return owner if told else {}
 
 
 def _is_dead(owner: dict[str, object]) -> bool:
@@ -242,6 +305,8 @@ def _is_dead(owner: dict[str, object]) -> bool:
 
 
 def _describe(owner: dict[str, object]) -> str:
+    if not owner:
+        return "a process that cannot be told: what it wrote down is damaged"
     return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('time')}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Generator
 from datetime import datetime
@@ -21,9 +22,10 @@ from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, from_url
 
 from featcache.errors import CacheError, UserError, first_line
+from featcache.paths import home
 from featcache.redact import redact
-from featcache.store.places import CHUNK_BYTES, Missing, too_long
-from featcache.store.remote_errors import Attempts, missing, no_credentials, retrying
+from featcache.store.places import CHUNK_BYTES, Missing, joined, too_long
+from featcache.store.remote_errors import Attempts, missing, no_credentials, retrying, status_of
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode
@@ -45,13 +47,18 @@ class ObjectLocation:
         self._condition: Literal["version", "e_tag"] = "version" if url.startswith("gs://") else "e_tag"
 
     def _what(self, name: str) -> str:
-        return f"{self.url}/{name}"
+        return joined(self.url, name)
 
     def _retrying(self, name: str, call: Callable[[], T]) -> T:
         return retrying(self._what(name), self.address, call)
 
     def size(self, name: str) -> int:
-        return int(self._retrying(name, lambda: obstore.head(self._store, name))["size"])
+        return self.size_and_version(name)[0]
+
+    def size_and_version(self, name: str) -> tuple[int, str]:
+        """Length in bytes, and an identifier of the present content; raises `Missing`."""
+        found = self._retrying(name, lambda: obstore.head(self._store, name))
+        return int(found["size"]), self._version(found)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         return b"".join(self.chunks(name, start, stop))
@@ -105,10 +112,26 @@ class ObjectLocation:
 
     def directories(self) -> list[str]:
         def attempt() -> list[str]:
-            found = obstore.list_with_delimiter(self._store)
+            try:
+                found = obstore.list_with_delimiter(self._store)
+            except exceptions.InvalidPathError as error:
+                raise CacheError(
+                    f"{self.url} cannot be listed, since a name there cannot be part of a path: {redact(first_line(error))}",
+                    remedy="have it renamed or removed, or name a cache itself",
+                ) from error
+            except BaseError as error:
+                if status_of(error) not in (405, 501):
+                    raise
+                raise CacheError(
+                    f"there is no cache at {self.url}, and its server does not list what lies below",
+                    remedy="give the URL of a cache itself",
+                ) from error
             return sorted(str(prefix).rstrip("/").split("/")[-1] for prefix in found["common_prefixes"])
 
-        return retrying(self.url, self.address, attempt)
+        try:
+            return retrying(self.url, self.address, attempt)
+        except Missing:
+            return []
 
     def put(self, name: str, content: bytes | Path) -> None:
         try:
@@ -140,7 +163,7 @@ class ObjectLocation:
 
     def version(self, name: str) -> str | None:
         try:
-            return self._version(self._retrying(name, lambda: obstore.head(self._store, name)))
+            return self.size_and_version(name)[1]
         except Missing:
             return None
 
@@ -171,7 +194,11 @@ def _object_store(url: str, scheme: str) -> ObjectStore:
             options |= _gs_options(url)
         return from_url(url, **options)
     except (BaseError, ValueError) as error:
-        raise UserError(f"{redact(url)} cannot be reached: {redact(first_line(error))}") from error
+        what = redact(first_line(error))
+        raise UserError(f"{redact(url)} cannot be reached: {what}", remedy="check the URL") from error
+
+
+_FILES_OF_BOTO3 = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_PROFILE")
 
 
 def _s3_options(url: str) -> dict[str, Any]:
@@ -179,7 +206,7 @@ def _s3_options(url: str) -> dict[str, Any]:
     `~/.aws`. Raises `CacheError` where there are no credentials.
     """
     found: dict[str, Any] = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = _endpoint("AWS_ENDPOINT_URL_S3") or _endpoint("AWS_ENDPOINT_URL")
     if endpoint:
         found = {"config": {"endpoint": endpoint}, "client_options": _client_options(endpoint)}
     from_environment = {
@@ -190,7 +217,7 @@ def _s3_options(url: str) -> dict[str, Any]:
     }
     if not from_environment.isdisjoint(os.environ) or _is_true("AWS_SKIP_SIGNATURE"):
         return found
-    if (Path.home() / ".aws").is_dir():
+    if any(map(os.environ.get, _FILES_OF_BOTO3)) or ((own := home()) is not None and (own / ".aws").is_dir()):
         try:
             # Late: boto3 need not be there.
             from obstore.auth.boto3 import Boto3CredentialProvider
@@ -198,7 +225,12 @@ def _s3_options(url: str) -> dict[str, Any]:
             found["credential_provider"] = Boto3CredentialProvider()
             return found
         except (ImportError, ValueError):
-            pass  # no boto3, or nothing of use in that folder: an instance's role is left
+            pass  # no boto3, or nothing of use there: an instance's role is left
+        except Exception as error:  # botocore's own, over profiles and files that are wrong
+            raise CacheError(
+                f"the credentials for {redact(url)} cannot be had: {redact(first_line(error))}",
+                remedy="put ~/.aws (or what $AWS_PROFILE, $AWS_CONFIG_FILE, $AWS_SHARED_CREDENTIALS_FILE name) right",
+            ) from error
     metadata = os.environ.get("AWS_METADATA_ENDPOINT", _METADATA)
     if _is_true("AWS_EC2_METADATA_DISABLED") or not _answers(metadata):
         raise no_credentials(url)
@@ -221,8 +253,9 @@ def _gs_options(url: str) -> dict[str, Any]:
         return {"config": {"service_account_key": json.dumps(account)}, "client_options": _client_options(base)}
     names = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH")
     configured = any(os.environ.get(name) for name in (*names, "GOOGLE_SERVICE_ACCOUNT_KEY"))
-    adc = Path.home() / ".config" / "gcloud" / "application_default_credentials.json"
-    if configured or adc.is_file() or _is_true("GOOGLE_SKIP_SIGNATURE"):
+    own = home()
+    adc = own is not None and (own / ".config" / "gcloud" / "application_default_credentials.json").is_file()
+    if configured or adc or _is_true("GOOGLE_SKIP_SIGNATURE"):
         return {}
     if not _answers(f"http://{os.environ.get('GCE_METADATA_HOST', urlsplit(_METADATA).netloc)}"):
         raise no_credentials(url)
@@ -246,6 +279,16 @@ def _answers(endpoint: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _endpoint(variable: str) -> str | None:
+    """The URL of a service that a variable names, None where it names none; raises `UserError` for anything else."""
+    value = os.environ.get(variable)
+    if value and re.match(r"https?://[^/]", value) is None:
+        raise UserError(
+            f"${variable} is {value!r:.200}, no URL of a service", remedy="write http:// or https:// before its host"
+        )
+    return value or None
 
 
 def _is_true(variable: str) -> bool:

@@ -47,6 +47,12 @@ def read_small(place: Location, name: str, limit: int) -> bytes:
         raise is_missing(place, name) from error
 
 
+def joined(url: str, name: str) -> str:
+    """A URL with a name after its path, before its query."""
+    path, mark, query = url.partition("?")
+    return f"{path}/{name}{mark}{query}"
+
+
 class Location(Protocol):
     """A place that holds files by name. Names use '/' and never begin with it.
 
@@ -86,10 +92,12 @@ class LocalLocation:
         self.url = self.address = str(path)
 
     def open(self, name: str) -> FileIO:
-        """A regular file; raises `Missing` or `Unreadable`."""
+        """A regular file; raises `Missing`, `Unreadable`, or another `CacheError` where that says nothing of the file."""
         try:
             return os.fdopen(files.open_to_read(files.inside(self.path, name)), "rb", buffering=0)
         except CacheError as error:
+            if files.not_the_file(error):
+                raise
             if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 raise Missing(name) from error
             raise Unreadable(error.what, remedy=error.remedy) from error
@@ -108,9 +116,11 @@ class LocalLocation:
                 try:
                     data = file.read(min(CHUNK_BYTES, stop - start))
                 except OSError as error:
+                    if files.not_the_file(error):
+                        raise files.explain(error, self.path / name, "read") from error
                     raise Unreadable(f"{self.path / name} cannot be read: {error.strerror}") from error
                 if not data:
-                    raise Unreadable(f"{self.path / name} is shorter than expected")
+                    raise DamagedSource(f"{self.path / name} is shorter than it must be")
                 start += len(data)
                 yield data
 
@@ -119,6 +129,8 @@ class LocalLocation:
             with self.open(name) as file:
                 return files.read_all(file.fileno(), self.path / name, limit), None
         except CacheError as error:
+            if files.not_the_file(error):
+                raise
             raise Unreadable(error.what, remedy=error.remedy) from error
 
     def modified(self, name: str) -> datetime | None:

@@ -6,10 +6,11 @@ import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import quote
 
 from featcache.errors import UserError
 from featcache.redact import redact
-from featcache.store.places import LocalLocation, Location
+from featcache.store.places import LocalLocation, Location, joined
 
 if TYPE_CHECKING:
     from featcache.store.objects import ObjectLocation
@@ -52,6 +53,18 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(path).removeprefix("file://"))
 
 
+def address_below(place: Location, directory: str) -> str:
+    """The path or URL of one of a place's `directories`, to be opened as a place itself."""
+    if isinstance(place, LocalLocation):
+        return f"{place.address}/{directory}"
+    plain = directory.strip() == directory and _MEANS_SOMETHING.search(directory) is None
+    return joined(place.address, directory if plain else quote(directory, safe=""))
+
+
+# What a URL would take for something else in a name.
+_MEANS_SOMETHING = re.compile(r"[%?#\x00-\x1f]")
+
+
 def parse_hub_url(url: str) -> tuple[str, str, str]:
     """Repository, revision and path of `hf://datasets/OWNER/NAME[@REVISION][/PATH]`; raises `UserError`."""
     match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?", url.rstrip("/"))
@@ -62,10 +75,20 @@ def parse_hub_url(url: str) -> tuple[str, str, str]:
 
 def open_location(url: str | os.PathLike[str]) -> Location:
     """The place that `url` names, for reading; raises `UserError` for a URL that is not understood."""
-    text = os.fspath(url).rstrip("/")
-    if not is_remote(text):
-        return LocalLocation(local_path(text))
-    return _object_location(text)
+    if not is_remote(url):
+        return LocalLocation(local_path(os.fspath(url).rstrip("/")))
+    return open_remote_location(os.fspath(url))
+
+
+def open_remote_location(url: str) -> ObjectLocation:
+    """As `open_location`, of what is known to be a URL."""
+    # Late: local caches need no client of object stores.
+    from featcache.store import objects
+
+    text = url.rstrip("/")
+    if text.startswith("hf://"):
+        return objects.hub_location(text, *parse_hub_url(text))
+    return objects.object_location(text)
 
 
 def open_destination(url: str) -> Destination:
@@ -73,11 +96,4 @@ def open_destination(url: str) -> Destination:
     text = url.rstrip("/")
     if text.split("://")[0] not in ("s3", "gs"):
         raise UserError(f"{redact(url)} can only be read", remedy="push to a local path, s3://, gs:// or hf://")
-    return _object_location(text)
-
-
-def _object_location(url: str) -> ObjectLocation:
-    # Late: local caches need no client of object stores.
-    from featcache.store import objects
-
-    return objects.hub_location(url, *parse_hub_url(url)) if url.startswith("hf://") else objects.object_location(url)
+    return open_remote_location(text)

@@ -13,7 +13,7 @@ from obstore.exceptions import BaseError
 
 from featcache.errors import CacheError, first_line
 from featcache.redact import redact
-from featcache.store.places import Missing
+from featcache.store.places import DamagedSource, Missing
 
 ATTEMPTS = 8
 FIRST_PAUSE_S = 0.1
@@ -69,7 +69,7 @@ def missing(error: Exception, what: str, address: str) -> Missing | CacheError:
     if "NoSuchBucket" in str(error):
         parts = urlsplit(address)
         return CacheError(
-            f"there is no bucket {parts.netloc!r} ({parts.scheme}) at the service that was asked",
+            f"there is no bucket {_host(address)!r} ({parts.scheme}) at the service that was asked",
             remedy="check the name and the service (AWS_ENDPOINT_URL, AWS_REGION), or have the bucket made",
         )
     return Missing(what)
@@ -78,6 +78,9 @@ def missing(error: Exception, what: str, address: str) -> Missing | CacheError:
 def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
     """The error to raise at once; None if another try may help."""
     text = str(error)
+    status = status_of(error)
+    if "Wanted range starting at" in text or status == 416:
+        return DamagedSource(f"{what} is shorter than it must be")
     if isinstance(error, exceptions.UnauthenticatedError):
         return CacheError(f"{what}: the server wants credentials that it knows (401)", remedy=_DOCUMENTED)
     if isinstance(error, exceptions.PermissionDeniedError):
@@ -104,8 +107,8 @@ def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
         return CacheError(f"{what}: the server sends from address to address without end", remedy="check the URL")
     if "BadScheme" in text:
         return CacheError(f"{what}: the server sends from https to an address without TLS, which is not followed")
-    if (status := _STATUS.search(text)) and status[1][0] in "34" and status[1] not in ("408", "409", "425", "429"):
-        return CacheError(f"{what}: the server answered with status {status[1]}", remedy="check the URL")
+    if status is not None and 300 <= status < 500 and status not in (408, 409, 425, 429):
+        return CacheError(f"{what}: the server answered with status {status}", remedy="check the URL")
     if isinstance(
         error,
         exceptions.InvalidPathError | exceptions.NotSupportedError | exceptions.UnknownConfigurationKeyError,
@@ -114,10 +117,16 @@ def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
     return None
 
 
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that a request failed with, None if that is not why."""
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else None
+
+
 def passing_cause(error: Exception, address: str) -> str:
     """In a few words, why a request failed that might work another time."""
     text = str(error)
-    host = urlsplit(address).netloc or address
+    host = _host(address) or redact(address)
     if "dns error" in text:
         return f"the name of the server is not known here (for {redact(address)})"
     if "ConnectionRefused" in text:
@@ -127,9 +136,14 @@ def passing_cause(error: Exception, address: str) -> str:
         return f"no answer from the server in time (for {redact(address)})"
     if "kind: Connect" in text:
         return f"the server cannot be reached (for {redact(address)})"
-    if status := _STATUS.search(text):
-        return f"the server answered with status {status[1]}"
+    if (status := status_of(error)) is not None:
+        return f"the server answered with status {status}"
     return redact(first_line(error))
+
+
+def _host(address: str) -> str:
+    """Host or bucket, without user and password."""
+    return urlsplit(address).netloc.rpartition("@")[2]
 
 
 def no_credentials(address: str) -> CacheError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from featcache.errors import CacheError
+from featcache.paths import typed
 from featcache.store import files
 from featcache.store.layout import ROOT_NAMES, STATE, Json, array_metadata, canonical_json, group_metadata
 from featcache.store.manifest import (
@@ -15,7 +17,12 @@ from featcache.store.manifest import (
     manifest_from_json,
 )
 
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9]+:/")  # a path has made one slash of two
 _MANIFEST, _CHECKSUM = "featcache", "featcache_sha256"
+DAMAGED_REMEDY = (
+    "nothing else says what it said: copy that file from another copy of the same cache, or remove the cache "
+    "(featcache rm) and pull or build it again"
+)
 
 
 class NotACache(CacheError):
@@ -69,15 +76,24 @@ def parse_root(data: bytes, where: str) -> Manifest:
 
     The check is by content, not spelling, so that a file passed through another JSON writer still opens.
     """
-    document = load_json(data, where)
+    try:
+        document = load_json(data, where)
+    except CacheError as error:
+        raise CacheError(error.what, remedy=DAMAGED_REMEDY) from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or _MANIFEST not in attributes:
-        raise NotACache(f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}")
-    manifest = manifest_from_json(attributes[_MANIFEST])
+        raise NotACache(
+            f"{where} is not a featcache cache: it has no attribute {_MANIFEST!r}",
+            remedy="featcache ls DIR lists the caches below a folder",
+        )
+    try:
+        manifest = manifest_from_json(attributes[_MANIFEST])
+    except CacheError as error:
+        raise CacheError(f"{where}: {error.what}", remedy=error.remedy or DAMAGED_REMEDY) from error
     if canonical_json(document) != root_bytes(manifest):
         raise CacheError(
             f"{where} is damaged: its checksum or the arrays' metadata do not agree with its manifest",
-            remedy="get that file again from where the cache came from, or build the cache again",
+            remedy=DAMAGED_REMEDY,
         )
     return manifest
 
@@ -102,6 +118,11 @@ def read_root(path: Path) -> Manifest:
     """The manifest of the cache in directory `path`; raises `CacheError` if there is none."""
     root = find_root(path)
     if root is None:
+        if _URL.match(str(path)):
+            raise CacheError(
+                f"{path} is a URL, and this needs a folder on this machine",
+                remedy="featcache pull URL FOLDER copies a cache",
+            )
         if (path / STATE).is_dir():
             raise CacheError(
                 f"{path} holds an unfinished build and nothing complete yet",
@@ -109,6 +130,6 @@ def read_root(path: Path) -> Manifest:
             )
         raise CacheError(
             f"there is no cache at {path}",
-            remedy=f"featcache build --out {path} makes one; featcache ls DIR lists them",
+            remedy=f"featcache build --out {typed(path)} makes one; featcache ls DIR lists them",
         )
     return parse_named_root(files.read_bounded(root, MAX_METADATA_BYTES), root.name, str(root))

@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 from featcache.errors import CacheError, UserError
+from featcache.keys import printable
 from featcache.store import files
 from featcache.store.layout import SIGNATURE
 from featcache.store.manifest import Manifest
@@ -32,7 +33,10 @@ _NAMESPACE = "featcache"
 _MAX_SIGNERS_BYTES = 1 << 20
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})\Z")
 _STATEMENT = re.compile(rb"featcache cache sha256:([0-9a-f]{64})\n")
-_KEY_TYPE = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ ")
+# A bare public key: its type, then what all of them begin with in base64.
+_PUBLIC_KEY = re.compile(r"(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+\s+AAAA")
+# What a line of allowed signers would take for something else in a name: patterns, lists, quotes, comments.
+_NOT_IN_A_NAME = re.compile(r"[^\w.@+=-]")
 # A person may have to find a token and touch it; a machine answers at once or not at all.
 _PERSON_S, _MACHINE_S = 300, 30
 
@@ -149,7 +153,8 @@ def _allowed_signers(path: Path) -> str:
             f"{path} holds no public key",
             remedy="give the .pub file, or lines as man ssh-keygen, ALLOWED SIGNERS, says",
         )
-    keys = [f'{path.stem} namespaces="{_NAMESPACE}" {line}' if _KEY_TYPE.match(line) else line for line in lines]
+    name = _NOT_IN_A_NAME.sub("_", printable(path.stem))
+    keys = [f'{name} namespaces="{_NAMESPACE}" {line}' if _PUBLIC_KEY.match(line) else line for line in lines]
     return "".join(line + "\n" for line in keys)
 
 

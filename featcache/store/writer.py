@@ -29,14 +29,14 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from featcache.errors import CacheError
 from featcache.store import files, locks
 from featcache.store.blocks import ShardBlocks, blocks_bytes, blocks_from_json, blocks_path
-from featcache.store.contents import checksums_path, checksums_text, shard_names, vouched_for
+from featcache.store.contents import checksums_path, checksums_text, require_recorded, shard_names, vouched_for
 from featcache.store.layout import (
     BLOCKS,
     CHECKSUMS,
@@ -63,7 +63,7 @@ from featcache.store.manifest import (
     manifest_from_json,
     skipped_from_json,
 )
-from featcache.store.root import find_root, node_metadata, read_root, root_bytes
+from featcache.store.root import NotACache, find_root, node_metadata, read_root, root_bytes
 from featcache.store.shards import encode_shard
 
 # When a group of shards is made durable: whichever comes first.
@@ -74,7 +74,7 @@ GROUP_FILES = 128
 _ENTRY = re.compile(r"(\d{8})\.json\Z")
 _RUN = re.compile(r"run-[0-9a-f]{16}\Z")
 _SHARD = re.compile(r"c(?:\.\d+)+\Z")
-_METADATA = re.compile(rf"(?:{CHECKSUMS}|{BLOCKS}|{'|'.join(map(re.escape, ROOT_NAMES.values()))})\Z")
+_METADATA = re.compile(rf"(?:{CHECKSUMS}|{BLOCKS}|{'|'.join(re.escape(name) for name in ROOT_NAMES.values())})\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 # How long what another machine has written may stay unseen: NFS trusts what it knows of a directory for a minute.
 STALE_S = 90.0
@@ -87,16 +87,21 @@ def state_directory(path: Path) -> Path:
 
 @contextlib.contextmanager
 def cache_lock(path: Path) -> Iterator[None]:
-    """Hold the lock on a cache's metadata (for moments). On the way out an idle cache loses its state directory."""
+    """Hold the lock on a cache's metadata (for moments). What dead processes left goes on the way in; on the way out an
+    idle cache loses its state directory. Raises `CacheError` where the cache's folder is not there (any more).
+    """
     state = files.inside(path, STATE)
-    held = locks.lock(files.inside(path, f"{STATE}/lock"))
+    try:
+        held = locks.lock(files.inside(path, f"{STATE}/lock"))
+    except CacheError as error:
+        raise error if path.is_dir() else _was_removed(path) from error
     idle = False
     try:
         # Whoever wrote these under this lock is dead.
         files.remove_parts(state)
         remove_others(path, (), _METADATA, only_parts=True)
-        yield
         _clear_published(path)
+        yield
         files.remove_empty_directory(state / "building")
         if find_root(path) is not None and not (state / "building").exists():
             files.remove_file(state / "dataset.json")
@@ -106,6 +111,13 @@ def cache_lock(path: Path) -> Iterator[None]:
     if idle:
         # Only now: NFS keeps a file that is open. Whoever has made a new lock there meanwhile keeps the directory.
         files.remove_empty_directory(state)
+
+
+def _was_removed(path: Path) -> CacheError:
+    return CacheError(
+        f"the cache {path} was removed meanwhile",
+        remedy=f"featcache restore {shlex.quote(str(path))} brings it back; or run the same command again",
+    )
 
 
 def _clear_published(path: Path) -> None:
@@ -154,12 +166,16 @@ class CacheWriter:
         self._skipped: dict[int, list[Skipped]] = {}
         self._written: set[int] = set()
         self._repairs: dict[str, set[int]] | None = None
+        self._exact: frozenset[str] = frozenset()
         self._group = files.Group()
         self._unrecorded: list[tuple[str, int, dict[str, files.Hashes]]] = []
         self._last_commit_s = time.monotonic()
 
-    def repair_only(self, shards: Mapping[str, Iterable[int]]) -> None:
+    def repair_only(self, shards: Mapping[str, Iterable[int]], *, exact: Collection[str] = ()) -> None:
         """Take complete features, of which just these shards (feature -> shard numbers) may be rewritten.
+
+        exact: features that come out the same everywhere. `finish` raises `CacheError` and publishes nothing if one of
+        their shards is not, as far as anything is left to tell by, what was recorded (not so in tars, which hold others).
 
         Raises `CacheError` for a feature or shard that there is not, or one that somebody else writes.
         """
@@ -173,7 +189,7 @@ class CacheWriter:
             set(repairs) != set(self._base.features) or len(set(map(frozenset, repairs.values()))) > 1
         ):
             raise CacheError("a tar holds all features: repair the same shards of all of them")
-        self._repairs = repairs
+        self._repairs, self._exact = repairs, frozenset(exact)
         self._without_blocks = {
             name for name in repairs if self._base.blocks.keys().isdisjoint(self._base.features[name].arrays)
         }
@@ -197,7 +213,7 @@ class CacheWriter:
                 if not record.is_file():
                     raise CacheError(f"no build of {spec.name!r} of {self.path} is under way")
                 self._runs[spec.name] = _run_directory(self.path, spec.name)
-            _require_same_feature(complete or declared(record.parent), spec, self.path)
+            _require_same_feature(complete or declared(record.parent), spec, self.path, begun=complete is None)
             self._specs[spec.name] = spec
             whole = set(range(self.n_shards))
             self._done[spec.name] = whole if complete is not None else self._journaled_shards(spec)
@@ -310,10 +326,7 @@ class CacheWriter:
         """The manifest as it is now; raises `CacheError` if the cache was removed since this writer opened it."""
         current = known_manifest(self.path)
         if current is None:
-            raise CacheError(
-                f"the cache {self.path} was removed while this build was under way",
-                remedy=f"featcache restore {shlex.quote(str(self.path))} brings it back; or run the same command again",
-            )
+            raise _was_removed(self.path)
         return current
 
     def _take(self, name: str) -> None:
@@ -346,11 +359,15 @@ class CacheWriter:
 
     def _resume(self, spec: FeatureSpec) -> None:
         """Record what is built, or make sure that an earlier build was of the same."""
-        record = building_directory(self.path, spec.name) / "spec.json"
-        if record.is_file():
-            _require_same_feature(declared(record.parent), spec, self.path)
-        else:
-            files.atomic_write(record, [canonical_json(spec.to_json())])
+        directory = building_directory(self.path, spec.name)
+        if (directory / "spec.json").is_file():
+            _require_same_feature(declared(directory), spec, self.path, begun=True)
+            return
+        # A journal that does not say of what it is, such as a dead repair's, vouches for nothing.
+        for name in files.names_in(directory):
+            if _ENTRY.match(name):
+                files.remove_file(directory / name)
+        files.atomic_write(directory / "spec.json", [canonical_json(spec.to_json())])
 
     def _journaled_shards(self, spec: FeatureSpec) -> set[int]:
         """Shards of a feature under way that are journaled and whole."""
@@ -540,9 +557,10 @@ class CacheWriter:
         spec = self._specs[name]
         entries = self._journal_of(spec)
         for array in spec.arrays:
-            self._seal_array(
-                array, {shard: self._hashes(entry, array, shard) for shard, entry in entries.items()}, sums
-            )
+            hashes = {shard: self._hashes(entry, array, shard) for shard, entry in entries.items()}
+            if name in self._exact:
+                require_recorded(self.path, self._base, array, hashes)
+            self._seal_array(array, hashes, sums)
         return [skipped for entry in entries.values() for skipped in entry.skipped]
 
     def _journal_of(self, spec: FeatureSpec) -> dict[int, JournalEntry]:
@@ -612,19 +630,36 @@ def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> No
     if differences:
         raise CacheError(
             f"{path} holds a cache of other images or preprocessing:\n  " + "\n  ".join(differences),
-            remedy="use the same --data and options as that cache, or choose another --out",
+            remedy="use the same images and options as that cache, or choose another folder",
         )
 
 
-def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path) -> None:
-    differing = [key for key, value in have.to_json().items() if value != want.to_json()[key]]
-    if differing:
-        key = differing[0]
+def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path, *, begun: bool = False) -> None:
+    """Raise `CacheError` naming a difference. begun: `have` is of an unfinished build."""
+    difference = _first_difference(have.to_json(), want.to_json())
+    if difference is not None:
+        key, there, here = difference
+        cache = shlex.quote(str(path))
+        remedy = f"featcache rm {cache} --features {have.name} removes it"
+        if begun:
+            remedy = f"featcache gc {cache} clears unfinished builds away"
         raise CacheError(
-            f"{path} holds {have.name!r} already (complete or begun), with another {key}: "
-            f"{have.to_json()[key]!r:.300} there, {want.to_json()[key]!r:.300} here",
-            remedy=f"featcache rm {shlex.quote(str(path))} --features {have.name} removes it; or choose another --out",
+            f"{path} holds {have.name!r} already ({'begun' if begun else 'complete'}), with another {key}: "
+            f"{there!r:.300} there, {here!r:.300} here",
+            remedy=f"{remedy}; or choose another folder",
         )
+
+
+def _first_difference(have: Mapping[str, Any], want: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(key, value in `have`, value in `want`), None if there is none; `a.b` is key b of the mapping at a."""
+    for key in {**have, **want}:
+        there, here = have.get(key), want.get(key)
+        if (key in have) == (key in want) and there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict) and (inner := _first_difference(there, here)):
+            return f"{key}.{inner[0]}", *inner[1:]
+        return key, there, here
+    return None
 
 
 @dataclass
@@ -747,7 +782,23 @@ def unfinished_features(path: Path) -> list[str]:
 
 
 def refuse_foreign_directory(path: Path) -> None:
+    """Raises `CacheError` for a place where a new cache would mix with what is there: other files, or a cache around it,
+    whose removal it would share."""
+    if find_root(path) is None:
+        for parent in path.absolute().parents:
+            if find_root(parent) is not None and _is_cache(parent):
+                raise CacheError(f"{path} lies inside the cache {parent}", remedy="choose a folder outside of it")
     if path.exists() and not path.is_dir():
-        raise CacheError(f"{path} is a file", remedy="choose another --out")
+        raise CacheError(f"{path} is a file", remedy="choose another folder")
     if path.is_dir() and not (path / STATE).is_dir() and find_root(path) is None and any(path.iterdir()):
-        raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another --out")
+        raise CacheError(f"{path} is not empty and is not a cache", remedy="choose another folder")
+
+
+def _is_cache(path: Path) -> bool:
+    try:
+        read_root(path)
+    except NotACache:  # a group or an array of zarr's, which may hold anything
+        return False
+    except CacheError:
+        return True
+    return True

@@ -4,14 +4,14 @@ beside another process's."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from featcache.errors import CacheError
 from featcache.store import files
 from featcache.store.layout import COMPRESSORS, canonical_json
-from featcache.store.manifest import DatasetSpec, FeatureSpec, Manifest, manifest_from_json
+from featcache.store.manifest import MAX_SHARD_SIZE, DatasetSpec, FeatureSpec, Manifest, manifest_from_json
 from featcache.store.root import find_root
 from featcache.store.wds_writer import WdsWriter
 from featcache.store.writer import (
@@ -33,12 +33,11 @@ def create_writer(
     dataset: DatasetSpec,
     *,
     shard_size: int,
-    resume: bool = True,
     compressor: str | None = None,
     format: str = "zarr",
     versions: Mapping[str, str] | None = None,
 ) -> CacheWriter:
-    """A writer for the cache at `path`, new or (with `resume`) one of the same dataset.
+    """A writer for the cache at `path`, new or one of the same dataset.
 
     format: 'zarr', or 'wds' for webdataset tars, whose features must all be written by one builder.
 
@@ -49,6 +48,11 @@ def create_writer(
         raise CacheError(f"there is no compressor {compressor!r}", remedy=f"use one of {', '.join(COMPRESSORS)}")
     if format == "wds" and compressor is not None:
         raise CacheError("webdataset caches are not compressed", remedy="use the zarr format, or no compressor")
+    if not 1 <= shard_size <= MAX_SHARD_SIZE:
+        raise CacheError(
+            f"a shard cannot hold {shard_size} samples: 1 to {MAX_SHARD_SIZE:,} are possible",
+            remedy="choose another --shard-size, or leave it out",
+        )
     wanted = Manifest(
         dataset=dataset,
         shard_size=shard_size,
@@ -58,13 +62,12 @@ def create_writer(
     )
     manifest_from_json(wanted.to_json())
     refuse_foreign_directory(path)
+    files.make_directory(path)
     with cache_lock(path):
         existing = known_manifest(path)
         if existing is None:
             files.atomic_write(state_directory(path) / "dataset.json", [canonical_json(wanted.to_json())])
             return _writer(path, wanted)
-    if not resume:
-        raise CacheError(f"there is a cache at {path} already", remedy="choose another --out, or leave --no-resume out")
     require_same_dataset(existing, wanted, path)
     return _writer(path, existing)
 
@@ -86,15 +89,20 @@ def open_writer(path: str | os.PathLike[str], *, dataset: DatasetSpec | None = N
     return _writer(path, existing)
 
 
-def repair_writer(path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]]) -> CacheWriter:
+def repair_writer(
+    path: str | os.PathLike[str], shards: Mapping[str, Iterable[int]], *, exact: Collection[str] = ()
+) -> CacheWriter:
     """A writer that may rewrite just these shards (feature -> shard numbers) of complete features.
 
     `write_shard` replaces them; `finish` records the checksums of what was written. Re-encoding on the
     same hardware and software gives the recorded bytes back, elsewhere it may differ in the last bit. Where an
     array's checksums are lost, all its shards must be repaired that nothing else vouches for: see `finish`.
+
+    exact: features that come out the same everywhere. `finish` raises `CacheError` and publishes nothing if one of
+    their shards is not, as far as anything is left to tell by, what was recorded (not so in tars, which hold others).
     """
     writer = open_writer(path)
-    writer.repair_only(shards)
+    writer.repair_only(shards, exact=exact)
     return writer
 
 

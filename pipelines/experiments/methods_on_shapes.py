@@ -5,8 +5,8 @@
 One model size, one cache, the papers' options but a small set, a high learning rate and projectors as much narrower
 than theirs as the backbone is. Seeds are the outer loop and methods the inner one, so that a machine that slows down
 slows all methods down. Interrupted, the same command goes on; more seeds or methods may be added later. It writes
-``results.json`` (every evaluation, and what was set), ``summary.json`` (means and standard errors over seeds) and
-``methods.svg`` / ``methods.png``.
+`results.json` (every evaluation, and what was set), `summary.json` (means and standard errors over seeds) and
+`methods.svg` / `methods.png`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.console import console, run_app, safe
+from featcache.console_progress import RichProgress
 from featcache.errors import UserError
 
 # Twice SiT-Ti's width of 192; the papers' 2048 is 1.8 times SiT-XL's 1152.
@@ -97,12 +98,12 @@ class Settings:
 def run_experiment(
     settings: Settings, *, methods: Sequence[str], seeds: int, out: Path, jobs: int = 1, times: Path | None = None
 ) -> Path:
-    """Trains and judges what is missing, ``jobs`` runs at a time, then draws the figure; returns its path.
+    """Trains and judges what is missing, `jobs` runs at a time, then draws the figure; returns its path.
 
-    times: another experiment with the same model and batch, whose seconds a step count (see :func:`main`).
+    times: another experiment with the same model and batch, whose seconds per step count (see `main`).
 
     Raises:
-        UserError: an unknown method, or ``out`` or ``times`` holds an experiment with other settings.
+        UserError: an unknown method, or `out` or `times` holds an experiment with other settings.
     """
     for method in methods:
         if method not in METHODS:
@@ -138,7 +139,7 @@ def run_experiment(
 
 
 def _step_times(folder: Path, settings: Settings, methods: Sequence[str]) -> dict[str, float]:
-    """Seconds a step by method of the experiment in ``folder``."""
+    """Seconds per step by method of the experiment in `folder`."""
     try:
         timed: dict[str, Any] = json.loads((folder / "results.json").read_text())["settings"]
         step_s: dict[str, float] = json.loads((folder / "summary.json").read_text())["step_s"]
@@ -231,7 +232,6 @@ def _build_cache(settings: Settings, path: Path) -> Path:
     from featcache.build.request import BuildRequest
     from featcache.build.run import build
     from featcache.encoders import parse_encoders
-    from featcache.progress import RichProgress
 
     request = BuildRequest(
         data="shapes",
@@ -246,7 +246,6 @@ def _build_cache(settings: Settings, path: Path) -> Path:
 
 
 def _train(settings: Settings, *, method: str, seed: int, cache: Path, run: Path) -> None:
-    from trainer.progress import RichWatcher
     from trainer.runs.config import RunConfig
     from trainer.training.loop import train
 
@@ -270,8 +269,8 @@ def _train(settings: Settings, *, method: str, seed: int, cache: Path, run: Path
         checkpoint_every=settings.interval,
         keep_checkpoints=settings.points,
     )
-    with RichWatcher() as watcher:
-        train(config, resume=(run / "config.yaml").exists(), watcher=watcher, root=run.parent)
+    with RichProgress() as progress:
+        train(config, resume=(run / "config.yaml").exists(), watcher=progress, root=run.parent)
 
 
 class _Judge:
@@ -291,7 +290,6 @@ class _Judge:
     def __call__(self, run: Path, step: int) -> dict[str, float]:
         import torch
 
-        from featcache.progress import RichBar
         from trainer.evaluate.judge import evaluate
         from trainer.requests import SampleRequest
         from trainer.sampling.run import sample_run
@@ -305,8 +303,8 @@ class _Judge:
             device=self._settings.device,
             out=folder,
         )
-        with RichBar("sampling", unit="images") as bar:
-            drawn = sample_run(run, request, bar)
+        with RichProgress() as progress:
+            drawn = sample_run(run, request, progress)
         with torch.inference_mode():
             judged = evaluate(drawn.images, self._reference, self._extractor)
         drawn.images.unlink()  # the grid beside it stays
@@ -329,7 +327,7 @@ def _drop_checkpoints(run: Path, *, before: int) -> None:
             shutil.rmtree(path)
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: object) -> None:
     from trainer.runs.folder import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -337,7 +335,7 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and its standard error, ``s / sqrt(n)`` with the sample's deviation s; no error of a single value."""
+    """Mean and its standard error, `s / sqrt(n)` with the sample's deviation s; no error of a single value."""
     listed = list(values)
     error = statistics.stdev(listed) / math.sqrt(len(listed)) if len(listed) > 1 else None
     return statistics.fmean(listed), error
@@ -348,10 +346,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Curves and end points by method, over the seeds that have all of a method's points.
 
-    ``step_s``: a method's seconds a step, the median over its seeds and the stretches between evaluations (so that a
-    pause of the machine counts little), or ``step_times`` where given. ``curves``: per method and step the number of seeds, the time ``step * step_s``,
-    and mean and standard error of each metric. ``equal_time``: each metric at the time at which the fastest method ends,
-    between two evaluations by linear interpolation.
+    `step_s`: a method's seconds per step, the median over its seeds and the stretches between evaluations (so that a
+    pause of the machine counts little), or `step_times` where given. `curves`: per method and step the number of seeds,
+    the time `step * step_s`, and mean and standard error of each metric. `equal_time`: each metric at the time at which
+    the fastest method ends, between two evaluations by linear interpolation.
     """
     runs: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for entry in evaluations:
@@ -363,7 +361,7 @@ def summarise(
             if entries[-1]["step"] < last:
                 del by_seed[seed]
     finished = {method: by_seed for method, by_seed in runs.items() if by_seed}
-    step_s = {method: statistics.median(_seconds_a_step(by_seed.values())) for method, by_seed in finished.items()}
+    step_s = {method: statistics.median(_seconds_per_step(by_seed.values())) for method, by_seed in finished.items()}
     step_s = {method: (step_times or step_s)[method] for method in step_s}
     budget = last * min(step_s.values(), default=0.0)
     summary: dict[str, Any] = {"last_step": last, "budget_s": budget, "step_s": step_s, "curves": {}, "equal_time": {}}
@@ -386,8 +384,8 @@ def summarise(
     return summary
 
 
-def _seconds_a_step(runs: Iterable[Sequence[Mapping[str, Any]]]) -> list[float]:
-    """Seconds a step between each evaluation and the one before it (or the start) in the same run."""
+def _seconds_per_step(runs: Iterable[Sequence[Mapping[str, Any]]]) -> list[float]:
+    """Seconds per step between each evaluation and the one before it (or the start) in the same run."""
     found = []
     for entries in runs:
         step, time_s = 0, 0.0
@@ -452,7 +450,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs of each method, seeds 0, 1, ...", min=1)] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each on its share of the cores.", min=1)] = 1,
     times: Annotated[
-        Path | None, typer.Option(help="Folder of a short experiment on a quiet machine, whose seconds a step count.")
+        Path | None, typer.Option(help="Folder of a short experiment on a quiet machine, whose seconds per step count.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to and to continue from.")] = Path("experiments/methods"),
     model: Annotated[str, typer.Option(help="Backbone.")] = _DEFAULT.model,

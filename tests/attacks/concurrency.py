@@ -299,13 +299,15 @@ def together(processes: Processes, lab: Lab, chance: random.Random, work: Path, 
     )
     folder = scene.stage(work / "w")
     running = []
+    ended: dict[int, Ended] = {}
     for number, name in enumerate(names):
         stop = {"action": "stop", "at": chance.randint(1, 120)} if chance.random() < 0.4 else {}
         job = replace(scene.job(folder, argv=actors[name].argv, **stop), output=str(work / f"{number}.output"))
         running.append((actors[name], processes.start(job)))
         if chance.random() < 0.5:
-            processes.wait(running[-1][1], chance.random() * 0.3, end=False)
-    ended: dict[int, Ended] = {}
+            found = processes.wait(running[-1][1], chance.random() * 0.3, end=False)
+            if found.how not in ("stopped", "running"):
+                ended[number] = found
     while len(ended) < len(running):
         for number, (_, pid) in enumerate(running):
             if number in ended:

@@ -206,7 +206,10 @@ def pair_scenes(root: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
     call(wds, *MAKE[: MAKE.index("--encoder")], "--format", "wds", "--out", "c")
     shutil.copytree(wds / "c", wds / "sound")
     again = ("featcache", "verify", "c", "--repair", "--device", "cpu")
-    found = {"encoded again": (base, again), "encoded again, wds": (wds, again)}
+    found: dict[str, tuple[Path, tuple[str, ...]]] = {
+        "encoded again": (base, again),
+        "encoded again, wds": (wds, again),
+    }
     if has_option("featcache", "verify", "--from"):
         found["from a sound copy"] = (base, ("featcache", "verify", "c", "--repair", "--from", "sound"))
     elif has_option("featcache", "repair", "--from"):

@@ -16,10 +16,10 @@ import shutil
 import signal
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -368,7 +368,7 @@ def _cache_json(folder: Path, rng: random.Random) -> Callable[[], Callable[[], o
     from trainer.runs.records import cache_summary, run_model_config
     from trainer.sampling.draw import load_decoder
 
-    case, values = _case(folder), _summary()
+    case, values, no_cache = _case(folder), _summary(), cast(Any, _NoCache)
     config = from_mapping(RunConfig, _settings())
     runs.save_config(case, config)
     look = _viewer(case, rng)
@@ -381,10 +381,10 @@ def _cache_json(folder: Path, rng: random.Random) -> Callable[[], Callable[[], o
             summary = cache_summary(case)
             run_model_config(case, config)
             features_layers(summary, "vae/G3", 4)
-            runs.check_resumable(case, config, _NoCache, resume=True)
-            runs.check_same_bytes(case, _NoCache)
+            runs.check_resumable(case, config, no_cache, resume=True)
+            runs.check_same_bytes(case, no_cache)
             _reference(case, EvalRequest(data="x"))
-            moments = summary["features"].get("vae/moments", {})
+            moments: Mapping[str, Any] = summary["features"].get("vae/moments") or {}
             if moments.get("weights") != "random":
                 load_decoder(summary["dataset"]["vae"], moments, str(case))
 
@@ -477,7 +477,7 @@ def _analysis(folder: Path, rng: random.Random) -> Callable[[], Callable[[], obj
 
     from featcache.settings import from_mapping
     from trainer.analyze.compare import compare
-    from trainer.analyze.result import About, Result, write_about, write_comparison, write_result
+    from trainer.analyze.result import About, Result, Row, write_about, write_comparison, write_result
     from trainer.plots import Chart, Matrix, Plot, Series, Strips
     from trainer.report.analysis import write_diagnostics, write_diagnostics_comparison
     from trainer.report.data import load_run
@@ -488,13 +488,13 @@ def _analysis(folder: Path, rng: random.Random) -> Callable[[], Callable[[], obj
     runs.save_config(case, from_mapping(RunConfig, _settings()))
     line = Series(label="a", x=[0.1, 0.2], y=[1.0, float("nan")])
     axes: dict[str, Any] = {"title": "t", "columns": ["a"], "rows": ["b"]}
-    drawings = {
+    drawings: dict[str, Chart | Strips | Matrix] = {
         "lines": Chart(title="t", x_label="x", y_label="y", series=[line]),
         "strips": Strips(**axes, cells=[[np.zeros((4, 4, 3), np.uint8)]]),
         "matrix": Matrix(**axes, values=np.ones((1, 1)), low=0.0, high=1.0),
     }
     plots = [Plot(name=name, drawing=drawing, headline=line) for name, drawing in drawings.items()]
-    rows = [{"a": 1, "b": "x"}, {"a": None, "b": 2.5}]
+    rows: list[Row] = [{"a": 1, "b": "x"}, {"a": None, "b": 2.5}]
     result = Result(what="gsnr", title="t", question="q", finding="f", plots=plots, rows=rows, settings={"k": 3})
     place = case / "analysis"
     place.mkdir()
@@ -546,7 +546,7 @@ def _checkpoint(folder: Path, rng: random.Random) -> Callable[[], Callable[[], o
     from trainer.runs import checkpoint
 
     model, head = _nano(), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    names = {p: n for n, p in head.named_parameters()}
+    names: dict[torch.Tensor, str] = {p: n for n, p in head.named_parameters()}
 
     def fresh() -> torch.optim.Optimizer:
         return torch.optim.AdamW(head.parameters(), fused=True)

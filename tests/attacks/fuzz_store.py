@@ -161,7 +161,7 @@ def _index(folder: Path) -> Try:
 
 def _sample(folder: Path) -> Try:
     values = np.random.default_rng(0).integers(0, 9, (1, 256), dtype=np.uint8)
-    frames = {name: bytes(encode_shard(values, 1, name)[0]) for name in ("zstd", "blosc")}  # type: ignore[arg-type]
+    frames = {name: bytes(encode_shard(values, 1, name)[0]) for name in ("zstd", "blosc")}
 
     def attempt(chance: random.Random) -> None:
         name = chance.choice(sorted(frames))

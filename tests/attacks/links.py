@@ -65,9 +65,9 @@ def readers(lab: Lab, only: list[str] | None = None) -> dict[str, Scene]:
     folder = trained(lab, "readers of a run")
     shutil.copytree(folder / "runs/r", folder / "runs/s")
     for name, argv in runs.items():
-        outputs = ("weights.pt", "stats.npz")
+        targets = ("runs/r", "weights.pt", "stats.npz")
         found[f"trainer {name}"] = Scene(
-            name=f"trainer {name}", argv=argv, prepared=folder, targets=("runs/r", *outputs), truth=None
+            name=f"trainer {name}", argv=argv, prepared=folder, targets=targets, truth=None
         )
     return found
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 HUNG = "hung"
@@ -105,7 +106,7 @@ class Processes:
         )
         self._outputs: dict[int, Path] = {}
 
-    def _ask(self, *words: object) -> object:
+    def _ask(self, *words: object) -> Any:
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(words) + "\n")
         self._server.stdin.flush()
@@ -123,7 +124,7 @@ class Processes:
 
     def wait(self, pid: int, timeout_s: float = 60, *, end: bool = True) -> Ended:
         """How it ended or stopped. When the time is over it is killed and has "hung" (with `end` False: "running")."""
-        how, number, operations = self._ask("wait", pid, timeout_s)  # type: ignore[misc]
+        how, number, operations = self._ask("wait", pid, timeout_s)
         if how == "running" and end:
             self.kill(pid)
             self._ask("wait", pid, 10)

@@ -50,7 +50,7 @@ _STORE = (
         "featcache.build.ranks",
         "featcache.share.manage",
     ),
-    *("featcache.encoders.vae", "featcache.encoders.vision", "featcache.progress", "store_helpers"),
+    *("featcache.encoders.vae", "featcache.encoders.vision", "featcache.console_progress", "store_helpers"),
 )
 _TRAINER = (
     *("torch._dynamo", "torch.utils.tensorboard", "featcache.inspect", "matplotlib.pyplot", "scipy.linalg"),
@@ -60,7 +60,6 @@ _TRAINER = (
         "trainer.sampling.run",
         "trainer.evaluate.run",
         "trainer.runs.exchange",
-        "trainer.progress",
     ),
     *("trainer.evaluate.extractors", "trainer.evaluate.judge", "trainer.report.report", "safetensors.torch"),
 )

@@ -14,24 +14,18 @@ import numpy as np
 import pytest
 
 import featcache
-from featcache.build.run import BuildRequest, build
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.cli.info import print_info
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.inspect import contact_sheet
+from featcache.progress import Quiet
 from featcache.share.verify import verify
 from featcache.store import files
 from featcache.store.layout import canonical_json
 from featcache.store.manifest import manifest_from_json
 from featcache.store.root import root_bytes
-
-
-class Quiet:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 def deep(levels: int) -> Any:
@@ -135,8 +129,8 @@ def write_root(path: Path, manifest: Any) -> bool:
         data = root_bytes(parsed)
         whole = True
     except UserError:
-        document = {"attributes": {"featcache": manifest}, "node_type": "group", "zarr_format": 3}
-        document["attributes"]["featcache_sha256"] = "0" * 64
+        attributes = {"featcache": manifest, "featcache_sha256": "0" * 64}
+        document = {"attributes": attributes, "node_type": "group", "zarr_format": 3}
         data = json.dumps(document).encode()
         whole = False
     (path / "zarr.json").write_bytes(data)

@@ -30,26 +30,13 @@ from featcache.encoders.tiny import load_tiny_vae
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.inspect import contact_sheet, images_of, pca_rgb, read_feature
+from featcache.progress import Quiet
 from featcache.sources.base import sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import center_crop
+from tests.told import Told
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-        self.images = 0
-
-    def start(self, *, total: int, done: int, note: str) -> None:
-        self.total, self.done = total, done
-
-    def advance(self, images: int) -> None:
-        self.images += images
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 def request(out: Path | None, **kw: object) -> BuildRequest:
@@ -62,7 +49,7 @@ def request(out: Path | None, **kw: object) -> BuildRequest:
 @pytest.fixture(scope="module")
 def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("caches") / "shapes"
-    build(request(path), Silent())
+    build(request(path), Quiet())
     return path
 
 
@@ -96,7 +83,7 @@ def test_stored_features_equal_a_direct_encoding(cache_path: Path) -> None:
 
     vae = load_tiny_vae()
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
     vae.encoder.mid_block.attentions[0].register_forward_hook(lambda _m, _i, out: seen.update(attn=out))
     with torch.no_grad():
         expected = vae.encode(x).latent_dist.parameters.numpy()
@@ -112,36 +99,36 @@ def test_stored_features_equal_a_direct_encoding(cache_path: Path) -> None:
 
 def test_build_again_does_nothing(cache_path: Path) -> None:
     before = tree_digest(cache_path)
-    result = build(request(cache_path), Silent())
+    result = build(request(cache_path), Quiet())
     assert result.encoded == 0
     assert tree_digest(cache_path) == before
 
 
 def test_adding_features_leaves_the_rest_untouched(tmp_path: Path) -> None:
     path = tmp_path / "grown"
-    build(request(path, encoders=(), vae="tiny", levels=("G4",)), Silent())
+    build(request(path, encoders=(), vae="tiny", levels=("G4",)), Quiet())
     before = tree_digest(path)
-    build(request(None, into=path, encoders=(EncoderChoice(name="tiny", layers=(5,)),)), Silent())
+    build(request(None, into=path, encoders=(EncoderChoice(name="tiny", layers=(5,)),)), Quiet())
     after = tree_digest(path)
     assert {k: v for k, v in after.items() if k in before and k != "zarr.json"} == {
         k: v for k, v in before.items() if k != "zarr.json"
     }
     assert "tiny@5" in featcache.open(path).manifest.features
     with pytest.raises(CacheError, match="64 px"):
-        build(request(None, into=path, resolution=128), Silent())
+        build(request(None, into=path, resolution=128), Quiet())
     with pytest.raises(CacheError, match="not the images"):
-        build(request(None, into=path, data="shapes:7", encoders=(EncoderChoice(name="tiny", layers=(4,)),)), Silent())
+        build(request(None, into=path, data="shapes:7", encoders=(EncoderChoice(name="tiny", layers=(4,)),)), Quiet())
 
 
 def test_adding_takes_images_vae_and_number_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the cache knows need not be typed again: a second call names only the new features."""
     shapes = tmp_path / "shapes"
-    build(request(shapes, encoders=(), vae="tiny", levels=("G4",)), Silent())
-    build(BuildRequest(data=find_data(None, into=shapes), into=shapes, levels=("G3",)), Silent())
+    build(request(shapes, encoders=(), vae="tiny", levels=("G4",)), Quiet())
+    build(BuildRequest(data=find_data(None, into=shapes), into=shapes, levels=("G3",)), Quiet())
     folder = image_folder(tmp_path / "data", 6)
     photos = tmp_path / "photos"
-    build(request(photos, data=str(folder), encoders=(), vae="tiny", resolution=32, limit=4), Silent())
-    build(BuildRequest(data=str(folder), into=photos, levels=("G3",)), Silent())
+    build(request(photos, data=str(folder), encoders=(), vae="tiny", resolution=32, limit=4), Quiet())
+    build(BuildRequest(data=str(folder), into=photos, levels=("G3",)), Quiet())
     for path in (shapes, photos):
         manifest = featcache.open(path).manifest
         level, moments = manifest.features["vae/G3"].provenance, manifest.features["vae/moments"].provenance
@@ -155,7 +142,7 @@ def test_adding_takes_images_vae_and_number_from_the_cache(tmp_path: Path, monke
 def test_a_changed_image_is_noticed_when_features_are_added(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", 6)
     path = tmp_path / "cache"
-    build(request(path, data=str(folder), encoders=(), vae="tiny", resolution=32, limit=None), Silent())
+    build(request(path, data=str(folder), encoders=(), vae="tiny", resolution=32, limit=None), Quiet())
     victim = folder / "b/3.png"
     with Image.open(victim) as image:
         flipped = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
@@ -167,7 +154,7 @@ def test_a_changed_image_is_noticed_when_features_are_added(tmp_path: Path) -> N
     with pytest.raises(CacheError, match="changed"):
         build(
             request(None, into=path, data=str(folder), encoders=(EncoderChoice(name="tiny"),), limit=None),
-            Silent(),
+            Quiet(),
         )
 
 
@@ -177,7 +164,7 @@ def test_what_is_no_image_is_recorded_alike_in_every_build(tmp_path: Path) -> No
     digests = []
     for name in ("one", "two"):
         ask = request(tmp_path / name, data=str(folder), encoders=(), vae="tiny", resolution=32, limit=None)
-        build(replace(ask, on_bad_image="skip"), Silent())
+        build(replace(ask, on_bad_image="skip"), Quiet())
         digests.append(tree_digest(tmp_path / name))
     assert digests[0] == digests[1]
     (skipped,) = featcache.open(tmp_path / "one").manifest.skipped
@@ -213,11 +200,11 @@ def test_bad_image_fails_by_name_or_is_skipped_and_recorded(tmp_path: Path) -> N
         batch_size=2,
     )
     with pytest.raises(UserError, match=r"b/broken\.jpg"):
-        build(ask, Silent())
-    progress = Silent()
+        build(ask, Quiet())
+    progress = Told()
     result = build(replace(ask, on_bad_image="skip"), progress)
     assert result.skipped == ("b/broken.jpg",)
-    assert any("b/broken.jpg" in text for text in progress.warnings)
+    assert any("b/broken.jpg" in text for text in progress.notes)
     cache = featcache.open(tmp_path / "cache")
     assert len(cache) == 7
     assert [s.key for s in cache.manifest.skipped] == ["b/broken.jpg"]
@@ -227,8 +214,8 @@ def test_bad_image_fails_by_name_or_is_skipped_and_recorded(tmp_path: Path) -> N
         with Image.open(folder / key) as image:
             assert np.array_equal(images_of(cache, str(folder), [i])[0], center_crop(image.convert("RGB"), 32))
     build(
-        request(None, into=tmp_path / "cache", data=str(folder), encoders=(EncoderChoice(name="tiny"),), limit=None),  # type: ignore[arg-type]
-        Silent(),
+        request(None, into=tmp_path / "cache", data=str(folder), encoders=(EncoderChoice(name="tiny"),), limit=None),
+        Quiet(),
     )
     assert np.isfinite(read_feature(featcache.open(tmp_path / "cache"), "tiny@5", range(7))).all()
 
@@ -236,7 +223,7 @@ def test_bad_image_fails_by_name_or_is_skipped_and_recorded(tmp_path: Path) -> N
 def test_flip_caches_the_mirror_image_as_second_view(tmp_path: Path) -> None:
     build(
         request(tmp_path / "f", flip=True, limit=4, moments_codec="fp32", levels_codec="fp32", tokens_codec="fp32"),
-        Silent(),
+        Quiet(),
     )
     cache = featcache.open(tmp_path / "f")
     encoder = VisionEncoder("tiny", (5,), WeightsSource(), resolution=64)

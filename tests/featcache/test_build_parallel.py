@@ -26,18 +26,12 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import _Shared, build, prepare_together
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
+from featcache.progress import Quiet
 from featcache.store.writers import join_writer
+from tests.told import Told
 
 WORDS = ["--data", "shapes", "--encoder", "tiny", "--limit", "240", "--batch-size", "4", "--shard-size", "8"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-class Silent:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 def request(out: Path, **changes: object) -> BuildRequest:
@@ -61,19 +55,15 @@ def tree_digest(path: Path) -> dict[str, str]:
     }
 
 
-def nothing(*_: object) -> None:
-    return
-
-
 def test_shards_written_by_several_writers_are_those_of_one(tmp_path: Path) -> None:
-    build(request(tmp_path / "one"), Silent())
+    build(request(tmp_path / "one"), Quiet())
     plan = prepare(request(tmp_path / "many"), device="cpu")
     with lead(plan) as leader:
         assert leader.pending() == [0, 1, 2, 3, 4, 5]
         for rank in (1, 0):
             with join_writer(plan.path, plan.specs) as writer:
                 shards = leader.pending()[rank::2]
-                run_shards(plan.work, shards, writer, meter=Meter(), advance=nothing, warn=nothing)
+                run_shards(plan.work, shards, writer, meter=Meter(), progress=Quiet())
         leader.refresh()
         assert leader.pending() == []
         leader.finish()
@@ -94,13 +84,14 @@ def test_joining_needs_a_build_of_the_same_features(tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     plan = prepare(request(tmp_path / "c", encoders=(), vae="tiny"), device="cpu")
-    broken = plan.work.encoders[0].module[0].conv_in.bias
+    encoder: Any = plan.work.encoders[0]
+    broken = encoder.module[0].conv_in.bias
     broken[0] = float("nan")
     with (
         lead(plan) as writer,
         pytest.raises(UserError, match=r"vae/moments has values that are not finite"),
     ):
-        run_shards(plan.work, writer.pending(), writer, meter=Meter(), advance=nothing, warn=nothing)
+        run_shards(plan.work, writer.pending(), writer, meter=Meter(), progress=Quiet())
     assert not list((tmp_path / "c").rglob("c.0.*"))
 
 
@@ -108,10 +99,10 @@ def test_padding_batches_changes_no_shape_and_no_label(tmp_path: Path) -> None:
     """What compiled encoders do on the last batch of a shard: one size of batch, the rest cut off."""
     from dataclasses import replace as changed
 
-    build(request(tmp_path / "one", batch_size=3), Silent())
+    build(request(tmp_path / "one", batch_size=3), Quiet())
     plan = prepare(request(tmp_path / "padded", batch_size=3), device="cpu")
     sizes = set()
-    encoder = plan.work.encoders[0]
+    encoder: Any = plan.work.encoders[0]
 
     class Watched:
         title, shapes = encoder.title, encoder.shapes
@@ -120,9 +111,10 @@ def test_padding_batches_changes_no_shape_and_no_label(tmp_path: Path) -> None:
             sizes.add(len(pixels))  # type: ignore[arg-type]
             return encoder(pixels)
 
-    work = changed(plan.work, pad_batches=True, encoders=[Watched(), *plan.work.encoders[1:]])
+    watched: Any = Watched()
+    work = changed(plan.work, pad_batches=True, encoders=[watched, *plan.work.encoders[1:]])
     with lead(plan) as writer:
-        run_shards(work, writer.pending(), writer, meter=Meter(), advance=nothing, warn=nothing)
+        run_shards(work, writer.pending(), writer, meter=Meter(), progress=Quiet())
         writer.finish()
     assert sizes == {3}
     one, padded = featcache.open(tmp_path / "one"), featcache.open(tmp_path / "padded")
@@ -146,32 +138,19 @@ def test_rates_of_stages_and_workers_add_up() -> None:
     assert meter.stages["encode x"].images_per_s == pytest.approx(10)
 
 
-def test_live_progress_shows_each_stage_and_the_bottleneck(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    from rich.console import Console
-
-    import featcache.progress as module
-
-    for terminal in (True, False):
-        text = io.StringIO()
-        console = Console(file=text, force_terminal=terminal, width=160, highlight=False, soft_wrap=True)
-        monkeypatch.setattr(module, "console", console)
-        monkeypatch.setattr(module, "PLAIN_EVERY_S", 0.0)
-        meter = Meter()
-        with module.RichProgress(meter) as progress:
-            progress.start(total=100, done=20, note="label")
-            meter.add("decode", 1.0, 40, lanes=2)
-            meter.add("encode x", 1.0, 25)
-            progress.advance(40)
-        shown = text.getvalue()
-        assert "bottleneck: encode x" in shown
-        assert "images/s of each stage: encode x 25, decode 80" in shown
-        assert "60/100" in shown
+def test_a_meter_names_the_bottleneck_and_every_stage() -> None:
+    meter = Meter()
+    assert meter.summary() == ""
+    meter.add("decode", 1.0, 40, lanes=2)
+    meter.add("encode x", 1.0, 25)
+    assert meter.summary() == "bottleneck: encode x\nimages/s of each stage: encode x 25, decode 80"
 
 
 def test_the_build_reports_every_stage(tmp_path: Path) -> None:
-    result = build(request(tmp_path / "c"), Silent())
+    told = Told()
+    result = build(request(tmp_path / "c"), told)
+    assert told.tasks == [("encoding", 24, 0, "images")] and sum(told.counts) == 24
+    assert told.texts[-1].startswith("bottleneck: ") and told.notes[0].startswith("features: ")
     assert {"decode", "upload", "encode vae tiny", "encode tiny", "quantise", "copy", "write"} == set(result.stages)
     assert result.stages["decode"].images == result.stages["write"].images == 24
     assert all(stage.busy_s > 0 for stage in result.stages.values())
@@ -256,22 +235,27 @@ def test_two_torchrun_ranks_give_the_bytes_of_one_process(
     result = run(torchrun(*WORDS, "--schedule", schedule, "--out", "c"), tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("cache:") == 1
-    assert result.stdout.count("encoding 240 of 240 images") == 1
+    assert result.stdout.count("encoding: 240/240 images") == 1
     assert tree_digest(tmp_path / "c") == expected
 
 
 def test_only_the_first_rank_counts_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    monkeypatch.setattr("featcache.sources.captions.ShapesCaptions.most", lambda *_: [counted.append(1), 2][1])
+
+    def most(*_: object) -> int:
+        counted.append(1)
+        return 2
+
+    monkeypatch.setattr("featcache.sources.captions.ShapesCaptions.most", most)
     ask = request(tmp_path / "c", texts=("tiny",), encoders=(), vae="tiny")
     numbers: list[int] = []
 
-    class Told(Ranks):
+    class Informed(Ranks):
         def from_first(self, sent: Any) -> list[int]:
             numbers.extend(sent)
             return numbers
 
-    plans = [prepare_together(ask, Told(rank, 2, rank), device="cpu") for rank in range(2)]
+    plans = [prepare_together(ask, Informed(rank, 2, rank), device="cpu") for rank in range(2)]
     assert counted == [1]
     assert plans[0].specs == plans[1].specs
     assert [plan.work.captions_per_image for plan in plans] == [2, 2]
@@ -282,18 +266,18 @@ def _rank_that_builds(rank: int, port: int, shown: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
-    class Sent(Silent):
-        def advance(self, images: int) -> None:
-            shown.send(images)
+    class Sent(Quiet):
+        def update(self, count: int, text: str = "") -> None:
+            shown.send(count)
 
     workers.POLL_S = 0.05
     with Ranks.of_environment() as ranks:
         progress = _Shared(Sent(), ranks)
-        progress.advance(10)
+        progress.update(10)
         for _ in range(3 * rank):
             time.sleep(0.4)
-            progress.advance(10)
-        ranks.wait(lambda: progress.advance(0))
+            progress.update(10)
+        ranks.wait(lambda: progress.update(0))
     shown.close()
 
 

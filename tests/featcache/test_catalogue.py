@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,9 +13,10 @@ import pytest
 from store_helpers import add, base_features, build, moments, tokens, tree
 from web_server import serve
 
+from featcache.errors import CacheError
 from featcache.share import catalogue
 from featcache.share import verification as verified
-from featcache.share.transfer import list_remote, push
+from featcache.share.transfer import list_remote, pull, push
 from featcache.share.verify import verify
 from featcache.store import FeatureSpec, files
 from featcache.store.manifest import Skipped
@@ -111,16 +113,23 @@ def test_the_policy_allows_just_the_pages_own_script_and_style(tmp_path: Path) -
     assert not re.search(r"(?:https?:)?//[\w.]+/", html.replace(str(tmp_path), ""))
 
 
+def record(cache: Path) -> None:
+    """Notes what a verification of a cache finds."""
+    found = verified.of_report(verify(cache), None)
+    assert found is not None
+    verified.record(cache, found)
+
+
 def test_what_it_says(tmp_path: Path) -> None:
     folder = tmp_path / "caches"
     whole = build(folder / "whole", [*base_features(), tokens("dino@9", provenance={"weights": "random", "seed": 1})])
-    verified.record(whole, verified.of_report(verify(whole), None))
+    record(whole)
     os.utime(whole / "zarr.json", (1_700_000_000, 1_700_000_000))
     damaged = build(folder / "damaged", [tokens()])
     (damaged / "tiny@5" / "c.1.0.0").unlink()
-    verified.record(damaged, verified.of_report(verify(damaged), None))
+    record(damaged)
     changed = build(folder / "changed", [tokens()])
-    verified.record(changed, verified.of_report(verify(changed), None))
+    record(changed)
     add(changed, [moments()])
     build(folder / "never")
     (folder / "junk").mkdir()
@@ -180,6 +189,33 @@ def test_of_a_bucket(tmp_path: Path, s3_bucket: str, cli) -> None:
     assert "not valid JSON" in done.stdout
     done = cli("featcache", "catalogue", url)
     assert "sound: every byte" in done.stdout
+
+
+ODD_NAMES = ["sp ace", "a?b", "a#b", "a%2Fb", "a%b", "\u00e9", "x'y", "...", "-x", "a+b", "  ", "a@b", "a:b"]
+
+
+def test_whatever_a_cache_in_a_bucket_is_called_it_is_listed_and_can_be_pulled(
+    tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    source = build(tmp_path / "cache")
+    client = boto3.client("s3")
+    for name in ODD_NAMES:
+        for file, data in tree(source).items():
+            if file == "zarr.json" or name == "a?b":
+                client.put_object(Bucket=s3_bucket, Key=f"team/{name}/{file}", Body=data)
+    rows = catalogue.gather(f"s3://{s3_bucket}/team")
+    assert len(rows) == len(ODD_NAMES) and all(row.problem is None and row.changed for row in rows)
+    for row in rows:
+        _, _, where, folder = shlex.split(row.pull)
+        assert [entry.url for entry in list_remote(where)] == [where] and folder == f"caches/{row.name}"
+    pull(next(row.where for row in rows if "%3F" in row.where), tmp_path / "copy")
+    assert tree(tmp_path / "copy") == tree(source)
+    client.put_object(Bucket=s3_bucket, Key="team//zarr.json", Body=b"")
+    with pytest.raises(CacheError, match="cannot be part of a path") as caught:
+        catalogue.gather(f"s3://{s3_bucket}/team")
+    assert "renamed" in str(caught.value)
 
 
 def test_a_half_pushed_cache_is_no_list_of_caches(tmp_path: Path, s3_bucket: str, cli) -> None:

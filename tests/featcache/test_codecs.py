@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache.codecs import CODECS, decode, encode, stored_arrays
+from featcache.codecs import decode, encode
 from featcache.errors import UserError
+from featcache.store.layout import CODECS, stored_arrays
 
 LOSSY = ("fp16", "bf16", "int8", "fp8", "int4")
 

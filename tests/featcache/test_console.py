@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from store_helpers import build
 
-from featcache.console import run_app, safe
+from featcache.console import print_error, run_app, safe
+from featcache.errors import UserError
 
 
 def test_an_interrupted_command_says_that_it_can_go_on(
@@ -64,8 +65,6 @@ def ends_with(
 def test_every_refusal_of_the_system_is_one_line_with_the_file(
     code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if code in (errno.EPIPE, errno.ESHUTDOWN):
-        pytest.skip("a pipe whose reader left is no error")
     ended, said = ends_with(OSError(code, os.strerror(code), "/data/x [red]\x1b[31m"), monkeypatch, capsys)
     first, *rest = said.splitlines()
     assert ended == 2 and first == f"error: {os.strerror(code)}: /data/x [red]\\x1b[31m" and len(rest) == 1
@@ -185,6 +184,73 @@ def test_text_from_outside_is_shown_as_it_is_and_obeyed_in_nothing(text: str) ->
     shown = out.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "")
     assert not any((ord(c) < 32 and c != "\n") or 127 <= ord(c) < 160 or c == "\u202e" for c in shown)
     assert shown.endswith("|\n") and (text not in ("[red]x[/red]", "[/]") or text in shown)
+
+
+@pytest.mark.parametrize("name", ["runs/a:x:b", ":smile:", "s3://team/x:b:y"])
+def test_names_do_not_become_pictures(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(UserError(name, remedy=f"[bold] {name}"))
+    shown = capsys.readouterr().err
+    assert shown == f"error: {name}\n[bold] {name}\n"
+
+
+class PanicException(BaseException):
+    """As Rust libraries raise it."""
+
+
+def test_a_panic_of_a_library_becomes_a_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended, said = ends_with(PanicException("request valid: InvalidUri"), monkeypatch, capsys)
+    assert ended == 70 and "PanicException: request valid" in said and "report it" in said
+
+
+def test_a_pipe_that_is_not_the_terminal_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only where nobody reads what is printed there is nobody to tell."""
+    ended, said = ends_with(BrokenPipeError(errno.EPIPE, "Broken pipe"), monkeypatch, capsys)
+    assert ended == 2 and "Broken pipe" in said
+
+
+@pytest.mark.parametrize("work", ["print('x' * 1000000, flush=True)", "console.print('x' * 1000000)"])
+def test_a_reader_that_leaves_is_neither_success_nor_damage(work: str) -> None:
+    code = f"""
+import sys, typer
+from featcache.console import console, run_app
+app = typer.Typer()
+@app.command()
+def work():
+    {work}
+sys.argv = ["work"]
+sys.exit(run_app(app))
+"""
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$0" -c "$1" | true', sys.executable, code], capture_output=True, text=True
+    )
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_letters_that_the_terminal_lacks_are_escaped(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "featcache.cli", "info", str(tmp_path / "sch\u00f6n")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "sch\\xf6n" in done.stderr and "Unicode" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["repair"], ["gc"], ["rm", "--yes", "--features", "x"], ["push", "s3://bucket/x"], ["sign", "--key", "k"]]
+)
+def test_a_url_where_a_folder_is_needed(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from featcache.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    command, *rest = words
+    monkeypatch.setattr(sys, "argv", ["featcache", command, "https://me:hidden@host/x", *rest])
+    assert run_app(app) == 2
+    said = capsys.readouterr()
+    assert "is a URL" in said.err and "featcache pull URL FOLDER" in said.err and "hidden" not in said.out + said.err
 
 
 def test_secrets_are_shown_nowhere() -> None:

@@ -20,6 +20,7 @@ from featcache.share.convert import convert
 from featcache.share.importers import ImportRequest, import_latents
 from featcache.share.verify import verify
 from featcache.store import files
+from tests.told import Told
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +31,9 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_there_and_back_gives_the_same_files(tmp_path: Path) -> None:
     specs = [*base_features(), tokens("v@1", views=2), tokens("i@1", codec="int4")]
     original = build(tmp_path / "zarr", specs, skipped=[5, 33])
-    done: list[int] = []
-    convert(original, tmp_path / "wds", to="wds", progress=done.append)
-    assert sum(done) == COUNT
+    done = Told()
+    convert(original, tmp_path / "wds", to="wds", progress=done)
+    assert sum(done.counts) == COUNT and done.tasks == [("converting", COUNT, 0, "samples")]
     assert verify(tmp_path / "wds").ok
     convert(tmp_path / "wds", tmp_path / "back", to="zarr")
     assert tree(tmp_path / "back") == tree(original)
@@ -55,6 +56,36 @@ def test_some_features_only_and_more_later(tmp_path: Path) -> None:
     assert set(featcache.open(tmp_path / "b").manifest.features) == {"label", "key"}
     add(tmp_path / "b", base_features()[2:])
     assert tree(tmp_path / "b") == tree(original)
+
+
+@pytest.mark.parametrize("form", ["zarr", "wds"])
+@pytest.mark.parametrize("shard_size", [None, 7, 50])
+def test_damage_is_not_copied(tmp_path: Path, form: str, shard_size: int | None) -> None:
+    """The copy gets checksums of its own, which would say of damaged values that they are sound."""
+    original = build(tmp_path / "a")
+    if form == "wds":
+        original = convert(original, tmp_path / "w", to="wds") and tmp_path / "w"
+    (shard,) = original.glob("00000001.tar" if form == "wds" else "vae/moments/c.1.*")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    for to in ("zarr", "wds"):
+        with pytest.raises(CacheError, match="is damaged: its bytes do not match") as error:
+            convert(original, tmp_path / f"copy-{to}", to=to, shard_size=shard_size)
+        assert "featcache repair" in str(error.value.remedy)
+        with pytest.raises(CacheError, match="unfinished build"):
+            featcache.open(tmp_path / f"copy-{to}")
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    convert(original, tmp_path / "copy-zarr", to="zarr", shard_size=shard_size)
+    assert verify(tmp_path / "copy-zarr").ok
+
+
+def test_other_features_may_be_damaged(tmp_path: Path) -> None:
+    original = build(tmp_path / "a")
+    next(original.glob("vae/moments/c.1.*")).write_bytes(b"")
+    convert(original, tmp_path / "b", to="zarr", features=["label", "key", "tiny@5"])
+    assert verify(tmp_path / "b").ok
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -176,6 +207,27 @@ def test_lightningdit(tmp_path: Path, with_stats: bool) -> None:
     else:
         std = whole[:, 0].astype(np.float64).std(axis=(0, 2, 3))
         np.testing.assert_allclose(vae["channel_std"], std, rtol=1e-6)
+
+
+def test_latents_listed_twice_or_missing_are_not_passed_over(tmp_path: Path) -> None:
+    """A folder that came in part, and archives that hold two files of one name."""
+
+    def refused(source: Path, match: str) -> None:
+        with pytest.raises(UserError, match=match):
+            import_latents(ImportRequest(source=source, out=tmp_path / "cache", layout="edm2"))
+        assert not (tmp_path / "cache").exists()
+
+    _, labels = repa_like(tmp_path / "data")
+    listed = json.loads((tmp_path / "data/dataset.json").read_text())["labels"]
+    (tmp_path / "data" / listed[0][0]).unlink()
+    refused(tmp_path / "data", "lists 1 files that are not there, such as")
+    (tmp_path / "data/dataset.json").write_text(json.dumps({"labels": [*listed[1:], [listed[1][0], labels[1]]]}))
+    refused(tmp_path / "data", "a file is listed twice")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.write(tmp_path / "data" / listed[1][0], listed[1][0])
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.write(tmp_path / "data" / listed[1][0], listed[1][0])
+    refused(tmp_path / "data.zip", "holds two files")
 
 
 def test_malformed_sources(tmp_path: Path) -> None:

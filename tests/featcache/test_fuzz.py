@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from store_helpers import COUNT, SHARD_SIZE, base_features, build, dataset, tokens
 
 import featcache
-from featcache.codecs import decode, stored_arrays
+from featcache.codecs import decode
 from featcache.errors import CacheError, UserError
 from featcache.share.verify import verify
 from featcache.store import Manifest, files
 from featcache.store.contents import parse_checksums
+from featcache.store.layout import stored_arrays
 from featcache.store.manifest import dataset_from_json, load_json, manifest_from_json
 from featcache.store.root import parse_root, root_bytes
 from featcache.store.shards import decompress, encode_shard, parse_index

@@ -19,16 +19,18 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import featcache
-from featcache.build.run import BuildRequest, build
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.errors import UserError
 from featcache.keys import from_printable, key_bytes, key_text, printable
+from featcache.progress import Quiet
 from featcache.share.importers import ImportRequest, import_latents, open_latents
 from featcache.share.verify import verify
 from featcache.sources import base as base_module
@@ -40,6 +42,7 @@ from featcache.sources.decoders import decode_pil, decode_turbo
 from featcache.sources.open import open_source
 from featcache.sources.pixels import MAX_PIXELS, BadImage, Budget, decode
 from featcache.store import files
+from featcache.store.places import Location
 
 
 @pytest.fixture(autouse=True)
@@ -48,21 +51,9 @@ def own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_fsync", lambda fd: None)
 
 
-class Told:
-    """A build's progress that keeps what it warns of."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def start(self, **_: object) -> None: ...
-    def advance(self, *_: object) -> None: ...
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 def built(data: Path, out: Path, **changes: Any) -> featcache.Cache:
     request = BuildRequest(data=str(data), vae="tiny", resolution=32, batch_size=4, out=out, workers=2, **changes)
-    build(request, Told())  # type: ignore[arg-type]
+    build(request, Quiet())
     return featcache.open(out)
 
 
@@ -138,7 +129,8 @@ class Memory:
 
 
 def listed(data: bytes, kind: str) -> list[str]:
-    return [member.key for member in LISTERS[kind]([Place(Memory(data), "set", len(data))])]
+    place = cast(Location, Memory(data))
+    return [member.key for member in LISTERS[kind]([Place(place, "set", len(data))])]
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -409,7 +401,7 @@ def test_a_cache_of_files_with_any_names(tmp_path: Path) -> None:
     assert [entry["key"] for entry in manifest["skipped"]] == ["stra\\xdfe/b\\xe4d.png"]
     assert manifest["dataset"]["class_names"] == ["stra\\xdfe", "two\nlines[bold]"]
     request = BuildRequest(data=str(data), into=tmp_path / "cache", encoders=(tiny_choice(),), workers=1)
-    build(request, Told())  # type: ignore[arg-type]
+    build(request, Quiet())
     assert verify(tmp_path / "cache").ok
     # The same, from archives.
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
@@ -440,10 +432,13 @@ def tiny_choice() -> Any:
 
 def test_other_formats_are_bad_images_whatever_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[object] = []
-    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a) or pytest.fail("a program was started"))
-    monkeypatch.setattr(
-        "subprocess.check_call", lambda *a, **k: started.append(a) or pytest.fail("a program was started")
-    )
+
+    def start(*words: object, **_: object) -> None:
+        started.append(words)
+        pytest.fail("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    monkeypatch.setattr("subprocess.check_call", start)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     for data in (eps, picture("BMP"), picture("GIF"), picture("TIFF"), picture("PPM"), b"<svg/>", b""):
         for read in (decode_pil, decode_turbo):
@@ -749,7 +744,7 @@ def test_files_larger_than_any_image_are_bad(folder: Path, monkeypatch: pytest.M
 def test_a_network_that_fails_is_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --on-bad-image skip the whole archive would be left out."""
     from featcache.errors import CacheError
-    from featcache.store.remote import LocalLocation
+    from featcache.store.places import LocalLocation
 
     source = opened(tmp_path / "set.tar", tar_of([("n0/a.png", picture())]))
 

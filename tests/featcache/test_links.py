@@ -2,7 +2,12 @@
 
 import contextlib
 import errno
+import functools
 import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from store_helpers import add, base_features, build, moments, tokens, tree, writ
 import featcache
 from featcache.errors import CacheError
 from featcache.share.manage import remove_features
+from featcache.share.restore import restore
 from featcache.share.verify import Report, repair_metadata, verify
 from featcache.store import files
 from featcache.store.contents import read_checksums
@@ -122,6 +128,39 @@ def test_nothing_is_read_through_a_link(tmp_path: Path, name: str) -> None:
             reader.read([0], reader.allocate(1))
 
 
+def test_nothing_is_written_through_a_hard_link(tmp_path: Path, victim: Path) -> None:
+    """Where a file is written in place: what has come of a shard so far, the journal of a push."""
+    sound = build(tmp_path / "sound")
+    path = tmp_path / "cache"
+    shutil.copytree(sound, path)
+    (path / "tiny@5" / "c.1.0.0").write_bytes(b"damaged")
+    partial = path / ".featcache/restored/tiny@5+c.1.0.0.fetched"
+    partial.parent.mkdir(parents=True)
+    os.link(victim / "file", partial)
+    with pytest.raises(CacheError, match="hard link") as found:
+        restore(path, str(sound))
+    assert untouched(victim) and found.value.remedy == f"remove it: rm -r {partial}"
+    subprocess.run(found.value.remedy.partition(": ")[2].split(), check=True)
+    restore(path, str(sound))
+    assert untouched(victim) and verify(path).ok
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refuse(error: int, fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(error, os.strerror(error))
+        fsync(fd)
+
+    monkeypatch.setattr(files, "_fsync", functools.partial(refuse, errno.EINVAL))
+    assert verify(build(tmp_path / "cache", count=4)).ok
+    # One that knows how and fails is another matter.
+    monkeypatch.setattr(files, "_fsync", functools.partial(refuse, errno.EIO))
+    with pytest.raises(CacheError, match="Input/output error"):
+        build(tmp_path / "other", count=4)
+
+
 def test_a_cache_may_itself_be_a_link(tmp_path: Path) -> None:
     real = build(tmp_path / "real")
     (tmp_path / "link").symlink_to(real)
@@ -161,7 +200,7 @@ def test_whatever_the_system_answers_is_one_line(tmp_path: Path, monkeypatch: py
 
     target = tmp_path / "file"
     target.write_bytes(b"x")
-    uses = {
+    uses: dict[str, list[Callable[..., object]]] = {
         "open": [files.read_bounded, files.sha256_of, files.hashes_of, files.open_to_read, files.atomic_write],
         "mkdir": [files.make_directory],
         "unlink": [files.remove_file],
@@ -170,7 +209,10 @@ def test_whatever_the_system_answers_is_one_line(tmp_path: Path, monkeypatch: py
         "replace": [files.atomic_write],
         "listdir": [files.names_in],
     }
-    arguments = {files.read_bounded: (100,), files.atomic_write: ([b"data"],)}
+    arguments: dict[Callable[..., object], tuple[object, ...]] = {
+        files.read_bounded: (100,),
+        files.atomic_write: ([b"data"],),
+    }
     for primitive, functions in uses.items():
         for use in functions:
             path = tmp_path / "new" if use is files.make_directory else target

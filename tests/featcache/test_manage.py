@@ -50,8 +50,10 @@ def test_gc_follows_no_link_and_leaves_what_is_not_its_own(tmp_path: Path) -> No
     dead_build(path)
     (path / "link").symlink_to(other, target_is_directory=True)
     (path / "vae" / "link").symlink_to(other / "vae", target_is_directory=True)
-    users = ("thesis.part", "mine/c.0.0.0", "mine/zarr.json", "vae/draft.part", "tiny@5/c.9.0.0.part", "00000000.tar")
-    users += ("tiny@5/c.0.0.part", "tiny@5/c.00.0.0.part", "tiny@5/notes.part", ".featcache/notes.txt")
+    users = [
+        *("thesis.part", "mine/c.0.0.0", "mine/zarr.json", "vae/draft.part", "tiny@5/c.9.0.0.part", "00000000.tar"),
+        *("tiny@5/c.0.0.part", "tiny@5/c.00.0.0.part", "tiny@5/notes.part", ".featcache/notes.txt"),
+    ]
     for name in users:
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(b"mine")
@@ -73,6 +75,20 @@ def test_gc_follows_no_link_and_leaves_what_is_not_its_own(tmp_path: Path) -> No
     assert not (path / "dead@1").exists()
     assert not (path / ".featcache/building").exists()
     assert featcache.open(path).manifest.features.keys() == {"key", "label", "tiny@5", "vae/moments"}
+
+
+def test_gc_of_a_folder_leaves_caches_that_are_linked_into_it(tmp_path: Path) -> None:
+    other = build(tmp_path / "elsewhere" / "x")
+    dead_build(other)
+    before = tree(other)
+    folder = tmp_path / "caches"
+    folder.mkdir()
+    (folder / "x").symlink_to(other, target_is_directory=True)
+    said: list[str] = []
+    assert manage.collect_garbage(folder, warn=said.append) == []
+    assert tree(other) == before
+    assert said == [f"{folder / 'x'} is a symbolic link; for that cache: featcache gc {other}"]
+    assert manage.collect_garbage(other)
 
 
 @pytest.mark.parametrize("linked", ["dead@1", ".featcache", ".featcache/building", ".featcache/building/dead@1"])
@@ -134,8 +150,10 @@ def test_gc_clears_the_state_that_killed_commands_leave(tmp_path: Path) -> None:
     path = build(tmp_path / "x")
     before = tree(path)
     state = path / ".featcache"
-    left = ("restored/tiny@5+c.0.0.0.fetched", "restored/lock", "push/0123456789abcdef.jsonl")
-    left += ("sound/tiny@5.0123456789abcdef.part", "verified.json.0123456789abcdef.part")
+    left = [
+        *("restored/tiny@5+c.0.0.0.fetched", "restored/lock", "push/0123456789abcdef.jsonl"),
+        *("sound/tiny@5.0123456789abcdef.part", "verified.json.0123456789abcdef.part"),
+    ]
     for name in left:
         (state / name).parent.mkdir(parents=True, exist_ok=True)
         (state / name).write_bytes(b"half")
@@ -157,6 +175,7 @@ def test_gc_leaves_what_a_living_repair_and_push_need(tmp_path: Path) -> None:
     assert manage.collect_garbage(path) == []
     assert all((state / name).exists() for name in names)
     for lock in held:
+        assert lock is not None
         lock.release()
 
 
@@ -622,8 +641,15 @@ def test_rm_and_restore_as_typed(tmp_path: Path, cli) -> None:
     assert tree(path) == before
     done = cli("featcache", "rm", "caches/x", "--features", "tiny@5", "--yes")
     assert "featcache restore caches/x" in done.stdout
-    done = cli("featcache", "gc", "caches", "--older-than", "0d")
+    # What is printed empties the trash and touches nothing else: another cache's build can still go on.
+    other = build(tmp_path / "caches" / "y")
+    dead_build(other)
+    unfinished = tree(other)
+    done = cli("featcache", "rm", "caches/x", "--yes")
+    done = cli(*done.stdout.rpartition("now: ")[2].split())
     assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "caches" / "y") == unfinished
+    assert not trash.folder_trash(tmp_path / "caches").exists()
     done = cli("featcache", "restore", "caches/x")
     assert done.returncode == 2
     assert "nothing" in done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from featcache.build.prepare import prepare
-from featcache.build.run import BuildRequest
+from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice, hub
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.missing import require_weights
@@ -28,7 +28,7 @@ def test_every_missing_file_is_named() -> None:
     for part in ("'sd-ft-ema'", "'dinov2-b'", "'mocov3-b'", "weights: offline", "vocabulary (vocab.json)"):
         assert part in caught.value.what
     assert "6 files of pretrained weights are missing" in caught.value.what
-    assert "--weights-dir" in caught.value.remedy
+    assert "--weights-dir" in (caught.value.remedy or "")
 
 
 def test_what_is_brought_or_embedded_or_random_is_not_missing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -13,11 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
-from store_helpers import build, tokens, tree
+from store_helpers import build, tokens, tree, values
 
 from featcache.errors import CacheError
+from featcache.share.manage import restore
+from featcache.share.trash import remove_cache
+from featcache.share.verify import verify
 from featcache.store import locks
-from featcache.store.writers import open_writer
+from featcache.store.files import atomic_write
+from featcache.store.writers import open_writer, repair_writer
 
 HERE = Path(__file__).parent
 LIFE = HERE / "nfs_life.py"
@@ -91,7 +96,7 @@ def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise OSError(getattr(errno, request.param), request.param)
 
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
 
 
 def test_a_lock_excludes_and_is_let_go(no_flock, tmp_path: Path) -> None:
@@ -166,3 +171,140 @@ def test_a_holder_on_another_machine_is_named(no_flock, tmp_path: Path, monkeypa
     (path / ".featcache" / "lock.owner").write_text(json.dumps({**owner, "machine": "elsewhere", "host": "node7"}))
     with pytest.raises(CacheError, match=r"is held by process .* on node7"):
         open_writer(path)
+
+
+def owner_of_a_dead_process(lock: Path, token: str) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    owner = {"host": "here", "machine": locks._machine(), "pid": gone.pid, "started": "1", "time": "then"}
+    lock.with_name(lock.name + ".owner").write_text(json.dumps({**owner, "token": token}))
+
+
+def test_who_dies_while_taking_over_is_taken_over_too(no_flock, tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first, second, third = "a" * 16, "b" * 16, "c" * 16
+    owner_of_a_dead_process(path, first)
+    owner_of_a_dead_process(tmp_path / f"lock.{first}", second)  # it was about to remove the first one's file
+    owner_of_a_dead_process(tmp_path / f"lock.{second}", third)
+    (tmp_path / f"lock.{first}.claim").write_bytes(b"")  # of an earlier version
+    held = locks.try_lock(path)
+    assert held is not None and locks.try_lock(path) is None
+    held.release(remove=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_take_over_the_lock_of_a_dead_process(no_flock, tmp_path: Path) -> None:
+    owner_of_a_dead_process(tmp_path / "lock", "a" * 16)
+    owner_of_a_dead_process(tmp_path / ("lock." + "a" * 16), "b" * 16)
+    got: list[locks.Lock] = []
+    start = threading.Barrier(6)
+
+    def take() -> None:
+        start.wait()
+        held = locks.try_lock(tmp_path / "lock")
+        if held is not None:
+            got.append(held)
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(got) <= 1  # none, if each found another one at it
+    last = locks.lock(tmp_path / "lock") if not got else got[0]
+    last.release(remove=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": "../../x"}', b'{"token": 5}'])
+def test_an_owner_that_cannot_be_read_is_not_waited_for_for_ever(
+    no_flock, tmp_path: Path, monkeypatch, content: bytes
+) -> None:
+    """What a machine leaves that loses its power while it makes the file."""
+    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.1)
+    path = build(tmp_path / "cache")
+    owner = path / ".featcache" / "lock.owner"
+    owner.parent.mkdir()
+    owner.write_bytes(content)
+    with pytest.raises(CacheError, match="cannot be told") as found:
+        open_writer(path)
+    assert found.value.remedy is not None and f"rm {owner}" in found.value.remedy
+    assert locks.try_lock(owner.with_name("lock")) is None
+    assert f"rm {owner}" in str(locks.holder(owner.with_name("lock")))
+    owner.unlink()
+    open_writer(path)
+
+
+def test_a_sleeper_does_not_let_go_of_another_ones_lock(no_flock, tmp_path: Path) -> None:
+    """Its owner file was removed by somebody who was told that it is gone."""
+    sleeper = locks.lock(tmp_path / "lock")
+    (tmp_path / "lock.owner").unlink()
+    other = locks.try_lock(tmp_path / "lock")
+    assert other is not None
+    sleeper.release()
+    assert locks.try_lock(tmp_path / "lock") is None
+    other.release()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_cache_comes_back_on_another_machine(no_flock, tmp_path: Path, monkeypatch, dies: bool) -> None:
+    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.1)
+    path = build(tmp_path / "cache")
+    with open_writer(path) as writer:
+        writer.begin([tokens("dead@1")])
+    if dies:
+        monkeypatch.setattr(locks.Lock, "release", lambda *_, **__: None)
+    remove_cache(path)
+    monkeypatch.undo()
+    refuse = OSError(errno.ENOSYS, "no flock")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(refuse))
+    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.1)
+    monkeypatch.setattr(locks, "_machine", lambda: "elsewhere")
+    restore(path)
+    if not dies:
+        with open_writer(path) as writer:
+            writer.begin([tokens("dead@1")])
+
+
+def test_a_verification_waits_for_a_publisher(no_flock, tmp_path: Path) -> None:
+    """Between the checksum files and the root document the cache looks damaged."""
+    path = build(tmp_path / "cache")
+    root, sums = path / "zarr.json", path / "tiny@5" / "SHA256SUMS"
+    old = root.read_bytes(), sums.read_bytes()
+    with repair_writer(path, {"tiny@5": [1]}) as writer:
+        changed = {a[6:]: 1 + values(a, *d, writer.slots(1)) for a, d in tokens().arrays.items()}
+        writer.write_shard("tiny@5", 1, changed)
+        writer.finish()
+    new = root.read_bytes()
+    root.write_bytes(old[0])
+    held = locks.lock(path / ".featcache" / "lock")
+
+    def publish() -> None:
+        time.sleep(0.5)
+        atomic_write(root, [new])
+        held.release()
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    report = verify(path)
+    thread.join()
+    assert report.ok, report.problems
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_fails_when_a_file_is_closed_takes_no_name(tmp_path: Path, monkeypatch, durable: bool) -> None:
+    """NFS sends what was written, and finds the quota exceeded, at the latest then."""
+    atomic_write(tmp_path / "file", [b"before"])
+    close = os.close
+
+    def refuse(fd: int) -> None:
+        written = Path(f"/proc/self/fd/{fd}").readlink().suffix == ".part"
+        close(fd)
+        if written:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "close", refuse)
+    with pytest.raises(CacheError, match="disk is full"):
+        atomic_write(tmp_path / "file", [b"after"], durable=durable)
+    monkeypatch.undo()
+    assert tree(tmp_path) == {"file": b"before"}

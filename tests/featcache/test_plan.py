@@ -18,17 +18,10 @@ from featcache.encoders import EncoderChoice
 from featcache.encoders.base import Compute, WeightsSource
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from featcache.share.manage import cache_bytes
 from featcache.sources.base import sample_order
 from featcache.sources.open import open_source
-
-
-class Quiet:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -154,8 +147,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-PLAIN = ("featcache", "build", "--data", "shapes", "--encoder", "tiny@5", "--vae", "tiny")
-PLAIN += ("--limit", "9", "--resolution", "32", "--shard-size", "4")
+PLAIN = (
+    *("featcache", "build", "--data", "shapes", "--encoder", "tiny@5", "--vae", "tiny"),
+    *("--limit", "9", "--resolution", "32", "--shard-size", "4"),
+)
 
 
 @pytest.mark.parametrize(("words", "format_name"), [(("--format", "wds"), "wds"), (("--compressor", "zstd"), "zarr")])

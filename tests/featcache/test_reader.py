@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,11 +171,12 @@ def sparse_cache(path: Path, count: int, shard_size: int = 1024) -> Path:
             with (path / array / shard_name(shard, len(shape))).open("wb") as file:
                 if array == "label":
                     labels = (np.arange(n) + shard * shard_size) % 1000
-                    file.writelines(encode_shard(labels, shard_size, None))
+                    whole: list[Any] = list(encode_shard(labels, shard_size, None))
+                    file.writelines(whole)
                 else:
-                    *_, index, crc = encode_shard(np.empty((n, length), np.uint8), shard_size, None)
+                    parts: list[Any] = list(encode_shard(np.empty((n, length), np.uint8), shard_size, None))
                     file.seek(n * length)
-                    file.writelines([index, crc])
+                    file.writelines(parts[-2:])  # index and checksum
     (path / "zarr.json").write_bytes(root_bytes(manifest))
     return path
 
@@ -247,7 +249,12 @@ def test_labels_of_a_large_cache(imagenet_sized: Path) -> None:
 def test_neighbours_merge_into_few_calls(path: Path, monkeypatch) -> None:
     calls = []
     real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *a: calls.append(real(*a)) or calls[-1])
+
+    def counted(*arguments: Any) -> int:
+        calls.append(real(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
     with featcache.open(path).reader(["vae/moments"], threads=0, access="pread") as reader:
         out = reader.allocate(46)
         reader.read(np.random.default_rng(0).permutation(46), out)

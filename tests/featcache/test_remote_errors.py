@@ -21,6 +21,7 @@ from web_server import FileServer, serve
 import featcache
 from featcache.errors import UserError
 from featcache.share.transfer import list_remote, pull, push
+from featcache.share.verify import verify
 from featcache.store import objects, remote_errors
 from featcache.store.remote import open_destination, open_location
 
@@ -69,7 +70,7 @@ def short_timeouts(monkeypatch: pytest.MonkeyPatch, milliseconds: int = 300) -> 
 
 def test_nothing_listens(closed_port: int) -> None:
     error = refused(lambda: pull(f"http://127.0.0.1:{closed_port}/cache", "x"), f"127.0.0.1:{closed_port} refuses")
-    assert "when the connection is better" in error.remedy
+    assert "when the connection is better" in (error.remedy or "")
 
 
 def test_a_name_that_is_not_known() -> None:
@@ -153,8 +154,70 @@ def test_no_credentials_for_s3_are_said_at_once(
         start = time.monotonic()
         for call in (lambda: push(source, "s3://bucket/cache"), lambda: list_remote("s3://bucket/cache")):
             error = refused(call, "no credentials for s3://bucket/cache")
-            assert "AWS_ACCESS_KEY_ID" in error.remedy and "AWS_SKIP_SIGNATURE" in error.remedy
+            assert "AWS_ACCESS_KEY_ID" in (error.remedy or "") and "AWS_SKIP_SIGNATURE" in (error.remedy or "")
         assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({}, r"profile \(absent\) could not be found"),
+        ({"config": "[profile absent]\nsource_profile = x\nrole_arn = arn:aws:iam::1:role/x\n"}, "source_profile"),
+        ({"config": "no [[[ config"}, "Unable to parse config file"),
+    ],
+)
+def test_credentials_files_that_are_wrong(
+    files: dict[str, str], match: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    (tmp_path / ".aws").mkdir()
+    for name, text in files.items():
+        (tmp_path / ".aws" / name).write_text(text)
+    error = refused(lambda: list_remote("s3://bucket/cache"), match)
+    assert error.remedy and "AWS_PROFILE" in error.remedy
+
+
+def test_credentials_files_at_another_place(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    assert list_remote(f"s3://{s3_bucket}/caches") == []
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "localhost:9000", "http://", "s3://x", "https:/x"])
+def test_an_endpoint_that_is_no_url(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UserError, match=r"\$AWS_ENDPOINT_URL is .*, no URL of a service"):
+        list_remote("s3://bucket/cache")
+
+
+@pytest.mark.parametrize(("status", "found"), [(404, "nothing"), (405, "does not list"), (501, "does not list")])
+def test_web_servers_that_list_nothing(web: FileServer, monkeypatch, status: int, found: str) -> None:
+    def refuse(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_error(status)
+
+    monkeypatch.setattr("web_server._Handler.do_PROPFIND", refuse, raising=False)
+    if found == "nothing":
+        assert list_remote(f"{web.url}/absent") == []
+    else:
+        assert "a cache itself" in (refused(lambda: list_remote(f"{web.url}/absent"), found).remedy or "")
+
+
+def test_a_token_in_the_query_goes_with_every_request(web: FileServer, tmp_path: Path) -> None:
+    pull(f"{web.url}/cache?token=hidden", tmp_path / "copy")
+    assert web.asked and all(path.endswith("?token=hidden") for path in web.asked)
+    assert verify(tmp_path / "copy").ok
+    error = refused(lambda: pull(f"{web.url}/absent?token=hidden", tmp_path / "other"), "there is no cache")
+    assert "hidden" not in str(error)
 
 
 def test_no_credentials_for_gs(closed_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,7 +226,7 @@ def test_no_credentials_for_gs(closed_port: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{closed_port}")
     error = refused(lambda: list_remote("gs://bucket/caches"), "no credentials for gs://bucket/caches")
-    assert "gcloud auth application-default login" in error.remedy
+    assert "gcloud auth application-default login" in (error.remedy or "")
 
 
 def test_no_such_bucket(s3_bucket: str, source: Path) -> None:
@@ -172,11 +235,16 @@ def test_no_such_bucket(s3_bucket: str, source: Path) -> None:
         lambda: pull("s3://there-is-none-of-this-name/cache", "x"),
     ):
         error = refused(call, "there is no bucket 'there-is-none-of-this-name'")
-        assert "AWS_ENDPOINT_URL" in error.remedy
+        assert "AWS_ENDPOINT_URL" in (error.remedy or "")
 
 
 def test_urls_are_shown_without_their_secrets(closed_port: int) -> None:
     error = refused(lambda: pull(f"http://me:hidden@127.0.0.1:{closed_port}/cache", "x"), "refuses")
+    assert "hidden" not in str(error)
+
+
+def test_a_bucket_is_named_without_secrets(s3_bucket: str) -> None:
+    error = refused(lambda: pull("s3://me:hidden@absent-bucket/cache", "x"), "no bucket 'absent-bucket'")
     assert "hidden" not in str(error)
 
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from store_helpers import base_features, dataset, tokens
 
-from featcache.build.repair import repair_shards
+import featcache
+from featcache.build.repair import _passes, repair_shards
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
+from featcache.progress import Quiet
 from featcache.share.verify import repair_metadata, verify
-
-
-class Quiet:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
+from featcache.store.manifest import Manifest
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +124,63 @@ def test_other_images_are_refused(sound: Path, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(other / "0.png")
     with pytest.raises(UserError, match="not the images"):
         repair_shards(copy, {"label": [0]}, data=str(other.parent), weights_dir=None, device="cpu", progress=Quiet())
+
+
+# Images that have changed without a difference in name or size
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(cache, its images, the same with the image in slot 5, of shard 1, exchanged for one of the same size)."""
+    rng, root = np.random.default_rng(2), tmp_path_factory.mktemp("plain")
+    for i in range(11):
+        (root / "images/a").mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8))
+        image.save(root / f"images/a/{i:02d}.png", compress_level=0)
+    ask = BuildRequest(
+        data=str(root / "images"), vae="tiny", levels=("G3",), resolution=32, out=root / "cache", shard_size=4
+    )
+    build(ask, Quiet())
+    shutil.copytree(root / "images", root / "changed")
+    (key,) = featcache.open(root / "cache").keys(5, 6)
+    victim = root / "changed" / key
+    size = victim.stat().st_size
+    other = Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8))
+    other.save(victim, compress_level=0)
+    assert victim.stat().st_size == size
+    return root / "cache", root / "images", root / "changed"
+
+
+@pytest.mark.parametrize("content", [0, 1], ids=["of another shard", "of the same shard"])
+def test_changed_images_are_noticed_though_their_hashes_are_damaged(
+    plain: tuple[Path, Path, Path], tmp_path: Path, content: int
+) -> None:
+    sound, images, changed = plain
+    copy = tmp_path / "copy"
+    shutil.copytree(sound, copy)
+    flip_bit(copy / "content" / f"c.{content}")
+    flip_bit(copy / "vae" / "G3" / "c.1.0.0.0")
+    root = (copy / "zarr.json").read_bytes()
+    report = verify(copy)
+    assert report.damaged == {"content": [content], "vae/G3": [1]}
+    with pytest.raises(CacheError, match=r"not the (one|images) that|the one this cache was built from"):
+        repair_shards(copy, report.damaged, data=str(changed), weights_dir=None, device="cpu", progress=Quiet())
+    assert not verify(copy).ok
+    assert (copy / "zarr.json").read_bytes() == root
+    repair_shards(copy, verify(copy).damaged, data=str(images), weights_dir=None, device="cpu", progress=Quiet())
+    assert files(copy) == files(sound)
+
+
+def test_tars_are_made_again_at_once_whatever_their_weights() -> None:
+    """Labels know no weights; a tar has them all the same."""
+    random = {"weights": "random", "seed": 7}
+    specs = [base_features()[0], tokens("a@1", provenance=random), tokens("b@1", provenance=random)]
+    manifest = Manifest(dataset=dataset(), shard_size=16, features={s.name: s for s in specs}, format="wds")
+    damaged = {"label": [1], "a@1": [1], "b@1": [1]}
+    assert _passes(manifest, damaged) == [(["label", "a@1", "b@1"], 7)]
+    assert _passes(replace(manifest, format="zarr"), damaged) == [(["label"], None), (["a@1", "b@1"], 7)]
+    other = replace(specs[2], provenance={"weights": "random", "seed": 8})
+    mixed = replace(manifest, features={**manifest.features, "b@1": other})
+    with pytest.raises(CacheError, match="different seeds"):
+        _passes(mixed, damaged)
+    assert len(_passes(replace(mixed, format="zarr"), damaged)) == 3

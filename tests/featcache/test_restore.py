@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -120,8 +122,68 @@ def test_links_are_followed_on_neither_side(sound: Path, damaged: Path, tmp_path
     secret.write_bytes((sound / "tiny@5/c.0.0.0").read_bytes())
     (sound / "tiny@5/c.0.0.0").unlink()
     (sound / "tiny@5/c.0.0.0").symlink_to(secret)
-    with pytest.raises(CacheError, match="symbolic link"):
-        restore(damaged, str(sound))
+    done = restore(damaged, str(sound))
+    assert len(done.refused) == 1 and "symbolic link" in done.refused[0]
+    assert not (damaged / "tiny@5/c.0.0.0").exists()
+
+
+@pytest.mark.parametrize("over", ["http", "folder"])
+def test_a_copy_with_shards_cut_off_or_missing_still_gives_the_others(sound: Path, damaged: Path, over: str) -> None:
+    """Two faults at once: what one shard of the copy lacks is no reason to leave the others damaged."""
+    for number in range(4):
+        flip(damaged / f"dino@9/c.{number}.0.0")
+    corrupt(sound / "dino@9/c.0.0.0", lambda data: data.__delitem__(slice(100, None)))
+    corrupt(sound / "dino@9/c.1.0.0", lambda data: data.__delitem__(slice(0, None)))
+    (sound / "dino@9/c.2.0.0").unlink()
+    with serve(sound.parent) as web:
+        done = restore(damaged, f"{web.url}/cache" if over == "http" else str(sound))
+        assert max(web.answers.values(), default=0) <= 6  # what trying again cannot mend is not tried again
+    assert done.files == ("dino@9/c.3.0.0",)
+    assert [("shorter than it must be" in why, "missing" in why) for why in done.refused] == [
+        (True, False),
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_blocks_that_the_disk_does_not_give_any_more_are_fetched(tmp_path: Path, monkeypatch) -> None:
+    """A bad sector in a shard that is otherwise sound."""
+    sound = build_large(tmp_path / "from" / "cache")
+    damaged = shutil.copytree(sound, tmp_path / "damaged")
+    bad, pread = (damaged / LARGE_FILE).stat().st_ino, os.pread
+    flip(damaged / LARGE_FILE, 5 * BLOCK_BYTES)
+
+    def failing(fd: int, n_bytes: int, offset: int) -> bytes:
+        if os.fstat(fd).st_ino == bad and offset == 2 * BLOCK_BYTES:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(fd, n_bytes, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with serve(sound.parent) as web:
+        done = restore(damaged, f"{web.url}/cache")
+    assert done.files == (LARGE_FILE,) and done.n_bytes == 2 * BLOCK_BYTES
+    assert tree(damaged) == tree(sound)
+
+
+def test_a_lost_checksum_file_is_written_as_it_was_checked(sound: Path, damaged: Path) -> None:
+    """A server that answers rightly once and wrongly afterwards."""
+    (damaged / "dino@9/SHA256SUMS").unlink()
+    corrupt(damaged / "dino@9/c.1.0.0", lambda data: data.__setitem__(7, data[7] ^ 8))
+    right = (sound / "dino@9/SHA256SUMS").read_bytes()
+    with serve(sound.parent) as web:
+
+        def once(handler: BaseHTTPRequestHandler) -> None:
+            data = right if web.answers["cache/dino@9/SHA256SUMS"] == 1 else right.replace(b"a", b"b")
+            handler.send_response(200)
+            handler.send_header("ETag", '"x"')
+            handler.send_header("Last-Modified", "Thu, 01 Jan 1970 00:00:00 GMT")
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.wfile.write(data)
+
+        web.odd["cache/dino@9/SHA256SUMS"] = once
+        restore(damaged, f"{web.url}/cache")
+    assert tree(damaged) == tree(sound)
 
 
 def test_killed_repair_goes_on(tmp_path: Path) -> None:
@@ -167,7 +229,9 @@ def test_as_it_is_typed(
 def test_two_repairs_of_one_cache_at_once(sound: Path, damaged: Path) -> None:
     """The second would write into the first one's partial files."""
     flip(damaged / "dino@9" / "c.1.0.0")
-    held = locks.lock(damaged / ".featcache/restored/lock")
+    folder = damaged / ".featcache/restored"
+    folder.mkdir(parents=True)
+    held = locks.lock(folder / "lock")
     with pytest.raises(CacheError, match="another process is repairing"):
         restore(damaged, str(sound))
     held.release()

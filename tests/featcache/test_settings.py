@@ -40,7 +40,8 @@ class Example:
 
 
 def run(*words: str) -> tuple[int, dict]:
-    app, seen = typer.Typer(), {}
+    app = typer.Typer()
+    seen: dict[str, object] = {}
 
     @app.command()
     @takes(Example)

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from featcache.store import blocks as hashes
 from featcache.store import files, remote_errors
 from featcache.store import objects as object_stores
 from featcache.store.remote import is_remote, open_destination, open_location, parse_hub_url
+from tests.told import Told
 
 SKIPPED = (4, 20)
 
@@ -78,10 +80,10 @@ def objects(bucket) -> dict[str, bytes]:
 
 
 def test_pull_over_http(source: Path, web, tmp_path: Path) -> None:
-    seen: list[int] = []
-    done = pull(f"{web.url}/cache", tmp_path / "copy", progress=seen.append)
+    seen = Told()
+    done = pull(f"{web.url}/cache", tmp_path / "copy", progress=seen)
     assert tree(tmp_path / "copy") == tree(source)
-    assert sum(seen) == done.n_bytes
+    assert sum(seen.counts) == done.n_bytes and seen.tasks == [("copying", None, 0, "bytes")]
     assert done.n_files_before == 0
     again = pull(f"{web.url}/cache", tmp_path / "copy")
     assert (again.n_files, again.n_bytes, again.n_files_before) == (0, 0, done.n_files)
@@ -203,10 +205,10 @@ def test_push_and_pull_between_directories(source: Path, tmp_path: Path) -> None
 
 def test_push_list_pull_over_s3(source: Path, bucket, tmp_path: Path) -> None:
     url = f"s3://{bucket[0]}/caches/one"
-    seen: list[int] = []
-    done = push(source, url, progress=seen.append)
+    seen = Told()
+    done = push(source, url, progress=seen)
     assert {k.removeprefix("caches/one/"): v for k, v in objects(bucket).items()} == tree(source)
-    assert sum(seen) == done.n_bytes > 0
+    assert sum(seen.counts) == done.n_bytes > 0 and seen.tasks == [("sending", None, 0, "bytes")]
     assert not (source / ".featcache").exists()
     assert [item.url for item in list_remote(f"s3://{bucket[0]}/caches")] == [url]
     pull(url, tmp_path / "copy")
@@ -249,10 +251,17 @@ def test_root_goes_last_and_nobody_sees_half(source: Path, bucket, monkeypatch) 
     assert {k.removeprefix("cache/"): v for k, v in objects(bucket).items()} == tree(source)
 
 
+def features_at(url: str) -> set[str]:
+    """Of the first cache below `url`."""
+    manifest = list_remote(url)[0].manifest
+    assert manifest is not None
+    return set(manifest.features)
+
+
 def test_push_more_features_later(source: Path, bucket, tmp_path: Path) -> None:
     url = f"s3://{bucket[0]}/cache"
     push(source, url, features=["dino@9"])
-    assert set(list_remote(url)[0].manifest.features) == {"dino@9", "key", "label"}
+    assert features_at(url) == {"dino@9", "key", "label"}
     done = push(source, url)
     assert done.n_files_before == 3 * 4 + 4  # label, key, dino@9 and its scales: four shards each
     assert {k.removeprefix("cache/"): v for k, v in objects(bucket).items()} == tree(source)
@@ -274,7 +283,7 @@ def test_two_pushes_at_once_both_arrive(source: Path, bucket, monkeypatch) -> No
 
     monkeypatch.setattr(object_stores.ObjectLocation, "put_if", put_if)
     push(source, url, features=["dino@9"])
-    assert set(list_remote(url)[0].manifest.features) == {"dino@9", "vae/moments", "key", "label"}
+    assert features_at(url) == {"dino@9", "vae/moments", "key", "label"}
     assert len(calls) == 3
 
 
@@ -296,7 +305,7 @@ def test_many_pushes_at_once_all_arrive(source: Path, s3_bucket: str, tmp_path: 
 
         with ThreadPoolExecutor(len(jobs)) as pool:
             list(pool.map(one, jobs))
-        assert set(list_remote(url)[0].manifest.features) == {*names, "label", "key"}
+        assert features_at(url) == {*names, "label", "key"}
         assert verify_remote(url).ok
     assert tree(copy) == tree(source)
     assert not (source / ".featcache").exists()
@@ -344,7 +353,8 @@ def test_a_store_without_conditional_requests(source: Path, s3_bucket: str, monk
     import obstore
     from obstore.exceptions import NotSupportedError
 
-    real, raced = obstore.put, []
+    real = obstore.put
+    raced: list[str] = []
 
     def put(store, name, content, **options):
         if "mode" in options:
@@ -354,7 +364,8 @@ def test_a_store_without_conditional_requests(source: Path, s3_bucket: str, monk
             # Another push, which began earlier, overwrites what we have just written.
             raced.append(name)
             push(source, f"s3://{s3_bucket}/other", features=["vae/G3"])
-            data = bytes(obstore.get(open_destination(f"s3://{s3_bucket}/other")._store, name).bytes())
+            other: Any = open_destination(f"s3://{s3_bucket}/other")
+            data = bytes(obstore.get(other._store, name).bytes())
             for key, value in objects_of(s3_bucket, "other/").items():
                 if key != name:
                     real(store, key, value)
@@ -363,7 +374,7 @@ def test_a_store_without_conditional_requests(source: Path, s3_bucket: str, monk
 
     monkeypatch.setattr(obstore, "put", put)
     push(source, f"s3://{s3_bucket}/cache", features=["dino@9"])
-    held = set(list_remote(f"s3://{s3_bucket}/cache")[0].manifest.features)
+    held = features_at(f"s3://{s3_bucket}/cache")
     assert held == {"label", "key", "dino@9", "vae/G3"} and len(raced) == 1
 
 
@@ -413,7 +424,7 @@ def test_push_refuses_damage_and_conflicts(source: Path, bucket, tmp_path: Path)
     damaged = tmp_path / "damaged"
     shutil.copytree(source, damaged)
     corrupt(damaged / "dino@9" / "c.0.0.0", lambda data: data.__setitem__(0, data[0] ^ 1))
-    with pytest.raises(CacheError, match=r"is damaged(.|\n)*was not sent(.|\n)*--repair"):
+    with pytest.raises(CacheError, match=r"is damaged(.|\n)*was not copied(.|\n)*featcache repair"):
         push(damaged, url)
     push(source, url)
     other = build(tmp_path / "other", count=20)
@@ -476,8 +487,9 @@ def stream_blocks(web, directory: Path, limit: int, block: int, monkeypatch) -> 
     """The cache at `web`, read in blocks of `block` bytes."""
     monkeypatch.setattr(hashes, "BLOCK_BYTES", block)
     cache = open_remote(f"{web.url}/cache", cache_dir=directory.parent / "unused")
-    cache.backend.blocks = BlockCache(open_location(f"{web.url}/cache"), directory, limit)
-    return cache, cache.backend.blocks
+    backend: Any = cache.backend
+    backend.blocks = BlockCache(open_location(f"{web.url}/cache"), directory, limit)
+    return cache, backend.blocks
 
 
 def directory_bytes(directory: Path) -> int:
@@ -573,7 +585,7 @@ def test_gcs_writes_of_two_pushes_both_arrive(source: Path, monkeypatch) -> None
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
         url = "gs://shared/cache"
         real = object_stores.ObjectLocation.put_if
-        raced = []
+        raced: list[str] = []
 
         def put_if(self, name, content, previous):
             if name == "zarr.json" and not raced:
@@ -584,7 +596,7 @@ def test_gcs_writes_of_two_pushes_both_arrive(source: Path, monkeypatch) -> None
         monkeypatch.setattr(object_stores.ObjectLocation, "put_if", put_if)
         push(source, url, features=["vae/G3"])
         assert [name for name in google.refused if not name.endswith("SHA256SUMS")] == ["cache/zarr.json"]
-        held = set(list_remote(url)[0].manifest.features)
+        held = features_at(url)
         assert held == {"label", "key", "dino@9", "vae/G3"}
         assert verify_remote(url).ok
 
@@ -596,9 +608,9 @@ def test_verify_remote_finds_what_verify_finds(source: Path, tmp_path: Path) -> 
     shutil.copytree(source, tmp_path / "cache")
     local = verify(tmp_path / "cache")
     with serve(tmp_path) as web:
-        seen: list[int] = []
-        report = verify_remote(f"{web.url}/cache", progress=seen.append)
-        assert report.ok and (report.n_files, sum(seen) > 0) == (local.n_files, True)
+        seen = Told()
+        report = verify_remote(f"{web.url}/cache", progress=seen)
+        assert report.ok and (report.n_files, sum(seen.counts) > 0) == (local.n_files, True)
         shard = next((tmp_path / "cache" / "dino@9").glob("c/**/*"), None) or next(
             p for p in sorted((tmp_path / "cache" / "dino@9").iterdir()) if p.name.startswith("c.")
         )
@@ -646,7 +658,9 @@ def test_hub_urls(source: Path, monkeypatch, tmp_path: Path) -> None:
     with serve(source.parent) as web:
         web.prefix = "/datasets/me/set/resolve/main"
         monkeypatch.setattr(constants, "ENDPOINT", web.url)
-        assert [item.manifest.dataset.count for item in list_remote("hf://datasets/me/set/cache")] == [COUNT]
+        assert [
+            i.manifest.dataset.count for i in list_remote("hf://datasets/me/set/cache") if i.manifest is not None
+        ] == [COUNT]
         pull("hf://datasets/me/set/cache", tmp_path / "copy")
     assert tree(tmp_path / "copy") == tree(source)
 
@@ -686,3 +700,16 @@ def test_add_to_a_pulled_cache(source: Path, web, tmp_path: Path) -> None:
     pull(f"{web.url}/cache", target, features=["tiny@5"])
     add(target, [tokens("new@1")], SKIPPED)
     assert verify(target).ok
+
+
+def test_what_a_pull_into_a_wrong_folder_says_can_be_done(source: Path, tmp_path: Path) -> None:
+    """`pull` and `convert` have no --out and no --data."""
+    pull(str(source), tmp_path / "part", samples=1)
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_bytes(b"")
+    for target in ("part", "file", "folder"):
+        with pytest.raises(CacheError) as caught:
+            pull(str(source), tmp_path / target)
+        assert caught.value.remedy is not None and "--" not in caught.value.remedy
+        assert "another folder" in caught.value.remedy

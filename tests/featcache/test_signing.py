@@ -19,9 +19,10 @@ from web_server import serve
 import featcache
 from featcache.errors import CacheError, UserError
 from featcache.share.transfer import pull, push
+from featcache.store.layout import SIGNATURE
 from featcache.store.remote import open_location
 from featcache.store.root import cache_digest, read_root
-from featcache.store.signing import SIGNATURE, parse_digest, read_signature, require_signature, sign
+from featcache.store.signing import parse_digest, read_signature, require_signature, sign
 
 pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not here")
 
@@ -79,7 +80,7 @@ def cache(tmp_path: Path) -> Path:
 
 def test_digest_is_printed_and_asked_for(cache: Path, tmp_path: Path, run) -> None:
     shown = run("featcache", "info", str(cache))
-    digest = re.search(r"digest ([0-9a-f]{64})\n", shown.stdout)[1]
+    (digest,) = re.findall(r"digest ([0-9a-f]{64})\n", shown.stdout)
     assert digest == cache_digest(read_root(cache))
     wrong = "0" * 64
     with serve(cache.parent) as web:
@@ -121,6 +122,58 @@ def test_sign_push_pull_verify(cache: Path, keys: Path, tmp_path: Path, run) -> 
             assert refused.returncode == 2 and "signed, but not by a key in" in refused.stderr
         refused = run("featcache", "pull", url, str(tmp_path / "other"), "--signed-by", bob)
         assert refused.returncode == 2 and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["url", "folder"])
+def test_what_is_verified_is_what_was_signed(
+    cache: Path, keys: Path, tmp_path: Path, run, monkeypatch, local: bool
+) -> None:
+    """A place that shows the signed cache first and another one, sound in itself, afterwards."""
+    sign(cache, keys / "alice")
+    other = build(cache.parent / "other", count=20)
+    (other / SIGNATURE).write_bytes((cache / SIGNATURE).read_bytes())
+    shown = []
+
+    def first_the_signed_one(path: Path) -> bytes:
+        shown.append(path)
+        return ((cache if len(shown) == 1 else other) / "zarr.json").read_bytes()
+
+    alice = str(keys / "alice.pub")
+    with serve(cache.parent) as web:
+        if local:
+            where = str(other)
+            monkeypatch.setattr("featcache.share.required_root", lambda place: read_root(cache))
+        else:
+            where = f"{web.url}/other"
+
+            def send(handler) -> None:
+                data = first_the_signed_one(other)
+                handler.send_response(200)
+                for name, value in (("ETag", '"x"'), ("Last-Modified", "Thu, 01 Jan 1970 00:00:00 GMT")):
+                    handler.send_header(name, value)
+                handler.send_header("Content-Length", str(len(data)))
+                handler.end_headers()
+                handler.wfile.write(data)
+
+            web.odd["other/zarr.json"] = send
+        for option, value in (("--signed-by", alice), ("--expect", cache_digest(read_root(cache)))):
+            shown.clear()
+            refused = run("featcache", "verify", where, option, value)
+            assert refused.returncode == 2 and "it was exchanged" in refused.stderr
+            assert "sound" not in refused.stdout
+
+
+@pytest.mark.parametrize("name", ["my key", "#key", "!key", "*", "-key", "a,b", "sch\u00fcssel", "\udce9"])
+def test_the_file_of_a_public_key_may_have_any_name(cache: Path, keys: Path, tmp_path: Path, name: str) -> None:
+    sign(cache, keys / "alice")
+    public = tmp_path / f"{name}.pub"
+    public.write_bytes((keys / "alice.pub").read_bytes())
+    assert check(cache, public)
+    public.write_bytes((keys / "bob.pub").read_bytes())
+    with pytest.raises(CacheError, match="signed, but not by a key in"):
+        check(cache, public)
+    public.write_text(f"ssh-admins@team {(keys / 'alice.pub').read_text()}")
+    assert check(cache, public) == "ssh-admins@team"
 
 
 def test_signature_goes_with_a_push_while_it_is_of_that_state(cache: Path, keys: Path, s3_bucket: str) -> None:

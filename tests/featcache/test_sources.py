@@ -6,8 +6,10 @@ import errno
 import io
 import json
 import os
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import featcache
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from featcache.sources.archives import _expanded, index_folder
 from featcache.sources.base import Source, fingerprint
 from featcache.sources.open import open_source
@@ -161,6 +164,64 @@ def test_shards_behind_a_url_are_read_by_range(folder: Path, tmp_path: Path) -> 
         assert samples(source) == samples(open_source(pattern, resolution=32))
 
 
+def test_a_replaced_archive_behind_a_url_is_indexed_again(tmp_path: Path) -> None:
+    """Tars have lengths in steps of ten kilobytes: another one is often as long."""
+    with serve(tmp_path) as server:
+        url = f"{server.url}/a.tar"
+        for number, etag in ((0, '"first"'), (1, '"second"')):
+            server.etag = etag
+            files = {"x.jpg": jpeg(number), "x.cls": b"%d" % number}
+            (tmp_path / "a.tar").write_bytes(tar_bytes(dict(sorted(files.items(), reverse=bool(number)))))
+            (image,) = samples(open_source(url, resolution=32))
+            (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes())
+            assert (image,) == tuple(samples(open_source(str(tmp_path / "b.tar"), resolution=32)))
+
+
+def test_a_signed_url_is_used_whole_and_kept_nowhere(tmp_path: Path, own_index: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"x.jpg": jpeg(1), "x.cls": b"0"}))
+    with serve(tmp_path) as server:
+        source = open_source(f"{server.url}/a.tar?signature=hidden%2F", resolution=32)
+        assert len(samples(source)) == 1
+        assert server.asked and set(server.asked) == {"/a.tar?signature=hidden%2F"}
+        with pytest.raises(UserError, match=r"no archive at .*signature=\*\*\*") as caught:
+            open_source(f"{server.url}/none.tar?signature=hidden", resolution=32)
+    assert "hidden" not in f"{source.name} {source.description} {caught.value}"
+    assert not any(b"hidden" in path.read_bytes() for path in own_index.iterdir())
+
+
+NAMES = [b"cl\xe9/a\xe9.jpg", "cl\u00e9/\u00e9.jpg".encode(), "cl\u00e9/e\u0301.jpg".encode(), b"x/A.jpg", b"x/a.jpg"]
+
+
+def test_names_in_zips_made_on_unix_are_those_of_the_files(tmp_path: Path) -> None:
+    """Info-ZIP and macOS write names as they are, without the mark that they are UTF-8."""
+    files = {name: jpeg(number) for number, name in enumerate(NAMES)}
+    for name, data in files.items():
+        path = Path(os.fsdecode(os.fsencode(tmp_path / "folder") + b"/" + name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "raw.zip").write_bytes(raw_zip(files))
+    expected = samples(open_source(str(tmp_path / "folder"), resolution=32))
+    assert samples(open_source(str(tmp_path / "raw.zip"), resolution=32)) == expected
+    with zipfile.ZipFile(tmp_path / "marked.zip", "w") as archive:
+        for name, data in files.items():
+            if b"\xe9" not in name:
+                archive.writestr(name.decode(), data)
+    marked = open_source(str(tmp_path / "marked.zip"), resolution=32)
+    assert [key for key, *_ in samples(marked)] == [key for key, *_ in expected if key.isascii() or "\u00e9/" in key]
+
+
+def raw_zip(files: dict[bytes, bytes]) -> bytes:
+    """A zip of stored members as Info-ZIP writes it: by Unix, names as bytes, no flags."""
+    members, directory = b"", b""
+    for name, data in files.items():
+        common = struct.pack("<HHHHIIIHH", 0, 0, 0, 0x21, zlib.crc32(data), len(data), len(data), len(name), 0)
+        directory += b"PK\1\2" + struct.pack("<HH", 3 << 8 | 30, 10) + common
+        directory += struct.pack("<HHHII", 0, 0, 0, 0o100644 << 16, len(members)) + name
+        members += b"PK\3\4" + struct.pack("<H", 10) + common + name + data
+    end = struct.pack("<HHHHIIH", 0, 0, len(files), len(files), len(directory), len(members), 0)
+    return members + directory + b"PK\5\6" + end
+
+
 def parquet_files(folder: Path, target: Path, *, names: bool = True) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -275,17 +336,12 @@ def test_unpacking_a_row_group_takes_a_few_rows_at_a_time(tmp_path: Path) -> Non
 
 
 def test_a_cache_built_from_the_tar_equals_one_built_from_the_folder(folder: Path, tmp_path: Path) -> None:
-    class Silent:
-        def start(self, **_: object) -> None: ...
-        def advance(self, *_: object) -> None: ...
-        def warn(self, *_: object) -> None: ...
-
-    caches = []
+    caches: list[featcache.Cache] = []
     for data in (str(folder), imagenet_tar(folder, tmp_path)):
         out = tmp_path / f"cache{len(caches)}"
         build(
             BuildRequest(data=data, vae="tiny", resolution=32, batch_size=4, shard_size=4, out=out, workers=2),
-            Silent(),  # type: ignore[arg-type]
+            Quiet(),
         )
         caches.append(featcache.open(out))
     arrays = [p.relative_to(caches[0].path) for p in Path(caches[0].path).rglob("c.*")]
@@ -341,11 +397,11 @@ def test_unusable_archives_are_explained(folder: Path, tmp_path: Path) -> None:
 
 
 def test_brace_patterns() -> None:
-    assert _expanded("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
-    assert _expanded("{x,y}/{1..2}") == ["x/1", "x/2", "y/1", "y/2"]
-    assert _expanded("plain.tar") == ["plain.tar"]
+    assert list(_expanded("a-{08..11}.tar")) == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert list(_expanded("{x,y}/{1..2}")) == ["x/1", "x/2", "y/1", "y/2"]
+    assert list(_expanded("plain.tar")) == ["plain.tar"]
     with pytest.raises(UserError, match="not a range"):
-        _expanded("a-{0..x}.tar")
+        list(_expanded("a-{0..x}.tar"))
 
 
 def test_turbo_is_exact_where_it_does_not_scale_and_near_where_it_does(imagenet_sample: Path) -> None:

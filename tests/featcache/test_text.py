@@ -24,22 +24,12 @@ from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
 from featcache.errors import CacheError, UserError
 from featcache.inspect import read_feature
+from featcache.progress import Quiet
 from featcache.sources.captions import open_captions, read_table
 from featcache.sources.open import open_source
+from tests.told import Told
 
 TINY = TEXTS["tiny"]
-
-
-class Quiet:
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +206,11 @@ def test_a_compiled_network_sees_one_batch_size(tiny: TextEncoder, monkeypatch: 
     sizes = []
 
     def recorded(function: Any, **_: Any) -> Any:
-        return lambda ids: [sizes.append(len(ids)), function(ids)][1]
+        def call(ids: Any) -> Any:
+            sizes.append(len(ids))
+            return function(ids)
+
+        return call
 
     monkeypatch.setattr("torch.compile", recorded)
     encoder = TextEncoder("tiny", WeightsSource(), captions=3, batch_size=2, compute=Compute(compile=True))
@@ -230,8 +224,17 @@ def test_a_compiled_network_sees_one_batch_size(tiny: TextEncoder, monkeypatch: 
 
 def test_copies_to_a_gpu_are_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr("torch.Tensor.pin_memory", lambda self: [calls.append("pin"), self][1])
-    monkeypatch.setattr("torch.Tensor.to", lambda self, *to, **how: [calls.append((*to, how)), self][1])
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append("pin")
+        return tensor
+
+    def copy(tensor: torch.Tensor, *to: Any, **how: Any) -> torch.Tensor:
+        calls.append((*to, how))
+        return tensor
+
+    monkeypatch.setattr("torch.Tensor.pin_memory", pin)
+    monkeypatch.setattr("torch.Tensor.to", copy)
     for device in ("cuda:1", "cpu"):
         upload(torch.zeros(2), device)
     assert calls == ["pin", ("cuda:1", {"non_blocking": True}), ("cpu", {})]
@@ -239,7 +242,12 @@ def test_copies_to_a_gpu_are_pinned_and_not_waited_for(monkeypatch: pytest.Monke
 
 def test_token_ids_are_copied_once_a_call(tiny: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
-    monkeypatch.setattr("featcache.encoders.text.upload", lambda x, device: [sent.append(len(x)), x.to(device)][1])
+
+    def send(x: torch.Tensor, device: str) -> torch.Tensor:
+        sent.append(len(x))
+        return x.to(device)
+
+    monkeypatch.setattr("featcache.encoders.text.upload", send)
     read(tiny, ("a", "b", "c"), (), ("d", "e"))
     assert sent == [5, 5], "ids and places, however many batches"
 
@@ -380,7 +388,12 @@ def test_captions_are_counted_in_few_tasks(tmp_path: Path, monkeypatch: pytest.M
     source = open_source(str(shard(tmp_path / "a.tar", members)), resolution=32)
     tasks = []
     submit = ThreadPoolExecutor.submit
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: [tasks.append(args), submit(*args)][1])
+
+    def counted(*args: Any) -> Any:
+        tasks.append(args)
+        return submit(*args)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
     monkeypatch.setattr("featcache.sources.captions.COUNT_AT_ONCE", 3)
     captions = open_captions(source, table=None, key=None)
     assert captions.most(np.arange(7)) == 7
@@ -458,10 +471,10 @@ def test_text_joins_a_cache_without_reading_an_image(
     with monkeypatch.context() as patch:
         patch.setattr("featcache.sources.folder.FolderSource.read", lambda *_: pytest.fail("an image was read"))
         adding = replace(ask, out=None, into=tmp_path / "c", vae=None, captions=table, text_codec="int8")
-        progress = Quiet()
+        progress = Told()
         build(adding, progress)
-    assert any("4 of 6 images have no caption" in text for text in progress.warnings)
-    assert any("1 of 4 rows" in text and "'b/7.png'" in text for text in progress.warnings)
+    assert any("4 of 6 images have no caption" in text for text in progress.notes)
+    assert any("1 of 4 rows" in text and "'b/7.png'" in text for text in progress.notes)
     cache = featcache.open(tmp_path / "c")
     with cache.reader(["text/count", "text/tiny.length"]) as reader:
         out = reader.allocate(6)

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_helpers import base_features, dataset, tokens, tree, values, write_all
@@ -16,7 +17,12 @@ from featcache.store import CacheWriter, files
 from featcache.store.writers import create_writer, repair_writer
 
 COUNT, SHARD_SIZE, SKIPPED = 10, 4, (3,)
-KINDS = {"zarr": {}, "zarr, version 1": {}, "zstd": {"compressor": "zstd"}, "wds": {"format": "wds"}}
+KINDS: dict[str, dict[str, Any]] = {
+    "zarr": {},
+    "zarr, version 1": {},
+    "zstd": {"compressor": "zstd"},
+    "wds": {"format": "wds"},
+}
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from featcache.store.layout import canonical_json
 from featcache.store.places import LocalLocation
 from featcache.store.root import cache_digest, read_root, root_bytes
 from featcache.store.writers import create_writer
+from tests.told import Told
 
 WDS = {"format": "wds"}
 
@@ -118,7 +120,8 @@ def test_a_root_that_changes_between_the_reads(tmp_path: Path, monkeypatch, adde
 def test_damage_is_still_found_beside_a_publication(tmp_path: Path, monkeypatch) -> None:
     path = build(tmp_path / "cache")
     corrupt(path / "tiny@5" / "c.1.0.0", lambda data: data.__setitem__(9, data[9] ^ 1))
-    real, published = verification._check_array, []
+    real = verification._check_array
+    published: list[object] = []
 
     def publishing(*arguments):
         if not published:
@@ -248,7 +251,12 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path, monkeypa
     hostile_manifest(path, 1 << 20)
     submitted = []
     real = verification._check_shard
-    monkeypatch.setattr(verification, "_check_shard", lambda job: (submitted.append(job.entry.shard), real(job))[1])
+
+    def counted(job: Any) -> Any:
+        submitted.append(job.entry.shard)
+        return real(job)
+
+    monkeypatch.setattr(verification, "_check_shard", counted)
     report = verify(path, threads=2)
     assert len(submitted) < 100
     assert report.problems[-1].what.endswith("the rest was not checked")
@@ -305,14 +313,14 @@ def big(path: Path, **options) -> Path:
 def test_a_sample_reads_its_part_and_is_reproducible(tmp_path: Path, options) -> None:
     path = build(tmp_path / "cache", count=200, shard_size=2, **options)
     whole = verify(path)
-    read: list[int] = []
-    report = verify(path, fraction=0.1, seed=5, progress=read.append)
+    read = Told()
+    report = verify(path, fraction=0.1, seed=5, progress=read)
     assert report.ok
     assert (report.fraction, report.seed) == (0.1, 5)
     arrays = 1 if options else len(read_root(path).arrays)
-    assert len(read) == 10 * arrays
+    assert len(read.counts) == 10 * arrays
     assert report.n_unread == 90 * arrays
-    assert sum(read) < 0.2 * whole.n_bytes
+    assert sum(read.counts) < 0.2 * whole.n_bytes
     fresh = {verify(path, fraction=0.1).seed for _ in range(3)}
     assert len(fresh) == 3
 
@@ -331,10 +339,10 @@ def test_a_sample_of_blocks(tmp_path: Path) -> None:
     path = big(tmp_path / "cache")
     if not read_root(path).blocks:
         pytest.skip("this cache has no hashes of blocks")
-    read: list[int] = []
-    assert verify(path, fraction=0.2, seed=1, progress=read.append).ok
+    read = Told()
+    assert verify(path, fraction=0.2, seed=1, progress=read).ok
     n_blocks = 2 * 3  # 2.6 MB a shard
-    assert sum(read) <= -(-n_blocks // 5) * (1 << 20)
+    assert sum(read.counts) <= -(-n_blocks // 5) * (1 << 20)
     corrupt(path / "wide@1" / "c.1.0.0", lambda data: data.__setitem__((2 << 20) + 5, data[(2 << 20) + 5] ^ 1))
     found = [verify(path, fraction=1 / 6, seed=seed).damaged for seed in range(60)]
     assert {json.dumps(d) for d in found} == {"{}", '{"wide@1": [1]}'}
@@ -382,12 +390,13 @@ def test_odd_parts_are_refused(text: str) -> None:
 def test_only_what_changed_is_read(tmp_path: Path, options) -> None:
     path = build(tmp_path / "cache", **options)
     n_shards = sum(name.endswith(".tar") or Path(name).name.startswith("c.") for name in tree(path))
-    first: list[int] = []
-    report = verify(path, since_last=True, remember=True, progress=first.append)
-    assert (report.ok, len(first), report.n_unread) == (True, n_shards, 0)
-    second: list[int] = []
-    report = verify(path, since_last=True, remember=True, progress=second.append)
-    assert (report.ok, len(second), report.n_unread) == (True, 0, n_shards)
+    first = Told()
+    report = verify(path, since_last=True, remember=True, progress=first)
+    assert (report.ok, len(first.counts), report.n_unread) == (True, n_shards, 0)
+    assert first.tasks == [("checking", None, 0, "bytes")]
+    second = Told()
+    report = verify(path, since_last=True, remember=True, progress=second)
+    assert (report.ok, len(second.counts), report.n_unread) == (True, 0, n_shards)
     victim = path / ("00000001.tar" if options == WDS else "tiny@5/c.1.0.0")
     corrupt(victim, lambda data: data.__setitem__(40, data[40] ^ 1))
     report = verify(path, since_last=True, remember=True)
@@ -395,9 +404,9 @@ def test_only_what_changed_is_read(tmp_path: Path, options) -> None:
     report = verify(path, since_last=True, remember=True)  # damage is not forgotten
     assert not report.ok
     corrupt(victim, lambda data: data.__setitem__(40, data[40] ^ 1))
-    third: list[int] = []
-    assert verify(path, since_last=True, remember=True, progress=third.append).ok
-    assert len(third) == 1
+    third = Told()
+    assert verify(path, since_last=True, remember=True, progress=third).ok
+    assert len(third.counts) == 1
 
 
 def test_a_change_that_keeps_size_and_time_is_seen(tmp_path: Path) -> None:
@@ -415,14 +424,14 @@ def test_what_is_remembered_is_of_these_bytes_only(tmp_path: Path) -> None:
     verify(path, remember=True)
     manage.remove_features(path, ["tiny@5"], now=True)
     add(path, [tokens(codec="fp16")])
-    read: list[int] = []
-    assert verify(path, since_last=True, remember=True, progress=read.append).ok
-    assert len(read) == len(list((path / "tiny@5").glob("c.*")))
+    read = Told()
+    assert verify(path, since_last=True, remember=True, progress=read).ok
+    assert len(read.counts) == len(list((path / "tiny@5").glob("c.*")))
     for file in (path / ".featcache" / "sound").iterdir():
         file.write_bytes(b"\xff" * file.stat().st_size)
-    read.clear()
-    assert verify(path, since_last=True, progress=read.append).ok
-    assert len(read) == sum(Path(name).name.startswith("c.") for name in tree(path))
+    read.counts.clear()
+    assert verify(path, since_last=True, progress=read).ok
+    assert len(read.counts) == sum(Path(name).name.startswith("c.") for name in tree(path))
 
 
 def test_a_sample_is_not_remembered_as_the_whole(tmp_path: Path) -> None:
@@ -452,7 +461,9 @@ def test_the_record_keeps_the_latest_and_no_digest_covers_it(tmp_path: Path) -> 
     path = build(tmp_path / "cache")
     before, digest = tree(path), cache_digest(read_root(path))
     for seed in range(verified.MAX_ENTRIES + 5):
-        verified.record(path, verified.of_report(verify(path, fraction=0.5, seed=seed), ["tiny@5"]))
+        made = verified.of_report(verify(path, fraction=0.5, seed=seed), ["tiny@5"])
+        assert made is not None
+        verified.record(path, made)
     found = verified.read(LocalLocation(path))[0]
     assert [e.seed for e in found] == list(range(5, verified.MAX_ENTRIES + 5))
     assert (found[-1].digest, found[-1].mode, found[-1].fraction) == (digest, "sample", 0.5)
@@ -478,7 +489,7 @@ def test_a_record_is_bounded(tmp_path: Path) -> None:
 def odd_records() -> list[object]:
     good = json.loads(verified.dump([entry()]))
     (item,) = good["verifications"]
-    changes = [
+    changes: list[dict[str, object]] = [
         {"at": "yesterday"},
         {"at": 5},
         {"by": ""},
@@ -551,12 +562,12 @@ def test_a_sample_of_a_remote_cache_and_its_record(tmp_path: Path, s3_bucket: st
     path = big(tmp_path / "cache")
     url = f"s3://{s3_bucket}/caches/wide"
     push(str(path), url)
-    read: list[int] = []
-    report = verify_remote(url, fraction=0.2, seed=3, progress=read.append)
+    read = Told()
+    report = verify_remote(url, fraction=0.2, seed=3, progress=read)
     assert report.ok
     assert (report.seed, report.digest) == (3, cache_digest(read_root(path)))
-    assert 0 < sum(read) < 0.75 * verify(path).n_bytes
-    assert sum(read) == sum(_read_by(path, 3))  # the same blocks as of a local copy
+    assert 0 < sum(read.counts) < 0.75 * verify(path).n_bytes
+    assert sum(read.counts) == sum(_read_by(path, 3))  # the same blocks as of a local copy
     assert last(url) is None
     assert record(url, report, None) is None
     done = cli("featcache", "verify", url, "--record")
@@ -571,6 +582,36 @@ def test_a_sample_of_a_remote_cache_and_its_record(tmp_path: Path, s3_bucket: st
 
 
 def _read_by(path: Path, seed: int) -> list[int]:
-    read: list[int] = []
-    verify(path, fraction=0.2, seed=seed, progress=read.append)
-    return read
+    read = Told()
+    verify(path, fraction=0.2, seed=seed, progress=read)
+    return read.counts
+
+
+def test_a_damaged_root_document_is_not_to_be_repaired(tmp_path: Path, cli) -> None:
+    """What is printed is what can be done: the file is copied from elsewhere, or the cache is made anew."""
+    path = build(tmp_path / "x")
+    before = tree(path)
+    root = bytearray((path / "zarr.json").read_bytes())
+    root[len(root) // 2] ^= 1
+    (path / "zarr.json").write_bytes(root)
+    found = cli("featcache", "verify", "x", "--no-record")
+    assert found.returncode == 1
+    assert "copy that file from another copy" in found.stdout and "repair" not in found.stdout
+    for words in (("repair", "x"), ("repair", "x", "--from", str(path)), ("info", "x")):
+        refused = cli("featcache", *words)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: x/zarr.json") and "copy that file from another copy" in refused.stderr
+    assert cli("featcache", "rm", "x", "--yes", "--now").returncode == 2  # nothing says what is the cache's
+    assert cli("featcache", "rm", "x", "--yes").returncode == 0
+    assert cli("featcache", "restore", "x").returncode == 0
+    (path / "zarr.json").write_bytes(before["zarr.json"])
+    assert verify(path).ok
+
+
+def test_a_seed_that_cannot_be_recorded_is_refused(tmp_path: Path, cli) -> None:
+    path = build(tmp_path / "x")
+    assert cli("featcache", "verify", "x").returncode == 0
+    assert cli("featcache", "verify", "x", "--sample", "1%", "--seed", str(1 << 64)).returncode == 2
+    assert cli("featcache", "verify", "x", "--sample", "1%", "--seed", str((1 << 64) - 1)).returncode == 0
+    entries, _ = verified.read(LocalLocation(path))
+    assert [entry.mode for entry in entries] == ["whole", "sample"]

@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,7 @@ def test_two_workers_of_one_run(tmp_path: Path, actors, kind: str, most: int) ->
         lead = begin(path)
         # As many steps of each in this order, then whatever is left: a loser has more to do.
         with join_writer(path, [SPEC]) as zombie, join_writer(path, [SPEC]) as heir:
-            pair = [Actor(lambda w=zombie: write(w, 1)), Actor(lambda w=heir: write(w, 2))]
+            pair = [Actor(partial(write, zombie, 1)), Actor(partial(write, heir, 2))]
             actors.update({actor.thread: actor for actor in pair})
             for which in order:
                 pair[which].step()
@@ -180,14 +181,14 @@ def test_a_worker_of_an_earlier_run_at_every_step(tmp_path: Path, actors, share:
         path = tmp_path / "cache"
         former = begin(path)
         zombie_writer = join_writer(path, [SPEC])
-        zombie = Actor(lambda w=zombie_writer: write(w, 1))
+        zombie = Actor(partial(write, zombie_writer, 1))
         actors[zombie.thread] = zombie
         for _ in range(stands_at):
             zombie.step()
         former.close()
         lead = begin(path)
         pending = lead.pending()
-        heir = Actor(lambda w=lead: write(w, 2))
+        heir = Actor(partial(write, lead, 2))
         actors[heir.thread] = heir
         for _ in range(goes_on_at):
             heir.step()

@@ -37,6 +37,8 @@ class FileServer(ThreadingHTTPServer):
         self.sent_bytes = 0
         self.broken = False
         self.prefix = ""
+        self.etag = '"x"'
+        self.asked: list[str] = []
         self.lock = threading.Lock()
 
     @property
@@ -80,7 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(2)
             return
-        name = unquote(self.path).removeprefix(self.server.prefix).lstrip("/")
+        self.server.asked.append(self.path)
+        name = unquote(self.path.partition("?")[0]).removeprefix(self.server.prefix).lstrip("/")
         if name in self.server.odd:
             self.server.answers[name] += 1
             self.server.odd[name](self)
@@ -94,13 +97,17 @@ class _Handler(BaseHTTPRequestHandler):
         start = 0
         if match:
             start, stop = int(match[1]), min(int(match[2]) + 1, len(data))
+            if start >= len(data):
+                self.server.answers[name] += 1
+                self.send_error(416)
+                return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
             data = data[start:stop]
         else:
             self.send_response(200)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", '"x"')
+        self.send_header("ETag", self.server.etag)
         self.send_header("Last-Modified", "Thu, 01 Jan 1970 00:00:00 GMT")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -42,7 +42,7 @@ def test_summary_averages_over_seeds_and_interpolates_to_equal_time() -> None:
     slow = [entry("sra", 0, 200, 40.0, 10.0), entry("sra", 0, 100, 16.0, 30.0)]  # in any order
     summary = summarise([*fast, *slow, entry("sra", 1, 100, 17.0, 31.0)])  # seed 1 has not finished
     assert summary["last_step"] == 200 and summary["budget_s"] == 20.0
-    # 0.16 and 0.24 s a step in the two halves; of two values the median is the mean.
+    # 0.16 and 0.24 s per step in the two halves; of two values the median is the mean.
     assert summary["step_s"] == pytest.approx({"none": 0.1, "sra": 0.2})
     none, sra = summary["curves"]["none"], summary["curves"]["sra"]
     assert [(p["step"], p["seeds"], p["embedded-FID"]) for p in none] == [(100, 2, 42.0), (200, 2, 22.0)]

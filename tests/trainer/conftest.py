@@ -12,15 +12,8 @@ from tiny_runs import add_nano
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
+from featcache.progress import Quiet
 from trainer.models.config import SIZES
-
-
-class _Quiet:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +24,7 @@ def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         BuildRequest(
             data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=24, batch_size=8, shard_size=8, out=path
         ),
-        _Quiet(),
+        Quiet(),
     )
     return path
 

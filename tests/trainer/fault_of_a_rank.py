@@ -33,5 +33,5 @@ if __name__ == "__main__":
         return real(*args, **kw)
 
     setattr(trainer.training.loop, name, fails)
-    cli.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10))  # type: ignore[assignment]
+    cli.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10))  # type: ignore[attr-defined,assignment]  # its import
     cli.main()

@@ -29,7 +29,7 @@ class Operations:
         for name in ("open", "mkdir", "rename", "replace", "unlink", "rmdir", "scandir", "listdir", "fsync", "write"):
             patch.setattr(os, name, self._counted(name, getattr(os, name)))
         patch.setattr(io, "open", self._counted("io.open", io.open))
-        patch.setattr(pathlib.io, "open", io.open)
+        patch.setattr(vars(pathlib)["io"], "open", io.open)
         patch.setattr(safetensors.torch, "save_file", self._counted("save_file", safetensors.torch.save_file))
 
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:

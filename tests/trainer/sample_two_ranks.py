@@ -13,21 +13,17 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401 (what every child would import)
 import numpy as np
 import torch
 
+from featcache.progress import Quiet
+from trainer.requests import SampleRequest
 from trainer.sampling import run as sampling
-
-
-class _Quiet:
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def dies_in_the_second_block(path: Path, pixels: np.ndarray) -> None:
@@ -37,7 +33,7 @@ def dies_in_the_second_block(path: Path, pixels: np.ndarray) -> None:
     save(path, pixels)
 
 
-def start(out: Path, *, dies: bool = False, **environment: str) -> int:
+def start(out: Path, environment: Mapping[str, str] = MappingProxyType({}), *, dies: bool = False) -> int:
     """Forks a process that draws into ``out``; its id."""
     child = os.fork()
     if child == 0:
@@ -46,8 +42,8 @@ def start(out: Path, *, dies: bool = False, **environment: str) -> int:
             sampling._save_block = dies_in_the_second_block
         status = 1
         try:
-            ask = sampling.SampleRequest(num=21, sampler="sde", steps=3, device="cpu", batch_size=8, out=out)
-            sampling.sample_run(Path(sys.argv[1]), ask, _Quiet())
+            ask = SampleRequest(num=21, sampler="sde", steps=3, device="cpu", batch_size=8, out=out)
+            sampling.sample_run(Path(sys.argv[1]), ask, Quiet())
             status = 0
         finally:
             os._exit(status)
@@ -69,9 +65,9 @@ if __name__ == "__main__":
     sampling.BLOCK = 8
     save = sampling._save_block
     folder = Path(sys.argv[2])
-    result: dict[str, list[object]] = {"one": list(ended(start(folder / "one")))}
+    result: dict[str, Sequence[object]] = {"one": list(ended(start(folder / "one")))}
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start(folder / "two", **world, RANK=str(r), LOCAL_RANK=str(r)) for r in range(2)]
+    ranks = [start(folder / "two", world | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
     result["two"] = list(ended(*ranks))
     result["killed"] = list(ended(start(folder / "killed", dies=True)))
     result["left"] = sorted(p.name for p in (folder / "killed/blocks").glob("0*.npy"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def test_the_paper_configuration_adds_the_heads_it_states():
     """SiT-XL/2 on SD-VAE levels: one 3x3 convolution 1152 -> 1024, and a small router (App. A)."""
     info = BackboneInfo(name="SiT-XL/2", depth=28, width=1152, patch_size=2, latent_channels=4, latent_size=32)
     levels = {f"vae/{g}": FeatureInfo(shape=(4, 256, 512)) for g in ("G3", "G4")}
-    module = build([("ahpa", config_class("ahpa")())], info, levels)
+    module: Any = build([("ahpa", config_class("ahpa")())], info, levels)
     assert module.taps == (7,) and module.reads == ("vae/G3", "vae/G4")
     assert sum(p.numel() for p in module.heads.parameters()) == 9 * 1152 * 1024 + 1024
     assert [tuple(p.shape) for p in module.router.mlp.parameters() if p.ndim == 2] == [
@@ -233,7 +234,7 @@ def test_the_router_learns_which_group_can_be_predicted():
     for seed in range(80):
         x = inputs_for(module, seed=seed)
         clean = (x.hidden[2] @ mixing)[:, None].expand(-1, 4, -1, -1)
-        x.targets["vae/G4"].copy_(clean)  # type: ignore[index]
+        x.targets["vae/G4"].copy_(clean)
         optimizer.zero_grad()
         module.terms(x)["cosine"].backward()
         optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,7 +196,7 @@ def test_discriminator_weights_from_a_file(tmp_path):
     from featcache.errors import UserError
 
     torch.manual_seed(5)
-    resnet = timm.create_model("resnet18")
+    resnet: Any = timm.create_model("resnet18")
     with torch.no_grad():
         resnet.layer1[0].bn1.weight.normal_()
     save_file(resnet.state_dict(), tmp_path / "r.safetensors")
@@ -204,7 +205,7 @@ def test_discriminator_weights_from_a_file(tmp_path):
 
     from trainer.align import build, config_class
 
-    module = build([("sara", config_class("sara")(**options))], INFO, FEATURES)
+    module: Any = build([("sara", config_class("sara")(**options))], INFO, FEATURES)
     assert torch.equal(module.discriminator.layer2[0].conv1.weight, resnet.layer2[0].conv1.weight)
     assert torch.equal(module.discriminator.layer1[0].bn1.weight, resnet.layer1[0].bn1.weight)
 
@@ -238,7 +239,7 @@ def test_dya_starts_at_half_strength():
 
     from trainer.align import build, config_class
 
-    module = build([("dya", config_class("dya")())], INFO, FEATURES)
+    module: Any = build([("dya", config_class("dya")())], INFO, FEATURES)
     assert torch.equal(module.xi(torch.randn(4, INFO.width)), torch.full((4,), 0.5))
 
 
@@ -320,7 +321,7 @@ def test_sra2(loss):
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 def test_stacked_convolutions_are_conv_groupnorm_silu_blocks(depth):
     torch.manual_seed(0)
-    head = build_head(f"conv{depth}", 6, 8, grid=4, hidden=4)
+    head: Any = build_head(f"conv{depth}", 6, 8, grid=4, hidden=4)
     kinds = [type(layer) for layer in head.layers]
     assert kinds == [nn.Conv2d, nn.GroupNorm, nn.SiLU] * (depth - 1) + [nn.Conv2d]
     x = torch.randn(2, 16, 6)
@@ -384,4 +385,4 @@ def test_cosine_of_a_zero_token_is_finite_in_value_and_gradient():
     p = torch.zeros(1, 4, 3, requires_grad=True)
     loss = negative_cosine(p, torch.zeros(1, 4, 3))
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(p.grad).all()
+    assert p.grad is not None and torch.isfinite(loss) and torch.isfinite(p.grad).all()

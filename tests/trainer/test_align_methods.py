@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_a_batch_loss_is_the_mean_of_its_samples_losses(case):
 
     def rows(i):
         values = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-        cut = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        cut: dict[str, Any] = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         for key in ("hidden", "targets"):
             cut[key] = {k: v[i : i + 1] for k, v in values[key].items()}
         return AlignInputs(**cut)
@@ -226,7 +227,7 @@ def test_a_union_of_two_discriminators_is_refused():
 
 def test_dya_switches_off_the_whole_union():
     info, features = _setting()
-    both = build([(n, config_class(n)()) for n in ("repa", "dya")], info, features)
+    both: Any = build([(n, config_class(n)()) for n in ("repa", "dya")], info, features)
     alone = both.parts["dya"]
     assert [both.active(step=s, seed=3) for s in range(50)] == [alone.active(step=s, seed=3) for s in range(50)]
     assert not all(both.active(step=s, seed=3) for s in range(50))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from align_cases import CASES, FEATURES, INFO, make
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trainer.align
 from featcache.errors import CacheError, UserError
 from trainer.align import (
     METHODS,
@@ -38,13 +40,15 @@ def test_importing_the_table_imports_no_torch():
 
 
 def test_all_methods_are_in_the_table():
-    assert method_names() == ("none", "repa", "sara", "dya", "ahpa", "sra", "sra2")
+    folder = Path(trainer.align.__file__).parent
+    own = {p.stem for p in folder.glob("*.py") if "(Alignment):" in p.read_text() and p.stem != "combined"}
+    assert own == {file for file, _, _ in METHODS.values()} and method_names() == tuple(METHODS)
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_option_classes_are_frozen_keyword_only_and_typed(name):
-    cls = config_class(name)
-    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+    cls: Any = config_class(name)
+    assert dataclasses.is_dataclass(config_class(name)) and cls.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(cls))
     hints = typing.get_type_hints(cls)
     assert {field.name for field in dataclasses.fields(cls)} <= set(hints)
@@ -121,8 +125,9 @@ def test_bad_options_name_the_remedy(name, options, message):
 
 
 def test_lists_from_yaml_become_tuples():
-    assert config_class("repa")(features=["tiny@5"]).features == ("tiny@5",)
-    assert config_class("ahpa")(groups=["G4", "G3"], split=[2, 6], depths=[1]).groups == ("G3", "G4")
+    repa: Any = config_class("repa")(features=["tiny@5"])
+    ahpa: Any = config_class("ahpa")(groups=["G4", "G3"], split=[2, 6], depths=[1])
+    assert repa.features == ("tiny@5",) and ahpa.groups == ("G3", "G4")
     assert hash(config_class("ahpa")(split=[2, 6])) == hash(config_class("ahpa")(split=(2, 6)))
 
 
@@ -139,9 +144,10 @@ def test_of_several_encoders_the_error_names_an_option_that_works(method):
     cache = dict.fromkeys(("dinov2-b@9", "dinov2-b@11", "tiny@4", "tiny@5"), TOKENS)
     with pytest.raises(UserError, match="several encoders") as error:
         resolve(method, config_class(method)(), cache)
-    typed = re.search(rf"--set '{method}\.(\w+)=(.*)'", error.value.remedy)
-    value = yaml.safe_load(typed[2].replace("LAYER", "11"))
-    assert set(resolve(method, config_class(method)(**{typed[1]: value}), cache)) <= {"dinov2-b@9", "dinov2-b@11"}
+    assert error.value.remedy is not None
+    ((option, text),) = re.findall(rf"--set '{method}\.(\w+)=(.*)'", error.value.remedy)
+    value = yaml.safe_load(text.replace("LAYER", "11"))
+    assert set(resolve(method, config_class(method)(**{option: value}), cache)) <= {"dinov2-b@9", "dinov2-b@11"}
 
 
 def test_required_features_before_a_cache_is_known():

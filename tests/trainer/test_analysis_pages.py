@@ -99,7 +99,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert dataclasses.replace(chart, series=()) == dataclasses.replace(written.plots[0].drawing, series=())  # type: ignore[type-var]
     for row, expected in zip(strips.cells, written.plots[1].drawing.cells):  # type: ignore[union-attr]
         for tile, one in zip(row, expected):
-            np.testing.assert_array_equal(tile, one)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(tile, one)
     np.testing.assert_array_equal(matrix.values, [[0.25, np.nan]])
 
 
@@ -257,10 +257,10 @@ def test_text_between_dollars_is_no_mathematics_and_holes_no_error() -> None:
 
 
 def test_measuring_knows_no_pages_and_pages_read_results_alone() -> None:
-    """Arrows between the packages point one way."""
+    """Arrows between the packages point one way; the command that does both is told apart."""
 
     def imported(folder: str) -> set[str]:
-        files = (Path(trainer.__path__[0]) / folder).rglob("*.py")
+        files = [file for file in (Path(trainer.__path__[0]) / folder).rglob("*.py") if file.name != "analyze.py"]
         nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
         return {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module is not None}
 

@@ -1,8 +1,9 @@
-"""G-SNR on gradients of known mean and covariance; per-sample gradients against one backward pass a sample."""
+"""G-SNR on gradients of known mean and covariance; per-sample gradients against one backward pass per sample."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_scale_changes_nothing() -> None:
     assert gsnr(moments_of(1000 * g, 8)) == pytest.approx(gsnr(moments_of(g, 8)), rel=1e-12)
 
 
-def loss(hidden: dict[int, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+def loss(hidden: Mapping[int, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
     return ((hidden[2] - target).square().sum(dim=-1) + hidden[3].sum(dim=-1).sin()).mean()
 
 

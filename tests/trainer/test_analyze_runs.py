@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ from PIL import Image
 from tiny_runs import Listener, add_nano, settings
 
 from featcache.errors import CacheError, UserError
+from featcache.progress import Quiet
+from tests.told import Told
 from trainer.align.base import cosine_per_token
 from trainer.analyze import DIAGNOSTICS
 from trainer.analyze.angle import shared_gradients
@@ -32,18 +34,11 @@ from trainer.analyze.result import NotApplicable
 from trainer.analyze.subject import MIXTURE, Subject
 from trainer.models.config import SIZES
 from trainer.report import analysis as report_pages
+from trainer.report import page
 from trainer.report.analyze import analyze_runs
 from trainer.training.loop import train
 
 METHODS = ("none", "ahpa", "dya", "sra", "sara", "ahpa+repa")
-
-
-class Bar:
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def options(**kw: Any) -> AnalyzeConfig:
@@ -89,7 +84,7 @@ class _Page(HTMLParser):
 
 
 def test_all_of_a_run(runs_root: Path) -> None:
-    (page,) = analyze_runs([runs_root / "ahpa"], list(DIAGNOSTICS), options(images=1), Bar())
+    (page,) = analyze_runs([runs_root / "ahpa"], list(DIAGNOSTICS), options(images=1), Quiet())
     folder = page.parent
     assert page == runs_root / "ahpa" / "analysis" / "index.html"
     text = page.read_text()
@@ -142,38 +137,33 @@ def test_layers_are_ordered_by_number(runs_root: Path, monkeypatch: pytest.Monke
 
 
 def test_what_does_not_apply_is_left_out_or_refused(runs_root: Path) -> None:
-    (page,) = analyze_runs([runs_root / "none"], ["gradient-angle", "router", "spectrum"], options(), Bar())
+    (page,) = analyze_runs([runs_root / "none"], ["gradient-angle", "router", "spectrum"], options(), Quiet())
     text = page.read_text()
     assert "gradient-angle is left out" in text and "router is left out" in text and 'id="spectrum"' in text
     with pytest.raises(NotApplicable, match="neither a router"):
-        analyze_runs([runs_root / "none"], ["router"], options(), Bar())
+        analyze_runs([runs_root / "none"], ["router"], options(), Quiet())
 
 
 def test_of_several_runs_those_without_a_router_are_skipped(runs_root: Path) -> None:
-    class Noting(Bar):
-        notes: ClassVar[list[str]] = []
-
-        def note(self, text: str) -> None:
-            self.notes.append(text)
-
+    told = Told()
     none, sra, ahpa, dya = (runs_root / name for name in ("none", "sra", "ahpa", "dya"))
-    pages = analyze_runs([none, ahpa], ["router"], options(), Noting())
+    pages = analyze_runs([none, ahpa], ["router"], options(), told)
     assert pages == [ahpa / "analysis" / "index.html"]
-    (note,) = Noting.notes
+    (note,) = told.notes
     assert str(none) in note and "neither a router" in note
-    pages = analyze_runs([none, ahpa, dya], ["router"], options(), Bar())
+    pages = analyze_runs([none, ahpa, dya], ["router"], options(), Quiet())
     assert pages == [
         run / "analysis" / name for run, name in ((ahpa, "comparison.html"), (ahpa, "index.html"), (dya, "index.html"))
     ]
     with pytest.raises(NotApplicable, match="neither a router"):
-        analyze_runs([none, sra], ["router"], options(), Bar())
+        analyze_runs([none, sra], ["router"], options(), Quiet())
 
 
 def test_a_cache_without_features(runs_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Subject, "token_features", property(lambda self: []))
     monkeypatch.setattr(Subject, "levels", property(lambda self: []))
     asked = ["gsnr", "cknna", "probe", "spectrum", "selfsim", "pca", "codec"]
-    (page,) = analyze_runs([runs_root / "none"], asked, options(times=(0.5,), images=1), Bar())
+    (page,) = analyze_runs([runs_root / "none"], asked, options(times=(0.5,), images=1), Quiet())
     text = page.read_text()
     assert "cknna is left out" in text and "codec is left out" in text
     assert all(f'id="{what}"' in text for what in ("gsnr", "probe", "spectrum", "selfsim", "pca"))
@@ -182,9 +172,9 @@ def test_a_cache_without_features(runs_root: Path, monkeypatch: pytest.MonkeyPat
 def test_a_second_call_replaces_its_own_and_keeps_the_rest(runs_root: Path) -> None:
     run = runs_root / "dya"
     cheap = {"times": (0.5,), "against": ("tiny@5",)}
-    (page,) = analyze_runs([run], ["router", "pca"], options(images=2), Bar())
+    (page,) = analyze_runs([run], ["router", "pca"], options(images=2), Quiet())
     first = page.read_text()
-    analyze_runs([run], ["cknna", "pca"], options(images=1, **cheap), Bar())
+    analyze_runs([run], ["cknna", "pca"], options(images=1, **cheap), Quiet())
     text = page.read_text()
     order = [text.index(f'<section id="{what}"') for what in ("router", "cknna", "pca")]
     assert order == sorted(order)
@@ -197,7 +187,7 @@ def test_a_second_call_replaces_its_own_and_keeps_the_rest(runs_root: Path) -> N
     # A diagnostic that stops to apply takes its section and files along.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Subject, "methods", property(lambda self: {}))
-        analyze_runs([run], ["router", "cknna"], options(**cheap), Bar())
+        analyze_runs([run], ["router", "cknna"], options(**cheap), Quiet())
     text = page.read_text()
     assert "router is left out" in text and '<section id="router"' not in text
     assert not list(page.parent.glob("router*"))
@@ -209,7 +199,7 @@ def test_two_calls_at_once_both_stay_on_the_page(
     """Each waits (for a while) until the other is as far as itself, where it has read the page and not yet written it."""
     shutil.copytree(runs_root / "none", tmp_path / "run")
     run, meeting = tmp_path / "run", threading.Barrier(2)
-    real = report_pages.write_page
+    real = page.write_page
 
     def late(*args: Any, **values: Any) -> Path:
         with contextlib.suppress(threading.BrokenBarrierError):
@@ -221,7 +211,7 @@ def test_two_calls_at_once_both_stay_on_the_page(
 
     def call(what: str) -> None:
         try:
-            analyze_runs([run], [what], options(images=1), Bar())
+            analyze_runs([run], [what], options(images=1), Quiet())
         except Exception as error:
             failed.append(error)
 
@@ -244,9 +234,9 @@ def test_diagnostics_follow_no_link_and_trust_no_file(runs_root: Path, tmp_path:
     (outside / "secret.svg").write_text("a secret")
     (run / "analysis").symlink_to(outside)
     with pytest.raises(UserError, match="analysis is a symbolic link"):
-        analyze_runs([run], ["selfsim"], options(images=1), Bar())
+        analyze_runs([run], ["selfsim"], options(images=1), Quiet())
     (run / "analysis").unlink()
-    analyze_runs([run], ["selfsim"], options(images=1), Bar())
+    analyze_runs([run], ["selfsim"], options(images=1), Quiet())
     (drawn,) = json.loads((run / "analysis" / "selfsim.json").read_text())["plots"][:1]
     for content in (
         json.dumps({"plots": ["../../outside/secret"]}),
@@ -260,7 +250,7 @@ def test_diagnostics_follow_no_link_and_trust_no_file(runs_root: Path, tmp_path:
         (run / "analysis" / f"{drawn}.svg").symlink_to(outside / "secret.svg")
         (run / "analysis" / "index.html").write_bytes(b"\xff")
         (run / "analysis" / f"old.png.{'0' * 16}.part").write_text("half")
-        analyze_runs([run], ["selfsim"], options(images=1), Bar())
+        analyze_runs([run], ["selfsim"], options(images=1), Quiet())
         assert "<svg" in (run / "analysis" / f"{drawn}.svg").read_text()
         assert not list((run / "analysis").glob("*.part"))
     assert [p.read_text() for p in outside.iterdir()] == ["a secret"]
@@ -269,7 +259,7 @@ def test_diagnostics_follow_no_link_and_trust_no_file(runs_root: Path, tmp_path:
 def test_comparison_has_one_line_a_run(runs_root: Path) -> None:
     runs = [runs_root / "ahpa", runs_root / "none"]
     asked = options(times=(0.5,), against=("tiny@5", "vae/G4"), images=1)
-    pages = analyze_runs(runs, ["cknna", "pca"], asked, Bar())
+    pages = analyze_runs(runs, ["cknna", "pca"], asked, Quiet())
     folder = runs[0] / "analysis"
     assert pages[0] == folder / "comparison.html" and len(pages) == 3
     text = pages[0].read_text()
@@ -283,16 +273,16 @@ def test_comparison_has_one_line_a_run(runs_root: Path) -> None:
     assert lines[1]["y"] == [r["cknna"] for r in own if r["b"] == "tiny@5" and r["block"]]
     assert (folder / "comparison_pca_0.png").is_file()
     # Other diagnostics of the same runs are added; a line that only one run has is no comparison.
-    again = analyze_runs(runs, ["gsnr"], asked, Bar())[0].read_text()
+    again = analyze_runs(runs, ["gsnr"], asked, Quiet())[0].read_text()
     assert "With tiny@5" in again and "ahpa: latent" in again and "ahpa: own loss" not in again
     # Other runs make another comparison: nothing of the old one stays.
     runs[1] = runs_root / "dya"
-    other = analyze_runs(runs, ["cknna"], asked, Bar())[0].read_text()
+    other = analyze_runs(runs, ["cknna"], asked, Quiet())[0].read_text()
     assert "none" not in json.loads((folder / "comparison.json").read_text())["compared"][1]
     assert 'id="gsnr"' not in other and "dya: CKNNA" in other
     assert not (folder / "comparison_gsnr_levels.png").exists() and not (folder / "comparison_pca_0.svg").exists()
     with pytest.raises(UserError, match="twice"):
-        analyze_runs([runs[0], runs[0]], ["cknna"], options(), Bar())
+        analyze_runs([runs[0], runs[0]], ["cknna"], options(), Quiet())
 
 
 @pytest.mark.parametrize("wrt", ["hidden", "block"])
@@ -402,7 +392,7 @@ def test_pooled_states_are_means_over_tokens(runs_root: Path) -> None:
 
 def test_bad_input(runs_root: Path, tmp_path: Path) -> None:
     def run(path: Path, what: str, **kw: Any) -> None:
-        analyze_runs([path], [what], options(**kw), Bar())
+        analyze_runs([path], [what], options(**kw), Quiet())
 
     with pytest.raises(UserError, match="not a run"):
         run(tmp_path, "cknna")
@@ -426,7 +416,7 @@ def test_bad_input(runs_root: Path, tmp_path: Path) -> None:
 
 def test_pairs_of_representations(runs_root: Path) -> None:
     asked = options(pairs=("block2:0.5,tiny@5", "vae/G3, vae/G4"), against=("tiny@5",))
-    analyze_runs([runs_root / "dya"], ["cknna"], asked, Bar())
+    analyze_runs([runs_root / "dya"], ["cknna"], asked, Quiet())
     rows = json.loads((runs_root / "dya/analysis/cknna.json").read_text())["rows"]
     found = {(row["a"], row["b"]): row for row in rows}
     assert {("block2:0.5", "tiny@5"), ("vae/G3", "vae/G4"), ("block4:0.7", "tiny@5")} <= found.keys()

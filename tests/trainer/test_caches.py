@@ -7,10 +7,12 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +66,8 @@ def test_the_command_names_a_folder_to_find_and_random_weights(shapes_cache: Pat
     drawn = replace(spec, name="dinov2-b@11", provenance={"weights": "random", "seed": 3})
     dataset = replace(manifest.dataset, source="folder my photos")
     manifest = replace(manifest, dataset=dataset, features={**manifest.features, "dinov2-b@11": drawn})
-    command = build_command(SimpleNamespace(path="c", manifest=manifest), ["dinov2-b@9", "dinov2-b@11"])
+    cache: Any = SimpleNamespace(path="c", manifest=manifest)
+    command = build_command(cache, ["dinov2-b@9", "dinov2-b@11"])
     expected = ["--encoder", "dinov2-b@9,11", "--random-weights", "3", "--data", "/path/to/my photos"]
     assert shlex.split(command.splitlines()[1])[4:] == expected
 
@@ -115,3 +118,11 @@ def test_keys_of_any_samples(shapes_cache: Path) -> None:
     cache = featcache.open(shapes_cache)
     every = cache.keys()
     assert sample_keys(cache, np.array([5, 0, 23, 5])) == [every[5], every[0], every[23], every[5]]
+
+
+def test_keys_that_are_no_utf8_keep_their_bytes() -> None:
+    """They go into ``diverged.json``: two images must not get one name."""
+    stored = {"key": np.array([[0xE9, 0x61, 0], [0xE8, 0x61, 0]], np.uint8)}
+    reader = SimpleNamespace(allocate=lambda n: stored, read=lambda indices, out: None)
+    cache: Any = SimpleNamespace(reader=lambda names: nullcontext(reader))
+    assert sample_keys(cache, np.array([0, 1])) == ["\\xe9a", "\\xe8a"]

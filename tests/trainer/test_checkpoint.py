@@ -102,7 +102,8 @@ def test_an_optimiser_s_state_goes_by_names_not_positions() -> None:
     first = torch.optim.AdamW([*a.parameters(), *b.parameters()], fused=True)
     (a(torch.randn(4, 2)).square().sum()).backward()  # b never had a gradient
     first.step()
-    names = {**{p: f"a.{n}" for n, p in a.named_parameters()}, **{p: f"b.{n}" for n, p in b.named_parameters()}}
+    names: dict[torch.Tensor, str] = {p: f"a.{n}" for n, p in a.named_parameters()}
+    names |= {p: f"b.{n}" for n, p in b.named_parameters()}
     saved = checkpoint.optimizer_tensors(first, names)
     assert {key.split("/")[1] for key in saved} == {"a.weight", "a.bias"}
     second = torch.optim.AdamW([*b.parameters(), *a.parameters()], fused=True)

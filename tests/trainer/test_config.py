@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from featcache.errors import UserError
 from featcache.settings import from_mapping, to_mapping
+from trainer.align.ahpa import AhpaConfig
+from trainer.align.sra import SraConfig
 from trainer.runs.config import RunConfig, apply_overrides
 from trainer.runs.recipes import load_recipe
 
@@ -47,7 +49,7 @@ def test_numbers_may_be_written_as_people_write_them(text: str, value: float, tm
     assert parse(None, f"lr={text}").lr == value
     (tmp_path / "r.yaml").write_text(f"lr: {text}\n")
     assert parse(load_recipe(tmp_path / "r.yaml")).lr == value
-    assert parse({"method": "ahpa"}, f"ahpa.weight={text}").align["ahpa"]["weight"] == value
+    assert parse({"method": "ahpa"}, f"ahpa.weight={text}").align["ahpa"] == {"weight": value}
 
 
 def test_whole_numbers_may_have_exponents_but_no_fraction() -> None:
@@ -63,11 +65,12 @@ def test_wrong_types_are_errors(value: Any) -> None:
 
 
 def test_set_reaches_nested_options_and_keeps_the_others() -> None:
-    values = {"method": "ahpa+sra", "align": {"ahpa": {"router": "table", "bins": 5}}}
+    values: dict[str, Any] = {"method": "ahpa+sra", "align": {"ahpa": {"router": "table", "bins": 5}}}
     config = parse(values, "ahpa.bins=7", "align.sra.weight=0.5", "steps=3")
     assert config.align == {"ahpa": {"router": "table", "bins": 7}, "sra": {"weight": 0.5}}
     assert config.steps == 3
-    assert config.method_config("ahpa").bins == 7 and config.method_config("sra").weight == 0.5
+    ahpa, sra = config.method_config("ahpa"), config.method_config("sra")
+    assert isinstance(ahpa, AhpaConfig) and ahpa.bins == 7 and isinstance(sra, SraConfig) and sra.weight == 0.5
     assert values["align"]["ahpa"]["bins"] == 5, "the recipe itself is not changed"
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import CacheError
+from featcache.progress import Quiet
 from trainer.training.data import RING, Batches, Share, stream_indices, stream_views
 
 CPU = torch.device("cpu")
@@ -119,13 +120,6 @@ def test_mirrored_views_follow_the_coins(tmp_path: Path) -> None:
     from featcache.build.request import BuildRequest
     from featcache.build.run import build
     from featcache.encoders import EncoderChoice
-
-    class Quiet:
-        def start(self, *, total: int, done: int, note: str) -> None: ...
-
-        def advance(self, images: int) -> None: ...
-
-        def warn(self, text: str) -> None: ...
 
     request = BuildRequest(
         data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=4, flip=True, shard_size=4, out=tmp_path / "c"

@@ -136,6 +136,7 @@ def test_loss_number_by_number() -> None:
                 lower = 0.0 if x0 < -0.999 else cdf((x0 - 1 / 255 - at[1]) / std)
                 nats = -math.log(max(upper - lower, 1e-12))
             bits.append(nats / math.log(2))
+        assert ours.vb is not None
         assert ours.mse[b].item() == pytest.approx(np.mean(errors), rel=1e-10)
         assert ours.vb[b].item() == pytest.approx(np.mean(bits), rel=1e-7)
         assert ours.loss[b].item() == pytest.approx(np.mean(errors) + np.mean(bits), rel=1e-7)
@@ -145,6 +146,7 @@ def test_bound_of_the_exact_step_is_zero() -> None:
     e = example()
     exact = torch.cat([e["noise"], -torch.ones_like(e["noise"])], dim=1)
     vb = ddpm_loss(**(e | {"prediction": exact}), table=TABLE).vb
+    assert vb is not None
     torch.testing.assert_close(vb[2:], torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -152,6 +154,7 @@ def test_bound_trains_the_variance_and_the_error_trains_the_noise() -> None:
     e = example()
     prediction = e["prediction"].requires_grad_()
     loss = ddpm_loss(**e, table=TABLE)
+    assert loss.vb is not None
     (of_vb,) = torch.autograd.grad(loss.vb.sum(), prediction, retain_graph=True)
     (of_mse,) = torch.autograd.grad(loss.mse.sum(), prediction)
     assert torch.count_nonzero(of_vb[:, :3]) == 0
@@ -184,6 +187,7 @@ def test_float32_tables_lose_little() -> None:
     single = {key: value.float() if value.is_floating_point() else value for key, value in e.items()}
     ours = ddpm_loss(**single, table=tables(FULL))
     torch.testing.assert_close(ours.mse.double(), exact.mse, rtol=1e-5, atol=1e-6)
+    assert ours.vb is not None
     torch.testing.assert_close(ours.vb.double(), exact.vb, rtol=1e-4, atol=1e-5)
 
 

@@ -121,8 +121,8 @@ def test_two_ranks_follow_the_curve_of_one(
     one, two = log_of(alone(ranks, name, tmp_path)), log_of(ranks.root / name)
     for a, b in zip(one, two, strict=True):
         numbers = [k for k in a if k not in ("time_s", "images_per_s")]
-        tolerance = {"rel": 2e-3, "abs": 1e-3} if "-fp16" in name else {"rel": 2e-4, "abs": 2e-5}
-        assert {k: b[k] for k in numbers} == pytest.approx({k: a[k] for k in numbers}, **tolerance)
+        relative, absolute = (2e-3, 1e-3) if "-fp16" in name else (2e-4, 2e-5)
+        assert {k: b[k] for k in numbers} == pytest.approx({k: a[k] for k in numbers}, rel=relative, abs=absolute)
     assert max(r["grad_norm"] for r in one) > 0.5, "clipping must have acted"
 
 
@@ -203,7 +203,7 @@ def test_one_rank_speaks_for_all(shapes_cache: Path, tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for said in ("training sara on", "step 1/1", "run: "):
+    for said in ("training sara on", "1/1 steps", "run: "):
         assert done.stdout.count(said) == 1, said
     assert done.stderr.count("starts from random weights") == 1
 

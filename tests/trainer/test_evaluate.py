@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from featcache.sources.open import open_source
+from tests.told import Told
 from trainer.evaluate.extractors import Extractor, build_extractor
 from trainer.evaluate.images import (
     ArrayImages,
@@ -57,7 +60,7 @@ def dark(shapes: np.ndarray) -> np.ndarray:
 
 
 def write_npz(path: Path, images: np.ndarray, labels: np.ndarray | None = None, **more: np.ndarray) -> Path:
-    np.savez(path, *([images] if labels is None else [images, labels]), **more)
+    np.savez(path, *([images] if labels is None else [images, labels]), allow_pickle=False, **more)
     return path
 
 
@@ -103,7 +106,8 @@ def test_every_kind_of_image_set_yields_the_same_pixels_and_labels(tmp_path: Pat
         batches = list(found.batches(5))
         assert [len(b) for b in batches] == [5, 5, 5, 5, 3], name
         assert np.array_equal(np.concatenate(batches), images[order]), name
-        assert np.array_equal(found.labels(), labels[order]), name
+        classes_found = found.labels()
+        assert classes_found is not None and np.array_equal(classes_found, labels[order]), name
         assert found.count in (23, None) and (found.count == 23 or name == "tar")
 
 
@@ -202,7 +206,7 @@ def test_adm_references_give_images_to_other_extractors_and_moments_to_inception
 ) -> None:
     """An ADM batch with moments that its images do not have: only the standard Inception may use them."""
     dims = {"mu": 2048, "mu_s": 2023}
-    moments = {n: np.full(d, 7.0) for n, d in dims.items()}
+    moments: dict[str, np.ndarray] = {n: np.full(d, 7.0) for n, d in dims.items()}
     moments |= {"sigma": np.eye(2048), "sigma_s": np.eye(2023)}
     path = write_npz(tmp_path / "adm.npz", shapes[:30], **moments)
     ours = reference_statistics(path, extractor, resolution=SIDE, need_features=False)
@@ -318,7 +322,7 @@ def test_unknown_metrics_and_extractors_list_the_valid_ones(extractor: Extractor
         build_extractor("vgg")
     reference = compute_statistics(ArrayImages(images=shapes[:20]), extractor)
     for metric in ("inception_score", "nonsense"):
-        with pytest.raises(UserError, match="fid, kid, precision, recall"):
+        with pytest.raises(UserError, match="fid, precision, recall, kid"):
             evaluate(ArrayImages(images=shapes[:20]), reference, extractor, metrics=[metric])
 
 
@@ -336,7 +340,7 @@ def test_metrics_that_need_activations_say_so(tmp_path: Path, extractor: Extract
 def test_prefetch_keeps_order_passes_errors_and_stops() -> None:
     made: list[int] = []
 
-    def items(stop: int, fail_at: int | None = None):  # type: ignore[no-untyped-def]
+    def items(stop: int, fail_at: int | None = None) -> Iterator[int]:
         for i in range(stop):
             if i == fail_at:
                 raise ValueError("bad item")
@@ -354,15 +358,19 @@ def test_prefetch_keeps_order_passes_errors_and_stops() -> None:
 
 
 def test_progress_and_times_are_reported(extractor: Extractor, shapes: np.ndarray) -> None:
-    seen: list[tuple[str, int, int | None]] = []
+    told = Told()
     result = evaluate(
         samples := ArrayImages(images=shapes[:50]),
         compute_statistics(samples, extractor),
         extractor,
         batch_size=20,
-        progress=lambda *entry: seen.append(entry),
+        bootstrap=3,
+        progress=told,
     )
-    assert seen == [("samples", 20, 50), ("samples", 40, 50), ("samples", 50, 50)]
+    first, *bootstraps = told.tasks
+    assert first == ("features of the samples", 50, 0, "images") and told.counts[:3] == [20, 20, 10]
+    assert {(total, unit) for _, total, _, unit in bootstraps} == {(3, "replicates")}
+    assert told.counts[3:] == [1] * 3 * len(bootstraps)
     assert set(result["time_s"]) == {"samples", "reference", "metrics"}
 
 
@@ -391,23 +399,13 @@ def test_dinov2_with_random_weights(shapes: np.ndarray) -> None:
     }  # fmt: skip
 
 
-class Silent:
-    """A build's progress, ignored."""
-
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-
 def build_cache(path: Path, data: str, **options: object) -> Path:
     """A small cache of the tiny VAE's moments."""
     from featcache.build.request import BuildRequest
     from featcache.build.run import build
 
     request = BuildRequest(data=data, vae="tiny", resolution=SIDE, device="cpu", out=path, **options)  # type: ignore[arg-type]
-    return build(request, Silent()).path
+    return build(request, Quiet()).path
 
 
 def test_a_caches_own_images_are_the_ones_it_encoded(tmp_path: Path, extractor: Extractor, shapes: np.ndarray) -> None:

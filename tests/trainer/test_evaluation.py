@@ -18,9 +18,12 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
+from featcache.progress import Quiet
+from tests.told import Told
 from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run
 from trainer.interval import Interval
 from trainer.models import build_model
+from trainer.report import data
 from trainer.report.run import router_charts, write_run_report
 from trainer.requests import EvalRequest, SampleSettings
 from trainer.runs import folder as runs
@@ -30,22 +33,6 @@ from trainer.runs.recipes import list_recipes, load_recipe_file
 from trainer.runs.records import run_model_config
 from trainer.sampling.draw import load_run
 from trainer.training.loop import train
-
-
-class Quiet:
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def start(self, **_: object) -> None: ...
-
-    def advance(self, *_: object) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +69,7 @@ def changed(request: EvalRequest, **changes: object) -> EvalRequest:
 def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     run = root / "runs/a"
     result = evaluate_run(run, ASK, Quiet())
+    assert result is not None
     assert all(name.startswith("embedded-") for name in result.metrics)
     assert result.metrics["embedded-FID"] > 0
     (entry,) = json.loads((run / "metrics.json").read_text())
@@ -89,7 +77,7 @@ def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     assert entry["sampler"]["sampler"] == "ode"
     assert entry["metrics"] == dict(result.metrics)
     again = evaluate_run(run, ASK, Quiet())
-    assert again.metrics == result.metrics
+    assert again is not None and again.metrics == result.metrics
     assert len(json.loads((run / "metrics.json").read_text())) == 1, "the same evaluation replaces itself"
     evaluate_run(run, changed(ASK, seed=1), Quiet())
     assert len(json.loads((run / "metrics.json").read_text())) == 2
@@ -117,11 +105,11 @@ def test_auto_falls_back_to_the_embedded_extractor_and_says_so(root: Path, monke
         raise WeightsUnavailable("no Inception weights", remedy="bring them")
 
     monkeypatch.setitem(extractors.EXTRACTORS, "inception", missing)
-    bar = Quiet()
-    assert choose_extractor("auto", None, "cpu", bar).name == "embedded"
-    assert any("not FID" in note for note in bar.notes)
+    told = Told()
+    assert choose_extractor("auto", None, "cpu", told).name == "embedded"
+    assert any("not FID" in note for note in told.notes)
     with pytest.raises(WeightsUnavailable):
-        choose_extractor("inception", None, "cpu", bar)
+        choose_extractor("inception", None, "cpu", told)
 
 
 def test_router_curves_are_the_checkpoints_own(root: Path) -> None:
@@ -138,8 +126,26 @@ def test_report_survives_a_cache_that_is_gone(root: Path, tmp_path: Path) -> Non
     summary = json.loads((copy / "cache.json").read_text())
     (copy / "cache.json").write_text(json.dumps(summary | {"path": str(tmp_path / "gone")}))
     assert write_run_report([copy]).is_file()
-    with pytest.raises(UserError, match="no longer there"):
+    with pytest.raises(UserError, match=r"cannot be opened: there is no cache at .*gone"):
         evaluate_run(copy, ASK, Quiet())
+
+
+@pytest.mark.parametrize("content", ["{", "[3]"])
+def test_damaged_files_of_a_run_are_not_to_be_removed(root: Path, tmp_path: Path, content: str, monkeypatch) -> None:
+    """Without cache.json a run cannot be resumed, and metrics.json holds all that was measured."""
+    copy = tmp_path / "runs/b"
+    shutil.copytree(root / "runs/a", copy)
+    (copy / "metrics.json").write_text(content)
+    monkeypatch.setattr("trainer.evaluate.run.sample_run", None)  # nothing is drawn for numbers that cannot be kept
+    with pytest.raises(UserError, match=r"metrics\.json") as found:
+        evaluate_run(copy, ASK, Quiet())
+    assert found.value.remedy is not None and "repair" in found.value.remedy
+    (copy / "metrics.json").unlink()
+    (copy / "cache.json").write_text(content)
+    for read in (runs.read_summary, data.load_run):
+        with pytest.raises(UserError, match=r"cache\.json") as found:
+            read(copy)
+        assert found.value.remedy == runs.RESTORE
 
 
 def test_the_newest_run_is_the_one_active_last(tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_drawn(root: Path, t
         ({"reference": str(other)}, "64 pixels"),
     ):
         with pytest.raises(UserError, match=words):
-            evaluate_run(run, replace(changed(ASK, seed=77), **change), Quiet())  # type: ignore[arg-type]
+            evaluate_run(run, replace(changed(ASK, seed=77), **change), Quiet())
     assert not list((run / "samples").glob("*seed77*"))
 
 
@@ -195,17 +201,17 @@ def test_images_of_any_code_can_be_judged(root: Path, tmp_path: Path) -> None:
     ask = EvalRequest(
         settings=SampleSettings(device="cpu"), extractor="embedded", reference=str(reference), metrics=("FID",)
     )
-    result = evaluate_images(str(labelled), ask, require_labels=True, bar=Quiet())
+    result = evaluate_images(str(labelled), ask, require_labels=True, progress=Quiet())
     record = json.loads(result.file.read_text())
     assert result.file == tmp_path / "labelled.npz.metrics.json"
     assert record["settings"]["labels"] == {"classes": 6, "fewest": 1, "most": 1}
     assert record["metrics"] == dict(result.metrics) and set(result.metrics) == {"embedded-FID"}
     with pytest.raises(UserError, match="no labels"):
-        evaluate_images(str(bare), ask, require_labels=True, bar=Quiet())
+        evaluate_images(str(bare), ask, require_labels=True, progress=Quiet())
     with pytest.raises(UserError, match="7 were asked for"):
-        evaluate_images(str(bare), changed(ask, num=7), require_labels=False, bar=Quiet())
+        evaluate_images(str(bare), changed(ask, num=7), require_labels=False, progress=Quiet())
     with pytest.raises(UserError, match="compared with"):
-        evaluate_images(str(bare), replace(ask, reference=None), require_labels=False, bar=Quiet())
+        evaluate_images(str(bare), replace(ask, reference=None), require_labels=False, progress=Quiet())
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,7 @@ def test_options_without_effect_are_refused(words: list[str], named: str) -> Non
     assert done.exception.what.startswith(named.replace("--no-compile", "--compile"))
 
 
-PUBLISHED = {
+PUBLISHED: dict[str, object] = {
     "source": "REPA, Table 4",
     "metrics": {"FID": 1.42, "sFID": 4.7, "IS": 305.7, "Precision": 0.8, "Recall": 0.65},
     "sampling": {"sampler": "heun", "steps": 40, "guidance": 1.8, "interval": [0, 0.7]},
@@ -270,10 +276,10 @@ def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
     assert (same_scale.guidance, same_scale.interval) == (1.8, Interval(0, 0.7))
     on_cpu = _with_defaults(SampleSettings(), run, config, "cpu", Quiet())
     assert (on_cpu.sampler, on_cpu.steps, on_cpu.guidance) == ("ode", 32, 1.8)
-    bar = Quiet()
+    told = Told()
     vague = {**PUBLISHED, "sampling": {"sampler": "sde", "steps": 250, "guidance": None}}
-    unknown = _with_defaults(SampleSettings(), run, replace(config, published=vague), "cuda", bar)
-    assert unknown.guidance == 1.0 and any("scale" in note for note in bar.notes)
+    unknown = _with_defaults(SampleSettings(), run, replace(config, published=vague), "cuda", told)
+    assert unknown.guidance == 1.0 and any("scale" in note for note in told.notes)
     page = write_run_report([run]).read_text()
     assert "REPA, Table 4: heun 40, guidance 1.8 in [0, 0.7]" in page
     for figure in ("1.420", "4.70", "305.7", "0.800", "0.650"):
@@ -289,16 +295,16 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
     for recipe in rows:
         assert recipe.published is not None and recipe.published.sampling is not None
         sampling = recipe.published.sampling
-        bar = Quiet()
-        asked, as_if = _beside(recipe.name, EvalRequest(), config, bar)
+        told = Told()
+        asked, as_if = _beside(recipe.name, EvalRequest(), config, told)
         low, high = sampling.interval.low, sampling.interval.high
         for device, sampler, steps in (("cuda", None, 250), ("cpu", "ode", 32)):
-            drawn = _with_defaults(asked.settings, run, as_if, device, bar)
+            drawn = _with_defaults(asked.settings, run, as_if, device, told)
             assert (drawn.sampler, drawn.steps) == (sampling.sampler or sampler, sampling.steps or steps), recipe.name
             assert drawn.guidance == (1.0 if sampling.guidance is None else sampling.guidance), recipe.name
             assert str(drawn.interval) == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
-        assert any("scale its paper does not give" in note for note in bar.notes) == (sampling.guidance is None)
-        assert any(f"not trained as {recipe.training} says" in note for note in bar.notes), "it is a tiny run"
+        assert any("scale its paper does not give" in note for note in told.notes) == (sampling.guidance is None)
+        assert any(f"not trained as {recipe.training} says" in note for note in told.notes), "it is a tiny run"
     typed = EvalRequest(settings=SampleSettings(sampler="heun", steps=7, guidance=2.0, checkpoint=5))
     asked, as_if = _beside("repa/xl2-4m-interval", typed, config, Quiet())
     drawn = _with_defaults(asked.settings, run, as_if, "cuda", Quiet())
@@ -314,11 +320,11 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
 
 
 def test_a_run_of_the_recipe_is_not_called_another(root: Path) -> None:
-    bar = Quiet()
-    _beside("ahpa/xl2-4m-guided", EvalRequest(), load_recipe_file("ahpa/xl2").config(), bar)
-    assert bar.notes == []
-    _beside("ahpa/xl2", EvalRequest(), replace(load_recipe_file("ahpa/xl2").config(), lr=1e-4), bar)
-    assert bar.notes == ["the run was not trained as ahpa/xl2 says: its lr differs"]
+    told = Told()
+    _beside("ahpa/xl2-4m-guided", EvalRequest(), load_recipe_file("ahpa/xl2").config(), told)
+    assert told.notes == []
+    _beside("ahpa/xl2", EvalRequest(), replace(load_recipe_file("ahpa/xl2").config(), lr=1e-4), told)
+    assert told.notes == ["the run was not trained as ahpa/xl2 says: its lr differs"]
 
 
 def test_evaluations_beside_figures_are_reported_with_them(root: Path, tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from tiny_runs import Listener, settings
 
-from featcache.build.run import BuildRequest, build
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
 from featcache.encoders import EncoderChoice
+from featcache.progress import Quiet
 from trainer.training.loop import train
 
 MARKUP = "[red]x[bold]"
@@ -24,14 +26,6 @@ SCRIPT = "<script>alert(1)<img src=x onerror=alert(2)>"
 MATHS = "$\\frac{"
 CLASSES = (MARKUP, TITLE, REVERSED, SCRIPT.replace("/", ""), MATHS, "[")
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-class Quiet:
-    def start(self, *, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, images: int) -> None: ...
-
-    def warn(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def extractor() -> InceptionExtractor:
     generator = torch.Generator().manual_seed(3)
     for module in built._module.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
             module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
     return built
@@ -77,7 +79,8 @@ def test_path_equals_torch_fidelitys_own_extractor(extractor: InceptionExtractor
 def test_resize_is_tensorflow_1s(extractor: InceptionExtractor, images: Tensor) -> None:
     """The network's first convolution must see the TF1 resize of the pixels, scaled by (x - 128) / 128."""
     seen: list[Tensor] = []
-    handle = extractor._module.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network: Any = extractor._module
+    handle = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     extractor.features(images[:1])
     handle.remove()
     expected = (tf1_bilinear(images[0].numpy().astype(np.float64), 299) - 128) / 128
@@ -87,11 +90,12 @@ def test_resize_is_tensorflow_1s(extractor: InceptionExtractor, images: Tensor) 
 def test_spatial_features_are_the_slice_of_the_modules_branch(extractor: InceptionExtractor, images: Tensor) -> None:
     """mixed_6/conv is the 1x1 branch of the block torchvision calls Mixed_6d; 7 channels, channels last."""
     seen: list[Tensor] = []
-    handle = extractor._module.Mixed_6d.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network: Any = extractor._module
+    handle = network.Mixed_6d.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     spatial = extractor.features(images)["spatial"]
     handle.remove()
     with torch.inference_mode():
-        branch = extractor._module.Mixed_6d.branch1x1(seen[0])
+        branch = network.Mixed_6d.branch1x1(seen[0])
     assert spatial is not None and spatial.shape == (2, 17 * 17 * 7)
     by_hand = [
         branch[b, c, row, column]
@@ -107,8 +111,9 @@ def test_spatial_features_are_the_slice_of_the_modules_branch(extractor: Incepti
 def test_logits_carry_no_bias(extractor: InceptionExtractor, images: Tensor) -> None:
     out = extractor.features(images)
     assert out["pool"] is not None and out["logits"] is not None
-    torch.testing.assert_close(out["logits"], out["pool"] @ extractor._module.fc.weight.T)
-    assert extractor._module.fc.bias.abs().max() > 0
+    network: Any = extractor._module
+    torch.testing.assert_close(out["logits"], out["pool"] @ network.fc.weight.T)
+    assert network.fc.bias.abs().max() > 0
 
 
 def test_random_weights_are_seeded_and_never_called_fid() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.diffusion.guidance import Guidance
-from trainer.models import build_model, model_config
+from trainer.models import Transformer, build_model, model_config
 from trainer.sampling.draw import SampleConfig, draw_latents
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
 
 
-def backbone(name: str = "SiT-Ti/2") -> torch.nn.Module:
+def backbone(name: str = "SiT-Ti/2") -> Transformer:
     """With weights that matter: a fresh model predicts zero."""
     cfg = model_config(name, latent_channels=4, latent_size=8, num_classes=10)
     model = build_model(cfg).eval().requires_grad_(False)
@@ -41,7 +43,8 @@ def test_rounded_weights_change_no_bit_of_autocast(name: str) -> None:
     assert expected.dtype == torch.bfloat16 and got.dtype == torch.float32
     assert torch.equal(got, expected.float())
     assert 0 < (got - exact).abs().max() < 0.1 * exact.abs().max()
-    linear = network.backbone.blocks[0].attn.qkv.weight
+    block: Any = network.backbone.blocks[0]
+    linear = block.attn.qkv.weight
     assert linear.dtype == torch.bfloat16
     assert network.backbone.t_embedder.mlp[0].weight.dtype == torch.float32
 

@@ -20,25 +20,19 @@ from faults import Killed, Operations
 from tiny_runs import Listener, add_nano, log_of, settings
 
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from featcache.store import files
 from trainer.models.config import SIZES
 from trainer.requests import SampleRequest
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.exchange import export_checkpoint, import_checkpoint
+from trainer.sampling import draw
 from trainer.sampling import run as sampling
 from trainer.sampling.run import sample_run
 from trainer.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("nano")
-
-
-class Quiet:
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +68,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "class_grid", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
     monkeypatch.setattr(sampling, "load_decoder", lambda *_: torch.nn.Identity())
     loaded: dict[tuple[Path, int | None], Any] = {}
-    load = sampling.load_run
+    load = draw.load_run
 
     def load_once(run: Path, *, step: int | None, device: str) -> Any:
         key = (run, step)
@@ -289,7 +283,7 @@ def test_a_checkpoint_s_name_comes_after_all_that_it_stands_for(
     log, entries = str(root / "run" / "log.jsonl"), journal.entries
     saved = [i for i, entry in enumerate(entries) if entry[0] == "rename" and re.search(r"/step_\d+$", entry[-1])]
     assert len(saved) == 3
-    assert entries.count(("fsync", log)) == 3, "once a checkpoint, not once a step"
+    assert entries.count(("fsync", log)) == 3, "once per checkpoint, not once per step"
     for start, stop in zip([0, *saved], saved):
         assert ("fsync", log) in entries[start:stop]
         assert entries[stop + 1] == ("fsync", str(root / "run" / "checkpoints"))

@@ -15,20 +15,21 @@ import yaml
 from PIL import Image
 
 from featcache.errors import UserError
+from trainer.evaluate.table import higher_is_better
+from trainer.plots import Chart, Series
 from trainer.report import (
     Figure,
-    Published,
+    PublishedFigure,
     RunData,
     load_run,
     router_chart,
     write_comparison,
     write_report,
 )
-from trainer.report.charts import Chart, Series, render_svg, smooth, smoothed_series
-from trainer.report.data import read_log
-from trainer.report.page import measure, number
+from trainer.report.charts import render_svg, smooth, smoothed_series
+from trainer.report.data import read_columns
 from trainer.report.report import _evaluated
-from trainer.report.table import higher_is_better
+from trainer.typeset import measure, number
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -144,7 +145,7 @@ def demo_report(out: Path, runs: list[RunData]) -> Path:
             ),
             router_chart(t, levels, title="Router: layers"),
         ],
-        published=[Published(metric="FID", value=8.1, source="AHPA, Table 3", run=runs[0].name)],
+        published=[PublishedFigure(metric="FID", value=8.1, source="AHPA, Table 3", run=runs[0].name)],
     )
 
 
@@ -220,8 +221,8 @@ def test_numbers_stand_with_their_names_intervals_and_published_figures(tmp_path
 
 def test_figures_of_several_sources_name_them_each(tmp_path: Path, runs: list[RunData]) -> None:
     published = [
-        Published(metric="FID", value=8.1, source="AHPA, Table 3"),
-        Published(metric="FID", value=7.9, source="REPA, Table 3"),
+        PublishedFigure(metric="FID", value=8.1, source="AHPA, Table 3"),
+        PublishedFigure(metric="FID", value=7.9, source="REPA, Table 3"),
     ]
     _, text = read(write_report(tmp_path / "report.html", runs[:1], title="t", published=published))
     assert "FID ↓ not measured 8.10 AHPA, Table 3 7.90 REPA, Table 3" in text
@@ -293,12 +294,12 @@ def test_log_survives_a_torn_line_and_a_resume(tmp_path: Path) -> None:
     lines += [{"step": 3, "time_s": 2.0, "loss": 70.0}]  # resumed from step 2
     text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 4, "lo'
     (tmp_path / "log.jsonl").write_text(text)
-    log = read_log(tmp_path / "log.jsonl")
+    log = read_columns(tmp_path / "log.jsonl")
     assert log["loss"].steps.tolist() == [1, 2, 3] and log["loss"].values.tolist() == [9, 8, 70]
     assert log["loss"].time_s.tolist() == [0.5, 1, 2]
     (tmp_path / "log.jsonl").write_text(text.replace('{"step": 2', '{"stop": 2'))
     with pytest.raises(UserError, match="line 2 of"):
-        read_log(tmp_path / "log.jsonl")
+        read_columns(tmp_path / "log.jsonl")
 
 
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:

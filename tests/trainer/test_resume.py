@@ -230,7 +230,7 @@ def test_many_sigkills_in_the_middle_of_saving(
 
 
 @pytest.mark.usefixtures("nano")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(
     server: ForkServer, shapes_cache: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

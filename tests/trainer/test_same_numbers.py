@@ -21,6 +21,7 @@ from torch import Tensor
 
 import featcache
 from featcache.machine import cpu_name
+from featcache.progress import Quiet
 from trainer.diffusion.guidance import Guidance
 from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
@@ -162,15 +163,9 @@ def record_all() -> None:
 
     from tiny_runs import add_nano
 
-    from featcache.build.run import BuildRequest, build
+    from featcache.build.request import BuildRequest
+    from featcache.build.run import build
     from featcache.encoders import EncoderChoice
-
-    class Quiet:
-        def start(self, *, total: int, done: int, note: str) -> None: ...
-
-        def advance(self, images: int) -> None: ...
-
-        def warn(self, text: str) -> None: ...
 
     torch.set_num_threads(1)
     add_nano()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ W = {"linear": lambda t: 2 * t, "sigma": lambda t: 2 * math.sin(math.pi / 2 * t)
 
 
 @pytest.mark.parametrize(("kind", "diffusion"), [("linear", "linear"), ("cosine", "linear"), ("cosine", "sigma")])
-def test_euler_maruyama_step_by_step(kind: str, diffusion: str) -> None:
+def test_euler_maruyama_step_by_step(kind: Literal["linear", "cosine"], diffusion: Literal["linear", "sigma"]) -> None:
     """Its result is affine in the noise and in every draw: coefficients give its exact moments."""
     grid = sde_grid(50)
     draws = len(grid) - 2
@@ -312,7 +313,7 @@ def test_ddim_converges_to_the_flow_map() -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("spacing", ["even", "stride"])
-def test_ddim_reaches_a_point_for_any_eta(eta: float, spacing: str) -> None:
+def test_ddim_reaches_a_point_for_any_eta(eta: float, spacing: Literal["even", "stride"]) -> None:
     schedule = respace(linear_schedule(), 10, spacing=spacing)
     mean, variance = affine(ddim, gaussian_noise_prediction(MEAN, 0, None), schedule, eta=eta)
     assert mean == pytest.approx(MEAN, abs=1e-9)
@@ -416,7 +417,8 @@ def test_scale_one_costs_no_second_evaluation() -> None:
     model = Recorder()
     out = guided(model, torch.tensor([1, 2]), null_label=10)(latent(), 0.5)
     assert model.batches == [([0.5, 0.5], [1, 2])]
-    assert torch.equal(out, model(latent(), torch.tensor([0.5, 0.5]), torch.tensor([1, 2])).prediction)
+    expected = model(latent(), torch.tensor([0.5, 0.5]), torch.tensor([1, 2])).prediction
+    assert expected is not None and torch.equal(out, expected)
 
 
 def test_time_keeps_its_precision_beside_a_bfloat16_latent() -> None:
@@ -443,6 +445,7 @@ def test_guided_velocity_is_guided_drift() -> None:
         drifts = []
         for y in (labels, torch.tensor([10, 10])):
             v = model(x, torch.full((2,), t, dtype=torch.float64), y).prediction
+            assert v is not None
             s = -(x + (1 - t) * v) / t  # the linear path's score, solved for by hand
             drifts.append(v - t * s)
         drift = drifts[1] + scale * (drifts[0] - drifts[1]) if 0.2 <= t <= 0.8 else drifts[0]
@@ -453,7 +456,7 @@ def test_guided_velocity_is_guided_drift() -> None:
 
 
 @pytest.mark.parametrize(("interval_at", "sizes"), [("current", [2, 2, 1, 1, 1]), ("next", [2, 1, 1, 1, 1])])
-def test_heun_tests_the_interval_where_it_is_told_to(interval_at: str, sizes: list[int]) -> None:
+def test_heun_tests_the_interval_where_it_is_told_to(interval_at: Literal["current", "next"], sizes: list[int]) -> None:
     model = Recorder()
     model_fn = guided(model, torch.tensor([1]), null_label=10, guidance=Guidance(scale=2, interval=Interval(0.9, 1)))
     heun(model_fn, latent(1), ode_grid(3), interval_at=interval_at)

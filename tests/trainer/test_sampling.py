@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
+from featcache.progress import Quiet
 from trainer.classes import Classes
 from trainer.diffusion.ddpm import linear_schedule
 from trainer.diffusion.guidance import Guidance
@@ -45,22 +47,9 @@ from trainer.sampling.draw import (
     sampling_times,
     to_uint8,
 )
+from trainer.sampling.inference import Arithmetic
 from trainer.sampling.run import folder_name, sample_run
 from trainer.training.loop import train
-
-
-class Quiet:
-    """Watcher, bar and progress at once, saying nothing."""
-
-    def start(self, **_: object) -> None: ...
-
-    def advance(self, *_: object) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +147,19 @@ def test_threads_change_no_byte(runs_root: Path, tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
+def saved_blocks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the blocks that are saved from now on."""
+    saved: list[str] = []
+    real = sampling._save_block
+
+    def save(path: Path, pixels: np.ndarray) -> None:
+        saved.append(path.name)
+        real(path, pixels)
+
+    monkeypatch.setattr(sampling, "_save_block", save)
+    return saved
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_block_of_a_smaller_request_is_drawn_again_only_where_it_is_short(
     runs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,8 +169,7 @@ def test_a_block_of_a_smaller_request_is_drawn_again_only_where_it_is_short(
         patch.setattr(sampling, "_write_npz", interrupt)
         with pytest.raises(KeyboardInterrupt):
             sample_run(runs_root / "sit", request(num=12, out=tmp_path / "grown"), Quiet())
-    saved, calls = sampling._save_block, []
-    monkeypatch.setattr(sampling, "_save_block", lambda path, pixels: (calls.append(path.name), saved(path, pixels)))
+    calls = saved_blocks(monkeypatch)
     again = sample_run(runs_root / "sit", request(out=tmp_path / "grown"), Quiet())
     assert calls == ["000001.npy", "000002.npy"]
     assert again.images.read_bytes() == whole
@@ -343,9 +344,8 @@ class _OfAGaussian(torch.nn.Module):
 @pytest.mark.parametrize("steps", [1, 7, 150])
 def test_few_dit_steps_land_at_the_data(sampler: str, steps: int) -> None:
     """One step gives the mean of the data given noise, their mean; many give their spread too. 8,192 entries."""
-    drawn = draw_latents(
-        _OfAGaussian(), torch.zeros(8, dtype=torch.long), range(8), SampleConfig(sampler=sampler, steps=steps)
-    )
+    model: Any = _OfAGaussian()
+    drawn = draw_latents(model, torch.zeros(8, dtype=torch.long), range(8), SampleConfig(sampler=sampler, steps=steps))
     assert drawn.mean().item() == pytest.approx(3, abs=0.05)
     if steps == 1:
         assert drawn.std().item() < 0.01
@@ -387,9 +387,7 @@ def test_samples_under_an_interval_as_once_typed_are_found_and_continued(
     runs_root: Path, monkeypatch: pytest.MonkeyPatch, old: str
 ) -> None:
     ask = request(num=12, steps=2, sampler="ode", guidance=1.5, interval=Interval(0, 0.6))
-    saved: list[str] = []
-    real = sampling._save_block
-    monkeypatch.setattr(sampling, "_save_block", lambda path, pixels: (saved.append(path.name), real(path, pixels)))
+    saved = saved_blocks(monkeypatch)
     with monkeypatch.context() as patch:  # cut after its blocks
         patch.setattr(sampling, "_write_npz", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -408,7 +406,7 @@ def test_samples_under_an_interval_as_once_typed_are_found_and_continued(
 
 
 def test_long_lists_of_classes_have_folders_of_their_own() -> None:
-    arithmetic = sampling.Arithmetic()
+    arithmetic = Arithmetic()
     one, two = (
         folder_name(request(classes=Classes("chosen", (*range(100, 130), last))), 1, "ode", arithmetic)
         for last in (1, 2)

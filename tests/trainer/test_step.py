@@ -102,6 +102,7 @@ def test_ema_equals_its_closed_form() -> None:
 
 def test_ema_leaves_buffers_alone() -> None:
     model, ema = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    assert model.running_mean is not None and ema.running_mean is not None
     model.running_mean.fill_(5.0)
     update_ema(ema, model, 0.5)
     assert ema.running_mean.tolist() == [0.0, 0.0]
@@ -213,7 +214,7 @@ class Spy(nn.Module):
 @pytest.mark.usefixtures("nano")
 def test_label_dropout_has_its_share_and_uses_the_null_class(shapes_cache: Path) -> None:
     parts, cache = assembled(shapes_cache)
-    spy = Spy(parts.model.cfg)
+    spy: Any = Spy(parts.model.cfg)
     objective = Objective(
         spy, None, parts.objective._features, scale=1, shift=0, path="linear", time_sampling="uniform",
         label_dropout=0.1, autocast=None,
@@ -233,7 +234,8 @@ def test_label_dropout_has_its_share_and_uses_the_null_class(shapes_cache: Path)
 @pytest.mark.usefixtures("nano")
 def test_the_teacher_sees_the_same_image_noise_and_labels_and_only_its_first_blocks(shapes_cache: Path) -> None:
     parts, cache = assembled(shapes_cache, "sra", label_dropout=0.5)
-    student, teacher = Spy(parts.model.cfg), Spy(parts.model.cfg)
+    student: Any = Spy(parts.model.cfg)
+    teacher: Any = Spy(parts.model.cfg)
     parts.objective.model, parts.objective._teacher = student, [teacher]
     batch, draws = batch_of(cache, ["vae/moments", "label"], range(8)), numbers(8)
     parts.objective(batch, draws)
@@ -268,7 +270,8 @@ def test_gradients_reach_what_is_trained_and_nothing_else(shapes_cache: Path, me
     if parts.adversary is not None:
         before = [p.grad.clone() for p in parts.names if p.grad is not None]
         parts.objective.adversary_loss(kept, batch).backward()
-        assert all(torch.equal(a, p.grad) for a, p in zip(before, [p for p in parts.names if p.grad is not None]))
+        after = [p.grad for p in parts.names if p.grad is not None]
+        assert all(torch.equal(a, b) for a, b in zip(before, after))
         assert all(p.grad is not None for p in parts.adversary.parameters())
 
 

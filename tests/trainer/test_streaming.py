@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_a_run_streams_through_less_than_the_cache(
     """More than an epoch; the numbers are those of the cache on disk, and the directory never passes its bound."""
     push(cache, f"{bucket}/wide")
     blocks = tmp_path / "blocks"
-    common = {"method": "repa", "model": "SiT-Ti/2", "batch_size": BATCH, "log_every": 1}
+    common: dict[str, Any] = {"method": "repa", "model": "SiT-Ti/2", "batch_size": BATCH, "log_every": 1}
     done = cli(
         *f"trainer run --method repa --model SiT-Ti/2 --steps 11 --batch-size {BATCH} --name remote".split(),
         *f"--cache {bucket}/wide --set stream_dir={blocks} --set stream_gib={LIMIT_BYTES / 2**30}".split(),

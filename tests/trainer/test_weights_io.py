@@ -9,7 +9,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from featcache.errors import CacheError, UserError
 from featcache.share.manage import remove_features
 from trainer.models import Transformer, build_model, load_weights
 from trainer.runs.exchange import export_checkpoint, import_checkpoint
-from trainer.runs.weights_io import CONVENTIONS, Imported, export_official, import_official, reverse_time
+from trainer.runs.weights_io import CONVENTIONS, Convention, Imported, export_official, import_official, reverse_time
 from trainer.training.loop import train
 
 SMALL: dict[str, Any] = {"depth": 2, "grid": 4, "width": 32, "classes": 5}
@@ -312,7 +312,8 @@ def test_export_and_import_again(tmp_path: Path, family: str, convention: Any) -
     # The public code's own way of reading, in torch's safe mode.
     content = torch.load(path, weights_only=True)
     assert {"ema", "model", "args", "steps"} == set(content)
-    for choice, original in (("ema", ema), ("model", model)):
+    both: tuple[tuple[Literal["ema", "model"], Transformer], ...] = (("ema", ema), ("model", model))
+    for choice, original in both:
         again = import_official(path, weights=choice, heads=4, convention=convention)
         assert again.config == original.cfg
         assert again.step == 7
@@ -371,7 +372,8 @@ def test_exports_carry_the_heads_that_strict_loading_wants(tmp_path: Path, conve
 
 def test_exports_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     sit, dit = small_model("sit", 1), small_model("dit", 1)
-    for model, convention in ((sit, "dit"), (dit, "sit"), (dit, "repa")):
+    pairs: tuple[tuple[Transformer, Convention], ...] = ((sit, "dit"), (dit, "sit"), (dit, "repa"))
+    for model, convention in pairs:
         with pytest.raises(UserError, match="cannot be written as"):
             export_official(tmp_path / "o.pt", model.cfg, ema=model.state_dict(), convention=convention)
     with pytest.raises(UserError, match=r"missing blocks\.2"):
@@ -416,7 +418,7 @@ def test_an_export_comes_back_with_its_cache(shapes_cache: Path, tmp_path: Path)
     """Checkpoints do not say which VAE made their latents; the cache does."""
     run = train(settings(shapes_cache, steps=1), resume=False, watcher=Listener(), root=tmp_path)
     file = export_checkpoint(run, tmp_path / "weights.pt", convention=None, step=None)
-    common = {"weights": "ema", "convention": None, "root": tmp_path}
+    common: dict[str, Any] = {"weights": "ema", "convention": None, "root": tmp_path}
     back = import_checkpoint(file, name="back", cache=str(shapes_cache), **common)
     assert (back / "cache.json").read_text() == (run / "cache.json").read_text()
     shutil.copytree(shapes_cache, tmp_path / "bare")

@@ -110,3 +110,11 @@ def test_the_bounds_are_where_they_are_said_to_be(depth: int, count: int) -> Non
         else:
             with pytest.raises(UserError, match="holds more than"):
                 parse_yaml(text, "x")
+
+
+@pytest.mark.parametrize("text", ["steps: {}", "{{? {} : 1, ? {} : 2}}", "align: {{ahpa: {{? {} : [{}]}}}}"])
+@pytest.mark.parametrize("number", ["0x" + "f" * 6000, "0b" + "1" * 20000, "1" + 200 * ":59", str(1 << 1024)])
+def test_numbers_of_thousands_of_digits_are_refused(text: str, number: str) -> None:
+    with pytest.raises(UserError, match=r"not valid YAML: a number of [0-9]+ bits"):
+        parse_yaml(text.format(*[number] * text.count("{}")), "x")
+    assert parse_yaml(f"seed: {(1 << 1024) - 1}", "x") == {"seed": (1 << 1024) - 1}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from featcache.progress import Quiet
 from featcache.settings import from_mapping
 from trainer.models.config import SIZES
 from trainer.runs.config import RunConfig
@@ -34,21 +35,29 @@ def add_nano() -> None:
     SIZES["Nano"] = (4, 48, 2)
 
 
-class Listener:
-    """Remembers what a run tells its watcher."""
+class Listener(Quiet):
+    """Remembers what a run tells whoever watches."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
         self.done = 0
 
+    def begin(self, name: str, total: int | None, *, done: int = 0, unit: str = "images") -> None:
+        self.done = done
+        self.start(run=Path(), total=total or 0, done=done, note=name)
+
+    def update(self, count: int, text: str = "") -> None:
+        self.done += count
+        self.advance(self.done, {})
+
+    def note(self, text: str) -> None:
+        self.warnings.append(text)
+
     def start(self, *, run: Path, total: int, done: int, note: str) -> None:
-        self.begun_at = done
+        """For tests that act when the first step begins."""
 
     def advance(self, step: int, shown: Mapping[str, float]) -> None:
-        self.done = step
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
+        """For tests that act when ``step`` is over."""
 
 
 def settings(cache: Path | str, method: str = "none", **kw: Any) -> RunConfig:

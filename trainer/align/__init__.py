@@ -33,15 +33,15 @@ def _classes(name: str) -> tuple[type[MethodConfig], Callable[..., Alignment]]:
 
 
 def method_names() -> tuple[str, ...]:
-    """Names that ``--method`` takes, alone or joined by ``+``."""
+    """Names that `--method` takes, alone or joined by `+`."""
     return tuple(METHODS)
 
 
 def split_methods(text: str) -> tuple[str, ...]:
-    """``'ahpa+sra'`` -> ``('ahpa', 'sra')``.
+    """`'ahpa+sra'` -> `('ahpa', 'sra')`.
 
     Raises:
-        UserError: an unknown or repeated method, or ``none`` together with others.
+        UserError: an unknown or repeated method, or `none` together with others.
     """
     names = tuple(part.strip() for part in text.split("+"))
     for name in names:
@@ -58,22 +58,26 @@ def split_methods(text: str) -> tuple[str, ...]:
 
 
 def config_class(name: str) -> type[MethodConfig]:
-    """Options dataclass of one method: frozen, keyword-only, validated when made. UserError: unknown name."""
+    """Options dataclass of one method: frozen, keyword-only, validated when made.
+
+    Raises:
+        UserError: an unknown name.
+    """
     (name,) = split_methods(name)
     return _classes(name)[0]
 
 
 def required_features(name: str, config: MethodConfig) -> tuple[str, ...]:
-    """Cached features that ``name`` will read, without building it.
+    """Cached features that `name` will read, without building it.
 
     Where the options leave the encoder open, the entry is a placeholder in angle brackets
-    (``features.LAST_LAYER``, ``features.TEXTURE_LAYER``) that :func:`resolve` fills in from a cache.
+    (`<encoder>@<last>`, `<encoder>@<texture>`) that `resolve` fills in from a cache.
     """
     return config.required()
 
 
 def resolve(name: str, config: MethodConfig, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
-    """Names of the cached features ``name`` reads, in the method's own order.
+    """Names of the cached features `name` reads, in the method's own order.
 
     Args:
         available: the cache's features by name; only token features and VAE groups matter.
@@ -91,12 +95,12 @@ def build(
     """The alignment module for one method, or for several together.
 
     Args:
-        methods: names and options, e.g. ``[("ahpa", AhpaConfig()), ("sra", SraConfig())]``.
+        methods: names and options, e.g. `[("ahpa", AhpaConfig()), ("sra", SraConfig())]`.
         info: the backbone it is attached to.
-        features: at least the cached features that :func:`resolve` names; others are ignored.
+        features: at least the cached features that `resolve` names; others are ignored.
 
     Raises:
-        CacheError, UserError: as :func:`resolve`; also options that do not fit the backbone.
+        CacheError, UserError: as `resolve`; also options that do not fit the backbone.
     """
     split_methods("+".join(name for name, _ in methods))
     built: dict[str, Alignment] = {}

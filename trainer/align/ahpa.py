@@ -46,17 +46,16 @@ class AhpaConfig:
     """Options of AHPA; the defaults are the paper's final configuration (Table A.9, row (l) of Table D.13).
 
     groups: VAE groups to align with, shallow to deep, any of G1, G2, G3, G4 (Table 2).
-    split: how the layers of two groups of equal width are shared out anew, e.g. ``(2, 6)`` (Table D.14);
+    split: how the layers of two groups of equal width are shared out anew, e.g. `(2, 6)` (Table D.14);
         None: as cached.
-    router: ``mlp``; ``static`` uniform weights; ``linear`` schedule; lookup ``table``; ``attention``;
-        ``content``-adaptive.
-    time_embedding: of the router's t, for ``mlp``, ``attention`` and ``content``.
+    router: `mlp`; `static` uniform weights; `linear` schedule; lookup `table`; `attention`; `content`-adaptive.
+    time_embedding: of the router's t, for `mlp`, `attention` and `content`.
     router_depth, router_width, time_width: hidden layers and widths of the router's MLP.
     bins: rows of the lookup table. prototypes: size of the attention router's bank. fourier_scale: std of the
         Fourier frequencies. All three are ours: the paper's values are not legible in our copy.
-    head: ``conv<k>`` (k 3x3 convolutions), ``linear``, ``mlp<k>`` (Table D.13).
+    head: `conv<k>` (k 3x3 convolutions), `linear`, `mlp<k>` (Table D.13).
     head_width: inner width of deeper heads; None: 2048 for MLPs, the target's width for convolutions (ours).
-    loss: ``cosine`` (Eq. 5), ``l1`` or ``smooth-l1`` (beta 1, ours).
+    loss: `cosine` (Eq. 5), `l1` or `smooth-l1` (beta 1, ours).
     weight: lambda.
     depths: blocks (1-based) to align; empty: 3 for B, 6 for L, 7 for XL, in proportion elsewhere. With
         several, each has its own head and their losses are averaged (ours; Table 1 says "simultaneously").
@@ -99,7 +98,7 @@ def group_layers(config: AhpaConfig, features: Mapping[str, FeatureInfo]) -> lis
     """Layers of each routed group as (feature, index within the feature), shallow to deep.
 
     Raises:
-        UserError: ``split`` does not add up, or moves layers between groups of different width.
+        UserError: `split` does not add up, or moves layers between groups of different width.
     """
     layers = [[(name, i) for i in range(feature.shape[0])] for name, feature in features.items()]
     if config.split is None:
@@ -116,7 +115,7 @@ def group_layers(config: AhpaConfig, features: Mapping[str, FeatureInfo]) -> lis
 
 
 def build_router(config: AhpaConfig, layers: tuple[int, ...], content_width: int) -> Router:
-    """The router that ``config`` names; ``layers`` per group, ``content_width`` of the hidden state."""
+    """The router that `config` names; `layers` per group, `content_width` of the hidden state."""
     if config.router == "static":
         return StaticRouter(layers)
     if config.router == "linear":
@@ -137,11 +136,11 @@ def build_router(config: AhpaConfig, layers: tuple[int, ...], content_width: int
 
 
 class Ahpa(Alignment):
-    """``L = -weight * mean cos(head(h), T)``, ``T = concat_g s_g(t) sum_l softmax(a_g(t))_l f_gl`` (Eq. 3-5).
+    """`L = -weight * mean cos(head(h), T)`, `T = concat_g s_g(t) sum_l softmax(a_g(t))_l f_gl` (Eq. 3-5).
 
     The router is trained through T; the cached features receive no gradient. The weights multiply inside the
-    sum, ``T_g = sum_l (s_g w_gl) f_gl``, one layer at a time, and accumulate in float32: no float32 copy of
-    all levels ever exists, only T itself ([B, N, 1024]: 1 MiB a sample). Under ``torch.compile`` the sum is
+    sum, `T_g = sum_l (s_g w_gl) f_gl`, one layer at a time, and accumulate in float32: no float32 copy of
+    all levels ever exists, only T itself ([B, N, 1024]: 1 MiB per sample). Under `torch.compile` the sum is
     unrolled pointwise work, so that the decoding of int8 or fp16 levels, the weights and the reductions of
     the cosine fuse into passes over the stored bytes; folding the codec's per-token scale into the weights by
     hand would save nothing more.
@@ -165,13 +164,14 @@ class Ahpa(Alignment):
         )
 
     def route(self, inputs: AlignInputs, hidden: Tensor) -> RouterWeights:
-        """Weights for this batch. ``hidden`` [B, N, D] only matters to the content-adaptive router.
+        """Weights for this batch. `hidden` [B, N, D] only matters to the content-adaptive router.
 
-        The content is detached (ours): otherwise the backbone could lower the loss by steering the choice of
-        its target.
+        The content is detached (ours): otherwise the backbone could lower the loss by steering the choice
+        of its target.
         """
         content = hidden.detach().float().mean(dim=1) if self.config.router == "content" else None
-        return self.router(inputs.t, content)
+        weights: RouterWeights = self.router(inputs.t, content)
+        return weights
 
     def target(self, inputs: AlignInputs, weights: RouterWeights) -> Tensor:
         """T of Eq. 4: float32 [B, N, sum of the groups' widths], on the backbone's token grid."""

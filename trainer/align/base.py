@@ -1,14 +1,14 @@
 """What an alignment method is: what it reads from the cache, which blocks it taps, and its loss.
 
-The trainer knows methods only through this file. A method is an ``nn.Module`` with its own small heads; it is
+The trainer knows methods only through this file. A method is an `nn.Module` with its own small heads; it is
 trained with the backbone and dropped at inference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ Teacher = Callable[[Tensor, int], Tensor]
 class BackboneInfo:
     """What a method may know of the backbone it is attached to, when it builds its heads.
 
-    ``latent_channels`` and ``latent_size`` describe the latent (C, h, w with h = w = latent_size); the token
-    grid is ``grid`` x ``grid`` with ``grid = latent_size // patch_size``.
+    `latent_channels` and `latent_size` describe the latent (C, h, w with h = w = latent_size); the token
+    grid is `grid` x `grid` with `grid = latent_size // patch_size`.
     """
 
     name: str  # "SiT-B/2"
@@ -39,7 +39,7 @@ class BackboneInfo:
 
     @property
     def scale(self) -> str:
-        """Size letter of the model: ``S``, ``B``, ``L``, ``XL`` (or another family member's)."""
+        """Size letter of the model: `S`, `B`, `L`, `XL` (or another family member's)."""
         return self.name.split("-")[1].split("/")[0]
 
 
@@ -53,7 +53,7 @@ class AlignInputs:
     time_embedding: [B, D], the backbone's embedding of t (before it is joined with the label's).
     latent: [B, C, h, w] clean, scaled latent drawn for this step.
     uniform: [B] uniform(0, 1) draws that belong to this batch's samples (for methods that need randomness).
-    teacher: the EMA model, for methods that set ``needs_teacher``.
+    teacher: the EMA model, for methods that set `needs_teacher`.
     """
 
     hidden: Mapping[int, Tensor]
@@ -75,22 +75,31 @@ class FeatureInfo:
 class MethodConfig(Protocol):
     """Options of one method: a frozen, keyword-only dataclass that is validated when made."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __init__(self, **options: Any) -> None: ...
+
     def required(self) -> tuple[str, ...]:
         """Cached features the method will read; placeholders where the options leave the encoder open."""
         ...
 
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
-        """The concrete features, given those of a cache. Raises CacheError or UserError."""
+        """The concrete features, given those of a cache.
+
+        Raises:
+            CacheError: the cache lacks one.
+            UserError: the options leave open which of several is meant, or a feature's shape is wrong.
+        """
         ...
 
 
 class Alignment(nn.Module):
-    """Base of all methods. Subclasses set the attributes in ``__init__`` and implement :meth:`terms`.
+    """Base of all methods. Subclasses set the attributes in `__init__` and implement `terms`.
 
     Attributes:
-        reads: names of the cached features it wants, e.g. ``("vae/G3", "vae/G4")``.
+        reads: names of the cached features it wants, e.g. `("vae/G3", "vae/G4")`.
         taps: block depths (1-based) whose hidden states it wants.
-        needs_teacher: whether the trainer must provide :class:`AlignInputs.teacher`.
+        needs_teacher: whether the trainer must provide `AlignInputs.teacher`.
         adversary: a discriminator with its own optimiser, or None. The trainer never passes its parameters to
             the model's optimiser.
         adversary_every: the discriminator steps once for so many steps of the model.
@@ -106,7 +115,7 @@ class Alignment(nn.Module):
         """Weighted scalar loss terms by name; their sum is added to the denoising loss.
 
         Raises:
-            KeyError: a programmer's mistake: ``reads`` or ``taps`` do not cover what the loss uses.
+            KeyError: a programmer's mistake: `reads` or `taps` do not cover what the loss uses.
         """
         raise TypeError(f"{type(self).__name__} does not define terms()")
 
@@ -119,7 +128,7 @@ class Alignment(nn.Module):
         return True
 
     def adversary_loss(self, inputs: AlignInputs) -> Tensor:
-        """The adversary's loss on real targets and detached hidden states (only if ``adversary`` is set)."""
+        """The adversary's loss on real targets and detached hidden states (only if `adversary` is set)."""
         raise TypeError(f"{type(self).__name__} has no adversary")
 
 

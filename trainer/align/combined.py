@@ -1,4 +1,4 @@
-"""Several methods at once, e.g. ``ahpa+sra``: their terms are added, each under its method's name."""
+"""Several methods at once, e.g. `ahpa+sra`: their terms are added, each under its method's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.align.base import AlignInputs, Alignment
 
 
 class Combined(Alignment):
-    """Union of what the methods read and tap; terms and metrics named ``<method>/<term>``.
+    """Union of what the methods read and tap; terms and metrics named `<method>/<term>`.
 
     One method's strategy for switching alignment off (DyA's stochastic dropout) switches all of it off for
     that step: its point is a step on the denoising loss alone.

@@ -30,10 +30,10 @@ def _imagenet_file() -> Path | None:
 
 
 def resnet18_state(weights: str) -> dict[str, Tensor] | None:
-    """State dict of timm's ``resnet18``, or None for a random start.
+    """State dict of timm's `resnet18`, or None for a random start.
 
-    weights: ``'random'``; ``'auto'``, ImageNet weights where they can be had and else, with a warning,
-        random; or the path of a ``.safetensors`` file.
+    weights: `'random'`; `'auto'`, ImageNet weights where they can be had and else, with a warning,
+        random; or the path of a `.safetensors` file.
 
     Raises:
         UserError: the file is missing or unreadable.
@@ -83,8 +83,8 @@ class TokenDiscriminator(nn.Module):
     gone. The paper leaves the output open; ours is global average pooling and one linear layer, for the
     adversary is to judge the global distribution.
 
-    norm: ``'group'`` (ours) makes a sample's logit independent of the others in its micro-batch and on its
-        rank, so that runs agree for any number of ranks; ``'batch'`` normalises by the statistics of the
+    norm: `'group'` (ours) makes a sample's logit independent of the others in its micro-batch and on its
+        rank, so that runs agree for any number of ranks; `'batch'` normalises by the statistics of the
         batch at hand. Neither keeps running statistics, which the model's own step would change.
     """
 
@@ -114,10 +114,12 @@ class TokenDiscriminator(nn.Module):
         x = tokens.reshape(B, self.grid, self.grid, C).permute(0, 3, 1, 2)  # channels-last memory order, no copy
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         x = self.layer2(self.layer1(x))
-        return self.fc(x.mean(dim=(2, 3)))[:, 0].float()
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))[:, 0].float()
+        return logits
 
 
 def frozen(discriminator: nn.Module, tokens: Tensor) -> Tensor:
-    """The discriminator's logits with its parameters as constants: gradients reach ``tokens`` alone."""
+    """The discriminator's logits with its parameters as constants: gradients reach `tokens` alone."""
     constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    return torch.func.functional_call(discriminator, constants, (tokens,))
+    logits: Tensor = torch.func.functional_call(discriminator, constants, (tokens,))
+    return logits

@@ -29,16 +29,15 @@ DEPTHS = {"B": 6, "L": 8, "XL": 8}
 class DyaConfig:
     """Options of DyA.
 
-    encoder: e.g. ``"dinov2-b"``; None: the cache's only encoder.
+    encoder: e.g. `"dinov2-b"`; None: the cache's only encoder.
     texture_layer, semantic_layer: layers counted from 0; the paper's are 9 and 11 of DINOv2-B (Table 1; Table
         5 varies the first over 5, 7, 9). None: the deepest cached layer is the semantic one, and the cached
         layer nearest to 9/11 of its number the texture one. The paper does not say whether the inner layer
-        passes the encoder's final norm: that is chosen when the cache is built (``featcache build
-        --final-norm``: all layers by default, or the last alone) and recorded in its manifest.
-    depth: block (1-based) whose hidden state is aligned; None: 6 for B, 8 for L and XL, in proportion
-        elsewhere.
+        passes the encoder's final norm: that is chosen when the cache is built (`featcache build
+        --final-norm`: all layers by default, or the last alone) and recorded in its manifest.
+    depth: block (1-based) whose hidden state is aligned; None: 6 for B, 8 for L and XL, in proportion elsewhere.
     weight: lambda of Eq. 9.
-    modulation: ``texture``, xi weighs the texture term alone (Eq. 5); ``both``, texture by 1 - xi and
+    modulation: `texture`, xi weighs the texture term alone (Eq. 5); `both`, texture by 1 - xi and
         semantic by xi (Table 5, second row).
     dropout: probability with which SDS switches the alignment off for a whole step (0: never).
     truncate_at: step from which on there is no alignment (the ablation "Truncation"); None: never.
@@ -75,7 +74,7 @@ class DyaConfig:
 
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
         """Texture first, then semantic."""
-        encoder = self.encoder or only_encoder("dya", available)
+        encoder = self.encoder or only_encoder("dya", available, option="encoder={name}")
         layers = encoder_layers(available).get(encoder, [])
         texture, semantic = self.texture_layer, self.semantic_layer
         if semantic is None:
@@ -95,21 +94,19 @@ class DyaConfig:
 
 
 def dropped(*, seed: int, step: int, probability: float) -> bool:
-    """SDS: whether this step goes without alignment. One Bernoulli(probability) draw, a function of (seed,
-    step).
+    """SDS: whether this step goes without alignment. One Bernoulli(probability) draw, a function of (seed, step).
 
     The paper's Algorithm 1 compares the wrong way round; its text (Sec. 3.4) is followed: alignment ceases
-    with ``probability``. A hash instead of a generator: no state to save, and every rank draws alike.
+    with `probability`. A hash instead of a generator: no state to save, and every rank draws alike.
     """
     digest = hashlib.blake2b(f"dya-sds/{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < probability * 2**64
 
 
 class Dya(Alignment):
-    """``L = -weight * mean_b [xi_b A(y_texture, p) + A(y_semantic, p)]``, A the mean patch cosine (Eq. 5 to
-    9).
+    """`L = -weight * mean_b [xi_b A(y_texture, p) + A(y_semantic, p)]`, A the mean patch cosine (Eq. 5 to 9).
 
-    ``p = head(h)`` serves both targets. ``xi = sigmoid(linear(time embedding))``, the temporal module (Eq.
+    `p = head(h)` serves both targets. `xi = sigmoid(linear(time embedding))`, the temporal module (Eq.
     6), is trained with the model; its gradient also reaches the backbone's time embedding, as the plain
     reading of the paper has it. It starts at zero weights, xi = 0.5 (ours).
     """
@@ -143,7 +140,8 @@ class Dya(Alignment):
     def xi(self, time_embedding: Tensor) -> Tensor:
         """Strength of the texture term: [B, D] -> [B] in (0, 1), float32."""
         with torch.autocast(time_embedding.device.type, enabled=False):
-            return self.temporal(time_embedding.float())[:, 0].sigmoid()
+            strength: Tensor = self.temporal(time_embedding.float())[:, 0].sigmoid()
+            return strength
 
     def similarities(self, inputs: AlignInputs) -> tuple[Tensor, Tensor]:
         """A of Eq. 7 and 8: mean patch cosine with the texture and the semantic target, [B] each."""

@@ -1,8 +1,7 @@
 """Which cached features a method means. No torch here.
 
-Encoder tokens are cached as ``<encoder>@<layer>`` with shape (N, C), layers counted from 0; VAE groups as
-``vae/G1`` to ``vae/G4`` with shape (L, N, C). A method may leave the encoder open; it is then the only one in
-the cache.
+Encoder tokens are cached as `<encoder>@<layer>` with shape (N, C), layers counted from 0; VAE groups as `vae/G1` to
+`vae/G4` with shape (L, N, C). A method may leave the encoder open; it is then the only one in the cache.
 """
 
 from __future__ import annotations
@@ -23,17 +22,19 @@ _TOKENS = re.compile(r"(?P<encoder>[^/@]+)@(?P<layer>\d+)")
 LAST_LAYER = "<encoder>@<last>"
 TEXTURE_LAYER = "<encoder>@<texture>"
 
-GROUPS = ("G1", "G2", "G3", "G4")
-
 
 def split_name(name: str) -> tuple[str, int] | None:
-    """``'dinov2-b@11'`` -> ``('dinov2-b', 11)``; None for a name that is not an encoder's tokens."""
+    """`'dinov2-b@11'` -> `('dinov2-b', 11)`; None for a name that is not an encoder's tokens."""
     match = _TOKENS.fullmatch(name)
     return (match["encoder"], int(match["layer"])) if match else None
 
 
 def check_token_name(method: str, option: str, name: object) -> None:
-    """Raises UserError unless ``name`` reads ``<encoder>@<layer>``."""
+    """Refuses names of tokens other than `<encoder>@<layer>`.
+
+    Raises:
+        UserError: it is one.
+    """
     if not isinstance(name, str) or split_name(name) is None:
         raise UserError(
             f"{method}: {option}={name!r} does not name an encoder's tokens",
@@ -50,12 +51,10 @@ def encoder_layers(available: Iterable[str]) -> dict[str, list[int]]:
     return {encoder: sorted(found) for encoder, found in sorted(layers.items())}
 
 
-# How each method is told its encoder.
-_OPTIONS = {"repa": "features=[{name}@LAYER]", "sara": "feature={name}@LAYER", "dya": "encoder={name}"}
-
-
-def only_encoder(method: str, available: Iterable[str]) -> str:
+def only_encoder(method: str, available: Iterable[str], *, option: str) -> str:
     """The one encoder whose tokens are cached.
+
+    option: how the method is told its encoder, such as ``feature={name}@LAYER``.
 
     Raises:
         CacheError: the cache holds none.
@@ -70,20 +69,24 @@ def only_encoder(method: str, available: Iterable[str]) -> str:
     if len(encoders) > 1:
         raise UserError(
             f"{method}: the cache holds tokens of several encoders ({', '.join(encoders)})",
-            remedy=f"Say which {method} shall use: --set '{method}.{_OPTIONS[method].format(name=encoders[0])}'",
+            remedy=f"Say which {method} shall use: --set '{method}.{option.format(name=encoders[0])}'",
         )
     return encoders[0]
 
 
-def last_layer(method: str, available: Iterable[str]) -> str:
-    """Name of the deepest cached layer of the cache's only encoder. Raises as :func:`only_encoder`."""
+def last_layer(method: str, available: Iterable[str], *, option: str) -> str:
+    """Name of the deepest cached layer of the cache's only encoder.
+
+    Raises:
+        CacheError, UserError: as `only_encoder`.
+    """
     available = list(available)
-    encoder = only_encoder(method, available)
+    encoder = only_encoder(method, available, option=option)
     return f"{encoder}@{encoder_layers(available)[encoder][-1]}"
 
 
 def require(method: str, names: Iterable[str], available: Mapping[str, FeatureInfo], *, rank: int) -> tuple[str, ...]:
-    """``names`` if all are cached with ``rank`` axes: 2 for tokens (N, C), 3 for VAE groups (L, N, C).
+    """`names` if all are cached with `rank` axes: 2 for tokens (N, C), 3 for VAE groups (L, N, C).
 
     Raises:
         CacheError: one is missing.

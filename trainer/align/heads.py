@@ -18,7 +18,7 @@ _KIND = re.compile(r"(linear)|mlp([1-9])|conv([1-9])")
 
 
 class ConvHead(nn.Module):
-    """``depth`` 3x3 convolutions on the token grid, [B, N, D] -> [B, N, C].
+    """`depth` 3x3 convolutions on the token grid, [B, N, D] -> [B, N, C].
 
     AHPA App. A uses one; its Table D.13 stacks Conv + GroupNorm + SiLU blocks. The paper leaves their width
     and number of groups open: the target's width and up to 32 groups are ours. The last convolution is plain,
@@ -41,11 +41,12 @@ class ConvHead(nn.Module):
         B, N, D = hidden.shape
         # [B, N, D] seen as [B, D, g, g] is already in channels-last memory order: neither way costs a copy.
         maps = hidden.reshape(B, self.grid, self.grid, D).permute(0, 3, 1, 2)
-        return self.layers(maps).permute(0, 2, 3, 1).reshape(B, N, -1)
+        out: Tensor = self.layers(maps).permute(0, 2, 3, 1).reshape(B, N, -1)
+        return out
 
 
 def mlp(in_width: int, out_width: int, *, depth: int, hidden: int) -> nn.Sequential:
-    """``depth`` linear layers with SiLU between them (REPA App. D: three, hidden width 2048)."""
+    """`depth` linear layers with SiLU between them (REPA App. D: three, hidden width 2048)."""
     widths = [in_width, *[hidden] * (depth - 1), out_width]
     layers: list[nn.Module] = []
     for i in range(depth):
@@ -56,7 +57,7 @@ def mlp(in_width: int, out_width: int, *, depth: int, hidden: int) -> nn.Sequent
 
 
 def build_head(kind: str, in_width: int, out_width: int, *, grid: int, hidden: int | None = None) -> nn.Module:
-    """``'linear'``, ``'mlp<depth>'`` or ``'conv<depth>'``: [B, N, in_width] -> [B, N, out_width], N = grid^2.
+    """`'linear'`, `'mlp<depth>'` or `'conv<depth>'`: [B, N, in_width] -> [B, N, out_width], N = grid^2.
 
     hidden: inner width; None means 2048 for MLPs (REPA App. D) and the output's width for convolutions.
     """
@@ -81,7 +82,7 @@ def square_side(method: str, name: str, tokens: int) -> int:
 
 
 def to_grid(tokens: Tensor, side: int) -> Tensor:
-    """Token map resampled to ``side`` x ``side``: [B, M, C] -> [B, side^2, C]; itself where M = side^2.
+    """Token map resampled to `side` x `side`: [B, M, C] -> [B, side^2, C]; itself where M = side^2.
 
     The papers only treat equal grids. For others (patch 4 or 8, encoders of another resolution) we average
     whole cells where the grids divide and interpolate bilinearly elsewhere.
@@ -101,8 +102,8 @@ def to_grid(tokens: Tensor, side: int) -> Tensor:
 def tap_depth(method: str, chosen: int | None, by_scale: Mapping[str, int], info: BackboneInfo) -> int:
     """Block (1-based) whose hidden state is aligned.
 
-    The papers give it for B, L and XL (``by_scale``). Elsewhere the share that B uses of its 12 blocks is
-    kept, which is ours: SiT-S (12 blocks) gets B's block, the small ``Ti`` (6 blocks) half of it.
+    The papers give it for B, L and XL (`by_scale`). Elsewhere the share that B uses of its 12 blocks is
+    kept, which is ours: SiT-S (12 blocks) gets B's block, the small `Ti` (6 blocks) half of it.
 
     Raises:
         UserError: the model has no such block.

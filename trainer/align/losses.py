@@ -10,12 +10,12 @@ from trainer.align.base import cosine_per_token
 
 
 def negative_cosine(p: Tensor, y: Tensor) -> Tensor:
-    """``-mean_{b,n} cos(p_bn, y_bn)``, [B, N, C] each -> scalar (REPA Eq. 8, AHPA Eq. 5)."""
+    """`-mean_{b,n} cos(p_bn, y_bn)`, [B, N, C] each -> scalar (REPA Eq. 8, AHPA Eq. 5)."""
     return -cosine_per_token(p, y).mean()
 
 
 def smooth_l1(p: Tensor, y: Tensor, beta: float) -> Tensor:
-    """Smooth L1, mean over all entries: quadratic below ``beta``, linear above."""
+    """Smooth L1, mean over all entries: quadratic below `beta`, linear above."""
     return F.smooth_l1_loss(p.float(), y.float(), beta=beta)
 
 
@@ -27,7 +27,7 @@ def l1(p: Tensor, y: Tensor) -> Tensor:
 def nt_xent(p: Tensor, y: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross entropy over the tokens of one image (REPA Table 2), scalar.
 
-    ``-mean_{b,n} log softmax_m(cos(p_bn, y_bm) / temperature)[n]``: each projected token must find its own
+    `-mean_{b,n} log softmax_m(cos(p_bn, y_bm) / temperature)[n]`: each projected token must find its own
     target among the image's N target tokens. REPA leaves negatives and temperature open. Negatives from the
     same image only are ours: a sample's loss then does not depend on which others share its (micro-)batch or
     rank, and the logits stay [B, N, N].
@@ -43,8 +43,8 @@ def nt_xent(p: Tensor, y: Tensor, temperature: float) -> Tensor:
 def normalize_over_space(y: Tensor, gamma: float) -> Tensor:
     """Target with (part of) its spatial mean removed: [B, N, C] -> float32 [B, N, C].
 
-    ``(y - gamma * mean_n y) / (std_n y + 1e-6)`` with the unbiased std per sample and channel; iREPA uses
-    ``gamma = 0.6`` for latent diffusion.
+    `(y - gamma * mean_n y) / (std_n y + 1e-6)` with the unbiased std per sample and channel; iREPA uses
+    `gamma = 0.6` for latent diffusion.
     """
     y = y.float()
     std, mean = torch.std_mean(y, dim=1, keepdim=True)
@@ -52,11 +52,11 @@ def normalize_over_space(y: Tensor, gamma: float) -> Tensor:
 
 
 def structure(p: Tensor, y: Tensor, reduction: str) -> Tensor:
-    """``||A(y) - A(p)||_F^2`` with ``A(h)_ij = cos(h_i, h_j)`` over one image's tokens (SARA Eq. 7-8).
+    """`||A(y) - A(p)||_F^2` with `A(h)_ij = cos(h_i, h_j)` over one image's tokens (SARA Eq. 7-8).
 
-    [B, N, C] each -> scalar: the ``'mean'`` or ``'sum'`` over the N x N entries, then the mean over images.
+    [B, N, C] each -> scalar: the `'mean'` or `'sum'` over the N x N entries, then the mean over images.
 
-    Both matrices come from one product over 2C channels, ``[p, y] [p, -y]^T = A(p) - A(y)``: under autocast
+    Both matrices come from one product over 2C channels, `[p, y] [p, -y]^T = A(p) - A(y)`: under autocast
     the matrix cores accumulate the difference in float32 and round it once, instead of subtracting two
     rounded matrices of entries near 1.
     """

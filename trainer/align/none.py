@@ -12,7 +12,7 @@ from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo
 
 @settings(where="none")
 class NoneConfig:
-    """``none`` has no options."""
+    """`none` has no options."""
 
     def required(self) -> tuple[str, ...]:
         return ()

@@ -1,7 +1,7 @@
 """REPA: representation alignment with a frozen image encoder (Yu et al., ICLR 2025); iREPA as options of it.
 
-Reads the encoder's tokens of the clean image, taps one block. iREPA (Singh et al., 2025) is ``head="conv"``,
-``spatial_gamma=0.6``, ``weight=1.0``. HASTE is REPA switched off from some step on, which the trainer does
+Reads the encoder's tokens of the clean image, taps one block. iREPA (Singh et al., 2025) is `head="conv"`,
+`spatial_gamma=0.6`, `weight=1.0`. HASTE is REPA switched off from some step on, which the trainer does
 for all methods.
 """
 
@@ -30,14 +30,14 @@ DEPTHS = {"B": 4, "L": 8, "XL": 8}
 class RepaConfig:
     """Options of REPA.
 
-    features: encoder tokens to align with, e.g. ``("dinov2-b@11",)``; empty: the deepest cached layer of the
+    features: encoder tokens to align with, e.g. `("dinov2-b@11",)`; empty: the deepest cached layer of the
         cache's only encoder. With several, each has its own head and their losses are averaged.
-    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL (Table 7), in
-        proportion elsewhere.
+    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL (Table 7),
+        in proportion elsewhere.
     weight: lambda of Eq. 9.
-    loss: ``cosine`` (Eq. 8) or ``nt-xent`` (Table 2).
+    loss: `cosine` (Eq. 8) or `nt-xent` (Table 2).
     temperature: of NT-Xent; the paper does not give it, 0.1 is ours.
-    head: ``mlp``, three linear layers with SiLU, or ``conv``, one 3x3 convolution on the token grid (iREPA).
+    head: `mlp`, three linear layers with SiLU, or `conv`, one 3x3 convolution on the token grid (iREPA).
     head_width: inner width of the MLP.
     spatial_gamma: None, or gamma of iREPA's spatial normalisation of the target (0.6 in latent diffusion).
     """
@@ -59,12 +59,12 @@ class RepaConfig:
         return self.features or (LAST_LAYER,)
 
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
-        names = self.features or (last_layer("repa", available),)
+        names = self.features or (last_layer("repa", available, option="features=[{name}@LAYER]"),)
         return require("repa", names, available, rank=2)
 
 
 class Repa(Alignment):
-    """``L = weight * mean over encoders, images and tokens of -cos(y, head(h))`` (Eq. 8)."""
+    """`L = weight * mean over encoders, images and tokens of -cos(y, head(h))` (Eq. 8)."""
 
     def __init__(self, config: RepaConfig, info: BackboneInfo, features: Mapping[str, FeatureInfo]) -> None:
         super().__init__()

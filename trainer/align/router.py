@@ -1,6 +1,6 @@
 """AHPA's routers: timestep -> weights of the VAE encoder's layers and groups (AHPA Sec. 4.3 and App. D.6).
 
-All routers share one call: ``router(t [B], content [B, D] | None) -> RouterWeights``. They run in float32,
+All routers share one call: `router(t [B], content [B, D] | None) -> RouterWeights`. They run in float32,
 outside autocast: a time embedding in bfloat16 would resolve t only to 1/256, and the cost is nil.
 """
 
@@ -22,20 +22,21 @@ class RouterWeights(NamedTuple):
 
 
 class LinearTime(nn.Module):
-    """``e(t) = W t + b`` with learned W and b, [B] -> [B, width] (App. D.6, the default)."""
+    """`e(t) = W t + b` with learned W and b, [B] -> [B, width] (App. D.6, the default)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.projection = nn.Linear(1, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.projection(t[:, None])
+        embedded: Tensor = self.projection(t[:, None])
+        return embedded
 
 
 class SinusoidalTime(nn.Module):
-    """Cosines and sines at ``width / 2`` geometric frequencies, [B] -> [B, width] (App. D.6).
+    """Cosines and sines at `width / 2` geometric frequencies, [B] -> [B, width] (App. D.6).
 
-    The formula is not legible in our copy. We take DDPM's, ``10000^(-i / (width/2))`` on ``1000 t``, which is
+    The formula is not legible in our copy. We take DDPM's, `10000^(-i / (width/2))` on `1000 t`, which is
     the scale at which the paper's "high-frequency harmonic components" exist.
     """
 
@@ -53,7 +54,7 @@ class SinusoidalTime(nn.Module):
 
 
 class FourierTime(nn.Module):
-    """Random Fourier features ``[cos(2 pi F t), sin(2 pi F t)]``, ``F ~ N(0, scale^2)``, [B] -> [B, width].
+    """Random Fourier features `[cos(2 pi F t), sin(2 pi F t)]`, `F ~ N(0, scale^2)`, [B] -> [B, width].
 
     App. D.6; its scale is not legible in our copy, the default of 16 is ours. F is fixed and saved.
     """
@@ -70,7 +71,7 @@ class FourierTime(nn.Module):
 
 
 def build_time_embedding(kind: str, width: int, fourier_scale: float) -> nn.Module:
-    """``'linear'``, ``'sinusoidal'`` or ``'fourier'``: t [B] -> [B, width]."""
+    """`'linear'`, `'sinusoidal'` or `'fourier'`: t [B] -> [B, width]."""
     if kind == "linear":
         return LinearTime(width)
     if kind == "sinusoidal":
@@ -113,9 +114,9 @@ def _zeroed(linear: nn.Linear) -> nn.Linear:
 
 
 class MlpRouter(Router):
-    """The paper's router: time embedding, ``depth`` hidden layers, one linear layer to all logits.
+    """The paper's router: time embedding, `depth` hidden layers, one linear layer to all logits.
 
-    App. A gives depth 4, width 256 and 128 for the embedding; SiLU is ours. With ``content_width`` it is the
+    App. A gives depth 4, width 256 and 128 for the embedding; SiLU is ours. With `content_width` it is the
     content-adaptive router of App. D.6: the average-pooled hidden state of the aligned block is projected to
     the embedding's width and joined to the time embedding (joining by concatenation is ours).
     """
@@ -145,11 +146,12 @@ class MlpRouter(Router):
         if self.content is not None:
             assert content is not None, "the content-adaptive router needs the pooled hidden state"
             x = torch.cat([x, self.content(content)], dim=-1)
-        return self.out(self.mlp(x))
+        logits: Tensor = self.out(self.mlp(x))
+        return logits
 
 
 class TableRouter(Router):
-    """Lookup table: t in ``bins`` uniform bins, one learned row of logits each (App. D.6, 3).
+    """Lookup table: t in `bins` uniform bins, one learned row of logits each (App. D.6, 3).
 
     The number of bins is not legible in our copy; 10 is ours, after the paper's example of a boundary at 0.9.
     """
@@ -164,9 +166,9 @@ class TableRouter(Router):
 
 
 class AttentionRouter(Router):
-    """The time embedding queries a bank of ``prototypes`` learned configurations (App. D.6, 3).
+    """The time embedding queries a bank of `prototypes` learned configurations (App. D.6, 3).
 
-    ``logits = softmax(W_q e(t) (W_k P)^T / sqrt(d)) W_v P``. The bank's size is not legible in our
+    `logits = softmax(W_q e(t) (W_k P)^T / sqrt(d)) W_v P`. The bank's size is not legible in our
     copy; 16 is ours.
     """
 
@@ -180,7 +182,8 @@ class AttentionRouter(Router):
 
     def logits(self, t: Tensor, content: Tensor | None) -> Tensor:
         scores = self.query(self.time(t)) @ self.key(self.bank).mT / math.sqrt(self.bank.shape[1])  # [B, prototypes]
-        return scores.softmax(-1) @ self.value(self.bank)
+        logits: Tensor = scores.softmax(-1) @ self.value(self.bank)
+        return logits
 
 
 class StaticRouter(Router):

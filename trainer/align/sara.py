@@ -32,18 +32,16 @@ DEPTHS = {"B": 4, "L": 8, "XL": 8}
 class SaraConfig:
     """Options of SARA. A weight of 0 switches its term off, computation included (rows of Table 2).
 
-    feature: encoder tokens, e.g. ``"dinov2-b@11"``; None: the deepest cached layer of the cache's only
-        encoder.
-    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL, in proportion
-        elsewhere.
+    feature: encoder tokens, e.g. `"dinov2-b@11"`; None: the deepest cached layer of the cache's only encoder.
+    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL, in proportion elsewhere.
     patch_weight, structure_weight, adversarial_weight: lambda, beta, gamma of Eq. 11.
-    structure_reduction: ``mean`` or ``sum`` over the N x N entries of Eq. 8. The paper writes a squared
+    structure_reduction: `mean` or `sum` over the N x N entries of Eq. 8. The paper writes a squared
         Frobenius norm without saying which; at beta = 0.5 a sum over 65,536 entries would drown the denoising
         loss, so that the mean is our default.
     adversary_every: steps of the model for one step of the discriminator.
-    discriminator_weights: ``auto`` (ImageNet weights where they can be had, else random with a warning),
-        ``random``, or a ``.safetensors`` file of timm's ResNet-18.
-    discriminator_norm: ``group`` (ours: the same loss for any number of ranks) or ``batch``.
+    discriminator_weights: `auto` (ImageNet weights where they can be had, else random with a warning),
+        `random`, or a `.safetensors` file of timm's ResNet-18.
+    discriminator_norm: `group` (ours: the same loss for any number of ranks) or `batch`.
     head_width: inner width of the three-layer MLP.
     """
 
@@ -78,14 +76,16 @@ class SaraConfig:
         return (self.feature or LAST_LAYER,)
 
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
-        return require("sara", (self.feature or last_layer("sara", available),), available, rank=2)
+        return require(
+            "sara", (self.feature or last_layer("sara", available, option="feature={name}@LAYER"),), available, rank=2
+        )
 
 
 class Sara(Alignment):
-    """``0.5 L_patch + 0.5 L_struc + 0.05 L_adv`` (Eq. 6, 8, 10, 11) on ``p = head(h)``.
+    """`0.5 L_patch + 0.5 L_struc + 0.05 L_adv` (Eq. 6, 8, 10, 11) on `p = head(h)`.
 
     In the model's step the discriminator's parameters are constants; in the discriminator's step (Eq. 9)
-    hidden states and head are. The model's adversarial term is the non-saturating ``-log D(p)``.
+    hidden states and head are. The model's adversarial term is the non-saturating `-log D(p)`.
     """
 
     def __init__(self, config: SaraConfig, info: BackboneInfo, features: Mapping[str, FeatureInfo]) -> None:
@@ -127,7 +127,7 @@ class Sara(Alignment):
         return terms
 
     def adversary_loss(self, inputs: AlignInputs) -> Tensor:
-        """``-mean log D(y) - mean log(1 - D(p))`` (Eq. 9), with gradients to the discriminator alone."""
+        """`-mean log D(y) - mean log(1 - D(p))` (Eq. 9), with gradients to the discriminator alone."""
         if self.discriminator is None:
             return super().adversary_loss(inputs)
         with torch.no_grad():

@@ -30,14 +30,14 @@ class SraConfig:
     student_depth, teacher_depth: blocks (1-based) m -> n; None: SiT 3 -> 8 (B), 6 -> 16 (L), 8 -> 20 (XL),
         DiT 8 -> 16 (XL), in proportion elsewhere. The paper's numbers for L and for DiT-B and L are not
         legible in our copy: 6 -> 16, 3 -> 7 and 6 -> 14 (DiT-XL's share of the blocks) are ours.
-    interval: largest lead of the teacher in t: it sees ``t' = max(t - k, 0)``. The paper gives 0.2 for SiT;
+    interval: largest lead of the teacher in t: it sees `t' = max(t - k, 0)`. The paper gives 0.2 for SiT;
         its value for DiT is not legible in our copy, so that we use 0.2 there, too.
-    interval_kind: ``uniform``, k ~ U(0, interval) per sample; ``fixed``, k = interval (ablation).
+    interval_kind: `uniform`, k ~ U(0, interval) per sample; `fixed`, k = interval (ablation).
     weight: lambda.
-    loss: ``smooth-l1`` or ``cosine`` over channels.
+    loss: `smooth-l1` or `cosine` over channels.
     beta: of smooth L1.
-    head: whether the student passes a two-layer MLP with SiLU; without it hidden states are compared as they
-        are (ablation).
+    head: whether the student passes a two-layer MLP with SiLU; without it hidden states are compared as
+        they are (ablation).
     head_width: inner width of the MLP; None: the backbone's (ours).
     """
 
@@ -59,10 +59,10 @@ class SraConfig:
 
 
 class Sra(Alignment):
-    """``L = weight * smooth_l1(head(h_m(x_t)), h'_n(x_t'))``, h' the EMA model, mean over all entries.
+    """`L = weight * smooth_l1(head(h_m(x_t)), h'_n(x_t'))`, h' the EMA model, mean over all entries.
 
     The teacher gets the same image, noise and (already dropped) labels, runs only its first n blocks and has
-    no gradient; both are the trainer's part (``AlignInputs.teacher``). The cosine is taken over channels.
+    no gradient; both are the trainer's part (`AlignInputs.teacher`). The cosine is taken over channels.
     """
 
     needs_teacher = True
@@ -84,7 +84,7 @@ class Sra(Alignment):
             self.head = mlp(info.width, info.width, depth=2, hidden=config.head_width or info.width)
 
     def teacher_time(self, inputs: AlignInputs) -> Tensor:
-        """``t' = max(t - k, 0)``, [B] float32."""
+        """`t' = max(t - k, 0)`, [B] float32."""
         k = self.config.interval * inputs.uniform if self.config.interval_kind == "uniform" else self.config.interval
         return (inputs.t - k).clamp(min=0)
 

@@ -26,12 +26,11 @@ DEPTHS = {"B": 4, "L": 8, "XL": 8}
 class Sra2Config:
     """Options of SRA 2. All defaults are ours: REPA's depth and head, SRA's distance and weight.
 
-    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL, in proportion
-        elsewhere.
+    depth: block (1-based) whose hidden state is aligned; None: 4 for B, 8 for L and XL, in proportion elsewhere.
     weight: factor of the term.
-    loss: ``smooth-l1`` or ``cosine`` over the p*p*C entries of a patch.
+    loss: `smooth-l1` or `cosine` over the p*p*C entries of a patch.
     beta: of smooth L1.
-    head: ``mlp`` (three layers), ``conv`` (one 3x3 convolution) or ``linear``.
+    head: `mlp` (three layers), `conv` (one 3x3 convolution) or `linear`.
     head_width: inner width of the MLP.
     """
 
@@ -57,7 +56,7 @@ def patchify(latent: Tensor, patch: int) -> Tensor:
 
 
 class Sra2(Alignment):
-    """``L = weight * smooth_l1(head(h), patchify(z))`` with the step's own draw of the scaled latent z."""
+    """`L = weight * smooth_l1(head(h), patchify(z))` with the step's own draw of the scaled latent z."""
 
     def __init__(self, config: Sra2Config, info: BackboneInfo, features: Mapping[str, FeatureInfo]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Diagnostics: one file each, found through the table below. Importing this needs no torch.
 
-A diagnostic is a function ``run(subject) -> Result``. The first column says which weights and labels its subject needs:
-``gradients`` (as trained) or ``representations`` (averaged weights, null label).
+A diagnostic is a function `run(subject) -> Result`. The first column says which weights and labels its subject needs:
+`gradients` (as trained) or `representations` (averaged weights, null label).
 """
 
 from __future__ import annotations
@@ -29,6 +29,6 @@ DIAGNOSTICS: dict[str, tuple[Literal["gradients", "representations"], str]] = {
 
 
 def diagnostic(name: str) -> Callable[[Subject], Result]:
-    """The function behind one name of :data:`DIAGNOSTICS`."""
+    """The function behind one name of `DIAGNOSTICS`."""
     run: Callable[[Subject], Result] = import_module(f"trainer.analyze.{DIAGNOSTICS[name][1]}").run
     return run

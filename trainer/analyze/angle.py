@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.analyze.gradients import cosine, degrees
-from trainer.analyze.result import NotApplicable, Result
+from trainer.analyze.result import NotApplicable, Result, Row
 from trainer.analyze.subject import Subject
 from trainer.plots import Chart, Plot, Series
 from trainer.runs import checkpoint
 from trainer.training.objective import Draws
 from trainer.typeset import measure
 
+Y_LABEL = "cosine of the two gradients"
+
 
 def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tuple[list[Tensor], list[Tensor], int]:
-    """Mean gradients of both losses over ``count`` samples with t in one bin, with respect to what they share.
+    """Mean gradients of both losses over `count` samples with t in one bin, with respect to what they share.
 
     Shared are all parameters of the backbone that the alignment loss reaches: embedders and the blocks up to the last
     tap. DyA does not say which parameters its figures use; this is ours.
@@ -53,8 +55,18 @@ def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tup
     return [d for d, _ in both], [a for _, a in both], sum(d.numel() for d, _ in both)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Angles:
+    """cosines: [steps, bins], NaN where a gradient is zero. shared: parameters that both losses reach."""
+
+    steps: list[int]
+    cosines: np.ndarray
+    rows: list[Row]
+    shared: int
+
+
 def run(subject: Subject) -> Result:
-    """Cosine between the two gradients over timesteps, at up to ``checkpoints`` checkpoints."""
+    """Cosine between the two gradients over timesteps, at up to `checkpoints` checkpoints."""
     if subject.alignment is None:
         raise NotApplicable(
             f"{subject.run} trained without alignment: there is no second gradient",
@@ -62,91 +74,18 @@ def run(subject: Subject) -> Result:
         )
     options = subject.options
     count = min(options.gradient_samples, len(subject.indices))
-    steps = [step for step, _ in checkpoint.list_checkpoints(subject.run) if step <= subject.step]
-    chosen = sorted(
-        {steps[i] for i in np.linspace(0, len(steps) - 1, min(options.checkpoints, len(steps))).round().astype(int)}
-    )
-    values = np.full((len(chosen), options.bins), np.nan)
-    rows: list[dict[str, Any]] = []
-    shared = 0
-    for s, step in enumerate(chosen):
-        at = (
-            subject
-            if step == subject.step
-            else Subject(subject.run, options, device=subject.device, gradients=True, step=step)
-        )
-        at.model.requires_grad_(True)
-        for index in range(options.bins):
-            denoise, align, shared = shared_gradients(at, index, options.bins, count)
-            values[s, index] = value = cosine(denoise, align)
-            norms = [
-                float(torch.stack([g.double().square().sum() for g in gs]).sum().sqrt()) for gs in (denoise, align)
-            ]
-            rows.append(
-                {
-                    "step": step,
-                    "t_low": index / options.bins,
-                    "t_high": (index + 1) / options.bins,
-                    "cosine": value,
-                    "angle_degrees": degrees(value),
-                    "norm_denoising": norms[0],
-                    "norm_alignment": norms[1],
-                    "samples": count,
-                }
-            )
-        at.model.requires_grad_(False)
-    centres = (np.arange(options.bins) + 0.5) / options.bins
-    zero = Series(label="orthogonal", x=centres, y=np.zeros(len(centres)), colour=7, dashed=True)
-    lines = [
-        Series(
-            label=f"step {step:,}".replace(",", " "),
-            x=centres,
-            y=values[s],
-            colour=(len(chosen) - 1 - s) % 7,
-            markers=True,
-        )
-        for s, step in enumerate(chosen)
-    ]
-    y_label = "cosine of the two gradients"
-    plots = [
-        Plot(
-            name="angle_over_t",
-            headline=lines[-1],
-            drawing=Chart(
-                title="Over timesteps",
-                x_label="timestep t (0 = data, 1 = noise)",
-                y_label=y_label,
-                series=[*lines, zero],
-                note="Look for dips below 0, where alignment pulls against denoising: DyA Fig. 9 finds them near t = 0 "
-                "(0.02 to 0.05) and takes them for over-alignment.",
-            ),
-        )
-    ]
-    once = (
-        ""
-        if len(chosen) > 1
-        else (
-            " Only one checkpoint is kept; checkpoint_every and keep_checkpoints of trainer run say how many there are to follow."
-        )
-    )
-    if len(chosen) > 1:
-        plots.append(_over_steps(chosen, values, y_label))
-    last = values[-1]
-    negative = int((last < 0).sum())
-    worst = int(np.nanargmin(last))
-    side = f"negative in {negative} of {options.bins} timestep bins" if negative else "positive at all t"
+    angles = measure_angles(subject, count)
     return Result(
         what="gradient-angle",
         title="Angle between denoising and alignment gradients",
         question="Does the alignment loss pull the shared blocks where the denoising loss wants them?",
-        finding=f"At step {chosen[-1]} the cosine is {side}; it is lowest, {measure(last[worst])}, at t = "
-        f"{centres[worst]:.2f}, and {measure(float(np.nanmean(last)))} on average.{once}",
-        plots=plots,
-        rows=rows,
+        finding=_finding(angles),
+        plots=_plots(angles),
+        rows=angles.rows,
         settings={
             "samples": count,
             "gradients": f"means over {count} samples; float32, no label dropout, alignment always on",
-            "shared parameters": shared,
+            "shared parameters": angles.shared,
             "weights": "model",
             "timestep bins": options.bins,
             "caution": "means over finitely many samples are noisy, which pulls cosines towards 0",
@@ -154,7 +93,95 @@ def run(subject: Subject) -> Result:
     )
 
 
-def _over_steps(steps: list[int], values: np.ndarray, y_label: str) -> Plot:
+def _chosen_steps(subject: Subject) -> list[int]:
+    """Up to `checkpoints` of the kept checkpoints up to the subject's own, spread evenly."""
+    steps = [step for step, _ in checkpoint.list_checkpoints(subject.run) if step <= subject.step]
+    places = np.linspace(0, len(steps) - 1, min(subject.options.checkpoints, len(steps))).round().astype(int)
+    return sorted({steps[i] for i in places})
+
+
+def measure_angles(subject: Subject, count: int) -> _Angles:
+    """The angle in every timestep bin at every chosen checkpoint, from `count` samples each."""
+    options, chosen = subject.options, _chosen_steps(subject)
+    cosines = np.full((len(chosen), options.bins), np.nan)
+    rows: list[Row] = []
+    shared = 0
+    for s, step in enumerate(chosen):
+        at = subject
+        if step != subject.step:
+            at = Subject(subject.run, options, device=subject.device, gradients=True, step=step)
+        at.model.requires_grad_(True)
+        for index in range(options.bins):
+            denoise, align, shared = shared_gradients(at, index, options.bins, count)
+            cosines[s, index] = value = cosine(denoise, align)
+            rows.append(
+                {
+                    "step": step,
+                    "t_low": index / options.bins,
+                    "t_high": (index + 1) / options.bins,
+                    "cosine": value,
+                    "angle_degrees": degrees(value),
+                    "norm_denoising": _norm(denoise),
+                    "norm_alignment": _norm(align),
+                    "samples": count,
+                }
+            )
+        at.model.requires_grad_(False)
+    return _Angles(steps=chosen, cosines=cosines, rows=rows, shared=shared)
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    return float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt())
+
+
+def _centres(angles: _Angles) -> np.ndarray:
+    """Of the timestep bins."""
+    _, bins = angles.cosines.shape
+    centres: np.ndarray = (np.arange(bins) + 0.5) / bins
+    return centres
+
+
+def _finding(angles: _Angles) -> str:
+    last = angles.cosines[-1]
+    negative, worst = int((last < 0).sum()), int(np.nanargmin(last))
+    side = f"negative in {negative} of {len(last)} timestep bins" if negative else "positive at all t"
+    once = " Only one checkpoint is kept; checkpoint_every and keep_checkpoints of trainer run say how many there are to follow."
+    return (
+        f"At step {angles.steps[-1]} the cosine is {side}; it is lowest, {measure(last[worst])}, at t = "
+        f"{_centres(angles)[worst]:.2f}, and {measure(float(np.nanmean(last)))} on average."
+        f"{once if len(angles.steps) == 1 else ''}"
+    )
+
+
+def _plots(angles: _Angles) -> list[Plot]:
+    centres, steps = _centres(angles), angles.steps
+    zero = Series(label="orthogonal", x=centres, y=np.zeros(len(centres)), colour=7, dashed=True)
+    lines = [
+        Series(
+            label=f"step {step:,}".replace(",", " "),
+            x=centres,
+            y=angles.cosines[s],
+            colour=(len(steps) - 1 - s) % 7,
+            markers=True,
+        )
+        for s, step in enumerate(steps)
+    ]
+    over_t = Plot(
+        name="angle_over_t",
+        headline=lines[-1],
+        drawing=Chart(
+            title="Over timesteps",
+            x_label="timestep t (0 = data, 1 = noise)",
+            y_label=Y_LABEL,
+            series=[*lines, zero],
+            note="Look for dips below 0, where alignment pulls against denoising: DyA Fig. 9 finds them near t = 0 "
+            "(0.02 to 0.05) and takes them for over-alignment.",
+        ),
+    )
+    return [over_t, _over_steps(steps, angles.cosines)] if len(steps) > 1 else [over_t]
+
+
+def _over_steps(steps: list[int], values: np.ndarray) -> Plot:
     _, bins = values.shape
     third = max(1, bins // 3)
     parts = {
@@ -170,7 +197,7 @@ def _over_steps(steps: list[int], values: np.ndarray, y_label: str) -> Plot:
         drawing=Chart(
             title="Over training",
             x_label="training step",
-            y_label=y_label,
+            y_label=Y_LABEL,
             series=[*series, zero],
             note="Look for the step at which a line falls below 0: from there on alignment pulls against denoising "
             "(DyA Fig. 8, where dropping alignment in half of the steps or more keeps the cosine positive throughout).",

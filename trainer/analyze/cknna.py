@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +10,15 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.analyze import kernels
-from trainer.analyze.result import NotApplicable, Result
+from trainer.analyze.result import NotApplicable, Result, Row
 from trainer.analyze.subject import Subject
 from trainer.plots import Chart, Matrix, Plot, Series
 
 _STATE = re.compile(r"block(\d+):(0?\.\d+)")
 T_LABEL = "timestep t (0 = data, 1 = noise)"
+
+# Features [n, C], their neighbours without and with themselves.
+Prepared = tuple[Tensor, kernels.Neighbours, kernels.Neighbours]
 
 
 class _Measure:
@@ -26,7 +28,7 @@ class _Measure:
         self.options = subject.options
         self.k = min(self.options.k, len(subject.indices) - 1)
 
-    def prepare(self, x: Tensor) -> tuple[Tensor, kernels.Neighbours, kernels.Neighbours]:
+    def prepare(self, x: Tensor) -> Prepared:
         x = x.float()
         if self.options.normalize == "l2":
             x = torch.nn.functional.normalize(x, dim=-1)
@@ -34,7 +36,7 @@ class _Measure:
         biased = self.options.cknna == "biased"
         return x, others, kernels.neighbours(x, self.k, include_self=True) if biased else others
 
-    def __call__(self, a: tuple, b: tuple) -> dict[str, float]:
+    def __call__(self, a: Prepared, b: Prepared) -> dict[str, float]:
         return {
             "cknna": kernels.cknna_from_neighbours(a[2], b[2], estimator=self.options.cknna),
             "cka": kernels.cka(a[0], b[0], estimator=self.options.cka),
@@ -43,7 +45,7 @@ class _Measure:
 
 
 def representation(subject: Subject, name: str) -> Tensor:
-    """Pooled features [n, C] of a cached feature or a layer of a VAE group, or ``block3:0.5``: block 3 at t = 0.5.
+    """Pooled features [n, C] of a cached feature or a layer of a VAE group, or `block3:0.5`: block 3 at t = 0.5.
 
     Raises:
         UserError: neither.
@@ -75,7 +77,7 @@ def run(subject: Subject) -> Result:
     times = options.times
     shape = (len(times), subject.depth, len(names))
     found = {key: np.full(shape, np.nan) for key in ("cknna", "cka", "mutual_knn")}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for i, t in enumerate(times):
         pooled = subject.pooled(t)
         for depth in range(subject.depth):

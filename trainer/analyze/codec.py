@@ -6,23 +6,23 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.codecs import CODECS, decode, encode, stored_arrays
+from featcache.codecs import decode, encode
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import VaeEncoder
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
 from featcache.inspect import source_of
+from featcache.store.layout import CODECS, stored_arrays
 from trainer.align.base import AlignInputs
 from trainer.align.heads import to_grid
 from trainer.analyze.gradients import degrees, hidden_gradients
-from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
-from trainer.analyze.result import NotApplicable, Result
+from trainer.analyze.probes import OWN, OwnSample, fit_heads, head_loss, own_loss, own_sample, split, taps
+from trainer.analyze.result import NotApplicable, Result, Row
 from trainer.analyze.subject import Subject, pixels_of
 from trainer.plots import Chart, Matrix, Plot, Series
 from trainer.typeset import measure as shown_number
@@ -31,21 +31,26 @@ NAMES = tuple(name for name in CODECS if name != "raw")
 MOST_SAMPLES = 64  # cosines vary little from sample to sample
 
 
+# (feature or own loss, codec) -> per-sample gradient cosines in each timestep bin.
+Cosines = dict[tuple[str, str], list[Tensor]]
+
+
 def gradient_cosines(exact: Tensor, stored: Tensor) -> Tensor:
     """Cosine of each sample's two gradients, [B, ...] each -> float64 [B]; NaN where one is zero."""
     a, b = exact.flatten(1).double(), stored.flatten(1).double()
-    return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
+    cosines: Tensor = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
+    return cosines
 
 
 def stored_bits(codec: str, shape: tuple[int, ...]) -> float:
-    """Bits a value of one sample's feature, scales included."""
+    """Bits per value of one sample's feature, scales included."""
     arrays = stored_arrays(codec, shape)
     stored = sum(np.dtype(dtype).itemsize * int(np.prod(size)) for dtype, size in arrays.values())
     return 8 * stored / int(np.prod(shape))
 
 
 def roundtrip(codec: str, x: Tensor) -> Tensor:
-    """What the trainer would see of features [B, *shape] stored with ``codec``; float32."""
+    """What the trainer would see of features [B, *shape] stored with `codec`; float32."""
     return decode(codec, encode(codec, x), tuple(x.shape[1:]))
 
 
@@ -53,7 +58,7 @@ def recompute(subject: Subject, names: list[str], rows: slice) -> dict[str, Tens
     """The features as the encoders give them, float32; None where images or weights are not at hand.
 
     Raises:
-        UserError: ``data`` holds other images than the cache was built from.
+        UserError: `data` holds other images than the cache was built from.
     """
     options, features = subject.options, subject.cache.manifest.features
     if source_of(subject.cache, options.data) is None:
@@ -71,7 +76,7 @@ def recompute(subject: Subject, names: list[str], rows: slice) -> dict[str, Tens
     return out
 
 
-def _encoder(subject: Subject, name: str) -> Any:
+def _encoder(subject: Subject, name: str) -> VaeEncoder | VisionEncoder | None:
     spec, options = subject.cache.manifest.features[name], subject.options
     random = spec.provenance.get("seed") if spec.provenance.get("weights") == "random" else None
     weights = WeightsSource(weights_dir=Path(options.weights_dir) if options.weights_dir else None, random_seed=random)
@@ -91,8 +96,8 @@ def _encoder(subject: Subject, name: str) -> Any:
         return None  # weights that are not here
 
 
-def measure(subject: Subject) -> tuple[dict[tuple[str, str], list[Tensor]], bool]:
-    """(feature or own loss, codec) -> per-sample gradient cosines in each timestep bin; whether features were exact.
+def measure(subject: Subject) -> tuple[Cosines, bool]:
+    """The cosines, and whether the features they are compared with were exact.
 
     Gradients are with respect to the tapped hidden state. A feature's loss is the negative patch cosine behind a fitted
     head; the own loss reads all its features through one codec.
@@ -151,65 +156,85 @@ def _target(subject: Subject, name: str, feature: Tensor) -> Tensor:
     return to_grid(feature.mean(dim=1) if name.startswith("vae/") else feature, subject.info.grid)
 
 
-def _own(subject: Subject, state: AlignInputs, reads: list[str], features: Mapping[str, Tensor]) -> dict[str, Any]:
+def _own(subject: Subject, state: AlignInputs, reads: list[str], features: Mapping[str, Tensor]) -> OwnSample:
     return own_sample(subject, dataclasses.replace(state, targets={name: features[name] for name in reads}))
 
 
 def run(subject: Subject) -> Result:
     """Cosines by codec, feature and timestep."""
-    options, features = subject.options, subject.cache.manifest.features
     if not subject.token_features and not subject.levels:
         raise NotApplicable(
             f"{subject.cache.path} holds no features besides latents", remedy="Add some with featcache build."
         )
     found, exact = measure(subject)
-    centres = (np.arange(options.bins) + 0.5) / options.bins
     names = list(dict.fromkeys(name for name, _ in found))
-    means = np.array(
-        [
-            [float(torch.cat(found[name, c]).nanmean()) if (name, c) in found else np.nan for c in NAMES]
-            for name in names
-        ]
-    )
+    means = np.array([[_mean(found, name, codec) for codec in NAMES] for name in names])
     shown = OWN if OWN in names else names[0]
-    # int8 and friends miss 1 by parts in a thousand or less: only the distance from 1 shows differences.
-    lines = [
-        Series(
-            label=c, x=centres, y=[max(1 - float(v.nanmean()), 1e-12) for v in found[shown, c]], colour=i, markers=True
-        )
-        for i, c in enumerate(NAMES)
-        if c != "fp32" and (shown, c) in found
-    ]
-    rows = [
-        {
-            "target": name,
-            "codec": codec,
-            "bits_per_value": stored_bits(codec, tuple(features[name].shape)) if name in features else "",
-            "t_low": i / options.bins,
-            "t_high": (i + 1) / options.bins,
-            "cosine_mean": float(v.nanmean()),
-            "cosine_lowest": float(v[~v.isnan()].min()) if (~v.isnan()).any() else float("nan"),
-            "samples": len(v),
-        }
-        for (name, codec), bins in found.items()
-        for i, v in enumerate(bins)
-    ]
-    reads = [n for n in (subject.alignment.reads if subject.alignment is not None else ()) if n in features]
-    used = features[(reads or names)[0]].codec
     basis = (
         "features computed anew from the images"
         if exact
         else "the features as the cache holds them (images or weights are not here)"
     )
-    index = names.index(shown)
-    cached = f"The cache stores {used}: " if used in NAMES else ""
-    whose = "the run's own loss" if shown == OWN else shown
+    return Result(
+        what="codec",
+        title="Fidelity of storage codecs",
+        question="Does rounding the cached features change the direction in which alignment pulls?",
+        finding=f"{_finding(subject, means[names.index(shown)], shown)} Compared with {basis}.",
+        plots=[_matrix(names, means), _over_t(found, shown, subject.options.bins)],
+        rows=_rows(subject, found),
+        settings={
+            "reference": basis,
+            "gradients with respect to": f"hidden state after block {subject.block}",
+            "samples": len(next(iter(found.values()))[0]),
+            "weights": subject.weights,
+        },
+    )
+
+
+def _mean(found: Cosines, name: str, codec: str) -> float:
+    """Over samples and timestep bins; NaN where the codec cannot hold the feature."""
+    return float(torch.cat(found[name, codec]).nanmean()) if (name, codec) in found else np.nan
+
+
+def _rows(subject: Subject, found: Cosines) -> list[Row]:
+    bins, features = subject.options.bins, subject.cache.manifest.features
+    return [
+        {
+            "target": name,
+            "codec": codec,
+            "bits_per_value": stored_bits(codec, tuple(features[name].shape)) if name in features else "",
+            "t_low": i / bins,
+            "t_high": (i + 1) / bins,
+            "cosine_mean": float(v.nanmean()),
+            "cosine_lowest": float(v[~v.isnan()].min()) if (~v.isnan()).any() else float("nan"),
+            "samples": len(v),
+        }
+        for (name, codec), cosines in found.items()
+        for i, v in enumerate(cosines)
+    ]
+
+
+def _whose(shown: str) -> str:
+    return "the run's own loss" if shown == OWN else shown
+
+
+def _finding(subject: Subject, means: np.ndarray, shown: str) -> str:
+    """What the codec in use and the coarsest do to the loss `shown`. means: its mean cosine by codec [codecs]."""
+    features = subject.cache.manifest.features
+    reads = [n for n in (subject.alignment.reads if subject.alignment is not None else ()) if n in features]
+    used = features[(reads or [*subject.token_features, *subject.levels])[0]].codec
 
     def turned(codec: str) -> str:
-        return f"{shown_number(degrees(float(means[index, NAMES.index(codec)])))} degrees"
+        return f"{shown_number(degrees(float(means[NAMES.index(codec)])))} degrees"
 
-    sentence = f"{cached}that turns the gradient of {whose} by {turned(used)}. " if cached else ""
-    lowest = NAMES[int(np.nanargmin(means[index]))]
+    stored = f"The cache stores {used}: that turns the gradient of {_whose(shown)} by "
+    sentence = f"{stored}{turned(used)}. " if used in NAMES else ""
+    lowest = NAMES[int(np.nanargmin(means))]
+    return f"{sentence}The coarsest, {lowest}, turns it by {turned(lowest)}."
+
+
+def _matrix(names: list[str], means: np.ndarray) -> Plot:
+    """means: cosines [names, codecs]."""
     matrix = Matrix(
         title="Mean cosine between gradients from exact and from stored features",
         columns=[f"{c} ({stored_bits(c, (16, 64)):.3g} bit)" for c in NAMES],
@@ -219,34 +244,33 @@ def run(subject: Subject) -> Result:
         high=1.0,
         decimals=5,
         note="Look for the cheapest codec whose column stays at 0.999 or above for the features you read; the papers "
-        "store nothing, so no figure of theirs corresponds (bits a value at width 64, scales included; a dash: the "
+        "store nothing, so no figure of theirs corresponds (bits per value at width 64, scales included; a dash: the "
         "codec cannot hold that width).",
     )
-    return Result(
-        what="codec",
-        title="Fidelity of storage codecs",
-        question="Does rounding the cached features change the direction in which alignment pulls?",
-        finding=f"{sentence}The coarsest, {lowest}, turns it by {turned(lowest)}. Compared with {basis}.",
-        plots=[
-            Plot(name="codec_matrix", drawing=matrix),
-            Plot(
-                name="codec_over_t",
-                drawing=Chart(
-                    title=f"{whose[0].upper() + whose[1:]} over timesteps",
-                    x_label="timestep t (0 = data, 1 = noise)",
-                    y_label="1 - cosine (0 = no change)",
-                    series=lines,
-                    log_y=True,
-                    note="Look for lines below 0.001: there, rounding turns the gradient by less than 3 degrees, far "
-                    "less than gradients of different images differ (see G-SNR); no figure of the papers corresponds.",
-                ),
-            ),
-        ],
-        rows=rows,
-        settings={
-            "reference": basis,
-            "gradients with respect to": f"hidden state after block {subject.block}",
-            "samples": len(next(iter(found.values()))[0]),
-            "weights": subject.weights,
-        },
+    return Plot(name="codec_matrix", drawing=matrix)
+
+
+def _over_t(found: Cosines, shown: str, bins: int) -> Plot:
+    """One line per codec for the loss `shown`."""
+    centres = (np.arange(bins) + 0.5) / bins
+    # int8 and friends miss 1 by parts in a thousand or less: only the distance from 1 shows differences.
+    lines = [
+        Series(
+            label=c, x=centres, y=[max(1 - float(v.nanmean()), 1e-12) for v in found[shown, c]], colour=i, markers=True
+        )
+        for i, c in enumerate(NAMES)
+        if c != "fp32" and (shown, c) in found
+    ]
+    whose = _whose(shown)
+    return Plot(
+        name="codec_over_t",
+        drawing=Chart(
+            title=f"{whose[0].upper() + whose[1:]} over timesteps",
+            x_label="timestep t (0 = data, 1 = noise)",
+            y_label="1 - cosine (0 = no change)",
+            series=lines,
+            log_y=True,
+            note="Look for lines below 0.001: there, rounding turns the gradient by less than 3 degrees, far "
+            "less than gradients of different images differ (see G-SNR); no figure of the papers corresponds.",
+        ),
     )

@@ -1,4 +1,4 @@
-"""Measuring for ``trainer analyze``: subjects in, diagnostics run, results out as files."""
+"""Measuring for `trainer analyze`: subjects in, diagnostics run, results out as files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
 from featcache.errors import UserError
 from featcache.machine import pick_device
+from featcache.progress import Progress
 from trainer.analyze import DIAGNOSTICS, diagnostic
 from trainer.analyze.compare import compare
 from trainer.analyze.config import AnalyzeConfig
@@ -32,23 +32,15 @@ from trainer.runs import folder as runs
 SMALL = 1 << 19  # SiT-S/2 at 256 px, batch 32: 3.1 million; SiT-Ti/2 at 64 px: 0.1 million
 
 
-class Progress(Protocol):
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
 def measure_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeConfig, progress: Progress) -> list[Path]:
-    """Runs diagnostics on runs, one after the other, and writes what came out (:mod:`trainer.analyze.result`) into their
-    ``analysis`` folders; what several of them have in common goes into the first one's.
+    """Runs diagnostics on runs, one after the other, and writes what came out (`trainer.analyze.result`) into their
+    `analysis` folders; what several of them have in common goes into the first one's.
 
     Results of diagnostics that are not asked for stay as an earlier call left them; files of those that are asked for
     are replaced, not added to.
 
     Args:
-        what: names of :data:`trainer.analyze.DIAGNOSTICS`. Where several are asked for, those that do not apply to a
+        what: names of `trainer.analyze.DIAGNOSTICS`. Where several are asked for, those that do not apply to a
             run are left out, with the reason. A single one skips the runs to which it does not apply, with a note.
 
     Returns:
@@ -67,13 +59,13 @@ def measure_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
     compared: list[str] = []
     by_run: dict[str, list[Result]] = {}
     unfit: list[NotApplicable] = []
-    progress.begin("analysing", total=len(paths) * len(what))
+    progress.begin("analysing", len(paths) * len(what), unit="diagnostics")
     for path, name in zip(paths, names):
         try:
             by_run[name], step = _measure(path, what, options, progress)
         except NotApplicable as error:
             unfit.append(error)
-            progress.advance(len(what))
+            progress.update(len(what))
             continue
         done.append(path)
         compared.append(f"{path} {step}")
@@ -108,7 +100,7 @@ def _measure(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: 
             if len(what) == 1:
                 raise
             left_out[name] = error.what
-        progress.advance(1)
+        progress.update(1)
     subject = next(iter(subjects.values()))
     with writing(path) as folder:
         for result in results:
@@ -119,7 +111,7 @@ def _measure(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: 
     return results, subject.step
 
 
-def _about(subject: Subject) -> dict[str, Any]:
+def _about(subject: Subject) -> dict[str, object]:
     return {
         "name": runs.display_name(subject.run),
         "step": subject.step,
@@ -147,7 +139,7 @@ def _fitting_threads(subject: Subject) -> Iterator[None]:
 
 def _lead(subject: Subject) -> str:
     method = f"trained with {subject.config.method}" if subject.alignment is not None else "trained without alignment"
-    dataset: Any = subject.cache.manifest.dataset
+    dataset = subject.cache.manifest.dataset
     return f"{subject.config.model}, {method}, on {dataset.name}."
 
 

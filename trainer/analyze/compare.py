@@ -11,7 +11,7 @@ from trainer.plots import Chart, Plot, Series, Strips
 
 
 def compare(by_run: Mapping[str, Sequence[Result]]) -> list[Compared]:
-    """One section a diagnostic that any run has: each run's finding, and what :func:`_common_plots` finds."""
+    """One section per diagnostic that any run has: each run's finding, and what `_common_plots` finds."""
     sections = []
     for what in DIAGNOSTICS:
         results = {run: r for run, found in by_run.items() for r in found if r.what == what}
@@ -30,8 +30,8 @@ def compare(by_run: Mapping[str, Sequence[Result]]) -> list[Compared]:
 
 
 def _common_plots(results: Mapping[str, Result], runs: Sequence[str]) -> list[Plot]:
-    """A chart for each headline that at least two runs have, one line a run; pictures (the first of each run) one below
-    the other."""
+    """A chart for each headline that at least two runs have, one line per run; pictures (the first of each run) one
+    below the other."""
     charts: dict[str, list[tuple[Plot, Series]]] = {}
     pictures: dict[str, list[tuple[str, Strips]]] = {}
     for run, result in results.items():

@@ -1,4 +1,4 @@
-"""What ``trainer analyze`` can be asked for. No torch here."""
+"""What `trainer analyze` can be asked for. No torch here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class AnalyzeConfig:
 
     What and where:
         step: checkpoint (None: the latest).
-        weights: of diagnostics that look at representations: ``ema``, which is what samples are drawn with, ``model``,
-        or ``auto``: ``ema``, unless a tenth of it or more is still the initialisation (a short run with a slow
-        average). Diagnostics of gradients always take ``model``: the alignment heads were trained with it.
-        labels: given to the model by diagnostics of representations: ``null`` or ``given``; a given label would tell
+        weights: of diagnostics that look at representations: `ema`, which is what samples are drawn with, `model`,
+        or `auto`: `ema`, unless a tenth of it or more is still the initialisation (a short run with a slow
+        average). Diagnostics of gradients always take `model`: the alignment heads were trained with it.
+        labels: given to the model by diagnostics of representations: `null` or `given`; a given label would tell
         the probe the class (ours, the papers do not say).
         block: depth (1-based) to look at (None: the first that the method taps; without a method REPA's share, a third
         of the blocks).
@@ -30,10 +30,10 @@ class AnalyzeConfig:
         are looked at. bins: of [0, 1] for gradients. seed: of the choice of samples, noise and times. batch_size:
         samples at once.
     Estimators:
-        gsnr: ``plugin`` or ``unbiased``. wrt: G-SNR with respect to the ``hidden`` state or the ``block``'s
-        parameters. cknna, cka, k: see :mod:`trainer.analyze.kernels`. normalize: ``none`` or ``l2``, of pooled
+        gsnr: `plugin` or `unbiased`. wrt: G-SNR with respect to the `hidden` state or the `block`'s
+        parameters. cknna, cka, k: see `trainer.analyze.kernels`. normalize: `none` or `l2`, of pooled
         features before the comparison. against: cached features to compare hidden states with (empty: all). pairs:
-        further pairs, each ``"a,b"`` of cached features or ``block3:0.5`` (block 3 at t = 0.5).
+        further pairs, each `"a,b"` of cached features or `block3:0.5` (block 3 at t = 0.5).
         checkpoints: how many of a run's checkpoints the gradient angle is followed over, evenly chosen.
         probe_epochs, probe_batch (None: 16,384, at most an eighth of the training part), probe_folds (None: 4 below
         2,000 samples, else 1: one quarter held out). spectrum_top: singular values counted. spectrum_centred: whether
@@ -89,7 +89,7 @@ class AnalyzeConfig:
 
 
 def parse_what(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """``"gsnr,router"`` or ``"all"`` => names, in the order of ``known``.
+    """`"gsnr,router"` or `"all"` => names, in the order of `known`.
 
     Raises:
         UserError: a name that is not known.

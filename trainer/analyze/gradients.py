@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ GsnrEstimator = Literal["plugin", "unbiased"]
 
 @dataclass(frozen=True)
 class Moments:
-    """What G-SNR needs of ``count`` per-sample gradients: ``||mean||^2`` and the trace of their sample covariance."""
+    """What G-SNR needs of `count` per-sample gradients: `||mean||^2` and the trace of their sample covariance."""
 
     count: int
     squared_mean: float
@@ -52,7 +53,7 @@ class GradientMoments:
 
     @property
     def squared_mean(self) -> float:
-        """``||mean_i g_i||^2``."""
+        """`||mean_i g_i||^2`."""
         return float(self.mean.square().sum())
 
     @property
@@ -66,12 +67,12 @@ class GradientMoments:
 
 
 def gsnr(moments: GradientMoments | Moments, estimator: GsnrEstimator = "plugin") -> float:
-    """Gradient signal-to-noise ratio ``||E g||^2 / tr Cov g`` (AHPA, Eq. 1), dimensionless.
+    """Gradient signal-to-noise ratio `||E g||^2 / tr Cov g` (AHPA, Eq. 1), dimensionless.
 
-    ``plugin`` puts the sample mean and the sample covariance (ddof 1) in place of the true ones (AHPA, Eq. 6). It
-    is too large by 1/n on average, n the number of samples, because ``E ||mean||^2 = ||E g||^2 + tr Cov g / n``:
-    gradients without any common direction get 1/n and not 0. ``unbiased`` (ours) estimates the numerator without bias,
-    ``||mean||^2 - tr Cov / n``, and so is ``plugin - 1/n``; it may come out negative. Its ratio is consistent, but the
+    `plugin` puts the sample mean and the sample covariance (ddof 1) in place of the true ones (AHPA, Eq. 6). It
+    is too large by 1/n on average, n the number of samples, because `E ||mean||^2 = ||E g||^2 + tr Cov g / n`:
+    gradients without any common direction get 1/n and not 0. `unbiased` (ours) estimates the numerator without bias,
+    `||mean||^2 - tr Cov / n`, and so is `plugin - 1/n`; it may come out negative. Its ratio is consistent, but the
     ratio of two unbiased estimates is not itself free of bias.
 
     Raises:
@@ -90,14 +91,16 @@ def gsnr(moments: GradientMoments | Moments, estimator: GsnrEstimator = "plugin"
     return ratio if estimator == "plugin" else ratio - 1 / moments.count
 
 
-Loss = Callable[[Mapping[int, Tensor], Any], Tensor]
+S = TypeVar("S")
+Loss = Callable[[Mapping[int, Tensor], S], Tensor]
+"""Of one sample: (depth -> hidden state [N, D], pytree of that sample's other tensors) -> scalar."""
 
 
-def hidden_gradients(loss: Loss, hidden: Mapping[int, Tensor], sample: Any) -> dict[int, Tensor]:
-    """Per-sample gradients of ``loss`` with respect to hidden states, by ``vmap(grad)``.
+def hidden_gradients(loss: Loss[S], hidden: Mapping[int, Tensor], sample: S) -> dict[int, Tensor]:
+    """Per-sample gradients of `loss` with respect to hidden states, by `vmap(grad)`.
 
     Args:
-        loss: (depth -> [N, D] of one sample, pytree of that sample's other tensors) -> scalar.
+        loss: see `Loss`.
         hidden: depth -> [B, N, D].
         sample: pytree of tensors with B in front.
 
@@ -105,24 +108,25 @@ def hidden_gradients(loss: Loss, hidden: Mapping[int, Tensor], sample: Any) -> d
         depth -> [B, N, D].
     """
     with _plain_attention():
-        return vmap(grad(loss))(dict(hidden), sample)
+        found: dict[int, Tensor] = vmap(grad(loss))(dict(hidden), sample)
+        return found
 
 
 def block_gradients(
-    loss: Loss, block: torch.nn.Module, depth: int, x: Tensor, c: Tensor, hidden: Mapping[int, Tensor], sample: Any
+    loss: Loss[S], block: torch.nn.Module, depth: int, x: Tensor, c: Tensor, hidden: Mapping[int, Tensor], sample: S
 ) -> Tensor:
-    """Per-sample gradients of ``loss`` with respect to one block's parameters, through that block's output alone.
+    """Per-sample gradients of `loss` with respect to one block's parameters, through that block's output alone.
 
     Args:
-        block: called as block(x [1, N, D], c [1, D]); depth: where its output stands in ``hidden``.
+        block: called as block(x [1, N, D], c [1, D]); depth: where its output stands in `hidden`.
         x, c: the block's inputs [B, N, D] and [B, D].
 
     Returns:
-        [B, P], parameters flattened in the order of ``named_parameters``.
+        [B, P], parameters flattened in the order of `named_parameters`.
     """
     parameters = {name: p.detach() for name, p in block.named_parameters()}
 
-    def through(p: dict[str, Tensor], x: Tensor, c: Tensor, hidden: dict[int, Tensor], sample: Any) -> Tensor:
+    def through(p: dict[str, Tensor], x: Tensor, c: Tensor, hidden: dict[int, Tensor], sample: S) -> Tensor:
         out = functional_call(block, p, (x[None], c[None]))[0]
         return loss(hidden | {depth: out}, sample)
 
@@ -131,9 +135,8 @@ def block_gradients(
     return torch.cat([g.flatten(1) for g in found.values()], dim=1)
 
 
-def _plain_attention() -> Any:
+def _plain_attention() -> AbstractContextManager[None]:
     # The fused kernels have no batching rule for their backward pass; the plain formula is differentiated as it is.
-
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -154,7 +157,7 @@ def degrees(cos: float) -> float:
 class RidgeHeads:
     """Linear maps with offset from one X to several Y by ridge regression, from float64 sums added chunk by chunk.
 
-    ``min_W ||X W + b - Y||^2 + a ||W||^2`` with ``a = strength`` times the mean variance of X times the rows. The
+    `min_W ||X W + b - Y||^2 + a ||W||^2` with `a = strength` times the mean variance of X times the rows. The
     moments of X are added up once for all targets.
     """
 

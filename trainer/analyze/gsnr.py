@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from trainer.analyze.gradients import GradientMoments, Moments, block_gradients, gsnr, hidden_gradients
+from trainer.analyze.gradients import GradientMoments, Loss, Moments, block_gradients, gsnr, hidden_gradients
 from trainer.analyze.probes import OWN, fit_heads, head_loss, own_loss, own_sample, split, taps
-from trainer.analyze.result import Result
+from trainer.analyze.result import Result, Row
 from trainer.analyze.subject import MIXTURE, Subject
 from trainer.plots import Chart, Plot, Series
 
@@ -20,12 +23,12 @@ MOST_VALUES = 1 << 28  # of per-sample gradients at once: 1 GiB
 def measure(subject: Subject) -> dict[str, list[Moments]]:
     """Target -> moments of the per-sample gradients in each timestep bin.
 
-    Gradients are with respect to the hidden state after the tapped block(s), or with ``wrt="block"`` to the parameters
-    of block ``subject.block`` through its output. Every bin sees the same samples and the same noise.
+    Gradients are with respect to the hidden state after the tapped block(s), or with `wrt="block"` to the parameters
+    of block `subject.block` through its output. Every bin sees the same samples and the same noise.
     """
     options, targets = subject.options, subject.target_names()
     heads = fit_heads(subject, targets)
-    losses: dict[str, Any] = {name: head_loss(subject.block, *head) for name, head in heads.items()}
+    losses: dict[str, Loss[Any]] = {name: head_loss(subject.block, *head) for name, head in heads.items()}
     if subject.alignment is not None:
         losses[OWN] = own_loss(subject)
     found_moments: dict[str, list[Moments]] = {name: [] for name in losses}
@@ -58,7 +61,7 @@ def measure(subject: Subject) -> dict[str, list[Moments]]:
     return found_moments
 
 
-def _flat(by_depth: dict[int, Any]) -> Any:
+def _flat(by_depth: Mapping[int, Tensor]) -> Tensor:
     return torch.cat([g.flatten(1) for g in by_depth.values()], dim=1)
 
 
@@ -66,110 +69,16 @@ def run(subject: Subject) -> Result:
     """Measure, draw, and say which target guides most consistently."""
     options = subject.options
     moments = measure(subject)
-    centres = (np.arange(options.bins) + 0.5) / options.bins
     values = {name: np.array([gsnr(m, options.gsnr) for m in bins]) for name, bins in moments.items()}
     n = moments["latent"][0].count
-    rows = [
-        {
-            "target": name,
-            "t_low": i / options.bins,
-            "t_high": (i + 1) / options.bins,
-            "gsnr_plugin": gsnr(m, "plugin"),
-            "gsnr_unbiased": gsnr(m, "unbiased"),
-            "squared_mean": m.squared_mean,
-            "trace_covariance": m.trace,
-            "samples": m.count,
-        }
-        for name, bins in moments.items()
-        for i, m in enumerate(bins)
-    ]
-    means = {name: float(np.nanmean(v)) for name, v in values.items()}
     where = "the parameters of" if options.wrt == "block" else "the hidden state after"
-    y_label = f"G-SNR ({options.gsnr} estimate)"
-    floor = Series(
-        label=f"no common direction (1/{n})", x=centres, y=np.full(len(centres), 1 / n), colour=7, dashed=True
-    )
-    floors = [floor] if options.gsnr == "plugin" else []
-    plots = [
-        _plot(
-            "gsnr_levels",
-            "VAE levels",
-            {k: values[k] for k in [*subject.levels, "latent", MIXTURE] if k in values},
-            centres,
-            y_label,
-            floors,
-            "Look for the level whose line is highest at each t: in AHPA Fig. 2b the deep group leads at high noise "
-            "and the middle one as t falls to 0, and a router that follows the leader keeps the whole trajectory high "
-            "(Fig. 2c).",
-        )
-    ]
-    # One target that every run has, the same in all: how well each run's block takes guidance.
-    latent = Series(label="latent", x=centres, y=values["latent"], colour=0, markers=True)
-    plots[0] = dataclasses.replace(
-        plots[0],
-        headline=latent,
-        headline_title="the latent as target, through a fitted head",
-        headline_note="Look for the run whose line is higher: one target and one kind of head for all, so lines differ "
-        "by the hidden states alone; AHPA Fig. 2a shows it for SRA 2, which aligns with the latent.",
-    )
-    if subject.token_features:
-        plots.append(
-            _plot(
-                "gsnr_tokens",
-                "Image encoder",
-                {k: values[k] for k in subject.token_features},
-                centres,
-                y_label,
-                floors,
-                "Look for a fall towards t = 0: a static target that stops guiding where details are made, as AHPA "
-                "Fig. 2a shows for REPA and SRA 2.",
-            )
-        )
-    for level in subject.levels:
-        layers = subject.layers(level)
-        if len(layers) > 1:
-            short = level.removeprefix("vae/")
-            plots.append(
-                _plot(
-                    f"gsnr_{short}",
-                    f"Layers of {short}, shallow to deep",
-                    {layer.removeprefix(f"{level}/"): values[layer] for layer in layers},
-                    centres,
-                    y_label,
-                    floors,
-                    "Look for layers that change places over t: they are what a router inside the group can gain from "
-                    "(AHPA Fig. 2b compares groups; Fig. 5, middle and right, shows the weights inside them).",
-                )
-            )
-    if OWN in values:
-        mine = Series(label="own loss", x=centres, y=values[OWN], colour=0, markers=True)
-        plots.insert(
-            0,
-            Plot(
-                name="gsnr_own",
-                headline=mine,
-                headline_title="each run's own loss",
-                drawing=Chart(
-                    title=f"The run's own loss ({subject.config.method})",
-                    x_label="timestep t (0 = data, 1 = noise)",
-                    y_label=y_label,
-                    series=[mine, *floors],
-                    note="Look for a line that stays up over all t: guidance that points the same way for different "
-                    "images (AHPA Fig. 2c and Table 7); at the dashed line, gradients of different images have nothing "
-                    "in common.",
-                ),
-            ),
-        )
-    best = max((k for k in means if k != OWN), key=lambda k: means[k])
-    own = f"The run's own loss has a mean G-SNR of {means[OWN]:.3f} over t. " if OWN in means else ""
     return Result(
         what="gsnr",
         title="Gradient signal-to-noise ratio",
         question="Do the alignment gradients of different images agree with each other, and at which noise levels?",
-        finding=f"{own}Of the targets probed with a fitted linear head, {best} is the most consistent (mean "
-        f"{means[best]:.3f}).",
-        plots=plots,
-        rows=rows,
+        finding=_finding(values),
+        plots=_plots(subject, values, n),
+        rows=_rows(moments),
         settings={
             "estimator": options.gsnr,
             "formula": "||mean g||^2 / tr(sample covariance, ddof 1); unbiased = plugin - 1/n",
@@ -183,20 +92,126 @@ def run(subject: Subject) -> Result:
     )
 
 
-def _plot(
-    name: str,
-    title: str,
-    values: dict[str, np.ndarray],
-    centres: np.ndarray,
-    y_label: str,
-    floors: list[Series],
-    note: str,
-) -> Plot:
-    series = [
-        Series(label=k, x=centres, y=v, colour=i % 7, dashed=i >= 7, markers=True)
-        for i, (k, v) in enumerate(values.items())
+def _rows(moments: dict[str, list[Moments]]) -> list[Row]:
+    return [
+        {
+            "target": name,
+            "t_low": i / len(bins),
+            "t_high": (i + 1) / len(bins),
+            "gsnr_plugin": gsnr(m, "plugin"),
+            "gsnr_unbiased": gsnr(m, "unbiased"),
+            "squared_mean": m.squared_mean,
+            "trace_covariance": m.trace,
+            "samples": m.count,
+        }
+        for name, bins in moments.items()
+        for i, m in enumerate(bins)
     ]
-    x_label = "timestep t (0 = data, 1 = noise)"
-    return Plot(
-        name=name, drawing=Chart(title=title, x_label=x_label, y_label=y_label, series=[*series, *floors], note=note)
+
+
+def _finding(values: dict[str, np.ndarray]) -> str:
+    means = {name: float(np.nanmean(v)) for name, v in values.items()}
+    best = max((k for k in means if k != OWN), key=lambda k: means[k])
+    own = f"The run's own loss has a mean G-SNR of {means[OWN]:.3f} over t. " if OWN in means else ""
+    return (
+        f"{own}Of the targets probed with a fitted linear head, {best} is the most consistent (mean {means[best]:.3f})."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axes:
+    """What all plots share. centres: of the timestep bins. floors: lines of gradients with nothing in common."""
+
+    centres: np.ndarray
+    y_label: str
+    floors: list[Series]
+
+    def line(self, label: str, values: np.ndarray, number: int = 0) -> Series:
+        return Series(label=label, x=self.centres, y=values, colour=number % 7, dashed=number >= 7, markers=True)
+
+    def chart(self, title: str, lines: list[Series], note: str) -> Chart:
+        x_label = "timestep t (0 = data, 1 = noise)"
+        return Chart(title=title, x_label=x_label, y_label=self.y_label, series=[*lines, *self.floors], note=note)
+
+    def plot(self, name: str, title: str, values: dict[str, np.ndarray], note: str) -> Plot:
+        lines = [self.line(label, v, i) for i, (label, v) in enumerate(values.items())]
+        return Plot(name=name, drawing=self.chart(title, lines, note))
+
+
+def _plots(subject: Subject, values: dict[str, np.ndarray], n: int) -> list[Plot]:
+    options = subject.options
+    centres = (np.arange(options.bins) + 0.5) / options.bins
+    floor = Series(
+        label=f"no common direction (1/{n})", x=centres, y=np.full(len(centres), 1 / n), colour=7, dashed=True
+    )
+    axes = _Axes(
+        centres=centres,
+        y_label=f"G-SNR ({options.gsnr} estimate)",
+        floors=[floor] if options.gsnr == "plugin" else [],
+    )
+    own = [_own_plot(axes, subject.config.method, values[OWN])] if OWN in values else []
+    tokens = [_tokens_plot(axes, {k: values[k] for k in subject.token_features})] if subject.token_features else []
+    return [*own, _levels_plot(axes, subject, values), *tokens, *_layer_plots(axes, subject, values)]
+
+
+def _own_plot(axes: _Axes, method: str, values: np.ndarray) -> Plot:
+    mine = axes.line("own loss", values)
+    note = (
+        "Look for a line that stays up over all t: guidance that points the same way for different "
+        "images (AHPA Fig. 2c and Table 7); at the dashed line, gradients of different images have nothing "
+        "in common."
+    )
+    return Plot(
+        name="gsnr_own",
+        headline=mine,
+        headline_title="each run's own loss",
+        drawing=axes.chart(f"The run's own loss ({method})", [mine], note),
+    )
+
+
+def _levels_plot(axes: _Axes, subject: Subject, values: dict[str, np.ndarray]) -> Plot:
+    plot = axes.plot(
+        "gsnr_levels",
+        "VAE levels",
+        {k: values[k] for k in [*subject.levels, "latent", MIXTURE] if k in values},
+        "Look for the level whose line is highest at each t: in AHPA Fig. 2b the deep group leads at high noise "
+        "and the middle one as t falls to 0, and a router that follows the leader keeps the whole trajectory high "
+        "(Fig. 2c).",
+    )
+    return dataclasses.replace(
+        plot,
+        # One target that every run has, the same in all: how well each run's block takes guidance.
+        headline=axes.line("latent", values["latent"]),
+        headline_title="the latent as target, through a fitted head",
+        headline_note="Look for the run whose line is higher: one target and one kind of head for all, so lines differ "
+        "by the hidden states alone; AHPA Fig. 2a shows it for SRA 2, which aligns with the latent.",
+    )
+
+
+def _tokens_plot(axes: _Axes, values: dict[str, np.ndarray]) -> Plot:
+    return axes.plot(
+        "gsnr_tokens",
+        "Image encoder",
+        values,
+        "Look for a fall towards t = 0: a static target that stops guiding where details are made, as AHPA "
+        "Fig. 2a shows for REPA and SRA 2.",
+    )
+
+
+def _layer_plots(axes: _Axes, subject: Subject, values: dict[str, np.ndarray]) -> list[Plot]:
+    """One plot per VAE group of several layers."""
+    plots = []
+    for level in subject.levels:
+        layers = subject.layers(level)
+        if len(layers) > 1:
+            short = level.removeprefix("vae/")
+            plots.append(
+                axes.plot(
+                    f"gsnr_{short}",
+                    f"Layers of {short}, shallow to deep",
+                    {layer.removeprefix(f"{level}/"): values[layer] for layer in layers},
+                    "Look for layers that change places over t: they are what a router inside the group can gain from "
+                    "(AHPA Fig. 2b compares groups; Fig. 5, middle and right, shows the weights inside them).",
+                )
+            )
+    return plots

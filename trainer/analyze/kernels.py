@@ -1,17 +1,17 @@
 """How alike two representations of the same samples are: CKA, CKNNA, mutual k-nearest neighbours.
 
-All use the inner product as kernel, ``K_ij = <x_i, x_j>``, as REPA and the Platonic Representation Hypothesis (Huh et
+All use the inner product as kernel, `K_ij = <x_i, x_j>`, as REPA and the Platonic Representation Hypothesis (Huh et
 al. 2024) do. No n x n matrix is ever whole in memory: kernel rows are made in chunks, only each row's k largest entries
 are kept, and CKA is computed in feature space. Nothing is normalised in here (neither does the public code); normalise
 before, if you want cosines. Sums run in float64.
 
 Two estimators of CKA and two of CKNNA exist in public code, and the paper's formula makes a third of CKNNA:
 
-- ``unbiased``: HSIC as in Song et al. 2012, Eq. 5, diagonals left out. The public default for CKNNA.
-- ``biased``: ``tr(K H L H)``, a sample counts as its own neighbour. The public default for CKA.
-- ``paper`` (CKNNA only): REPA, Eq. 23, literally: kernels centred by row over all samples, then masked.
+- `unbiased`: HSIC as in Song et al. 2012, Eq. 5, diagonals left out. The public default for CKNNA.
+- `biased`: `tr(K H L H)`, a sample counts as its own neighbour. The public default for CKA.
+- `paper` (CKNNA only): REPA, Eq. 23, literally: kernels centred by row over all samples, then masked.
 
-Because the mask is not symmetrised, ``unbiased`` and ``biased`` CKNNA change a little when x and y trade places.
+Because the mask is not symmetrised, `unbiased` and `biased` CKNNA change a little when x and y trade places.
 
 The public code adds 1e-6 to the denominator, which matters where features are small; here it is left out, so the result
 does not change when features are scaled.
@@ -56,10 +56,10 @@ def _choice(what: str, value: str, kind: object) -> None:
 
 
 def neighbours(x: Tensor, k: int, *, include_self: bool = False, chunk: int = 1024) -> Neighbours:
-    """Nearest neighbours by inner product. float [n, D] -> :class:`Neighbours`.
+    """Nearest neighbours by inner product. float [n, D] -> `Neighbours`.
 
     Args:
-        include_self: whether a sample may be its own neighbour (the ``biased`` estimator lets it).
+        include_self: whether a sample may be its own neighbour (the `biased` estimator lets it).
         chunk: kernel rows at once; memory is chunk x n floats, the result does not depend on it.
 
     Raises:
@@ -104,7 +104,7 @@ def _intersect(x: Neighbours, y: Neighbours, chunk: int = 1024) -> _Masked:
 
 
 def _product_trace(m: _Masked) -> float:
-    """``tr(A B) = sum_ij A_ij B_ji``: the mask is not symmetric, so an entry counts only if its mirror is in it too."""
+    """`tr(A B) = sum_ij A_ij B_ji`: the mask is not symmetric, so an entry counts only if its mirror is in it too."""
     keys, mirrored = m.row * m.n + m.col, m.col * m.n + m.row
     ordered, order = keys.sort()
     at = torch.searchsorted(ordered, mirrored).clamp(max=max(len(keys) - 1, 0))
@@ -134,7 +134,7 @@ def _align(x: Neighbours, y: Neighbours, estimator: str) -> float:
 def cknna_from_neighbours(x: Neighbours, y: Neighbours, *, estimator: CknnaEstimator = "unbiased") -> float:
     """CKNNA from neighbours found before, which saves finding them again for every pair.
 
-    ``x`` and ``y`` must come from :func:`neighbours` with ``include_self=(estimator == "biased")`` and one k. NaN where
+    `x` and `y` must come from `neighbours` with `include_self=(estimator == "biased")` and one k. NaN where
     a representation's alignment with itself is not positive (the unbiased estimate may be).
     """
     _choice("CKNNA", estimator, CknnaEstimator)
@@ -145,7 +145,7 @@ def cknna_from_neighbours(x: Neighbours, y: Neighbours, *, estimator: CknnaEstim
 def cknna(x: Tensor, y: Tensor, *, k: int = 10, estimator: CknnaEstimator = "unbiased", chunk: int = 1024) -> float:
     """Centered kernel nearest-neighbour alignment of [n, D] and [n, E] (Huh et al. 2024; REPA, App. C.1, Eq. 21-24).
 
-    ``Align(K, L) / sqrt(Align(K, K) Align(L, L))``, where Align is HSIC over pairs (i, j) in which j is among the k
+    `Align(K, L) / sqrt(Align(K, K) Align(L, L))`, where Align is HSIC over pairs (i, j) in which j is among the k
     nearest of i under both kernels. The mask is not symmetrised. Estimators: see the module.
 
     Raises:
@@ -180,7 +180,7 @@ def cka(x: Tensor, y: Tensor, *, estimator: CkaEstimator = "biased") -> float:
 
     REPA's Eq. 22, as printed, centres kernels by row only; we centre both ways, as Kornblith et al. do.
 
-    Computed in feature space, O(n D E): with centred features ``tr(K H L H) = ||X^T Y||_F^2``, and all terms of the
+    Computed in feature space, O(n D E): with centred features `tr(K H L H) = ||X^T Y||_F^2`, and all terms of the
     unbiased HSIC follow from it and the squared norms of the samples.
 
     Raises:

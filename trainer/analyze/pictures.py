@@ -10,7 +10,7 @@ SIDE = 112
 
 
 def enlarge(pixels: np.ndarray, *, smooth: bool = False) -> np.ndarray:
-    """uint8 [h, w, 3] -> [SIDE, SIDE, 3], tokens as plain squares unless ``smooth``."""
+    """uint8 [h, w, 3] -> [SIDE, SIDE, 3], tokens as plain squares unless `smooth`."""
     how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((SIDE, SIDE), how))
 
@@ -22,7 +22,7 @@ def heat(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.ndarr
 
 
 def over(heat: np.ndarray, image: np.ndarray, share: float = 0.3) -> np.ndarray:
-    """A heat map [S, S, 3] laid over its image [R, R, 3], of which ``share`` of the brightness shows through."""
+    """A heat map [S, S, 3] laid over its image [R, R, 3], of which `share` of the brightness shows through."""
     grey = enlarge(image, smooth=True).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     return ((1 - share) * heat + share * grey[..., None]).round().astype(np.uint8)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from featcache.errors import UserError
-from trainer.analyze.result import NotApplicable, Result
+from trainer.analyze.result import NotApplicable, Result, Row
 from trainer.analyze.subject import Subject
 from trainer.plots import Chart, Plot, Series
 
@@ -18,7 +19,7 @@ TOGETHER_BYTES = 256 << 20
 
 
 def folds_of(count: int, folds: int, *, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(training, held-out) indices. ``folds=1`` holds out one quarter; otherwise each sample is held out once.
+    """(training, held-out) indices. `folds=1` holds out one quarter; otherwise each sample is held out once.
 
     Raises:
         UserError: more folds than samples.
@@ -81,10 +82,10 @@ def probe_accuracy(
 ) -> tuple[list[float], int]:
     """Top-1 accuracy in [0, 1] of each representation on held-out samples, and how many were held out.
 
-    Representations are probed together as long as their training sets take less than ``TOGETHER_BYTES``.
+    Representations are probed together as long as their training sets take less than `TOGETHER_BYTES`.
 
     Args:
-        features: [R, n, D]. labels: int64 [n]. folds: see :func:`folds_of`.
+        features: [R, n, D]. labels: int64 [n]. folds: see `folds_of`.
         batch: None takes 16,384, but at most an eighth of the training set (ours, for small sets).
     """
     _, n, D = features.shape
@@ -113,66 +114,114 @@ def probe_accuracy(
     return [h / tested for h in hits], tested
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Accuracies:
+    """Top-1 accuracies in percent. blocks: [times, depth]. references: cached feature -> accuracy.
+    tested: held-out predictions."""
+
+    blocks: np.ndarray
+    references: dict[str, float]
+    rows: list[Row]
+    tested: int
+    largest_error: float
+
+
 def run(subject: Subject) -> Result:
     """Accuracy of a probe on every block at every time, and on the cached features for comparison."""
-    options, classes = subject.options, len(subject.class_names)
+    options = subject.options
     present, counts = np.unique(subject.labels.cpu().numpy(), return_counts=True)
-    if classes < 2 or len(present) < 2:
+    if len(subject.class_names) < 2 or len(present) < 2:
         raise NotApplicable(
             "the samples belong to one class: there is nothing to tell apart", remedy="Use more samples."
         )
-    n = len(subject.indices)
-    folds = options.probe_folds or (4 if n < 2000 else 1)
+    folds = options.probe_folds or (4 if len(subject.indices) < 2000 else 1)
+    found = measure(subject, folds)
+    chance = 100 * counts.max() / counts.sum()
+    return Result(
+        what="probe",
+        title="Linear probing",
+        question="Where in the network, and at which noise level, can the class be read off linearly?",
+        finding=_finding(found, options.times, chance),
+        plots=_plots(found, options.times, chance),
+        rows=found.rows,
+        settings={
+            "probe": "mean over tokens, parameter-free batch norm, linear layer, Adam 1e-3 with cosine decay",
+            "epochs": options.probe_epochs,
+            "batch size": options.probe_batch or "16,384, at most an eighth of the training part",
+            "folds": folds if folds > 1 else "one quarter held out",
+            "held-out predictions": found.tested,
+            "labels": "the model gets the null label"
+            if not subject.labelled
+            else "the model gets the true label, which gives the class away",
+            "weights": subject.weights,
+        },
+    )
 
-    rows: list[dict[str, Any]] = []
+
+def measure(subject: Subject, folds: int) -> _Accuracies:
+    """One probe on each block at each time and on each reference."""
+    options, rows, errors = subject.options, list[Row](), list[float]()
+    tested = 0
 
     def record(names: list[tuple[str, int | str, float | str]], features: Tensor) -> list[float]:
+        nonlocal tested
         found, tested = probe_accuracy(
             features,
             subject.labels,
-            classes=classes,
+            classes=len(subject.class_names),
             folds=folds,
             epochs=options.probe_epochs,
             batch=options.probe_batch,
             seed=options.seed,
         )
         for (name, block, t), value in zip(names, found):
+            errors.append(100 * math.sqrt(value * (1 - value) / tested))
             rows.append(
                 {
                     "representation": name,
                     "block": block,
                     "t": t,
                     "accuracy_percent": 100 * value,
-                    "standard_error_percent": 100 * math.sqrt(value * (1 - value) / tested),
+                    "standard_error_percent": errors[-1],
                     "held_out": tested,
                 }
             )
         return [100 * value for value in found]
 
     depths = range(1, subject.depth + 1)
-    values = np.array([record([(f"block{d}:{t:g}", d, t) for d in depths], subject.pooled(t)) for t in options.times])
+    blocks = np.array([record([(f"block{d}:{t:g}", d, t) for d in depths], subject.pooled(t)) for t in options.times])
     references = {
         name: record([(name, "", "")], subject.pooled_feature(name)[None])[0] for name in _references(subject)
     }
-    chance = 100 * counts.max() / counts.sum()
-    blocks = np.arange(1, subject.depth + 1)
+    return _Accuracies(blocks=blocks, references=references, rows=rows, tested=tested, largest_error=max(errors))
+
+
+def _finding(found: _Accuracies, times: tuple[float, ...], chance: float) -> str:
+    i, j = np.unravel_index(found.blocks.argmax(), found.blocks.shape)
+    reference = "; ".join(f"{name} reaches {value:.1f} %" for name, value in found.references.items())
+    return (
+        f"Block {j + 1} at t = {times[i]:g} reads best: {found.blocks[i, j]:.1f} % (the most frequent "
+        f"class is {chance:.1f} % of the samples{'; ' + reference if reference else ''}; standard errors up to "
+        f"{found.largest_error:.1f})."
+    )
+
+
+def _plots(found: _Accuracies, times: tuple[float, ...], chance: float) -> list[Plot]:
+    _, depth = found.blocks.shape
+    blocks = np.arange(1, depth + 1)
     lines = [
-        Series(label=f"t = {t:g}", x=blocks, y=values[i], colour=i % 7, markers=True)
-        for i, t in enumerate(options.times)
+        Series(label=f"t = {t:g}", x=blocks, y=found.blocks[i], colour=i % 7, markers=True) for i, t in enumerate(times)
     ]
+    over_t = Series(label="best block", x=times, y=found.blocks.max(axis=1), colour=0, markers=True)
     flat = [
         ("most frequent class", chance, 7),
-        *((name, value, 5 + i) for i, (name, value) in enumerate(references.items())),
+        *((name, value, 5 + i) for i, (name, value) in enumerate(found.references.items())),
     ]
-    best = values.max(axis=1)
-    over_t = Series(label="best block", x=options.times, y=best, colour=0, markers=True)
-    tested = rows[0]["held_out"]
-    error = max(row["standard_error_percent"] for row in rows)
 
-    def level(x: Any) -> list[Series]:
+    def levels(x: Sequence[float] | np.ndarray) -> list[Series]:
         return [Series(label=label, x=x, y=np.full(len(x), v), colour=c % 8, dashed=True) for label, v, c in flat]
 
-    plots = [
+    return [
         Plot(
             name="probe_over_blocks",
             headline=lines[len(lines) // 2],
@@ -181,7 +230,7 @@ def run(subject: Subject) -> Result:
                 title="By block",
                 x_label="block",
                 y_label="top-1 accuracy (%)",
-                series=[*lines, *level(blocks)],
+                series=[*lines, *levels(blocks)],
                 note="Look for the block where classes are easiest to read and the gap to the encoder's line: REPA "
                 "Fig. 2a, 3a; SRA Fig. 2 (right), 7a.",
             ),
@@ -192,34 +241,12 @@ def run(subject: Subject) -> Result:
                 title="Best block, by timestep",
                 x_label="timestep t (0 = data, 1 = noise)",
                 y_label="top-1 accuracy (%)",
-                series=[over_t, *level(options.times)],
+                series=[over_t, *levels(times)],
                 note="Look for how fast meaning is lost in noise; alignment lifts the whole line in REPA Fig. 7 "
                 "(linear probing) and SRA Fig. 7b.",
             ),
         ),
     ]
-    top = np.unravel_index(values.argmax(), values.shape)
-    reference = "; ".join(f"{name} reaches {value:.1f} %" for name, value in references.items())
-    return Result(
-        what="probe",
-        title="Linear probing",
-        question="Where in the network, and at which noise level, can the class be read off linearly?",
-        finding=f"Block {top[1] + 1} at t = {options.times[top[0]]:g} reads best: {values[top]:.1f} % (the most frequent "
-        f"class is {chance:.1f} % of the samples{'; ' + reference if reference else ''}; standard errors up to {error:.1f}).",
-        plots=plots,
-        rows=rows,
-        settings={
-            "probe": "mean over tokens, parameter-free batch norm, linear layer, Adam 1e-3 with cosine decay",
-            "epochs": options.probe_epochs,
-            "batch size": options.probe_batch or "16,384, at most an eighth of the training part",
-            "folds": folds if folds > 1 else "one quarter held out",
-            "held-out predictions": tested,
-            "labels": "the model gets the null label"
-            if not subject.labelled
-            else "the model gets the true label, which gives the class away",
-            "weights": subject.weights,
-        },
-    )
 
 
 def _references(subject: Subject) -> list[str]:

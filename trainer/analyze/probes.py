@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,6 +23,20 @@ from trainer.analyze.subject import MIXTURE, Subject
 OWN = "own loss"
 
 
+class OwnSample(TypedDict):
+    """What the run's own loss sees beside hidden states: a pytree whose tensors have samples in front.
+
+    teacher: its answers (SRA), in the order in which the loss asks for them.
+    """
+
+    t: Tensor
+    targets: dict[str, Tensor]
+    time_embedding: Tensor
+    latent: Tensor
+    uniform: Tensor
+    teacher: list[Tensor]
+
+
 class Split(NamedTuple):
     """Samples to measure on, and the following ones to fit heads on."""
 
@@ -31,14 +45,14 @@ class Split(NamedTuple):
 
 
 def split(subject: Subject) -> Split:
-    """At most ``gradient_samples`` each, at most half of the chosen samples for measuring."""
+    """At most `gradient_samples` each, at most half of the chosen samples for measuring."""
     measured = min(subject.options.gradient_samples, len(subject.indices) // 2)
     return Split(measured, min(subject.options.gradient_samples, len(subject.indices) - measured))
 
 
 @torch.no_grad()
 def fit_heads(subject: Subject, targets: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Target -> weights [D, C] and offset [C] of a head from block ``subject.block``, fitted over all timestep bins."""
+    """Target -> weights [D, C] and offset [C] of a head from block `subject.block`, fitted over all timestep bins."""
     heads = RidgeHeads()
     sizes, bins = split(subject), subject.options.bins
     depths = taps(subject)
@@ -60,7 +74,7 @@ def taps(subject: Subject) -> tuple[int, ...]:
     return tuple(sorted({subject.block, *own}))
 
 
-def head_loss(depth: int, weight: Tensor, offset: Tensor) -> Loss:
+def head_loss(depth: int, weight: Tensor, offset: Tensor) -> Loss[Tensor]:
     """Negative mean patch cosine of the fitted head's output: (depth -> [N, D], target [N, C]) -> scalar."""
 
     def loss(hidden: Mapping[int, Tensor], target: Tensor) -> Tensor:
@@ -69,8 +83,8 @@ def head_loss(depth: int, weight: Tensor, offset: Tensor) -> Loss:
     return loss
 
 
-def own_sample(subject: Subject, state: AlignInputs) -> dict[str, Any]:
-    """The tensors of a state as a pytree with samples in front, the teacher's answers (SRA) among them."""
+def own_sample(subject: Subject, state: AlignInputs) -> OwnSample:
+    """A state as `OwnSample`."""
     answers: list[Tensor] = []
     if state.teacher is not None and subject.alignment is not None:
         ask = state.teacher
@@ -91,12 +105,12 @@ def own_sample(subject: Subject, state: AlignInputs) -> dict[str, Any]:
     }
 
 
-def own_loss(subject: Subject) -> Loss:
-    """The run's alignment loss of one sample: (depth -> [N, D], one row of :func:`own_sample`) -> scalar."""
+def own_loss(subject: Subject) -> Loss[OwnSample]:
+    """The run's alignment loss of one sample: (depth -> [N, D], one row of `own_sample`) -> scalar."""
     alignment = subject.alignment
     assert alignment is not None, "the run has no alignment"
 
-    def loss(hidden: Mapping[int, Tensor], sample: dict[str, Any]) -> Tensor:
+    def loss(hidden: Mapping[int, Tensor], sample: OwnSample) -> Tensor:
         answers = iter(sample["teacher"])
         inputs = AlignInputs(
             hidden={depth: h[None] for depth, h in hidden.items()},

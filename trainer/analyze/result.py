@@ -1,7 +1,7 @@
 """What a diagnostic hands back (numbers, plots and sentences), and the files that keep it.
 
-``<what>.json`` holds all of it but the pictures of strips, which lie in ``tiles/<plot>.png``, and ``<what>.csv`` the rows
-once more. Several runs' common plots are kept in the same form in ``comparison.json``. Pages are made from these files.
+`<what>.json` holds all of it but the pictures of strips, which lie in `tiles/<plot>.png`, and `<what>.csv` the rows
+once more. Several runs' common plots are kept in the same form in `comparison.json`. Pages are made from these files.
 """
 
 from __future__ import annotations
@@ -27,11 +27,18 @@ from trainer.plots import Plot, Strips
 from trainer.runs import folder as runs
 from trainer.runs import locks, schemas
 
+_T = TypeVar("_T")
+_S = TypeVar("_S", bound="Section")
+
 _REMEDY = "Delete the file; trainer analyze makes it anew."
 
 
 class NotApplicable(UserError):
-    """The run has nothing that this diagnostic looks at. ``all`` leaves it out and says so."""
+    """The run has nothing that this diagnostic looks at. `all` leaves it out and says so."""
+
+
+Row = Mapping[str, object]
+"""One row of a CSV: name of the column -> number or text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class Section:
         what: the diagnostic's name on the command line.
         title: heading of its section.
         question: one sentence: what it answers.
-        plots: see :class:`Plot`.
+        plots: see `Plot`.
     """
 
     what: str
@@ -57,17 +64,17 @@ class Result(Section):
 
     Attributes:
         finding: one sentence with what came out, from the numbers.
-        rows: the numbers, one mapping a row of the CSV; all have the same keys.
+        rows: the numbers, one mapping per row of the CSV; all have the same keys.
         settings: how they were measured: estimators, samples, seeds.
         run: name, step, method and model. measured: on what and for how long, in a few words. Both are put in after
             the diagnostic has run.
     """
 
     finding: str
-    run: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, object] = field(default_factory=dict)
     measured: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ class Compared(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a run's page says beside the results, ``about.json``. left_out: diagnostic => why it does not apply."""
+    """What a run's page says beside the results, `about.json`. left_out: diagnostic => why it does not apply."""
 
     lead: str = ""
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -101,18 +108,24 @@ def writing(run: Path) -> Iterator[Path]:
 
 
 def write_about(folder: Path, about: About, *, asked: Sequence[str]) -> None:
-    """Replaces ``about.json``; what is left out of diagnostics that were not asked for now stays."""
+    """Replaces `about.json`; what is left out of diagnostics that were not asked for now stays."""
     path = folder / "about.json"
-    earlier = _earlier(path, About).get("left_out", {})
+    try:
+        earlier = read_about(folder).left_out
+    except UserError:
+        earlier = {}
     left_out = {what: why for what, why in earlier.items() if what not in asked} | dict(about.left_out)
     runs.write_text(path, json.dumps({"lead": about.lead, "left_out": left_out}, indent=1) + "\n")
 
 
 def read_about(folder: Path) -> About:
-    """Empty where an earlier version wrote the folder. Raises UserError if the file is damaged."""
+    """Empty where an earlier version wrote the folder.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / "about.json"
-    about: About = schemas.parse(runs.read_json(path, {}), About, path, remedy=_REMEDY)
-    return about
+    return schemas.parse(runs.read_json(path, {}), About, path, remedy=_REMEDY)
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -129,7 +142,8 @@ def write_result(folder: Path, result: Result) -> None:
 
 def remove_result(folder: Path, what: str) -> None:
     """Deletes a diagnostic's files, its plots among them; it may not have been measured yet."""
-    _remove_plots(folder, _earlier(folder / f"{what}.json", schemas.Diagnostic).get("plots", ()))
+    earlier = _earlier(folder / f"{what}.json", schemas.Diagnostic)
+    _remove_plots(folder, earlier["plots"] if earlier is not None else ())
     for kind in ("json", "csv"):
         files.remove_file(folder / f"{what}.{kind}")
 
@@ -143,7 +157,7 @@ def _remove_plots(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """The results in a run's analysis folder, in the order of :data:`DIAGNOSTICS`.
+    """The results in a run's analysis folder, in the order of `DIAGNOSTICS`.
 
     Raises:
         UserError: a file is damaged.
@@ -158,37 +172,40 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def write_comparison(folder: Path, compared: Sequence[str], sections: Sequence[Compared]) -> None:
-    """Adds sections to ``comparison.json``, in place of those on the same diagnostics; of other runs, none is kept.
+    """Adds sections to `comparison.json`, in place of those on the same diagnostics; of other runs, none is kept.
 
     Args:
         compared: the runs and their checkpoints.
     """
     path = folder / "comparison.json"
     old = _earlier(path, schemas.Comparison)
-    kept = old.get("diagnostics", {})
+    kept = old["diagnostics"] if old is not None else {}
     new = [section.what for section in sections]
     for what in list(kept):
-        if old.get("compared") != list(compared) or what in new:
+        if old is None or old["compared"] != list(compared) or what in new:
             _remove_plots(folder, kept.pop(what)["plots"])
-    kept |= {section.what: _document(section, folder) for section in sections}
-    runs.write_text(path, json.dumps({"compared": list(compared), "diagnostics": kept}, indent=1) + "\n")
+    written = {**kept, **{section.what: _document(section, folder) for section in sections}}
+    runs.write_text(path, json.dumps({"compared": list(compared), "diagnostics": written}, indent=1) + "\n")
 
 
 def read_comparison(folder: Path) -> list[Compared]:
-    """The sections of ``comparison.json``, in the order of :data:`DIAGNOSTICS`. Raises UserError if it is damaged."""
+    """The sections of `comparison.json`, in the order of `DIAGNOSTICS`.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = folder / "comparison.json"
     document = schemas.check(runs.read_json(path, {}), schemas.Comparison, path, remedy=_REMEDY)
     stored = document["diagnostics"]
     return [_section(Compared, what, stored[what], path) for what in DIAGNOSTICS if what in stored]
 
 
-def _earlier(path: Path, schema: Any) -> dict[str, Any]:
-    """What an earlier call wrote; nothing where it is not what one writes."""
+def _earlier(path: Path, schema: type[_T]) -> _T | None:
+    """What an earlier call wrote; None where it is not what one writes."""
     try:
-        found: dict[str, Any] = schemas.check(runs.read_json(path, {}), schema, path, remedy=_REMEDY)
+        return schemas.check(runs.read_json(path, {}), schema, path, remedy=_REMEDY)
     except UserError:
-        return {}
-    return found
+        return None
 
 
 def _document(section: Section, folder: Path) -> dict[str, Any]:
@@ -204,14 +221,11 @@ def _document(section: Section, folder: Path) -> dict[str, Any]:
     return document | {"drawings": _finite(drawings)}
 
 
-_S = TypeVar("_S", bound=Section)
-
-
-def _section(kind: type[_S], what: str, stored: dict[str, Any], path: Path) -> _S:
+def _section(kind: type[_S], what: str, stored: schemas.Diagnostic | schemas.ComparedDiagnostic, path: Path) -> _S:
     drawings = {str(plot.get("name")): plot for plot in stored.get("drawings", ())}
     plots = [drawings.get(name, {"name": name, "drawing": None}) for name in stored["plots"]]
     values = {"title": what, "question": "", **stored, "what": what, "plots": plots}
-    section: _S = schemas.parse(values, kind, path, remedy=_REMEDY)
+    section = schemas.parse(values, kind, path, remedy=_REMEDY)
     return dataclasses.replace(section, plots=[_with_pictures(plot, path.parent) for plot in section.plots])
 
 
@@ -245,7 +259,7 @@ def _with_pictures(plot: Plot, folder: Path) -> Plot:
     return dataclasses.replace(plot, drawing=dataclasses.replace(plot.drawing, cells=cells))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     """JSON knows neither NaN nor infinity: they become null."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.align.ahpa import Ahpa
 from trainer.align.dya import Dya
-from trainer.analyze.result import NotApplicable, Result
+from trainer.analyze.result import NotApplicable, Result, Row
 from trainer.analyze.subject import Subject
 from trainer.plots import Chart, Plot, Series
 
@@ -41,7 +41,7 @@ def xi(subject: Subject, method: Dya, t: Tensor) -> Tensor:
 def run(subject: Subject) -> Result:
     """Curves over t of everything in the run that weighs targets by t."""
     plots: list[Plot] = []
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     findings: list[str] = []
     for method in subject.methods.values():
         if isinstance(method, Ahpa):
@@ -72,7 +72,7 @@ def _times(count: int, device: str) -> Tensor:
     return torch.linspace(0, 1, count, device=device)
 
 
-def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list, findings: list[str]) -> None:
+def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list[Row], findings: list[str]) -> None:
     t = _times(11 if method.config.router == "content" else POINTS, subject.device)
     intra, inter = router_weights(subject, method, t)
     x = t.cpu().numpy()
@@ -137,7 +137,7 @@ def _layer_names(subject: Subject, method: Ahpa, group: int) -> list[str]:
     return [subject.layers(feature)[index].removeprefix(f"{feature}/") for feature, index in method.groups[group]]
 
 
-def _dya(subject: Subject, method: Dya, plots: list[Plot], rows: list, findings: list[str]) -> None:
+def _dya(subject: Subject, method: Dya, plots: list[Plot], rows: list[Row], findings: list[str]) -> None:
     t = _times(POINTS, subject.device)
     values, x = xi(subject, method, t).cpu().numpy(), t.cpu().numpy()
     both = method.config.modulation == "both"  # Table 5, second row: texture by 1 - xi, semantic by xi

@@ -33,7 +33,8 @@ class Spectrum:
         gram = self._gram
         if self._centred:
             gram = gram - torch.outer(self._sum, self._sum) / self._rows
-        return torch.linalg.eigvalsh(gram).clamp(min=0).flip(0).sqrt()
+        values: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0).sqrt()
+        return values
 
 
 def energy(singular_values: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def energy(singular_values: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """``exp`` of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to D."""
+    """`exp` of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to D."""
     p = singular_values / singular_values.sum()
     p = p[p > 0]
     return float(torch.exp(-(p * p.log()).sum()))

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import featcache
-from featcache.errors import CacheError, UserError
+from featcache.errors import UserError
 from featcache.inspect import images_of, read_feature
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import AlignInputs, Alignment
@@ -27,9 +26,10 @@ from trainer.align.sra2 import patchify
 from trainer.analyze.config import AnalyzeConfig
 from trainer.diffusion.noise import sample_noise
 from trainer.diffusion.transport import build_transport
-from trainer.models import Transformer, build_model, load_weights
+from trainer.models import ModelOutput, Transformer, build_model, load_weights
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
+from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
 from trainer.sampling import draw as sample
 from trainer.training.objective import Objective, ema_decay_at, sample_posterior
@@ -37,34 +37,15 @@ from trainer.training.state import backbone_info, build_alignment, cached_featur
 
 _POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
 MIXTURE = "router's mixture"
+FEWEST_SAMPLES = 8
 _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnostics
-
-
-def open_cache(run: Path) -> featcache.Cache:
-    """The cache that a run was trained on.
-
-    Raises:
-        CacheError: it is gone, or another one lies in its place.
-    """
-    summary = sample.cache_summary(run)
-    path = runs.cache_path(run, summary)
-    try:
-        cache = featcache.open(path)
-    except UserError as error:
-        raise CacheError(
-            f"the cache of {run} cannot be opened: {error.what}",
-            remedy="Run the command in the folder where the run was trained, or bring the cache back.",
-        ) from error
-    if cache.fingerprint != summary["fingerprint"]:
-        raise CacheError(f"{path} is not the cache that {run} was trained on", remedy="Bring that cache back.")
-    return cache
 
 
 class Subject:
     """See the module.
 
     gradients: for diagnostics of gradients: the trained weights and the true labels, as in a training step without
-        label dropout. Otherwise ``options.weights`` and ``options.labels``.
+        label dropout. Otherwise `options.weights` and `options.labels`.
     """
 
     def __init__(
@@ -80,7 +61,12 @@ class Subject:
         self.device, self.weights = device, weights
         self.model = loaded.model
         self.cfg = loaded.model.cfg
-        self.cache = open_cache(run)
+        self.cache = cache_of_run(run)
+        if len(self.cache) < FEWEST_SAMPLES:
+            raise UserError(
+                f"{self.cache.path} holds {len(self.cache)} images, and diagnostics need at least {FEWEST_SAMPLES}",
+                remedy="Analyse a run that was trained on more.",
+            )
         self.info = backbone_info(loaded.config.model, self.cfg)
         self.alignment = self._load_alignment()
         self._teacher: Transformer | None = None
@@ -127,7 +113,7 @@ class Subject:
 
     @property
     def token_features(self) -> list[str]:
-        """Cached encoder layers, e.g. ``tiny@5``: by encoder, then shallow to deep."""
+        """Cached encoder layers, e.g. `tiny@5`: by encoder, then shallow to deep."""
 
         def place(name: str) -> tuple[str, int]:
             encoder, _, layer = name.rpartition("@")
@@ -137,25 +123,25 @@ class Subject:
 
     @property
     def levels(self) -> list[str]:
-        """Cached VAE groups, e.g. ``vae/G3``."""
+        """Cached VAE groups, e.g. `vae/G3`."""
         return sorted(n for n in self.cache.manifest.features if n.startswith("vae/G"))
 
     def layers(self, level: str) -> list[str]:
-        """The encoder layers in a cached VAE group, shallow to deep, e.g. ``vae/G3/down2.res0``."""
+        """The encoder layers in a cached VAE group, shallow to deep, e.g. `vae/G3/down2.res0`."""
         spec = self.cache.manifest.features[level]
         names = spec.provenance.get("layers") or range(spec.shape[0])
         return [f"{level}/{name}" for name in names]
 
     def chunks(self, count: int | None = None, start: int = 0, *, size: int | None = None) -> Iterator[slice]:
-        """Slices of the chosen samples from ``start``, ``count`` in all (None: the rest), ``size`` (None: the option
-        ``batch_size``) at once."""
+        """Slices of the chosen samples from `start`, `count` in all (None: the rest), `size` (None: the option
+        `batch_size`) at once."""
         stop = len(self.indices) if count is None else min(start + count, len(self.indices))
         size = size or self.options.batch_size
         for first in range(start, stop, size):
             yield slice(first, min(first + size, stop))
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """One cached feature, decoded: float32 [b, *shape]; of one layer of a VAE group (:meth:`layers`): [b, N, C]."""
+        """One cached feature, decoded: float32 [b, *shape]; of one layer of a VAE group (`layers`): [b, N, C]."""
         level, _, _ = name.rpartition("/")
         if level in self.levels:
             return self.read(level, rows)[:, self.layers(level).index(name)]
@@ -171,7 +157,7 @@ class Subject:
         return vae
 
     def conditioning(self, rows: slice) -> Tensor:
-        """Labels the model is given: int64 [b], the null label unless ``labelled``."""
+        """Labels the model is given: int64 [b], the null label unless `labelled`."""
         labels = self.labels[rows]
         return labels if self.labelled else torch.full_like(labels, self.cfg.num_classes)
 
@@ -181,7 +167,7 @@ class Subject:
         return sample_posterior(moments, draw, scale=self._vae["scaling_factor"], shift=self._vae["shift_factor"])
 
     def posterior(self, rows: slice) -> Tensor:
-        """The normal draws behind :meth:`latent`, [b, C, h, w]."""
+        """The normal draws behind `latent`, [b, C, h, w]."""
         return self._normal(rows, _POSTERIOR, self.cfg.latent_shape)
 
     def noise(self, rows: slice) -> Tensor:
@@ -189,28 +175,29 @@ class Subject:
 
     def uniform(self, rows: slice, stream: int = _ALIGN) -> Tensor:
         """U(0, 1), [b]."""
-        return torch.special.ndtr(self._normal(rows, stream, (1,))[:, 0])
+        uniform: Tensor = torch.special.ndtr(self._normal(rows, stream, (1,))[:, 0])
+        return uniform
 
     def times_in_bin(self, rows: slice, index: int, bins: int) -> Tensor:
-        """A time in bin ``index`` of [0, 1] for each sample, the same place within every bin. [b]."""
+        """A time in bin `index` of [0, 1] for each sample, the same place within every bin. [b]."""
         return (index + self.uniform(rows, _TIME)) / bins
 
     def noisy(self, latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at t in [0, 1] (drawn uniformly, as far as the transport goes) and the time as the backbone
-        takes it."""
+        """Noisy latents at t in [0, 1] (drawn uniformly, as far as the transport goes) and the time as the
+        backbone takes it."""
         t = self.transport.times(t)
         return self.transport.noisy(latent, noise, t), self.transport.model_time(t)
 
     @torch.no_grad()
     def hidden(self, rows: slice, t: Tensor | float, depths: Sequence[int]) -> Mapping[int, Tensor]:
-        """Hidden states [b, N, D] after the blocks ``depths``."""
+        """Hidden states [b, N, D] after the blocks `depths`."""
         return self.state(rows, t, depths).hidden
 
     @torch.no_grad()
     def state(
         self, rows: slice, t: Tensor | float, depths: Sequence[int] | None = None, *, targets: bool = False
     ) -> AlignInputs:
-        """Everything an alignment loss may look at (``targets``: the features it reads, too)."""
+        """Everything an alignment loss may look at (`targets`: the features it reads, too)."""
         labels = self.conditioning(rows)
         if not isinstance(t, Tensor):
             t = torch.full((len(labels),), t, device=self.device)
@@ -237,7 +224,8 @@ class Subject:
         def hidden(t: Tensor, depth: int) -> Tensor:
             with torch.no_grad():
                 x, times = self.noisy(latent, noise, t)
-                return teacher(x, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
+                output: ModelOutput = teacher(x, times, labels, taps=(depth,), stop_after=depth)
+            return output.hidden[depth]
 
         return hidden
 
@@ -251,7 +239,7 @@ class Subject:
 
     @torch.no_grad()
     def block_input(self, rows: slice, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What block ``self.block`` is called with: tokens [b, N, D] and conditioning [b, D]."""
+        """What block `self.block` is called with: tokens [b, N, D] and conditioning [b, D]."""
         x, times = self.noisy(self.latent(rows), self.noise(rows), t)
         before, labels = self.block - 1, self.conditioning(rows)
         embedding = self.model.t_embedder(times) + self.model.y_embedder(labels)
@@ -260,7 +248,7 @@ class Subject:
         return self.model(x, times, labels, taps=(before,), stop_after=before).hidden[before], embedding
 
     def objective(self) -> Objective:
-        """The run's training objective in float32 without label dropout; its ``draws.time`` is t itself."""
+        """The run's training objective in float32 without label dropout; its `draws.time` is t itself."""
         reads = ("vae/moments", *(self.alignment.reads if self.alignment is not None else ()))
         return Objective(
             self.model,
@@ -285,8 +273,8 @@ class Subject:
     def target(self, name: str, rows: slice, state: AlignInputs) -> Tensor:
         """A target on the backbone's token grid, [b, N, C].
 
-        ``latent``: the patchified clean latent. ``vae/Gk``: the mean of the group's layers. ``vae/Gk/<layer>`` and
-        ``<encoder>@<layer>``: that layer. ``router's mixture``: what AHPA's router makes of its levels at the state's t.
+        `latent`: the patchified clean latent. `vae/Gk`: the mean of the group's layers. `vae/Gk/<layer>` and
+        `<encoder>@<layer>`: that layer. `router's mixture`: what AHPA's router makes of its levels at the state's t.
         """
         if name == "latent":
             return patchify(state.latent, self.cfg.patch_size)
@@ -297,14 +285,14 @@ class Subject:
         return to_grid(tokens.mean(dim=1) if tokens.ndim == 4 else tokens, self.info.grid)
 
     def target_names(self) -> list[str]:
-        """All targets of :meth:`target` that this run and its cache have."""
+        """All targets of `target` that this run and its cache have."""
         mixture = [MIXTURE] if any(isinstance(m, Ahpa) for m in self.methods.values()) else []
         layers = [layer for level in self.levels for layer in self.layers(level)]
         return [*self.levels, *layers, *self.token_features, "latent", *mixture]
 
     def shown_targets(self, most: int = 4) -> list[str]:
         """Cached features to show beside hidden states: those the run aligned with, the deepest encoder layer, the
-        deepest VAE group; without repetition, at most ``most``."""
+        deepest VAE group; without repetition, at most `most`."""
         reads = self.alignment.reads if self.alignment is not None else ()
         cached = [*self.token_features, *self.levels]
         chosen = dict.fromkeys([*(n for n in reads if n in cached), *self.token_features[-1:], *self.levels[-1:]])
@@ -345,7 +333,7 @@ def initial_share(config: RunConfig, step: int) -> float:
 
 
 def choose(total: int, count: int, *, seed: int) -> np.ndarray:
-    """``count`` of ``total`` samples (all, if there are fewer), without repetition, in random order. int64."""
+    """`count` of `total` samples (all, if there are fewer), without repetition, in random order. int64."""
     generator = np.random.Generator(np.random.Philox(key=[seed, 0xA7A1]))
     return generator.permutation(total)[: min(count, total)].astype(np.int64)
 

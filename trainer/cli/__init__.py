@@ -1,4 +1,4 @@
-"""``trainer``: train, sample, evaluate, report. Thin: parse, call, print. Heavy imports are inside the commands."""
+"""`trainer`: train, sample, evaluate, report. Thin: parse, call, print. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from featcache.console import console, run_app, safe
+from featcache.console_progress import RichProgress
 from featcache.errors import UserError, os_error
+from featcache.paths import typed
 from featcache.redact import is_redacted
 from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
 from trainer.analyze import DIAGNOSTICS
@@ -52,17 +54,13 @@ def run(
     """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
     with _one_voice() as main:
         config = _run_config(recipe, given, set_ or [], resume=resume)
-        from trainer.training.loop import Silent, train
+        from trainer.training.loop import train
 
         _leave_a_core()
-        if not main:
-            train(config, resume=resume, watcher=Silent(), expect=expect)
-            return
-        from trainer.progress import RichWatcher
-
-        with RichWatcher() as watcher:
-            folder = train(config, resume=resume, watcher=watcher, expect=expect)
-        console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(folder)}")
+        with RichProgress() as progress:
+            folder = train(config, resume=resume, watcher=progress, expect=expect)
+        if main:
+            console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
 
 
 @contextmanager
@@ -99,7 +97,7 @@ def _leave_a_core() -> None:
         torch.set_num_threads(max(1, cores - 1))
 
 
-def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str], *, resume: bool) -> Any:
+def _run_config(recipe: Path | None, given: Given, overrides: list[str], *, resume: bool) -> RunConfig:
     """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top."""
     from trainer.runs.recipes import load_recipe
 
@@ -109,7 +107,7 @@ def _run_config(recipe: Path | None, given: dict[str, Any], overrides: list[str]
     return from_mapping(RunConfig, apply_overrides(values, overrides))
 
 
-def _resumed_config(values: dict[str, Any], overrides: list[str]) -> Any:
+def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
     """The settings of the run to continue (the newest one, unless named), with what was typed on top."""
     from trainer.runs.folder import ROOT, checked_name, load_config, newest_run
 
@@ -131,13 +129,12 @@ def sample(
     given: Given,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
-    from featcache.progress import RichBar
     from trainer import distributed
     from trainer.sampling.run import sample_run
 
     request = from_typed(SampleRequest, given)
-    with RichBar("sampling", unit="images") as bar:
-        result = sample_run(run, request, bar)
+    with RichProgress() as progress:
+        result = sample_run(run, request, progress)
     if distributed.is_main():
         console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")
 
@@ -150,7 +147,11 @@ DRAWING = (
 
 
 def _refuse(given: Given, names: Sequence[str], why: str) -> None:
-    """Raises UserError if any of the settings ``names`` was typed."""
+    """Refuses the settings `names`.
+
+    Raises:
+        UserError: one of them was typed.
+    """
     for name in names:
         if name in given:
             flag = flag_of(EvalRequest if name == "figure" else SampleSettings, name)
@@ -170,7 +171,6 @@ def evaluate(
     ] = False,
 ) -> None:
     """Sample a run, compare with reference images, write metrics.json and report.html."""
-    from featcache.progress import RichBar
     from trainer.evaluate.run import evaluate_images, evaluate_run
     from trainer.report.run import write_run_report
     from trainer.runs.folder import newest_run
@@ -187,12 +187,12 @@ def evaluate(
     drawing = {name: value for name, value in given.items() if name in options_of(SampleSettings)}
     judging = {name: value for name, value in given.items() if name not in drawing}
     request = from_typed(EvalRequest, judging, settings=from_typed(SampleSettings, drawing))
-    with RichBar("evaluating", unit="images") as bar:
+    with RichProgress() as progress:
         if samples is None:
             run = run or newest_run()
-            result = evaluate_run(run, request, bar)
+            result = evaluate_run(run, request, progress)
         else:
-            result = evaluate_images(samples, request, require_labels=require_labels, bar=bar)
+            result = evaluate_images(samples, request, require_labels=require_labels, progress=progress)
     if result is None:  # the main rank judges
         return
     for name, value in result.metrics.items():
@@ -215,13 +215,12 @@ def analyze(
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for any other option; repeatable.")] = None,
 ) -> None:
     """See why an alignment works: diagnostics as numbers, plots and one page. [dim]Example: trainer analyze runs/ahpa[/dim]"""
-    from featcache.progress import RichBar
     from trainer.report.analyze import analyze_runs
 
     chosen = parse_what(what, tuple(DIAGNOSTICS))
     options = from_mapping(AnalyzeConfig, apply_overrides(given, set_ or []))
-    with RichBar("analysing", unit="diagnostics") as bar:
-        pages = analyze_runs(runs, chosen, options, bar)
+    with RichProgress() as progress:
+        pages = analyze_runs(runs, chosen, options, progress)
     for page in pages:
         console.print(f"page: [bold]{safe(page)}[/bold]")
 
@@ -248,7 +247,7 @@ def recipes(
         ),
     ] = "",
 ) -> None:
-    """List the recipes, one a row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
+    """List the recipes, one per row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
     from trainer.runs.recipe_pages import page
 
     for line in page(text, width=min(console.width, 120)):
@@ -259,5 +258,5 @@ commands.register(app)
 
 
 def main() -> None:
-    """Entry point of the ``trainer`` command."""
+    """Entry point of the `trainer` command."""
     sys.exit(run_app(app))

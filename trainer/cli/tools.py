@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from featcache.console import console, safe
+from featcache.console_progress import RichProgress
 from featcache.errors import UserError
 from featcache.machine import pick_device
+from featcache.paths import typed
 
 
 def import_(
@@ -28,7 +30,7 @@ def import_(
     from trainer.runs.exchange import import_checkpoint
 
     run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache)
-    console.print(f"run: [bold]{safe(run)}[/bold]   next: trainer sample {safe(run)}")
+    console.print(f"run: [bold]{safe(run)}[/bold]   next: trainer sample {safe(typed(run))}")
 
 
 def export(
@@ -45,15 +47,18 @@ def export(
     from trainer.runs.folder import read_summary
 
     console.print(f"checkpoint: [bold]{safe(export_checkpoint(run, out, convention=to, step=step))}[/bold]")
-    if cache := (read_summary(run) or {}).get("path"):
-        console.print(f"back again: trainer import {safe(out)} --cache {safe(cache)}", soft_wrap=True)
+    summary = read_summary(run)
+    if summary is not None and summary["path"]:
+        console.print(
+            f"back again: trainer import {safe(typed(out))} --cache {safe(typed(summary['path']))}", soft_wrap=True
+        )
 
 
 def stats(
     images: Annotated[str, typer.Argument(help="Images: npz, folder, tar shards or a cache.", show_default=False)],
     out: Annotated[Path, typer.Option(help="npz file to write.")],
     extractor: Annotated[str, typer.Option(help="inception, dinov2 or embedded.")] = "inception",
-    resolution: Annotated[int | None, typer.Option(help="Crop a folder's images to this side.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Crop a folder's images to this side.", min=1)] = None,
     features: Annotated[int, typer.Option(help="Activations kept for precision, recall and KID.", min=0)] = 10_000,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images.", min=2)] = None,
     data: Annotated[str | None, typer.Option(help="For a cache: where its images lie.")] = None,
@@ -66,9 +71,18 @@ def stats(
     from trainer.evaluate.references import write_statistics
 
     network = build_extractor(extractor, weights_dir=weights_dir, device=pick_device(device))
-    made = write_statistics(
-        images, out, network, resolution=resolution, features=features, limit=limit, batch_size=batch_size, data=data
-    )
+    with RichProgress() as progress:
+        made = write_statistics(
+            images,
+            out,
+            network,
+            resolution=resolution,
+            features=features,
+            limit=limit,
+            batch_size=batch_size,
+            data=data,
+            progress=progress,
+        )
     console.print(f"statistics of {made.count} images: [bold]{safe(out)}[/bold]")
 
 

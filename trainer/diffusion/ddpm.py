@@ -1,7 +1,6 @@
-"""DDPM as DiT trains it: linear schedule, noise prediction, learned variance (Ho 2020; Nichol & Dhariwal
-2021).
+"""DDPM as DiT trains it: linear schedule, noise prediction, learned variance (Ho 2020; Nichol & Dhariwal 2021).
 
-The schedule is kept in float64 numpy; training gathers from float32 :class:`Tables` on the device, samplers
+The schedule is kept in float64 numpy; training gathers from float32 `Tables` on the device, samplers
 use the float64 numbers themselves.
 """
 
@@ -71,22 +70,22 @@ class Schedule:
 
 
 def linear_schedule(steps: int = STEPS, *, beta_first: float = 1e-4, beta_last: float = 0.02) -> Schedule:
-    """Beta rising linearly over ``steps`` steps (Ho 2020, Sec. 4), the schedule of the public DiT models."""
+    """Beta rising linearly over `steps` steps (Ho 2020, Sec. 4), the schedule of the public DiT models."""
     beta = np.linspace(beta_first, beta_last, steps)
     return Schedule(steps=np.arange(steps), alpha_bar=np.cumprod(1 - beta).astype(np.float64))
 
 
 def has_stride(schedule: Schedule, count: int) -> bool:
-    """Whether taking every i-th step, for a whole i, gives ``count`` of them."""
+    """Whether taking every i-th step, for a whole i, gives `count` of them."""
     return any(len(range(0, len(schedule), i)) == count for i in range(1, len(schedule) + 1))
 
 
 def respace(schedule: Schedule, count: int, *, spacing: Literal["even", "stride"] = "even") -> Schedule:
-    """The same process seen at ``count`` of its steps only (Nichol & Dhariwal 2021, Sec. 4).
+    """The same process seen at `count` of its steps only (Nichol & Dhariwal 2021, Sec. 4).
 
-    ``even`` spreads them from the first step to the last, rounded: 10 of 1000 are 0, 111, ..., 999.
-    ``stride`` takes every i-th step from 0 on (DDIM's choice): 10 of 1000 are 0, 100, ..., 900.
-    A single step is the last one, where the process ends in noise, not the first as either rule has it: our choice.
+    `even` spreads them from the first step to the last, rounded: 10 of 1000 are 0, 111, ..., 999. `stride` takes every
+    i-th step from 0 on (DDIM's choice): 10 of 1000 are 0, 100, ..., 900. A single step is the last one, where the
+    process ends in noise, not the first as either rule has it: our choice.
 
     Raises:
         UserError: a count that the process or the stride does not allow.
@@ -127,7 +126,7 @@ class Tables(NamedTuple):
 
 
 def tables(schedule: Schedule, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tables:
-    """The schedule's columns for :func:`q_sample` and :func:`ddpm_loss`."""
+    """The schedule's columns for `q_sample` and `ddpm_loss`."""
     columns = (
         np.sqrt(schedule.alpha_bar),
         np.sqrt(1 - schedule.alpha_bar),
@@ -145,14 +144,13 @@ def _gather(column: Tensor, t: Tensor, x: Tensor) -> Tensor:
 
 
 def q_sample(table: Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_t given x_0 (Ho 2020, Eq. 4). x0, noise [B, ...], t [B] int64 position in the schedule -> [B,
-    ...]."""
+    """Draw x_t given x_0 (Ho 2020, Eq. 4). x0, noise [B, ...], t [B] int64 position in the schedule -> [B, ...]."""
     return _gather(table.signal, t, x0) * x0 + _gather(table.noise, t, x0) * noise
 
 
 def probability_flow(table: Tables, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """dx/dt a step along the flow that has x_t's distribution at every t (Song 2021, "Score-Based Generative
-    Modeling", Eq. 13): ``beta / 2 (noise / sigma - x_t)`` with sigma = sqrt(1 - alpha_bar).
+    """dx/dt per step along the flow that has x_t's distribution at every t (Song 2021, "Score-Based Generative
+    Modeling", Eq. 13): `beta / 2 (noise / sigma - x_t)` with sigma = sqrt(1 - alpha_bar).
 
     The schedule is read as a continuous one, which is right up to a share of beta and of beta's change from
     step to step. noise: as predicted, x_t [B, ...], t [B] int64 position in the schedule -> [B, ...].
@@ -171,7 +169,7 @@ class DDPMLoss(NamedTuple):
 
 
 def ddpm_loss(prediction: Tensor, *, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, table: Tables) -> DDPMLoss:
-    """DiT's training loss, ``mse + vb`` with no weight between them (Nichol & Dhariwal 2021, Eq. 16 with
+    """DiT's training loss, `mse + vb` with no weight between them (Nichol & Dhariwal 2021, Eq. 16 with
     lambda = 1).
 
     The bound is the KL divergence of the posterior and the model's step, at step 0 the negative

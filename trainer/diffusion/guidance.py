@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ class Guidance:
 
     Args:
         scale: 1 is no guidance (and costs no second evaluation); the guided prediction is
-            ``unconditional + scale * (conditional - unconditional)``.
-        interval: of t, in which to guide (Kynkaanniemi et al. 2024). For DDPM models t is the step divided by
-            999.
+            `unconditional + scale * (conditional - unconditional)`.
+        interval: of t, in which to guide (Kynkaanniemi et al. 2024). For DDPM models t is the step divided by 999.
         channels: guide the first so many channels only: None for all (REPA), 3 as the public SiT and DiT do.
 
     Raises:
@@ -45,8 +44,8 @@ class Guidance:
     def active(self, t: float) -> bool:
         return self.scale != 1 and t in self.interval
 
-    def record(self) -> dict[str, Any]:
-        """Plain values, as ``settings.json`` beside samples holds them."""
+    def record(self) -> dict[str, object]:
+        """Plain values, as `settings.json` beside samples holds them."""
         return {
             "scale": self.scale,
             "low": self.interval.low,
@@ -63,17 +62,17 @@ def guided(
     guidance: Guidance = Guidance(),
     time_range: float = 1.0,
 ) -> ModelFn:
-    """Bind a model to labels [B] and a guidance: the ``model_fn(x, t)`` that samplers take.
+    """Bind a model to labels [B] and a guidance: the `model_fn(x, t)` that samplers take.
 
     Inside the interval the batch is doubled, conditional half first. Only the guided channels are combined;
     all others, also a learned variance, are the conditional half's, as in the public code.
 
     Args:
-        model: (x [B, C, h, w], t [B], y [B]) -> :class:`ModelOutput`.
+        model: (x [B, C, h, w], t [B], y [B]) -> `ModelOutput`.
         labels: [B] int64.
         null_label: label of the unconditional half: the number of classes.
         time_range: what t = 1 in the guidance interval is for the model: see
-            :class:`trainer.diffusion.transport.Transport`.
+            `trainer.diffusion.transport.Transport`.
     """
     both = torch.cat([labels, torch.full_like(labels, null_label)])
 

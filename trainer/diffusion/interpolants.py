@@ -1,5 +1,4 @@
-"""Paths between data and noise, x_t = alpha(t) z + sigma(t) e with t = 0 data and t = 1 noise (SiT, Eq. 4
-to 6)."""
+"""Paths between data and noise, x_t = alpha(t) z + sigma(t) e with t = 0 data and t = 1 noise (SiT, Eq. 4 to 6)."""
 
 from __future__ import annotations
 
@@ -79,8 +78,8 @@ def interpolate(kind: str, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor,
 def score_from_velocity(kind: str, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Score of x_t from its velocity (SiT, Eq. 9), [B, ...].
 
-    Solving ``v = d_alpha E[z|x] + d_sigma E[e|x]`` and ``x = alpha E[z|x] + sigma E[e|x]`` for ``E[e|x] =
-    -sigma s`` gives ``s = (alpha v - d_alpha x) / (sigma (d_alpha sigma - alpha d_sigma))``: finite
+    Solving `v = d_alpha E[z|x] + d_sigma E[e|x]` and `x = alpha E[z|x] + sigma E[e|x]` for `E[e|x] =
+    -sigma s` gives `s = (alpha v - d_alpha x) / (sigma (d_alpha sigma - alpha d_sigma))`: finite
     wherever sigma is not zero, also where d_alpha is (the usual form divides by d_alpha first). At t = 0
     the score is not determined by the velocity; the result is not finite there.
     """
@@ -92,9 +91,9 @@ def score_from_velocity(kind: str, velocity: Tensor, x: Tensor, t: Tensor) -> Te
 def draw_times(distribution: str, kind: str, draws: Tensor) -> Tensor:
     """Training times [B] in (0, 1) from draws [B].
 
-    ``uniform`` takes U(0, 1) draws and passes them through. ``lognormal`` takes N(0, 1) draws n and gives
-    the time at which sigma(t) / alpha(t) = exp(n), as REPA's code does after EDM: ``sigmoid(n)`` on the
-    linear path, ``2 / pi atan(exp(n))`` on the cosine path.
+    `uniform` takes U(0, 1) draws and passes them through. `lognormal` takes N(0, 1) draws n and gives
+    the time at which sigma(t) / alpha(t) = exp(n), as REPA's code does after EDM: `sigmoid(n)` on the
+    linear path, `2 / pi atan(exp(n))` on the cosine path.
 
     Raises:
         UserError: an unknown distribution or path.

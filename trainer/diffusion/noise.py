@@ -21,8 +21,7 @@ def sample_noise(
     *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard normal noise float32 [len(indices), *shape], row i a function of (seed, indices[i], step)
-    alone.
+    """Standard normal noise float32 [len(indices), *shape], row i a function of (seed, indices[i], step) alone.
 
     Each row is drawn on the CPU from a Philox stream keyed by the seed whose counter starts at (step,
     index): streams of different rows cannot overlap, and batch size, rank and device change nothing. Step 0
@@ -41,11 +40,10 @@ def noise_stream(
     device: torch.device | str = "cpu",
     threads: int = 4,
 ) -> Callable[[int], Tensor]:
-    """The ``noise(step)`` callable that samplers take, for the samples of one batch.
+    """The `noise(step)` callable that samplers take, for the samples of one batch.
 
-    Gives what :func:`sample_noise` gives. A latent of 4 x 32 x 32 costs about 0.1 ms, so the next step's
-    noise is drawn by ``threads`` threads (numpy releases the interpreter lock) while the model runs the
-    present one.
+    Gives what `sample_noise` gives. A latent of 4 x 32 x 32 costs about 0.1 ms, so the next step's noise is drawn by
+    `threads` threads (numpy releases the interpreter lock) while the model runs the present one.
     """
     pool = ThreadPoolExecutor(threads)
     chunks = [range(i, len(indices), threads) for i in range(min(threads, len(indices)))]

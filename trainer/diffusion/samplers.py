@@ -1,16 +1,15 @@
 """Samplers, each one function on one screen.
 
-For velocity models, from noise at t = 1 to data at t = 0: :func:`euler`, :func:`heun`, :func:`dopri5` (ODE)
-and :func:`euler_maruyama` (SDE). All take ``(model_fn, x, t_grid)`` first: ``model_fn(x, t) -> velocity``
-with x [B, ...] and t a Python float (testing it reads nothing back from the device), the noise x at
-``t_grid[0]``, and a decreasing grid of times. For DDPM models: :func:`ddpm` and :func:`ddim`, which take a
-:class:`Schedule` in place of the grid; their t is a step number.
+For velocity models, from noise at t = 1 to data at t = 0: `euler`, `heun`, `dopri5` (ODE) and `euler_maruyama` (SDE).
+All take `(model_fn, x, t_grid)` first: `model_fn(x, t) -> velocity` with x [B, ...] and t a Python float (testing it
+reads nothing back from the device), the noise x at `t_grid[0]`, and a decreasing grid of times. For DDPM models: `ddpm`
+and `ddim`, which take a `Schedule` in place of the grid; their t is a step number.
 
-The state is kept in ``state_dtype`` (float64 as in REPA's samplers; float32 for dopri5 as in SiT's, and for
+The state is kept in `state_dtype` (float64 as in REPA's samplers; float32 for dopri5 as in SiT's, and for
 DDPM and DDIM as in DiT's), the model is called in the dtype of x, and the sample comes back in it.
 
-Randomness comes in through ``noise(step) -> [B, ...]``, one draw for step 1, 2, ...: see
-:mod:`trainer.diffusion.noise`.
+Randomness comes in through `noise(step) -> [B, ...]`, one draw for step 1, 2, ...: see
+`trainer.diffusion.noise`.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ from trainer.diffusion.interpolants import interpolant, score_from_velocity
 
 
 class ModelFn(Protocol):
-    """Velocity at (x, t). ``interval_t`` is the time at which a guidance interval is tested, by default t
-    itself."""
+    """Velocity at (x, t). `interval_t` is the time at which a guidance interval is tested, by default t itself."""
 
     def __call__(self, x: Tensor, t: float, /, *, interval_t: float | None = None) -> Tensor: ...
 
 
 def ode_grid(steps: int) -> list[float]:
-    """``steps`` equal steps from 1 to 0: steps + 1 times.
+    """`steps` equal steps from 1 to 0: steps + 1 times.
 
     Raises:
         UserError: fewer than one step.
@@ -47,12 +45,12 @@ def ode_grid(steps: int) -> list[float]:
 
 
 def sde_grid(steps: int, *, last: float = 0.04) -> list[float]:
-    """REPA's grid for Euler-Maruyama: ``steps`` times from 1 to ``last`` in equal steps, then 0.
+    """REPA's grid for Euler-Maruyama: `steps` times from 1 to `last` in equal steps, then 0.
 
-    ``steps`` evaluations of the model, of which the last one, from ``last`` to 0, adds no noise.
+    `steps` evaluations of the model, of which the last one, from `last` to 0, adds no noise.
 
     Raises:
-        UserError: fewer than two steps, or ``last`` outside (0, 1).
+        UserError: fewer than two steps, or `last` outside (0, 1).
     """
     if steps < 2:
         raise UserError(f"{steps} steps of the SDE sampler were asked for.", remedy="Use at least 2.")
@@ -63,7 +61,7 @@ def sde_grid(steps: int, *, last: float = 0.04) -> list[float]:
 
 @torch.no_grad()
 def euler(model_fn: ModelFn, x: Tensor, t_grid: list[float], *, state_dtype: torch.dtype = torch.float64) -> Tensor:
-    """Euler's method for the probability flow ODE dx = v dt: first order, one evaluation a step. [B, ...]."""
+    """Euler's method for the probability flow ODE dx = v dt: first order, one evaluation per step. [B, ...]."""
     state = x.to(state_dtype)
     for t, t_next in pairwise(t_grid):
         state = state + (t_next - t) * model_fn(state.to(x.dtype), t).to(state_dtype)
@@ -79,11 +77,10 @@ def heun(
     state_dtype: torch.dtype = torch.float64,
     interval_at: Literal["current", "next"] = "current",
 ) -> Tensor:
-    """Heun's method for the probability flow ODE: second order, two evaluations a step, one in the last.
-    [B, ...].
+    """Heun's method for the probability flow ODE: second order, two evaluations per step, one in the last. [B, ...].
 
-    As in EDM (Alg. 1) and REPA the last step is Euler's. ``interval_at`` says at which time the corrector
-    tests a guidance interval: ``current``, the beginning of the step, as REPA's code does, or ``next``,
+    As in EDM (Alg. 1) and REPA the last step is Euler's. `interval_at` says at which time the corrector
+    tests a guidance interval: `current`, the beginning of the step, as REPA's code does, or `next`,
     where it evaluates.
     """
     state = x.to(state_dtype)
@@ -112,7 +109,7 @@ def dopri5(
 ) -> Tensor:
     """Adaptive Dormand-Prince 5(4) for the probability flow ODE, by torchdiffeq. [B, ...].
 
-    Only the ends of ``t_grid`` matter; tolerances default to SiT's. Step sizes follow the error over the
+    Only the ends of `t_grid` matter; tolerances default to SiT's. Step sizes follow the error over the
     whole batch, so a sample depends, within the tolerances, on what it is batched with: for byte-identical
     samples keep the batches.
     """
@@ -122,7 +119,8 @@ def dopri5(
         return model_fn(state.to(x.dtype), float(t)).to(state_dtype)
 
     ends = torch.tensor([t_grid[0], t_grid[-1]], dtype=torch.float64, device=x.device)
-    return odeint(velocity, x.to(state_dtype), ends, method="dopri5", rtol=rtol, atol=atol)[-1].to(x.dtype)
+    states: Tensor = odeint(velocity, x.to(state_dtype), ends, method="dopri5", rtol=rtol, atol=atol)
+    return states[-1].to(x.dtype)
 
 
 @torch.no_grad()
@@ -138,10 +136,10 @@ def euler_maruyama(
 ) -> Tensor:
     """Euler-Maruyama for the reverse SDE dx = (v - w s / 2) dt + sqrt(w) dW (SiT, Eq. 5 and 10). [B, ...].
 
-    In the convention of REPA's code ``w = 2 t`` (``linear``); ``sigma`` is ``w = 2 sigma(t)``, which is
+    In the convention of REPA's code `w = 2 t` (`linear`); `sigma` is `w = 2 sigma(t)`, which is
     SiT's form of that name (there written without the 2 and with noise sqrt(2 w)). They agree on the linear
     path. The last step of the grid is taken without noise: len(t_grid) - 1 evaluations, len(t_grid) - 2
-    draws ``noise(1), noise(2), ...``.
+    draws `noise(1), noise(2), ...`.
     """
     state = x.to(state_dtype)
     last = len(t_grid) - 1
@@ -167,7 +165,7 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling (Ho 2020, Alg. 2) with the model's variance where it is learned. [B, C, ...].
 
-    ``model_fn(x, step)`` predicts [B, 2C, ...] noise and variance values (-1 is the posterior's
+    `model_fn(x, step)` predicts [B, 2C, ...] noise and variance values (-1 is the posterior's
     log-variance, 1 is log beta; Nichol & Dhariwal 2021, Eq. 15) or [B, C, ...] noise, for which the
     variance is beta (the posterior's of the second step in the first). len(schedule) evaluations; no noise
     in the last.
@@ -196,10 +194,9 @@ def ddim(
     eta: float = 0.0,
     state_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """DDIM (Song 2021, Eq. 12 and 16): deterministic at ``eta`` = 0, the posterior's variance at 1. [B, C,
-    ...].
+    """DDIM (Song 2021, Eq. 12 and 16): deterministic at `eta` = 0, the posterior's variance at 1. [B, C, ...].
 
-    ``model_fn`` as for :func:`ddpm`; a learned variance is not used. ``noise`` is needed if ``eta`` is not 0.
+    `model_fn` as for `ddpm`; a learned variance is not used. `noise` is needed if `eta` is not 0.
     """
     assert eta == 0 or noise is not None, "eta > 0 needs noise"
     state, C = x.to(state_dtype), x.shape[1]
@@ -217,4 +214,5 @@ def ddim(
 def _predict_x0(schedule: Schedule, k: int, x: Tensor, epsilon: Tensor) -> Tensor:
     """Clean sample implied by the noise predicted at position k (Ho 2020, Eq. 15)."""
     alpha_bar = float(schedule.alpha_bar[k])
-    return (x - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
+    clean: Tensor = (x - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
+    return clean

@@ -1,7 +1,7 @@
 """What a model's times and predictions mean, and how it is trained on them: flows (SiT) and DDPM (DiT).
 
-To the trainer time is t in [0, 1] with 0 = data and 1 = noise, whatever the backbone is told. The random numbers come in
-from outside. Nothing here reads a value back from the device, and all of it compiles as a part of the step.
+To the trainer time is t in [0, 1] with 0 = data and 1 = noise, whatever the backbone is told. The random numbers come
+in from outside. Nothing here reads a value back from the device, and all of it compiles as a part of the step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Transport(Protocol):
         ...
 
     def loss(self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Scalar loss terms by name, in float32; their sum is minimised. ``out``: of the backbone at (x_t, t)."""
+        """Scalar loss terms by name, in float32; their sum is minimised. `out`: of the backbone at (x_t, t)."""
         ...
 
     def velocity(self, out: ModelOutput, x_t: Tensor, t: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ class Flow:
     """Stochastic interpolants with velocity prediction (SiT, Eq. 4 to 7). The backbone is told t itself.
 
     Args:
-        path: see :data:`trainer.diffusion.interpolants.INTERPOLANTS`.
-        time_sampling: distribution of the training times; ``uniform`` takes U(0, 1) draws, ``lognormal`` N(0, 1).
+        path: see `trainer.diffusion.interpolants.INTERPOLANTS`.
+        time_sampling: distribution of the training times; `uniform` takes U(0, 1) draws, `lognormal` N(0, 1).
 
     Raises:
         UserError: an unknown path or distribution.
@@ -84,7 +84,7 @@ class Flow:
         return interpolate(self.path, x0, noise, t)[0]
 
     def loss(self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """``denoise``: mean squared error of the velocity (SiT, Eq. 7)."""
+        """`denoise`: mean squared error of the velocity (SiT, Eq. 7)."""
         _, velocity = interpolate(self.path, x0, noise, t)
         return {"denoise": (self.velocity(out, x_t, t).float() - velocity).square().mean()}
 
@@ -121,7 +121,7 @@ class DDPM:
         return ddpm.q_sample(self.table, x0, self.model_time(t), noise)
 
     def loss(self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """``denoise``: DiT's loss, see :func:`trainer.diffusion.ddpm.ddpm_loss`."""
+        """`denoise`: DiT's loss, see `trainer.diffusion.ddpm.ddpm_loss`."""
         assert out.prediction is not None, "the forward pass stopped before the prediction"
         loss = ddpm.ddpm_loss(
             out.prediction.float(), x0=x0, x_t=x_t, noise=noise, t=self.model_time(t), table=self.table
@@ -140,7 +140,7 @@ def build_transport(
     time_sampling: TimeDistribution = "uniform",
     device: torch.device | str = "cpu",
 ) -> Transport:
-    """The transport of a family of backbones. ``path`` and ``time_sampling`` are a flow's; ``device``: of the latents.
+    """The transport of a family of backbones. `path` and `time_sampling` are a flow's; `device`: of the latents.
 
     Raises:
         UserError: an unknown path or distribution of times.

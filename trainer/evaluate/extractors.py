@@ -1,17 +1,16 @@
 """Images => activations: the networks that the metrics look through.
 
-uint8 pixels enter, float32 activations leave; every resize and normalisation that belongs to a network
-happens here and nowhere else, because FID differences of several tenths hide in them. Only a standard
-extractor with its real
-weights may call its distances FID: all others carry a prefix in every name they produce.
+uint8 pixels enter, float32 activations leave; every resize and normalisation that belongs to a network happens here and
+nowhere else, because FID differences of several tenths hide in them. Only a standard extractor with its real weights
+may call its distances FID: all others carry a prefix in every name they produce.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.error import URLError
 
 import torch
@@ -24,23 +23,11 @@ from torch_fidelity.utils import create_feature_extractor
 
 from featcache.encoders.base import WeightsSource, find_weights, load_file, seeded, weights_sha256
 from featcache.encoders.tiny import load_tiny_vit
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import UserError, WeightsUnavailable, first_line
+from trainer.evaluate.table import METRICS
 
-# Metric -> the name it is reported under by each extractor.
-STANDARD_NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "IS",
-    "precision": "Precision",
-    "recall": "Recall",
-    "kid": "KID",
-}
-DINOV2_NAMES = {
-    "fid": "FD-DINOv2",
-    "kid": "KD-DINOv2",
-    "precision": "Precision-DINOv2",
-    "recall": "Recall-DINOv2",
-}
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 class Extractor(Protocol):
@@ -50,9 +37,8 @@ class Extractor(Protocol):
         name: as typed, e.g. `inception`.
         resolution: side in pixels that the network works at, or None if it takes images as they are.
         is_standard: its numbers may stand beside published ones: a published extractor with its real weights.
-        metric_names: metrics it defines (keys as in `STANDARD_NAMES`) -> names they are reported under.
-        feature_dims: sizes of what `features` returns, `pool` always, `spatial` and `logits` where they
-            exist.
+        metric_names: metrics it defines (keys of `METRICS`) -> names they are reported under.
+        feature_dims: sizes of what `features` returns, `pool` always, `spatial` and `logits` where they exist.
         provenance: JSON-able record of weights and preprocessing, stored with reference statistics.
             Statistics can only be compared if their provenance is equal.
         device: where the network runs.
@@ -82,8 +68,15 @@ def _check_images(images: Tensor) -> None:
         )
 
 
-def _prefixed(prefix: str, metrics: tuple[str, ...]) -> dict[str, str]:
-    return {metric: f"{prefix}-{STANDARD_NAMES[metric]}" for metric in metrics}
+def _names(features: Container[str], prefix: str = "") -> dict[str, str]:
+    """The metrics that these features define -> the names they are reported under."""
+    return {name: f"{prefix}{metric.label}" for name, metric in METRICS.items() if metric.reads in features}
+
+
+def _dinov2_names(features: Container[str]) -> dict[str, str]:
+    """As Stein et al. 2023 call them."""
+    short = {"FID": "FD", "KID": "KD"}
+    return {name: f"{short.get(label, label)}-DINOv2" for name, label in _names(features).items()}
 
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -94,24 +87,24 @@ SPATIAL_CHANNELS = 7
 def inception_class() -> type[nn.Module]:
     """torch-fidelity's TensorFlow-compatible Inception v3 with sFID's activations as one more feature.
 
-    Features: `spatial`, `2048` and `logits_unbiased` (ADM's evaluator multiplies pool_3 by the softmax
-    weights and adds no bias), always all three. `spatial` is TensorFlow's `mixed_6/conv:0`, which is
-    `Mixed_6d.branch1x1` after its ReLU
+    Features: `spatial`, `2048` and `logits_unbiased` (ADM's evaluator multiplies pool_3 by the softmax weights and adds
+    no bias), always all three. `spatial` is TensorFlow's `mixed_6/conv:0`, which is `Mixed_6d.branch1x1` after its ReLU
     here: the first 7 channels, flattened channels-last, [B, 17 * 17 * 7].
 
     The class is made on demand: torch-fidelity takes a second to import.
     """
 
-    class InceptionV3ADM(FeatureExtractorInceptionV3):
+    class InceptionV3ADM(FeatureExtractorInceptionV3):  # type: ignore[misc]  # torch-fidelity declares no types
         """See `inception_class`."""
 
-        def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> object:
             """As usual; an empty dict means random weights that keep the scale (He et al. 2015)."""
             if state_dict:
                 return super().load_state_dict(state_dict, strict=strict, assign=assign)
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            return None
 
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             """uint8 [B, 3, H, W] => float32 features in the order of `features_list`."""
@@ -213,12 +206,11 @@ class InceptionExtractor:
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
         if source.random_seed is None:
             self._module = build_inception(_inception_weights(source))
-            self.metric_names = dict(STANDARD_NAMES)
         else:
             self._module = build_inception(None, seed=source.random_seed)
-            self.metric_names = _prefixed("random-inception", tuple(STANDARD_NAMES))
         self.is_standard = source.random_seed is None
         self.feature_dims = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}
+        self.metric_names = _names(self.feature_dims, "" if self.is_standard else "random-inception-")
         self.provenance = {
             "extractor": self.name,
             "weights_sha256": weights_sha256(self._module),
@@ -236,7 +228,7 @@ class InceptionExtractor:
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
 
-def _reinitialised(vit: Any) -> Any:
+def _reinitialised(vit: VisionTransformer) -> VisionTransformer:
     vit.init_weights()
     return vit
 
@@ -244,10 +236,9 @@ def _reinitialised(vit: Any) -> Any:
 class EmbeddedExtractor:
     """The tiny ViT that ships with the project: mean patch token, [B, 96].
 
-    Works offline, in seconds, and is trained on the embedded images, so that its distances say something
-    about them.
-    They are not FID and cannot be compared with anything published: every name carries the prefix `embedded`.
-    It has no classifier, so the Inception score is not defined, and no counterpart of sFID's layer.
+    Works offline, in seconds, and is trained on the embedded images, so that its distances say something about them.
+    They are not FID and cannot be compared with anything published: every name carries the prefix `embedded`. It has no
+    classifier, so the Inception score is not defined, and no counterpart of sFID's layer.
 
     Args:
         source: `random_seed` replaces the trained weights by random ones (prefix `random-embedded`).
@@ -258,14 +249,14 @@ class EmbeddedExtractor:
     is_standard = False
 
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
-        self._module: Any = load_tiny_vit()
+        self._module = load_tiny_vit()
         prefix = "embedded"
         if source.random_seed is not None:
             prefix = "random-embedded"
-            self._module = seeded(source.random_seed, lambda: _reinitialised(self._module))
+            seeded(source.random_seed, lambda: _reinitialised(self._module))
         self._patch = int(self._module.patch_embed.patch_size[0])
-        self.metric_names = _prefixed(prefix, ("fid", "kid", "precision", "recall"))
         self.feature_dims = {"pool": int(self._module.num_features)}
+        self.metric_names = _names(self.feature_dims, f"{prefix}-")
         self.provenance = {
             "extractor": self.name,
             "weights_sha256": weights_sha256(self._module),
@@ -300,11 +291,10 @@ DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"
 class DinoV2Extractor:
     """FD-DINOv2 (Stein et al. 2023): class token of DINOv2 ViT-L/14 at 224 pixels, [B, 1024].
 
-    Images are scaled to [0, 1], resized by antialiased bicubic interpolation and normalised with ImageNet's
-    mean and std. The network comes from timm, which resamples the position table from 37 x 37 to 16 x 16 with
-    antialiasing
-    where the original code does so without: distances move in the third digit at most (our choice; not
-    measured against the original code).
+    Images are scaled to [0, 1], resized by antialiased bicubic interpolation and normalised with ImageNet's mean and
+    std. The network comes from timm, which resamples the position table from 37 x 37 to 16 x 16 with antialiasing
+    where the original code does so without: distances move in the third digit at most (our choice; not measured
+    against the original code).
 
     Args:
         source: where the weights come from. `random_seed` builds random weights (prefix `random-dinov2`).
@@ -319,10 +309,13 @@ class DinoV2Extractor:
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
         import timm
 
-        self._module = _dinov2_module(source, lambda **kw: timm.create_model(DINOV2_MODEL, img_size=224, **kw))
+        module = _dinov2_module(source, lambda **kw: timm.create_model(DINOV2_MODEL, img_size=224, **kw))
+        self._module = cast("VisionTransformer", module)
         self.is_standard = source.random_seed is None
-        self.metric_names = dict(DINOV2_NAMES) if self.is_standard else _prefixed("random-dinov2", tuple(DINOV2_NAMES))
         self.feature_dims = {"pool": 1024}
+        self.metric_names = (
+            _dinov2_names(self.feature_dims) if self.is_standard else _names(self.feature_dims, "random-dinov2-")
+        )
         self.provenance = {
             "extractor": self.name,
             "weights_sha256": weights_sha256(self._module),
@@ -344,7 +337,7 @@ class DinoV2Extractor:
         return {"pool": tokens[:, 0], "spatial": None, "logits": None}
 
 
-def _dinov2_module(source: WeightsSource, create: Callable[..., nn.Module]) -> Any:
+def _dinov2_module(source: WeightsSource, create: Callable[..., nn.Module]) -> nn.Module:
     if source.random_seed is not None:
         module = seeded(source.random_seed, lambda: create(pretrained=False))
         return module.eval().requires_grad_(False)
@@ -356,7 +349,7 @@ def _dinov2_module(source: WeightsSource, create: Callable[..., nn.Module]) -> A
                 module = create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
             except (RuntimeError, KeyError) as error:
                 raise UserError(
-                    f"{path} does not hold the weights of {DINOV2_MODEL}: {str(error).splitlines()[0]}",
+                    f"{path} does not hold the weights of {DINOV2_MODEL}: {first_line(error)}",
                     remedy="Bring DINOv2 ViT-L/14 without registers, from timm or from its authors.",
                 ) from error
             return module.eval().requires_grad_(False)
@@ -393,8 +386,7 @@ def build_extractor(
 
     Args:
         weights_dir: a folder searched for weights first.
-        random_weights: seed of random weights instead of real ones, for tests and timing; renames every
-            metric.
+        random_weights: seed of random weights instead of real ones, for tests and timing; renames every metric.
 
     Raises:
         UserError: an unknown name.

@@ -10,12 +10,12 @@ import queue
 import re
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from featcache.sources.base import EXTENSIONS, sample_order
 from featcache.sources.decoders import decode_pil
 from featcache.sources.opening import Unreadable, explained, read_file
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
+from featcache.store.root import find_root
+
+if TYPE_CHECKING:
+    from featcache import Cache
 
 T = TypeVar("T")
 
@@ -61,7 +65,11 @@ class ImageSet(Protocol):
 
 
 def check_batch(images: np.ndarray, resolution: int | None, where: str) -> int:
-    """Side R of a batch [b, R, R, 3]; `UserError` if it is not uint8, square RGB, of `resolution`."""
+    """Side R of a batch [b, R, R, 3].
+
+    Raises:
+        UserError: it is not uint8, square RGB, of `resolution`.
+    """
     if images.dtype != np.uint8:
         raise UserError(
             f"{where} holds {images.dtype} images: metrics are defined on 8-bit images",
@@ -166,11 +174,17 @@ class NpzImages:
 
 
 def _opened(path: Path) -> AbstractContextManager[None]:
-    return explained(str(path), "Pass another file, or write it again.", wrong="is not a readable npz file")
+    return explained(
+        str(path), "Pass another file, or remove this one and make it again.", wrong="is not a readable npz file"
+    )
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
-    """The archive behind an npz file; `UserError` if it is none."""
+    """The archive behind an npz file.
+
+    Raises:
+        UserError: it is none.
+    """
     with _opened(path):
         return zipfile.ZipFile(path)
 
@@ -198,7 +212,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     return found
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
     if f"{name}.npy" not in archive.namelist():
         raise UserError(
             f"{path} has no array {name!r} (it has {', '.join(archive.namelist())})",
@@ -208,7 +222,7 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
         return archive.open(f"{name}.npy")
 
 
-def _array_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+def _array_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with explained(str(path), "Write it with numpy.savez.", wrong="holds no plain numpy array"):
         shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
@@ -333,7 +347,7 @@ class CacheImages:
         limit: judge by the first so many samples of the cache (in its own, shuffled order) only.
     """
 
-    cache: Any
+    cache: Cache
     data: str | None = None
     limit: int | None = None
 
@@ -352,8 +366,7 @@ class CacheImages:
         """See `ImageSet.batches`.
 
         Raises:
-            UserError: the images are not here; other than for `featcache inspect`, decoded latents will not
-                do.
+            UserError: the images are not here; other than for `featcache inspect`, decoded latents will not do.
         """
         dataset = self.cache.manifest.dataset
         source = source_of(self.cache, self.data)
@@ -379,8 +392,7 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
     """The image set behind a path: an npz file, a tar shard or pattern, a feature cache, or a folder.
 
     Args:
-        resolution: for folders, bring every image to this side by ADM's centre crop; None takes them as they
-            are.
+        resolution: for folders, bring every image to this side by ADM's centre crop; None takes them as they are.
         data: for caches, the folder they were built from.
 
     Raises:
@@ -397,14 +409,14 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
         raise UserError(f"there is nothing at {text}", remedy="Pass an npz file, a tar shard, a folder or a cache.")
     if path.suffix == ".npz":
         return NpzImages(path=path)
-    if (path / "zarr.json").is_file() or (path / "manifest.json").is_file():
+    if find_root(path) is not None:
         return CacheImages(cache=featcache.open(path), data=data)
     if path.is_dir():
         return FolderImages(path=path, resolution=resolution)
     raise UserError(f"{text} is not a set of images", remedy="Pass an npz file, a tar shard, a folder or a cache.")
 
 
-def prefetch(items: Iterator[T], *, depth: int = PREFETCHED_BATCHES) -> Iterator[T]:
+def prefetch(items: Iterator[T], *, depth: int = PREFETCHED_BATCHES) -> Generator[T, None, None]:
     """The same items, made by a thread up to `depth` ahead: decoding overlaps with the network."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()

@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import count as counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.progress import QUIET, Progress
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import ImageSet, NpzImages, open_images
-from trainer.evaluate.metrics import (
-    INCEPTION_CHUNK,
-    KID_SUBSET_SIZE,
-    KID_SUBSETS,
-    NEIGHBOURS,
-    ManifoldCoverage,
-    bootstrap_interval,
-    frechet_distance,
-    inception_score,
-    kid,
-    manifold_coverage,
-    moments_of,
-)
+from trainer.evaluate.metrics import INCEPTION_CHUNK, NEIGHBOURS
 from trainer.evaluate.references import (
-    DEFAULT_KEPT_FEATURES,
-    ProgressCallback,
     Statistics,
     compute_statistics,
     full_precision,
     open_reference,
     reference_statistics,
 )
+from trainer.evaluate.table import METRICS
+from trainer.evaluate.trial import Measured, Trial
 
 UNBIASED_ENOUGH = 50_000
 SHORT_NAMES = {"is": "inception_score"}
-NEED_FEATURES = frozenset({"precision", "recall", "kid"})
+NEED_FEATURES = frozenset(name for name, metric in METRICS.items() if metric.activations)
 
 
 def evaluate(
@@ -57,9 +43,7 @@ def evaluate(
     seed: int = 0,
     require_labels: bool = False,
     data: str | None = None,
-    reference_limit: int | None = None,
-    keep_features: int = DEFAULT_KEPT_FEATURES,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Judge samples by a reference.
 
@@ -69,99 +53,100 @@ def evaluate(
         extractor: the network; runs on its own device, as do the metrics.
         metrics: keys of `extractor.metric_names`, in any case, or `is`; None takes all of them.
         count: how many samples to judge, the first ones; None takes all.
-        batch_size: images a forward pass. Results do not depend on it beyond float32 rounding.
-        bootstrap: replicates behind 95 % intervals, 0 for none. Each repeats FID's covariance and
-            decomposition: seconds each on a GPU at 50,000 x 2048, half a minute on two cores. KID has none;
-                see `details`.
+        batch_size: images per forward pass. Results do not depend on it beyond float32 rounding.
+        bootstrap: replicates behind 95 % intervals, 0 for none; KID has none. Each repeats FID's covariance and
+            decomposition: at 50,000 x 2048 that takes seconds on a GPU, half a minute on two cores.
         seed: of KID's subsets and of the bootstrap.
-        require_labels: insist that the samples carry labels, and record how they are spread over the classes.
+        require_labels: insist that the samples carry labels.
         data: for a cache as reference, the folder it was built from.
-        reference_limit: use only so many reference images.
-        keep_features: reference activations kept for precision, recall and KID. ADM's references hold 10,000
-            images.
-        progress: called with (stage, done, total) as images pass through the network.
+        progress: of images that pass through the network, then of each metric's bootstrap.
 
     Returns:
-        JSON-able: `metrics` {reported name: value}, `intervals` {reported name: [low, high]}, `details`
-        (KID's standard deviation over subsets), `settings`, `warnings`, `time_s`.
+        JSON-able: `metrics`, `intervals` and `details` by reported name, `settings`, `warnings`, `time_s`.
 
     Raises:
-        UserError: an unknown metric, or one the extractor does not define; fewer samples than `count`; images
-            of a wrong size or type; a reference of another resolution or extractor; labels required and
-            missing.
+        UserError: an unknown metric, or one the extractor does not define; fewer samples than `count`; images of a
+            wrong size or type; a reference of another resolution or extractor; labels required and missing.
     """
     chosen = chosen_metrics(metrics, extractor)
-    images = open_images(samples) if isinstance(samples, str | Path) else samples
-    if count is not None and images.count is not None and images.count < count:
-        raise _too_few(images, images.count, count)
-    labels = _label_record(images, require_labels=require_labels)
     need_features = bool(NEED_FEATURES & set(chosen))
+    images = open_images(samples) if isinstance(samples, str | Path) else samples
+    _check_count(images, images.count, count)
+    labels = _label_record(images, require_labels=require_labels)
     if isinstance(images, NpzImages) and not isinstance(reference, Statistics):  # before the work, where a header tells
         open_reference(reference, extractor, resolution=images.resolution, need_features=need_features, data=data)
-    started = time.perf_counter()
-    judged = compute_statistics(
-        images,
-        extractor,
-        batch_size=batch_size,
-        limit=count,
-        keep_features=None if need_features else 0,
-        keep_all=bootstrap > 0,
-        stage="samples",
-        progress=progress,
-    )
-    assert judged.count is not None and judged.resolution is not None
-    if count is not None and judged.count < count:
-        raise _too_few(images, judged.count, count)
-    times = {"samples": time.perf_counter() - started}
-    started = time.perf_counter()
-    if not isinstance(reference, Statistics):
-        reference = reference_statistics(
-            reference,
+    times: dict[str, float] = {}
+    with _timed(times, "samples"):
+        judged = compute_statistics(
+            images,
             extractor,
-            resolution=judged.resolution,
-            need_features=need_features,
             batch_size=batch_size,
-            data=data,
-            limit=reference_limit,
-            keep_features=keep_features,
+            limit=count,
+            keep_features=None if need_features else 0,
+            keep_all=bootstrap > 0,
+            name="features of the samples",
             progress=progress,
         )
-    times["reference"] = time.perf_counter() - started
-    started = time.perf_counter()
-    trial = _Trial(
-        judged=judged,
-        reference=reference,
-        device=extractor.device,
-        bootstrap=bootstrap,
-        seed=seed,
-        progress=progress,
-    )
-    with full_precision():
-        measured = {extractor.metric_names[metric]: _MEASURES[metric](trial) for metric in chosen}
-    times["metrics"] = time.perf_counter() - started
-    kept = reference.features if need_features else None
+    assert judged.resolution is not None
+    _check_count(images, judged.count, count)
+    with _timed(times, "reference"):
+        if not isinstance(reference, Statistics):
+            reference = reference_statistics(
+                reference,
+                extractor,
+                resolution=judged.resolution,
+                need_features=need_features,
+                batch_size=batch_size,
+                data=data,
+                progress=progress,
+            )
+    draws = {"bootstrap": bootstrap, "seed": seed}
+    trial = Trial(judged=judged, reference=reference, device=extractor.device, progress=progress, **draws)
+    with full_precision(), _timed(times, "metrics"):
+        measured = {extractor.metric_names[metric]: _function(metric)(trial) for metric in chosen}
+    sides = {**_samples_record(images, judged, labels), **_reference_record(reference, need_features=need_features)}
+    return {
+        **_numbers(measured),
+        "settings": {"extractor": dict(extractor.provenance), **sides, **draws, "batch_size": batch_size},
+        "warnings": _warnings(chosen, judged, extractor),
+        "time_s": {stage: round(seconds, 3) for stage, seconds in times.items()},
+    }
+
+
+def _numbers(measured: Mapping[str, Measured]) -> dict[str, object]:
     return {
         "metrics": {name: m.value for name, m in measured.items()},
         "intervals": {name: list(m.interval) for name, m in measured.items() if m.interval is not None},
         "details": {name: m.detail for name, m in measured.items() if m.detail is not None},
-        "settings": {
-            "extractor": dict(extractor.provenance),
-            "samples": images.description,
-            "sample_count": judged.count,
-            "resolution": judged.resolution,
-            "labels": labels,
-            "reference": reference.provenance.get("source", "stored statistics"),
-            "reference_count": reference.count,
-            "reference_features": len(kept) if kept is not None else None,
-            "neighbours": NEIGHBOURS,
-            "inception_chunk": INCEPTION_CHUNK,
-            "distance_dtype": "float32",
-            "bootstrap": bootstrap,
-            "seed": seed,
-            "batch_size": batch_size,
-        },
-        "warnings": _warnings(chosen, judged, extractor),
-        "time_s": {stage: round(seconds, 3) for stage, seconds in times.items()},
+    }
+
+
+@contextmanager
+def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    """Puts the seconds that a block takes into `times`."""
+    started = time.perf_counter()
+    yield
+    times[stage] = time.perf_counter() - started
+
+
+def _samples_record(images: ImageSet, judged: Statistics, labels: dict[str, int] | None) -> dict[str, object]:
+    return {
+        "samples": images.description,
+        "sample_count": judged.count,
+        "resolution": judged.resolution,
+        "labels": labels,
+    }
+
+
+def _reference_record(reference: Statistics, *, need_features: bool) -> dict[str, object]:
+    kept = reference.features if need_features else None
+    return {
+        "reference": reference.provenance.get("source", "stored statistics"),
+        "reference_count": reference.count,
+        "reference_features": len(kept) if kept is not None else None,
+        "neighbours": NEIGHBOURS,
+        "inception_chunk": INCEPTION_CHUNK,
+        "distance_dtype": "float32",
     }
 
 
@@ -183,11 +168,12 @@ def chosen_metrics(metrics: Sequence[str] | None, extractor: Extractor) -> list[
     return [m for m in defined if m in wanted]
 
 
-def _too_few(images: ImageSet, found: int, expected: int) -> UserError:
-    return UserError(
-        f"{images.description} holds {found} samples, {expected} were asked for",
-        remedy=f"Draw that many (trainer sample --num {expected}), or judge what is there: --num {found}",
-    )
+def _check_count(images: ImageSet, found: int | None, expected: int | None) -> None:
+    if found is not None and expected is not None and found < expected:
+        raise UserError(
+            f"{images.description} holds {found} samples, {expected} were asked for",
+            remedy=f"Draw that many (trainer sample --num {expected}), or judge what is there: --num {found}",
+        )
 
 
 def _label_record(images: ImageSet, *, require_labels: bool) -> dict[str, int] | None:
@@ -204,148 +190,9 @@ def _label_record(images: ImageSet, *, require_labels: bool) -> dict[str, int] |
     return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    value: float
-    interval: tuple[float, float] | None = None
-    detail: dict[str, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Trial:
-    """Both sides and how to compare them; one method a metric."""
-
-    judged: Statistics
-    reference: Statistics
-    device: torch.device
-    bootstrap: int
-    seed: int
-    progress: ProgressCallback | None
-
-    @property
-    def _samples(self) -> int:
-        assert self.judged.count is not None
-        return self.judged.count
-
-    @property
-    def _moments_device(self) -> torch.device:
-        """Where float64 exists."""
-        return torch.device("cpu") if self.device.type == "mps" else self.device
-
-    def _interval(
-        self, metric: str, estimate: float, rows: int, statistic: Callable[[np.ndarray], float]
-    ) -> tuple[float, float] | None:
-        if not self.bootstrap:
-            return None
-        replicate = counter(1)
-
-        def counted(indices: np.ndarray) -> float:
-            if self.progress is not None:
-                self.progress(f"bootstrap {metric}", next(replicate), self.bootstrap)
-            return statistic(indices)
-
-        return bootstrap_interval(counted, rows, estimate, replicates=self.bootstrap, seed=self.seed)
-
-    def _frechet(
-        self,
-        metric: str,
-        mine: tuple[np.ndarray, np.ndarray],
-        theirs: tuple[np.ndarray, np.ndarray],
-        rows: Any,
-    ) -> _Measured:
-        if theirs[0].shape != mine[0].shape:
-            raise UserError(
-                f"the reference has {len(theirs[0])} features, the extractor yields {len(mine[0])}",
-                remedy="Pass a reference made with this extractor.",
-            )
-        device = self._moments_device
-        value = frechet_distance(*mine, *theirs, device=device)
-
-        def resampled(indices: np.ndarray) -> float:
-            return frechet_distance(*moments_of(rows, indices=indices, device=device), *theirs, device=device)
-
-        interval = self._interval(metric, value, self._samples, resampled)
-        return _Measured(value=value, interval=interval)
-
-    def fid(self) -> _Measured:
-        mine, theirs = self.judged, self.reference
-        return self._frechet("fid", (mine.mean, mine.covariance), (theirs.mean, theirs.covariance), mine.features)
-
-    def sfid(self) -> _Measured:
-        mine, theirs = self.judged, self.reference
-        if theirs.spatial_mean is None or theirs.spatial_covariance is None:
-            raise UserError(
-                "the reference holds no spatial statistics (mu_s, sigma_s), which sFID needs",
-                remedy="Make the reference again with trainer stats, or leave sfid out of --metrics.",
-            )
-        assert mine.spatial_mean is not None and mine.spatial_covariance is not None
-        return self._frechet(
-            "sfid",
-            (mine.spatial_mean, mine.spatial_covariance),
-            (theirs.spatial_mean, theirs.spatial_covariance),
-            mine.spatial_features,
-        )
-
-    def inception_score(self) -> _Measured:
-        assert self.judged.inception is not None
-        value, logits = self.judged.inception.result(), self.judged.logits
-
-        def resampled(indices: np.ndarray) -> float:
-            assert logits is not None
-            return inception_score(logits[np.sort(indices)])  # sorted: chunks keep the classes they had
-
-        return _Measured(value=value, interval=self._interval("inception_score", value, self._samples, resampled))
-
-    @cached_property
-    def _coverage(self) -> ManifoldCoverage:
-        mine, theirs = self._features(needed=NEIGHBOURS + 1)
-        return manifold_coverage(theirs, mine, device=self.device)
-
-    def precision(self) -> _Measured:
-        return self._share("precision", self._coverage.samples_covered)
-
-    def recall(self) -> _Measured:
-        return self._share("recall", self._coverage.reference_covered)
-
-    def _share(self, metric: str, hits: np.ndarray) -> _Measured:
-        # Both manifolds stay as they are; only which points are asked is drawn again.
-        value = float(hits.mean())
-        interval = self._interval(metric, value, len(hits), lambda indices: float(hits[indices].mean()))
-        return _Measured(value=value, interval=interval)
-
-    def kid(self) -> _Measured:
-        mine, theirs = self._features(needed=2)
-        # At most half a set: subsets of nearly everything would all be the same, their spread meaningless.
-        size = max(2, min(KID_SUBSET_SIZE, len(mine) // 2, len(theirs) // 2))
-        value, spread = kid(theirs, mine, subset_size=size, seed=self.seed, device=self._moments_device)
-        detail = {"standard_deviation": spread, "subsets": KID_SUBSETS, "subset_size": size}
-        return _Measured(value=value, detail=detail)
-
-    def _features(self, *, needed: int) -> tuple[Tensor, Tensor]:
-        mine, theirs = self.judged.features, self.reference.features
-        if theirs is None:
-            raise UserError(
-                "the reference holds no activations, which precision, recall and KID need",
-                remedy="Make the statistics with --features 10000, or leave these metrics out.",
-            )
-        assert mine is not None
-        for name, rows in (("the samples", mine), ("the reference", theirs)):
-            if len(rows) < needed:
-                raise UserError(
-                    f"{name} are {len(rows)} images; precision, recall and KID need at least {needed}",
-                    remedy="Pass more images, or --metrics fid.",
-                )
-        return mine, theirs
-
-
-_MEASURES: dict[str, Callable[[_Trial], _Measured]] = {
-    "fid": _Trial.fid,
-    "sfid": _Trial.sfid,
-    "inception_score": _Trial.inception_score,
-    "precision": _Trial.precision,
-    "recall": _Trial.recall,
-    "kid": _Trial.kid,
-}
+def _function(metric: str) -> Callable[[Trial], Measured]:
+    file, _, name = METRICS[metric].function.rpartition(".")
+    return cast("Callable[[Trial], Measured]", getattr(import_module(f"trainer.evaluate.{file}"), name))
 
 
 def _warnings(chosen: Sequence[str], judged: Statistics, extractor: Extractor) -> list[str]:

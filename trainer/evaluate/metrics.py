@@ -27,7 +27,7 @@ DISTANCE_BLOCK_BYTES = 512 * 2**20
 
 
 class Moments:
-    """Streaming mean and covariance in float64, mergeable across batches and ranks.
+    """Streaming mean and covariance in float64.
 
     Uses Chan, Golub and LeVeque's pairwise update: sums of squares are taken about each block's own mean, so
     a large common offset costs no digits, unlike E[xx'] - E[x]E[x]'.
@@ -63,13 +63,6 @@ class Moments:
         self._pending_rows += len(x)
         if self._pending_rows >= self.block_rows:
             self._flush()
-
-    def merge(self, other: "Moments") -> None:
-        """Add all that `other` has seen, as if this accumulator had seen it (up to rounding)."""
-        self._flush()
-        other._flush()
-        device = self._mean.device
-        self._combine(other._count, other._mean.to(device), other._scatter.to(device))
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean [D] and covariance [D, D] with `ddof = 1`, float64.
@@ -110,7 +103,8 @@ def _covariance_factor(covariance: Tensor) -> Tensor:
     # than dimensions.
     tolerance = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1].clamp(min=0)
     keep = eigenvalues > tolerance
-    return vectors[:, keep] * eigenvalues[keep].sqrt()
+    root: Tensor = vectors[:, keep] * eigenvalues[keep].sqrt()
+    return root
 
 
 def frechet_distance(
@@ -123,12 +117,10 @@ def frechet_distance(
 ) -> float:
     """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    ADM takes the trace of `scipy.linalg.sqrtm(S1 @ S2)`. Its product squares the condition number, and with
-    fewer
-    samples than dimensions it is singular: sqrtm then returns rounding noise of order sqrt(eps) per missing
-    dimension.
-    The choice here is ours and gives the same number where sqrtm is accurate: with S1 = A A' and S2 = B B'
-    the trace is the sum of the singular values of A' B, which never squares anything.
+    ADM takes the trace of `scipy.linalg.sqrtm(S1 @ S2)`. Its product squares the condition number, and with fewer
+    samples than dimensions it is singular: sqrtm then returns rounding noise of order sqrt(eps) per missing dimension.
+    The choice here is ours and gives the same number where sqrtm is accurate: with S1 = A A' and S2 = B B' the trace is
+    the sum of the singular values of A' B, which never squares anything.
 
     Args:
         mean_1, mean_2: [D].
@@ -159,7 +151,7 @@ class InceptionScore:
 
     exp(mean KL(p(y|x) || p(y))) in each chunk of `chunk` consecutive samples (the last may be shorter), then
     the unweighted mean over chunks, as ADM's evaluator does. The order of samples therefore matters a little;
-    each batch says where it starts, so ranks may work on any part and merge.
+    each batch says where it starts.
     """
 
     def __init__(self, *, chunk: int = INCEPTION_CHUNK) -> None:
@@ -178,13 +170,6 @@ class InceptionScore:
             rows = slice(max(index * self.chunk - start, 0), min((index + 1) * self.chunk, stop) - start)
             part = terms[rows]
             self._add(index, len(part), part.sum(0))
-
-    def merge(self, other: "InceptionScore") -> None:
-        """Add all that `other` has seen."""
-        if other.chunk != self.chunk:
-            raise ValueError(f"chunks of {other.chunk} and {self.chunk} samples cannot be merged")
-        for index, sums in other._sums.items():
-            self._add(index, *sums)
 
     def _add(self, index: int, count: int, sums: Tensor) -> None:
         if index in self._sums:
@@ -278,11 +263,10 @@ def manifold_coverage(
 ) -> ManifoldCoverage:
     """Improved precision and recall (Kynkaanniemi et al. 2019): membership in k-nearest-neighbour balls.
 
-    A point is covered by the other set when it lies within the ball of any of its points, whose radius
-    reaches that point's k-th nearest neighbour in its own set, itself excluded. ADM's evaluator computes the
-    squared distances in float16 and falls back to float32 on overflow; here they are float32 always (features
-    centred first, so that |x|^2 + |y|^2 - 2 x.y loses fewer digits), which differs from float16 in the third
-    decimal.
+    A point is covered by the other set when it lies within the ball of any of its points, whose radius reaches that
+    point's k-th nearest neighbour in its own set, itself excluded. ADM's evaluator computes the squared distances in
+    float16 and falls back to float32 on overflow; here they are float32 always (features centred first, so that |x|^2 +
+    |y|^2 - 2 x.y loses fewer digits), which differs from float16 in the third decimal.
 
     Args:
         reference: [M, D] and samples [N, D], any floating dtype; compared in float32.
@@ -330,8 +314,7 @@ def kid(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """Kernel Inception distance: mean and standard deviation of `polynomial_mmd` over random subsets, in
-    float64.
+    """Kernel Inception distance: mean and standard deviation of `polynomial_mmd` over random subsets, in float64.
 
     Args:
         reference: [M, D].

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.paths import check_output
 from featcache.precision import tensor_float32
+from featcache.progress import QUIET, Progress
 from featcache.store import files
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import (
@@ -37,9 +39,6 @@ KEPT_AT_ONCE = 2_048  # rows that wait on the device
 
 _REMAKE = "Make the statistics again: trainer stats"
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "pool", "provenance")
-
-# (stage, images done, images in all or None)
-ProgressCallback = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ def full_precision() -> AbstractContextManager[None]:
 
 
 class _Kept:
-    """Rows of activations up to a limit, in CPU memory, brought there many batches at a time: each copy makes a GPU wait."""
+    """Rows of activations up to a limit, in CPU memory. Many batches are copied at a time: a copy makes a GPU wait."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit, self._rows = limit, 0
@@ -118,6 +117,53 @@ def _checked(images: ImageSet, batch_size: int, resolution: int | None, *, pin: 
         yield pixels.pin_memory() if pin else pixels
 
 
+class _Sums:
+    """What is added up over batches of activations.
+
+    limit: rows of `pool` to keep, None for all. keep_all: keep all rows of the others, too.
+    """
+
+    def __init__(self, extractor: Extractor, limit: int | None, *, keep_all: bool) -> None:
+        # Float64 matrix products: on the network's device where it has them (not on Apple's).
+        device = torch.device("cpu") if extractor.device.type == "mps" else extractor.device
+        dims = extractor.feature_dims
+        self._moments = Moments(dims["pool"], device=device)
+        self._spatial = Moments(dims["spatial"], device=device) if "spatial" in dims else None
+        self._inception = InceptionScore() if "logits" in dims else None
+        self._features, self._spatial_features, self._logits = _Kept(limit), _Kept(None), _Kept(None)
+        self._keep_all = keep_all
+
+    def add(self, activations: Mapping[str, Tensor | None], start: int) -> None:
+        """One batch, of the images from number `start` on."""
+        pool, maps, classes = activations["pool"], activations["spatial"], activations["logits"]
+        assert pool is not None
+        self._moments.update(pool)
+        self._features.add(pool)
+        if self._spatial is not None and maps is not None:
+            self._spatial.update(maps)
+            if self._keep_all:
+                self._spatial_features.add(maps)
+        if self._inception is not None and classes is not None:
+            self._inception.update(classes, start)
+            if self._keep_all:
+                self._logits.add(classes)
+
+    def result(self) -> Statistics:
+        """Without count, resolution and provenance."""
+        mean, covariance = self._moments.result()
+        spatial_mean, spatial_covariance = self._spatial.result() if self._spatial is not None else (None, None)
+        return Statistics(
+            mean=mean,
+            covariance=covariance,
+            spatial_mean=spatial_mean,
+            spatial_covariance=spatial_covariance,
+            features=self._features.result(),
+            spatial_features=self._spatial_features.result(),
+            logits=self._logits.result(),
+            inception=self._inception,
+        )
+
+
 def compute_statistics(
     images: ImageSet,
     extractor: Extractor,
@@ -127,34 +173,26 @@ def compute_statistics(
     keep_features: int | None = DEFAULT_KEPT_FEATURES,
     keep_all: bool = False,
     resolution: int | None = None,
-    stage: str = "features",
-    progress: ProgressCallback | None = None,
+    name: str = "features",
+    progress: Progress = QUIET,
 ) -> Statistics:
     """Run the extractor over the images once; memory does not grow with their number, but for what is kept.
 
     Args:
         images: read in order.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         limit: stop after so many images.
         keep_features: `pool` rows kept for precision, recall and KID, 0 for none; 8 KB each with Inception.
-        keep_all: keep `pool`, `spatial` and `logits` of all images, for bootstrap intervals (20 KB an image).
+        keep_all: keep `pool`, `spatial` and `logits` of all images, for bootstrap intervals (20 KB per image).
         resolution: expected side of the images; None takes the first image's.
-        stage: name given to `progress`.
-        progress: called after each batch.
+        name: of the task that `progress` is told of, batch by batch.
 
     Raises:
         UserError: images that cannot be read, of another size or type, or fewer than two.
     """
     device = extractor.device
-    # Float64 matrix products: on the network's device where it has them (not on Apple's).
-    moments_device = torch.device("cpu") if device.type == "mps" else device
-    dims = extractor.feature_dims
-    moments = Moments(dims["pool"], device=moments_device)
-    spatial = Moments(dims["spatial"], device=moments_device) if "spatial" in dims else None
-    inception = InceptionScore() if "logits" in dims else None
-    features = _Kept(None if keep_all else keep_features)
-    spatial_features, logits = _Kept(None), _Kept(None)
-    total = images.count if limit is None else min(limit, images.count or limit)
+    sums = _Sums(extractor, None if keep_all else keep_features, keep_all=keep_all)
+    progress.begin(name, images.count if limit is None else min(limit, images.count or limit))
     done = 0
     with full_precision():
         for batch in prefetch(_checked(images, batch_size, resolution, pin=device.type == "cuda")):
@@ -162,22 +200,9 @@ def compute_statistics(
                 batch = batch[: limit - done]
             resolution = batch.shape[1]
             pixels = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()  # [B, 3, R, R]
-            out = extractor.features(pixels)
-            pool, maps, classes = out["pool"], out["spatial"], out["logits"]
-            assert pool is not None
-            moments.update(pool)
-            features.add(pool)
-            if spatial is not None and maps is not None:
-                spatial.update(maps)
-                if keep_all:
-                    spatial_features.add(maps)
-            if inception is not None and classes is not None:
-                inception.update(classes, done)
-                if keep_all:
-                    logits.add(classes)
+            sums.add(extractor.features(pixels), done)
             done += len(batch)
-            if progress is not None:
-                progress(stage, done, total)
+            progress.update(len(batch))
             if limit is not None and done >= limit:
                 break
     if done < 2:
@@ -185,21 +210,8 @@ def compute_statistics(
             f"{images.description} holds {done} images: statistics need at least 2",
             remedy="Pass more images.",
         )
-    mean, covariance = moments.result()
-    spatial_mean, spatial_covariance = spatial.result() if spatial is not None else (None, None)
-    return Statistics(
-        mean=mean,
-        covariance=covariance,
-        spatial_mean=spatial_mean,
-        spatial_covariance=spatial_covariance,
-        features=features.result(),
-        spatial_features=spatial_features.result(),
-        logits=logits.result(),
-        inception=inception,
-        count=done,
-        resolution=resolution,
-        provenance={"extractor": extractor.provenance, "source": images.description, "versions": _versions()},
-    )
+    provenance = {"extractor": extractor.provenance, "source": images.description, "versions": _versions()}
+    return replace(sums.result(), count=done, resolution=resolution, provenance=provenance)
 
 
 def _versions() -> dict[str, str]:
@@ -275,11 +287,15 @@ def load_statistics(path: Path) -> Statistics:
 
 
 def _provenance(stored: np.ndarray | None, path: Path) -> dict[str, Any]:
-    """The JSON beside the arrays, empty where there is none. Raises UserError if it is damaged."""
+    """The JSON beside the arrays, empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     if stored is None:
         return {}
     try:
-        record = json.loads(stored.tobytes())
+        record: dict[str, Any] = json.loads(stored.tobytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its provenance is damaged: {error!s:.200}", remedy=_REMAKE) from error
     whole = [record.get(name) for name in ("resolution", "count")] if isinstance(record, dict) else [""]
@@ -299,7 +315,7 @@ def write_statistics(
     limit: int | None = None,
     batch_size: int = 64,
     data: str | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> Statistics:
     """What `trainer stats` does: images => a file of reference statistics.
 
@@ -308,13 +324,13 @@ def write_statistics(
         out: npz file to write.
         resolution: side to which a folder's images are cropped; needed unless they are all of one size.
         features: activations kept for precision, recall and KID.
-        limit, batch_size, data, progress: as for `reference_statistics`.
+        limit: stop after so many images.
+        batch_size, data, progress: as for `reference_statistics`.
 
     Raises:
         UserError: as `open_images` and `compute_statistics`; `out` not ending in .npz.
     """
-    if out.suffix != ".npz":
-        raise UserError(f"{out} does not end in .npz", remedy=f"Type --out {out.with_suffix('.npz')}")
+    check_output(out, (".npz",), example="reference.npz")
     images = open_images(where, resolution=resolution, data=data)
     statistics = compute_statistics(
         images,
@@ -322,7 +338,7 @@ def write_statistics(
         batch_size=batch_size,
         limit=limit,
         keep_features=features,
-        stage="reference",
+        name="features of the reference",
         progress=progress,
     )
     save_statistics(out, statistics)
@@ -371,9 +387,7 @@ def reference_statistics(
     need_features: bool,
     batch_size: int = 64,
     data: str | None = None,
-    limit: int | None = None,
-    keep_features: int = DEFAULT_KEPT_FEATURES,
-    progress: ProgressCallback | None = None,
+    progress: Progress = QUIET,
 ) -> Statistics:
     """Statistics to judge by, from whatever `--reference` names.
 
@@ -386,11 +400,9 @@ def reference_statistics(
         resolution: side of the samples in pixels.
         need_features: precision, recall or KID was asked for.
         data: for a cache, the folder it was built from.
-        limit: use only so many reference images.
 
     Raises:
-        UserError: nothing there; made with another extractor; for another resolution; features needed and not
-            kept.
+        UserError: nothing there; made with another extractor; for another resolution; features needed and not kept.
     """
     stored, images = open_reference(where, extractor, resolution=resolution, need_features=need_features, data=data)
     if images is None:
@@ -403,10 +415,10 @@ def reference_statistics(
             images,
             extractor,
             batch_size=batch_size,
-            limit=keep_features,
-            keep_features=keep_features,
+            limit=DEFAULT_KEPT_FEATURES,
+            keep_features=DEFAULT_KEPT_FEATURES,
             resolution=resolution,
-            stage="reference",
+            name="features of the reference",
             progress=progress,
         )
         provenance = {**computed.provenance, "moments": "stored in the file"}
@@ -424,10 +436,9 @@ def reference_statistics(
         images,
         extractor,
         batch_size=batch_size,
-        limit=limit,
-        keep_features=keep_features if need_features else 0,
+        keep_features=DEFAULT_KEPT_FEATURES if need_features else 0,
         resolution=resolution,
-        stage="reference",
+        name="features of the reference",
         progress=progress,
     )
 

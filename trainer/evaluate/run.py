@@ -1,9 +1,9 @@
-"""From a run to its numbers: sample, judge, write ``metrics.json``."""
+"""From a run to its numbers: sample, judge, write `metrics.json`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.machine import pick_device
+from featcache.progress import QUIET, Progress
 from featcache.sources.open import find_data
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
@@ -23,14 +24,16 @@ from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs import locks
+from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
 from trainer.runs.published import Sampling, parse_published
 from trainer.runs.recipes import load_recipe_file
 from trainer.runs.records import cache_summary, run_model_config
-from trainer.sampling.run import Bar, sample_run
+from trainer.sampling.run import sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
+    from trainer.runs.schemas import Summary
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
 CPU_SAMPLES, CPU_STEPS = 512, 32
@@ -46,18 +49,8 @@ class EvalResult:
     file: Path
 
 
-class _Mute:
-    """The bar of ranks other than the main one."""
-
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
-def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None:
-    """Samples a run's averaged weights, compares them with the reference and adds the numbers to the run's ``metrics.json``.
+def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalResult | None:
+    """Samples a run's averaged weights, compares with the reference and adds the numbers to the run's `metrics.json`.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
 
@@ -66,20 +59,21 @@ def evaluate_run(run: Path, request: EvalRequest, bar: Bar) -> EvalResult | None
         WeightsUnavailable: weights that were asked for by name are not to be had.
     """
     config = runs.load_config(run)
+    runs.read_metrics(run)  # what the numbers are added to: if it is damaged, that is said now, not after hours
     device = pick_device(request.settings.device)
     if not distributed.is_main():
-        bar = _Mute()
+        progress = QUIET
     if request.figure is not None:
-        request, config = _beside(request.figure, request, config, bar)
-    settings = _with_defaults(request.settings, run, config, device, bar)
+        request, config = _beside(request.figure, request, config, progress)
+    settings = _with_defaults(request.settings, run, config, device, progress)
     if not distributed.is_main():
-        sample_run(run, settings, bar)
+        sample_run(run, settings, progress)
         return None
-    extractor = choose_extractor(request.extractor, settings.weights_dir, device, bar)
+    extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
     reference, data = _reference(run, request)
     _check_before_drawing(run, request, extractor, reference, data)
-    drawn = sample_run(run, settings, bar)
-    result = _judge(drawn.images, reference, extractor, replace(request, settings=settings, data=data), bar)
+    drawn = sample_run(run, settings, progress)
+    result = _judge(drawn.images, reference, extractor, replace(request, settings=settings, data=data), progress)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
     entry = {
         "step": drawn.loaded.step,
@@ -103,13 +97,13 @@ def _check_before_drawing(
     )
 
 
-def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, bar: Bar) -> EvalResult:
-    """Judges images that are there already, by any code, and writes the numbers to ``<samples>.metrics.json``.
+def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, progress: Progress) -> EvalResult:
+    """Judges images that are there already, by any code, and writes the numbers to `<samples>.metrics.json`.
 
     Raises:
-        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where they
-            are required.
-        WeightsUnavailable: as :func:`evaluate_run`.
+        UserError: no reference given; images of a wrong size or type, fewer than asked for, or without labels where
+            they are required.
+        WeightsUnavailable: as `evaluate_run`.
     """
     if request.reference is None:
         raise UserError(
@@ -117,8 +111,8 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
             remedy="Pass --reference with an npz, a folder, a cache or saved statistics.",
         )
     settings = request.settings
-    extractor = choose_extractor(request.extractor, settings.weights_dir, pick_device(settings.device), bar)
-    result = _judge(samples, request.reference, extractor, request, bar, require_labels=require_labels)
+    extractor = choose_extractor(request.extractor, settings.weights_dir, pick_device(settings.device), progress)
+    result = _judge(samples, request.reference, extractor, request, progress, require_labels=require_labels)
     out = Path(f"{samples.rstrip('/')}.metrics.json")
     runs.write_page(out, json.dumps(result, indent=1))
     return EvalResult(metrics=result["metrics"], file=out)
@@ -129,7 +123,7 @@ def _judge(
     reference: str,
     extractor: Extractor,
     request: EvalRequest,
-    bar: Bar,
+    progress: Progress,
     *,
     require_labels: bool = False,
 ) -> dict[str, Any]:
@@ -145,26 +139,11 @@ def _judge(
             seed=request.settings.seed,
             require_labels=require_labels,
             data=request.data,
-            progress=_stages(bar),
+            progress=progress,
         )
     for warning in result["warnings"]:
-        bar.note(warning)
+        progress.note(warning)
     return result
-
-
-def _stages(bar: Bar) -> Callable[[str, int, int | None], None]:
-    """What the judge reports, as one task of the bar a stage."""
-    stage, shown = "", 0
-
-    def progress(name: str, done: int, total: int | None) -> None:
-        nonlocal stage, shown
-        if name != stage:
-            stage, shown = name, 0
-            bar.begin(f"features of the {name}" if name in ("samples", "reference") else name, total or 0)
-        bar.advance(done - shown)
-        shown = done
-
-    return progress
 
 
 def recipe_sampling(config: RunConfig) -> Sampling | None:
@@ -172,8 +151,8 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
     return parse_published(config.published).sampling if config.published else None
 
 
-def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> tuple[EvalRequest, RunConfig]:
-    """The request at the figure's step, with its sampler, and the run's configuration as if it came from that recipe."""
+def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[EvalRequest, RunConfig]:
+    """The request at the figure's step and with its sampler; the run's configuration as if it came from that recipe."""
     recipe = load_recipe_file(figure)
     if recipe.published is None:
         raise UserError(
@@ -187,7 +166,7 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> t
     ]
     if other:
         verb = "differs" if len(other) == 1 else "differ"
-        bar.note(f"the run was not trained as {recipe.training} says: its {', '.join(other)} {verb}")
+        progress.note(f"the run was not trained as {recipe.training} says: its {', '.join(other)} {verb}")
     sampling = recipe.published.sampling or Sampling()
     asked = request.settings
     settings = replace(
@@ -199,7 +178,9 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, bar: Bar) -> t
     return replace(request, settings=settings), replace(config, published=recipe.values["published"])
 
 
-def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: str, bar: Bar) -> SampleRequest:
+def _with_defaults(
+    asked: SampleSettings, run: Path, config: RunConfig, device: str, progress: Progress
+) -> SampleRequest:
     """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""
     on_gpu = device.startswith("cuda")
     model = run_model_config(run, config)
@@ -207,7 +188,9 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
     steps = asked.steps or (paper.steps or GPU_STEPS if on_gpu else CPU_STEPS)
     guidance = asked.guidance if asked.guidance is not None else paper.guidance
     if guidance is None:
-        bar.note("the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without")
+        progress.note(
+            "the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without"
+        )
         guidance = 1.0
     interval = asked.interval
     if interval is None:
@@ -218,7 +201,7 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
     elif num is None:
         cost = forward_flops(model) * steps * (1 if guidance == 1 else 2)
         num = int(max(8, min(CPU_SAMPLES, CPU_BUDGET_FLOPS // cost)))
-        bar.note(
+        progress.note(
             f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}"
         )
     sampler = asked.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family])
@@ -226,20 +209,22 @@ def _with_defaults(asked: SampleSettings, run: Path, config: RunConfig, device: 
     return SampleRequest(**{**vars(asked), **chosen, "device": device})
 
 
-def choose_extractor(name: str, weights_dir: str | None, device: str, bar: Bar) -> Extractor:
-    """The feature extractor of that name; ``auto`` is Inception where its weights are to be had, else the embedded one."""
+def choose_extractor(name: str, weights_dir: str | None, device: str, progress: Progress) -> Extractor:
+    """The extractor of that name; `auto` is Inception where its weights are to be had, else the embedded one."""
     folder = None if weights_dir is None else Path(weights_dir)
     if name != "auto":
         return build_extractor(name, weights_dir=folder, device=device)
     try:
         return build_extractor("inception", weights_dir=folder, device=device)
     except WeightsUnavailable as error:
-        bar.note(f"{error.what}; judging with the embedded extractor: its numbers are named embedded-* and are not FID")
+        progress.note(
+            f"{error.what}; judging with the embedded extractor: its numbers are named embedded-* and are not FID"
+        )
         return build_extractor("embedded", device=device)
 
 
 def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
-    """What to compare with: ``--reference``, else the cache's own images. Returns (where, data folder)."""
+    """What to compare with: `--reference`, else the cache's own images. Returns (where, data folder)."""
     if request.reference is not None:
         return request.reference, request.data
     summary = cache_summary(run)
@@ -249,15 +234,17 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
             f"{run} was imported and has no cache, so there are no images to compare with",
             remedy="Pass --reference with an npz, a folder of images or a cache.",
         )
-    if not (Path(cache) / "zarr.json").is_file() and "://" not in cache:
-        raise UserError(
-            f"the cache of {run}, {cache}, is no longer there, so there are no images to compare with",
-            remedy="Pass --reference with an npz or a folder of images.",
-        )
+    try:
+        cache_of_run(run)
+    except CacheError as error:
+        raise CacheError(
+            f"{error.what}: so there are no images to compare with",
+            remedy="Bring the cache back, or pass --reference with an npz, a folder of images or a cache.",
+        ) from error
     return cache, data_folder(summary, request.data)
 
 
-def data_folder(summary: Mapping[str, Any], data: str | None) -> str | None:
+def data_folder(summary: Summary, data: str | None) -> str | None:
     if summary["dataset"]["source"].startswith("shapes "):
         return None
 
@@ -281,7 +268,7 @@ def _append_metrics(run: Path, entry: dict[str, Any]) -> None:
             json.dumps(e.get("settings"), sort_keys=True),
         )
 
-    entry = json.loads(json.dumps(entry))
+    entry = runs.as_json(entry)
     with locks.alone(run / "metrics.json"):
         kept = [e for e in runs.read_metrics(run) if identity(e) != identity(entry)]
         runs.write_text(run / "metrics.json", json.dumps([*kept, entry], indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainer.models.config import MODEL_NAMES, ModelConfig, forward_flops, model_config, parameter_count
+from trainer.models.config import MODEL_NAMES, ModelConfig, forward_flops, model_config
 
 if TYPE_CHECKING:
     from trainer.models.transformer import ModelOutput, Transformer, build_model, load_weights
@@ -18,7 +18,6 @@ __all__ = [
     "forward_flops",
     "load_weights",
     "model_config",
-    "parameter_count",
 ]
 
 

@@ -49,7 +49,7 @@ def sinusoid(t: Tensor, width: int = TIME_FREQUENCIES) -> Tensor:
 class PatchEmbed(nn.Module):
     """Linear embedding of non-overlapping patches: [B, C, H, W] -> [B, N, D], tokens row-major.
 
-    ``proj`` is a convolution because the official checkpoints store it as one; it is applied as the matrix
+    `proj` is a convolution because the official checkpoints store it as one; it is applied as the matrix
     product it is, which costs the same on every backend and needs no convolution algorithm to be chosen.
     """
 
@@ -76,7 +76,8 @@ class TimestepEmbedder(nn.Module):
         # Outside autocast: in bfloat16 the features of t in [0, 1] keep 8 bits, so near-by times would
         # coincide. B rows only, so float32 costs nothing.
         with torch.autocast(device_type=t.device.type, enabled=False):
-            return self.mlp(sinusoid(t).to(next(self.mlp.parameters()).dtype))
+            embedded: Tensor = self.mlp(sinusoid(t).to(next(self.mlp.parameters()).dtype))
+            return embedded
 
 
 class LabelEmbedder(nn.Module):
@@ -87,25 +88,26 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
+        embedded: Tensor = self.embedding_table(y)
+        return embedded
 
 
 def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     import xformers.ops
 
     # xformers wants [B, N, H, d]
-    out = xformers.ops.memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out: Tensor = xformers.ops.memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention, [B, N, D] -> [B, N, D].
 
-    ``qk_norm`` is a LayerNorm over the head's channels with its own scale and offset (what REPA's
-    ``--qk-norm`` gives with the timm release it names).
+    `qk_norm` is a LayerNorm over the head's channels with its own scale and offset (what REPA's
+    `--qk-norm` gives with the timm release it names).
 
     Raises:
-        UserError: ``attention='xformers'`` where xformers is not installed.
+        UserError: `attention='xformers'` where xformers is not installed.
     """
 
     def __init__(self, width: int, heads: int, *, qk_norm: bool, attention: str) -> None:
@@ -133,7 +135,8 @@ class Attention(nn.Module):
         # A LayerNorm under autocast returns float32; fused attention wants one dtype.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         x = self.attend(q, k, v).transpose(1, 2).reshape(B, N, D)
-        return self.proj(x)
+        projected: Tensor = self.proj(x)
+        return projected
 
 
 class Mlp(nn.Module):
@@ -145,7 +148,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
 
 
 class Block(nn.Module):
@@ -164,7 +168,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        out: Tensor = x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return out
 
 
 class FinalLayer(nn.Module):
@@ -178,7 +183,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return out
 
 
 def unpatchify(x: Tensor, patch_size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from featcache.errors import UserError
 
@@ -19,6 +19,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "XL": (28, 1152, 16),
 }
 PATCH_SIZES = (1, 2, 4, 8)
+Attention = Literal["sdpa", "xformers"]
 FAMILIES = ("SiT", "DiT")
 MODEL_NAMES = tuple(f"{f}-{s}/{p}" for f in FAMILIES for s in SIZES for p in PATCH_SIZES)
 
@@ -30,18 +31,17 @@ class ModelConfig:
     """One backbone.
 
     Args:
-        family: ``sit`` (velocity, t in [0, 1], t = 1 is noise) or ``dit`` (noise prediction, t = DDPM step
-            0..999).
+        family: `sit` (velocity, t in [0, 1], t = 1 is noise) or `dit` (noise prediction, t = DDPM step 0..999).
         depth: number of blocks.
-        width: hidden size; divisible by ``heads`` and by 4 (2-D sin-cos positions).
+        width: hidden size; divisible by `heads` and by 4 (2-D sin-cos positions).
         heads: attention heads.
         patch_size: side of a square patch of the latent.
         latent_channels, latent_size: the latent is [latent_channels, latent_size, latent_size].
-        num_classes: labels are 0..num_classes-1; ``num_classes`` itself is the null label.
+        num_classes: labels are 0..num_classes-1; `num_classes` itself is the null label.
         qk_norm: LayerNorm over each head's queries and keys, as in REPA's code.
         learn_sigma: predict the variance's interpolation values beside the noise (DiT only).
-        attention: ``sdpa`` (torch) or ``xformers``.
-        mlp_ratio: hidden width of the MLP over ``width``.
+        attention: `sdpa` (torch) or `xformers`.
+        mlp_ratio: hidden width of the MLP over `width`.
 
     Raises:
         UserError: values that do not fit together.
@@ -57,7 +57,7 @@ class ModelConfig:
     num_classes: int
     qk_norm: bool = False
     learn_sigma: bool = False
-    attention: Literal["sdpa", "xformers"] = "sdpa"
+    attention: Attention = "sdpa"
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
@@ -119,11 +119,16 @@ class ModelConfig:
         return int(self.width * self.mlp_ratio)
 
 
-def model_config(name: str, *, latent_channels: int, latent_size: int, num_classes: int, **kw: Any) -> ModelConfig:
-    """The configuration of a named model such as ``SiT-B/2`` or ``DiT-XL/4``.
-
-    ``kw`` are further fields of :class:`ModelConfig`. DiT learns its variance unless ``learn_sigma=False``
-    is given.
+def model_config(
+    name: str,
+    *,
+    latent_channels: int,
+    latent_size: int,
+    num_classes: int,
+    qk_norm: bool = False,
+    attention: Attention = "sdpa",
+) -> ModelConfig:
+    """The configuration of a named model such as `SiT-B/2` or `DiT-XL/4`; DiT learns its variance.
 
     Raises:
         UserError: an unknown name, or values that do not fit together.
@@ -139,8 +144,6 @@ def model_config(name: str, *, latent_channels: int, latent_size: int, num_class
         )
     depth, width, heads = SIZES[match[2]]
     family: Literal["sit", "dit"] = "sit" if match[1] == "SiT" else "dit"
-    if family == "dit":
-        kw.setdefault("learn_sigma", True)
     return ModelConfig(
         family=family,
         depth=depth,
@@ -150,17 +153,18 @@ def model_config(name: str, *, latent_channels: int, latent_size: int, num_class
         latent_channels=latent_channels,
         latent_size=latent_size,
         num_classes=num_classes,
-        **kw,
+        qk_norm=qk_norm,
+        learn_sigma=family == "dit",
+        attention=attention,
     )
 
 
 def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
-    """Floating-point operations of one image's forward pass: matrix products and attention, 2 per
-    multiply-add.
+    """Floating-point operations of one image's forward pass: matrix products and attention, 2 per multiply-add.
 
     Norms, activations and embedding look-ups are left out, as usual for model FLOPs utilisation. A training
-    step costs three times this figure. With ``depth``, only that many blocks are counted and the final
-    layer is not (a forward pass with ``stop_after=depth``).
+    step costs three times this figure. With `depth`, only that many blocks are counted and the final
+    layer is not (a forward pass with `stop_after=depth`).
     """
     N, D, M = cfg.tokens, cfg.width, cfg.mlp_width
     patch = cfg.patch_size**2
@@ -170,17 +174,3 @@ def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
     if depth is None:
         return 2 * (embed + cfg.depth * block + final)
     return 2 * (embed + depth * block)
-
-
-def parameter_count(cfg: ModelConfig) -> int:
-    """Number of trained parameters (the fixed position table is not one)."""
-    D, M = cfg.width, cfg.mlp_width
-    patch = cfg.patch_size**2
-    embed = D * patch * cfg.latent_channels + D
-    time = TIME_FREQUENCIES * D + D + D * D + D
-    label = (cfg.num_classes + 1) * D
-    block = 4 * (D * D + D) + 2 * D * M + M + D + 6 * (D * D + D)
-    if cfg.qk_norm:
-        block += 4 * (D // cfg.heads)
-    final = 2 * (D * D + D) + (D + 1) * patch * cfg.out_channels
-    return embed + time + label + cfg.depth * block + final

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 
 
 def split_variance(output: ModelOutput, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Predicted noise [B, C, H, W] and the variance's interpolation values [B, C, H, W] (None if not
-    learned).
+    """Predicted noise [B, C, H, W] and the variance's interpolation values [B, C, H, W] (None if not learned).
 
     The values interpolate the log-variance between its bounds: -1 is the posterior's, 1 is beta (Nichol &
     Dhariwal 2021, Eq. 15).

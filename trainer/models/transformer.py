@@ -1,7 +1,7 @@
 """The diffusion Transformer that SiT (Ma et al. 2024) and DiT (Peebles & Xie 2023) share.
 
 The two differ in what time means and in what is predicted, which is a transport's business
-(:mod:`trainer.diffusion.transport`), and in the number of output channels; not in a single layer.
+(`trainer.diffusion.transport`), and in the number of output channels; not in a single layer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ModelOutput(NamedTuple):
 class Transformer(nn.Module):
     """adaLN-Zero Transformer over latent patches.
 
-    ``pos_embed`` is a non-persistent buffer: fixed, neither trained nor averaged nor saved.
+    `pos_embed` is a non-persistent buffer: fixed, neither trained nor averaged nor saved.
     """
 
     pos_embed: Tensor
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         Args:
             x: [B, C, H, W] noisy latent.
             t: [B] time: in [0, 1] with 1 = noise for SiT, DDPM step 0..999 for DiT.
-            y: [B] int64 labels; ``num_classes`` is the null label. Label dropout is the caller's business.
+            y: [B] int64 labels; `num_classes` is the null label. Label dropout is the caller's business.
             taps: depths (1-based) whose hidden states are wanted.
             stop_after: run blocks 1..stop_after only and predict nothing.
         """
@@ -92,11 +92,11 @@ def build_model(cfg: ModelConfig, *, seed: int = 0, device: torch.device | str =
     """A freshly initialised model in float32, a function of (cfg, seed) alone.
 
     The weights are drawn on the CPU from a generator of their own, so neither the global random state nor
-    the device plays a part. The distributions are the official ones (:func:`initialise`): a fresh model
+    the device plays a part. The distributions are the official ones (`initialise`): a fresh model
     predicts exactly zero.
 
     Raises:
-        UserError: ``attention='xformers'`` where xformers is not installed.
+        UserError: `attention='xformers'` where xformers is not installed.
     """
     with torch.device("meta"):  # skips the default initialisation, which would be overwritten
         model = Transformer(cfg)
@@ -134,7 +134,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
 def load_weights(model: Transformer, state: Mapping[str, Tensor], *, source: str = "the weights") -> None:
     """Load a state dict key by key, in place.
 
-    A ``pos_embed`` entry is optional and replaces the model's table: official EMA checkpoints hold one that
+    A `pos_embed` entry is optional and replaces the model's table: official EMA checkpoints hold one that
     has drifted by rounding, and their outputs depend on it.
 
     Raises:

@@ -4,13 +4,13 @@ from trainer.plots import Chart, Series
 from trainer.report.data import Column, RunData, load_run
 from trainer.report.page import Figure
 from trainer.report.report import router_chart, write_comparison, write_report
-from trainer.report.table import Published
+from trainer.report.table import PublishedFigure
 
 __all__ = [
     "Chart",
     "Column",
     "Figure",
-    "Published",
+    "PublishedFigure",
     "RunData",
     "Series",
     "load_run",

@@ -17,7 +17,7 @@ SHOWN_ROWS = 120
 
 
 def write_diagnostics(run: Path, drawn: Collection[str]) -> Path:
-    """Writes ``analysis/index.html`` of a run from the results beside it.
+    """Writes `analysis/index.html` of a run from the results beside it.
 
     Args:
         drawn: diagnostics whose plots are drawn as files, too.
@@ -40,7 +40,7 @@ def write_diagnostics(run: Path, drawn: Collection[str]) -> Path:
 
 
 def write_diagnostics_comparison(run: Path, drawn: Collection[str]) -> Path:
-    """Writes ``analysis/comparison.html`` from the ``comparison.json`` beside it; arguments and errors as above."""
+    """Writes `analysis/comparison.html` from the `comparison.json` beside it; arguments and errors as above."""
     with writing(run) as folder:
         sections = read_comparison(folder)
         _save_plots(folder, sections, drawn)

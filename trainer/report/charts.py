@@ -12,10 +12,11 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -24,6 +25,9 @@ from matplotlib.ticker import MaxNLocator
 from featcache.console import plain
 from featcache.store import files
 from trainer.plots import Chart, Matrix, Series, Strips
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 WIDTH_INCHES, HEIGHT_INCHES = 4.6, 2.9
 COLOURS = ("#1a66b0", "#c4541a", "#2a8458", "#8650a6", "#9a7400", "#b3316b", "#23828f", "#6a6f76")  # as in page.css
@@ -47,8 +51,7 @@ def smooth(values: np.ndarray, *, span: int) -> np.ndarray:
 
 
 def smoothed_series(label: str, x: np.ndarray, y: np.ndarray, *, colour: int) -> Series:
-    """A line of logged values: smoothed over 4 % of the points, the raw values behind it; raw alone if they
-    are few.
+    """A line of logged values: smoothed over 4 % of the points, the raw values behind it; raw alone if they are few.
 
     Values that are not finite are left out.
     """
@@ -69,7 +72,7 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[chosen], y[chosen]
 
 
-def _settings(salt: str, size: int) -> dict[Any, Any]:
+def _settings(salt: str, size: int) -> dict[RcKeyType, Any]:
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
@@ -97,9 +100,10 @@ def render_svg(chart: Chart) -> str:
 
 
 def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
-    """Write ``<stem>.svg`` and ``<stem>.png`` (150 dots an inch), with fixed colours, title and legend.
+    """Write `<stem>.svg` and `<stem>.png` (150 dots per inch), with fixed colours, title and legend.
 
-    Raises UserError if the disk refuses.
+    Raises:
+        UserError: the disk refuses.
     """
     with matplotlib.rc_context(_settings("analysis", 10)):
         figure = Figure(layout="constrained")
@@ -123,7 +127,7 @@ def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
             files.atomic_write(stem.with_name(f"{stem.name}.{kind}"), [picture.getbuffer()], durable=False)
 
 
-def _draw_chart(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grid: str) -> None:
+def _draw_chart(axes: Axes, chart: Chart, colours: Sequence[str], ink: str, grid: str) -> None:
     for series in chart.series:
         colour = colours[series.colour % len(colours)]
         x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
@@ -151,7 +155,7 @@ def _draw_chart(axes: Any, chart: Chart, colours: Sequence[str], ink: str, grid:
     axes.set_axisbelow(True)
 
 
-def _limit(axes: Any, chart: Chart) -> None:
+def _limit(axes: Axes, chart: Chart) -> None:
     """Cut off the first moments of training, which would press everything after them flat."""
     if chart.log_y:
         axes.set_yscale("log")
@@ -174,7 +178,7 @@ def _limit(axes: Any, chart: Chart) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def _draw_matrix(figure: Any, axes: Any, matrix: Matrix) -> None:
+def _draw_matrix(figure: Figure, axes: Axes, matrix: Matrix) -> None:
     R, C = matrix.values.shape
     figure.set_size_inches(2.2 + 0.95 * C, 1.2 + 0.36 * R)
     shown = axes.imshow(matrix.values, vmin=matrix.low, vmax=matrix.high, cmap="Blues", aspect="auto")
@@ -191,7 +195,7 @@ def _draw_matrix(figure: Any, axes: Any, matrix: Matrix) -> None:
     figure.colorbar(shown, ax=axes, shrink=0.8)
 
 
-def _draw_strips(figure: Any, axes: Any, strips: Strips) -> None:
+def _draw_strips(figure: Figure, axes: Axes, strips: Strips) -> None:
     """All pictures on one canvas: an axes for each would take a hundred times as long to lay out."""
     R, C = len(strips.rows), len(strips.columns)
     side = next(p.shape[0] for row in strips.cells for p in row if p is not None)

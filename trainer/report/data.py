@@ -66,8 +66,8 @@ class RunData:
         return max((int(c.steps[-1]) for c in self.log.values()), default=None)
 
 
-def read_log(path: Path) -> dict[str, Column]:
-    """log.jsonl => quantities by key.
+def read_columns(path: Path) -> dict[str, Column]:
+    """`log.jsonl` => quantities by key.
 
     A last line without its end (the run is still writing, or was killed) is left out. After a resume the log
     may hold a step twice: the later entry counts. Values that are not finite numbers are left out, too.
@@ -104,7 +104,7 @@ def read_log(path: Path) -> dict[str, Column]:
     return result
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: object) -> float | None:
     """A number of a log as a float; None for anything else, and for what no training measures."""
     if isinstance(value, int | float) and -LARGEST < value < LARGEST:
         return float(value)
@@ -137,8 +137,8 @@ def load_run(run_dir: Path | str) -> RunData:
         path=path,
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        cache=_shown(runs.read_json(path / "cache.json", {})),
-        log=read_log(path / "log.jsonl"),
+        cache=_shown(runs.read_json(path / "cache.json", {}, remedy=runs.RESTORE)),
+        log=read_columns(path / "log.jsonl"),
         evaluations=runs.read_metrics(path),
         samples=samples,
         diagnostics=read_results(files.inside(path, "analysis")),

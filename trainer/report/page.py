@@ -46,7 +46,7 @@ class Figure:
     wide: bool = False
 
 
-def write_page(path: Path, template: str, **values: Any) -> Path:
+def write_page(path: Path, template: str, **values: object) -> Path:
     """Fills in a template; the file is replaced whole or not at all, folders are made as needed.
 
     Raises:
@@ -57,7 +57,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 
 @functools.cache
-def _environment() -> Any:
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -78,7 +78,7 @@ def _environment() -> Any:
     return environment
 
 
-def picture(image: Path | np.ndarray) -> dict[str, Any]:
+def picture(image: Path | np.ndarray) -> dict[str, object]:
     """What `<img>` needs: the picture as a data URI, its size in pixels, and whether it may grow to its column."""
     data, width, height = _png(image)
     source = Markup(f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}")

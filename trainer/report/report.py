@@ -11,15 +11,15 @@ from urllib.parse import quote
 import numpy as np
 
 from featcache.store import files
+from trainer.evaluate.table import higher_is_better
 from trainer.plots import Chart, Series
 from trainer.report.analysis import in_brief
 from trainer.report.charts import smoothed_series
 from trainer.report.data import Column, RunData
 from trainer.report.page import Figure, read_picture, write_page
 from trainer.report.table import (
-    Published,
+    PublishedFigure,
     flatten,
-    higher_is_better,
     latest,
     metric_names,
     metrics_of,
@@ -39,7 +39,7 @@ def write_report(
     lead: str = "",
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
-    published: Sequence[Published] = (),
+    published: Sequence[PublishedFigure] = (),
 ) -> Path:
     """Write one self-contained page about one or several runs: samples, curves, numbers, settings.
 
@@ -70,12 +70,12 @@ def write_comparison(
     lead: str = "",
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
-    published: Sequence[Published] = (),
+    published: Sequence[PublishedFigure] = (),
 ) -> Path:
     """Write one self-contained page that puts runs side by side.
 
-    Every curve stands twice: over steps and over time. Samples are compared as strips: one row a run, one
-    column a step that all runs have, always the same tiles of the grids, which come from the same noise.
+    Every curve stands twice: over steps and over time. Samples are compared as strips: one row per run, one
+    column per step that all runs have, always the same tiles of the grids, which come from the same noise.
 
     Arguments, return value and errors as `write_report`.
     """
@@ -90,7 +90,7 @@ def _values(
     title: str,
     lead: str,
     images: Sequence[Figure],
-    published: Sequence[Published],
+    published: Sequence[PublishedFigure],
 ) -> dict[str, Any]:
     """What both pages show."""
     return {
@@ -185,7 +185,8 @@ def _time_at(run: RunData, steps: np.ndarray) -> np.ndarray:
     if column is None or not np.isfinite(column.time_s).any():
         return np.full(len(steps), np.nan)
     known = np.isfinite(column.time_s)
-    return np.interp(steps, column.steps[known], column.time_s[known], left=np.nan, right=np.nan)
+    times: np.ndarray = np.interp(steps, column.steps[known], column.time_s[known], left=np.nan, right=np.nan)
+    return times
 
 
 def _charts(runs: Sequence[RunData], x_label: str, x_of: Callable[[Column], np.ndarray]) -> list[Chart]:
@@ -225,7 +226,7 @@ def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 
 def _diagnostics_pages(out_html: Path, runs: Sequence[RunData]) -> list[tuple[str, str]]:
-    """Runs and where their diagnostics pages lie, as seen from the report; percent-encoded, since runs are named at will."""
+    """Runs and where their diagnostics pages lie, as seen from the report; percent-encoded: runs are named at will."""
     pages = [(run.name, files.inside(run.path, "analysis/index.html")) for run in runs if run.path is not None]
     return [(name, quote(os.path.relpath(page, out_html.parent))) for name, page in pages if page.is_file()]
 
@@ -248,7 +249,7 @@ def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
 
 
 def _strips(runs: Sequence[RunData]) -> dict[str, Any] | None:
-    """A column a step that all runs have; a block of rows, one a run, for each of a few tiles of the grids."""
+    """A column per step that all runs have; a block of rows, one per run, for each of a few tiles of the grids."""
     common = sorted(set.intersection(*({s for s, _ in run.samples} for run in runs))) if runs else []
     if not common:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,21 @@ import torch
 import featcache
 from featcache.errors import CacheError, UserError
 from featcache.inspect import contact_sheet, images_of
+from featcache.paths import PAGES, check_output
 from trainer import align
+from trainer.align.ahpa import Ahpa
 from trainer.align.base import FeatureInfo
 from trainer.evaluate.run import data_folder
+from trainer.plots import Chart
 from trainer.report.data import load_run
 from trainer.report.page import Figure
 from trainer.report.report import router_chart, write_comparison, write_report
-from trainer.report.table import Published
+from trainer.report.table import PublishedFigure
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.published import parse_published
 from trainer.runs.records import cache_summary, run_model_config
+from trainer.runs.schemas import Summary
 from trainer.sampling.draw import grid_classes
 from trainer.training.state import backbone_info
 
@@ -33,13 +37,15 @@ REFERENCE_TILES = (4, 8)  # rows, columns
 def write_run_report(
     folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = ""
 ) -> Path:
-    """The report of one run (by default its ``report.html``), or one page that compares several.
+    """The report of one run (by default its `report.html`), or one page that compares several.
 
-    The comparison goes to ``comparison.html`` in the first run's folder where ``out`` is None.
+    The comparison goes to `comparison.html` in the first run's folder where `out` is None.
 
     Raises:
-        UserError: a folder is not a run, or is named twice.
+        UserError: a folder is not a run, or is named twice; `out` is no name for a page.
     """
+    if out is not None:
+        check_output(out, PAGES, example="report.html")
     for folder in folders:
         runs.load_config(folder)
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -63,7 +69,7 @@ def _below_root(folder: Path) -> str:
     return str(folder.relative_to(runs.ROOT)) if folder.is_relative_to(runs.ROOT) else folder.name
 
 
-def _reference_figures(folder: Path) -> list[Any]:
+def _reference_figures(folder: Path) -> list[Figure]:
     """Real images of the run's cache in the order of the sample grid, and the PCA picture of what is cached."""
     try:
         summary = cache_summary(folder)
@@ -88,8 +94,8 @@ def _reference_figures(folder: Path) -> list[Any]:
         Figure(
             image=grid,
             title="Real images",
-            caption="From the training set, one row a class, the same rows as in the sample grids.",
-            alt="Grid of training images, one row a class",
+            caption="From the training set, one row per class, the same rows as in the sample grids.",
+            alt="Grid of training images, one row per class",
             section="samples",
         ),
         Figure(
@@ -104,8 +110,8 @@ def _reference_figures(folder: Path) -> list[Any]:
     ]
 
 
-def router_charts(folder: Path, name: str | None = None, points: int = 101) -> list[Any]:
-    """AHPA's inter-group and intra-group weights over t at the latest checkpoint (AHPA, Fig. 5); empty for other methods."""
+def router_charts(folder: Path, name: str | None = None, points: int = 101) -> list[Chart]:
+    """AHPA's weights between and within groups over t at the latest checkpoint (Fig. 5); empty for other methods."""
     config = runs.load_config(folder)
     if config.methods != ("ahpa",) or not checkpoint.list_checkpoints(folder):
         return []
@@ -113,15 +119,16 @@ def router_charts(folder: Path, name: str | None = None, points: int = 101) -> l
     summary = cache_summary(folder)
     features = {name: FeatureInfo(shape=tuple(f["shape"])) for name, f in summary["features"].items()}
     info = backbone_info(config.model, run_model_config(folder, config))
-    module: Any = align.build([("ahpa", config.method_config("ahpa"))], info, features)
+    module = align.build([("ahpa", config.method_config("ahpa"))], info, features)
+    assert isinstance(module, Ahpa)
     _, latest = checkpoint.find_checkpoint(folder)
     checkpoint.load_module(module, latest, "alignment")
-    if config.method_config("ahpa").router == "content":
+    if module.config.router == "content":
         return []  # its weights depend on the image, not on t alone
     t = torch.linspace(0, 1, points)
     with torch.no_grad():
         weights = module.router(t)
-    groups = config.method_config("ahpa").groups
+    groups = module.config.groups
     name = name or runs.display_name(folder)
     charts = [
         router_chart(
@@ -142,13 +149,14 @@ def router_charts(folder: Path, name: str | None = None, points: int = 101) -> l
     return charts
 
 
-def features_layers(summary: Mapping[str, Any], feature: str, count: int) -> list[str]:
+def features_layers(summary: Summary, feature: str, count: int) -> list[str]:
     """Names of a VAE group's layers; numbers where a regrouping left the recorded ones behind."""
-    named = summary["features"].get(feature, {}).get("layers", [])
+    recorded = summary["features"].get(feature)
+    named = recorded.get("layers", []) if recorded is not None else []
     return list(named) if len(named) == count else [f"layer {i + 1}" for i in range(count)]
 
 
-def _published(folder: Path, name: str) -> list[Any]:
+def _published(folder: Path, name: str) -> list[PublishedFigure]:
     """The figures that a run's recipe carries from its paper, then those that it was evaluated beside, each once."""
     config = runs.load_config(folder)
     entries = [config.published, *(e["figure"] for e in runs.read_metrics(folder) if "figure" in e)]
@@ -156,5 +164,5 @@ def _published(folder: Path, name: str) -> list[Any]:
     for entry in (parse_published(given) for given in entries if given):
         source = entry.source + (f": {entry.sampling}" if entry.sampling is not None else "")
         for metric, value in entry.metrics.items():
-            figures[metric, source, value] = Published(metric=metric, value=float(value), source=source, run=name)
+            figures[metric, source, value] = PublishedFigure(metric=metric, value=float(value), source=source, run=name)
     return list(figures.values())

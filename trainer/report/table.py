@@ -1,20 +1,23 @@
-"""The numbers of a report as tables: one column a run, one row a quantity."""
+"""The numbers of a report as tables: one column per run, one row per quantity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from trainer.evaluate.table import higher_is_better
 from trainer.report.charts import smooth
 from trainer.report.data import Column, RunData
 from trainer.typeset import measure, number, setting
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class PublishedFigure:
     """A figure from a paper, shown beside ours.
 
     Attributes:
@@ -42,7 +45,7 @@ class Row:
     """One quantity.
 
     Attributes:
-        cells: one a run, None where there is nothing to show.
+        cells: one per run, None where there is nothing to show.
         best: the index of the cell that leads.
         published: figures of papers.
         better: which values are, `higher` or `lower` ones; empty where that is no question.
@@ -68,11 +71,6 @@ class Table:
     substitutes: Sequence[str] = ()
 
 
-def higher_is_better(metric: str) -> bool:
-    """Whether a larger value of the metric reported under this name is better."""
-    return metric.endswith("IS") or "Precision" in metric or "Recall" in metric
-
-
 def metric_names(runs: Sequence[RunData]) -> list[str]:
     """Names of all metrics in the runs' metrics.json, in order of appearance."""
     return list(dict.fromkeys(name for run in runs for e in run.evaluations for name in metrics_of(e)))
@@ -89,7 +87,7 @@ def latest(run: RunData) -> Mapping[str, Any]:
     return run.evaluations[-1] if run.evaluations else {}
 
 
-def numbers(runs: Sequence[RunData], published: Sequence[Published]) -> Table:
+def numbers(runs: Sequence[RunData], published: Sequence[PublishedFigure]) -> Table:
     """The table of numbers; groups and rows in which nothing is known are left out."""
     names = list(dict.fromkeys([*metric_names(runs), *(p.metric for p in published)]))
     sources = {p.source for p in published}
@@ -148,7 +146,9 @@ def _training_rows(runs: Sequence[RunData]) -> list[Row]:
     ]
 
 
-def _metric_row(runs: Sequence[RunData], metric: str, published: Sequence[Published], *, with_source: bool) -> Row:
+def _metric_row(
+    runs: Sequence[RunData], metric: str, published: Sequence[PublishedFigure], *, with_source: bool
+) -> Row:
     found = [_latest_metric(run, metric) for run in runs]
     known = [(f[0], i) for i, f in enumerate(found) if f is not None]
     best = None
@@ -168,7 +168,7 @@ def _metric_row(runs: Sequence[RunData], metric: str, published: Sequence[Publis
     )
 
 
-def _cells(text: Callable[[Any], str], values: Sequence[Any]) -> list[Cell | None]:
+def _cells(text: Callable[[T], str], values: Sequence[T | None]) -> list[Cell | None]:
     return [Cell(text(value)) if value is not None else None for value in values]
 
 
@@ -205,7 +205,7 @@ def _metric_cell(value: float, interval: Sequence[float] | None) -> Cell:
     return Cell(measure(value), f"95 %: {measure(interval[0])} to {measure(interval[1])}" if interval else "")
 
 
-def flatten(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(settings: object, prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as (name, text) pairs; names of inner ones after those of outer ones, None left out."""
     if not isinstance(settings, Mapping):
         return []

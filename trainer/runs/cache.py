@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import featcache
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
+from featcache.keys import key_text, printable
+from featcache.paths import typed
+from featcache.store.root import find_root
 from trainer import align
 from trainer.align.base import FeatureInfo
 from trainer.align.features import encoder_layers
@@ -25,8 +28,17 @@ class WrongCache(CacheError):
     """A cache of another resolution or VAE: adding features to it would not help."""
 
 
-def check_made_with(config: RunConfig, cache: Any) -> None:
-    """Raises WrongCache if the configuration asks for a resolution or VAE that is not the cache's."""
+def check_made_with(config: RunConfig, cache: featcache.Cache) -> None:
+    """Refuses a cache of another resolution or VAE than the configuration asks for, and one without images.
+
+    Raises:
+        WrongCache: it is one.
+    """
+    if not len(cache):
+        raise WrongCache(
+            f"{cache.path} holds no images: all {cache.manifest.dataset.count} were skipped when it was built",
+            remedy=f"featcache info {typed(cache.path)} says why; build another one from images that can be read.",
+        )
     dataset = cache.manifest.dataset
     asked = {"resolution": config.resolution, "vae": config.vae}
     found = {"resolution": dataset.preprocessing.get("resolution"), "vae": (dataset.vae or {}).get("name")}
@@ -41,8 +53,8 @@ def check_made_with(config: RunConfig, cache: Any) -> None:
             )
 
 
-def find_cache(config: RunConfig) -> Any:
-    """The cache that the configuration names, else the newest complete one below ``./caches`` that fits the method.
+def find_cache(config: RunConfig) -> featcache.Cache:
+    """The cache that the configuration names, else the newest complete one below `./caches` that fits the method.
 
     Raises:
         CacheError: none there, or none that fits; the error ends with the command that builds it.
@@ -52,13 +64,11 @@ def find_cache(config: RunConfig) -> Any:
         named = featcache.open(config.cache, cache_dir=config.stream_dir, cache_bytes=limit)
         check_made_with(config, named)
         return named
-    found = sorted(
-        (p.parent for p in ROOT.glob("*/zarr.json")), key=lambda p: (p / "zarr.json").stat().st_mtime, reverse=True
-    )
+    found = _newest_first()
     wanted = [
         name for method in config.methods for name in align.required_features(method, config.method_config(method))
     ]
-    unfit: list[tuple[Path, Any, CacheError]] = []
+    unfit: list[tuple[Path, featcache.Cache | None, CacheError]] = []
     for path in found:
         cache = None
         try:
@@ -78,14 +88,53 @@ def find_cache(config: RunConfig) -> Any:
     )
 
 
-def available_features(cache: Any) -> dict[str, FeatureInfo]:
+def _newest_first() -> list[Path]:
+    """What looks like a cache below `./caches`, by when its root document was written."""
+    dated = []
+    for path in ROOT.iterdir() if ROOT.is_dir() else ():
+        with contextlib.suppress(OSError):  # it may go at this moment, or be closed to us
+            root = find_root(path)
+            if root is not None:
+                dated.append((root.stat().st_mtime, path))
+    return [path for _, path in sorted(dated, reverse=True)]
+
+
+def cache_of_run(run: Path) -> featcache.Cache:
+    """The cache that a run was trained on, opened.
+
+    Raises:
+        CacheError: it is gone, or another one lies in its place.
+        UserError: it is a URL whose secrets were not stored.
+    """
+    from trainer.runs import folder as runs
+    from trainer.runs.records import cache_summary
+
+    summary = cache_summary(run)
+    path = runs.cache_path(run, summary)
+    try:
+        cache = featcache.open(path)
+    except UserError as error:
+        raise CacheError(
+            f"the cache of {run} cannot be opened: {error.what}",
+            remedy="Run the command in the folder where the run was trained, or bring the cache back.",
+        ) from error
+    if cache.fingerprint != summary["fingerprint"]:
+        raise CacheError(f"{path} is not the cache that {run} was trained on", remedy="Bring that cache back.")
+    return cache
+
+
+def available_features(cache: featcache.Cache) -> dict[str, FeatureInfo]:
     """Token features and VAE groups of a cache as the methods see them."""
     features = cache.manifest.features
     return {n: FeatureInfo(shape=tuple(f.shape)) for n, f in features.items() if n not in ("label", "key", "content")}
 
 
-def missing_features(config: RunConfig, cache: Any) -> None:
-    """Raises CacheError if the cache is of the wrong kind or lacks what the configuration's methods read."""
+def missing_features(config: RunConfig, cache: featcache.Cache) -> None:
+    """Refuses a cache that the configuration cannot be trained on.
+
+    Raises:
+        CacheError: it is of the wrong kind or lacks what the methods read.
+    """
     check_made_with(config, cache)
     cache.require(["vae/moments", "label"])
     available = available_features(cache)
@@ -93,21 +142,21 @@ def missing_features(config: RunConfig, cache: Any) -> None:
         align.resolve(method, config.method_config(method), available)
 
 
-def random_features(cache: Any) -> list[str]:
+def random_features(cache: featcache.Cache) -> list[str]:
     """Features that were made with random encoder weights."""
     return sorted(n for n, f in cache.manifest.features.items() if f.provenance.get("weights") == "random")
 
 
-def sample_keys(cache: Any, indices: np.ndarray) -> list[str]:
-    """Keys (source paths) of the samples ``indices`` [n]."""
+def sample_keys(cache: featcache.Cache, indices: np.ndarray) -> list[str]:
+    """Keys (source paths) of the samples `indices` [n], as `featcache.keys.printable` writes them."""
     with cache.reader(["key"]) as reader:
         out = reader.allocate(len(indices))
         reader.read(indices, out)
-    return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in out["key"]]
+    return [printable(key_text(bytes(row))) for row in out["key"]]
 
 
-def build_command(cache: Any, wanted: Iterable[str]) -> str:
-    """The sentence with the ``featcache build`` line that adds features to a cache."""
+def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
+    """The sentence with the `featcache build` line that adds features to a cache."""
     wanted = _settle(wanted, cache)
     dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
     words = [build_line(cache.path, wanted)]
@@ -128,8 +177,8 @@ def build_command(cache: Any, wanted: Iterable[str]) -> str:
     return f"Add what is missing:\n  {' '.join(words)} --data {data}"
 
 
-def _settle(wanted: Iterable[str], cache: Any) -> list[str]:
-    """Open names such as ``<encoder>@<last>`` made definite where the cache holds tokens of exactly one encoder.
+def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
+    """Open names such as `<encoder>@<last>` made definite where the cache holds tokens of exactly one encoder.
 
     Its deepest cached layer counts as the last, and the texture layer is DyA's 9 of 11 in proportion.
     """
@@ -145,7 +194,7 @@ def _settle(wanted: Iterable[str], cache: Any) -> list[str]:
 def build_line(
     cache: str | Path | None, wanted: Iterable[str], *, resolution: int | None = None, vae: str | None = None
 ) -> str:
-    """``featcache build ...`` for feature names; open ones (in angle brackets) become the default encoder's."""
+    """`featcache build ...` for feature names; open ones (in angle brackets) become the default encoder's."""
     levels = sorted({name.split("/")[1] for name in wanted if name.startswith("vae/G")})
     layers: dict[str, set[int]] = {}
     for name in wanted:
@@ -160,7 +209,7 @@ def build_line(
             layers[encoder] |= {9, 11}
     words = ["featcache build"]
     if cache is not None:
-        words.append(f"--into {cache}")
+        words.append(f"--into {typed(cache)}")
     if resolution is not None:
         words.append(f"--resolution {resolution}")
     if vae is not None:

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and one JSON, written whole or not at all, found again by their step.
 
-A checkpoint is a folder ``step_0001000`` with ``model``, ``ema``, ``alignment``, ``optimizer`` (and ``adversary``)
-``.safetensors`` and ``state.json``. It is written under a temporary name, synced, then renamed; a folder with the final
+A checkpoint is a folder `step_0001000` with `model`, `ema`, `alignment`, `optimizer` (and `adversary`)
+`.safetensors` and `state.json`. It is written under a temporary name, synced, then renamed; a folder with the final
 name is complete. No random state is saved: all randomness derives from (seed, step).
 """
 
@@ -39,8 +39,10 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run, by rising step; raises `UserError` where their folder is a link, which would have
-    those of another run removed as old ones.
+    """Complete checkpoints of a run, by rising step.
+
+    Raises:
+        UserError: their folder is a link, which would have those of another run removed as old ones.
     """
     folder = files.inside(run, "checkpoints")
     try:
@@ -51,7 +53,7 @@ def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path]:
-    """The checkpoint at ``step``, else the latest.
+    """The checkpoint at `step`, else the latest.
 
     Raises:
         UserError: there is none.
@@ -71,13 +73,13 @@ def find_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path]:
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object], *, keep: int
 ) -> Path:
-    """Writes one checkpoint atomically and removes all but the ``keep`` latest.
+    """Writes one checkpoint atomically and removes all but the `keep` latest.
 
     Args:
         tensors: file stem -> state dict, in host memory.
-        state: JSON-able values for ``state.json``.
+        state: JSON-able values for `state.json`.
     """
     final = checkpoint_path(run, step)
     files.inside(run, "checkpoints")
@@ -121,7 +123,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def tidy(run: Path, *, keep: int) -> None:
-    """Finishes what a killed process left undone: its leftovers, and all but the ``keep`` latest checkpoints, go.
+    """Finishes what a killed process left undone: its leftovers, and all but the `keep` latest checkpoints, go.
 
     A disk that refuses is no reason to stop: it has the next checkpoint's saving refused aloud.
     """
@@ -130,7 +132,7 @@ def tidy(run: Path, *, keep: int) -> None:
     _remove_old(run, keep)
 
 
-def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object]) -> None:
     """A new folder with everything in it, on the disk when this returns."""
     folder.mkdir()
     for stem, values in tensors.items():
@@ -141,7 +143,7 @@ def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Map
 
 
 def _remove_old(run: Path, keep: int) -> None:
-    """All but the ``keep`` latest. The new one is safe by now, so a disk that refuses to remove is no reason to stop."""
+    """All but the `keep` latest. The new one is safe by now, so a disk that refuses to remove is no reason to stop."""
     with contextlib.suppress(OSError, UserError):
         for _, old in list_checkpoints(run)[:-keep]:
             # Renamed first, so that an interrupted removal never leaves half a checkpoint under a complete one's name.
@@ -168,7 +170,7 @@ def load_tensors(checkpoint: Path, stem: str, *, device: str = "cpu") -> dict[st
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint: its ``step``, and what was saved with it.
+    """`state.json` of a checkpoint: its `step`, and what was saved with it.
 
     Raises:
         UserError: the file is missing or damaged, or of another step than its folder's name says.
@@ -183,6 +185,22 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     if name is not None and int(name[1]) != state["step"]:
         raise UserError(f"{path} is of step {state['step']}, unlike its folder", remedy=_REMEDY)
     return dict(state)
+
+
+def require_own(checkpoint: Path, *, method: str, model: str) -> dict[str, Any]:
+    """The checkpoint's :func:`load_state`, after checking that a run of that method and model saved it.
+
+    Raises:
+        UserError: as there; or it was brought from a run of another method or model.
+    """
+    state = load_state(checkpoint)
+    saved, own = (state.get("method", method), state.get("model", model)), (method, model)
+    if saved != own:
+        raise UserError(
+            f"{checkpoint} was saved by a run of {' on '.join(map(str, saved)):.200}, and this one is of {' on '.join(own)}",
+            remedy=_REMEDY,
+        )
+    return state
 
 
 def load_module(module: torch.nn.Module, checkpoint: Path, stem: str) -> None:
@@ -213,7 +231,7 @@ def _is_real(tensor: Tensor) -> bool:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Adam's state under ``<moment>/<parameter name>``; of parameters that had no gradient yet there is none."""
+    """Adam's state under `<moment>/<parameter name>`; of parameters that had no gradient yet there is none."""
     return {
         f"{moment}/{names[parameter]}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
@@ -222,7 +240,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:
-    """Puts :func:`optimizer_tensors` back.
+    """Puts `optimizer_tensors` back.
 
     Raises:
         UserError: the state belongs to other parameters.
@@ -232,7 +250,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
     for key, value in saved.items():
         moment, _, name = key.partition("/")
         if name not in by_name:
-            raise UserError(f"the checkpoint's optimiser knows a parameter {name!r:.200} that this run has not")
+            raise UserError(
+                f"the checkpoint's optimiser knows a parameter {name!r:.200} that this run has not", remedy=_REMEDY
+            )
         found.setdefault(name, {})[moment] = value
     for name, moments in found.items():
         parameter = by_name[name]
@@ -251,6 +271,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
 
 
 def _sync(path: Path) -> None:
+    if path.is_dir():
+        files.fsync_directory(path)
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

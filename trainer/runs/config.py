@@ -17,9 +17,11 @@ from featcache.errors import UserError
 from featcache.settings import Count, Index, NotNegative, Option, Positive, Share, from_mapping, number, settings
 from trainer.align import config_class, method_names, split_methods
 from trainer.models import model_config
+from trainer.models.config import Attention
 from trainer.runs.published import parse_published
 
 if TYPE_CHECKING:
+    from trainer.align.base import MethodConfig
     from trainer.models import ModelConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -30,11 +32,11 @@ class RunConfig:
     """What one training run does.
 
     What to train:
-        method: ``none``, or alignment methods joined by ``+`` (``ahpa``, ``repa``, ``ahpa+sra``).
-        align: options of each method by its name, e.g. ``{"ahpa": {"router": "lookup"}}``.
+        method: `none`, or alignment methods joined by `+` (`ahpa`, `repa`, `ahpa+sra`).
+        align: options of each method by its name, e.g. `{"ahpa": {"router": "lookup"}}`.
         align_until: step from which alignment is switched off (HASTE); None: never.
-        model: backbone, e.g. ``SiT-XL/2``. cache: path or URL of the feature cache. name: folder below ``runs``.
-        resolution, vae: side in pixels and VAE (``sd-ft-ema``) that the cache must have been made with; None: any.
+        model: backbone, e.g. `SiT-XL/2`. cache: path or URL of the feature cache. name: folder below `runs`.
+        resolution, vae: side in pixels and VAE (`sd-ft-ema`) that the cache must have been made with; None: any.
     Objective:
         path: interpolant of SiT. time_sampling: how t is drawn. label_dropout: share of null labels.
     Optimisation (AdamW):
@@ -42,11 +44,11 @@ class RunConfig:
         method's (2.0 for AHPA, else 1.0). ema_decay: of the weights' average, reached after a short warm-up if
         ema_warmup (min(decay, (1 + step) / (10 + step))).
     Machine:
-        precision: ``auto`` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
-        accumulate: micro-batches a step, for batches that do not fit at once. shard: split weights, average and
+        precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
+        accumulate: micro-batches per step, for batches that do not fit at once. shard: split weights, average and
         optimiser state over the ranks (FSDP2) instead of keeping a copy on each (DDP); a single rank has nothing to
         split. None of these three changes more than rounding. stream_dir, stream_gib: where blocks of a remote cache
-        are kept, and how many GiB of them each process keeps at most; None: ``$FEATCACHE_STREAM_DIR`` and 10 GiB.
+        are kept, and how many GiB of them each process keeps at most; None: `$FEATCACHE_STREAM_DIR` and 10 GiB.
     Bookkeeping:
         log_every, sample_every, checkpoint_every in steps; sample_every 0 draws no grids. keep_checkpoints: how many of
         the latest stay. published: figures of the paper's row, for the report.
@@ -80,7 +82,7 @@ class RunConfig:
     seed: Annotated[Index, Option("Seed of everything random.")] = 0
     device: Annotated[str, Option("cpu, cuda or auto.")] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Option("auto, fp32, bf16 or fp16.")] = "auto"
-    attention: Annotated[Literal["sdpa", "xformers"], Option("sdpa (torch's own, the default) or xformers.")] = "sdpa"
+    attention: Annotated[Attention, Option("sdpa (torch's own, the default) or xformers.")] = "sdpa"
     compile: bool | None = None
     shard: bool = False
     weights_dir: Annotated[
@@ -134,11 +136,11 @@ class RunConfig:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Names of the alignment methods in use; empty for ``none``."""
-        return tuple(m for m in self.method.split("+") if m != "none")
+        """Names of the alignment methods in use; empty for `none`."""
+        return tuple(name for name in split_methods(self.method) if name != "none")
 
     def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
-        """Shape of the backbone for images of ``resolution`` pixels a side, given the manifest's ``dataset.vae``.
+        """Shape of the backbone for images of `resolution` pixels per side, given the manifest's `dataset.vae`.
 
         Raises:
             UserError: patch and latent sizes do not fit.
@@ -152,18 +154,18 @@ class RunConfig:
             attention=self.attention,
         )
 
-    def method_config(self, method: str) -> Any:
+    def method_config(self, method: str) -> MethodConfig:
         """The method's own frozen configuration, validated."""
         return from_mapping(config_class(method), self.align.get(method) or {}, where=f"align.{method}")
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``["steps=1000", "align.ahpa.router=lookup"]`` on top of a recipe's values; values are parsed as YAML.
+    """`["steps=1000", "align.ahpa.router=lookup"]` on top of a recipe's values; values are parsed as YAML.
 
-    A dotted key whose first part is a method's name may leave out ``align.``.
+    A dotted key whose first part is a method's name may leave out `align.`.
 
     Raises:
-        UserError: an override without ``=``, or one below something that is no mapping.
+        UserError: an override without `=`, or one below something that is no mapping.
     """
     from trainer.runs.yaml_text import parse_yaml
 

@@ -21,7 +21,11 @@ CONVENTIONS = ("repa", "sra", "sit", "dit")
 
 
 def _summary_of(path: str, shape: object) -> dict[str, Any]:
-    """What a run records of the cache at ``path``. Raises `UserError` if its latents are not of this shape."""
+    """What a run records of the cache at `path`.
+
+    Raises:
+        UserError: its latents are not of this shape.
+    """
     cache = featcache.open(path)
     cache.require(["vae/moments"])
     found = list(cache.manifest.features["vae/moments"].shape)
@@ -42,10 +46,10 @@ def import_checkpoint(
     cache: str | None = None,
     root: Path = runs.ROOT,
 ) -> Path:
-    """A run folder, ready for ``trainer sample`` and ``trainer eval``, from an official checkpoint.
+    """A run folder, ready for `trainer sample` and `trainer eval`, from an official checkpoint.
 
     Args:
-        weights: ``ema`` or ``model``. convention: one of :data:`CONVENTIONS`, None tells it from the file.
+        weights: `ema` or `model`. convention: one of `CONVENTIONS`, None tells it from the file.
         cache: one whose VAE and classes the checkpoint was trained with; without it those of the public checkpoints.
 
     Raises:
@@ -104,14 +108,19 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     """Writes a run's averaged weights (and its raw ones) as a file that the public code loads.
 
     Raises:
-        UserError: no such run, an unknown convention, or a model the convention has no place for.
+        UserError: no such run, an unknown convention, a model the convention has no place for, or `out` is no name
+            for a checkpoint.
     """
+    from featcache.paths import CHECKPOINTS, check_output
+
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
+    check_output(out, CHECKPOINTS, example="weights.pt")
     at, folder = checkpoint.find_checkpoint(run, step)
     raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}
     config = runs.load_config(run)
+    checkpoint.require_own(folder, method=config.method, model=config.model)
     ema = checkpoint.load_tensors(folder, "ema")
     cfg = run_model_config(run, config)
     return export_official(out, cfg, ema=ema, model=raw, step=at, interpolant=config.path, **options)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import CacheError, UserError, os_error
 from featcache.redact import is_redacted, redact
@@ -18,6 +18,9 @@ from featcache.store.root import cache_digest
 from trainer.runs import locks, schemas
 from trainer.runs.config import RunConfig
 
+if TYPE_CHECKING:
+    from featcache import Cache
+
 ROOT = Path("runs")
 MAX_JSON_BYTES = 256 << 20
 MAX_JSON_DEPTH = 32
@@ -27,17 +30,17 @@ _NAME_BYTES = 200  # of one part: 255 less what temporary files add
 
 
 def run_dir(config: RunConfig, root: Path = ROOT) -> Path:
-    """``runs/<name>``; without a name ``<method>-<model>``, numbered if taken.
+    """`runs/<name>`; without a name `<method>-<model>`, numbered if taken.
 
     Raises:
-        UserError: a name that cannot be a folder below ``root``.
+        UserError: a name that cannot be a folder below `root`.
     """
     return next(_candidates(config, root, taken=False))
 
 
 def _candidates(config: RunConfig, root: Path, *, taken: bool) -> Iterator[Path]:
     """The folder of that name; without a name one after the other, from the first that is not there (or, with
-    ``taken``, from the one after it)."""
+    `taken`, from the one after it)."""
     if config.name is not None:
         yield root / checked_name(config.name)
         return
@@ -51,7 +54,7 @@ def _candidates(config: RunConfig, root: Path, *, taken: bool) -> Iterator[Path]
 
 
 def checked_name(name: str) -> str:
-    """``name`` if a run can have it.
+    """`name` if a run can have it.
 
     Raises:
         UserError: it leaves the runs folder, is empty, too long, or holds control characters.
@@ -112,14 +115,14 @@ _FREE_KEYS = frozenset({
 })  # fmt: skip
 
 
-def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -> None:
-    """Whether a run may write to ``run``: it is a new folder, or, with ``resume``, one of the same settings.
+def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool) -> None:
+    """Whether a run may write to `run`: it is a new folder, or, with `resume`, one of the same settings.
 
     Raises:
         UserError: the folder exists already, or was begun with other settings.
         CacheError: it was trained on other images or other features.
     """
-    if not (run / "config.yaml").exists():
+    if not is_run(run):
         return
     if not resume:
         raise UserError(
@@ -152,7 +155,7 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
             f"but {cache.path} has {cache.fingerprint[:12]}",
             remedy=again,
         )
-    now = _plain(_features(cache))
+    now = as_json(_features(cache))
     for name, feature in seen.get("features", {}).items():
         if name in now and now[name] != feature:
             raise CacheError(
@@ -160,22 +163,21 @@ def check_resumable(run: Path, config: RunConfig, cache: Any, *, resume: bool) -
             )
 
 
-def check_same_bytes(run: Path, cache: Any) -> str | None:
-    """Whether the arrays that a run was trained on are, byte for byte, those of ``cache``.
+def check_same_bytes(run: Path, cache: Cache) -> str | None:
+    """Whether the arrays that a run was trained on are, byte for byte, those of `cache`.
 
-    Returns a remark where the cache has changed in other respects, or where its layout differs, so that its bytes cannot
-    be compared; None where nothing has changed or the run, of an earlier version, has no record.
+    Returns a remark where the cache has changed in other respects, or where its layout differs, so that its bytes
+    cannot be compared; None where nothing has changed or the run, of an earlier version, has no record.
 
     Raises:
         CacheError: an array that the run reads has other bytes.
     """
-    seen = read_summary(run) or {}
-    recorded, now = seen.get("checksums"), cache.manifest.checksums
-    if not recorded:
+    seen, now = read_summary(run), cache.manifest.checksums
+    if seen is None or not seen.get("checksums"):
         return None
     if seen.get("layout") != _layout(cache):
         return f"{cache.path} is stored in another layout than when {run} was started, so their bytes are not compared"
-    for name, checksum in recorded.items():
+    for name, checksum in seen["checksums"].items():
         if now.get(name) != checksum:
             raise CacheError(
                 f"{name} in {cache.path} holds other bytes than {run} was trained on (checksum "
@@ -189,33 +191,18 @@ def check_same_bytes(run: Path, cache: Any) -> str | None:
     return None
 
 
-def check_digest(cache: Any, expected: str) -> None:
-    """Raises CacheError unless ``cache`` has the digest ``expected`` (whole, or its first 12 hex digits or more)."""
-    wanted, found = expected.strip().lower(), _digest(cache)
-    if len(wanted) < 12 or any(c not in "0123456789abcdef" for c in wanted):
-        raise UserError(
-            f"--expect {expected!r:.80} is not a digest",
-            remedy="Pass the 64 hexadecimal digits that whoever made the cache gives for it, or at least the first 12.",
-        )
-    if not found.startswith(wanted):
-        raise CacheError(
-            f"{cache.path} has the digest {found}, not {wanted}",
-            remedy="It is another cache, or was changed: get it again from whom you trust.",
-        )
-
-
-def _digest(cache: Any) -> str:
+def _digest(cache: Cache) -> str:
     return cache_digest(cache.manifest)
 
 
-def _layout(cache: Any) -> str:
+def _layout(cache: Cache) -> str:
     """What decides, beside the values, which bytes a cache stores."""
     manifest = cache.manifest
     return f"{manifest.format} {manifest.shard_size} {manifest.compressor or ''}".strip()
 
 
-def summary_of(cache: Any, reads: Sequence[str] = ()) -> dict[str, Any]:
-    """What a run's ``cache.json`` records of its cache: path (without secrets), fingerprint, digest, dataset, features.
+def summary_of(cache: Cache, reads: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run's `cache.json` records of its cache: path (without secrets), fingerprint, digest, dataset, features.
 
     reads: features whose bytes are recorded, too, by the checksums of their arrays.
     """
@@ -229,11 +216,11 @@ def summary_of(cache: Any, reads: Sequence[str] = ()) -> dict[str, Any]:
         "dataset": cache.manifest.dataset.to_json(),
         "features": _features(cache),
     }
-    return dict(_plain(summary))
+    return dict(as_json(summary))
 
 
-def open_folder(run: Path, config: RunConfig, cache: Any, reads: Sequence[str], start: int, *, main: bool) -> int:
-    """Writes what describes the run before its first step, and cuts the log back to ``start``. Only where ``main``.
+def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str], start: int, *, main: bool) -> int:
+    """Writes what describes the run before its first step, and cuts the log back to `start`. Only where `main`.
 
     reads: names of the features that are trained on. Returns how many damaged lines the log lost.
     """
@@ -245,55 +232,66 @@ def open_folder(run: Path, config: RunConfig, cache: Any, reads: Sequence[str], 
 
 
 def clear_leftovers(run: Path) -> None:
-    """Removes what a killed process left of files it was writing. The caller holds the run (:func:`claim`)."""
+    """Removes what a killed process left of files it was writing. The caller holds the run (`claim`)."""
     files.remove_parts(run, of=("config.yaml", "cache.json", "log.jsonl", "diverged.json"))
     samples = files.inside(run, "samples")
     if samples.is_dir():
         files.remove_parts(samples)
 
 
-def _features(cache: Any) -> dict[str, Any]:
+def _features(cache: Cache) -> dict[str, Any]:
     """Shape, codec and provenance of a cache's tokens, groups and latents."""
     features = cache.manifest.features.items()
     return {n: {"shape": list(f.shape), "codec": f.codec, **f.provenance} for n, f in features if len(f.shape) >= 2}
 
 
-def _plain(values: Any) -> Any:
+def as_json(values: object) -> Any:
     """As JSON gives it back: mappings as dicts, tuples as lists."""
     return json.loads(json.dumps(values, default=dict))
 
 
 def save_config(run: Path, config: RunConfig) -> None:
-    """Writes ``config.yaml``, whole or not at all."""
+    """Writes `config.yaml`, whole or not at all."""
     import yaml
 
     write_text(run / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+
+
+RESTORE = "Restore the file as the run wrote it."
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (folder / "config.yaml").exists()
 
 
 def load_config(run: Path) -> RunConfig:
     """The resolved configuration of a run.
 
     Raises:
-        UserError: not a run folder, or its ``config.yaml`` is damaged.
+        UserError: not a run folder, or its `config.yaml` is damaged.
     """
     from trainer.runs.yaml_text import read_yaml
 
     path = run / "config.yaml"
-    if not path.exists():
+    if not is_run(run):
         raise UserError(
             f"{run} is not a run (it has no config.yaml)", remedy="Runs lie below ./runs; list them with ls runs."
         )
-    values = read_yaml(path)
+    try:
+        values = read_yaml(path)
+    except UserError as error:
+        raise UserError(error.what, remedy=error.remedy or RESTORE) from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys and values", remedy="Restore the file as the run wrote it.")
+        raise UserError(f"{path} holds no keys and values", remedy=RESTORE)
     try:
         return from_mapping(RunConfig, values)
     except UserError as error:
-        raise UserError(f"{path}: {error.what}", remedy="Restore the file as the run wrote it.") from error
+        raise UserError(f"{path}: {error.what}", remedy=RESTORE) from error
 
 
 def find_runs(root: Path = ROOT) -> list[Path]:
-    """All runs below ``root``, oldest first (by the time of their latest log line or configuration)."""
+    """All runs below `root`, oldest first (by the time of their latest log line or configuration)."""
 
     def age(run: Path) -> float:
         times = [0.0]
@@ -310,7 +308,7 @@ def find_runs(root: Path = ROOT) -> list[Path]:
 
 
 def display_name(run: Path) -> str:
-    """A run's name as reports show it: its folder's last part, as :func:`trainer.report.data.load_run` does."""
+    """A run's name as reports show it: its folder's last part, as `trainer.report.data.load_run` does."""
     return run.name
 
 
@@ -327,21 +325,31 @@ def newest_run(root: Path = ROOT) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small file atomically and durably. Raises UserError if the disk refuses."""
+    """Replaces a small file atomically and durably.
+
+    Raises:
+        UserError: the disk refuses.
+    """
     files.atomic_write(path, [text.encode("utf-8", "backslashreplace")])
 
 
 def write_page(path: Path, text: str) -> None:
-    """As :func:`write_text`, for what several processes may write at once, and what can be made again."""
+    """As `write_text`, for what several processes may write at once, and what can be made again."""
     with locks.alone(path):
         files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
 
 
 _REMAKE = "Remove it and run the command again."
+RESTORE = "Restore the file as the run wrote it."
 
 
-def read_json(path: Path, default: Any) -> Any:
-    """A JSON file, or ``default`` if it does not exist; of the same type as ``default`` unless that is None.
+def read_json(path: Path, default: object, *, remedy: str = _REMAKE) -> Any:
+    """A JSON file, or `default` if it does not exist; of the same type as `default` unless that is None.
+
+    remedy: what to do about a damaged one; most can be made again.
+
+    Args:
+        remedy: what to do about a damaged one, where it is not made again by the same command.
 
     Raises:
         UserError: the file cannot be read, is damaged, or holds something else.
@@ -354,27 +362,27 @@ def read_json(path: Path, default: Any) -> Any:
         if nested_deeper(value, MAX_JSON_DEPTH):
             raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error!s:.200}", remedy=_REMAKE) from error
+        raise UserError(f"{path} is damaged: {error!s:.200}", remedy=remedy) from error
     if default is not None and not isinstance(value, type(default)):
         kind = "a list" if isinstance(default, list) else "an object"
-        raise UserError(f"{path} is damaged: it does not hold {kind}", remedy=_REMAKE)
+        raise UserError(f"{path} is damaged: it does not hold {kind}", remedy=remedy)
     return value
 
 
-def read_summary(run: Path) -> dict[str, Any] | None:
-    """``cache.json`` of a run, checked; None if there is none.
+def read_summary(run: Path) -> schemas.Summary | None:
+    """`cache.json` of a run, checked; None if there is none.
 
     Raises:
         UserError: it is damaged.
     """
     path = run / "cache.json"
-    summary = read_json(path, None)
+    summary = read_json(path, None, remedy=RESTORE)
     if summary is None and not path.exists():
         return None
-    return schemas.check(summary, schemas.Summary, path, remedy="Restore the file as the run wrote it.")
+    return schemas.check(summary, schemas.Summary, path, remedy=RESTORE)
 
 
-def cache_path(run: Path, summary: dict[str, Any]) -> str:
+def cache_path(run: Path, summary: schemas.Summary) -> str:
     """The path or URL of a run's cache, to be opened again; empty for an imported run without one.
 
     Raises:
@@ -390,21 +398,21 @@ def cache_path(run: Path, summary: dict[str, Any]) -> str:
     return path
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Entries of ``metrics.json``, oldest first; none if there is no such file.
+def read_metrics(run: Path) -> list[schemas.Evaluation]:
+    """Entries of `metrics.json`, oldest first; none if there is no such file.
 
     Raises:
         UserError: it is damaged.
     """
     path = run / "metrics.json"
     remedy = "Delete or repair the file; trainer eval writes it anew."
-    return schemas.check(read_json(path, []), list[schemas.Evaluation], path, remedy=remedy)
+    return schemas.check(read_json(path, [], remedy=remedy), list[schemas.Evaluation], path, remedy=remedy)
 
 
 def log_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """Number (from 1), bytes and record of each line of a ``log.jsonl``; None for a line that holds no valid record.
+    """Number (from 1), bytes and record of each line of a `log.jsonl`; None for a line that holds no valid record.
 
-    A record is an object with a whole number ``step``. Nothing is yielded for empty lines and if there is no file.
+    A record is an object with a whole number `step`. Nothing is yielded for empty lines and if there is no file.
 
     Raises:
         UserError: the file cannot be read or is far too long.
@@ -432,12 +440,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def read_log(run: Path) -> Iterator[dict[str, Any]]:
-    """Records of ``log.jsonl``; damaged lines, such as a torn last one, are left out."""
+    """Records of `log.jsonl`; damaged lines, such as a torn last one, are left out."""
     return (record for _, _, record in log_lines(run / "log.jsonl") if record is not None)
 
 
 def truncate_log(run: Path, step: int) -> int:
-    """Drops records after ``step`` (a resumed run writes them again) and damaged lines.
+    """Drops records after `step` (a resumed run writes them again) and damaged lines.
 
     Returns how many damaged lines there were beside a torn last one.
     """

@@ -22,7 +22,7 @@ _MAX_BYTES = 4096
 
 @contextlib.contextmanager
 def hold(folder: Path, doing: str, *, remedy: str) -> Iterator[None]:
-    """Holds ``folder`` (made if need be) for the length of a block.
+    """Holds `folder` (made if need be) for the length of a block.
 
     Args:
         doing: what it is held for, as others read it. remedy: what they may do instead of waiting.
@@ -44,7 +44,8 @@ def hold(folder: Path, doing: str, *, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting(folder: Path, name: str) -> Iterator[None]:
-    """Holds ``folder`` under a name of its own, waiting for whoever has it: for changes that take no time."""
+    """Holds `folder` under a name of its own, waiting for whoever has it: for changes that take no time."""
+    files.make_directory(folder)
     lock = locks.lock(folder / f".{name}.lock")
     try:
         yield
@@ -54,7 +55,7 @@ def waiting(folder: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Whoever replaces the file ``path`` (atomically) in such a block is the only one who does; others wait. What killed
+    """Whoever replaces the file `path` (atomically) in such a block is the only one who does; others wait. What killed
     processes left of it goes first."""
     with waiting(path.parent, path.name):
         files.remove_parts(path.parent, of=[path.name])

@@ -6,17 +6,21 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError, os_error
 from featcache.store import files
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class RunLog:
-    """Appends records to ``log.jsonl`` and scalars to ``tensorboard/`` (and wandb if ``$WANDB_PROJECT`` is set)."""
+    """Appends records to `log.jsonl` and scalars to `tensorboard/` (and wandb if `$WANDB_PROJECT` is set)."""
 
     def __init__(self, run: Path, *, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -26,7 +30,7 @@ class RunLog:
         files.inside(run, "wandb")
         self._file = self._path.open("a")
         self._warn = warn
-        self._board: Any = None
+        self._board: SummaryWriter | None = None
         with self._told():
             self._board = SummaryWriter(str(board), purge_step=step + 1)
         self._wandb: Any = None
@@ -45,15 +49,19 @@ class RunLog:
                     remedy="Set WANDB_MODE=offline, or unset WANDB_PROJECT.",
                 ) from error
 
-    def record(self, values: dict[str, Any]) -> None:
-        """One line; numbers also become scalars at ``values["step"]``. NaN and infinity are null: JSON has neither."""
+    def record(self, values: Mapping[str, object]) -> None:
+        """One line; numbers also become scalars at `values["step"]`. NaN and infinity are null: JSON has neither."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._explained():
             self._write(json.dumps(values) + "\n")
         step = values["step"]
         scalars = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        for name, value in scalars.items():
-            self._on_board("add_scalar", name, value, step)
+
+        def add(board: SummaryWriter) -> None:
+            for name, value in scalars.items():
+                board.add_scalar(name, value, step)
+
+        self._on_board(add)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
@@ -62,9 +70,9 @@ class RunLog:
         with self._explained():
             os.fsync(self._file.fileno())
 
-    def image(self, name: str, pixels: Any, step: int) -> None:
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """uint8 [H, W, 3] to TensorBoard."""
-        self._on_board("add_image", name, pixels, step, dataformats="HWC")
+        self._on_board(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -77,10 +85,10 @@ class RunLog:
         self._file.write(line)
         self._file.flush()
 
-    def _on_board(self, method: str, *args: Any, **kw: Any) -> None:
+    def _on_board(self, write: Callable[[SummaryWriter], object]) -> None:
         if self._board is not None:
             with self._told():
-                getattr(self._board, method)(*args, **kw)
+                write(self._board)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -94,6 +102,6 @@ class RunLog:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # every line was flushed, or its failure told
             self._file.close()
-        self._on_board("close")
+        self._on_board(lambda board: board.close())
         if self._wandb is not None:
             self._wandb.finish()

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, Literal
+from typing import Literal
 
 from featcache.errors import UserError
 from featcache.settings import Count, from_mapping, settings
@@ -33,7 +33,7 @@ _SOURCE = re.compile(r"(?P<paper>\w+), Table (?P<table>\S+)")
 class Sampling:
     """How the samples behind published figures were drawn; None where the paper does not say.
 
-    sampler: ``sde`` (Euler-Maruyama), ``ode`` (Euler), ``heun`` or ``ddpm``. steps: function evaluations.
+    sampler: `sde` (Euler-Maruyama), `ode` (Euler), `heun` or `ddpm`. steps: function evaluations.
     guidance: classifier-free guidance scale, 1 for none. interval: of t, in which it acted.
     """
 
@@ -57,7 +57,7 @@ class Sampling:
 class Published:
     """What a paper reports for a row.
 
-    source: reads ``AHPA, Table 3``. metrics: FID, sFID, IS, Precision and Recall, as far as the table has them.
+    source: reads `AHPA, Table 3`. metrics: FID, sFID, IS, Precision and Recall, as far as the table has them.
 
     Raises:
         UserError: an unknown metric, a paper or table that does not exist.
@@ -93,11 +93,11 @@ class Published:
         return shown
 
 
-def parse_published(values: Any) -> Published:
-    """What a recipe or a run's configuration says under ``published``.
+def parse_published(values: object) -> Published:
+    """What a recipe or a run's configuration says under `published`.
 
     Raises:
-        UserError: it is not well formed, or as :class:`Published`.
+        UserError: it is not well formed, or as `Published`.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"published must hold source, metrics and sampling, not {values!r:.80}")

@@ -14,10 +14,10 @@ DATA = "/path/to/imagenet/train"  # in commands to be typed
 
 
 def page(text: str, width: int) -> list[str]:
-    """What ``trainer recipes TEXT`` shows: the row or file of that name, else the rows that contain it; "" is all.
+    """What `trainer recipes TEXT` shows: the row or file of that name, else the rows that contain it; "" is all.
 
     Raises:
-        UserError: as :func:`trainer.runs.recipes.load_recipe_file`, where no row contains the text either.
+        UserError: as `trainer.runs.recipes.load_recipe_file`, where no row contains the text either.
     """
     if not text:
         rows = sum(len(paper.rows) for paper in papers())
@@ -56,7 +56,7 @@ def by_training(paper: Paper) -> dict[str, list[str]]:
 
 
 def listing(recipes: Sequence[Recipe]) -> list[str]:
-    """One line a row, in columns: name, method, model, published FID, title. The first line names the columns."""
+    """One line per row, in columns: name, method, model, published FID, title. The first line names the columns."""
     rows = [("recipe", "method", "model", "FID", "title")]
     for recipe in recipes:
         fid = recipe.published.figures().get("FID", "-") if recipe.published is not None else "-"

@@ -1,13 +1,13 @@
 """Recipes: what to train for a row of a paper's tables, what the paper reports for it, and the cache it needs.
 
-``pipelines/ahpa.yaml`` holds the rows of one paper: ``settings`` and the ``build`` line of its cache are common to all its
-``trainings``. A training holds keys of :class:`trainer.runs.config.RunConfig` that are its own, ``title``, ``note``, ``build``,
-the figures ``published`` for it and ``base``, the row whose settings it starts from instead of the common ones (``b2`` in
-the same file, ``repa/b2`` in another). Its ``figures`` are further rows that it serves: the same training at another
-``step``, or samples drawn otherwise. A row is called ``ahpa/xl2``, a training and a figure alike.
+`pipelines/ahpa.yaml` holds the rows of one paper: `settings` and the `build` line of its cache are common to all its
+`trainings`. A training holds keys of `trainer.runs.config.RunConfig` that are its own, `title`, `note`, `build`,
+the figures `published` for it and `base`, the row whose settings it starts from instead of the common ones (`b2` in
+the same file, `repa/b2` in another). Its `figures` are further rows that it serves: the same training at another
+`step`, or samples drawn otherwise. A row is called `ahpa/xl2`, a training and a figure alike.
 
-A user's own file is like one training: its ``base`` may be a row, or another file by its path relative to itself.
-``title``, ``note`` and ``published`` belong to one row and are never inherited; ``align`` is joined option by option; any
+A user's own file is like one training: its `base` may be a row, or another file by its path relative to itself.
+`title`, `note` and `published` belong to one row and are never inherited; `align` is joined option by option; any
 other key replaces the one below. No torch here.
 """
 
@@ -47,8 +47,8 @@ _OWN_KEYS = ("base", "title", "note", "published")  # of one row alone
 class Recipe:
     """One row, or a user's own file, with all that it extends resolved.
 
-    name: ``ahpa/xl2``, or the file. values: keys of RunConfig, not validated yet. origins: where each comes from (align's
-    by ``align.METHOD.OPTION``), and ``build``: a row, a file. title, note: text. build: the ``featcache build`` line of its
+    name: `ahpa/xl2`, or the file. values: keys of RunConfig, not validated yet. origins: where each comes from (align's
+    by `align.METHOD.OPTION`), and `build`: a row, a file. title, note: text. build: the `featcache build` line of its
     cache. published: figures of the paper's row, None where it gives none that we could read. training: name of the row
     whose training this is; its own unless it is a further figure.
     """
@@ -72,14 +72,22 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Of training. Raises UserError if the file says something that is no number."""
+        """Of training.
+
+        Raises:
+            UserError: the file says something that is no number.
+        """
         steps = self.values.get("steps", RunConfig.steps)
         if not isinstance(steps, int) or isinstance(steps, bool):
             raise UserError(f"{self.name}: steps must be a number, not {steps!r:.80}")
         return steps
 
     def config(self) -> RunConfig:
-        """The validated configuration. Raises UserError as :class:`RunConfig`."""
+        """The validated configuration.
+
+        Raises:
+            UserError: as `RunConfig`.
+        """
         return from_mapping(RunConfig, self.values)
 
 
@@ -87,8 +95,9 @@ class Recipe:
 class Paper:
     """One of the project's own files.
 
-    name: ``ahpa``. title, about: a heading and a sentence. common: settings and build line of all its trainings. rows: by
-    name, without the paper's; a figure is a row that extends its training. trainings: row -> the training it belongs to.
+    name: `ahpa`. title, about: a heading and a sentence. common: settings and build line of all its trainings.
+    rows: by name, without the paper's; a figure is a row that extends its training. trainings: row -> the training
+    it belongs to.
     """
 
     name: str
@@ -111,7 +120,7 @@ class _Entry:
 
 
 def recipe_root() -> Path:
-    """Folder of the project's own recipes: ``pipelines`` of the checkout, or where the package is installed."""
+    """Folder of the project's own recipes: `pipelines` of the checkout, or where the package is installed."""
     return Path(pipelines.__path__[0]).resolve()
 
 
@@ -125,7 +134,7 @@ def _paper_files() -> dict[str, Path]:
 
 
 def list_recipes(text: str = "") -> list[Recipe]:
-    """The project's own rows whose name, method, model, title or source contain ``text`` (whatever its case)."""
+    """The project's own rows whose name, method, model, title or source contain `text` (whatever its case)."""
     wanted, found = text.lower(), [_resolve(_row(paper, row)) for paper in papers() for row in paper.rows]
     sources = [r.published.source if r.published is not None else "" for r in found]
     texts = ["\n".join((r.name, r.method, r.model, r.title, source)) for r, source in zip(found, sources)]
@@ -143,17 +152,17 @@ def figures_of(recipe: Recipe) -> list[Recipe]:
 
 
 def load_recipe_file(path: Path | str) -> Recipe:
-    """The recipe that ``path`` means: a user's file, else a row such as ``ahpa/xl2``.
+    """The recipe that `path` means: a user's file, else a row such as `ahpa/xl2`.
 
     Raises:
         UserError: no such file or row (the error names the nearest), rows that extend each other in a circle, no valid
-            YAML, a key given twice or unknown, a ``published`` entry that is not well formed.
+            YAML, a key given twice or unknown, a `published` entry that is not well formed.
     """
     return _resolve(_user_file(Path(path)) if _is_file(path) else _named_row(str(path)))
 
 
 def is_recipe(path: Path | str) -> bool:
-    """Whether ``path`` is a file or names a row."""
+    """Whether `path` is a file or names a row."""
     return _is_file(path) or _find_row(str(path)) is not None
 
 
@@ -162,7 +171,7 @@ def _is_file(path: Path | str) -> bool:
 
 
 def _plain(typed: str) -> str:
-    """``pipelines/ahpa/xl2.yaml``, which was a file once, or ``../ahpa/xl2.yaml`` as its neighbours named it, as ``ahpa/xl2``."""
+    """`pipelines/ahpa/xl2.yaml`, once a file, or `../ahpa/xl2.yaml`, as its neighbours named it: `ahpa/xl2`."""
     return _FORMER_FOLDER.sub("", typed).removesuffix(".yaml")
 
 
@@ -223,7 +232,7 @@ def _resolve(entry: _Entry) -> Recipe:
     )
 
 
-def _published(values: Any, where: str) -> Published:
+def _published(values: object, where: str) -> Published:
     try:
         return parse_published(values)
     except UserError as error:
@@ -272,7 +281,7 @@ def _join(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by key, align's options as ``align.METHOD.OPTION``."""
+    """Settings by key, align's options as `align.METHOD.OPTION`."""
     align = values.get("align")
     if not isinstance(align, Mapping):
         return dict(values)
@@ -332,7 +341,7 @@ def _with_sampling(row: Mapping[str, Any], drawn: Mapping[str, Any]) -> Mapping[
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """The keys and values below ``key``; none where it is left out."""
+    """The keys and values below `key`; none where it is left out."""
     below = values.get(key)
     if below is not None and not isinstance(below, Mapping):
         raise UserError(f"{where}: {key} must hold keys and values, not {below!r:.80}")
@@ -356,15 +365,18 @@ def _read(file: Path) -> dict[str, Any]:
     """The mapping in one file."""
     values = read_yaml(file)
     if not isinstance(values, dict):
-        raise UserError(f"{file} must hold keys and values, for example 'method: ahpa'")
+        raise UserError(
+            f"{file} must hold keys and values, for example 'method: ahpa'",
+            remedy="Type: trainer recipes   to list them.",
+        )
     return values
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a recipe, all that it extends resolved (see :mod:`trainer.runs.recipes`).
+    """The settings of a recipe, all that it extends resolved (see `trainer.runs.recipes`).
 
     Raises:
-        UserError: as :func:`trainer.runs.recipes.load_recipe_file`.
+        UserError: as `trainer.runs.recipes.load_recipe_file`.
     """
 
     return dict(load_recipe_file(path).values)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError
 from trainer.models import ModelConfig
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
-
-if TYPE_CHECKING:
-    pass
+from trainer.runs.schemas import Summary
 
 
-def cache_summary(run: Path) -> dict[str, Any]:
-    """``cache.json`` of a run: path, fingerprint, dataset and features of the cache it was trained on.
+def cache_summary(run: Path) -> Summary:
+    """`cache.json` of a run: path, fingerprint, dataset and features of the cache it was trained on.
 
     Raises:
         UserError: the file is missing or damaged.

@@ -5,8 +5,7 @@ Only types and ranges that the code relies on; what else a file says is kept as 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, TypeVar, cast
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -48,7 +47,7 @@ class _Feature(TypedDict):
 
 
 class Summary(TypedDict):
-    """``cache.json``."""
+    """`cache.json`."""
 
     path: _Text
     fingerprint: _Text
@@ -60,7 +59,7 @@ class Summary(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """One entry of ``metrics.json``."""
+    """One entry of `metrics.json`."""
 
     step: NotRequired[_Whole | None]
     metrics: NotRequired[dict[_Text, _Number]]
@@ -68,10 +67,11 @@ class Evaluation(TypedDict):
     warnings: NotRequired[list[Any]]
     sampler: NotRequired[dict[str, Any] | None]
     settings: NotRequired[dict[str, Any] | None]
+    figure: NotRequired[Any]
 
 
 class CheckpointState(TypedDict):
-    """``state.json`` of a checkpoint."""
+    """`state.json` of a checkpoint."""
 
     step: _Whole
     time_s: NotRequired[Annotated[float, Field(strict=True, ge=0, le=1e12)]]
@@ -82,7 +82,7 @@ _Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"^[^/\x00]+$")] 
 
 
 class Diagnostic(TypedDict):
-    """``<what>.json`` of the diagnostics, as far as files are found by it; :mod:`trainer.plots` says how plots are kept.
+    """`<what>.json` of the diagnostics, as far as files are found by it; `trainer.plots` says how plots are kept.
 
     Earlier versions kept the plots' names and no drawings.
     """
@@ -91,26 +91,35 @@ class Diagnostic(TypedDict):
     drawings: NotRequired[list[dict[str, Any]]]
 
 
-class _Compared(TypedDict):
+class ComparedDiagnostic(TypedDict):
+    """One diagnostic of several runs, as far as files are found by it."""
+
     plots: list[_Stem] | dict[_Stem, Any]
     drawings: NotRequired[list[dict[str, Any]]]
 
 
 class Comparison(TypedDict):
-    """``comparison.json`` of the diagnostics."""
+    """`comparison.json` of the diagnostics."""
 
     compared: list[_Text]
-    diagnostics: dict[_Text, _Compared]
+    diagnostics: dict[_Text, ComparedDiagnostic]
 
 
-def check(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
-    """``value`` itself, once it is known to fit. Raises as :func:`parse`."""
+T = TypeVar("T")
+
+
+def check(value: object, schema: type[T], where: object, *, remedy: str) -> T:
+    """`value` itself, once it is known to fit.
+
+    Raises:
+        UserError: as `parse`.
+    """
     parse(value, schema, where, remedy=remedy)
-    return value
+    return cast(T, value)
 
 
-def parse(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
-    """``value`` as an instance of ``schema``.
+def parse(value: object, schema: type[T], where: object, *, remedy: str) -> T:
+    """`value` as an instance of `schema`.
 
     Raises:
         UserError: naming the first entry that does not fit.
@@ -123,6 +132,11 @@ def parse(value: Any, schema: Any, where: object, *, remedy: str) -> Any:
         raise UserError(f"{where} is damaged: {place or 'it'}: {first['msg']:.200}", remedy=remedy) from error
 
 
-@cache
-def _adapter(schema: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(schema)
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(schema: type[T]) -> TypeAdapter[T]:
+    """Made once per schema."""
+    if schema not in _ADAPTERS:
+        _ADAPTERS[schema] = TypeAdapter(schema)
+    return _ADAPTERS[schema]

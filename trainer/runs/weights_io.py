@@ -2,14 +2,14 @@
 
 What differs from ours, by convention:
 
-- ``repa``: nothing in the backbone (t = 1 is noise, velocity e - z, C channels out); carries
-``projectors.*``. - ``sra``: as ``repa`` for SiT, as ``dit`` for DiT; carries ``ap_head.*``. - ``sit``: time
+- `repa`: nothing in the backbone (t = 1 is noise, velocity e - z, C channels out); carries
+`projectors.*`. - `sra`: as `repa` for SiT, as `dit` for DiT; carries `ap_head.*`. - `sit`: time
 runs the other way (t = 1 is data, velocity z - e); 2C channels out, of which the upper C are unused. -
-``dit``: nothing (DDPM steps 0..999, noise and variance values).
+`dit`: nothing (DDPM steps 0..999, noise and variance values).
 
 Time and sign are converted in the weights themselves, so an imported model is like any other. Also carried
-by all is ``pos_embed``, which training averages into the EMA, where it drifts by rounding: it is kept and
-loaded, see :func:`trainer.models.load_weights`.
+by all is `pos_embed`, which training averages into the EMA, where it drifts by rounding: it is kept and
+loaded, see `trainer.models.load_weights`.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ _POSITION_DRIFT = 0.05
 class Imported:
     """An official checkpoint in this project's terms.
 
-    config: the backbone; name: such as ``SiT-XL/2``, None for sizes that have no name.
-    convention: where it came from; weights: ``ema``, ``model`` or ``bare`` (the file was one state dict).
-    path: the interpolant it was trained with (SiT), ``linear`` or ``cosine``.
-    state: weights under our keys, float32, with ``pos_embed``: for :func:`trainer.models.load_weights`.
+    config: the backbone; name: such as `SiT-XL/2`, None for sizes that have no name.
+    convention: where it came from; weights: `ema`, `model` or `bare` (the file was one state dict).
+    path: the interpolant it was trained with (SiT), `linear` or `cosine`.
+    state: weights under our keys, float32, with `pos_embed`: for `trainer.models.load_weights`.
     heads: what else was in the state dict (projectors), under its own keys.
     step: optimiser steps taken, if the file says so.
     """
@@ -84,10 +84,10 @@ def import_official(
     convention: Convention | None = None,
     heads: int | None = None,
 ) -> Imported:
-    """Read an official SiT, DiT, REPA or SRA checkpoint (``.pt``) or state dict (``.pt``, ``.safetensors``).
+    """Read an official SiT, DiT, REPA or SRA checkpoint (`.pt`) or state dict (`.pt`, `.safetensors`).
 
-    Nothing in the file is executed: it is unpickled with ``weights_only=True``, the one class allowed
-    beside tensors being ``argparse.Namespace``.
+    Nothing in the file is executed: it is unpickled with `weights_only=True`, the one class allowed
+    beside tensors being `argparse.Namespace`.
 
     Args:
         weights: which of the two state dicts of a training checkpoint; a bare state dict has no choice.
@@ -119,7 +119,7 @@ def import_official(
     elif doubled:
         raise UserError(
             f"{path} predicts twice as many channels as its latent has; {convention!r} checkpoints do not.",
-            remedy="Use convention 'sit' or 'dit'.",
+            remedy="Type --convention sit or --convention dit.",
         )
     interpolant = _trained_path(options, path)
     _check_keys(state, config, path)
@@ -147,20 +147,20 @@ def export_official(
     step: int | None = None,
     interpolant: str = "linear",
 ) -> Path:
-    """Write weights as a checkpoint that the public code loads: a dict with ``ema``, ``model`` and ``args``.
+    """Write weights as a checkpoint that the public code loads: a dict with `ema`, `model` and `args`.
 
-    Only tensors, strings and numbers are pickled, so ``torch.load`` takes it in its safe mode too.
+    Only tensors, strings and numbers are pickled, so `torch.load` takes it in its safe mode too.
 
     Args:
-        ema, model: state dicts under our keys; ``pos_embed`` is added where it is missing, and ``model`` is
-            ``ema`` where only that is kept.
-        convention: whose code is to load it; by default ``repa`` for SiT and ``dit`` for DiT.
-        heads: ``projectors.*`` (repa) or ``ap_head.*`` (sra). Those repositories load strictly, so zeros of
+        ema, model: state dicts under our keys; `pos_embed` is added where it is missing, and `model` is
+            `ema` where only that is kept.
+        convention: whose code is to load it; by default `repa` for SiT and `dit` for DiT.
+        heads: `projectors.*` (repa) or `ap_head.*` (sra). Those repositories load strictly, so zeros of
             the default shapes (768 channels, as for DINOv2-B) are written where none are given; sampling
             does not use them.
 
     Raises:
-        UserError: a convention that does not fit the model, or weights that do not fit ``config``.
+        UserError: a convention that does not fit the model, or weights that do not fit `config`.
     """
     path = Path(path)
     convention = convention or ("repa" if config.family == "sit" else "dit")
@@ -201,8 +201,8 @@ def export_official(
 def reverse_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same network with t replaced by 1 - t and its output negated. Its own inverse.
 
-    With frequencies w, ``cos((1 - t) w) = cos w cos tw + sin w sin tw`` and ``sin((1 - t) w) = sin w cos tw
-    - cos w sin tw``: a fixed reflection of each (cosine, sine) pair, which the first layer of the time MLP
+    With frequencies w, `cos((1 - t) w) = cos w cos tw + sin w sin tw` and `sin((1 - t) w) = sin w cos tw
+    - cos w sin tw`: a fixed reflection of each (cosine, sine) pair, which the first layer of the time MLP
     absorbs. It is computed in float64 with the float32 frequencies that the model uses, so the rounding of
     the weights is the only difference.
     """
@@ -216,9 +216,14 @@ def reverse_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+_OTHER_FILE = (
+    "Name the .pt or .safetensors file that the public code wrote; of a run of ours: trainer export RUN weights.pt"
+)
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"There is no checkpoint at {path}.")
+        raise UserError(f"There is no checkpoint at {path}.", remedy=_OTHER_FILE)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
@@ -240,10 +245,11 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
         raise UserError(
-            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {' '.join(str(error).split()):.300}",
+            remedy=_OTHER_FILE,
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint or state dict.")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint or state dict.", remedy=_OTHER_FILE)
     return content
 
 
@@ -285,8 +291,7 @@ def _modern_key(key: str, state: Mapping[str, Tensor], options: Mapping[str, Any
 
 
 def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) -> tuple[ModelConfig, bool]:
-    """Shapes tell everything but the heads. Gives a SiT configuration and whether the channels out are
-    doubled."""
+    """Shapes tell everything but the heads. Gives a SiT configuration and whether the channels out are doubled."""
     for key, axes in _NEEDED.items():
         if key not in state:
             raise UserError(
@@ -313,7 +318,8 @@ def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) ->
     if heads is None:
         raise UserError(
             f"{path} has depth {depth} and width {D}, which is no named model, so its number of heads cannot be told.",
-            remedy="Say how many attention heads it has.",
+            remedy="Only named models can be imported by command; from Python: "
+            "trainer.weights_io.import_official(path, heads=NUMBER).",
         )
     doubled = out == 2 * p * p * C
     config = ModelConfig(
@@ -351,7 +357,7 @@ def _infer_convention(extra: Mapping[str, Tensor], options: Mapping[str, Any], p
             return "dit"
     raise UserError(
         f"{path} may be an official SiT or an official DiT: their state dicts have the same keys and shapes.",
-        remedy="Say which convention it follows: 'sit' or 'dit'.",
+        remedy="Say which one: --convention sit or --convention dit.",
     )
 
 

@@ -17,6 +17,7 @@ from featcache.store import files
 MAX_BYTES = 1 << 20
 MAX_NODES = 10_000  # an alias counts as often as its content would
 MAX_DEPTH = 32
+MAX_BITS = 1024  # of a whole number, as many as a float's range
 
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 
@@ -42,12 +43,22 @@ class _Loader(_PARSER):  # type: ignore[misc]
                 break  # a key that is a list or a mapping: the base class has the message
         return super().construct_mapping(node, deep=deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Refuses numbers that no setting takes: a hexadecimal one may have so many digits that it cannot be printed."""
+        value: int = super().construct_yaml_int(node)
+        if value.bit_length() > MAX_BITS:
+            raise ValueError(f"a number of {value.bit_length()} bits")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 
 def read_yaml(path: Path) -> Any:
     """The plain values in a file.
 
     Raises:
-        UserError: it cannot be read, or as :func:`parse_yaml`.
+        UserError: it cannot be read, or as `parse_yaml`.
     """
     try:
         data = files.read_bounded(path, MAX_BYTES)
@@ -57,10 +68,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(data: bytes | str, where: str) -> Any:
-    """The plain values in one YAML document; ``where`` opens the error's sentence.
+    """The plain values in one YAML document; `where` opens the error's sentence.
 
     Raises:
-        UserError: no valid YAML, too large, too deep, a key given twice, or a tag (``!!python/...``).
+        UserError: no valid YAML, too large, too deep, a key given twice, or a tag (`!!python/...`).
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")

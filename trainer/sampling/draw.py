@@ -28,6 +28,7 @@ from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary, run_model_config
+from trainer.runs.schemas import Summary
 
 if TYPE_CHECKING:
     from trainer.sampling.inference import Network
@@ -76,11 +77,12 @@ def sampling_times(sampler: str, steps: int) -> list[float] | ddpm.Schedule:
 class SampleConfig:
     """How images are drawn.
 
-    sampler: for SiT ``ode`` (Euler), ``heun``, ``dopri5``, ``sde`` (Euler-Maruyama, the papers' last step without noise);
-    for DiT ``ddpm`` (ancestral) and ``ddim`` (every i-th step from 0 on as in ADM, where a whole i gives ``steps`` of
-    them; else spread evenly from the first step to the last, as for ``ddpm``: our choice; a single step is the last).
-    steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own). guidance: scale, interval and channels.
-    pixels: ``round`` is 127.5 x + 128 clamped (ADM, DiT, SiT); ``truncate`` is 255 (x + 1) / 2 cut off (REPA).
+    sampler: for SiT `ode` (Euler), `heun`, `dopri5`, `sde` (Euler-Maruyama, the papers' last step without noise);
+    for DiT `ddpm` (ancestral) and `ddim` (every i-th step from 0 on as in ADM, where a whole i gives `steps` of
+    them; else spread evenly from the first step to the last, as for `ddpm`: our choice; a single step is the last).
+    steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own).
+    guidance: scale, interval and channels.
+    pixels: `round` is 127.5 x + 128 clamped (ADM, DiT, SiT); `truncate` is 255 (x + 1) / 2 cut off (REPA).
     seed: together with the sample's index it fixes the sample's noise.
     """
 
@@ -90,8 +92,8 @@ class SampleConfig:
     pixels: str = "round"
     seed: int = 0
 
-    def record(self) -> dict[str, Any]:
-        """Plain values, as ``settings.json`` beside samples holds them."""
+    def record(self) -> dict[str, object]:
+        """Plain values, as `settings.json` beside samples holds them."""
         return {**vars(self), "guidance": self.guidance.record()}
 
 
@@ -99,7 +101,7 @@ def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir
     """The VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
 
     Args:
-        vae: the manifest's ``dataset.vae``. moments: provenance of ``vae/moments``.
+        vae: the manifest's `dataset.vae`. moments: provenance of `vae/moments`.
 
     Raises:
         UserError: the weights found are not those that the cache was made with.
@@ -126,7 +128,7 @@ class LoadedRun:
     path: Path
     step: int
     config: RunConfig
-    summary: Mapping[str, Any]  # cache.json
+    summary: Summary  # cache.json
     model: Transformer
 
     @property
@@ -145,14 +147,15 @@ class LoadedRun:
 
 
 def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
-    """The model of a run at ``step`` (None: the latest checkpoint).
+    """The model of a run at `step` (None: the latest checkpoint).
 
     Raises:
-        UserError: no such run or checkpoint.
+        UserError: no such run or checkpoint, or one of another run.
     """
     config = runs.load_config(run)
     summary = cache_summary(run)
     at, path = checkpoint.find_checkpoint(run, step)
+    checkpoint.require_own(path, method=config.method, model=config.model)
     model = build_model(run_model_config(run, config), device=device).eval().requires_grad_(False)
     load_weights(model, checkpoint.load_tensors(path, weights, device=device), source=str(path))
     return LoadedRun(path=run, step=at, config=config, summary=summary, model=model)
@@ -167,9 +170,9 @@ def draw_latents(
     *,
     transport: Transport | None = None,
 ) -> Tensor:
-    """Scaled latents float32 [B, C, h, w] of the samples ``indices`` with ``labels`` [B].
+    """Scaled latents float32 [B, C, h, w] of the samples `indices` with `labels` [B].
 
-    Each sample's noise is a function of (config.seed, its index) alone. ``transport``: what the model was trained with,
+    Each sample's noise is a function of (config.seed, its index) alone. `transport`: what the model was trained with,
     None its family's with default settings.
     """
     cfg, device = model.cfg, labels.device
@@ -196,7 +199,7 @@ def draw_latents(
 
 
 def _velocities(model: Transformer | Network, transport: Transport) -> Callable[[Tensor, Tensor, Tensor], ModelOutput]:
-    """``model`` with velocities for predictions, whatever it was trained to predict."""
+    """`model` with velocities for predictions, whatever it was trained to predict."""
 
     def call(x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
         output: ModelOutput = model(x, t, y)
@@ -206,7 +209,7 @@ def _velocities(model: Transformer | Network, transport: Transport) -> Callable[
 
 
 def to_uint8(pixels: Tensor, rule: str = "round") -> Tensor:
-    """Pixels in [-1, 1], [B, 3, R, R] => uint8 [B, R, R, 3] on the same device, under one of the two public conventions."""
+    """Pixels in [-1, 1], [B, 3, R, R] => uint8 [B, R, R, 3] on the same device, by either public convention."""
     if rule == "round":
         values = (127.5 * pixels + 128).clamp(0, 255)
     else:
@@ -230,7 +233,7 @@ def draw_units(
     transport: Transport | None = None,
     unit: int,
 ) -> Iterator[np.ndarray]:
-    """The samples ``indices`` with ``labels`` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
+    """The samples `indices` with `labels` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
 
     Every unit is computed whole (the last filled up with its last sample), so that shapes, and with them the rounding,
     are always the same. On the CPU each unit is computed by one thread, as many at a time as torch has threads, so that
@@ -250,7 +253,7 @@ def draw_units(
 
 
 def _each_by_one_thread(draw: Callable[[int], Tensor], starts: Sequence[int]) -> Iterator[np.ndarray]:
-    """``draw`` of each start in order, on the host; one thread each, and never many more results than threads ahead."""
+    """`draw` of each start in order, on the host; one thread each, and never many more results than threads ahead."""
     threads = torch.get_num_threads()
     ahead: deque[Future[Tensor]] = deque()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -270,7 +273,7 @@ def _each_by_one_thread(draw: Callable[[int], Tensor], starts: Sequence[int]) ->
 
 def _fetched(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """A GPU's tensors on the host, one behind: it works on the next while one is copied."""
-    waiting: tuple[Tensor, Any] | None = None
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
     for batch in batches:
         host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)  # to pageable memory the copy would wait
         host.copy_(batch, non_blocking=True)
@@ -285,7 +288,7 @@ def _fetched(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
 
 
 def grid_classes(num_classes: int, rows: int = 10) -> list[int]:
-    """Up to ``rows`` classes spread evenly over all of them."""
+    """Up to `rows` classes spread evenly over all of them."""
     return [int(c) for c in np.linspace(0, num_classes - 1, min(rows, num_classes)).round()]
 
 
@@ -299,7 +302,7 @@ def class_grid(
     config: SampleConfig | None = None,
     unit: int | None = None,
 ) -> np.ndarray:
-    """One row a class, the same noise down every column: uint8 [rows * R, columns * R, 3]. ``unit`` images at once."""
+    """One row per class, the same noise down every column: uint8 [rows * R, columns * R, 3]. `unit` images at once."""
     config = config or SampleConfig(sampler=GRID_SAMPLERS[model.cfg.family], steps=GRID_STEPS, seed=seed)
     classes = grid_classes(model.cfg.num_classes)
     indices = list(range(columns)) * len(classes)
@@ -312,7 +315,11 @@ def class_grid(
 
 
 def save_png(pixels: np.ndarray, path: Path) -> None:
-    """uint8 [H, W, 3] to a PNG, replaced whole. Raises UserError if the disk refuses."""
+    """uint8 [H, W, 3] to a PNG, replaced whole.
+
+    Raises:
+        UserError: the disk refuses.
+    """
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     files.make_directory(path.parent)

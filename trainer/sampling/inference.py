@@ -1,6 +1,6 @@
 """How a trained backbone is run to sample from: precision, compiled or not.
 
-Given the same :class:`Arithmetic`, device and batch shape, the same inputs give the same bytes; another choice changes the
+Given the same `Arithmetic`, device and batch shape, the same inputs give the same bytes; another choice changes the
 rounding, so it is recorded with the samples.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 from featcache.precision import PRECISIONS, tensor_float32
 from trainer.models.transformer import ModelOutput, Transformer
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Arithmetic:
     """What the numbers of a sample depend on beside its settings.
 
-    precision: ``fp32``; ``tf32`` (float32 with TensorFloat-32 products, as the samplers of DiT, SiT and REPA run on a GPU);
-    ``bf16`` (autocast of the backbone; sampler, guidance and VAE stay as with ``tf32``). compile: the blocks are compiled.
+    precision: `fp32`; `tf32` (float32 with TensorFloat-32 products, as the samplers of DiT, SiT and REPA run on a GPU);
+    `bf16` (autocast of the backbone; sampler, guidance and VAE stay as with `tf32`). compile: the blocks are compiled.
     """
 
     precision: str = "fp32"
@@ -34,7 +34,7 @@ class Arithmetic:
 
 
 def choose_arithmetic(device: str | torch.device, precision: str = "auto", compile: bool | None = None) -> Arithmetic:
-    """Fills in what the device decides: on a GPU ``tf32`` and compiled, on the CPU ``fp32`` and not compiled.
+    """Fills in what the device decides: on a GPU `tf32` and compiled, on the CPU `fp32` and not compiled.
 
     Raises:
         UserError: an unknown precision, or TensorFloat-32 without a GPU.
@@ -58,7 +58,7 @@ class Network(nn.Module):
     Blocks are compiled one by one, not the model as a whole: they share one compiled function, so that it takes as long
     for 28 blocks as for one. Shapes are fixed; a batch and the doubled batch of guidance are compiled once each.
 
-    Under ``bf16`` the weights of linear layers are rounded once instead of in every call, which changes no bit of what
+    Under `bf16` the weights of linear layers are rounded once instead of in every call, which changes no bit of what
     autocast computes and saves reading them twice. The embedding of the time stays in float32, as in training.
     """
 
@@ -85,10 +85,10 @@ class Network(nn.Module):
         enabled = self.arithmetic.precision == "bf16"
         try:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
-                output = self.backbone(x, t, y)
+                output: ModelOutput = self.backbone(x, t, y)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
-                f"the backbone could not be compiled: {str(error).strip().splitlines()[0]}",
+                f"the backbone could not be compiled: {first_line(error)}",
                 remedy="Type --no-compile (compiling needs a C++ compiler on the CPU and Triton on a GPU).",
             ) from error
         assert output.prediction is not None, "all blocks ran"

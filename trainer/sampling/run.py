@@ -1,11 +1,11 @@
 """Many samples of one run, without babysitting: resumable, over any number of ranks, the same images every time.
 
-Sample ``i`` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind of
-device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units of
-consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size rounded
-down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads or of
-ranks, nor on where a job was cut. Finished blocks lie on the disk; the npz is put together at the end without holding it
-in memory.
+Sample `i` is a function of (seed, i, settings) alone, and its bytes depend on nothing but how it is computed: the kind
+of device, the precision, whether the backbone is compiled, and on a GPU the batch size. The arithmetic is done in units
+of consecutive indices, always full: on the CPU eight by one thread, whatever the batch size; on a GPU the batch size
+rounded down to a power of two. So shapes, and with them the rounding, never depend on the number of samples, of threads
+or of ranks, nor on where a job was cut. Finished blocks lie on the disk; the npz is put together at the end without
+holding it in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import nn
 
 from featcache.errors import UserError
 from featcache.machine import pick_device
+from featcache.progress import QUIET, Progress
 from featcache.store import files
 from trainer import distributed
 from trainer.classes import Classes
@@ -57,18 +58,16 @@ GROUP = 8  # samples of one arithmetic unit on the CPU
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
 
 
-class Bar(Protocol):
-    """Who is told how far it is."""
-
-    def begin(self, name: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
+# What samples are a function of, as their `settings.json` holds it.
+Record = dict[str, object]
 
 
 def sample_config(request: SampleRequest, family: str) -> SampleConfig:
-    """What decides the numbers of the samples. Raises UserError for a sampler that the family has not, or wrong steps."""
+    """What decides the numbers of the samples.
+
+    Raises:
+        UserError: a sampler that the family has not, or wrong steps.
+    """
     sampler = check_sampler(family, request.sampler)
     sampling_times(sampler, request.steps)
     guidance = Guidance(scale=request.guidance, interval=request.interval, channels=request.guided_channels)
@@ -87,8 +86,8 @@ def file_name(request: SampleRequest) -> str:
 
 
 def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic) -> str:
-    """What the samples of checkpoint ``step`` depend on, one name for equal settings: defaults are left out, and so are an
-    interval and channels of guidance where the scale is 1.
+    """What the samples of checkpoint `step` depend on, one name for equal settings: defaults are left out, and so are
+    an interval and channels of guidance where the scale is 1.
     """
     parts = [f"step_{step:07d}", f"{sampler}{request.steps}", f"seed{request.seed}"]
     if request.guidance != 1:
@@ -104,7 +103,7 @@ def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Ari
 
 
 def _short(text: str, most: int = 40) -> str:
-    """``text``, the end of a long one replaced by a digest of it."""
+    """`text`, the end of a long one replaced by a digest of it."""
     return text if len(text) <= most else f"{text[: most - 9]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -112,18 +111,18 @@ def _short(text: str, most: int = 40) -> str:
 class SampleResult:
     """What was written, and of which run.
 
-    images: an npz (``arr_0`` uint8 [n, R, R, 3], ``arr_1`` int64 [n] labels: ADM's layout), a WebDataset tar (``png``,
-    ``cls``) or a folder of PNGs by class. grid: one row a class.
+    images: an npz (`arr_0` uint8 [n, R, R, 3], `arr_1` int64 [n] labels: ADM's layout), a WebDataset tar (`png`,
+    `cls`) or a folder of PNGs by class. grid: one row per class.
     """
 
     images: Path
     grid: Path
     loaded: LoadedRun
-    settings: dict[str, Any]
+    settings: Record
 
 
-def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
-    """Draws ``request.num`` images of a run and writes them with a grid; finished work of an interrupted call is kept.
+def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleResult:
+    """Draws `request.num` images of a run and writes them with a grid; finished work of an interrupted call is kept.
 
     Under torchrun all ranks call it together and draw a share each.
 
@@ -160,13 +159,11 @@ def sample_run(run: Path, request: SampleRequest, bar: Bar) -> SampleResult:
                 unit=_unit(device, request.batch_size),
             )
             with applied(arithmetic):
-                _draw_to(folder, images, record, draw, world, bar)
+                _draw_to(folder, images, record, draw, world, progress)
         return _result(images, folder, loaded, settings, request)
 
 
-def _result(
-    images: Path, folder: Path, loaded: LoadedRun, settings: dict[str, Any], request: SampleRequest
-) -> SampleResult:
+def _result(images: Path, folder: Path, loaded: LoadedRun, settings: Record, request: SampleRequest) -> SampleResult:
     return SampleResult(
         images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
     )
@@ -201,8 +198,8 @@ def _is_there(images: Path) -> bool:
 
 
 def _is_pending(folder: Path, images: Path) -> bool:
-    """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number, that
-    were cut off."""
+    """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number,
+    that were cut off."""
     record = files.inside(folder, "blocks/settings.json")
     made_for = runs.read_json(record, {}).get("file")
     return bool(made_for == images.name) or (record.parent.is_dir() and not files.names_in(record.parent))
@@ -229,7 +226,7 @@ def _unit(device: torch.device, batch_size: int) -> int:
 
 
 def _draw_to(
-    folder: Path, images: Path, record: dict[str, Any], draw: _Draw, world: distributed.World, bar: Bar
+    folder: Path, images: Path, record: Record, draw: _Draw, world: distributed.World, progress: Progress
 ) -> None:
     """This rank's share of the blocks; then, on the main rank, the files made of all of them."""
     blocks = files.inside(folder, "blocks")
@@ -240,9 +237,9 @@ def _draw_to(
         if not _is_there(images):
             missing = [k for k in range(-(-draw.num // BLOCK)) if not _is_whole(blocks, draw.num, k)]
         left = sum(_block_count(draw.num, k) for k in missing)
-        bar.begin("sampling", draw.num, done=draw.num - left)
+        progress.begin("sampling", draw.num, done=draw.num - left)
     missing = distributed.from_main(missing)  # one list for all: another rank may be done with a block before we look
-    _draw_blocks(blocks, draw, missing[world.rank :: world.size], bar if world.is_main else None, world.size)
+    _draw_blocks(blocks, draw, missing[world.rank :: world.size], progress if world.is_main else QUIET, world.size)
     distributed.barrier()
     if world.is_main:
         runs.write_text(
@@ -263,7 +260,7 @@ def _grid(draw: _Draw) -> np.ndarray:
     )
 
 
-def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | None, ranks: int) -> None:
+def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], progress: Progress, ranks: int) -> None:
     """Draws blocks and saves each when it is full, in a thread beside the drawing of the next."""
     indices = [i for k in numbers for i in range(k * BLOCK, k * BLOCK + _padded(_block_count(draw.num, k), draw.unit))]
     units = draw_units(
@@ -276,8 +273,7 @@ def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], bar: Bar | N
             parts = []
             for start in range(0, count, draw.unit):
                 parts.append(next(units))
-                if bar is not None:
-                    bar.advance(min(draw.unit, count - start) * ranks)  # the other ranks are about as far
+                progress.update(min(draw.unit, count - start) * ranks)  # the other ranks are about as far
             if saving is not None:
                 saving.result()
             saving = writer.submit(_save_block, _block_path(blocks, k), np.concatenate(parts)[:count])
@@ -298,7 +294,7 @@ def _block_count(num: int, number: int) -> int:
 
 
 def _is_whole(blocks: Path, num: int, number: int) -> bool:
-    """Whether a block is there with as many samples as ``num`` in all needs (it may come from a call that asked for fewer)."""
+    """Whether a block is there with as many samples as it needs: it may come from a call that asked for fewer."""
     path = _block_path(blocks, number)
     try:
         return len(np.load(path, mmap_mode="r", allow_pickle=False)) >= _block_count(num, number)
@@ -306,15 +302,15 @@ def _is_whole(blocks: Path, num: int, number: int) -> bool:
         return False
 
 
-def _same(saved: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether samples with the record ``saved`` are those asked for; what an older record does not say is no difference."""
-    now = json.loads(json.dumps(record))
+def _same(saved: Record, record: Record) -> bool:
+    """Whether samples with the record `saved` are those asked for; what an older record does not say is no difference."""
+    now = runs.as_json(record)
     return all(now[key] == value for key, value in saved.items() if key in now)
 
 
-def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
-    """``named``, or the folder beside it whose record says that it holds the same samples: names have been made by other
-    rules, such as intervals as they were typed. Before all comes one that holds ``file``.
+def _find_folder(named: Path, record: Record, file: str) -> Path:
+    """`named`, or the folder beside it whose record says that it holds the same samples: names have been made by other
+    rules, such as intervals as they were typed. Before all comes one that holds `file`.
     """
     if (named / file).exists():
         return named
@@ -322,7 +318,7 @@ def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
     for folder in sorted(named.parent.glob(f"step_{record['step']:07d}-*/")):
         if folder.is_symlink():
             continue
-        saved: dict[str, Any] = {}
+        saved: Record = {}
         with suppress(UserError):  # a damaged record says nothing
             unfinished = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
             saved = runs.read_json(folder / "settings.json", unfinished)
@@ -331,13 +327,13 @@ def _find_folder(named: Path, record: dict[str, Any], file: str) -> Path:
     return max(found, key=lambda folder: (folder / file).exists(), default=named)
 
 
-def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
+def _check_folder(folder: Path, record: Record, images: Path) -> None:
     """Refuses a folder with finished samples of other settings: they would be taken for the ones asked for."""
     saved = runs.read_json(folder / "settings.json", {})
     if not saved and images.exists():  # earlier versions wrote the record after the images
         saved = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
     if not _same(saved, record):
-        now = json.loads(json.dumps(record))
+        now = runs.as_json(record)
         differing = [f"{k} {saved[k]}, not {now[k]}" for k in now if k in saved and saved[k] != now[k]]
         raise UserError(
             f"{folder} holds samples of other settings ({'; '.join(differing)})",
@@ -345,8 +341,8 @@ def _check_folder(folder: Path, record: dict[str, Any], images: Path) -> None:
         )
 
 
-def _prepare(blocks: Path, record: dict[str, Any], file: str) -> None:
-    """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for ``file``."""
+def _prepare(blocks: Path, record: Record, file: str) -> None:
+    """Keeps blocks of an earlier call only if it drew the same samples; notes that they are for `file`."""
     files.make_directory(blocks)
     saved = runs.read_json(blocks / "settings.json", {})
     if saved and not _same(saved, record):
@@ -372,7 +368,7 @@ def _save_block(path: Path, pixels: np.ndarray) -> None:
 
 
 def _block_images(blocks: Path, num: int) -> Iterator[np.ndarray]:
-    """The first ``num`` images, uint8 [b, R, R, 3] a block."""
+    """The first `num` images, uint8 [b, R, R, 3] per block."""
     for k in range(-(-num // BLOCK)):
         yield np.load(_block_path(blocks, k), mmap_mode="r", allow_pickle=False)[: _block_count(num, k)]
 

@@ -1,7 +1,7 @@
 """Cache => device: stored bytes of the right samples, read and copied ahead of the step that uses them.
 
-The order of samples is one infinite stream, the epochs' permutations one after another; batch ``k`` of the run is
-positions ``k * B .. (k + 1) * B`` of it. So the position is a function of the step alone: nothing to save, any number
+The order of samples is one infinite stream, the epochs' permutations one after another; batch `k` of the run is
+positions `k * B .. (k + 1) * B` of it. So the position is a function of the step alone: nothing to save, any number
 of ranks reads the same global batches, and no sample is dropped at the end of an epoch.
 """
 
@@ -11,13 +11,16 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.read.reader import epoch_order
+from featcache.read.order import epoch_order
+
+if TYPE_CHECKING:
+    from featcache import Cache, Reader
 
 RING = 3  # device buffers: one in use, one ready, one being filled
 STAGING = 2  # pinned host buffers: one being copied to the GPU, one being read into
@@ -26,7 +29,7 @@ Stored = dict[str, Tensor]
 
 
 def stream_indices(start: int, stop: int, *, count: int, seed: int) -> np.ndarray:
-    """Sample indices at positions ``start..stop`` of the infinite stream over ``count`` samples, int64."""
+    """Sample indices at positions `start..stop` of the infinite stream over `count` samples, int64."""
     pieces = []
     while start < stop:
         epoch, offset = divmod(start, count)
@@ -65,7 +68,7 @@ class Share:
         return self.global_batch // self.world_size // self.micro_batches
 
     def slice(self, micro: int) -> slice:
-        """This rank's rows of the global batch in micro-batch ``micro``."""
+        """This rank's rows of the global batch in micro-batch `micro`."""
         first = (micro * self.world_size + self.rank) * self.rows
         return slice(first, first + self.rows)
 
@@ -78,15 +81,15 @@ class Batches:
     The tensors of a batch are buffers: valid until the next one is asked for.
 
     Args:
-        cache: an open :class:`featcache.read.reader.Cache`.
+        cache: an open one.
         features: names to read at every step.
-        extra: names to read only at the steps for which ``wanted`` says so (a method's targets).
+        extra: names to read only at the steps for which `wanted` says so (a method's targets).
         steps: range of steps to deliver.
     """
 
     def __init__(
         self,
-        cache: Any,
+        cache: Cache,
         features: Sequence[str],
         *,
         share: Share,
@@ -103,8 +106,8 @@ class Batches:
         self._readers = {False: cache.reader(base, single_view=True)}
         self._readers[True] = cache.reader([*base, *extra], single_view=True) if extra else self._readers[False]
         # Buffers that the consumer has done with, each with the GPU event that says so (None on the CPU).
-        self._free: queue.Queue[tuple[Stored, Any] | None] = queue.Queue()
-        self._full: queue.Queue[tuple[Stored, Stored, Any] | BaseException | None] = queue.Queue()
+        self._free: queue.Queue[tuple[Stored, torch.cuda.Event | None] | None] = queue.Queue()
+        self._full: queue.Queue[tuple[Stored, Stored, torch.cuda.Event | None] | BaseException | None] = queue.Queue()
         for _ in range(RING):
             self._free.put((self._buffers(device), None))
         self._thread = threading.Thread(target=self._fill, name="cache-reader", daemon=True)
@@ -122,7 +125,7 @@ class Batches:
                 torch.cuda.set_device(self._device)  # a thread of its own starts on the first GPU
             copies = torch.cuda.Stream(self._device) if self._cuda else None
             staging = [self._buffers(self._device, pin=True) for _ in range(STAGING)] if self._cuda else []
-            copied: list[Any] = [None] * STAGING
+            copied: list[torch.cuda.Event | None] = [None] * STAGING
             turn = 0
             for step in self._steps:
                 reader = self._readers[self._wanted(step)]
@@ -135,8 +138,8 @@ class Batches:
                         self._full.put((buffers, {name: buffers[name] for name in reader.arrays}, None))
                         continue
                     turn = (turn + 1) % STAGING
-                    if copied[turn] is not None:
-                        copied[turn].synchronize()  # this thread may wait: it is ahead
+                    if (earlier := copied[turn]) is not None:
+                        earlier.synchronize()  # this thread may wait: it is ahead
                     self._read(reader, step, micro, staging[turn])
                     if (slot := self._free.get()) is None:
                         return
@@ -146,14 +149,14 @@ class Batches:
                             copies.wait_event(used)
                         for name in reader.arrays:
                             buffers[name].copy_(staging[turn][name], non_blocking=True)
-                        copied[turn] = torch.cuda.Event()
-                        copied[turn].record(copies)
-                    self._full.put((buffers, {name: buffers[name] for name in reader.arrays}, copied[turn]))
+                        copied[turn] = done = torch.cuda.Event()
+                        done.record(copies)
+                    self._full.put((buffers, {name: buffers[name] for name in reader.arrays}, done))
             self._full.put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._full.put(error)
 
-    def _read(self, reader: Any, step: int, micro: int, into: Stored) -> None:
+    def _read(self, reader: Reader, step: int, micro: int, into: Stored) -> None:
         rows = self._share.slice(micro)
         first, stop = step * self._share.global_batch + rows.start, step * self._share.global_batch + rows.stop
         indices = stream_indices(first, stop, count=len(self._cache), seed=self._seed)

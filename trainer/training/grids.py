@@ -29,7 +29,7 @@ class GridMaker:
         self._vae: nn.Module | None = None
 
     def draw(self, ema: Transformer, run: Path, step: int, log: RunLog) -> None:
-        """One row a class to ``samples/step_N.png`` and TensorBoard. The decoder leaves the GPU again afterwards."""
+        """One row per class to `samples/step_N.png` and TensorBoard. The decoder leaves the GPU again afterwards."""
         if self._broken:
             return
         try:

@@ -11,15 +11,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from featcache.errors import CacheError, UserError, os_error
 from featcache.machine import pick_device
+from featcache.progress import QUIET, Progress
 from featcache.redact import is_redacted, redact
 from featcache.store.remote import is_remote
+from featcache.store.signing import require_digest
 from trainer import distributed
 from trainer.align.base import Alignment
 from trainer.distributed import World
@@ -38,26 +41,6 @@ if TYPE_CHECKING:
     from featcache import Cache
 
 
-class Watcher(Protocol):
-    """Who is told about a run while it goes on."""
-
-    def start(self, *, run: Path, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, step: int, shown: Mapping[str, float]) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-
-class Silent:
-    """Watches for ranks other than the main one: says nothing."""
-
-    def start(self, *, run: Path, total: int, done: int, note: str) -> None: ...
-
-    def advance(self, step: int, shown: Mapping[str, float]) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-
 class Diverged(UserError):
     """The loss, or its gradient, is not finite."""
 
@@ -73,11 +56,11 @@ class Job:
     world: World
     device: torch.device
     share: Share
-    watcher: Watcher
+    watcher: Progress
 
 
 def train(
-    config: RunConfig, *, resume: bool, watcher: Watcher, root: Path = runs.ROOT, expect: str | None = None
+    config: RunConfig, *, resume: bool, watcher: Progress, root: Path = runs.ROOT, expect: str | None = None
 ) -> Path:
     """Runs (or continues) one training run and returns its folder, which is held against other processes meanwhile.
 
@@ -86,19 +69,20 @@ def train(
 
     Raises:
         UserError: bad input, a cache that does not fit, a folder in use, or a disk that refuses.
-        Diverged: a loss or gradient that is not finite (the step and the batch's keys are saved in ``diverged.json``).
+        Diverged: a loss or gradient that is not finite (the step and the batch's keys are saved in `diverged.json`).
         SystemExit: SIGTERM or Ctrl-C, after saving; 128 + the signal's number.
     """
     device_name = pick_device(config.device)
     with distributed.joined(device_name) as world:
-        speaker = watcher if world.is_main else Silent()
-        return _train(config, resume, speaker, root, world, world.device(device_name), expect)
+        return _train(
+            config, resume, watcher if world.is_main else QUIET, root, world, world.device(device_name), expect
+        )
 
 
 def _train(
     config: RunConfig,
     resume: bool,
-    watcher: Watcher,
+    watcher: Progress,
     root: Path,
     world: World,
     device: torch.device,
@@ -108,13 +92,13 @@ def _train(
     share = _share(config, world)
     cache = find_cache(config)
     if expect is not None:
-        runs.check_digest(cache, expect)
+        require_digest(cache.manifest, expect, str(cache.path))
     with runs.claim(config, root) if world.is_main else nullcontext() as claimed:
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
         parts = assemble(config, cache, device, world)
-        start, trained_s = _restore(parts, run)
+        start, trained_s = _restore(parts, run, config)
         if world.is_main:
             runs.clear_leftovers(run)
             checkpoint.tidy(run, keep=config.keep_checkpoints)
@@ -126,17 +110,17 @@ def _train(
             with _told_how_to_go_on(job):
                 lost = runs.open_folder(run, config, cache, parts.reads, start, main=world.is_main)
                 if lost:
-                    watcher.warn(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
+                    watcher.note(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
                 with _stop_on_signals() as caught, _logging(job, start) as log:
                     _loop(job, log, caught, start=start, trained_s=trained_s)
         return run
 
 
 def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, trained_s: float) -> None:
-    """Steps ``start`` to the end. The host waits for the device where it logs or saves, and nowhere else."""
+    """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
     config, alignment = job.config, job.parts.alignment
     means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
-    grids = GridMaker(config, job.cache, job.watcher.warn)
+    grids = GridMaker(config, job.cache, job.watcher.note)
     signals = distributed.StopSignal()
     batches = Batches(
         job.cache,
@@ -166,7 +150,7 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
             if logs:
                 _record(job, log, clock, means, done, norm)
             else:
-                job.watcher.advance(done, {})
+                job.watcher.update(1)
             with clock.paused() if saves or draws else nullcontext():
                 if saves:
                     if log is not None:
@@ -176,7 +160,7 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
                 if draws and (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
                     grids.draw(ema, job.run, done, log)
             if stop and done < config.steps:
-                job.watcher.warn(f"stopped at step {done}, saved; continue with the same command and --resume")
+                job.watcher.note(f"stopped at step {done}, saved; continue with the same command and --resume")
                 raise SystemExit(128 + stop)
     finally:
         batches.close()
@@ -247,7 +231,7 @@ def forward_backward(
     share: float,
     last: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of one micro-batch, added up; its loss terms with their sum ``loss``, and what was measured.
+    """Gradients of one micro-batch, added up; its loss terms with their sum `loss`, and what was measured.
 
     Args:
         share: weight of this micro-batch in the step. last: ranks exchange gradients only after the last one.
@@ -258,8 +242,12 @@ def forward_backward(
         loss = torch.stack(list(terms.values())).sum()
         scaled = loss * share
         (scaled if parts.scaler is None else parts.scaler.scale(scaled)).backward()
-    measured = parts.objective.measure(kept, batch, draws) if measures else {}
+    measured: dict[str, Tensor] = {}
+    if measures:
+        assert kept is not None, "only a method measures"
+        measured |= parts.objective.measure(kept, batch, draws)
     if adversarial:
+        assert kept is not None, "only a method has an adversary"
         adversary_loss = parts.objective.adversary_loss(kept, batch)
         (adversary_loss * share).backward()
         measured["align/adversary"] = adversary_loss
@@ -292,7 +280,7 @@ def adversary_step(parts: Parts) -> None:
 
 
 def set_learning_rate(parts: Parts, config: RunConfig, step: int) -> None:
-    """Linear warm-up over ``warmup_steps``, then constant."""
+    """Linear warm-up over `warmup_steps`, then constant."""
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     for optimizer in (parts.optimizer, parts.adversary_optimizer):
         for group in optimizer.param_groups if optimizer is not None else ():
@@ -308,7 +296,7 @@ def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMe
     record = {"step": done, "time_s": round(clock.trained_s, 3), **speed, "lr": lr, "grad_norm": float(norm), **shown}
     if log is not None:
         log.record(record)
-    job.watcher.advance(done, shown | speed)
+    job.watcher.update(1, "  ".join(f"{name} {value:.4g}" for name, value in (shown | speed).items()))
 
 
 def _check_finite(job: Job, step: int | None) -> None:
@@ -358,7 +346,7 @@ def _share(config: RunConfig, world: World) -> Share:
 def _resolve(
     config: RunConfig, cache: Cache, device: torch.device, root: Path, claimed: Path | None
 ) -> tuple[Path, RunConfig]:
-    """The run's folder (the main rank's) and its settings with nothing left open, as ``config.yaml`` has them."""
+    """The run's folder (the main rank's) and its settings with nothing left open, as `config.yaml` has them."""
     run = distributed.from_main(claimed)
     assert run is not None
     return run, dataclasses.replace(
@@ -370,12 +358,12 @@ def _resolve(
     )
 
 
-def _restore(parts: Parts, run: Path) -> tuple[int, float]:
+def _restore(parts: Parts, run: Path, config: RunConfig) -> tuple[int, float]:
     """Loads the latest checkpoint if there is one: steps done and seconds trained."""
     if not checkpoint.list_checkpoints(run):
         return 0, 0.0
     step, path = checkpoint.find_checkpoint(run)
-    state = checkpoint.load_state(path)
+    state = checkpoint.require_own(path, method=config.method, model=config.model)
     load_parts(parts, path, state)
     return step, float(state.get("time_s", 0.0))
 
@@ -397,8 +385,10 @@ def _told_how_to_go_on(job: Job) -> Iterator[None]:
         words = ["trainer run --resume", f"--name {shlex.quote(str(job.config.name))}"]
         if is_redacted(str(job.config.cache)):
             words.append("--cache URL")
-        remedy = "" if known.remedy is None else known.remedy.strip()
-        remedy += f" Training goes on with: {' '.join(words)}"
+        go_on = f"Training goes on with: {' '.join(words)}"
+        if not saved and not runs.is_run(job.run):  # so early that there is nothing to resume
+            go_on = "Then type the same command again."
+        remedy = f"{(known.remedy or '').strip().rstrip('.')}. {go_on}" if known.remedy else go_on
         kind = CacheError if isinstance(known, CacheError) else UserError
         raise kind(f"training stopped ({kept}): {known.what}", remedy=remedy.strip()) from error
 
@@ -406,23 +396,25 @@ def _told_how_to_go_on(job: Job) -> Iterator[None]:
 def _announce(job: Job, start: int, remark: str | None) -> None:
     config = job.config
     if remark is not None:
-        job.watcher.warn(remark)
+        job.watcher.note(remark)
     random = [
         n for n in random_features(job.cache) if n == "vae/moments" or n in getattr(job.parts.alignment, "reads", ())
     ]
     if random:
-        job.watcher.warn(
+        job.watcher.note(
             f"{', '.join(random)} in {job.cache.path} were made with random encoder weights: good for trying out only"
         )
     unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
     if unused and not is_remote(job.cache.path):
-        job.watcher.warn(
-            f"{' and '.join(unused)} have no effect: {job.cache.path} is on this machine, so nothing streams"
+        job.watcher.note(
+            f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect: {job.cache.path} is on this machine, so nothing streams"
         )
     if start >= config.steps:
-        job.watcher.warn(f"{job.run} has {start} steps already; nothing to do (raise --steps to go on)")
+        job.watcher.note(f"{job.run} has {start} steps already; nothing to do (raise --steps to go on)")
     else:
-        job.watcher.start(run=job.run, total=config.steps, done=start, note=f"{config.method} on {config.model}")
+        name = f"training {config.method} on {config.model}"
+        job.watcher.begin(name, config.steps, done=start, unit="steps")
+        job.watcher.note(f"the run's folder is {job.run}")
 
 
 @contextmanager
@@ -431,7 +423,7 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
     if not job.world.is_main:
         yield None
         return
-    log = RunLog(job.run, step=start, warn=job.watcher.warn)
+    log = RunLog(job.run, step=start, warn=job.watcher.note)
     try:
         yield log
     finally:
@@ -440,15 +432,16 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying, so that the loop can save and leave.
+    """Collects SIGTERM, SIGINT and SIGHUP (the terminal is gone) instead of dying, so that the loop can save and leave.
+    What is ignored already (`nohup`) stays so.
 
-    Both often come twice (a scheduler signals every process, and torchrun passes its own on), so only a second Ctrl-C
+    They often come twice (a scheduler signals every process, and torchrun passes its own on), so only a second Ctrl-C
     that a person must have typed, a second or more after the first, ends the process at once.
     """
     caught: list[int] = []
     first_s = 0.0
 
-    def catch(number: int, _frame: Any) -> None:
+    def catch(number: int, _frame: FrameType | None) -> None:
         nonlocal first_s
         if not caught:
             first_s = time.monotonic()
@@ -457,7 +450,8 @@ def _stop_on_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     try:
-        former = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        wanted = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        former = {number: signal.signal(number, catch) for number in wanted}
     except ValueError:  # not the main thread: signals go elsewhere
         yield caught
         return

@@ -55,7 +55,7 @@ class FirstBadStep:
 
 
 class TrainingClock:
-    """Seconds spent training: without what happens in :meth:`paused`, and going on where a resumed run stopped."""
+    """Seconds spent training: without what happens in `paused`, and going on where a resumed run stopped."""
 
     def __init__(self, trained_s: float) -> None:
         self._before_s, self._begin = trained_s, time.perf_counter()

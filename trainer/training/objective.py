@@ -1,7 +1,8 @@
 """From cached bytes to losses: one region that compiles whole.
 
-Dequantise, draw the latent from the posterior, add noise, run the backbone with taps, align. Everything random comes in as :class:`Draws`, made outside from (seed, step) for the *global* batch, so any number of ranks sees
-the same numbers for the same samples.
+Dequantise, draw the latent from the posterior, add noise, run the backbone with taps, align. Everything random comes
+in as `Draws`, made outside from (seed, step) for the *global* batch, so any number of ranks sees the same numbers for
+the same samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from featcache.codecs import decode, stored_arrays
+from featcache.codecs import decode
+from featcache.store.layout import stored_arrays
 from trainer.align.base import AlignInputs, Alignment, Teacher
 from trainer.diffusion.transport import build_transport
 from trainer.distributed import is_sharded, local, sum_over_ranks
@@ -22,7 +24,7 @@ from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
     from trainer.diffusion.interpolants import Path, TimeDistribution
-    from trainer.models import Transformer
+    from trainer.models import ModelOutput, Transformer
 
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of the posterior's log-variance
 
@@ -70,7 +72,7 @@ def draw(
 
 @dataclass(frozen=True, kw_only=True)
 class CachedFeature:
-    """How one feature lies in a batch: what :func:`featcache.codecs.decode` needs."""
+    """How one feature lies in a batch: what `featcache.codecs.decode` needs."""
 
     name: str
     shape: tuple[int, ...]
@@ -86,7 +88,7 @@ class CachedFeature:
 def sample_posterior(moments: Tensor, noise: Tensor, *, scale: float, shift: float) -> Tensor:
     """Latent drawn from the VAE posterior and scaled. [B, 2C, h, w], [B, C, h, w] -> [B, C, h, w].
 
-    ``z = (mean + exp(logvar / 2) * noise - shift) * scale`` with log-variance clamped as in diffusers.
+    `z = (mean + exp(logvar / 2) * noise - shift) * scale` with log-variance clamped as in diffusers.
     """
     mean, logvar = moments.chunk(2, dim=1)
     std = torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
@@ -99,9 +101,9 @@ class Objective(nn.Module):
     Args:
         model: the backbone being trained, on its device.
         alignment: the method's heads and loss, or None.
-        features: name -> layout, for ``vae/moments`` and all that the method reads.
-        scale, shift: of the latent, see :func:`sample_posterior`.
-        path, time_sampling, label_dropout: see :class:`trainer.runs.config.RunConfig`.
+        features: name -> layout, for `vae/moments` and all that the method reads.
+        scale, shift: of the latent, see `sample_posterior`.
+        path, time_sampling, label_dropout: see `trainer.runs.config.RunConfig`.
         autocast: dtype of autocast, or None for float32.
         teacher: EMA model for methods that need one; kept out of this module's parameters.
     """
@@ -134,10 +136,10 @@ class Objective(nn.Module):
     def forward(
         self, batch: Mapping[str, Tensor], draws: Draws, *, aligned: bool = True
     ) -> tuple[dict[str, Tensor], AlignInputs | None]:
-        """Loss terms by name, and what the method saw (None if not ``aligned``), for :meth:`measure` and
-        :meth:`adversary_loss`: without gradients, and without the targets, which those decode anew where they are due.
+        """Loss terms by name, and what the method saw (None if not `aligned`), for `measure` and
+        `adversary_loss`: without gradients, and without the targets, which those decode anew where they are due.
 
-        ``denoise`` is the diffusion loss; ``align/<term>`` are the method's weighted terms. Their sum is the loss.
+        `denoise` is the diffusion loss; `align/<term>` are the method's weighted terms. Their sum is the loss.
         Compiled there are two variants, with and without alignment.
         """
         alignment = self.alignment if aligned else None
@@ -167,7 +169,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def measure(self, inputs: AlignInputs, batch: Mapping[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-        """The method's metrics, ``metric/<name>``, on what :meth:`forward` gave for the same batch.
+        """The method's metrics, `metric/<name>`, on what `forward` gave for the same batch.
 
         Apart from the compiled step, because it is only done when a line is logged.
         """
@@ -178,7 +180,7 @@ class Objective(nn.Module):
             return {f"metric/{name}": value for name, value in self.alignment.metrics(inputs).items()}
 
     def adversary_loss(self, inputs: AlignInputs, batch: Mapping[str, Tensor]) -> Tensor:
-        """The discriminator's loss on what :meth:`forward` gave for the same batch.
+        """The discriminator's loss on what `forward` gave for the same batch.
 
         In bfloat16 under autocast as the model; with fp16 in float32, for its gradients have no loss scaling.
         """
@@ -213,7 +215,8 @@ class Objective(nn.Module):
         def hidden(t: Tensor, depth: int) -> Tensor:
             with torch.no_grad(), self._autocast():
                 noisy, times = self._transport.noisy(latent, draws.noise, t), self._transport.model_time(t)
-                return teacher(noisy, times, labels, taps=(depth,), stop_after=depth).hidden[depth]
+                output: ModelOutput = teacher(noisy, times, labels, taps=(depth,), stop_after=depth)
+            return output.hidden[depth]
 
         return hidden
 
@@ -231,9 +234,9 @@ def _detached(inputs: AlignInputs) -> AlignInputs:
 
 @torch.no_grad()
 def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) -> Tensor:
-    """Scales all gradients so that their joint L2 norm is at most ``max_norm``; returns the norm before, a scalar.
+    """Scales all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before, a scalar.
 
-    Norms are taken group by group and joined by ``hypot``, so that groups without a gradient leave the others' rounding
+    Norms are taken group by group and joined by `hypot`, so that groups without a gradient leave the others' rounding
     untouched. Sharded gradients count with all their shards. Nothing is read back to the host.
     """
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
@@ -249,10 +252,10 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) ->
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """``ema = decay * ema + (1 - decay) * model`` over parameters, in a few fused kernels; buffers are left alone."""
+    """`ema = decay * ema + (1 - decay) * model` over parameters, in a few fused kernels; buffers are left alone."""
     torch._foreach_lerp_([local(p) for p in ema.parameters()], [local(p) for p in model.parameters()], 1.0 - decay)
 
 
 def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:
-    """Decay to use after ``step`` steps: constant, or ``min(decay, (1 + step) / (10 + step))`` with warm-up."""
+    """Decay to use after `step` steps: constant, or `min(decay, (1 + step) / (10 + step))` with warm-up."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from featcache.errors import CacheError, UserError
 from trainer import align, distributed
-from trainer.align.base import Alignment, BackboneInfo
+from trainer.align.base import AlignInputs, Alignment, BackboneInfo
 from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import sincos_positions
@@ -34,7 +34,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Parts:
     """Everything that a step changes and a checkpoint saves.
 
-    forward: ``objective`` as a step calls it: compiled, and wrapped for several ranks. groups: trained parameters, the
+    forward: `objective` as a step calls it: compiled, and wrapped for several ranks. groups: trained parameters, the
     backbone's and the alignment's. names: of all of them, as keys of the optimiser's saved state.
     """
 
@@ -42,7 +42,7 @@ class Parts:
     ema: Transformer
     alignment: Alignment | None
     objective: Objective
-    forward: Any
+    forward: Callable[..., tuple[dict[str, Tensor], AlignInputs | None]]
     groups: tuple[list[nn.Parameter], ...]
     names: Mapping[Tensor, str]
     optimizer: torch.optim.Optimizer
@@ -149,13 +149,13 @@ def _trained(
     return backbone | heads, groups  # type: ignore[return-value]
 
 
-def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> Any:
-    """``objective`` for several ranks and compiled as one region; sharded models look after themselves."""
+def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> nn.Module:
+    """`objective` for several ranks and compiled as one region; sharded models look after themselves."""
     if sharded:
         return objective
     if compiled:
         objective.compile(dynamic=False)  # in place and inside DDP, which cuts it where gradients are exchanged
-    forward: Any = objective
+    forward: nn.Module = objective
     if world.size > 1:
         # DDP averages the backbone's gradients alone: what does not require gradients now is left to us. Steps without
         # alignment give its heads none, and to learn that, DDP would have the host wait for the device in each of them.
@@ -181,7 +181,7 @@ def _wrapped(objective: Objective, world: World, device: torch.device, *, sharde
 
 
 def precision_of(config: RunConfig, device: torch.device) -> str:
-    """``auto`` is bf16 on a GPU, fp32 on the CPU."""
+    """`auto` is bf16 on a GPU, fp32 on the CPU."""
     if config.precision != "auto":
         return config.precision
     return "bf16" if device.type == "cuda" else "fp32"
@@ -240,7 +240,7 @@ def cached_feature(cache: Cache, name: str) -> CachedFeature:
 
 
 def save_parts(
-    parts: Parts, run: Path, step: int, config: RunConfig, world: World, *, state: Mapping[str, Any]
+    parts: Parts, run: Path, step: int, config: RunConfig, world: World, *, state: Mapping[str, object]
 ) -> None:
     """Writes a checkpoint from the main rank. The files are the same whether the model is sharded or not.
 
@@ -257,7 +257,7 @@ def save_parts(
         files["adversary"] = checkpoint.optimizer_tensors(parts.adversary_optimizer, _adversary_names(parts))
     whole = {stem: distributed.gather(tensors, keep=world.is_main) for stem, tensors in files.items()}
     if world.is_main:
-        described: dict[str, Any] = {"model": config.model, "method": config.method, **state}
+        described: dict[str, object] = {"model": config.model, "method": config.method, **state}
         if parts.scaler is not None:
             described["scaler"] = parts.scaler.state_dict()
         checkpoint.save_checkpoint(run, step, whole, described, keep=config.keep_checkpoints)

@@ -1,4 +1,4 @@
-"""The tables of docs/encoders.md from the code: `python -m featcache.encoders.markdown` rewrites them in the page."""
+"""The tables of docs/encoders.md from the code: `python docs/make_tables.py` rewrites them in the page."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def with_tables(page: str) -> str:
 
 
 def main() -> None:
-    """Rewrites the page given as argument, or docs/encoders.md."""
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/encoders.md")
+    """Rewrites the page given as argument, or encoders.md beside this file."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("encoders.md")
     path.write_text(with_tables(path.read_text("utf-8")), "utf-8")
 
 

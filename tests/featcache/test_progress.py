@@ -1,0 +1,179 @@
+"""Progress on a terminal, and where there is none."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from featcache import console_progress
+from featcache.console import size_text
+from featcache.console_progress import RichProgress
+from featcache.progress import Progress, Quiet
+
+
+class Clock:
+    now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(console_progress, "time", clock)
+    return clock
+
+
+def screen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, **options: Any) -> io.StringIO:
+    """What progress writes, to a terminal of 200 columns or elsewhere."""
+    text = io.StringIO()
+    shown = Console(file=text, force_terminal=terminal, width=200, highlight=False, soft_wrap=True, **options)
+    monkeypatch.setattr(console_progress, "console", shown)
+    return text
+
+
+def wait_for(text: io.StringIO, what: str) -> None:
+    until = time.monotonic() + 20
+    while what not in text.getvalue():
+        assert time.monotonic() < until, f"{what!r} not in {text.getvalue()!r}"
+        time.sleep(0.01)
+
+
+def test_a_bar_with_rate_time_left_and_the_latest_numbers(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = screen(monkeypatch, terminal=True)
+    with RichProgress() as progress:
+        progress.begin("encoding", 100, done=20)
+        wait_for(text, "20/100 images, 0:00:00")
+        clock.now_s += 10
+        progress.update(40, "bottleneck: x\nimages/s of each stage: x 25")
+        wait_for(text, "60/100 images, 4 images/s, 0:00:10 left, bottleneck: x")
+        assert "━" in text.getvalue() and "\x1b[2mimages/s of each stage: x 25\x1b[0m" in text.getvalue()
+        clock.now_s += 3  # time left runs down between two updates
+        wait_for(text, "60/100 images, 4 images/s, 0:00:07 left")
+        clock.now_s += 7
+        progress.update(40)
+        wait_for(text, "100/100 images, 4 images/s, 0:00:20, bottleneck: x")
+    assert text.getvalue().count("encoding: 100/100 images, 4 images/s, 0:00:20, bottleneck: x") == 1, "it stays"
+
+
+def test_bytes_are_sizes_and_an_unknown_total_is_a_spinner(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = screen(monkeypatch, terminal=True)
+    with RichProgress() as progress:
+        progress.begin("copying", None, unit="bytes")
+        clock.now_s += 10
+        progress.update(1_500_000_000)
+        wait_for(text, "1.5 GB, 150 MB/s, 0:00:10")
+        assert "━" not in text.getvalue() and set(text.getvalue()) & set("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")
+        progress.begin("checking", 2_000_000, unit="bytes")
+        progress.update(500_000)
+        wait_for(text, "500 KB/2 MB")
+    assert size_text(999.7) == "1 KB" and size_text(999.4) == "999 B"
+
+
+@pytest.mark.parametrize("dumb", [False, True])
+def test_lines_where_there_is_no_terminal(clock: Clock, monkeypatch: pytest.MonkeyPatch, dumb: bool) -> None:
+    """A dumb terminal cannot redraw, so it counts as none. A line comes whether or not anything has moved."""
+    text = screen(monkeypatch, terminal=dumb, _environ={"TERM": "dumb" if dumb else "xterm"}, no_color=True)
+    monkeypatch.setattr(console_progress, "PLAIN_EVERY_S", 0.02)
+    with RichProgress() as progress:
+        progress.begin("training repa", 1000, done=500, unit="steps")
+        wait_for(text, "training repa: 500/1,000 steps, 0:00:00\n")
+        clock.now_s += 100
+        progress.update(250, "loss 0.5\nmore")
+        wait_for(text, "training repa: 750/1,000 steps, 2.5 steps/s, 0:01:40 left, loss 0.5, more\n")
+        clock.now_s += 10
+        wait_for(text, "training repa: 750/1,000 steps, 2.5 steps/s, 0:01:30 left, loss 0.5, more\n")
+        progress.begin("copying", None, unit="bytes")
+        clock.now_s += 2
+        progress.update(3000)
+        wait_for(text, "copying: 3 KB, 1.5 KB/s, 0:00:02\n")
+    assert "\x1b" not in text.getvalue()
+
+
+def test_what_is_over_soon_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = screen(monkeypatch, terminal=False)
+    with RichProgress() as progress:
+        progress.begin("checking", None, unit="bytes")
+        progress.begin("sampling", 8, done=8)
+        progress.begin("sampling", 8)
+        progress.update(5)
+        progress.update(3)
+        progress.begin("nothing", 0)
+    (line,) = text.getvalue().splitlines()
+    assert line.startswith("sampling: 8/8 images, ")
+
+
+def test_how_far_it_came_is_said_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = screen(monkeypatch, terminal=False)
+    with pytest.raises(OSError), RichProgress() as progress:
+        progress.begin("sampling", 8)
+        progress.update(5)
+        raise OSError
+    assert text.getvalue().startswith("sampling: 5/8 images, ")
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_texts_and_notes_are_shown_and_not_obeyed(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    text = screen(monkeypatch, terminal=terminal)
+    hostile = "\x1b]0;owned\x07[red]http://me:hunter2@host/\u202e"
+    visible = r"\x1b]0;owned\x07[red]http://***@host/\u202e"
+    with RichProgress() as progress:
+        progress.begin(f"name {hostile}\nsecond line", 2)
+        progress.update(1, f"text {hostile}\nbelow {hostile}")
+        progress.note(f"note {hostile}")
+    for what in ("name", "text", "below", "note"):
+        assert f"{what} {visible}" in text.getvalue()
+    assert f"name {visible} second line" in text.getvalue()
+    assert not any(bad in text.getvalue() for bad in ("\x1b]", "\x07", "\u202e", "hunter2"))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_many_threads_lose_no_count(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    text = screen(monkeypatch, terminal=terminal)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with RichProgress() as progress:
+            progress.begin("copying", None, unit="files")
+
+            def count() -> None:
+                for _ in range(2000):
+                    progress.update(1)
+
+            threads = [threading.Thread(target=count) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert "copying: 16,000 files" in text.getvalue()
+
+
+def test_unused_it_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = screen(monkeypatch, terminal=True)
+    with RichProgress():
+        pass
+    assert text.getvalue() == ""
+
+
+@pytest.mark.parametrize("kind", [Quiet, RichProgress])
+def test_every_progress_is_called_alike(kind: type) -> None:
+    for name in ("begin", "update", "note"):
+        assert inspect.signature(getattr(kind, name)) == inspect.signature(getattr(Progress, name))
+
+
+def test_the_protocol_costs_no_start_up_time() -> None:
+    code = "import sys, featcache.progress; print(*{'rich', 'numpy', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
