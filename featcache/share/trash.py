@@ -36,6 +36,7 @@ from featcache.store.writer import (
     cache_lock,
     declared,
     known_manifest,
+    lock_cache,
     publish,
     require_same_dataset,
     state_directory,
@@ -215,7 +216,7 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
     if find_root(path) is None and not (path / STATE).is_dir():
         read_root(path)  # raises, saying what is there instead
     trash = folder_trash(path.parent)
-    lock = locks.lock(files.inside(path, f"{STATE}/lock"))
+    lock = lock_cache(path)
     try:
         with without_builders(path, list(_building(path))) as held:
             foreign = first_foreign(path, cache_names(path)) if now else None

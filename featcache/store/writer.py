@@ -91,11 +91,7 @@ def cache_lock(path: Path) -> Iterator[None]:
     idle cache loses its state directory. Raises `CacheError` where the cache's folder is not there (any more).
     """
     state = files.inside(path, STATE)
-    try:
-        held = locks.lock(files.inside(path, f"{STATE}/lock"))
-    except CacheError as error:
-        raise error if path.is_dir() else _was_removed(path) from error
-    idle = False
+    held, idle = lock_cache(path), False
     try:
         # Whoever wrote these under this lock is dead.
         files.remove_parts(state)
@@ -111,6 +107,14 @@ def cache_lock(path: Path) -> Iterator[None]:
     if idle:
         # Only now: NFS keeps a file that is open. Whoever has made a new lock there meanwhile keeps the directory.
         files.remove_empty_directory(state)
+
+
+def lock_cache(path: Path) -> locks.Lock:
+    """The lock of `cache_lock` alone, waited for; raises `CacheError` where the cache's folder is not there (any more)."""
+    try:
+        return locks.lock(files.inside(path, f"{STATE}/lock"))
+    except CacheError as error:
+        raise error if path.is_dir() else _was_removed(path) from error
 
 
 def _was_removed(path: Path) -> CacheError:
@@ -522,6 +526,8 @@ class CacheWriter:
     def finish(self) -> Manifest:
         """Make the begun features visible, all at once, and remove the journal. Returns the new manifest.
 
+        Of those that were complete when they were declared, it holds the ones that were not removed meanwhile.
+
         Raises `CacheError` if a shard is missing.
         """
         self.commit()
@@ -533,7 +539,7 @@ class CacheWriter:
             )
         with cache_lock(self.path):
             current = self._current()
-            features = {**current.features, **self._specs}
+            features = {**current.features, **{name: self._specs[name] for name in self._locks}}
             skipped = {entry.slot: entry for entry in current.skipped}
             sums = Sums(dict(current.checksums), dict(current.blocks))
             for name in self._locks:
@@ -545,7 +551,7 @@ class CacheWriter:
                 checksums=dict(sorted(sums.checksums.items())),
                 blocks=dict(sorted(sums.blocks.items())),
             )
-            publish(self.path, manifest, set(self._specs), self._group)
+            publish(self.path, manifest, set(self._locks), self._group)
             while self._locks:
                 name, held = self._locks.popitem()
                 remove_building(self.path, name, held)
@@ -601,6 +607,7 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
 
     The caller holds the cache's lock.
     """
+    manifest_from_json(manifest.to_json())  # a root document that does not open would take the whole cache with it
     group = files.Group() if group is None else group
     content: dict[Path, dict[str, Json]] = {}
     nodes = node_metadata(manifest) if manifest.format == "zarr" else {}
@@ -775,10 +782,11 @@ def clear_parts(path: Path, manifest: Manifest, features: Iterable[str]) -> None
 
 def unfinished_features(path: Path) -> list[str]:
     """Features of which an unfinished build is in the cache's directory."""
-    names = [name.replace("+", "/") for name in files.names_in(files.inside(path, f"{STATE}/building"))]
-    for name in names:
-        check_feature_name(name)
-    return names
+    found = []
+    for name in files.names_in(files.inside(path, f"{STATE}/building")):
+        with contextlib.suppress(CacheError):  # what cannot name a feature is nobody's build
+            found.append(check_feature_name(name.replace("+", "/")))
+    return found
 
 
 def refuse_foreign_directory(path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from featcache.errors import CacheError
+from featcache.paths import typed
 from featcache.store import files
 from featcache.store.layout import COMPRESSORS, canonical_json
 from featcache.store.manifest import MAX_SHARD_SIZE, DatasetSpec, FeatureSpec, Manifest, manifest_from_json
@@ -83,7 +84,7 @@ def open_writer(path: str | os.PathLike[str], *, dataset: DatasetSpec | None = N
         with cache_lock(path):
             existing = known_manifest(path)
     if existing is None:
-        raise CacheError(f"there is no cache at {path}", remedy=f"featcache build --out {path} makes one")
+        raise CacheError(f"there is no cache at {path}", remedy=f"featcache build --out {typed(path)} makes one")
     if dataset is not None:
         require_same_dataset(existing, replace(existing, dataset=dataset), path)
     return _writer(path, existing)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from store_helpers import SHARD_SIZE, build, tokens, tree, values, write_all
+from store_helpers import SHARD_SIZE, base_features, build, tokens, tree, values, write_all
 
 import featcache
 from featcache.errors import CacheError
@@ -19,7 +20,7 @@ from featcache.share.verify import verify
 from featcache.store import files, locks
 from featcache.store.manifest import FeatureSpec, Manifest
 from featcache.store.root import read_root
-from featcache.store.writer import CacheWriter
+from featcache.store.writer import CacheWriter, publish
 from featcache.store.writers import open_writer, repair_writer
 
 OTHER = tokens(provenance={"encoder": "tiny@5", "weights": "1" * 64})
@@ -265,3 +266,65 @@ def test_a_repair_does_not_keep_builders_waiting_while_it_reads(tmp_path: Path, 
     assert len(free) == 4
     assert sorted(rewritten) == ["tiny@5/BLOCKS", "tiny@5/SHA256SUMS", "tiny@5/zarr.json"]
     assert tree(path) == before
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["its folder stays", "its folder goes"])
+@pytest.mark.parametrize("number", [0, 3], ids=["label", "tiny@5"])
+def test_a_build_publishes_without_what_was_removed_meanwhile(tmp_path: Path, number: int, stays: bool) -> None:
+    """Declared and complete when the build began: published again, without checksums, it made the cache unreadable."""
+    path, complete = build(tmp_path / "cache"), base_features()[number]
+    with open_writer(path) as writer:
+        writer.begin([complete, tokens("new@1")])
+        write_all(writer, [tokens("new@1")])
+        for array in complete.arrays if stays else ():
+            (path / array / "a user's own").write_text("mine")
+        manage.remove_features(path, [complete.name])
+        assert complete.name not in writer.finish().features
+    left = {spec.name for spec in base_features()} - {complete.name}
+    assert featcache.open(path).manifest.features.keys() == left | {"new@1"}
+    manage.restore(path)
+    assert complete.name in featcache.open(path).manifest.features
+
+
+def test_a_root_document_that_would_not_open_is_not_published(tmp_path: Path) -> None:
+    path = build(tmp_path / "cache")
+    before = tree(path)
+    manifest = featcache.open(path).manifest
+    with pytest.raises(CacheError, match="checksums must be one for each"):
+        publish(path, replace(manifest, checksums={}, blocks={}), set())
+    assert tree(path) == before
+
+
+def test_who_comes_second_to_remove_a_cache_is_told(tmp_path: Path) -> None:
+    path = build(tmp_path / "cache")
+    held = locks.lock(path / ".featcache" / "lock")
+    said: list[object] = []
+
+    def remove() -> None:
+        try:
+            said.append(manage.remove_cache(path))
+        except CacheError as error:
+            said.append(error)
+
+    threads = [threading.Thread(target=remove) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    held.release()
+    for thread in threads:
+        thread.join(10)
+    (error,) = (one for one in said if isinstance(one, CacheError))
+    assert "was removed meanwhile" in error.what
+    assert not path.exists() and len(trash.entries(trash.folder_trash(tmp_path))) == 1
+
+
+def test_an_odd_folder_among_the_builds_holds_nobody_up(tmp_path: Path) -> None:
+    path = build(tmp_path / "cache")
+    (path / ".featcache" / "building" / "..odd").mkdir(parents=True)
+    info = manage.cache_info(path)
+    assert info.problem is None and info.unfinished == ()
+    with open_writer(path) as writer:
+        writer.begin([tokens("new@1")])
+        write_all(writer, [tokens("new@1")])
+        writer.finish()
+    assert verify(path).ok

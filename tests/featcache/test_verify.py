@@ -551,8 +551,8 @@ def test_verify_as_typed(tmp_path: Path, cli) -> None:
     assert "sound: what had changed" in done.stdout
     done = cli("featcache", "verify", "cache", "--sample", "lots")
     assert (done.returncode, "1%" in done.stderr) == (2, True)
-    done = cli("featcache", "verify", "cache", "--seed", "5")
-    assert done.returncode == 2
+    for odd in (("--seed", "5"), ("--threads", "0"), ("--threads", "-3")):
+        assert cli("featcache", "verify", "cache", *odd).returncode == 2
 
 
 # At a URL
