@@ -140,7 +140,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
     import torch
 
     from featcache.build.lead import lead
-    from featcache.build.pipeline import Meter, encoder_name, run_shards
+    from featcache.build.pipeline import Meter, run_shards
     from featcache.build.prepare import prepare
     from featcache.codecs import encode, numpy_view
     from featcache.machine import pick_device
@@ -169,7 +169,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
 
     rates["encode"] = _rate(lambda: run(work.encoders), device, at_least_s=at_least_s)
     single = {
-        encoder_name(e): _rate(functools.partial(run, [e]), device, at_least_s=at_least_s / 2).images_per_s
+        e.title: _rate(functools.partial(run, [e]), device, at_least_s=at_least_s / 2).images_per_s
         for e in work.encoders
     }
     features = {name: value for name, value in features.items() if name in work.specs}

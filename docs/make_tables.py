@@ -24,7 +24,7 @@ def _rows(title: list[str], rows: list[list[str]]) -> str:
 
 
 def vision_table() -> str:
-    """One line an encoder, as Markdown."""
+    """One line per encoder, as Markdown."""
     title = ["name", "layers", "width", "patch", "trained at", "input at 256 / 512 px", "preparation", "last norm"]
     title += ["weights", "licence", "paper"]
     rows = []
@@ -37,7 +37,7 @@ def vision_table() -> str:
 
 
 def vae_table() -> str:
-    """One line a VAE, as Markdown."""
+    """One line per VAE, as Markdown."""
     title = ["name", "class", "downsampling", "channels", "scale", "posterior", "weights", "licence", "what"]
     rows = []
     for name, entry in VAES.items():
@@ -49,7 +49,7 @@ def vae_table() -> str:
 
 
 def text_table() -> str:
-    """One line a text encoder, as Markdown."""
+    """One line per text encoder, as Markdown."""
     title = ["name", "tokens", "width", "pooled", "layers", "weights and vocabulary", "licence", "paper", "what"]
     rows = []
     for name, entry in TEXTS.items():

@@ -1,6 +1,6 @@
 """featcache: encode an image dataset once, keep the features, check them, share them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["Cache", "Reader", "__version__", "epoch_order", "open"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Late, so that the command line answers at once.
     modules = {"open": "open", "Cache": "reader", "Reader": "reader", "epoch_order": "order"}
     if name not in modules:

@@ -9,9 +9,9 @@ needs scales (suffix `.scale`). Per-sample shapes are `[..., C]`; a "token" is o
 | `fp32` | float32 | 4 | - |
 | `fp16` | float16, saturating at +-65504 | 2 | - |
 | `bf16` | bfloat16 bits in uint16 | 2 | - |
-| `int8` | int8 in [-127, 127] | 1 | float32 a token: max\\|x\\| / 127 |
-| `fp8` | float8 e4m3fn bits in uint8 | 1 | float32 a token: max\\|x\\| / 448 |
-| `int4` | two values a byte, low nibble first, q + 8 | 0.5 | float16 a group of 32: max\\|x\\| / 7 |
+| `int8` | int8 in [-127, 127] | 1 | float32 per token: max\\|x\\| / 127 |
+| `fp8` | float8 e4m3fn bits in uint8 | 1 | float32 per token: max\\|x\\| / 448 |
+| `int4` | two values per byte, low nibble first, q + 8 | 0.5 | float16 per group of 32: max\\|x\\| / 7 |
 
 The symmetric absmax quantisation, the group of 32 and the choice of float32 scales for tokens and float16
 for groups are ours; the papers store nothing.
@@ -40,9 +40,7 @@ def _check_codec(codec: str) -> None:
 
 
 def _scaled(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """`x / scale` and `scale = max|x| / limit` over the last axis; an all-zero vector has scale 0 and stays
-    zero.
-    """
+    """`x / scale` and `scale = max|x| / limit` over the last axis; an all-zero vector has scale 0 and stays zero."""
     scale = x.abs().amax(dim=-1, keepdim=True) / limit
     # A scale that underflows to 0 must not divide; the values are then below 1e-40 and stored as 0.
     return x / torch.where(scale > 0, scale, torch.ones_like(scale)), scale
@@ -77,8 +75,7 @@ def encode(codec: str, x: Tensor) -> dict[str, Tensor]:
         q = q.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
         return {"": q.view(torch.uint8), SCALE_SUFFIX: scale.squeeze(-1)}
     groups = x.unflatten(-1, (-1, INT4_GROUP))  # [B, ..., C / 32, 32]
-    # Quantise with the scale as it is stored (rounded to float16), so that decoding inverts exactly this
-    # step.
+    # Quantise with the scale as it is stored (rounded to float16), so that decoding inverts exactly this step.
     scale = (groups.abs().amax(dim=-1) / 7.0).clamp(max=_FP16_MAX).half()  # [B, ..., C / 32]
     divisor = scale.float().unsqueeze(-1)
     q = groups / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
@@ -110,7 +107,7 @@ def decode(
     if codec == "fp8":
         return (values.view(torch.float8_e4m3fn).float() * scale.unsqueeze(-1)).to(dtype)
     nibbles = torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)  # [B, ..., C]
-    q = nibbles.float().unflatten(-1, (-1, INT4_GROUP)) - 8.0
+    q: Tensor = nibbles.float().unflatten(-1, (-1, INT4_GROUP)) - 8.0
     return (q * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 

@@ -11,10 +11,11 @@ import sys
 import threading
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+import typer
 from rich import console as rich_console
 from rich.markup import escape
 from rich.measure import Measurement
@@ -70,14 +71,15 @@ def print_error(error: UserError) -> None:
 def safe(value: object) -> str:
     """`value` as text that a terminal shows and does not obey: for whatever a file, a manifest or a server says.
 
-    Secrets in URLs are hidden (`featcache.redact`). Rich's markup is escaped; control characters other than newline and tab (so terminal escapes too), and the marks
-    that reorder text, become a visible `\\xNN`, lone surrogates (bytes of file names that are not UTF-8) likewise.
+    Secrets in URLs are hidden (`featcache.redact`). Rich's markup is escaped; control characters other than newline and
+    tab (so terminal escapes too), and the marks that reorder text, become a visible `\\xNN`, lone surrogates (bytes of
+    file names that are not UTF-8) likewise.
     """
     return escape(plain(value))
 
 
 def plain(value: object) -> str:
-    """As :func:`safe`, for places that know no markup, such as questions."""
+    """As `safe`, for places that know no markup, such as questions."""
     return "".join(_visible(character) for character in redact(str(value)))
 
 
@@ -87,14 +89,14 @@ def _visible(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def run_app(app: Any) -> int:
+def run_app(app: Callable[..., int | None]) -> int:
     """Runs a typer application and gives the exit code: whatever goes wrong becomes one paragraph.
 
     0: done. 1: done, and the answer is no (a damaged cache). 2: something the user can put right, a disk that refuses and
     a lack of memory included. 70: a fault of the program. 128 + n: stopped by signal n (130: Ctrl-C), or as if (141: the
     reader of a pipe has left, so that what was to be said or done may not have been).
 
-    With ``FEATCACHE_DEBUG=1`` in the environment, errors are raised as they are (for developers).
+    With `FEATCACHE_DEBUG=1` in the environment, errors are raised as they are (for developers).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Of a name that the terminal's encoding lacks the rest is still shown, as on standard error.
@@ -126,15 +128,13 @@ def _flushed(code: int) -> int:
     return code
 
 
-def _discard(stream: Any) -> None:
+def _discard(stream: TextIO) -> None:
     """What is left to be written to a stream goes nowhere, so that the interpreter does not fail over it at its end."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _run(app: Any) -> int:
-    import typer
-
+def _run(app: Callable[..., int | None]) -> int:
     try:
         refuse_empty(sys.argv[1:])
         _require_folder()
@@ -228,7 +228,7 @@ def _thread_ended(ended: threading.ExceptHookArgs) -> None:
 
 
 def debugging() -> bool:
-    """Whether errors are to be raised as they are: ``FEATCACHE_DEBUG``, or its former name ``FEATCACHE_TRACEBACK``."""
+    """Whether errors are to be raised as they are: `FEATCACHE_DEBUG`, or its former name `FEATCACHE_TRACEBACK`."""
     return any(os.environ.get(name, "") not in ("", "0") for name in ("FEATCACHE_DEBUG", "FEATCACHE_TRACEBACK"))
 
 

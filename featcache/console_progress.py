@@ -39,7 +39,7 @@ class _Task:
         self.began_s = self.moved_s = time.monotonic()
 
     def numbers(self) -> str:
-        """``60/100 images, 12.3 images/s, 0:00:03 left``; the time spent where nothing tells how much is left."""
+        """`60/100 images, 12.3 images/s, 0:00:03 left`; the time spent where nothing tells how much is left."""
         spent_s, moving_s = time.monotonic() - self.began_s, max(self.moved_s - self.began_s, 1e-9)
         rate = (self.done - self.before) / moving_s
         unit = "" if self.unit == "bytes" else f" {self.unit}"
@@ -63,7 +63,7 @@ def _clock(seconds: float) -> str:
 
 
 class RichProgress:
-    """Shows tasks while the context is open (:class:`featcache.progress.Progress`): on a terminal a bar with rate and time
+    """Shows tasks while the context is open (`featcache.progress.Progress`): on a terminal a bar with rate and time
     left, or a spinner; elsewhere a line every ten seconds. Of each task that advanced a line stays."""
 
     def __init__(self) -> None:

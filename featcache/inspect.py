@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,12 @@ from featcache.codecs import decode
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import decode_latents, load_vae
 from featcache.errors import UserError
+from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
-from featcache.sources.open import open_source
+from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage
 from featcache.sources.shapes import recorded_shapes
+from featcache.store import files
 from featcache.store.layout import stored_arrays
 
 THUMB = 128
@@ -26,11 +27,10 @@ HEADER = 34
 MAX_CHANNELS = 1 << 14
 
 
-def source_of(cache: Any, data: str | None) -> Source | None:
-    """The images a cache was made from: regenerated for the embedded set, from ``data`` for a folder; None if unknown.
+def source_of(cache: Cache, data: str | None) -> Source | None:
+    """The images a cache was made from: regenerated for the embedded set, from `data` for a folder; None if unknown.
 
-    Raises:
-        UserError: ``data`` holds other images than the cache.
+    Raises `UserError` if `data` holds other images than the cache.
     """
     dataset = cache.manifest.dataset
     resolution = dataset.resolution
@@ -49,11 +49,20 @@ def source_of(cache: Any, data: str | None) -> Source | None:
     return source
 
 
-def images_of(cache: Any, data: str | None, indices: Sequence[int]) -> np.ndarray:
+def images_at_hand(cache: Cache) -> str | None:
+    """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from; else None."""
+    try:
+        found = find_data(None)
+        source_of(cache, found)
+    except UserError:
+        return None
+    return found
+
+
+def images_of(cache: Cache, data: str | None, indices: Sequence[int]) -> np.ndarray:
     """Pixels uint8 [n, R, R, 3] of some samples: the originals where they are to be had, else decoded latents.
 
-    Raises:
-        UserError: neither the images nor the VAE's weights are here.
+    Raises `UserError` if neither the images nor the VAE's weights are here.
     """
     dataset = cache.manifest.dataset
     source = source_of(cache, data)
@@ -67,7 +76,7 @@ def images_of(cache: Any, data: str | None, indices: Sequence[int]) -> np.ndarra
     return _decoded(cache, indices)
 
 
-def _decoded(cache: Any, indices: Sequence[int]) -> np.ndarray:
+def _decoded(cache: Cache, indices: Sequence[int]) -> np.ndarray:
     cache.require(["vae/moments"])
     dataset, spec = cache.manifest.dataset, cache.manifest.features["vae/moments"]
     if dataset.vae is None:
@@ -82,7 +91,7 @@ def _decoded(cache: Any, indices: Sequence[int]) -> np.ndarray:
     return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def read_feature(cache: Any, name: str, indices: Sequence[int]) -> np.ndarray:
+def read_feature(cache: Cache, name: str, indices: Sequence[int]) -> np.ndarray:
     """One decoded feature of some samples, float32 [n, *shape] (view 0 of flipped caches)."""
     spec = cache.manifest.features[name]
     with cache.reader([name], single_view=True) as reader:
@@ -106,7 +115,7 @@ def pca_rgb(tokens: np.ndarray) -> np.ndarray:
     top = top * np.sign(top[np.abs(top).argmax(axis=0), np.arange(top.shape[1])])
     scores = flat @ top
     low, high = np.percentile(scores, [1, 99], axis=0)
-    colours = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
+    colours: np.ndarray = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
     side = round(T**0.5)
     return (colours * 255).round().astype(np.uint8).reshape(n, side, side, 3)
 
@@ -118,7 +127,7 @@ def _has_tokens(name: str, shape: tuple[int, ...]) -> bool:
     return round(shape[-2] ** 0.5) ** 2 == shape[-2] and 3 <= shape[-1] <= MAX_CHANNELS
 
 
-def contact_sheet(cache: Any, *, data: str | None = None, count: int = 6) -> Image.Image:
+def contact_sheet(cache: Cache, *, data: str | None = None, count: int = 6) -> Image.Image:
     """Rows: samples; columns: the image, then PCA-RGB of each cached layer (levels layer by layer, then tokens)."""
     indices = list(range(min(count, len(cache))))
     if not indices:
@@ -162,10 +171,8 @@ def contact_sheet(cache: Any, *, data: str | None = None, count: int = 6) -> Ima
     return sheet
 
 
-def save_sheet(cache: Any, out: Path, *, data: str | None = None, count: int = 6) -> None:
-    """:func:`contact_sheet` into a picture file, whole or not at all; folders are made as needed."""
-    from featcache.store import files
-
+def save_sheet(cache: Cache, out: Path, *, data: str | None = None, count: int = 6) -> None:
+    """`contact_sheet` into a picture file, whole or not at all; folders are made as needed."""
     sheet = contact_sheet(cache, data=data, count=count)
     files.make_directory(out.parent)
     with files.atomic_file(out, durable=False) as file:

@@ -29,7 +29,7 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
     A package that is not installed has the version None.
     """
-    import torch
+    import torch  # late here and below: the command lines load this module at once
 
     def installed(package: str) -> str | None:
         try:
@@ -50,10 +50,9 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
 
 def pick_device(device: str) -> str:
-    """``auto`` => ``cuda`` where there is one, else ``cpu``.
+    """`auto` => `cuda` where there is one, else `cpu`.
 
-    Raises:
-        UserError: the device does not exist here.
+    Raises `UserError` if the device does not exist here.
     """
     import torch
 

@@ -35,8 +35,7 @@ def user_cache(variable: str) -> Path:
 
     variable: one that names another place, for the remedy.
 
-    Raises:
-        UserError: nobody knows the user's home.
+    Raises `UserError` if nobody knows the user's home.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
@@ -73,8 +72,7 @@ def check_output(path: Path, endings: Sequence[str], *, example: str) -> Path:
         endings: of which the name must have one, such as `.html`.
         example: a file name for the remedy.
 
-    Raises:
-        UserError: a folder, a device, a pipe, or a name with another ending.
+    Raises `UserError` for a folder, a device, a pipe, or a name with another ending.
     """
     try:
         found = path.stat().st_mode if path.exists() else None

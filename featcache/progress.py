@@ -9,11 +9,11 @@ class Progress(Protocol):
     """Who is told how far a piece of work is: one task after another. Any thread may call it."""
 
     def begin(self, name: str, total: int | None, *, done: int = 0, unit: str = "images") -> None:
-        """A new task of ``total`` units (None: nobody knows), of which ``done`` were done before and tell nothing of the
-        rate. ``bytes`` are a unit that is shown as sizes."""
+        """A new task of `total` units (None: nobody knows), of which `done` were done before and tell nothing of the
+        rate. `bytes` are a unit that is shown as sizes."""
 
     def update(self, count: int, text: str = "") -> None:
-        """``count`` more units are done. ``text``: the latest numbers, shown beside the bar until there are newer ones;
+        """`count` more units are done. `text`: the latest numbers, shown beside the bar until there are newer ones;
         lines after its first one stand below."""
 
     def note(self, text: str) -> None:

@@ -24,7 +24,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, dataclass_transform, overload
 
 import pydantic
 import typer
@@ -33,8 +33,11 @@ from pydantic import Field
 from featcache.errors import UserError
 from featcache.paths import on_this_machine
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound="DataclassInstance")
 
 Given = dict[str, Any]
 """What was typed of a command's options: name of the field -> value. Options that were not typed are absent."""
@@ -44,12 +47,12 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def number(value: object) -> object:
-    """``1e-4``, which YAML 1.1 takes for text, as the number it looks like; anything else as it is."""
+    """`1e-4`, which YAML 1.1 takes for text, as the number it looks like; anything else as it is."""
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _whole(value: object) -> object:
-    """``4e5``, which is how people write it, as the whole number it is."""
+    """`4e5`, which is how people write it, as the whole number it is."""
     value = number(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -62,7 +65,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), pydantic.BeforeVal
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), pydantic.BeforeValidator(number)]
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
     if len(set(values)) != len(values):
         raise ValueError("it names something twice")
     return values
@@ -76,17 +79,17 @@ Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """How a field appears on a command line. Without one, a field is no option (``--set`` may reach it still).
+    """How a field appears on a command line. Without one, a field is no option (`--set` may reach it still).
 
-    help: one sentence; the default is added to it unless the sentence tells one. flag: if it is not ``--`` and the
+    help: one sentence; the default is added to it unless the sentence tells one. flag: if it is not `--` and the
     field's name. typed, parse: what is typed, where that is not the field's own type, and the function that turns it
     into the field's value.
     """
 
     help: str
     flag: str | None = None
-    typed: Any = None
-    parse: Callable[[Any], Any] | None = None
+    typed: object = None
+    parse: Callable[[Any], object] | None = None
 
 
 @overload
@@ -101,7 +104,7 @@ def settings(*, where: str) -> Callable[[type[T]], type[T]]: ...
 def settings(cls: type[T] | None = None, /, *, where: str = "") -> type[T] | Callable[[type[T]], type[T]]:
     """A frozen, keyword-only dataclass whose fields are validated; what is wrong is a `UserError`.
 
-    where: goes before the fields' names in errors (``ahpa``: "ahpa.head = ...").
+    where: goes before the fields' names in errors (`ahpa`: "ahpa.head = ...").
     """
     if cls is None:
         return functools.partial(_settings, where=f"{where}.")
@@ -114,22 +117,22 @@ def _settings(cls: type[T], *, where: str) -> type[T]:
     validate = made.__init__
 
     @functools.wraps(validate)
-    def __init__(self: Any, **values: Any) -> None:
+    def __init__(self: object, **values: object) -> None:
         try:
             validate(self, **values)
         except pydantic.ValidationError as error:
             raise _explain(error, type(self), lambda name: where + name) from error
 
-    made.__init__ = __init__  # type: ignore[method-assign]
+    made.__init__ = __init__  # type: ignore[method-assign]  # what pydantic made, wrapped
     return typing.cast("type[T]", made)
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """An instance of a class of settings from plain values; ``where`` goes before the fields' names in errors.
+def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "") -> T:
+    """An instance of a class of settings from plain values; `where` goes before the fields' names in errors.
 
-    Raises:
-        UserError: an unknown key (with the nearest valid one), or a value that does not fit.
+    Raises `UserError` for an unknown key (with the nearest valid one), or a value that does not fit.
     """
+    # Also for classes that are known by a protocol alone, which does not say that they are dataclasses.
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for key in values:
@@ -146,11 +149,10 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "") ->
         raise
 
 
-def from_typed(cls: type[T], given: Given, **others: Any) -> T:
-    """Settings from what was typed (and ``others``, which were not); errors name the options.
+def from_typed(cls: type[S], given: Given, **others: object) -> S:
+    """Settings from what was typed (and `others`, which were not); errors name the options.
 
-    Raises:
-        UserError: a value that does not fit.
+    Raises `UserError` for a value that does not fit.
     """
     try:
         return cls(**given, **others)
@@ -161,12 +163,12 @@ def from_typed(cls: type[T], given: Given, **others: Any) -> T:
         raise
 
 
-def to_mapping(instance: Any) -> dict[str, Any]:
+def to_mapping(instance: DataclassInstance) -> dict[str, Any]:
     """Plain values of settings, such as YAML holds and `from_mapping` reads back: lists, mappings, strings, numbers."""
     return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_mapping(value)
     if isinstance(value, Mapping):
@@ -177,13 +179,13 @@ def _plain(value: Any) -> Any:
 
 
 def suggest(value: object, choices: Collection[str]) -> str:
-    """``"Did you mean 'x'? "`` for a near miss, else an empty string."""
+    """`"Did you mean 'x'? "` for a near miss, else an empty string."""
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
 def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], str]) -> UserError:
-    """The first problem in our words: which field (as it is ``shown``), what it is, what it must be."""
+    """The first problem in our words: which field (as it is `shown`), what it is, what it must be."""
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0])
     name, value, context = shown(field), problem["input"], problem.get("ctx", {})
@@ -239,15 +241,15 @@ _EXAMPLES = {
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def _hint(cls: type, name: str) -> Any:
+def _hint(cls: type, name: str) -> object:
     return _hints(cls)[name]
 
 
-def _bare(hint: Any) -> Any:
+def _bare(hint: object) -> object:
     """A type without `Annotated` and without `None`."""
     while typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
@@ -257,14 +259,14 @@ def _bare(hint: Any) -> Any:
     return hint
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def _choices(hint: object) -> tuple[object, ...]:
     bare = _bare(hint)
     if typing.get_origin(bare) is tuple:
         bare = _bare(typing.get_args(bare)[0])
     return typing.get_args(bare) if typing.get_origin(bare) is Literal else ()
 
 
-def options_of(cls: type) -> dict[str, Option]:
+def options_of(cls: type[DataclassInstance]) -> dict[str, Option]:
     """Field -> option of a class of settings, in the order of declaration."""
     found = {}
     for field in dataclasses.fields(cls):
@@ -276,13 +278,15 @@ def options_of(cls: type) -> dict[str, Option]:
     return found
 
 
-def takes(*classes: type, but: Collection[str] = ()) -> Callable[[F], Callable[..., Any]]:
-    """Gives a command the options of classes of settings (all ``but`` some); its parameter ``given`` receives them.
+def takes(
+    *classes: type[DataclassInstance], but: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of classes of settings (all `but` some); its parameter `given` receives them.
 
     The command's own further parameters stay as they are, after those of the settings.
     """
 
-    def decorate(function: F) -> Callable[..., Any]:
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
         fields = {name: (cls, option) for cls in classes for name, option in options_of(cls).items() if name not in but}
         own = inspect.signature(function, eval_str=True).parameters
         arguments = [p for n, p in own.items() if n != "given" and p.default is inspect.Parameter.empty]
@@ -290,17 +294,17 @@ def takes(*classes: type, but: Collection[str] = ()) -> Callable[[F], Callable[.
         derived = [_parameter(cls, name, option) for name, (cls, option) in fields.items()]
 
         @functools.wraps(function)
-        def command(**values: Any) -> Any:
+        def command(**values: object) -> None:
             typed = {name: values.pop(name) for name in fields}
             given = {
                 name: option.parse(typed[name]) if option.parse else typed[name]
                 for name, (_, option) in fields.items()
                 if typed[name] is not None and typed[name] != []
             }
-            return function(given=given, **values)
+            function(given=given, **values)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*arguments, *derived, *others)]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # where typer looks
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         del command.__wrapped__
         return command
@@ -308,8 +312,8 @@ def takes(*classes: type, but: Collection[str] = ()) -> Callable[[F], Callable[.
     return decorate
 
 
-def _parameter(cls: type, name: str, option: Option) -> inspect.Parameter:
-    """The parameter from which typer makes the option: None, and so absent from ``given``, unless it is typed."""
+def _parameter(cls: type[DataclassInstance], name: str, option: Option) -> inspect.Parameter:
+    """The parameter from which typer makes the option: None, and so absent from `given`, unless it is typed."""
     field = next(field for field in dataclasses.fields(cls) if field.name == name)
     bare = _bare(_hint(cls, name))
     typed = option.typed or (str if _choices(bare) else bare)
@@ -318,12 +322,12 @@ def _parameter(cls: type, name: str, option: Option) -> inspect.Parameter:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     # Square brackets would be markup, and vanish.
     help_ = (option.help + _shown_default(field, option.help)).replace("[", r"\[")
-    annotation = Annotated[typed | None, typer.Option(flag, help=help_, show_default=False)]  # type: ignore[valid-type]
+    annotation = Annotated[typed | None, typer.Option(flag, help=help_, show_default=False)]  # type: ignore[valid-type]  # a type made here
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def flag_of(cls: type, name: str) -> str:
-    """``--batch-size`` of the field ``batch_size``."""
+def flag_of(cls: type[DataclassInstance], name: str) -> str:
+    """`--batch-size` of the field `batch_size`."""
     return _flag(name, options_of(cls)[name]).partition("/")[0]
 
 

@@ -7,24 +7,24 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from rich.table import Table
 
 from featcache.build.fidelity import distance, fidelity
-from featcache.build.pipeline import encoder_name
-from featcache.build.prepare import SAMPLE_FEATURES, check_request, free_bytes, prepare, room_for
+from featcache.build.prepare import check_request, free_bytes, prepare, room_for
 from featcache.build.request import BuildRequest
 from featcache.codecs import encode
 from featcache.console import console, safe, size_text
-from featcache.encoders.base import in_precision, synchronise
+from featcache.encoders.base import Network, in_precision, synchronise
+from featcache.encoders.text import Tokens
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.precision import PRECISIONS
 from featcache.store.layout import CODECS
-from featcache.store.manifest import FeatureSpec, spec_bytes
+from featcache.store.manifest import SAMPLE_FEATURES, FeatureSpec
 
 PROBE_IMAGES = 2  # for the encoders' rate, after one warm-up of the same size
 
@@ -34,8 +34,8 @@ class Estimate:
     """One planned build.
 
     specs: features to be made. count: images. free_bytes: on the disk that the cache would lie on. rates: stage ->
-    images/s on this machine, measured. fidelity: feature -> codec -> figures of :func:`featcache.build.fidelity.fidelity`.
-    precision: feature -> precision -> figures of :func:`featcache.build.fidelity.distance` from fp32. precision_rates: encoder
+    images/s on this machine, measured. fidelity: feature -> codec -> figures of `featcache.build.fidelity.fidelity`.
+    precision: feature -> precision -> figures of `featcache.build.fidelity.distance` from fp32. precision_rates: encoder
     -> precision -> images/s.
     """
 
@@ -51,7 +51,7 @@ class Estimate:
 
     @property
     def bytes_per_image(self) -> int:
-        return sum(spec_bytes(spec) for spec in self.specs)
+        return sum(spec.bytes_per_sample for spec in self.specs)
 
     @property
     def seconds(self) -> float:
@@ -64,13 +64,13 @@ class Estimate:
 
 
 def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
-    """Plans a build. Rates come from a few probe images; with ``measure`` > 0 from so many real ones, which also give
+    """Plans a build. Rates come from a few probe images; with `measure` > 0 from so many real ones, which also give
     each codec's fidelity and each precision's error and rate.
 
-    Without ``measure`` the encoders run with random weights where real ones are not to be had: sizes and speed are the same.
+    Without `measure` the encoders run with random weights where real ones are not to be had: sizes and speed
+    are the same.
 
-    Raises:
-        UserError: bad input of any kind, as for a build.
+    Raises `UserError` for bad input of any kind, as a build does.
     """
     check_request(request)
     seed = request.random_weights
@@ -89,35 +89,27 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
         pixels = np.random.default_rng(0).integers(0, 256, (len(chosen), R, R, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(work.device)
     batches = _equal_batches(images, request.batch_size)
-    runs = [
-        _Run(name=encoder_name(e), encoder=e, inputs=batches, computed=sum(map(len, batches)), images=len(images))
-        for e in work.encoders
+    runs: list[_Run[torch.Tensor] | _Run[Tokens]] = [
+        _Run(encoder=e, inputs=batches, computed=sum(map(len, batches)), images=len(images)) for e in work.encoders
     ]
     if work.captions is not None:
         captions = [work.captions.of(i) for i in chosen]
         runs += [
-            _Run(
-                name=encoder_name(e),
-                encoder=e,
-                inputs=[e.tokenise(captions)],
-                computed=len(chosen),
-                images=len(chosen),
-            )
-            for e in work.texts
+            _Run(encoder=e, inputs=[e.tokenise(captions)], computed=len(chosen), images=len(chosen)) for e in work.texts
         ]
     features: dict[str, torch.Tensor] = {}
     precision: dict[str, dict[str, dict[str, float]]] = {}
     precision_rates: dict[str, dict[str, float]] = {}
     for run in runs:
-        made, rates[f"encode {run.name}"] = run.timed(run.encoder)
+        made, rates[f"encode {run.encoder.title}"] = run.timed()
         made = {name: feature for name, feature in made.items() if name in work.specs}
         features |= made
         if not measure:
             continue
         exact: dict[str, torch.Tensor] = {}
         for kind in PRECISIONS:
-            other, rate = run.timed(in_precision(run.encoder, kind))
-            precision_rates.setdefault(run.name, {})[kind] = rate
+            other, rate = run.timed(kind)
+            precision_rates.setdefault(run.encoder.title, {})[kind] = rate
             exact = exact or other
             for name in made:
                 precision.setdefault(name, {})[kind] = distance(exact[name], other[name])
@@ -142,22 +134,26 @@ def _equal_batches(images: torch.Tensor, size: int) -> Sequence[torch.Tensor]:
     """Images [n, ...] in batches of one size, the last one filled up with the first of them: a compiled network would
     be compiled again for a shorter one, and timed with it."""
     size = min(size, len(images))
-    return torch.cat([images, images[: -len(images) % size]]).split(size)
+    batches: tuple[torch.Tensor, ...] = torch.cat([images, images[: -len(images) % size]]).split(size)
+    return batches
+
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
-    """An encoder and what it is given: inputs one call each, of ``computed`` images together, of which the first
-    ``images`` count as features."""
+class _Run(Generic[Batch]):
+    """An encoder and what it is given: inputs one call each, of `computed` images together, of which the first
+    `images` count as features."""
 
-    name: str
-    encoder: Any
-    inputs: Sequence[Any]
+    encoder: Network[Batch]
+    inputs: Sequence[Batch]
     computed: int
     images: int
 
-    def timed(self, encoder: Any) -> tuple[dict[str, torch.Tensor], float]:
+    def timed(self, precision: str | None = None) -> tuple[dict[str, torch.Tensor], float]:
         """Features on the CPU, float32, and images/s, after one call that does not count (kernels, compilation)."""
+        encoder = self.encoder if precision is None else in_precision(self.encoder, precision)
         encoder(self.inputs[0])
         synchronise(encoder.compute.device)
         start = time.perf_counter()
@@ -183,9 +179,9 @@ def _figure(value: float, form: str) -> str:
 
 
 def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bool) -> None:
-    """The table that ``featcache plan`` shows."""
+    """The table that `featcache plan` shows."""
 
-    def table(*titles: str) -> Any:
+    def table(*titles: str) -> Table:
         made = Table(box=None, pad_edge=False, header_style="bold")
         for i, title in enumerate(titles):
             made.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
@@ -193,12 +189,11 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
 
     sizes = table("feature", "shape", "codec", "per image", "total")
     for spec in plan.specs:
-        shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
-        one = spec_bytes(spec)
+        one = spec.bytes_per_sample
         sizes.add_row(
             safe(spec.name),
-            shape,
-            spec.codec if spec.codec != "raw" else spec.dtype,
+            spec.shape_text,
+            spec.stored_as,
             size_text(one),
             size_text(one * plan.count),
         )
@@ -206,7 +201,7 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     sizes.add_row("[bold]all[/bold]", "", "", size_text(plan.bytes_per_image), f"[bold]{size_text(total)}[/bold]")
     console.print_table(sizes)
     views = max(spec.views for spec in plan.specs)
-    read = sum(spec_bytes(spec) // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
+    read = sum(spec.bytes_per_sample // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
     console.print(
         f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {read * steps_per_s * batch / 1e9:.3g} GB/s"
         + (" (one of the two views)" if views > 1 else "")

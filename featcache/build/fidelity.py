@@ -12,13 +12,12 @@ from featcache.store.layout import sample_bytes, stored_arrays
 
 
 def fidelity(codec: str, x: Tensor) -> dict[str, float]:
-    """Figures of one codec on features ``x`` [B, *shape] float32.
+    """Figures of one codec on features `x` [B, *shape] float32.
 
     A token is one vector over the last axis. Cosine is the mean and the worst over tokens that are not zero; relative
     error is the root of the summed squared error over the summed squares.
 
-    Raises:
-        UserError: the codec cannot hold features of this shape.
+    Raises `UserError` if the codec cannot hold features of this shape.
     """
     shape = tuple(x.shape[1:])
     stored = stored_arrays(codec, shape)
@@ -29,9 +28,9 @@ def fidelity(codec: str, x: Tensor) -> dict[str, float]:
 
 
 def distance(x: Tensor, y: Tensor) -> dict[str, float]:
-    """How far features ``y`` are from ``x``, both [B, *shape]: cosines of tokens and the relative error.
+    """How far features `y` are from `x`, both [B, *shape]: cosines of tokens and the relative error.
 
-    As for :func:`fidelity`; tokens that are zero in ``x`` count for the relative error alone. Where all of them are, as
+    As for `fidelity`; tokens that are zero in `x` count for the relative error alone. Where all of them are, as
     those of images without captions, every figure is NaN: there is nothing to compare.
     """
     y = y.double().flatten(0, -2)

@@ -32,9 +32,8 @@ class BuildResult:
 def lead(plan: Plan) -> CacheWriter:
     """The writer that holds the features' locks until it finishes them, with enough room on the disk.
 
-    Raises:
-        CacheError: the cache is of other images, or somebody else builds one of the features.
-        UserError: the disk is too small.
+    Raises `CacheError` if the cache is of other images or somebody else builds one of the features; `UserError` if the
+    disk is too small.
     """
     if plan.existing is not None:
         writer = open_writer(plan.path)

@@ -16,12 +16,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from featcache.codecs import encode
+from featcache.encoders.base import Encoder
+from featcache.encoders.text import TextEncoder, Tokens
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes, printable
 from featcache.progress import Progress
@@ -33,6 +36,7 @@ from featcache.store.manifest import FeatureSpec
 
 BATCHES_AHEAD = 3
 SHARDS_IN_MEMORY = 2
+_Loaded = tuple[int, float] | BadImage
 _Arrays = dict[str, dict[str, np.ndarray]]  # feature -> suffix -> [n, (views), *stored shape]
 
 
@@ -50,10 +54,10 @@ class ShardWriter(Protocol):
 class Work:
     """What is to be encoded and how, the same in every worker.
 
-    order: slot -> index in the source, int64. specs: features to write. encoders: those with a wanted feature.
-    holes: keys of images that an existing cache lacks. known: content hashes of an existing cache by slot, uint64, or
-    None. skip_bad: leave unreadable images out instead of raising. texts: text encoders with a wanted feature, which read
-    the first ``captions_per_image`` of ``captions``.
+    order: slot -> index in the source, int64. specs: features to write. encoders: those with a wanted feature. holes:
+    keys of images that an existing cache lacks. known: content hashes of an existing cache by slot, uint64, or None.
+    skip_bad: leave unreadable images out instead of raising. texts: text encoders with a wanted feature, which read the
+    first `captions_per_image` of `captions`.
     """
 
     source: Source
@@ -62,7 +66,7 @@ class Work:
     shard_size: int
     batch_size: int
     specs: Mapping[str, FeatureSpec]
-    encoders: Sequence[Any]
+    encoders: Sequence[Encoder]
     device: str
     pad_batches: bool = False
     decoder: str = "pil"
@@ -71,7 +75,7 @@ class Work:
     holes: frozenset[str] = frozenset()
     known: np.ndarray | None = None
     threads: int = 1
-    texts: Sequence[Any] = ()
+    texts: Sequence[TextEncoder] = ()
     captions: Captions | None = None
     captions_per_image: int = 0
 
@@ -86,7 +90,7 @@ class Work:
 
 @dataclass
 class Stage:
-    """Busy time of one stage, added up over ``lanes`` parallel lanes."""
+    """Busy time of one stage, added up over `lanes` parallel lanes."""
 
     lanes: int = 1
     busy_s: float = 0.0
@@ -105,7 +109,7 @@ class Meter:
     stages: dict[str, Stage] = field(default_factory=dict)
 
     def add(self, stage: str, seconds: float, images: int, *, lanes: int = 1) -> None:
-        """Counts ``seconds`` in which one lane of ``stage`` did ``images`` images; ``lanes`` counts at the first call."""
+        """Counts `seconds` in which one lane of `stage` did `images` images; `lanes` counts at the first call."""
         entry = self.stages.setdefault(stage, Stage(lanes=lanes))
         entry.busy_s += seconds
         entry.images += images
@@ -138,15 +142,15 @@ def run_shards(
     meter: Meter,
     progress: Progress,
 ) -> list[int]:
-    """Encodes and writes ``shards``, in order; they are durable when it returns. Returns them.
+    """Encodes and writes `shards`, in order; they are durable when it returns. Returns them.
 
     Args:
         shards: taken one by one, a few batches before they are encoded: an iterator may decide late.
         progress: advances with every encoded batch; of every image left out there is a note.
 
-    Raises:
-        UserError: an image that cannot be decoded, unless bad ones are left out; features that are not finite.
-        CacheError: an image whose bytes are not those an existing cache was built from; a disk that refuses.
+    Raises `UserError` for an image that cannot be decoded (unless bad ones are left out) and for features that
+    are not finite; `CacheError` for an image whose bytes are not those an existing cache was built from, and
+    where the disk refuses.
     """
     done: list[int] = []
     with ThreadPoolExecutor(work.threads) as pool, ThreadPoolExecutor(1) as disk:
@@ -193,10 +197,10 @@ class _Buffers:
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
-        self._free: dict[tuple[int, ...], list[Any]] = {}
+        self._free: dict[tuple[int, ...], list[Tensor]] = {}
 
-    def take(self, *shape: int) -> Any:
-        """A tensor, uint8 of ``shape``, with anything in it."""
+    def take(self, *shape: int) -> Tensor:
+        """A tensor, uint8 of `shape`, with anything in it."""
         if self._pinned:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         try:
@@ -204,7 +208,7 @@ class _Buffers:
         except (KeyError, IndexError):
             return torch.empty(shape, dtype=torch.uint8)
 
-    def give(self, tensor: Any) -> None:
+    def give(self, tensor: Tensor) -> None:
         """Hands a tensor back. From any thread."""
         if not self._pinned:
             self._free.setdefault(tuple(tensor.shape), []).append(tensor)
@@ -212,13 +216,15 @@ class _Buffers:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
+    """Slots of one shard. pixels: uint8 [n, R, R, 3], pinned where there is a GPU, zeros where bad; None: not needed."""
+
     shard: int
     slots: np.ndarray
-    pixels: Any  # torch uint8 [n, R, R, 3], pinned where there is a GPU; zeros where bad; None where none are needed
+    pixels: Tensor | None
     content: np.ndarray  # uint64 [n]
     bad: list[tuple[int, str, str]]  # slot, key, reason
     counts: np.ndarray  # int32 [n], captions of each image
-    tokens: list[Any]  # one featcache.encoders.text.Tokens for each of the work's text encoders
+    tokens: list[Tokens]  # one for each of the work's text encoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,12 +233,12 @@ class _Ahead:
 
     shard: int
     slots: np.ndarray
-    pixels: Any
-    images: list[Future[Any]]
-    texts: Future[tuple[np.ndarray, list[Any], float]] | None
+    pixels: Tensor | None
+    images: list[Future[_Loaded]]
+    texts: Future[tuple[np.ndarray, list[Tokens], float]] | None
 
 
-def _load(work: Work, slot: int, pixels: np.ndarray) -> tuple[int, float] | BadImage:
+def _load(work: Work, slot: int, pixels: np.ndarray) -> _Loaded:
     """A slot's pixels; the hash of what was read and the seconds that took, or what is wrong with it."""
     start = time.perf_counter()
     index = int(work.order[slot])
@@ -247,7 +253,7 @@ def _load(work: Work, slot: int, pixels: np.ndarray) -> tuple[int, float] | BadI
     return content, time.perf_counter() - start
 
 
-def _read_texts(work: Work, slots: np.ndarray) -> tuple[np.ndarray, list[Any], float]:
+def _read_texts(work: Work, slots: np.ndarray) -> tuple[np.ndarray, list[Tokens], float]:
     """Captions of each slot, counted; their tokens by encoder; the seconds that took."""
     assert work.captions is not None
     start = time.perf_counter()
@@ -268,11 +274,12 @@ def _collect(work: Work, ahead: _Ahead, meter: Meter, lanes: int) -> _Batch:
         loaded = future.result()
         if isinstance(loaded, BadImage):
             bad.append((int(slot), loaded.key, loaded.reason))
+            assert ahead.pixels is not None
             ahead.pixels[i] = 0
         else:
             content[i], seconds = loaded
             meter.add("decode", seconds, 1, lanes=lanes)
-    counts, tokens = np.zeros(n, np.int32), list[Any]()
+    counts, tokens = np.zeros(n, np.int32), list[Tokens]()
     if ahead.texts is not None:
         counts, tokens, seconds = ahead.texts.result()
         meter.add("tokenise", seconds, n, lanes=lanes)
@@ -301,7 +308,7 @@ def _decoded(
                 yield shard, slots[first : first + work.batch_size]
 
     def submit(shard: int, slots: np.ndarray) -> _Ahead:
-        pixels, images = None, list[Future[Any]]()
+        pixels, images = None, list[Future[_Loaded]]()
         if work.needs_images:
             pixels = buffers.take(len(slots), R, R, 3)
             rows = pixels.numpy()
@@ -321,8 +328,10 @@ def _decoded(
                 yield _collect(work, waiting.popleft(), meter, lanes)
         finally:
             for ahead in waiting:
-                for future in (*ahead.images, *([ahead.texts] if ahead.texts is not None else [])):
-                    future.cancel()
+                for image in ahead.images:
+                    image.cancel()
+                if ahead.texts is not None:
+                    ahead.texts.cancel()
 
     return batches()
 
@@ -346,7 +355,7 @@ class _Part:
         self.buffers = buffers
         self.work, self.shard, self.count, self.filled = work, shard, count, 0
         self.bad: list[tuple[int, str, str]] = []
-        self.bytes: dict[tuple[str, str], Any] = {}  # torch uint8 [n, bytes of a sample]
+        self.bytes: dict[tuple[str, str], Tensor] = {}  # uint8 [n, bytes of a sample]
         self.arrays: _Arrays = {}
         for name, spec in work.specs.items():
             self.arrays[name] = {}
@@ -395,28 +404,29 @@ class _Device:
     def __init__(self, work: Work, meter: Meter) -> None:
         self.work, self.meter = work, meter
         self.clock: _CpuClock | _GpuClock = _GpuClock(meter) if work.device.startswith("cuda") else _CpuClock(meter)
-        self._finite: dict[str, Any] = {}
+        self._finite: dict[str, Tensor] = {}
         self._images = 0
 
     def encode(self, batch: _Batch, part: _Part) -> None:
-        """Encodes a batch into rows of ``part``; on a GPU they arrive later (see :meth:`finisher`)."""
+        """Encodes a batch into rows of `part`; on a GPU they arrive later (see `finisher`)."""
         n = len(batch.slots)
         first = int(batch.slots[0])
         bad = [slot - first for slot, _, _ in batch.bad]
         rows = slice(part.filled, part.filled + n)
         self.clock.begin()
-        self._images = n  # of the quantising and copying stages: once a batch, however many features
+        self._images = n  # of the quantising and copying stages: once per batch, however many features
         if self.work.encoders:
             self._encode_images(batch, part, rows, bad)
         for encoder, tokens in zip(self.work.texts, batch.tokens):
             made = encoder(tokens)
-            self.clock.mark(f"encode {encoder_name(encoder)}", n)
+            self.clock.mark(f"encode {encoder.title}", n)
             for name, value in made.items():
                 if name in self.work.specs:
                     self._store(name, [value], part, rows, bad)
 
     def _encode_images(self, batch: _Batch, part: _Part, rows: slice, bad: list[int]) -> None:
         work, n = self.work, len(batch.slots)
+        assert batch.pixels is not None
         pixels = batch.pixels.to(work.device, non_blocking=True).permute(0, 3, 1, 2)  # [n, 3, R, R]
         if work.pad_batches and n < work.batch_size:
             # A compiled encoder knows one batch size; compiling it anew for the last batch of a shard would cost more.
@@ -425,14 +435,14 @@ class _Device:
         self.clock.mark("upload", n)
         for encoder in work.encoders:
             views = [encoder(pixels.flip(-1) if mirrored else pixels) for mirrored in ((0, 1) if work.flip else (0,))]
-            self.clock.mark(f"encode {encoder_name(encoder)}", n)
+            self.clock.mark(f"encode {encoder.title}", n)
             for name in views[0]:
                 if name in work.specs:
                     self._store(name, [view[name][:n] for view in views], part, rows, bad)
 
-    def _store(self, name: str, views: list[Any], part: _Part, rows: slice, bad: list[int]) -> None:
+    def _store(self, name: str, views: list[Tensor], part: _Part, rows: slice, bad: list[int]) -> None:
         """Quantises one feature of a batch, view by view, and sends it to its rows."""
-        stored: dict[str, list[Any]] = {}
+        stored: dict[str, list[Tensor]] = {}
         for view in views:
             for suffix, tensor in self._quantised(name, view, bad).items():
                 stored.setdefault(suffix, []).append(tensor)
@@ -444,7 +454,7 @@ class _Device:
         self.clock.mark("copy", self._images)
         self._images = 0
 
-    def _quantised(self, name: str, feature: Any, bad: list[int]) -> dict[str, Any]:
+    def _quantised(self, name: str, feature: Tensor, bad: list[int]) -> dict[str, Tensor]:
         stored = encode(self.work.specs[name].codec, feature)
         if bad:
             stored = {suffix: tensor.clone() for suffix, tensor in stored.items()}
@@ -471,13 +481,6 @@ class _Device:
         return finish
 
 
-def encoder_name(encoder: Any) -> str:
-    """What a stage of the build calls an encoder."""
-    if hasattr(encoder, "info"):
-        return f"vae {encoder.info['name']}"
-    return f"text {encoder.name}" if hasattr(encoder, "tokenise") else encoder.name
-
-
 class _CpuClock:
     def __init__(self, meter: Meter) -> None:
         self._meter, self._last = meter, 0.0
@@ -495,13 +498,13 @@ class _CpuClock:
 
 
 class _GpuClock:
-    """Marks are CUDA events; their differences are read once a shard, when they have passed."""
+    """Marks are CUDA events; their differences are read once per shard, when they have passed."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._events: list[tuple[str, int, Any]] = []
+        self._events: list[tuple[str, int, torch.cuda.Event]] = []
 
-    def _event(self) -> Any:
+    def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -26,6 +26,7 @@ from featcache.encoders.vae import LEVELS, VaeEncoder
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.keys import from_printable, key_bytes
+from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.captions import Captions, open_captions
 from featcache.sources.decoders import check_decoder
@@ -33,7 +34,7 @@ from featcache.sources.open import open_source
 from featcache.sources.pixels import CROP_NAME
 from featcache.sources.shapes import recorded_shapes
 from featcache.store.layout import recommended_shard_size
-from featcache.store.manifest import DatasetSpec, FeatureSpec, spec_bytes
+from featcache.store.manifest import SAMPLE_FEATURES, DatasetSpec, FeatureSpec
 
 RESERVE_BYTES = 256 << 20  # free space to leave on the disk, of small caches as much as they take
 KEY_ALIGN = 8
@@ -50,29 +51,27 @@ class Plan:
     path: Path
     dataset: DatasetSpec
     specs: tuple[FeatureSpec, ...]
-    existing: Any
+    existing: Cache | None
     work: Work
     there: tuple[FeatureSpec, ...] = ()
 
 
-SAMPLE_FEATURES = ("label", "key", "content")
-
-
 def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) -> Plan:
-    """Opens the source and loads the encoders onto ``device``. Writes nothing.
+    """Opens the source and loads the encoders onto `device`. Writes nothing.
 
     Args:
-        again: complete features of the cache ``request.into`` to make once more, as they are recorded (for repairs).
+        again: complete features of the cache `request.into` to make once more, as they are recorded (for repairs).
 
-    Raises:
-        UserError: bad input of any kind.
+    Raises `UserError` for bad input of any kind.
     """
     existing = featcache.open(request.into) if request.into is not None else None
     resolution = _resolution(request, existing)
     decoder = _decoder(request, existing)
     source = open_source(request.data, resolution=resolution, limit=_source_limit(request, existing))
-    order = sample_order(len(source), seed=existing.manifest.dataset.order_seed if existing else request.seed)
-    order = order[: existing.manifest.dataset.count if existing else request.limit]
+    order = sample_order(
+        len(source), seed=existing.manifest.dataset.order_seed if existing is not None else request.seed
+    )
+    order = order[: existing.manifest.dataset.count if existing is not None else request.limit]
 
     compute = _compute(request, device)
     grid = existing.manifest.dataset.grid if existing is not None else None
@@ -138,9 +137,9 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Texts:
-    """The text encoders of a request with their captions; ``origin`` is what the manifest says of the captions."""
+    """The text encoders of a request with their captions; `origin` is what the manifest says of the captions."""
 
-    encoders: tuple[Any, ...] = ()
+    encoders: tuple[TextEncoder, ...] = ()
     captions: Captions | None = None
     per_image: int = 0
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -151,7 +150,13 @@ def _is_text(feature: str) -> bool:
 
 
 def _prepare_texts(
-    request: BuildRequest, source: Source, order: np.ndarray, existing: Any, compute: Any, *, counted: bool
+    request: BuildRequest,
+    source: Source,
+    order: np.ndarray,
+    existing: Cache | None,
+    compute: Compute,
+    *,
+    counted: bool,
 ) -> _Texts:
     """counted: captions are wanted even without an encoder, to be counted again."""
     if not (request.texts or counted):
@@ -209,23 +214,23 @@ def _check_same_captions(specs: Sequence[FeatureSpec], origin: Mapping[str, Any]
         recorded = spec.provenance.get("captions")
         if not origin or recorded is None:
             continue
-        for key, what in (("identity", "captions"), ("per_image", "number of captions an image")):
+        for key, what in (("identity", "captions"), ("per_image", "number of captions per image")):
             if recorded[key] != origin[key]:
                 raise CacheError(
-                    f"{spec.name} was made with another {what}: {recorded['from']}, {recorded['per_image']} an image, "
-                    f"against {origin['from']}, {origin['per_image']} an image",
+                    f"{spec.name} was made with another {what}: {recorded['from']}, {recorded['per_image']} per image, "
+                    f"against {origin['from']}, {origin['per_image']} per image",
                     remedy="Pass the same captions, or remove the cache's text features first (featcache rm).",
                 )
 
 
-def _compute(request: BuildRequest, device: str) -> Any:
+def _compute(request: BuildRequest, device: str) -> Compute:
     gpu = device.startswith("cuda")
     precision = ("tf32" if gpu else "fp32") if request.precision == "auto" else request.precision
     return Compute(device=device, precision=precision, compile=gpu if request.compile is None else request.compile)
 
 
 def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
-    """Folder name from what is built, e.g. ``imagenet-256-sd-ft-ema-G3-G4-dinov2-b@11``."""
+    """Folder name from what is built, e.g. `imagenet-256-sd-ft-ema-G3-G4-dinov2-b@11`."""
     vae = Path(dataset.vae["name"]).name if dataset.vae else "no-vae"
     levels = [s.name.split("/")[1] for s in specs if s.name.startswith("vae/G")]
     tokens: dict[str, list[str]] = {}
@@ -254,7 +259,7 @@ def check_request(request: BuildRequest) -> None:
             raise UserError(f"unknown text encoder {name!r}", remedy=f"Type --text with one of: {', '.join(TEXTS)}.")
 
 
-def _resolution(request: BuildRequest, existing: Any) -> int:
+def _resolution(request: BuildRequest, existing: Cache | None) -> int:
     if existing is not None:
         cached = existing.manifest.dataset.resolution
         if request.resolution not in (None, cached):
@@ -272,15 +277,15 @@ def _resolution(request: BuildRequest, existing: Any) -> int:
     return resolution
 
 
-def _source_limit(request: BuildRequest, existing: Any) -> int | None:
-    """How many images the source shall offer: of the embedded set, whose size is a choice, as many as the cache's had."""
+def _source_limit(request: BuildRequest, existing: Cache | None) -> int | None:
+    """How many images to take: of the embedded set, whose size is a choice, as many as the cache has."""
     shapes = recorded_shapes(existing.manifest.dataset.source) if existing is not None else None
     if shapes is not None and request.data.split(":")[0] == "shapes" and request.limit is None:
         return shapes[1]
     return request.limit
 
 
-def _decoder(request: BuildRequest, existing: Any) -> str:
+def _decoder(request: BuildRequest, existing: Cache | None) -> str:
     """The decoder asked for, which must be that of the cache to add to."""
     cached = str(existing.manifest.dataset.preprocessing.get("decode", "pil")) if existing is not None else None
     decoder = request.decode or cached or "pil"
@@ -294,11 +299,11 @@ def _decoder(request: BuildRequest, existing: Any) -> str:
 
 
 def _encoders(
-    request: BuildRequest, resolution: int, compute: Any, *, grid: int | None, need_vae: bool, add_vae: bool
-) -> list[Any]:
-    """The encoders that the request names. ``grid``: token grid of an existing cache; else the VAE decides it.
+    request: BuildRequest, resolution: int, compute: Compute, *, grid: int | None, need_vae: bool, add_vae: bool
+) -> list[Encoder]:
+    """The encoders that the request names. `grid`: token grid of an existing cache; else the VAE decides it.
 
-    need_vae: for a new cache. add_vae: the VAE is asked for by name, be it without levels.
+    need_vae: for a new cache. add_vae: the VAE is asked for by name, even without levels.
     """
     if request.weights_dir is not None and not request.weights_dir.is_dir():
         raise UserError(
@@ -312,17 +317,24 @@ def _encoders(
     with_vae = need_vae or bool(levels) or add_vae
     names = [choice.name for choice in request.encoders if not is_custom(choice.name)]
     require_weights(weights, vae_name=vae if with_vae else None, encoders=names, texts=request.texts)
-    encoders: list[Any] = []
+    encoders: list[Encoder] = []
     if with_vae:
         encoders.append(VaeEncoder(vae, weights, resolution=resolution, levels=levels, compute=compute))
         grid = encoders[0].grid
     for choice in request.encoders:
-        common = {"resolution": resolution, "grid": grid, "compute": compute}
         if is_custom(choice.name):
-            encoders.append(UserEncoder(choice.name, choice.layers, **common))
+            made: Encoder = UserEncoder(choice.name, choice.layers, resolution=resolution, grid=grid, compute=compute)
         else:
-            common["final_norm"] = request.final_norm
-            encoders.append(VisionEncoder(choice.name, choice.layers, weights, **common))
+            made = VisionEncoder(
+                choice.name,
+                choice.layers,
+                weights,
+                resolution=resolution,
+                grid=grid,
+                final_norm=request.final_norm,
+                compute=compute,
+            )
+        encoders.append(made)
     if not encoders:
         raise UserError(
             "nothing to add: neither --encoder nor --vae-levels nor --text was given",
@@ -337,10 +349,10 @@ def _dataset(
     order: np.ndarray,
     resolution: int,
     decoder: str,
-    encoders: Sequence[Any],
-    existing: Any,
+    encoders: Sequence[Encoder],
+    existing: Cache | None,
 ) -> DatasetSpec:
-    vae = next((e.info for e in encoders if hasattr(e, "info")), None)
+    vae = _vae_info(encoders)
     if existing is not None:
         vae = vae or existing.manifest.dataset.vae
     return DatasetSpec(
@@ -362,6 +374,10 @@ def _dataset(
     )
 
 
+def _vae_info(encoders: Sequence[Encoder]) -> Mapping[str, Any] | None:
+    return next((e.info for e in encoders if isinstance(e, VaeEncoder)), None)
+
+
 def _kind(feature: str) -> str:
     if feature == "vae/moments":
         return "moments"
@@ -369,7 +385,7 @@ def _kind(feature: str) -> str:
 
 
 def _feature_specs(
-    request: BuildRequest, source: Source, order: np.ndarray, encoders: Sequence[Any], *, with_samples: bool
+    request: BuildRequest, source: Source, order: np.ndarray, encoders: Sequence[Encoder], *, with_samples: bool
 ) -> list[FeatureSpec]:
     views = 2 if request.flip else 1
     specs = []
@@ -416,7 +432,7 @@ def _shard_size(request: BuildRequest, specs: Sequence[FeatureSpec], count: int)
     """By bytes for big sets; for small ones about sixteen shards, so that an interrupted build loses little."""
     if request.shard_size:
         return request.shard_size
-    by_bytes = recommended_shard_size(max(spec_bytes(spec) for spec in specs))
+    by_bytes = recommended_shard_size(max(spec.bytes_per_sample for spec in specs))
     return max(1, min(by_bytes, max(16, -(-count // 16))))
 
 
@@ -426,14 +442,15 @@ def room_for(n_bytes: float) -> float:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space of the disk on which `path` lies or would lie."""
+    """Free space on the disk that `path`, which need not exist yet, would lie on."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> None:
-    needed, free = room_for(samples * sum(spec_bytes(spec) for spec in specs)), free_bytes(path)
+    """Raises `UserError` unless the features of so many samples fit onto the disk."""
+    needed, free = room_for(samples * sum(spec.bytes_per_sample for spec in specs)), free_bytes(path)
     if needed > free:
         raise UserError(
             f"{path} needs {size_text(needed)} of free space, but its disk has {size_text(free)}",
@@ -441,7 +458,7 @@ def check_disk(path: Path, specs: Sequence[FeatureSpec], *, samples: int) -> Non
         )
 
 
-def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[Any]) -> None:
+def _check_same_images(existing: Cache, dataset: DatasetSpec, encoders: Sequence[Encoder]) -> None:
     cached = existing.manifest.dataset
     if dataset.fingerprint != cached.fingerprint:
         raise CacheError(
@@ -449,7 +466,7 @@ def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[A
             f"{dataset.fingerprint[:12]} against the manifest's {cached.fingerprint[:12]} ({cached.source})",
             remedy="Pass the same --data, unchanged, or build a new cache with --out.",
         )
-    ours = next((e.info for e in encoders if hasattr(e, "info")), None)
+    ours = _vae_info(encoders)
     if ours is not None and cached.vae is not None and ours["sha256"] != cached.vae.get("sha256"):
         raise CacheError(
             f"{existing.path} was built with VAE {cached.vae['name']!r} ({str(cached.vae.get('sha256'))[:12]}), "
@@ -458,7 +475,7 @@ def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[A
         )
 
 
-def _check_same_weights(specs: Sequence[FeatureSpec], encoders: Sequence[Any]) -> None:
+def _check_same_weights(specs: Sequence[FeatureSpec], encoders: Sequence[Encoder | TextEncoder]) -> None:
     """Features made again must come from the weights that are recorded."""
     found = {name: origin for encoder in encoders for name, origin in encoder.provenance.items()}
     for spec in specs:

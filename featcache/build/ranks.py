@@ -1,7 +1,7 @@
 """Dividing a build among the processes that torchrun started.
 
 One process leads: it holds the features' locks, says which shards are pending, and finishes the cache. The others join
-it (:meth:`featcache.store.join_writer`) and write shards of their own into the same directory, which must be on a
+it (`featcache.store.join_writer`) and write shards of their own into the same directory, which must be on a
 file system that all of them see. A shard is journaled when it is whole, so whoever dies loses the shard it was at.
 """
 
@@ -11,10 +11,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from featcache import launch
 
@@ -27,7 +29,7 @@ class Ranks:
 
     def __init__(self, rank: int, size: int, local_rank: int) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
-        self._store: Any = None
+        self._store: Store | None = None
 
     @classmethod
     def of_environment(cls) -> Ranks:
@@ -40,10 +42,10 @@ class Ranks:
     def __enter__(self) -> Self:
         if self.size > 1:
             # Over the network's sockets: only lists of numbers are exchanged.
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=MAX_WAIT)))
+            store, _, _ = next(iter(rendezvous("env://", timeout=MAX_WAIT)))
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=MAX_WAIT)
             # Counters beside the group's own entries. torchrun gives every restart of the ranks fresh ones.
-            self._store = dist.PrefixStore("featcache", store)
+            self._store = PrefixStore("featcache", store)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,7 +53,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def device(self, device: str) -> str:
-        """``cuda`` => the GPU of this rank."""
+        """`cuda` => the GPU of this rank."""
         return f"cuda:{self.local_rank}" if device == "cuda" and self.size > 1 else device
 
     def from_first(self, numbers: Sequence[int]) -> list[int]:
@@ -69,7 +71,7 @@ class Ranks:
         return values.tolist()
 
     def share(self, shards: Sequence[int], schedule: str) -> Iterator[int]:
-        """This rank's part of ``shards``, in order.
+        """This rank's part of `shards`, in order.
 
         static: rank r of W takes those at positions r, r + W, ... dynamic: the next one that nobody has taken, so that
         a slow rank takes fewer; whoever asks adds one to a counter that all ranks see.
@@ -79,15 +81,19 @@ class Ranks:
         elif schedule == "static":
             yield from shards[self.rank :: self.size]
         else:
-            while (position := self._store.add("next", 1) - 1) < len(shards):
+            while (position := self._count("next", 1) - 1) < len(shards):
                 yield shards[position]
 
     def done(self, images: int) -> int:
         """Adds to the images that all ranks have encoded. Returns their number so far."""
-        return int(self._store.add("images", images))
+        return self._count("images", images)
+
+    def _count(self, counter: str, amount: int) -> int:
+        assert self._store is not None, "ranks share counters inside their context only"
+        return int(self._store.add(counter, amount))
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Until every rank is here. ``meanwhile`` is called every half a second and once at the end; not by one alone."""
+        """Until every rank is here. `meanwhile` is called every half a second and once at the end; not by one alone."""
         if self.size > 1:
             arrival = dist.barrier(async_op=True)
             while not arrival.is_completed():

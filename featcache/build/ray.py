@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.build.lead import BuildResult, announce, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, Stage, run_shards
-from featcache.build.prepare import prepare
-from featcache.errors import UserError
+from featcache.build.prepare import Plan, prepare
+from featcache.errors import UserError, first_line
 from featcache.progress import Progress, Quiet
 from featcache.store.writers import join_writer
 
 if TYPE_CHECKING:
-    from featcache.build.lead import BuildResult
     from featcache.build.request import BuildRequest
 
 
@@ -56,7 +55,7 @@ class _Actor:
         # Where the user typed the command, so that relative paths mean what they meant there.
         os.chdir(folder)
         self._request, self._device = request, device
-        self._plan: Any = None
+        self._plan: Plan | None = None
 
     def run(self, shards: Sequence[int]) -> _Answer:
         meter, told = Meter(), _Told()
@@ -74,16 +73,15 @@ class _Actor:
 
 
 def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> BuildResult:
-    """As :func:`featcache.build.run.build`, on the Ray cluster at ``$RAY_ADDRESS``, or a local one.
+    """As `featcache.build.run.build`, on the Ray cluster at `$RAY_ADDRESS`, or a local one.
 
-    One actor a GPU of the cluster (``ray_workers`` of them; by default as many as it has now, or one a core without
+    One actor per GPU of the cluster (`ray_workers` of them; by default as many as it has now, or one per core without
     GPUs). A call whose actor dies is tried again on a new one; a cluster may grow meanwhile.
 
-    Raises:
-        UserError: Ray is missing, bad input of any kind, or a call that keeps killing its actors.
+    Raises `UserError` if Ray is missing, for bad input of any kind, and for a call that keeps killing its actors.
     """
     try:
-        import ray
+        import ray  # late here and below: an extra
     except ImportError as error:
         raise UserError(
             "--engine ray needs Ray, which is not installed", remedy="pip install 'featcache-trainer[ray]'"
@@ -136,7 +134,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
 
 
 def _settled(request: BuildRequest, resources: dict[str, float]) -> tuple[BuildRequest, str]:
-    """The request with what ``auto`` means on this cluster, and its workers' device."""
+    """The request with what `auto` means on this cluster, and its workers' device."""
     gpus = int(resources.get("GPU", 0))
     device = ("cuda" if gpus else "cpu") if request.device == "auto" else request.device
     gpu = device.startswith("cuda")
@@ -152,10 +150,9 @@ def _settled(request: BuildRequest, resources: dict[str, float]) -> tuple[BuildR
     return settled, device
 
 
-def _run_calls(pending: Sequence[int], make: Any, count: int, meter: Meter, progress: Progress) -> None:
-    """Hands runs of shards to actors until none is pending."""
+def _run_calls(pending: Sequence[int], make: Callable[[], Any], count: int, meter: Meter, progress: Progress) -> None:
+    """Hands runs of shards to actors until none is pending. What Ray makes of them at run time has no types."""
     import ray
-    from ray.exceptions import RayActorError
 
     size = max(1, min(SHARDS_A_CALL, -(-len(pending) // (2 * count))))
     calls = deque((tuple(pending[i : i + size]), 0) for i in range(0, len(pending), size))
@@ -170,10 +167,10 @@ def _run_calls(pending: Sequence[int], make: Any, count: int, meter: Meter, prog
         actor, shards, deaths = running.pop(ready)
         try:
             answer: _Answer = ray.get(ready)
-        except RayActorError as error:
+        except ray.exceptions.RayActorError as error:
             if deaths + 1 >= MAX_DEATHS_OF_A_CALL:
                 raise UserError(
-                    f"workers died {deaths + 1} times at shards {shards[0]} to {shards[-1]}: {str(error).splitlines()[0]}",
+                    f"workers died {deaths + 1} times at shards {shards[0]} to {shards[-1]}: {first_line(error)}",
                     remedy="Look at Ray's logs; often it is memory: type a smaller --batch-size or --shard-size.",
                 ) from error
             progress.note(f"a worker died; its shards {shards[0]} to {shards[-1]} are tried again")

@@ -8,7 +8,7 @@ from typing import Any
 
 import featcache
 from featcache.build.pipeline import Meter, run_shards
-from featcache.build.prepare import SAMPLE_FEATURES, prepare
+from featcache.build.prepare import prepare
 from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError
@@ -16,7 +16,7 @@ from featcache.machine import pick_device
 from featcache.progress import Progress
 from featcache.sources.open import find_data
 from featcache.sources.shapes import recorded_shapes
-from featcache.store.manifest import Manifest
+from featcache.store.manifest import SAMPLE_FEATURES, Manifest
 from featcache.store.writers import repair_writer
 
 
@@ -30,18 +30,17 @@ def repair_shards(
     progress: Progress,
     captions: Path | None = None,
 ) -> None:
-    """Encodes the ``damaged`` shards (feature -> numbers) of a cache again and records their checksums.
+    """Encodes the `damaged` shards (feature -> numbers) of a cache again and records their checksums.
 
     On the hardware and software of the build the bytes are the recorded ones; elsewhere last bits may differ, which the
     new checksums cover. Labels, keys and hashes of the images come out the same everywhere, or the images have changed.
 
     Args:
-        data: the images, as ``--data``; not needed for the embedded set.
+        data: the images, as `--data`; not needed for the embedded set.
         captions: the table of captions, where text features were made from one.
 
-    Raises:
-        UserError: the images or weights are not here, or not the ones the cache was made with; tars whose features were
-            made with weights from different seeds.
+    Raises `UserError` if the images or weights are not here, or not the ones the cache was made with, and for tars whose
+    features were made with weights from different seeds.
     """
     manifest = featcache.open(path).manifest
     source = _data_of(manifest.dataset.source, data)
@@ -99,7 +98,7 @@ def _passes(manifest: Manifest, damaged: Mapping[str, Sequence[int]]) -> list[tu
     return [(groups[group], group[1]) for group in order]
 
 
-def _encoders_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
+def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     """The request's fields that make these features the way they were made."""
     layers: dict[str, list[int]] = {}
     norms = set()
@@ -114,19 +113,19 @@ def _encoders_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
         last = {"final_norm": "last"}
     else:
         last = {"final_norm": "all"} if norms == {True} else {}
-    uses_vae = any(name.startswith("vae/") for name in names)
-    if uses_vae and manifest.dataset.vae is None:
+    vae = manifest.dataset.vae if any(name.startswith("vae/") for name in names) else {"name": None}
+    if vae is None:
         raise CacheError("the manifest names no VAE, so its features cannot be made again")
     return {
         "encoders": tuple(EncoderChoice(name=e, layers=tuple(sorted(n))) for e, n in sorted(layers.items())),
-        "vae": manifest.dataset.vae["name"] if uses_vae else None,
+        "vae": vae["name"],
         "levels": tuple(sorted(name.split("/")[1] for name in names if name.startswith("vae/G"))),
         **last,
         **_texts_of(manifest, names),
     }
 
 
-def _texts_of(manifest: Any, names: Sequence[str]) -> dict[str, Any]:
+def _texts_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     texts = [name.removeprefix("text/") for name in names if name.startswith("text/")]
     if not texts:
         return {}

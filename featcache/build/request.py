@@ -1,4 +1,4 @@
-"""What a build is asked for: each setting of ``featcache build`` and ``featcache plan`` is declared here, once."""
+"""What a build is asked for: each setting of `featcache build` and `featcache plan` is declared here, once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DATA = (
 
 
 def parse_names(texts: Sequence[str]) -> tuple[str, ...]:
-    """``["clip-l,tiny"]`` or ``["clip-l", "tiny"]`` => names, each once. Raises `UserError` if there are none."""
+    """`["clip-l,tiny"]` or `["clip-l", "tiny"]` => names, each once. Raises `UserError` if there are none."""
     names = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
     if not names:
         raise UserError(f"--text {','.join(texts)!r} names no encoder", remedy="Type for example --text clip-l")
@@ -26,7 +26,7 @@ def parse_names(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_resolution(text: str) -> int:
-    """``"256"`` => 256. Raises `UserError` for anything but a number, rectangles among them."""
+    """`"256"` => 256. Raises `UserError` for anything but a number, rectangles among them."""
     if not (text.isascii() and text.isdigit() and int(text)):
         shape = "crops are square, so it is one number" if "x" in text else "it must be a number of pixels"
         raise UserError(f"--resolution {text}: {shape}", remedy="Type --resolution 256 (or 64, 128, 512).")
@@ -37,7 +37,7 @@ def parse_resolution(text: str) -> int:
 class BuildRequest:
     """Everything that a build is asked for, parsed.
 
-    data: folder, archive, shards or embedded set. out: where the cache goes (None: ``./caches/<derived name>``); into:
+    data: folder, archive, shards or embedded set. out: where the cache goes (None: `./caches/<derived name>`); into:
     an existing cache to add features to. captions: a table of captions, None takes the source's own.
     """
 

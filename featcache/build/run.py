@@ -1,13 +1,13 @@
 """One pass over the images: read, crop, encode, quantise, write; resumable by shard, divided among workers.
 
-What is built is planned by :mod:`featcache.build.prepare`, alike in every worker; :mod:`featcache.build.pipeline` does it and :mod:`featcache.build.ranks`
-and :mod:`featcache.build.ray` divide it. The bytes of a cache do not depend on how often the build was interrupted nor on how many workers shared it.
+What is built is planned by `featcache.build.prepare`, alike in every worker; `featcache.build.pipeline` does it and
+`featcache.build.ranks` and `featcache.build.ray` divide it. The bytes of a cache do not depend on how often the build
+was interrupted nor on how many workers shared it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from featcache.build.lead import BuildResult, announce, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, run_shards
@@ -19,18 +19,14 @@ from featcache.machine import pick_device
 from featcache.progress import Progress
 from featcache.store.writers import join_writer
 
-if TYPE_CHECKING:
-    from featcache.build.ranks import Ranks
-
 
 def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = None) -> BuildResult:
-    """Builds or continues a cache, or adds features to one (``into``).
+    """Builds or continues a cache, or adds features to one (`into`).
 
-    Under torchrun every rank calls it; the ranks divide the shards, and rank 0 finishes the cache. ``meter`` is told how
+    Under torchrun every rank calls it; the ranks divide the shards, and rank 0 finishes the cache. `meter` is told how
     fast this process's stages are while it goes on.
 
-    Raises:
-        UserError: bad input of any kind; whatever shards were written stay, and the same call continues.
+    Raises `UserError` for bad input of any kind; whatever shards were written stay, and the same call continues.
     """
     check_request(request)
     if request.engine == "ray":
@@ -68,7 +64,7 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
 
 
 def prepare_together(request: BuildRequest, ranks: Ranks, *, device: str) -> Plan:
-    """As :func:`prepare`, in every rank. Where captions are to be counted, which may read each of them, only the first
+    """As `prepare`, in every rank. Where captions are to be counted, which may read each of them, only the first
     rank does it, and the others wait for the number."""
     if not request.texts or request.captions_per_image:
         return prepare(request, device=device)

@@ -1,10 +1,10 @@
-"""``featcache``: build, look at, check and share feature caches. Thin: parse, call, print; heavy imports are late."""
+"""`featcache`: build, look at, check and share feature caches. Thin: parse, call, print; heavy imports are late."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,8 @@ import featcache
 from featcache.cli import caches as commands
 from featcache.cli.build import build
 from featcache.console import console, run_app, safe
-from featcache.errors import UserError
+
+# Imports inside the commands: the rooms that they call load numpy or torch, which `featcache --help` does without.
 
 app = typer.Typer(
     name="featcache",
@@ -28,7 +29,7 @@ CachePath = Annotated[str, typer.Argument(help="Folder of the cache, or its URL.
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Image folder (one folder a class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+        help="Image folder (one folder per class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
     ),
 ]
 
@@ -52,35 +53,24 @@ def inspect(
     count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=64)] = 6,
 ) -> None:
     """Draw samples of a cache: the image, and PCA-RGB of each cached layer."""
-    from featcache.inspect import save_sheet
+    from featcache.inspect import images_at_hand, save_sheet
     from featcache.paths import PICTURES, check_output
 
     if out is not None:
         check_output(out, PICTURES, example="cache.png")
     opened = featcache.open(cache)
-    data = data or _images_at_hand(opened)
+    data = data or images_at_hand(opened)
+    if data is None:
+        console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
     name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name
     target = out or Path(f"{name}.png")
     save_sheet(opened, target, data=data, count=count)
     console.print(f"picture: [bold]{safe(target)}[/bold]")
 
 
-def _images_at_hand(cache: Any) -> str | None:
-    """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from."""
-    from featcache.inspect import source_of
-    from featcache.sources.open import find_data
-
-    try:
-        found = find_data(None)
-        return found if source_of(cache, found) is not None else None
-    except UserError:
-        console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
-        return None
-
-
 commands.register(app)
 
 
 def main() -> None:
-    """Entry point of the ``featcache`` command."""
+    """Entry point of the `featcache` command."""
     sys.exit(run_app(app))

@@ -20,6 +20,8 @@ from featcache.settings import Given, flag_of, from_typed, takes
 if TYPE_CHECKING:
     from featcache.build.pipeline import Stage
 
+# Imports inside the command: the rooms that it calls load numpy or torch, which `featcache --help` does without.
+
 
 @takes(BuildRequest)
 def build(
@@ -35,12 +37,11 @@ def build(
     """
     request = request_of(given)
     _refuse_other_layout(given)
-    from featcache.build import run as builder
-    from featcache.build.pipeline import Meter
+    from featcache.build import pipeline, run
 
-    meter = Meter()
+    meter = pipeline.Meter()
     with RichProgress() as progress:
-        result = builder.build(request, progress, meter=meter)
+        result = run.build(request, progress, meter=meter)
     if profile and result.encoded:
         console.print_table(_stage_table(result.stages))
         if result.first and request.decode not in (None, "pil"):
@@ -70,15 +71,13 @@ def _stage_table(stages: Mapping[str, Stage]) -> Table:
 
 def _say_difference(data: str, path: Path, decoder: str) -> None:
     """How far the fast decoder is from the exact one on up to 32 of the cache's images."""
-    from featcache.sources.base import sample_order
-    from featcache.sources.difference import difference
-    from featcache.sources.open import open_source
+    from featcache.sources import base, difference, open
 
     dataset = featcache.open(path).manifest.dataset
     resolution = dataset.resolution
-    source = open_source(data, resolution=resolution)
-    order = sample_order(len(source), seed=dataset.order_seed)[: min(32, dataset.count)]
-    found = difference(source, [int(i) for i in order], resolution, decoder)
+    source = open.open_source(data, resolution=resolution)
+    order = base.sample_order(len(source), seed=dataset.order_seed)[: min(32, dataset.count)]
+    found = difference.difference(source, [int(i) for i in order], resolution, decoder)
     console.print(
         f"--decode {safe(decoder)} against pil on {found.images} images: {found.mean:.3g} grey levels on average, "
         f"{found.largest} at most, {found.psnr_db:.1f} dB"

@@ -25,6 +25,8 @@ from featcache.settings import Given, takes
 if TYPE_CHECKING:
     from featcache.share.verify import Report
 
+# Imports inside the commands: the rooms that they call load numpy or torch, which `featcache --help` does without.
+
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False, callback=on_this_machine)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. \\[default: all]")]
 Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
@@ -43,7 +45,7 @@ def _local(path: Path | None) -> Path | None:
 
 
 def _split(text: str | None) -> list[str] | None:
-    """``"vae/G3,dinov2-b@9,11"`` => names, each once; a bare number is one more layer of the encoder before it.
+    """`"vae/G3,dinov2-b@9,11"` => names, each once; a bare number is one more layer of the encoder before it.
 
     Raises `UserError` if it names nothing: that is not the same as naming no features, which means all.
     """
@@ -68,26 +70,22 @@ def list_caches(
     ] = "caches",
 ) -> None:
     """List caches with their features and sizes."""
+    from featcache.share import manage, transfer
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("cache", "images", "size", "features"):
         table.add_column(title, no_wrap=title != "features", overflow="fold")
-    hidden = ("label", "key", "content")
     problems: list[str] = []
     if "://" in place:
-        from featcache.share.transfer import list_remote
-
-        for listed in list_remote(place):
+        for listed in transfer.list_remote(place):
             if listed.manifest is None:
                 problems.append(f"{safe(listed.url)}  [red]{safe(listed.problem)}[/red]")
                 continue
-            names = [n for n in listed.manifest.features if n not in hidden]
             count = str(listed.manifest.dataset.count)
-            table.add_row(safe(listed.url), count, size_text(listed.n_bytes), safe(" ".join(names)))
+            table.add_row(safe(listed.url), count, size_text(listed.n_bytes), safe(" ".join(listed.manifest.encoded)))
     else:
-        from featcache.share import manage
-
         for info in manage.list_caches(place):
-            names = [n for n in info.manifest.features if n not in hidden] if info.manifest else []
+            names = info.manifest.encoded if info.manifest else []
             notes = [f"[yellow]unfinished: {safe(' '.join(info.unfinished))}[/yellow]"] if info.unfinished else []
             if info.problem:
                 problems.append(f"{safe(info.path)}  [red]{safe(info.problem)}[/red]")
@@ -112,7 +110,7 @@ def _counted(problems: Sequence[object]) -> str:
 def verify(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
     features: Features = None,
-    threads: Annotated[int | None, typer.Option(help="\\[default: one a core; 8 for a URL]", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="\\[default: one per core; 8 for a URL]", min=1)] = None,
     expect: Expect = None,
     signed_by: SignedBy = None,
     sample: Annotated[
@@ -139,13 +137,11 @@ def verify(
     captions: Captions = None,
 ) -> None:
     """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
-    from featcache.share.transfer import verify_remote
-    from featcache.share.verify import parse_fraction
-    from featcache.share.verify import verify as check
+    from featcache.share import transfer, verify
     from featcache.store.remote import is_remote
 
     names, remote = _split(features), is_remote(cache)
-    fraction = None if sample is None else parse_fraction(sample)
+    fraction = None if sample is None else verify.parse_fraction(sample)
     _check_options(cache, fraction, seed, repair=repair, since_last=since_last, remote=remote)
     keep = not remote if record is None else record
 
@@ -154,10 +150,10 @@ def verify(
     def checked() -> Report:
         with RichProgress() as progress:
             if remote:
-                return verify_remote(
+                return transfer.verify_remote(
                     cache, features=names, threads=threads or 8, fraction=fraction, seed=seed, progress=progress
                 )
-            return check(
+            return verify.verify(
                 Path(cache),
                 features=names,
                 threads=threads,
@@ -270,9 +266,9 @@ _SHOWN_PROBLEMS = 100
 
 def _record(cache: str, report: Report, features: list[str] | None) -> None:
     """Note the verification beside the cache; where that is not possible, say so."""
-    from featcache.share import records as verified
+    from featcache.share import records
 
-    reason = verified.record(cache, report, features)
+    reason = records.record(cache, report, features)
     if reason is not None:
         console.print(f"[yellow]not recorded[/yellow]: {safe(reason)}")
 
@@ -296,10 +292,10 @@ def _how_much(report: Report) -> str:
 
 def _check_again(folder: Path, features: str | None, threads: int | None) -> None:
     """Exit code 1 unless the cache is sound now."""
-    from featcache.share.verify import verify as check
+    from featcache.share import verify
 
     with RichProgress() as progress:
-        again = check(folder, features=_split(features), threads=threads, progress=progress)
+        again = verify.verify(folder, features=_split(features), threads=threads, progress=progress)
     _show_problems(again, "still damaged")
     _record(str(folder), again, _split(features))
     if not again.ok:
@@ -321,17 +317,15 @@ def repair(
     captions: Captions = None,
 ) -> None:
     """Make a damaged cache whole again: from another copy of it (--from), else from the images."""
-    if source is None:
-        from featcache.share.verify import verify as check
+    from featcache.share import restore, verify
 
+    if source is None:
         with RichProgress() as progress:
-            report = check(cache, features=_split(features), progress=progress)
+            report = verify.verify(cache, features=_split(features), progress=progress)
         _encode_again(cache, report.damaged, data, weights_dir, device, captions)
     else:
-        from featcache.share.restore import restore
-
         with RichProgress() as progress:
-            done = restore(cache, source, features=_split(features), threads=threads, progress=progress)
+            done = restore.restore(cache, source, features=_split(features), threads=threads, progress=progress)
         for name in done.files:
             console.print(f"mended: {safe(name)}")
         for what in done.refused:
@@ -348,11 +342,11 @@ def sign(
     ],
 ) -> None:
     """Vouch for a cache: sign its digest with an SSH key. Push and pull take the signature along."""
-    from featcache.store.signing import sign as run
+    from featcache.store import signing
 
     with contextlib.suppress(RuntimeError):  # no such user, or no home: the name stays as it was typed
         key = key.expanduser()
-    console.print(f"{safe(cache)}: signed {run(cache, key)}")
+    console.print(f"{safe(cache)}: signed {signing.sign(cache, key)}")
 
 
 def _confirmed(question: str) -> bool:
@@ -439,20 +433,20 @@ def catalogue(
 ) -> None:
     """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
     from featcache.paths import PAGES, check_output
-    from featcache.share import catalogue as page
+    from featcache.share import catalogue
 
     if html is not None:
         check_output(html, PAGES, example="caches.html")
-    rows = page.gather(place)
+    rows = catalogue.gather(place)
     if not rows:
         raise UserError(
             f"no caches at {place}", remedy="Build one: featcache build --encoder dinov2-b --vae-levels G3,G4"
         )
     if html is not None:
-        page.write_page(rows, place, html)
+        catalogue.write_page(rows, place, html)
         console.print(f"page: [bold]{safe(html)}[/bold]   ({len(rows)} caches)")
         return
-    page.print_rows(rows)
+    catalogue.print_rows(rows)
 
 
 def push(
@@ -467,10 +461,10 @@ def push(
     ] = False,
 ) -> None:
     """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
-    from featcache.share import transfer as share
+    from featcache.share import transfer
 
     with RichProgress() as progress:
-        done = share.push(
+        done = transfer.push(
             cache,
             url,
             features=_split(features),
@@ -495,10 +489,10 @@ def pull(
     signed_by: SignedBy = None,
 ) -> None:
     """Copy a cache, or a part of one, to this machine; resumable, verified on arrival."""
-    from featcache.share import transfer as share
+    from featcache.share import transfer
 
     with RichProgress() as progress:
-        done = share.pull(
+        done = transfer.pull(
             url,
             folder,
             features=_split(features),
@@ -520,16 +514,16 @@ def convert(
     ],
     to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
     features: Features = None,
-    shard_size: Annotated[int | None, typer.Option(help="Samples a shard of the new cache.", min=1)] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Samples per shard of the new cache.", min=1)] = None,
     compressor: Annotated[str | None, typer.Option(help="zstd or blosc, for zarr. \\[default: none]")] = None,
 ) -> None:
     """Copy a cache into the other format, bit for bit."""
-    from featcache.share.convert import convert as run
+    from featcache.share import convert
 
     if to not in ("zarr", "wds"):
         raise UserError(f"--to {to!r} is neither zarr nor wds", remedy="Type --to zarr or --to wds.")
     with RichProgress() as progress:
-        manifest = run(
+        manifest = convert.convert(
             source,
             target,
             to=to,
@@ -551,12 +545,12 @@ def import_latents(
     vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
 ) -> None:
     """Turn latents that you already have into a cache."""
-    from featcache.share.importers import ImportRequest
-    from featcache.share.importers import import_latents as run
+    from featcache.share import importers
 
     target = out or Path("caches") / f"{source.resolve().name}-{layout}"
     with RichProgress() as progress:
-        manifest = run(ImportRequest(source=source, out=target, layout=layout, vae=vae), progress)
+        request = importers.ImportRequest(source=source, out=target, layout=layout, vae=vae)
+        manifest = importers.import_latents(request, progress)
     console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
 
 

@@ -1,19 +1,17 @@
-"""What ``featcache info`` prints."""
+"""What `featcache info` prints."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from rich.table import Table
 
 from featcache.console import console, safe, size_text
 from featcache.errors import UserError
+from featcache.read.reader import Cache
 from featcache.share import records as verified
-from featcache.store.manifest import spec_bytes
 from featcache.store.root import cache_digest
 
 
-def _last_verification(cache: Any, place: str) -> str:
+def _last_verification(cache: Cache, place: str) -> str:
     """The latest verification on record, in a line."""
     try:
         found = verified.last(place)
@@ -22,8 +20,8 @@ def _last_verification(cache: Any, place: str) -> str:
     return "never (on record)" if found is None else safe(found.words(cache.manifest))
 
 
-def print_info(cache: Any, place: str | None = None) -> None:
-    """Dataset, last verification, VAE, then one line a feature with its layout, codec, size and origin.
+def print_info(cache: Cache, place: str | None = None) -> None:
+    """Dataset, last verification, VAE, then one line per feature with its layout, codec, size and origin.
 
     place: the path or URL that the cache was opened by.
     """
@@ -44,30 +42,22 @@ def print_info(cache: Any, place: str | None = None) -> None:
         )
     if "text/count" in manifest.features:
         captions = manifest.features["text/count"].provenance["captions"]
-        console.print(f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} an image")
+        console.print(f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} per image")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (
-        ("feature", "left"),
-        ("shape", "left"),
-        ("codec", "left"),
-        ("per image", "right"),
-        ("total", "right"),
-        ("weights", "left"),
-    ):
-        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for title in ("feature", "shape", "codec", "per image", "total", "weights"):
+        table.add_column(title, justify="right" if title in ("per image", "total") else "left", no_wrap=True)
     for name, spec in manifest.features.items():
-        size = spec_bytes(spec)
+        size = spec.bytes_per_sample
         origin = spec.provenance
         weights = safe(origin.get("weights", ""))
         if weights == "random":
             weights = f"[yellow]RANDOM, seed {safe(origin.get('seed'))}[/yellow]"
         elif "sha256" in origin:
             weights += f"  {safe(str(origin['sha256'])[:12])}"
-        shape = "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
         table.add_row(
             safe(name),
-            shape,
-            spec.codec if spec.codec != "raw" else spec.dtype,
+            spec.shape_text,
+            spec.stored_as,
             size_text(size),
             size_text(size * dataset.count),
             weights,

@@ -1,4 +1,4 @@
-"""Encoders by name: the table behind ``--encoder``, ``--vae`` and ``--vae-levels`` (parsing imports no torch)."""
+"""Encoders by name: the table behind `--encoder`, `--vae` and `--vae-levels` (parsing imports no torch)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TINY = "tiny"
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
-    """One ``--encoder`` as typed: a name and the layers after ``@`` (empty: the encoder's default)."""
+    """One `--encoder` as typed: a name and the layers after `@` (empty: the encoder's default)."""
 
     name: str
     layers: tuple[int, ...] = ()
@@ -23,10 +23,9 @@ class EncoderChoice:
 
 
 def parse_encoders(texts: Sequence[str]) -> tuple[EncoderChoice, ...]:
-    """``["dinov2-b@9,11", "tiny"]`` or ``["dinov2-b@9,11,tiny"]`` => choices, names unchecked.
+    """`["dinov2-b@9,11", "tiny"]` or `["dinov2-b@9,11,tiny"]` => choices, names unchecked.
 
-    Raises:
-        UserError: a layer that is not a number, or an encoder given twice.
+    Raises `UserError` for a layer that is not a number, or an encoder given twice.
     """
     choices: list[EncoderChoice] = []
     for part in ",".join(texts).split(",") if texts else []:
@@ -52,10 +51,9 @@ def parse_encoders(texts: Sequence[str]) -> tuple[EncoderChoice, ...]:
 
 
 def parse_levels(text: str | None) -> tuple[str, ...]:
-    """``"G3,G4"`` => ``("G3", "G4")``; unknown levels are refused by the VAE encoder, which knows them.
+    """`"G3,G4"` => `("G3", "G4")`; unknown levels are refused by the VAE encoder, which knows them.
 
-    Raises:
-        UserError: text that names no level.
+    Raises `UserError` for text that names no level.
     """
     if text is None:
         return ()

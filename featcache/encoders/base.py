@@ -1,8 +1,8 @@
 """What an encoder is, where its weights come from, and how they are identified.
 
-Pixels => features. Pixels arrive as uint8 [B, 3, R, R] on the encoder's device, one decoded and cropped image shared
-by all encoders; each encoder does its own scaling, normalisation and resizing. Features leave as float32, raw
-(unnormalised, unscaled).
+Pixels => features. Pixels arrive as uint8 [B, 3, R, R] on the encoder's device, one decoded and cropped image
+shared by all encoders; each encoder does its own scaling, normalisation and resizing. Features leave as float32,
+raw (unnormalised, unscaled).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import UserError, WeightsUnavailable, first_line
 from featcache.precision import PRECISIONS, tensor_float32
 
 
@@ -27,29 +27,18 @@ from featcache.precision import PRECISIONS, tensor_float32
 class WeightsSource:
     """Where pretrained weights may come from.
 
-    weights_dir: a folder of files or model folders the user brought; searched first.
-    random_seed: build the architecture with seeded random weights instead (for tests and timing).
+    weights_dir: a folder of files or model folders the user brought; searched first. random_seed: build the
+    architecture with seeded random weights instead (for tests and timing).
     """
 
     weights_dir: Path | None = None
     random_seed: int | None = None
 
 
-class Encoder(Protocol):
-    """One frozen network that yields one or more features per image."""
-
-    shapes: Mapping[str, tuple[int, ...]]  # feature name -> per-sample shape
-    provenance: Mapping[str, Mapping[str, Any]]  # feature name -> JSON-able record for the manifest
-    module: nn.Module
-
-    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => feature name -> float32 [B, *shape]."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How encoders run: on which device, in which precision (a name of :data:`featcache.precision.PRECISIONS`), compiled or not.
+    """How encoders run: on which device, in which precision (a name of `featcache.precision.PRECISIONS`),
+    compiled or not.
 
     fp32: no TF32 anywhere. tf32: matrix products and convolutions on tensor cores, 10 bits of mantissa. bf16: autocast,
     weights stay float32. Whatever the precision, pixels are prepared and features handed out in float32.
@@ -76,6 +65,41 @@ class Compute:
             yield
 
 
+Batch = TypeVar("Batch", contravariant=True)
+
+
+class Network(Protocol[Batch]):
+    """One frozen network that yields one or more features per image, from `Batch`.
+
+    title: what a build's stages call it. shapes: feature name -> per-sample shape. provenance: feature name ->
+    JSON-able record for the manifest.
+    """
+
+    compute: Compute
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+    def __call__(self, given: Batch, /) -> dict[str, Tensor]:
+        """Feature name -> float32 [B, *shape] of a batch of B images, on the encoder's device."""
+        ...
+
+
+class Encoder(Network[Tensor], Protocol):
+    """A network that is given pixels, uint8 [B, 3, R, R]. grid: side of the token grid of its features."""
+
+    grid: int
+
+
+N = TypeVar("N", bound=Network[Any])
+
+
 def synchronise(device: str) -> None:
     """Waits until the device has done all it was given; a CPU always has."""
     if device.startswith("cuda"):
@@ -83,21 +107,21 @@ def synchronise(device: str) -> None:
 
 
 def upload(tensor: Tensor, device: str) -> Tensor:
-    """A CPU tensor on ``device``; to a GPU through pinned memory, so that this thread does not wait for the copy."""
+    """A CPU tensor on `device`; to a GPU through pinned memory, so that this thread does not wait for the copy."""
     if not device.startswith("cuda"):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def in_precision(encoder: Any, precision: str) -> Any:
+def in_precision(encoder: N, precision: str) -> N:
     """The same encoder, weights shared, computing in another precision."""
     twin = copy.copy(encoder)
     twin.compute = replace(encoder.compute, precision=precision)
     return twin
 
 
-def seeded(seed: int, build: Any) -> nn.Module:
-    """Runs ``build()`` under its own random state, so that the same seed gives the same weights anywhere."""
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """Runs `build()` under its own random state, so that the same seed gives the same weights anywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -114,7 +138,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def unavailable(name: str, hub_id: str | None, tried: str, page: str = "") -> WeightsUnavailable:
-    """The one offline error: names both ways out. ``page`` says where weights are that no hub has."""
+    """The one offline error: names both ways out. `page` says where weights are that no hub has."""
     if hub_id is None:
         what = f"weights of {name!r} are not on this machine, and no hub has them"
         bring = f"get {page}, name it {name}.pth"
@@ -129,10 +153,9 @@ def unavailable(name: str, hub_id: str | None, tried: str, page: str = "") -> We
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
-    """A state dict from ``.safetensors``, or from ``.pt``/``.pth``/``.bin`` without unpickling arbitrary objects.
+    """A state dict from `.safetensors`, or from `.pt`/`.pth`/`.bin` without unpickling arbitrary objects.
 
-    Raises:
-        UserError: the file is damaged or holds more than tensors.
+    Raises `UserError` if the file is damaged or holds more than tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -140,7 +163,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"cannot read weights from {str(path)!r}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"cannot read weights from {str(path)!r}: {type(error).__name__}: {first_line(error)}",
             remedy="Bring the file again, preferably as .safetensors.",
         ) from error
     for wrapper in ("state_dict", "model", "teacher", "encoder"):
@@ -152,7 +175,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
 
 
 def find_weights(directory: Path, stems: tuple[str, ...]) -> Path | None:
-    """First of ``DIR/<stem>.<suffix>`` or ``DIR/<stem>/<usual file>`` that exists."""
+    """First of `DIR/<stem>.<suffix>` or `DIR/<stem>/<usual file>` that exists."""
     suffixes = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
     usual = (
         "model.safetensors",

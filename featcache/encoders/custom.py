@@ -1,6 +1,6 @@
-"""Encoders that a user brings: ``--encoder path/to/file.py:name`` (see docs/adding-an-encoder.md).
+"""Encoders that a user brings: `--encoder path/to/file.py:name` (see docs/adding-an-encoder.md).
 
-``name`` is a function of the resolution (px) that returns a :class:`CustomEncoder`: a network and how to prepare its
+`name` is a function of the resolution (px) that returns a `CustomEncoder`: a network and how to prepare its
 input. The network maps float32 [B, 3, S, S] to tokens [B, T, D] of a square grid, or to several such tensors, which
 become layers 0, 1, ... of the feature.
 """
@@ -8,10 +8,9 @@ become layers 0, 1, ... of the feature.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +47,7 @@ def is_custom(name: str) -> bool:
 def load_custom(name: str, *, resolution: int) -> tuple[str, CustomEncoder]:
     """Runs the user's file and its function. Returns the function's name, which names the features, and the encoder.
 
-    Raises:
-        UserError: no such file or function, or it returns something else.
+    Raises `UserError` if there is no such file or function, or it returns something else.
     """
     path_text, _, function = name.rpartition(":")
     path = Path(path_text)
@@ -74,7 +72,7 @@ def load_custom(name: str, *, resolution: int) -> tuple[str, CustomEncoder]:
 class UserEncoder:
     """A user's network as an encoder; tokens are resampled to the cache's grid where theirs differs.
 
-    Features: ``<function>@<layer>``: [grid^2, D] float32; all outputs of the network, or the chosen layers.
+    Features: `<function>@<layer>`: [grid^2, D] float32; all outputs of the network, or the chosen layers.
     """
 
     def __init__(
@@ -89,6 +87,7 @@ class UserEncoder:
         self.compute = compute or Compute()
         self.grid = grid or resolution // TOKEN_PX
         self.name, made = load_custom(name, resolution=resolution)
+        self.title = self.name
         self.module = made.module.eval().requires_grad_(False).to(self.compute.device)
         self.prepare = Preparation(
             mean=made.mean,
@@ -98,7 +97,7 @@ class UserEncoder:
             mode=made.resize_mode,
             device=self.compute.device,
         )
-        self._run: Any = torch.compile(self.module, dynamic=False) if self.compute.compile else self.module
+        self._run = torch.compile(self.module, dynamic=False) if self.compute.compile else self.module
         blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8, device=self.compute.device)
         seen = self._outputs(self.module, blank)
         wrong = [i for i in layers if not 0 <= i < len(seen)]
@@ -115,17 +114,18 @@ class UserEncoder:
         self.shapes = {f"{self.name}@{i}": (self.grid**2, seen[i].shape[-1]) for i in self.layers}
         self.provenance = {f"{self.name}@{i}": {**record, "layer": i} for i in self.layers}
 
-    def _outputs(self, run: Any, pixels: Tensor) -> list[Tensor]:
+    def _outputs(self, run: Callable[[Tensor], object], pixels: Tensor) -> list[Tensor]:
         with self.compute.scope():
             made = run(self.prepare(pixels))
-        tensors = [made] if isinstance(made, Tensor) else list(made)
-        for tensor in tensors:
+        outputs: list[Tensor] = []
+        for tensor in [made] if isinstance(made, Tensor) or not isinstance(made, Iterable) else made:
             if not isinstance(tensor, Tensor) or tensor.ndim != 3 or len(tensor) != len(pixels):
                 what = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise UserError(f"{self.name} must give tokens [B, T, D], but gave {what}")
-        return [on_grid(tensor.float(), self.grid) for tensor in tensors]
+            outputs.append(on_grid(tensor.float(), self.grid))
+        return outputs
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => ``name@layer`` -> float32 [B, grid^2, D]."""
+        """uint8 [B, 3, R, R] => `name@layer` -> float32 [B, grid^2, D]."""
         outputs = self._outputs(self._run, pixels)
         return {f"{self.name}@{i}": outputs[i] for i in self.layers}

@@ -8,6 +8,10 @@ import urllib.request
 from functools import cache
 from pathlib import Path
 
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+from featcache.errors import first_line
+
 PROBE_TIMEOUT_S = 5.0
 
 
@@ -18,8 +22,6 @@ class HubUnreachable(Exception):
 @cache
 def _hub_problem() -> str | None:
     """Why the hub cannot be used, or None. Probed once: the hub client itself retries for half a minute per file."""
-    from huggingface_hub import constants
-
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
         return "offline mode is set in the environment"
     try:
@@ -34,13 +36,10 @@ def _hub_problem() -> str | None:
 
 
 def hub_file(repo: str, names: tuple[str, ...]) -> Path:
-    """Local path of the first of ``names`` that the hub repository ``repo`` holds.
+    """Local path of the first of `names` that the hub repository `repo` holds.
 
-    Raises:
-        HubUnreachable: none is cached and the hub does not answer, refuses access, or has none of them.
+    Raises `HubUnreachable` if none is cached and the hub does not answer, refuses access, or has none of them.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
     for name in names:
         cached = try_to_load_from_cache(repo, name)
         if isinstance(cached, str):
@@ -52,5 +51,5 @@ def hub_file(repo: str, names: tuple[str, ...]) -> Path:
         try:
             return Path(hf_hub_download(repo, name))
         except Exception as error:  # the client raises a dozen unrelated classes; all mean "not to be had"
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
     raise HubUnreachable(problem)

@@ -21,7 +21,7 @@ def from_timm(state: State) -> State:
 def from_mocov3(state: State) -> State:
     """A MoCo-v3 training checkpoint: the base encoder without its projection head.
 
-    In the released ViT-L file, blocks 13 and 14 carry their own number in some names (``blocks.13.norm13``): undone.
+    In the released ViT-L file, blocks 13 and 14 carry their own number in some names (`blocks.13.norm13`): undone.
     """
     prefix = "module.base_encoder."
     if not any(key.startswith(prefix) for key in state):
@@ -56,7 +56,7 @@ _IJEPA = (
 
 
 def from_ijepa(state: State) -> State:
-    """The original release (``module.`` before every name) or the hub's, which transformers named."""
+    """The original release (`module.` before every name) or the hub's, which transformers named."""
     if any(key.startswith("module.") for key in state):
         return {key.removeprefix("module."): value for key, value in state.items()}
     found: State = {}
@@ -76,7 +76,7 @@ FORMATS: Mapping[str, Callable[[State], State]] = {"timm": from_timm, "mocov3": 
 
 
 def to_timm(state: State, key_format: str) -> State:
-    """``state`` under timm's names. Raises `UserError` if tensors of the declared format are missing."""
+    """`state` under timm's names. Raises `UserError` if tensors of the declared format are missing."""
     try:
         return FORMATS[key_format](state)
     except KeyError as error:

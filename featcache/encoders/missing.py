@@ -17,8 +17,7 @@ def require_weights(
 ) -> None:
     """Find, or download, the pretrained files of all these; names that have none (embedded, a user's) are passed over.
 
-    Raises:
-        WeightsUnavailable: it names every file that is neither here nor to be had.
+    Raises `WeightsUnavailable` that names every file that is neither here nor to be had.
     """
     errors: list[WeightsUnavailable] = []
     if weights.random_seed is None:

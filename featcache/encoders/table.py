@@ -1,8 +1,8 @@
 """Every vision encoder and VAE that can be named on the command line, with its facts (imports no torch).
 
 Preprocessing is that of REPA's code, and of iREPA's for encoders that REPA lacks; where we differ, the entry's note
-says so. Pixels come as uint8 crops of R px; all encoders see an input of ``patch * R / 16`` px, which makes R / 16
-tokens a side whatever the patch size (R = 256: input 224 at patch 14, 256 at patch 16; R = 512: 448 and 512).
+says so. Pixels come as uint8 crops of R px; all encoders see an input of `patch * R / 16` px, which makes R / 16
+tokens per side whatever the patch size (R = 256: input 224 at patch 14, 256 at patch 16; R = 512: 448 and 512).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ TOKEN_PX = 16
 class VisionEntry:
     """One selectable vision encoder, a timm vision transformer.
 
-    timm_name: architecture and tag of weights. hub_id: repository with the weights; None if they are on no hub, and
-    then weights_page says where they are. native_px: side of the input it was trained with. mean, std: of RGB in
-    [0, 1]. resize_first: resize before normalising (else after). resize_mode: 'bicubic' or 'bilinear', always without
-    antialiasing. final_norm: whether the public code applies the encoder's last norm to the final block's output.
-    key_format: how the weights' file names its tensors (see :mod:`featcache.encoders.keys`). options: further arguments
-    of timm.
+    timm_name: architecture and tag of weights. hub_id: repository with the weights; None if they are on no hub,
+    and then weights_page says where they are. native_px: side of the input it was trained with. mean, std: of RGB
+    in [0, 1]. resize_first: resize before normalising (else after). resize_mode: 'bicubic' or 'bilinear', always
+    without antialiasing. final_norm: whether the public code applies the encoder's last norm to the final block's
+    output. key_format: how the weights' file names its tensors (see `featcache.encoders.keys`). options: further
+    arguments of timm.
     """
 
     timm_name: str
@@ -57,7 +57,7 @@ class VisionEntry:
         return self.depth - 1
 
     def input_px(self, resolution: int) -> int:
-        """Side of the input for crops of ``resolution`` px, which gives resolution / 16 tokens a side."""
+        """Side of the input for crops of `resolution` px, which gives resolution / 16 tokens per side."""
         return self.patch * resolution // TOKEN_PX
 
 
@@ -234,7 +234,7 @@ def _kl(hub_id: str, licence: str, note: str, **changes: Any) -> VaeEntry:
 
 
 def _dc_ae(name: str, *, channels: int, scaling_factor: float, deep: int) -> VaeEntry:
-    """DC-AE trained on ImageNet; ``deep`` is the number of stages after the four of ResBlocks and 512 channels."""
+    """DC-AE trained on ImageNet; `deep` is the number of stages after the four of ResBlocks and 512 channels."""
     stages = 3 + deep
     widths = [128, 256, 512, 512, 1024, 1024, 2048][:stages]
     blocks = ["ResBlock"] * 3 + ["EfficientViTBlock"] * deep
@@ -304,8 +304,8 @@ VAES: Mapping[str, VaeEntry] = {
 def token_grid(resolution: int, downsampling: int) -> int:
     """Side of the token grid: latents in patches of 2 at 8x downsampling (R / 16), of 4 at 4x, of 1 from 16x on.
 
-    So a transformer over the latents sees R / 16 tokens a side as long as the VAE leaves that many (the choice is ours;
-    the papers use 8x and patch 2).
+    So a transformer over the latents sees R / 16 tokens per side as long as the VAE leaves that many (the choice is
+    ours; the papers use 8x and patch 2).
     """
     latent = resolution // downsampling
     return latent // max(1, TOKEN_PX // downsampling)
@@ -315,9 +315,9 @@ def token_grid(resolution: int, downsampling: int) -> int:
 class TextEntry:
     """One selectable text encoder, a CLIP text transformer of transformers.
 
-    hub_id: repository with weights and vocabulary; None for the embedded one. vocabulary: number of tokens; the last two
-    are the start and the end of a text. tokens: length that every text is cut or padded to. width: of the hidden states.
-    projected: of the pooled vector.
+    hub_id: repository with weights and vocabulary; None for the embedded one. vocabulary: number of tokens; the last
+    two are the start and the end of a text. tokens: length that every text is cut or padded to. width: of the hidden
+    states. projected: of the pooled vector.
     """
 
     hub_id: str | None

@@ -1,8 +1,8 @@
-"""Text encoders: captions => hidden states of all tokens, and one pooled vector a caption.
+"""Text encoders: captions => hidden states of all tokens, and one pooled vector per caption.
 
 CLIP's text transformer as Stable Diffusion uses it: texts are cut or padded to 77 tokens, padding is the end token, the
-attention is causal and knows no padding mask, and what is kept is the last hidden state after the final norm. The pooled
-vector is CLIP's own text embedding: the hidden state at the first end token, projected, not normalised.
+attention is causal and knows no padding mask, and what is kept is the last hidden state after the final norm. The
+pooled vector is CLIP's own text embedding: the hidden state at the first end token, projected, not normalised.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from featcache.encoders.base import Compute, WeightsSource, load_file, seeded, unavailable, upload, weights_sha256
 from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.table import TEXTS, TextEntry
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -31,7 +34,8 @@ _BYTES = "bytes, without merges"
 
 
 def build_text(entry: TextEntry) -> nn.Module:
-    """The architecture of ``entry``, weights as transformers initialises them."""
+    """The architecture of `entry`, weights as transformers initialises them."""
+    # Late here and below: transformers takes seconds to load.
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -61,7 +65,7 @@ def byte_vocabulary(entry: TextEntry) -> dict[str, int]:
     return vocabulary | {"<|startoftext|>": entry.vocabulary - 2, "<|endoftext|>": entry.vocabulary - 1}
 
 
-def _byte_tokenizer(entry: TextEntry) -> Any:
+def _byte_tokenizer(entry: TextEntry) -> PreTrainedTokenizerFast:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         (folder / "vocab.json").write_text(json.dumps(byte_vocabulary(entry)), "utf-8")
@@ -69,17 +73,18 @@ def _byte_tokenizer(entry: TextEntry) -> Any:
         return _tokenizer(folder)
 
 
-def _tokenizer(folder: Path) -> Any:
-    """CLIP's tokenizer from ``vocab.json`` and ``merges.txt`` in ``folder``."""
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """CLIP's tokenizer from `vocab.json` and `merges.txt` in `folder`."""
     import transformers
 
     # Before version 5 the plain name was a tokenizer in Python.
     kind = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: PreTrainedTokenizerFast = kind.from_pretrained(str(folder), local_files_only=True)
+        return tokenizer
     except Exception as error:  # the library raises bare Exceptions for damaged files
         raise UserError(
-            f"the vocabulary in {str(folder)!r} cannot be read: {str(error).splitlines()[0]}",
+            f"the vocabulary in {str(folder)!r} cannot be read: {first_line(error)}",
             remedy=f"Bring {' and '.join(VOCABULARY_FILES)} again.",
         ) from error
 
@@ -89,7 +94,7 @@ def _folders(name: str, hub_id: str) -> tuple[str, ...]:
 
 
 def _brought(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str]) -> Path | None:
-    """The first of ``files`` in a folder of the encoder's inside ``--weights-dir``."""
+    """The first of `files` in a folder of the encoder's inside `--weights-dir`."""
     if weights.weights_dir is None:
         return None
     for folder in _folders(name, hub_id):
@@ -127,19 +132,18 @@ def _state(path: Path) -> dict[str, Tensor]:
                 return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"cannot read weights from {str(path)!r}: {str(error).splitlines()[0]}", remedy="Bring the file again."
+                f"cannot read weights from {str(path)!r}: {first_line(error)}", remedy="Bring the file again."
             ) from error
     return {key: value for key, value in load_file(path).items() if wanted(key)}
 
 
-def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, Any, dict[str, Any]]:
+def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedTokenizerFast, dict[str, Any]]:
     """A frozen text encoder, its tokenizer, and where both came from.
 
     With random weights the vocabulary is the one brought, else the bytes alone: texts then take more tokens.
 
-    Raises:
-        UserError: damaged weights or vocabulary, or those of another network.
-        WeightsUnavailable: weights or vocabulary are not on this machine and no hub answers.
+    Raises `UserError` for damaged weights or vocabulary, or those of another network; `WeightsUnavailable` if weights
+    or vocabulary are not on this machine and no hub answers.
     """
     entry = TEXTS[name]
     seed = 0 if entry.hub_id is None else weights.random_seed
@@ -154,7 +158,7 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, Any, dict[s
             model.load_state_dict({key: value.float() for key, value in state.items()})
         except RuntimeError as error:
             raise UserError(
-                f"the weights found for --text {name} do not fit: {str(error).splitlines()[0]}",
+                f"the weights found for --text {name} do not fit: {first_line(error)}",
                 remedy=f"Bring the weights of {entry.hub_id}.",
             ) from error
         origin = {"weights": entry.hub_id}
@@ -163,7 +167,9 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, Any, dict[s
     return model, tokenizer, {"name": name, **origin, "sha256": weights_sha256(model), "tokenizer": vocabulary}
 
 
-def _load_tokenizer(name: str, entry: TextEntry, weights: WeightsSource, *, needed: bool) -> tuple[Any, str]:
+def _load_tokenizer(
+    name: str, entry: TextEntry, weights: WeightsSource, *, needed: bool
+) -> tuple[PreTrainedTokenizerFast, str]:
     """The tokenizer, and what the manifest says of it: the SHA-256 of both files, or that it knows bytes only."""
     if entry.hub_id is None or not (needed or _brought(name, entry.hub_id, weights, VOCABULARY_FILES[:1])):
         return _byte_tokenizer(entry), _BYTES
@@ -195,17 +201,17 @@ class Tokens:
 
 
 class TextEncoder:
-    """Hidden states and pooled vectors of up to ``captions`` captions an image.
+    """Hidden states and pooled vectors of up to `captions` captions per image.
 
     Args:
-        name: a key of :data:`featcache.encoders.table.TEXTS`.
+        name: a key of `featcache.encoders.table.TEXTS`.
         weights: where weights and vocabulary may come from.
         captions: how many captions an image may have; missing ones are zeros.
         compute: device, precision, compilation.
 
     Features:
-        ``text/<name>``: [captions, tokens, width] float32. ``text/<name>.pooled``: [captions, projected] float32.
-        ``text/<name>.length``: [captions] int32, tokens with both marks; 0 for captions that an image lacks.
+        `text/<name>`: [captions, tokens, width] float32. `text/<name>.pooled`: [captions, projected] float32.
+        `text/<name>.length`: [captions] int32, tokens with both marks; 0 for captions that an image lacks.
     """
 
     def __init__(
@@ -217,7 +223,8 @@ class TextEncoder:
         self.captions, self.batch_size = captions, batch_size
         entry = TEXTS[name]
         model, tokenizer, origin = load_text(name, weights)
-        self.entry, self.name, self.module = entry, name, model.to(self.compute.device)
+        self.entry, self.name, self.title = entry, name, f"text {name}"
+        self.module = model.to(self.compute.device)
         # The settings live in the tokenizer itself: made once here, so that threads only read it.
         self._tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.enable_truncation(entry.tokens)
@@ -254,9 +261,9 @@ class TextEncoder:
         return made.last_hidden_state.float(), made.text_embeds.float()
 
     def __call__(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Captions of n images => ``text/<name>`` [n, C, T, width] and ``.pooled`` [n, C, projected], float32.
+        """Captions of n images => `text/<name>` [n, C, T, width] and `.pooled` [n, C, projected], float32.
 
-        They run in batches of ``batch_size``, filled up with empty ones where the network is compiled for that size.
+        They run in batches of `batch_size`, filled up with empty ones where the network is compiled for that size.
         """
         n, C = tokens.lengths.shape
         device = self.compute.device

@@ -19,7 +19,7 @@ block, G3 the one before, and so on; stages before the last four belong to no le
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from featcache.encoders.base import (
 from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.table import VAES, token_grid
 from featcache.encoders.tiny import load_tiny_vae
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 
 LEVELS = ("G1", "G2", "G3", "G4")
 LOG_VARIANCE_OF_NONE = -30.0
@@ -52,12 +52,11 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
     """A frozen VAE of diffusers in eval mode, float32, and where its weights came from.
 
     Args:
-        name: a key of :data:`featcache.encoders.table.VAES`, or a folder as diffusers saves one (``config.json`` and
-            weights), also one inside ``--weights-dir``.
+        name: a key of `featcache.encoders.table.VAES`, or a folder as diffusers saves one (`config.json` and
+            weights), also one inside `--weights-dir`.
 
-    Raises:
-        UserError: unknown name, a folder with another class of model, or damaged weights.
-        WeightsUnavailable: no weights on this machine and no hub.
+    Raises `UserError` for an unknown name, a folder with another class of model, or damaged weights;
+    `WeightsUnavailable` if the weights are neither on this machine nor on a hub.
     """
     entry = VAES.get(name)
     if entry is None:
@@ -77,10 +76,11 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
 
 
 def build_vae(model_class: str, config: Mapping[str, Any]) -> nn.Module:
-    """An untrained VAE of one of :data:`MODEL_CLASSES`."""
-    import diffusers
+    """An untrained VAE of one of `MODEL_CLASSES`."""
+    import diffusers  # late: it takes seconds to load
 
-    return getattr(diffusers, model_class).from_config(dict(config))
+    vae: nn.Module = getattr(diffusers, model_class).from_config(dict(config))
+    return vae
 
 
 def _folder_of(name: str, weights: WeightsSource) -> Path:
@@ -117,9 +117,8 @@ def _filled(vae: nn.Module, state: dict[str, Tensor], where: str) -> nn.Module:
     try:
         vae.load_state_dict(_modern_keys(state))
     except RuntimeError as error:
-        first = str(error).splitlines()[0]
         raise UserError(
-            f"the weights of {where} do not fit a {type(vae).__name__} of its configuration: {first}"
+            f"the weights of {where} do not fit a {type(vae).__name__} of its configuration: {first_line(error)}"
         ) from error
     return vae
 
@@ -177,6 +176,9 @@ def encoder_layers(vae: nn.Module) -> list[Layer]:
 _Staged = list[tuple[int, str, nn.Module, int]]  # stage, name, module, width
 
 
+# `encoder` and `config` are `Any` below: torch knows no types of a module's submodules, diffusers none of a config.
+
+
 def _kl_layers(encoder: Any, config: Any) -> _Staged:
     """A stage ends with its downsampling. In SD's layout (four stages, the last two equally wide) the last stage's
     first layer counts with the stage before, as the paper groups them.
@@ -230,30 +232,24 @@ def _dc_layers(encoder: Any, config: Any) -> _Staged:
 def downsampling_of(vae: nn.Module) -> int:
     """Pixels a latent cell spans along one axis."""
     config: Any = vae.config
-    stages = config.encoder_block_out_channels if isinstance(vae.encoder, _no_kl()) else config.block_out_channels
-    return 2 ** (len(stages) - 1)
-
-
-def _no_kl() -> tuple[type, ...]:
-    from diffusers.models.autoencoders.autoencoder_dc import Encoder
-    from diffusers.models.autoencoders.vae import EncoderTiny
-
-    return (Encoder, EncoderTiny)
+    # Classes whose decoder may have other stages say which are the encoder's.
+    stages = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
+    return 1 << (len(stages) - 1)
 
 
 class VaeEncoder:
     """Posterior moments and, on request, the levels G1..G4 of one VAE.
 
     Args:
-        name: a key of :data:`featcache.encoders.table.VAES`, or a folder (see :func:`load_vae`).
+        name: a key of `featcache.encoders.table.VAES`, or a folder (see `load_vae`).
         weights: where weights may come from.
         resolution: side of the pixels, a multiple of the VAE's downsampling.
-        levels: groups to keep, e.g. ``("G3", "G4")``.
-        compute: device, precision, compilation. ``device`` alone is short for ``Compute(device=device)``.
+        levels: groups to keep, e.g. `("G3", "G4")`.
+        compute: device, precision, compilation. `device` alone is short for `Compute(device=device)`.
 
     Features:
-        ``vae/moments``: [2C, h, w] float32.
-        ``vae/Gk``: [L, T, channels] float32, T = grid^2 tokens row-major, one entry a layer in order.
+        `vae/moments`: [2C, h, w] float32.
+        `vae/Gk`: [L, T, channels] float32, T = grid^2 tokens row-major, one entry per layer in order.
     """
 
     def __init__(
@@ -284,6 +280,7 @@ class VaeEncoder:
         latent_size = resolution // self.downsampling
         self.grid = token_grid(resolution, self.downsampling)
         self.levels = tuple(level for level in LEVELS if level in levels)
+        self.title = f"vae {name}"
         self.info = {
             "name": name,
             "sha256": origin["sha256"],
@@ -330,8 +327,8 @@ class VaeEncoder:
                 "resampling": "bilinear, half-pixel centres, no antialiasing",
             }
 
-    def _keep(self, level: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def _keep(self, level: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             size = (self.grid, self.grid)
             grid = F.interpolate(output.float(), size=size, mode="bilinear", align_corners=False)
             self._kept[level].append(grid.flatten(2).transpose(1, 2))  # [B, T, channels]
@@ -352,7 +349,7 @@ class VaeEncoder:
         return {"vae/moments": hidden, **levels}
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => ``vae/moments`` [B, 2C, h, w] and the levels [B, L, T, channels], float32."""
+        """uint8 [B, 3, R, R] => `vae/moments` [B, 2C, h, w] and the levels [B, L, T, channels], float32."""
         with self.compute.scope():
             features = self._run(pixels)
         for kept in self._kept.values():
@@ -367,4 +364,5 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     shift = getattr(config, "shift_factor", None) or 0.0
     raw = latents.to(next(vae.parameters()).dtype) / config.scaling_factor + shift
     decode: Any = vae.decode
-    return decode(raw).sample.float()
+    pixels: Tensor = decode(raw).sample.float()
+    return pixels

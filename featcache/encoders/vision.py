@@ -1,4 +1,4 @@
-"""Vision encoders: raw pixels => patch tokens of chosen layers (the table of them is :mod:`featcache.encoders.table`).
+"""Vision encoders: raw pixels => patch tokens of chosen layers (the table of them is `featcache.encoders.table`).
 
 A crop scaled to [0, 1] is normalised and resized to the encoder's input, in the order that the public code uses for
 each encoder. Patch tokens leave row-major, without class or register tokens.
@@ -28,14 +28,14 @@ from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.keys import to_timm
 from featcache.encoders.table import ENCODERS, HALF, TOKEN_PX, VisionEntry
 from featcache.encoders.tiny import load_tiny_vit
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 
 FINAL_NORMS = ("auto", "all", "last", "none")
 
 
 def build_vision(entry: VisionEntry, *, input_px: int) -> nn.Module:
-    """The architecture of ``entry`` for square inputs of ``input_px``, weights as timm initialises them."""
-    import timm
+    """The architecture of `entry` for square inputs of `input_px`, weights as timm initialises them."""
+    import timm  # late: it takes seconds to load
 
     return timm.create_model(
         entry.architecture, pretrained=False, num_classes=0, img_size=input_px, **dict(entry.options)
@@ -43,13 +43,12 @@ def build_vision(entry: VisionEntry, *, input_px: int) -> nn.Module:
 
 
 def load_vision(name: str, weights: WeightsSource, *, input_px: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A frozen timm vision transformer for square inputs of ``input_px``, and where its weights came from.
+    """A frozen timm vision transformer for square inputs of `input_px`, and where its weights came from.
 
     Position tables are resampled to the input's grid by timm (bicubic, antialiased), as REPA does.
 
-    Raises:
-        UserError: damaged weights, or weights of another network.
-        WeightsUnavailable: no weights on this machine and no hub.
+    Raises `UserError` for damaged weights, or weights of another network; `WeightsUnavailable` if the weights are
+    neither on this machine nor on a hub.
     """
     entry = ENCODERS[name]
     if weights.random_seed is not None:
@@ -62,7 +61,7 @@ def load_vision(name: str, weights: WeightsSource, *, input_px: int) -> tuple[nn
             model.load_state_dict(_filtered(state, model))
         except (RuntimeError, KeyError) as error:
             raise UserError(
-                f"the weights found for {name!r} do not fit {entry.timm_name}: {str(error).splitlines()[0]}",
+                f"the weights found for {name!r} do not fit {entry.timm_name}: {first_line(error)}",
                 remedy=f"Bring the weights of {entry.hub_id or entry.weights_page}.",
             ) from error
         origin = {"weights": entry.hub_id or "file"}
@@ -104,7 +103,7 @@ def on_grid(tokens: Tensor, grid: int) -> Tensor:
     B, T, D = tokens.shape
     side = round(T**0.5)
     if side * side != T:
-        raise UserError(f"an encoder gave {T} tokens an image, which is not a square grid")
+        raise UserError(f"an encoder gave {T} tokens per image, which is not a square grid")
     if side == grid:
         return tokens
     maps = tokens.transpose(1, 2).reshape(B, D, side, side)
@@ -146,18 +145,18 @@ class VisionEncoder:
     """Patch tokens of one vision transformer at one or more layers.
 
     Args:
-        name: a key of :data:`featcache.encoders.table.ENCODERS`, or ``tiny``.
+        name: a key of `featcache.encoders.table.ENCODERS`, or `tiny`.
         layers: block indices counted from 0; empty means the entry's default (the final block).
         weights: where weights may come from.
         resolution: side of the pixels.
         grid: side of the cached token grid; None means resolution / 16, the encoder's own.
-        final_norm: which cached layers go through the encoder's final norm: ``all``, ``last`` (only the final block's),
-            ``none``, or ``auto``: none where the public code applies none, else all (DyA does not say what becomes of
+        final_norm: which cached layers go through the encoder's final norm: `all`, `last` (only the final block's),
+            `none`, or `auto`: none where the public code applies none, else all (DyA does not say what becomes of
             an inner layer; the default is ours).
-        compute: device, precision, compilation. ``device`` alone is short for ``Compute(device=device)``.
+        compute: device, precision, compilation. `device` alone is short for `Compute(device=device)`.
 
     Features:
-        ``<name>@<layer>``: [grid^2, width] float32.
+        `<name>@<layer>`: [grid^2, width] float32.
     """
 
     def __init__(
@@ -178,11 +177,12 @@ class VisionEncoder:
             raise UserError(f"unknown --final-norm {final_norm!r}", remedy=f"Type one of: {', '.join(FINAL_NORMS)}.")
         place = self.compute.device
         if name == "tiny":
-            model: Any = load_tiny_vit()
-            depth, width = len(model.blocks), model.embed_dim
+            tiny = load_tiny_vit()
+            model: nn.Module | None = tiny
+            depth, width = len(tiny.blocks), tiny.embed_dim
             default: tuple[int, ...] = (depth // 2 - 1, depth - 2, depth - 1)
             self.prepare = Preparation(mean=HALF, std=HALF, input_px=resolution, device=place)
-            origin: dict[str, Any] = {"name": "tiny", "weights": "embedded", "sha256": weights_sha256(model)}
+            origin: dict[str, Any] = {"name": "tiny", "weights": "embedded", "sha256": weights_sha256(tiny)}
             norm_by_default = True
         else:
             entry = ENCODERS[name]
@@ -206,7 +206,8 @@ class VisionEncoder:
             )
         if model is None:
             model, origin = load_vision(name, weights, input_px=self.prepare.input_px)
-        self.name, self.module = name, model.to(place)
+        self.name = self.title = name
+        self.module: Any = model.to(place)  # one of timm's families, which share methods but no class
         self._normed = _normed_layers(self.layers, depth, final_norm, norm_by_default)
         self._run = torch.compile(self._tokens, dynamic=False) if self.compute.compile else self._tokens
         self.shapes = {f"{name}@{i}": (self.grid**2, width) for i in self.layers}
@@ -220,7 +221,7 @@ class VisionEncoder:
         return [self.module.norm(t) if i in self._normed else t for i, t in zip(self.layers, taken)]
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => ``name@layer`` -> float32 [B, grid^2, width]."""
+        """uint8 [B, 3, R, R] => `name@layer` -> float32 [B, grid^2, width]."""
         with self.compute.scope():
             tokens = self._run(self.prepare(pixels))
         return {f"{self.name}@{i}": on_grid(t.float(), self.grid) for i, t in zip(self.layers, tokens)}

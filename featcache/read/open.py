@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from featcache.read.reader import Cache
+from featcache.read.stream import DEFAULT_CACHE_BYTES, open_remote
 from featcache.store.backends import open_backend
 from featcache.store.remote import is_remote, local_path
 from featcache.store.root import read_root
@@ -28,8 +29,6 @@ def open_cache(
     """
     if "://" in os.fspath(path):
         if is_remote(path):
-            from featcache.read.stream import DEFAULT_CACHE_BYTES, open_remote
-
             limit = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
             directory = None if cache_dir is None else Path(cache_dir)
             return open_remote(os.fspath(path), cache_dir=directory, cache_bytes=limit, expect=expect)

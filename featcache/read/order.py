@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -37,9 +38,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
-    """Images (int64) of `positions` (each in [0, count)) under the permutation of [0, count) that `keys`
-    select.
-    """
+    """Images (int64) of `positions` (each in [0, count)) under the permutation of [0, count) that `keys` select."""
     bits = max(2, (count - 1).bit_length())
     right_bits = bits // 2
     left_bits = bits - right_bits
@@ -51,8 +50,7 @@ def permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
         left = values >> np.uint64(right_bits)
         right = values & np.uint64((1 << right_bits) - 1)
         for key in keys:
-            # (L, R) -> (R, L ^ f(R)): the halves change places, and so do their widths where they are
-            # unequal.
+            # (L, R) -> (R, L ^ f(R)): the halves change places, and so do their widths where they are unequal.
             mask = np.uint64((1 << widths[0]) - 1)
             left, right = right, left ^ (_mix(right + key) & mask)
             widths = (widths[1], widths[0])
@@ -75,7 +73,13 @@ class Order:
     def _at(self, positions: np.ndarray) -> np.ndarray:
         return positions
 
-    def __getitem__(self, key):
+    @overload
+    def __getitem__(self, key: int) -> int: ...
+
+    @overload
+    def __getitem__(self, key: slice | np.ndarray | Sequence[int]) -> np.ndarray: ...
+
+    def __getitem__(self, key: int | slice | np.ndarray | Sequence[int]) -> int | np.ndarray:
         if isinstance(key, slice):
             return self._at(np.arange(*key.indices(self.count), dtype=np.int64))
         positions = np.asarray(key, np.int64)
@@ -110,9 +114,7 @@ class WindowedOrder(Order):
 
     @functools.cached_property
     def _layout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in reading order, and where each begins in the stream (the short last shard shifts the
-        rest).
-        """
+        """Shards in reading order, and where each begins in the stream (the short last shard shifts the rest)."""
         n_full, rest = divmod(self.count, self.shard_size)
         n_shards = n_full + (rest > 0)
         shards = permute(np.arange(n_shards), n_shards, _keys("shards", self.seed, self.epoch))
@@ -133,14 +135,15 @@ class WindowedOrder(Order):
             keys = _keys("window", self.seed, self.epoch, int(window))
             streamed[inside] = low + permute(flat[inside] - low, high - low, keys)
         place = np.searchsorted(starts, streamed, side="right") - 1
-        return (shards[place] * self.shard_size + streamed - starts[place]).reshape(positions.shape)
+        found: np.ndarray = shards[place] * self.shard_size + streamed - starts[place]
+        return found.reshape(positions.shape)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Order:
     """A global shuffle without replacement of `count` samples, a function of (seed, epoch) alone.
 
     Rank r of w takes any fixed share of each slice (`order[start:stop][r::w]`, say): the global order does
-    not know of ranks. Constant memory; about 1 us a sample.
+    not know of ranks. Constant memory; about 1 us per sample.
     """
     return ShuffledOrder(count, _keys("epoch", seed, epoch))
 
@@ -149,6 +152,6 @@ def sequential_order(seed: int, epoch: int, count: int, shard_size: int, *, wind
     """The order for spinning disks and remote storage: whole shards, one window after another.
 
     Shards come in random order; `window` of them at a time are shuffled together. Reading it touches each
-    shard once an epoch. Memory: 16 bytes a shard.
+    shard once per epoch. Memory: 16 bytes per shard.
     """
     return WindowedOrder(count, shard_size, window, seed, epoch)

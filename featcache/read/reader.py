@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from featcache.store.manifest import Manifest
 
 __all__ = ["Cache", "Reader", "epoch_order", "sequential_order"]
 
-_MAX_IOV = 512  # Linux takes 1024 buffers a call
+_MAX_IOV = 512  # Linux takes 1024 buffers per call
 _PIECE = 1 << 18
 _SMALL_BYTES = 16 << 10
 _PAGE_BYTES = 4096
@@ -35,8 +36,6 @@ _LABEL, _KEY = "label", "key"
 
 
 def _descriptor_budget() -> int:
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(16, min(2048, soft // 2))
 
@@ -90,8 +89,7 @@ class Cache:
         self.manifest = manifest
         self.backend = backend
         self._skipped = np.array([entry.slot for entry in manifest.skipped], np.int64)
-        # Number of samples before each skipped slot: sample i lies after k skipped slots if k of these are
-        # <= i.
+        # Number of samples before each skipped slot: sample i lies after k skipped slots if k of these are <= i.
         self._before = self._skipped - np.arange(len(self._skipped))
 
     def __len__(self) -> int:
@@ -115,7 +113,7 @@ class Cache:
         return indices + np.searchsorted(self._before, indices, side="right")
 
     def require(self, names: Sequence[str]) -> None:
-        """Raise `CacheError` naming those of `names` that the cache lacks."""
+        """Raises `CacheError` naming those of `names` that the cache lacks."""
         missing = [name for name in names if name not in self.manifest.features]
         if missing:
             have = ", ".join(sorted(self.manifest.features)) or "nothing"
@@ -143,7 +141,7 @@ class Cache:
         return whole
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Keys (source paths) of the samples `start` to `stop`, as :mod:`featcache.keys` describes them."""
+        """Keys (source paths) of the samples `start` to `stop`, as `featcache.keys` describes them."""
         stop = len(self) if stop is None else min(stop, len(self))
         with self.reader([_KEY]) as reader:
             out = reader.allocate(max(0, stop - start))
@@ -159,8 +157,7 @@ class Cache:
         slots: bool = False,
         access: str = "auto",
     ) -> Reader:
-        """A reader of these features. `threads`: default one a core, at most 8; 0 reads in the calling
-        thread.
+        """A reader of these features. `threads`: default one per core, at most 8; 0 reads in the calling thread.
 
         single_view: drop the view axis of flipped caches; `read` then takes the view of each sample and
         moves only its bytes. slots: indices count slots, skipped ones (zeros, label -1) included. access:
@@ -189,7 +186,7 @@ class _Plan(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """One array of a batch: its buffer as flat bytes (twice: for the kernel, for copies), bytes a sample."""
+    """One array of a batch: its buffer as flat bytes (twice: for the kernel, for copies), bytes per sample."""
 
     name: str
     flat: memoryview
@@ -252,12 +249,10 @@ class Reader:
         return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
 
     def allocate(self, batch: int) -> dict[str, np.ndarray]:
-        """Buffers for `batch` samples: array name -> `[batch, *stored_shape]`, beginning at a page's
-        boundary.
+        """Buffers for `batch` samples: array name -> `[batch, *stored_shape]`, beginning at a page's boundary.
 
-        Alignment is worth a factor of two to three: samples lie at multiples of 64 bytes in shards, and
-        copies whose ends differ modulo 64 are slow on current processors. (Pinned tensors are aligned by
-        nature.)
+        Alignment is worth a factor of two to three: samples lie at multiples of 64 bytes in shards, and copies whose
+        ends differ modulo 64 are slow on current processors. (Pinned tensors are aligned by nature.)
         """
         return {name: _aligned((batch, *shape), dtype) for name, (dtype, shape) in self.arrays.items()}
 
@@ -307,8 +302,7 @@ class Reader:
         jobs = []
         for name, (dtype, shape) in self.arrays.items():
             array = self._flat(name, out[name], dtype, shape, out_offset + n)
-            view = memoryview(array)  # type: ignore[arg-type]
-            jobs.append(_Job(name, view, array, sample_bytes(dtype, shape), self._views[name] > 1))
+            jobs.append(_Job(name, array.data, array, sample_bytes(dtype, shape), self._views[name] > 1))
         n_runs = len(starts)
         if self._pool is None or n_runs == 1:
             self._read_range(jobs, plan, 0, n_runs)

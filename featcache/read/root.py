@@ -47,7 +47,7 @@ def required_root(place: Location) -> Manifest:
 
 
 def require_authentic(place: Location, manifest: Manifest, expect: str | None, signed_by: Path | None) -> str | None:
-    """Raise `CacheError` unless the cache is the expected one, signed by one of the signers. Returns who signed it."""
+    """Raises `CacheError` unless the cache is the expected one, signed by one of the signers. Returns who signed it."""
     require_digest(manifest, expect, place.url)
     if signed_by is None:
         return None

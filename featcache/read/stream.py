@@ -5,9 +5,8 @@ blocks of 1 MiB. Each is checked against its recorded hash when it comes, and en
 that survived a crash cannot serve damaged bytes either. Of a cache without such hashes, shards of at most 16 MiB are
 fetched whole once and checked against their SHA-256; larger ones cannot be checked.
 
-Every epoch in `sequential_order` fetches each block once; a global shuffle of a cache much
-larger than the directory fetches a block for every sample, which costs bandwidth: pull such a cache, or read
-it in sequential order.
+Every epoch in `sequential_order` fetches each block once; a global shuffle of a cache much larger than the directory
+fetches a block for every sample, which costs bandwidth: pull such a cache, or read it in sequential order.
 """
 
 from __future__ import annotations
@@ -93,8 +92,8 @@ class BlockCache:
             raise is_missing(self._place, name) from error
 
     def read(self, name: str, size: int, start: int, out: memoryview, recorded: ShardBlocks | None) -> None:
-        """Fill `out` with the bytes of file `name` (of length `size`) from `start` on, checked if its blocks are
-        recorded.
+        """Fill `out` with the bytes of file `name` (of length `size`) from `start` on, checked if its
+        blocks are recorded.
         """
         position = 0
         while position < len(out):
@@ -170,6 +169,7 @@ class BlockCache:
         return data
 
     def _keep(self, key: str, data: bytes) -> None:
+        # Not `files.atomic_write`, which would hash each block again: its crc32c tells a torn one.
         temporary = self._directory / f"{os.getpid()}-{next(self._serial)}.new"
         with self._lock:
             self._bytes += len(data) + 4 - self._known.pop(key, 0)

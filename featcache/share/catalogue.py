@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -21,15 +20,14 @@ from featcache.share.manage import list_caches
 from featcache.share.transfer import list_remote
 from featcache.share.verification import Verification
 from featcache.store import files
-from featcache.store.layout import ROOT_NAMES, sample_bytes
-from featcache.store.manifest import FeatureSpec, Manifest
+from featcache.store.layout import ROOT_NAMES
+from featcache.store.manifest import SAMPLE_FEATURES, Manifest
 from featcache.store.places import Location, Missing
 from featcache.store.remote import is_remote, local_path, open_location
 from featcache.store.root import cache_digest
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _MAX_FEATURES = 200
-_NOT_ENCODED = ("label", "key", "content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +75,8 @@ class Row:
 def encoders(manifest: Manifest) -> list[str]:
     """What made the features: vision encoders, the VAE, text encoders; random weights are named as such."""
     found: dict[str, bool] = {}
-    for name, spec in manifest.features.items():
-        if name in _NOT_ENCODED or name == "text/count":
+    for name in manifest.encoded:
+        if name == "text/count":
             continue
         if name.startswith("vae/"):
             vae = (manifest.dataset.vae or {}).get("name", "unknown")
@@ -87,7 +85,7 @@ def encoders(manifest: Manifest) -> list[str]:
             encoder = name.removeprefix("text/").split(".")[0]
         else:
             encoder = name.rpartition("@")[0] or name
-        found[encoder] = found.get(encoder, False) or spec.provenance.get("weights") == "random"
+        found[encoder] = found.get(encoder, False) or manifest.features[name].provenance.get("weights") == "random"
     return [f"{name} (random weights)" if random else name for name, random in sorted(found.items())]
 
 
@@ -143,28 +141,19 @@ def _row(name: str, where: str, manifest: Manifest | None, n_bytes: int, place: 
     )
 
 
-def shape_text(spec: FeatureSpec) -> str:
-    """Decoded shape of a sample, with the view axis: '256x768'."""
-    return "x".join(map(str, ((spec.views,) if spec.views > 1 else ()) + tuple(spec.shape))) or "scalar"
-
-
 def _features(row: Row) -> list[dict[str, str]]:
     if row.manifest is None:
         return []
     return [
         {
             "name": name,
-            "shape": shape_text(spec),
-            "codec": spec.codec if spec.codec != "raw" else spec.dtype,
-            "bytes": _size_text(sum(sample_bytes(*array) for array in spec.arrays.values())),
+            "shape": spec.shape_text,
+            "codec": spec.stored_as,
+            "bytes": size_text(spec.bytes_per_sample),
             "random": "random" if spec.provenance.get("weights") == "random" else "",
         }
         for name, spec in list(row.manifest.features.items())[:_MAX_FEATURES]
     ]
-
-
-def _size_text(n_bytes: float) -> str:
-    return size_text(n_bytes)
 
 
 def time_text(moment: datetime | None) -> str:
@@ -181,21 +170,21 @@ def render(rows: Iterable[Row], place: str) -> str:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=plain
     )
     hashes = {kind: _csp_hash(environment.get_template(f"catalogue.{kind}").render()) for kind in ("js", "css")}
-    shown = [{"row": row, "features": _features(row)} for row in rows]
+    rows = list(rows)
     return environment.get_template("catalogue.html").render(
         place=redact(place),
-        rows=shown,
+        rows=[{"row": row, "features": _features(row)} for row in rows],
         max_features=_MAX_FEATURES,
-        n_bytes=sum(entry["row"].n_bytes for entry in shown),  # type: ignore[attr-defined]
+        n_bytes=sum(row.n_bytes for row in rows),
         made=time_text(datetime.now(UTC)),
         hashes=hashes,
-        size_text=_size_text,
+        size_text=size_text,
         time_text=time_text,
         timestamp=_timestamp,
     )
 
 
-def _timestamp(row: Row) -> dict[str, Any]:
+def _timestamp(row: Row) -> dict[str, int | str]:
     """Numbers to sort by: 0 where unknown."""
     return {
         "changed": 0 if row.changed is None else int(row.changed.timestamp()),
@@ -219,8 +208,8 @@ def print_rows(rows: Iterable[Row]) -> None:
         if row.manifest is None:
             console.print(f"  [red]{safe(row.problem)}[/red]")
             continue
-        size = "compressed" if row.manifest.compressor else _size_text(row.n_bytes)
-        held = (f"{f['name']} {f['shape']} {f['codec']}" for f in _features(row) if f["name"] not in _NOT_ENCODED)
+        size = "compressed" if row.manifest.compressor else size_text(row.n_bytes)
+        held = (f"{f['name']} {f['shape']} {f['codec']}" for f in _features(row) if f["name"] not in SAMPLE_FEATURES)
         checked = row.check_problem or (row.checked.words(row.manifest) if row.checked else "never (on record)")
         for title, text in (
             ("images", f"{row.manifest.dataset.count} of {row.manifest.dataset.name}, {size}"),

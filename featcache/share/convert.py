@@ -30,7 +30,7 @@ def convert(
 ) -> Manifest:
     """Copy the cache `source` to `target` in format `to` ('zarr' or 'wds'); returns the new manifest.
 
-    features: only these (default all). shard_size: samples a shard (default the source's). compressor: of a
+    features: only these (default all). shard_size: samples per shard (default the source's). compressor: of a
     zarr target ('zstd' or 'blosc'). progress: advances with each finished shard.
 
     Slots, skipped ones included, stay where they are; so converting there and back gives the same files. The copy has

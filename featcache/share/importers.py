@@ -1,5 +1,4 @@
-"""Latents that people already have, as caches: no encoding again, and no pretending about where they come
-from.
+"""Latents that people already have, as caches: no encoding again, and no pretending about where they come from.
 
 Three layouts (METHODS of the public code; each states what its numbers are):
 
@@ -26,7 +25,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,8 +81,7 @@ def moments_from_std(values: np.ndarray) -> np.ndarray:
 def parse_npy(data: bytes, where: str) -> np.ndarray:
     """The array of a `.npy` file in memory, which must hold as many bytes as its header claims; never an object.
 
-    Raises:
-        UserError: it is something else.
+    Raises `UserError` if it is something else.
     """
     file = io.BytesIO(data)
     with explained(where, "Make the file again.", wrong="is not a .npy file"):
@@ -294,8 +292,7 @@ class _SafetensorsLatents:
         self.vae = {
             "name": vae_name or "unknown",
             "latent_channels": self._shape[0],
-            # One number for all channels (root mean square of the channels' std): the exact ones are beside
-            # it.
+            # One number for all channels (root mean square of the channels' std): the exact ones are beside it.
             "scaling_factor": float(1 / np.sqrt(np.mean(std**2))),
             "shift_factor": float(np.mean(mean)),
             "downsampling": 16,
@@ -367,13 +364,13 @@ class _SafetensorsLatents:
         return values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
 
 
-def _open_safetensors(path: Path) -> Any:
+def _open_safetensors(path: Path) -> safe_open:
     file_size(path)  # a FIFO would be waited for
     return safe_open(path, framework="pt")
 
 
 @lru_cache(maxsize=8)
-def _cached_safetensors(path: Path) -> Any:
+def _cached_safetensors(path: Path) -> safe_open:
     return _open_safetensors(path)
 
 
@@ -420,8 +417,7 @@ def open_latents(path: Path, layout: str, *, vae: str | None = None) -> Latents:
 
 
 def import_latents(request: ImportRequest, progress: Progress = QUIET) -> Manifest:
-    """Turn latents of another project into a cache with `label`, `key` and `vae/moments`; returns its
-    manifest.
+    """Turn latents of another project into a cache with `label`, `key` and `vae/moments`; returns its manifest.
 
     Resumable by shard; `progress` advances with each finished one. The images
     themselves are unknown: the fingerprint is over the latents' names, labels and sizes, so features of
@@ -484,7 +480,7 @@ def import_latents(request: ImportRequest, progress: Progress = QUIET) -> Manife
                 key = key_bytes(latents.key(index))
                 keys[row, : len(key)] = np.frombuffer(key, np.uint8)
             moments = np.stack([latents.read(index) for index in indices])  # [n, views, 2C, h, w]
-            stored = _encode(moments if views > 1 else moments[:, 0], request.codec, encode, numpy_view)
+            stored = _encode(moments if views > 1 else moments[:, 0], request.codec)
             writer.write_shard("label", shard, {"": latents.labels[indices]})
             writer.write_shard("key", shard, {"": keys})
             writer.write_shard("vae/moments", shard, stored)
@@ -492,7 +488,7 @@ def import_latents(request: ImportRequest, progress: Progress = QUIET) -> Manife
         return writer.finish()
 
 
-def _encode(values: np.ndarray, codec: str, encode: Callable, numpy_view: Callable) -> dict[str, np.ndarray]:
+def _encode(values: np.ndarray, codec: str) -> dict[str, np.ndarray]:
     if not np.isfinite(values).all():
         raise UserError("the latents hold values that are not finite", remedy="Make the latents again.")
     return {suffix: numpy_view(tensor) for suffix, tensor in encode(codec, torch.from_numpy(values)).items()}

@@ -1,7 +1,7 @@
 """A damaged cache made whole from another copy of it: only what is damaged or missing comes over the wire.
 
-Whatever the copy sends is checked against the manifest of the cache that is mended, so the copy need not be trusted, nor
-sound itself. Every file is replaced whole and at once, so this can be killed and repeated at any moment.
+Whatever the copy sends is checked against the manifest of the cache that is mended, so the copy need not be trusted,
+nor sound itself. Every file is replaced whole and at once, so this can be killed and repeated at any moment.
 """
 
 from __future__ import annotations

@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from featcache.errors import CacheError, UserError, first_line
 from featcache.progress import QUIET, Progress
 from featcache.read import fetch as transfer
 from featcache.read.root import read_remote_root, require_authentic, required_root, root_document, versioned_root
+from featcache.read.stream import DEFAULT_CACHE_BYTES, remote_cache
 from featcache.redact import redact
 from featcache.share.manage import cache_bytes
 from featcache.share.verify import Problem, Report, inconsistencies, verify_place
@@ -62,6 +63,8 @@ from featcache.store.writer import (
     require_same_dataset,
 )
 from featcache.store.writers import create_writer
+
+T = TypeVar("T")
 
 _ALWAYS = ("label", "key")
 
@@ -277,13 +280,13 @@ class _Pull:
 
 
 def refuse_links(target: Path, part: Manifest) -> None:
-    """Raise `CacheError` where writing the cache would lead out of its directory."""
+    """Raises `CacheError` where writing the cache would lead out of its directory."""
     for name in (STATE, SIGNATURE, *ROOT_NAMES.values(), *(part.arrays if part.format == "zarr" else ())):
         files.inside(target, name)
 
 
 def _refuse_other_bytes(existing: Manifest, ours: Manifest, where: str) -> None:
-    """Raise `CacheError` if a feature is there already, with other bytes than ours."""
+    """Raises `CacheError` if a feature is there already, with other bytes than ours."""
     for name in sorted(set(existing.features) & set(ours.features)):
         if any(existing.checksums[array] != ours.checksums[array] for array in ours.features[name].arrays):
             raise CacheError(
@@ -311,12 +314,10 @@ def _carry_signature(place: Location, whole: Manifest, target: Path, manifest: M
         files.atomic_write(files.inside(target, SIGNATURE), [signature])
 
 
-def in_parallel(jobs: Iterable[Any], work: Callable[[Any], None], done: Callable[[Any], None], threads: int) -> None:
-    """`work(job)` in threads, `done(job)` in this one as each finishes. The first error stops the rest and
-    is raised.
-    """
+def in_parallel(jobs: Iterable[T], work: Callable[[T], None], done: Callable[[T], None], threads: int) -> None:
+    """`work(job)` in threads, `done(job)` in this one as each finishes. The first error stops the rest and is raised."""
     waiting = iter(jobs)
-    running: dict[Future[None], Any] = {}
+    running: dict[Future[None], T] = {}
     failure: BaseException | None = None
     with ThreadPoolExecutor(max(1, threads)) as pool:
         while True:
@@ -387,8 +388,7 @@ def push(
             metadata: dict[str, bytes | Path] = {**content, **_block_files(source, manifest, existing)}
             for name, data in metadata.items():
                 place.put(name, data)
-            # Another push may have finished meanwhile: then merge with it and try again (its shards are there
-            # already).
+            # Another push may have finished meanwhile: then merge with it and try again (its shards are there already).
             if place.put_if(ROOT_NAMES[merged.format], root, version) and _holds(place, manifest):
                 signature = read_signature(open_location(source))
                 if signature is not None and cache_digest(merged) == cache_digest(whole):
@@ -495,8 +495,8 @@ class _Journal:
 
 @contextlib.contextmanager
 def _push_journal(source: Path, address: str) -> Iterator[_Journal]:
-    """The journal of pushes from `source` to `address`, removed by one that succeeds; on a read-only disk it keeps
-    nothing.
+    """The journal of pushes from `source` to `address`, removed by one that succeeds; on a read-only disk
+    it keeps nothing.
     """
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
     path = files.inside(source, f"{STATE}/{PUSHES}/{name}.jsonl")
@@ -613,8 +613,6 @@ def verify_remote(
     subset(manifest, features, None)
 
     def consistent() -> list[Problem]:
-        from featcache.read.stream import DEFAULT_CACHE_BYTES, remote_cache
-
         with tempfile.TemporaryDirectory(prefix="featcache-verify-") as folder:
             return inconsistencies(remote_cache(place, manifest, Path(folder), DEFAULT_CACHE_BYTES), place.url)
 
@@ -631,11 +629,9 @@ def verify_remote(
 
 
 def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, progress: Progress) -> Transfer:
-    """One commit to a data-set repository. The hub keeps uploaded files by SHA-256, so a rerun sends only
-    the rest.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    """One commit to a data-set repository. The hub keeps uploaded files by SHA-256, so a rerun sends only the rest."""
+    # Late: other places need no client of the hub.
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
 
     repository, revision, prefix = parse_hub_url(url)
     place, api = open_location(url), HfApi()
@@ -664,13 +660,13 @@ def _push_to_hub(source: Path, whole: Manifest, manifest: Manifest, url: str, pr
                     parent_commit=parent,
                     commit_message=f"featcache: {', '.join(sorted(manifest.features))}",
                 )
-            except HfHubHTTPError as error:
+            except errors.HfHubHTTPError as error:
                 if error.response.status_code in (409, 412):
                     continue
                 raise
             progress.update(result.n_bytes)
             return result
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
         raise CacheError(
             f"{url} could not be written: {redact(first_line(error))}",
             remedy="log in (hf auth login) and run the same command again: what has arrived is not sent twice",

@@ -197,7 +197,8 @@ def cache_names(cache: Path) -> OwnNames | None:
 
 
 def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
-    """Move a whole cache, finished or not, to the trash beside it; returns where it lies there. `now`: delete it for good.
+    """Move a whole cache, finished or not, to the trash beside it; returns where it lies there. `now`: delete
+    it for good.
 
     It goes by one rename: whoever opens it finds it whole or not at all. Those who have shards open may go on reading.
 
@@ -251,7 +252,8 @@ def tidy(cache: Path) -> None:
 
 
 def restore_cache(path: Path) -> None:
-    """Bring the latest removed cache of that name back; raises `CacheError` if there is none or something is in its place."""
+    """Bring the latest removed cache of that name back; raises `CacheError` if there is none or something is
+    in its place."""
     trash = folder_trash(path.parent)
     found = [entry for entry in entries(trash) if entry.name == path.name and not entry.deleting]
     if not found:

@@ -1,7 +1,8 @@
 """The record of verifications: when a cache was checked, how, by whom, with what result.
 
-It lies at `.featcache/verified.json` of a cache, on a disk or at a place that others read, and is no part of the cache:
-no digest covers it, and whoever can write there can write anything into it. It says what people did, not that it is true.
+It lies at `.featcache/verified.json` of a cache, on a disk or at a place that others read, and is no part of the
+cache: no digest covers it, and whoever can write there can write anything into it. It says what people did, not that
+it is true.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import featcache
 from featcache.errors import CacheError
 from featcache.share.verify import Report
 from featcache.store import files
-from featcache.store.layout import STATE, canonical_json
+from featcache.store.layout import STATE, Json, canonical_json
 from featcache.store.manifest import Manifest, load_json
 from featcache.store.places import LocalLocation, Location, Missing
 from featcache.store.root import cache_digest
@@ -131,7 +131,7 @@ def parse(data: bytes, where: str) -> list[Verification]:
     return [_entry(item, damaged) for item in found]
 
 
-def _entry(item: Any, damaged: CacheError) -> Verification:
+def _entry(item: Json, damaged: CacheError) -> Verification:
     names = {f.name for f in fields(Verification)}
     if not isinstance(item, dict) or set(item) != names:
         raise damaged

@@ -139,15 +139,14 @@ def verify(
     since_last: bool = False,
     remember: bool = False,
 ) -> Report:
-    """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped
-    slots.
+    """Check a local cache: every file's bytes against recorded checksums, then labels, keys and skipped slots.
 
-    features: check only these. threads: default one a core. progress: advances with each checked file.
+    features: check only these. threads: default one per core. progress: advances with each checked file.
 
-    fraction: read only this part of the bytes, drawn at random with `seed` (default: a fresh one): blocks of 1 MiB where
-    their hashes are recorded, else whole shards. Metadata are checked whole, labels and keys then not. since_last: skip
-    shards that an earlier call with `remember` found sound and whose size, times and inode are as they were then.
-    remember: keep note of sound shards for that in the cache's state folder (where it can be written).
+    fraction: read only this part of the bytes, drawn at random with `seed` (default: a fresh one): blocks of 1 MiB
+    where their hashes are recorded, else whole shards. Metadata are checked whole, labels and keys then not.
+    since_last: skip shards that an earlier call with `remember` found sound and whose size, times and inode are as they
+    were then. remember: keep note of sound shards for that in the cache's state folder (where it can be written).
 
     What a builder, a removal or a restoration publishes meanwhile is taken into account: before problems are reported
     the root document is read again, and where it has changed, what changed is checked again.
@@ -655,9 +654,7 @@ def _unexpected(path: Path, manifest: Manifest, limit: int) -> list[Problem]:
 
 
 def inconsistencies(cache: Cache, where: str) -> list[Problem]:
-    """Labels against classes and skipped slots, keys unique and readable. In pieces; 8 bytes a key are
-    kept.
-    """
+    """Labels against classes and skipped slots, keys unique and readable. In pieces; 8 bytes per key are kept."""
     manifest = cache.manifest
     count, piece = manifest.dataset.count, 1 << 14
     skipped = np.zeros(0, np.int64) if not manifest.skipped else np.array([s.slot for s in manifest.skipped])
@@ -671,7 +668,7 @@ def inconsistencies(cache: Cache, where: str) -> list[Problem]:
         n_classes = len(manifest.dataset.class_names)
         dtype, shape = manifest.arrays["label"]
         if math.prod(shape) != 1 or dtype.kind not in "iu":
-            problem("label", f"labels are {dtype} {list(shape)}, not one integer a sample")
+            problem("label", f"labels are {dtype} {list(shape)}, not one integer per sample")
             return problems
         with cache.reader(["label"], slots=True) as reader:
             for start in range(0, count, piece):
@@ -702,8 +699,7 @@ def inconsistencies(cache: Cache, where: str) -> list[Problem]:
 def repair_metadata(path: str | Path) -> list[str]:
     """Rewrite those metadata and checksum files that can be had again from the manifest and intact shards.
 
-    Returns the names of the files rewritten. What then remains in `verify(path).damaged` must be encoded
-    again.
+    Returns the names of the files rewritten. What then remains in `verify(path).damaged` must be encoded again.
     """
     path = Path(path)
     rewritten = []

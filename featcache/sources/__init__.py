@@ -1,1 +1,1 @@
-"""Where images come from besides folders: archives (:mod:`.archives`) and parquet files (:mod:`.parquet`)."""
+"""Where images come from: folders, archives, parquet files, the embedded set; and their captions."""

@@ -1,7 +1,7 @@
 """Images inside tars and zips, read by offset: ImageNet's tars as downloaded, zips, webdataset shards, also remote.
 
 An index of all members (key, label, place) is made by one pass over the headers and kept in the user's cache folder
-(``$FEATCACHE_INDEX``, else ``$XDG_CACHE_HOME/featcache``), since a pass over a large archive on a spinning disk or a
+(`$FEATCACHE_INDEX`, else `$XDG_CACHE_HOME/featcache`), since a pass over a large archive on a spinning disk or a
 remote store takes long. After that any image is one read, from any thread.
 
 Samples are sorted by key, and keys are those that a folder of the unpacked files would give: a cache built from the
@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -41,6 +41,9 @@ from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
 from featcache.store import files
 from featcache.store.places import Location, Missing
 from featcache.store.remote import is_remote, open_location, open_remote_location
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _STORED, _DEFLATED = 0, 8
 _TEXT_COLUMNS = ("text_offsets", "text_sizes", "json_offsets", "json_sizes")
@@ -78,8 +81,8 @@ class Place:
 class Member:
     """One image of an archive as found: key as in a folder, class name or number, and where its bytes are.
 
-    unpacked, checksum: size and CRC-32 of a zip's member once it is unpacked; 0 elsewhere. text, json: offset and size of
-    the webdataset members beside it that may hold captions; (0, 0) where there are none.
+    unpacked, checksum: size and CRC-32 of a zip's member once it is unpacked; 0 elsewhere. text, json: offset and size
+    of the webdataset members beside it that may hold captions; (0, 0) where there are none.
     """
 
     key: str
@@ -96,12 +99,12 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveSource(EncodedSource):
-    """Images of one or more archives. Arrays have one entry an image, in order of keys.
+    """Images of one or more archives. Arrays have one entry per image, in order of keys.
 
-    keys: bytes, UTF-8. labels: int32. archives: int32, an index into ``places``. offsets, sizes: int64 bytes.
-    methods: uint8, how the bytes are packed (0 stored, 8 deflated, as in zips). unpacked: int64 bytes, and checksums:
-    uint32 (CRC-32), of a zip's members. text_offsets, text_sizes, json_offsets, json_sizes: int64 bytes, of the sample's
-    ``.txt`` and ``.json`` members; size 0 where there is none.
+    keys: bytes, UTF-8. labels: int32. archives: int32, an index into `places`. offsets, sizes: int64 bytes. methods:
+    uint8, how the bytes are packed (0 stored, 8 deflated, as in zips). unpacked: int64 bytes, and checksums: uint32
+    (CRC-32), of a zip's members. text_offsets, text_sizes, json_offsets, json_sizes: int64 bytes, of the sample's
+    `.txt` and `.json` members; size 0 where there is none.
     """
 
     name: str
@@ -163,12 +166,11 @@ class ArchiveSource(EncodedSource):
             raise
 
     def captions(self, index: int, key: str | None, usual: Sequence[str]) -> tuple[str, ...]:
-        """Captions beside an image: the lines of its ``.txt``, or what its ``.json`` holds under ``key``.
+        """Captions beside an image: the lines of its `.txt`, or what its `.json` holds under `key`.
 
-        Without a key ``.txt`` comes first, then the first of the keys ``usual`` that the ``.json`` has.
+        Without a key `.txt` comes first, then the first of the keys `usual` that the `.json` has.
 
-        Raises:
-            UserError: a member that cannot be read, or JSON with something else than text under that key.
+        Raises `UserError` for a member that cannot be read, and for JSON with something else than text under that key.
         """
         where = f"{self.places[self.archives[index]].name}: {self.key(index)}"
         if key is None and self.text_sizes[index]:
@@ -227,7 +229,7 @@ def is_unicode(text: str) -> bool:
 
 
 class _Window(io.RawIOBase):
-    """Bytes ``start`` to ``stop`` of a file at a location as a seekable file."""
+    """Bytes `start` to `stop` of a file at a location as a seekable file."""
 
     def __init__(self, place: Place, start: int, stop: int) -> None:
         self._place, self._start, self._stop, self._at = place, start, stop, 0
@@ -247,13 +249,14 @@ class _Window(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        out = memoryview(buffer)
         start = self._start + self._at
-        stop = min(self._stop, start + len(buffer))
+        stop = min(self._stop, start + len(out))
         if stop <= start:
             return 0
         data = self._place.location.read(self._place.name, start, stop)
-        buffer[: len(data)] = data
+        out[: len(data)] = data
         self._at += len(data)
         return len(data)
 
@@ -275,7 +278,7 @@ class _Bounded(io.BufferedReader):
 def opened(
     place: Place, start: int = 0, stop: int | None = None, *, limit_bytes: int | None = None
 ) -> io.BufferedReader:
-    """Bytes ``start`` to ``stop`` of a file, wherever it lies, as a file to read and to seek in.
+    """Bytes `start` to `stop` of a file, wherever it lies, as a file to read and to seek in.
 
     limit_bytes: at most so many in one read, or it raises `ValueError`.
     """
@@ -290,8 +293,7 @@ def _tar_members(
 ) -> Iterator[tuple[tarfile.TarInfo, io.BufferedReader]]:
     """Plain files of a tar in order, and the tar as a file, without keeping them (tarfile collects members otherwise).
 
-    Raises:
-        UserError: it is no whole tar, or one of its images or samples is a link or something else than a file.
+    Raises `UserError` if it is no whole tar, or one of its images or samples is a link or something else than a file.
     """
     stop = place.size_bytes if stop is None else stop
     length = stop - start
@@ -309,7 +311,7 @@ def _tar_members(
                 f"{place.where} is not a whole tar: {member.name!r} claims {member.size} bytes", remedy=_BRING_AGAIN
             )
         after = member.offset_data
-        tar.members = []  # type: ignore[attr-defined]
+        tar.members = []  # type: ignore[attr-defined]  # where tarfile collects them
         if member.isreg() and not member.issparse():
             yield member, file
         elif _is_image(member.name) and not member.isdir():
@@ -346,7 +348,7 @@ def _check_tar_end(place: Place, file: io.BufferedReader, at: int) -> None:
 
 
 def _image_name(place: Place, name: str) -> str:
-    """A member's name as a key: relative, without ``.`` and empty parts. Raises `UserError` for names that lead out."""
+    """A member's name as a key: relative, without `.` and empty parts. Raises `UserError` for names that lead out."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise UserError(
@@ -361,7 +363,7 @@ def _is_image(name: str) -> bool:
 
 
 def class_tars(places: Sequence[Place]) -> Iterator[Member]:
-    """ImageNet's layout: tars of one class each (``n01440764.tar``), or a tar of such tars."""
+    """ImageNet's layout: tars of one class each (`n01440764.tar`), or a tar of such tars."""
     for a, place in enumerate(places):
         stem = place.name.removesuffix(".tar")
         for member, _ in _tar_members(place):
@@ -460,7 +462,7 @@ def _check_zip_member(place: Place, member: zipfile.ZipInfo) -> None:
 
 
 def webdataset(places: Sequence[Place]) -> Iterator[Member]:
-    """Shards of samples: files of one stem belong together; an image, and its class in ``.cls`` or ``.json``."""
+    """Shards of samples: files of one stem belong together; an image, and its class in `.cls` or `.json`."""
     for a, place in enumerate(places):
         stem = ""
         labels: dict[str, str | None] = {}
@@ -494,7 +496,7 @@ def webdataset(places: Sequence[Place]) -> Iterator[Member]:
 
 
 def _json_label(data: bytes) -> str | None:
-    """The class in a ``.json`` member: "" where it has none, None where it is damaged or the class is no class."""
+    """The class in a `.json` member: "" where it has none, None where it is damaged or the class is no class."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -538,10 +540,9 @@ LISTERS: dict[str, Lister] = {"class tars": class_tars, "tar": plain_tars, "zip"
 
 
 def find_places(data: str) -> list[Place]:
-    """Archives named by a path or URL with ``{000..146}`` ranges, ``{a,b}`` choices or (local) ``*``, sorted.
+    """Archives named by a path or URL with `{000..146}` ranges, `{a,b}` choices or (local) `*`, sorted.
 
-    Raises:
-        UserError: nothing is there.
+    Raises `UserError` if nothing is there.
     """
     places = []
     for text in _expanded(data):
@@ -591,9 +592,9 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 
 def kind_of(places: Sequence[Place], *, folder: bool) -> str:
-    """Which layout the archives have: a key of :data:`LISTERS`. Looks at the first few members.
+    """Which layout the archives have: a key of `LISTERS`. Looks at the first few members.
 
-    Tars of images without folders or labels are classes only where they are all tars of a local ``folder``.
+    Tars of images without folders or labels are classes only where they are all tars of a local `folder`.
     """
     if all(place.name.lower().endswith(".zip") for place in places):
         return "zip"
@@ -634,8 +635,8 @@ def open_archives(pattern: str, *, name: str, folder: bool) -> ArchiveSource:
 
     folder: they are all archives of one local folder.
 
-    Raises:
-        UserError: no archives, no images, an archive that is cut off, samples without labels, or two images of one key.
+    Raises `UserError` if there are no archives, no images, an archive is cut off, samples lack labels, or two images
+    have one key.
     """
     places = find_places(pattern)
     kind = kind_of(places, folder=folder)
@@ -734,7 +735,7 @@ def _is_name(label: str) -> bool:
 
 
 def _without_common_folders(keys: Sequence[str]) -> list[str]:
-    """Leading folders that all keys share are dropped as long as each keeps a folder: ``train/n01/a`` => ``n01/a``."""
+    """Leading folders that all keys share are dropped as long as each keeps a folder: `train/n01/a` => `n01/a`."""
     split = [key.split("/") for key in keys]
     drop = 0
     while all(len(parts) > drop + 2 for parts in split) and len({parts[drop] for parts in split}) == 1:
@@ -759,7 +760,7 @@ def _kept_index(path: Path) -> dict[str, np.ndarray] | None:
 def _keep_index(path: Path, columns: dict[str, np.ndarray]) -> None:
     """Best effort: without it the next build passes over the archives again."""
     buffer = io.BytesIO()
-    np.savez(buffer, **columns)  # type: ignore[arg-type]
+    np.savez(buffer, allow_pickle=False, **columns)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.atomic_write(path, [buffer.getvalue()])

@@ -1,6 +1,6 @@
 """Image sources: where pixels come from before any encoder sees them.
 
-A source is a finite, ordered set of samples; sample ``i`` has a key (unique, stable text), a label (class index) and
+A source is a finite, ordered set of samples; sample `i` has a key (unique, stable text), a label (class index) and
 pixels. Everything downstream joins by key, never by position in a directory listing.
 """
 
@@ -20,7 +20,7 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
 
 
 class Source(Protocol):
-    """A labelled image set. ``description`` regenerates or names the source in a manifest (no absolute paths)."""
+    """A labelled image set. `description` regenerates or names the source in a manifest (no absolute paths)."""
 
     @property
     def name(self) -> str: ...
@@ -45,10 +45,9 @@ class Source(Protocol):
         """Pixels after the crop, uint8 [R, R, 3], and the first 8 bytes of the SHA-256 of the sample as stored.
 
         Args:
-            decoder: a key of :data:`featcache.sources.decoders.DECODERS`.
+            decoder: a key of `featcache.sources.decoders.DECODERS`.
 
-        Raises:
-            BadImage: the file cannot be decoded.
+        Raises `BadImage` if the file cannot be decoded.
         """
         ...
 
@@ -60,20 +59,19 @@ class EncodedSource:
         raise AssertionError("a source defines its keys")
 
     def size_bytes(self, index: int) -> int:
-        """Memory that :meth:`read` takes. Raises as it does."""
+        """Memory that `read` takes. Raises as it does."""
         raise AssertionError("a source knows its files' sizes")
 
     def read(self, index: int) -> bytes:
         """The sample's file as stored.
 
-        Raises:
-            BadImage: it cannot be read, for a reason that lies in the file.
-            UserError: nor can others: the archive, the disk or the network fails.
+        Raises `BadImage` if it cannot be read for a reason that lies in the file; `UserError` if others cannot either:
+        the archive, the disk or the network fails.
         """
         raise AssertionError("a source defines its reading")
 
     def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:
-        """As :meth:`Source.load`."""
+        """As `Source.load`."""
         size = self.size_bytes(index)
         if size > MAX_FILE_BYTES:
             raise BadImage(

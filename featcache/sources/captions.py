@@ -1,8 +1,8 @@
 """Captions of images: from a table, from the members beside webdataset's images, or of the embedded set.
 
-Captions belong to a source: ``of(i)`` gives those of its sample ``i``. What a cache's manifest records of them is
-``description`` (where they are from, no paths) and ``identity`` (a digest by which other captions are noticed);
-``remark`` is for the user alone.
+Captions belong to a source: `of(i)` gives those of its sample `i`. What a cache's manifest records of them is
+`description` (where they are from, no paths) and `identity` (a digest by which other captions are noticed);
+`remark` is for the user alone.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
 import numpy as np
 
 from featcache.errors import UserError, first_line
 from featcache.keys import printable
+from featcache.sources.archives import ArchiveSource
 from featcache.sources.base import Source
 from featcache.sources.shapes import ShapesSource
 
@@ -28,7 +29,7 @@ KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
 JSON_KEYS = ("caption", "captions", "text")
 MAX_LINE_CHARACTERS = 8 << 20
 COUNT_THREADS = 16
-COUNT_AT_ONCE = 4096  # samples a task: a task each would hold gigabytes of them for a large set
+COUNT_AT_ONCE = 4096  # samples per task: one task for each would take gigabytes for a large set
 
 
 class Captions(Protocol):
@@ -44,7 +45,7 @@ class Captions(Protocol):
     def remark(self) -> str | None: ...
 
     def of(self, index: int) -> tuple[str, ...]:
-        """Captions of sample ``index``, in order; none is possible. Raises `UserError` if they cannot be read."""
+        """Captions of sample `index`, in order; none is possible. Raises `UserError` if they cannot be read."""
         ...
 
     def most(self, indices: Sequence[int] | np.ndarray) -> int:
@@ -73,7 +74,7 @@ class ShapesCaptions:
 class TableCaptions:
     """Captions of a table as one run of bytes, so that millions of them cost little more than their letters.
 
-    text: uint8, UTF-8. starts: int64 [captions + 1] into ``text``. firsts: int64 [samples + 1] into ``starts``.
+    text: uint8, UTF-8. starts: int64 [captions + 1] into `text`. firsts: int64 [samples + 1] into `starts`.
     remark: what to tell the user of rows that name no image of the source; None where all do.
     """
 
@@ -95,9 +96,9 @@ class TableCaptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MemberCaptions:
-    """Captions in webdataset's shards: the lines of ``.txt``, or a string or list of strings in ``.json``."""
+    """Captions in webdataset's shards: the lines of `.txt`, or a string or list of strings in `.json`."""
 
-    source: Any  # featcache.sources.archives.ArchiveSource
+    source: ArchiveSource
     key: str | None
     remark: str | None = None
 
@@ -107,7 +108,7 @@ class MemberCaptions:
 
     @property
     def identity(self) -> str:
-        """Over the samples' keys, their members' sizes and the key in ``.json``: reading them all would cost a pass."""
+        """Over the samples' keys, their members' sizes and the key in `.json`: reading them all would cost a pass."""
         source = self.source
         digest = hashlib.sha256(b"\n".join(source.keys.tolist()))
         for column in (source.text_sizes, source.json_sizes):
@@ -131,17 +132,14 @@ class MemberCaptions:
 
 
 def open_captions(source: Source, *, table: Path | None, key: str | None) -> Captions:
-    """The captions of ``source``: from ``table`` where one is given, else its own.
+    """The captions of `source`: from `table` where one is given, else its own.
 
     Args:
-        table: a CSV file with a header (see :func:`read_table`).
-        key: of webdataset's ``.json`` members; None takes ``.txt``, else the first of :data:`JSON_KEYS` there is.
+        table: a CSV file with a header (see `read_table`).
+        key: of webdataset's `.json` members; None takes `.txt`, else the first of `JSON_KEYS` there is.
 
-    Raises:
-        UserError: the source has no captions of its own, or the table cannot be used.
+    Raises `UserError` if the source has no captions of its own, or the table cannot be used.
     """
-    from featcache.sources.archives import ArchiveSource
-
     if table is not None:
         return read_table(table, source)
     if isinstance(source, ShapesSource):
@@ -160,14 +158,15 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
 
 
 def read_table(path: Path, source: Source) -> TableCaptions:
-    """A CSV file: one column that names the image (one of :data:`KEY_COLUMNS`), every other one holds captions.
+    """A CSV file: one column that names the image (one of `KEY_COLUMNS`), every other one holds captions.
 
-    Images are named by key (as :func:`featcache.keys.printable` writes it), with or without its extension. Several captions of an image are several columns, several
-    rows, or both; empty cells are none. Rows of images that the source lacks are passed over and counted in the remark.
+    Images are named by key (as `featcache.keys.printable` writes it), with or without its extension. Several captions
+    of an image are several columns, several rows, or both; empty cells are none. Rows of images that the source lacks
+    are passed over and counted in the remark.
 
-    Raises:
-        UserError: no such file or no such columns; a line that is not CSV in UTF-8, holds NUL, or has more cells than the
-            header; no row names an image of the source, or a name without extension is that of several images.
+    Raises `UserError` if there is no such file or column; for a line that is not CSV in UTF-8, holds NUL or
+    has more cells than the header; if no row names an image of the source, or a name without extension is that
+    of several images.
     """
     numbers = {printable(source.key(i)): i for i in range(len(source))}
     stems: dict[str, list[int]] = {}

@@ -1,6 +1,6 @@
 """Encoded image => cropped pixels: the exact way and faster ones.
 
-``pil`` is the reference, byte for byte what the public preprocessing gives. ``turbo`` lets libjpeg-turbo halve a large
+`pil` is the reference, byte for byte what the public preprocessing gives. `turbo` lets libjpeg-turbo halve a large
 JPEG while it decodes (scaled inverse DCT), where the exact crop decodes it whole and halves it with a box filter; the
 last resize is the same bicubic. Files that are no RGB JPEG go the exact way.
 """
@@ -11,6 +11,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
+
+try:
+    import simplejpeg
+except ImportError:  # an extra: check_decoder says so
+    simplejpeg = None
 
 from featcache.errors import UserError, first_line
 from featcache.sources.pixels import BadImage, center_crop, decoded, room_for
@@ -26,8 +31,6 @@ def decode_pil(data: bytes, key: str, resolution: int) -> np.ndarray:
 
 def _colour_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Width and height of what libjpeg-turbo may decode (three components, YCbCr); None for anything else."""
-    import simplejpeg
-
     if data[:3] != b"\xff\xd8\xff":
         return None
     try:
@@ -39,8 +42,6 @@ def _colour_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 def decode_turbo(data: bytes, key: str, resolution: int) -> np.ndarray:
     """Halved during decoding as often as the exact crop would halve: uint8 [R, R, 3]. Raises `BadImage`."""
-    import simplejpeg
-
     size = _colour_jpeg_size(data)
     if size is None:
         return decode_pil(data, key, resolution)
@@ -66,12 +67,8 @@ def check_decoder(name: str) -> None:
     """Raises `UserError` if there is no such decoder or this machine cannot run it."""
     if name not in DECODERS:
         raise UserError(f"unknown decoder {name!r}", remedy=f"Type --decode with one of: {', '.join(DECODERS)}.")
-    if name == "pil":
-        return
-    try:
-        import simplejpeg  # noqa: F401
-    except ImportError as error:
+    if name == "turbo" and simplejpeg is None:
         raise UserError(
             f"--decode {name} needs simplejpeg, which is not installed",
             remedy="pip install 'featcache-trainer[turbo]', or leave --decode out.",
-        ) from error
+        )

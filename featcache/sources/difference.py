@@ -23,10 +23,9 @@ class Difference:
 
 
 def difference(source: Source, indices: Sequence[int], resolution: int, decoder: str) -> Difference:
-    """Crops of ``indices`` by ``decoder`` against those by ``pil``. Unreadable images are left out.
+    """Crops of `indices` by `decoder` against those by `pil`. Unreadable images are left out.
 
-    Raises:
-        UserError: none of them can be read.
+    Raises `UserError` if none of them can be read.
     """
     errors = []
     for index in indices:

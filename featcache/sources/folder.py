@@ -111,13 +111,12 @@ def open_folder(root: Path) -> FolderSource:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Paths below ``root`` of everything that is no folder, with forward slashes.
+    """Paths below `root` of everything that is no folder, with forward slashes.
 
     Links are followed. A folder that is reached again from inside itself is passed over; one that many links lead to is
     refused, since links to links can make a few folders look like any number of them.
 
-    Raises:
-        UserError: a folder that cannot be listed, or that many links lead to.
+    Raises `UserError` for a folder that cannot be listed, or that many links lead to.
     """
     seen: collections.Counter[tuple[int, int]] = collections.Counter()
     # Each entry: a folder's path below the root and the identities of the folders it lies in, itself included.

@@ -1,4 +1,4 @@
-"""What ``--data`` names: the embedded set, a folder, archives."""
+"""What `--data` names: the embedded set, a folder, archives."""
 
 from __future__ import annotations
 
@@ -34,18 +34,17 @@ FILES: Mapping[str, Opener] = {
 
 
 def open_source(data: str, *, resolution: int, limit: int | None = None) -> Source:
-    """The source that ``--data`` names: ``shapes``, ``shapes:SEED``, a folder with one folder per class, or archives.
+    """The source that `--data` names: `shapes`, `shapes:SEED`, a folder with one folder per class, or archives.
 
-    Archives are ``.tar``, ``.zip`` and ``.parquet`` files, folders of them, and patterns of webdataset shards
-    (``data/train-{0000..0146}.tar``, also behind ``s3://`` and ``hf://``): see docs/sources.md.
+    Archives are `.tar`, `.zip` and `.parquet` files, folders of them, and patterns of webdataset shards
+    (`data/train-{0000..0146}.tar`, also behind `s3://` and `hf://`): see docs/sources.md.
 
     Args:
         data: what the user typed.
         resolution: side in pixels after the crop.
         limit: for the procedural set, how many images exist (default 2,000).
 
-    Raises:
-        UserError: the folder is missing, is not a folder, or holds no images.
+    Raises `UserError` if the folder is missing, is not a folder, or holds no images.
     """
     if data == "shapes" or data.startswith("shapes:"):
         seed = data.partition(":")[2] or "0"
@@ -75,12 +74,11 @@ def _open_files(data: str) -> Source:
 
 
 def find_data(data: str | None, *, into: Path | None = None) -> str:
-    """``--data``, else ``$FEATCACHE_DATA``, else ``./data/imagenet``.
+    """`--data`, else `$FEATCACHE_DATA`, else `./data/imagenet`.
 
     into: cache to add to; one of the embedded set says itself which images it holds.
 
-    Raises:
-        UserError: none of the three exists.
+    Raises `UserError` if none of the three exists.
     """
     if data is None and into is not None:
         shapes = recorded_shapes(featcache.open(into).manifest.dataset.source)

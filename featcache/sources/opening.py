@@ -30,7 +30,7 @@ class Unreadable(Exception):
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str, *, wrong: str = "is damaged") -> Iterator[None]:
-    """Turns what libraries raise over a malformed or unreadable file into a `UserError` about ``what``.
+    """Turns what libraries raise over a malformed or unreadable file into a `UserError` about `what`.
 
     The readers of tars, zips, parquet and numpy files raise many kinds of exceptions over hostile bytes, and more with
     every version, so all are translated; the cause stays attached. Keep the body to the library's calls.
@@ -54,7 +54,7 @@ def explained(what: str, remedy: str, *, wrong: str = "is damaged") -> Iterator[
 
 
 def raise_unreadable(what: str, error: OSError) -> NoReturn:
-    """Raises `UserError`: the system refused to read ``what``."""
+    """Raises `UserError`: the system refused to read `what`."""
     raise UserError(
         f"{what} cannot be read: {first_line(error)}",
         remedy="Check the path, its permissions and the disk it lies on; then run the same command again.",
@@ -64,12 +64,10 @@ def raise_unreadable(what: str, error: OSError) -> NoReturn:
 def file_size(path: Path | str) -> int:
     """Bytes of a regular file, links followed.
 
-    Raises:
-        Unreadable: it is missing, or no regular file.
-        UserError: the disk or the network fails.
+    Raises `Unreadable` if it is missing or no regular file; `UserError` if the disk or the network fails.
     """
     try:
-        return _regular(os.stat(path)).st_size  # noqa: PTH116 (once an image: a Path costs more than the call)
+        return _regular(os.stat(path)).st_size  # noqa: PTH116 (once per image: a Path costs more than the call)
     except OSError as error:
         _classify(path, error)
 
@@ -77,9 +75,8 @@ def file_size(path: Path | str) -> int:
 def read_file(path: Path | str, limit_bytes: int) -> bytes:
     """The bytes of a regular file, links followed; a FIFO or a device is refused without waiting for it.
 
-    Raises:
-        Unreadable: it is missing, no regular file, or larger than ``limit_bytes``.
-        UserError: the disk or the network fails.
+    Raises `Unreadable` if it is missing, no regular file, or larger than `limit_bytes`; `UserError` if the disk or
+    the network fails.
     """
     try:
         _regular(os.stat(path))  # noqa: PTH116 (before opening, which some devices take for an order)

@@ -1,10 +1,10 @@
 """Images in parquet files as the Hugging Face hub keeps data sets: a column of encoded images, one of labels.
 
-Parquet has no access to single rows: a row group is decoded whole. Shuffled access would decode each of them once an
-image, so the images of a row group are unpacked to a temporary file when the first of them is asked for, and read from
-there. It needs as much disk as the images that are used (``$TMPDIR``), and little memory: a row group is read page by
-page and a few rows at a time. Files may be remote: their footers, labels and then whole row groups are read by range, each
-once.
+Parquet has no access to single rows: a row group is decoded whole. Shuffled access would decode each of them once per
+image, so the images of a row group are unpacked to a temporary file when the first of them is asked for, and read
+from there. It needs as much disk as the images that are used (`$TMPDIR`), and little memory: a row group is read
+page by page and a few rows at a time. Files may be remote: their footers, labels and then whole row groups are read
+by range, each once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +55,7 @@ class _Spool:
     """Unpacked row groups: an unlinked temporary file and, per row group, where its images are."""
 
     # Lives as long as its source; the kernel frees it with the last descriptor.
-    file: Any = field(default_factory=lambda: tempfile.TemporaryFile(prefix="featcache-"))  # noqa: SIM115
+    file: IO[bytes] = field(default_factory=lambda: tempfile.TemporaryFile(prefix="featcache-"))  # noqa: SIM115
     lock: threading.Lock = field(default_factory=threading.Lock)
     places: dict[int, np.ndarray] = field(default_factory=dict)  # int64 [rows, 2]: offset, size (-1: no image)
     end: int = 0
@@ -157,7 +157,7 @@ class ParquetSource(EncodedSource):
 
 
 @contextlib.contextmanager
-def _opened_parquet(place: Place) -> Iterator[Any]:
+def _opened_parquet(place: Place) -> Iterator[pq.ParquetFile]:
     """The file as pyarrow's, read by range where it lies. Raises `UserError` whatever goes wrong inside."""
     # Column chunks are streamed in blocks instead of being read whole.
     with (
@@ -168,10 +168,9 @@ def _opened_parquet(place: Place) -> Iterator[Any]:
 
 
 def open_parquet(pattern: str, *, name: str, folder: bool) -> ParquetSource:
-    """The rows of the parquet files that a path or URL with ``*`` (local only) or ``{000..009}`` names.
+    """The rows of the parquet files that a path or URL with `*` (local only) or `{000..009}` names.
 
-    Raises:
-        UserError: pyarrow is missing, no such files, or no columns of images and labels.
+    Raises `UserError` if pyarrow is missing, or there are no such files, or no columns of images and labels.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError("parquet files need pyarrow, which is not installed", remedy="pip install pyarrow")
@@ -223,7 +222,7 @@ def open_parquet(pattern: str, *, name: str, folder: bool) -> ParquetSource:
     )
 
 
-def _check_types(schema: Any, image_column: str, label_column: str, place: Place) -> None:
+def _check_types(schema: pa.Schema, image_column: str, label_column: str, place: Place) -> None:
     """Raises `UserError` unless images are bytes, or structures with a field of bytes, and labels are integers."""
     kind = schema.field(image_column).type
     if pa.types.is_struct(kind):
@@ -241,7 +240,7 @@ def _check_types(schema: Any, image_column: str, label_column: str, place: Place
         )
 
 
-def _check_rows(metadata: Any, place: Place) -> None:
+def _check_rows(metadata: pq.FileMetaData, place: Place) -> None:
     """Raises `UserError` for more rows than the file can hold images: their labels alone would fill the memory."""
     most = max([metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)], default=0)
     if most > MAX_GROUP_ROWS or not 0 <= metadata.num_rows <= place.size_bytes:
@@ -251,7 +250,7 @@ def _check_rows(metadata: Any, place: Place) -> None:
         )
 
 
-def _labels(parquet: Any, number: int, column: str, place: Place) -> np.ndarray:
+def _labels(parquet: pq.ParquetFile, number: int, column: str, place: Place) -> np.ndarray:
     """Labels int64 of a row group. Raises `UserError` for missing ones and for numbers that no class has."""
     found = parquet.read_row_group(number, columns=[column]).column(0)
     rows = parquet.metadata.row_group(number).num_rows
@@ -277,7 +276,7 @@ def _column(names: Sequence[str], usual: Sequence[str], place: Place, what: str)
     raise UserError(f"{place.name} has no column of {what} (it has {', '.join(names)})", remedy=f"Name it {usual[0]}.")
 
 
-def _class_names(schema: Any, label_column: str) -> tuple[str, ...] | None:
+def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
     """Names of classes from the description that the `datasets` library writes into the file, where there is one."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]

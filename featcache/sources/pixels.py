@@ -1,6 +1,6 @@
 """Encoded image bytes => RGB pixels => the one crop.
 
-Decoding treats unusual files the way DiT's and REPA's preprocessing does, that is PIL's ``convert("RGB")`` on the file
+Decoding treats unusual files the way DiT's and REPA's preprocessing does, that is PIL's `convert("RGB")` on the file
 as stored: grayscale is replicated over three channels, palettes are looked up, CMYK is converted by PIL's formula,
 alpha is dropped (not blended), and an EXIF orientation is *not* applied. Of animations the first frame counts.
 
@@ -22,8 +22,8 @@ from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlug
 
 from featcache.errors import UserError, first_line
 
-# PIL's blocks are 16 MB otherwise: malloc takes such from a heap of each thread's own, and keeps them there when they are
-# freed, which adds up. Larger ones go back to the system.
+# PIL's blocks are 16 MB otherwise: malloc takes such from a heap of each thread's own, and keeps them there when they
+# are freed, which adds up. Larger ones go back to the system.
 Image.core.set_block_size(1 << 30)
 
 CROP_NAME = "adm-center-crop"
@@ -51,7 +51,7 @@ class Budget:
 
     @contextlib.contextmanager
     def claim(self, n_bytes: int) -> Iterator[None]:
-        """Holds ``n_bytes`` inside; a claim beyond the whole budget is granted when it is the only one."""
+        """Holds `n_bytes` inside; a claim beyond the whole budget is granted when it is the only one."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + n_bytes <= self._limit)
             self._used += n_bytes
@@ -69,9 +69,9 @@ PIXELS_IN_FLIGHT = Budget(2 << 30)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop: halve with a box filter while twice too large, bicubic to ``size``, cut the middle.
+    """ADM's centre crop: halve with a box filter while twice too large, bicubic to `size`, cut the middle.
 
-    Byte-identical to guided-diffusion's ``center_crop_arr``, DiT's and REPA's ``center-crop-dhariwal``.
+    Byte-identical to guided-diffusion's `center_crop_arr`, DiT's and REPA's `center-crop-dhariwal`.
 
     Args:
         image: any size, mode RGB.
@@ -90,7 +90,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _scaled(size: tuple[int, int], short: int) -> tuple[int, int]:
-    """Width and height when the shorter one becomes ``short``."""
+    """Width and height when the shorter one becomes `short`."""
     scale = short / min(size)
     return round(size[0] * scale), round(size[1] * scale)
 
@@ -103,8 +103,7 @@ def room_for(size: tuple[int, int], key: str, *, resolution: int | None, bytes_p
         resolution: side of the crop to be made of it; None for none.
         bytes_per_pixel: that decoding takes.
 
-    Raises:
-        BadImage: too many pixels, as it is or brought to the crop's size.
+    Raises `BadImage` for too many pixels, as it is or brought to the crop's size.
     """
     width, height = size
     if width * height > MAX_PIXELS:
@@ -124,8 +123,7 @@ def decoded(data: bytes, key: str, *, resolution: int | None = None) -> Iterator
     Args:
         resolution: side of the crop that will be made of it inside; None for none.
 
-    Raises:
-        BadImage: truncated or unknown data, or an image too large to be safe to decode.
+    Raises `BadImage` for truncated or unknown data, and for an image too large to be safe to decode.
     """
     with _bad_image(key):
         image = _opened(data, key)
@@ -177,7 +175,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def decode(data: bytes, key: str) -> Image.Image:
-    """As :func:`decoded`, for callers who hold few images at a time."""
+    """As `decoded`, for callers who hold few images at a time."""
     with decoded(data, key) as image:
         return image
 

@@ -41,15 +41,30 @@ def _half_planes(x: Float, y: Float, n_sides: int, inradius: float, first_normal
     return distance - np.float32(inradius)
 
 
+def _union(a: Float, b: Float) -> Float:
+    distance: Float = np.minimum(a, b)
+    return distance
+
+
+def _intersection(a: Float, b: Float) -> Float:
+    distance: Float = np.maximum(a, b)
+    return distance
+
+
 def _box(x: Float, y: Float, half_width: float, half_height: float) -> Float:
-    return np.maximum(np.abs(x) - np.float32(half_width), np.abs(y) - np.float32(half_height))
+    return _intersection(np.abs(x) - np.float32(half_width), np.abs(y) - np.float32(half_height))
+
+
+def _length(x: Float, y: Float) -> Float:
+    length: Float = np.sqrt(x * x + y * y)
+    return length
 
 
 # Signed distances in the figure's own frame, negative inside. Figures fill about the unit disc.
 
 
 def _circle(x: Float, y: Float) -> Float:
-    return np.sqrt(x * x + y * y) - np.float32(0.92)
+    return _length(x, y) - np.float32(0.92)
 
 
 def _square(x: Float, y: Float) -> Float:
@@ -64,7 +79,7 @@ def _star(x: Float, y: Float) -> Float:
     # Fold the plane into one tenth (between an outer tip and its neighbouring inner corner); there the
     # outline is the single straight edge that joins the two.
     outer, inner, tenth = 1.1, 0.5, math.pi / 5
-    radius = np.sqrt(x * x + y * y)
+    radius = _length(x, y)
     angle = np.abs(np.mod(np.arctan2(x, -y) + np.float32(tenth), np.float32(2 * tenth)) - np.float32(tenth))
     edge_x, edge_y = inner * math.cos(tenth) - outer, inner * math.sin(tenth)
     length = math.hypot(edge_x, edge_y)
@@ -74,11 +89,12 @@ def _star(x: Float, y: Float) -> Float:
 
 
 def _ring(x: Float, y: Float) -> Float:
-    return np.abs(np.sqrt(x * x + y * y) - np.float32(0.7)) - np.float32(0.27)
+    distance: Float = np.abs(_length(x, y) - np.float32(0.7)) - np.float32(0.27)
+    return distance
 
 
 def _cross(x: Float, y: Float) -> Float:
-    return np.minimum(_box(x, y, 0.95, 0.3), _box(x, y, 0.3, 0.95))
+    return _union(_box(x, y, 0.95, 0.3), _box(x, y, 0.3, 0.95))
 
 
 def _heart(x: Float, y: Float) -> Float:
@@ -88,13 +104,13 @@ def _heart(x: Float, y: Float) -> Float:
     diamond = (np.abs(x) + np.abs(y)) * np.float32(math.sqrt(0.5)) - np.float32(half_side)
     offset = np.float32(half_side * math.sqrt(0.5))
     lobe_x, lobe_y = np.abs(x) - offset, y + offset
-    return np.minimum(diamond, np.sqrt(lobe_x * lobe_x + lobe_y * lobe_y) - np.float32(half_side))
+    return _union(diamond, _length(lobe_x, lobe_y) - np.float32(half_side))
 
 
 def _crescent(x: Float, y: Float) -> Float:
     x = x - np.float32(0.12)
     bite_x = x - np.float32(0.56)
-    return np.maximum(np.sqrt(x * x + y * y) - np.float32(0.98), np.float32(0.74) - np.sqrt(bite_x * bite_x + y * y))
+    return _intersection(_length(x, y) - np.float32(0.98), np.float32(0.74) - _length(bite_x, y))
 
 
 def _hexagon(x: Float, y: Float) -> Float:
@@ -104,31 +120,40 @@ def _hexagon(x: Float, y: Float) -> Float:
 def _arrow(x: Float, y: Float) -> Float:
     shaft = _box(x + np.float32(0.45), y, 0.55, 0.26)
     slope = math.hypot(1.0, 1.0)
-    head = np.maximum((x + np.abs(y) - np.float32(1.05)) * np.float32(1 / slope), np.float32(0.1) - x)
-    return np.minimum(shaft, head)
+    head = _intersection((x + np.abs(y) - np.float32(1.05)) * np.float32(1 / slope), np.float32(0.1) - x)
+    return _union(shaft, head)
 
 
-# Textures: a mixing weight in [0, 1] between the figure's two colours, from the figure's frame (u, v), the
-# signed distance d and a phase. Waves are sharpened by tanh rather than cut, which keeps them free of
-# aliasing.
+# Textures: a mixing weight in [0, 1] between the figure's two colours, from the figure's frame (u, v), the signed
+# distance d and a phase. Waves are sharpened by tanh rather than cut, which keeps them free of aliasing.
+
+
+def _unit(values: Float) -> Float:
+    weight: Float = np.clip(values, 0, 1)
+    return weight
+
+
+def _sharpened(values: Float, amplitude: float) -> Float:
+    weight: Float = np.float32(0.5) + np.float32(amplitude) * np.tanh(values)
+    return weight
 
 
 def _wave(argument: Float) -> Float:
-    return np.float32(0.5) + np.float32(0.52) * np.tanh(np.float32(2.0) * np.sin(argument))
+    return _sharpened(np.float32(2.0) * np.sin(argument), 0.52)
 
 
 def _plain(u: Float, v: Float, d: Float, phase: float) -> Float:
-    return np.clip(np.float32(0.5) - np.float32(0.35) * (u + v), 0, 1)
+    return _unit(np.float32(0.5) - np.float32(0.35) * (u + v))
 
 
 def _ball(u: Float, v: Float, d: Float, phase: float) -> Float:
     lit_u, lit_v = u + np.float32(0.35), v + np.float32(0.35)
-    return np.clip((lit_u * lit_u + lit_v * lit_v) * np.float32(0.55), 0, 1)
+    return _unit((lit_u * lit_u + lit_v * lit_v) * np.float32(0.55))
 
 
 def _checks(u: Float, v: Float, d: Float, phase: float) -> Float:
     k = np.float32(math.pi / 0.534)  # three fields across the square
-    return np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(3.0) * np.cos(u * k) * np.cos(v * k))
+    return _sharpened(np.float32(3.0) * np.cos(u * k) * np.cos(v * k), 0.5)
 
 
 def _stripes(u: Float, v: Float, d: Float, phase: float) -> Float:
@@ -136,7 +161,7 @@ def _stripes(u: Float, v: Float, d: Float, phase: float) -> Float:
 
 
 def _glow(u: Float, v: Float, d: Float, phase: float) -> Float:
-    return np.clip((u * u + v * v) * np.float32(1.6), 0, 1)
+    return _unit((u * u + v * v) * np.float32(1.6))
 
 
 def _segments(u: Float, v: Float, d: Float, phase: float) -> Float:
@@ -145,13 +170,11 @@ def _segments(u: Float, v: Float, d: Float, phase: float) -> Float:
 
 def _dots(u: Float, v: Float, d: Float, phase: float) -> Float:
     k = np.float32(2 * math.pi / 0.66)
-    return np.float32(0.5) + np.float32(0.5) * np.tanh(
-        np.float32(2.5) * (np.cos(u * k) + np.cos(v * k) - np.float32(0.7))
-    )
+    return _sharpened(np.float32(2.5) * (np.cos(u * k) + np.cos(v * k) - np.float32(0.7)), 0.5)
 
 
 def _shade(u: Float, v: Float, d: Float, phase: float) -> Float:
-    return np.clip(np.float32(0.5) + np.float32(0.6) * v, 0, 1)
+    return _unit(np.float32(0.5) + np.float32(0.6) * v)
 
 
 def _bands(u: Float, v: Float, d: Float, phase: float) -> Float:
@@ -159,7 +182,7 @@ def _bands(u: Float, v: Float, d: Float, phase: float) -> Float:
 
 
 def _sweep(u: Float, v: Float, d: Float, phase: float) -> Float:
-    return np.clip(np.float32(0.5) - np.float32(0.6) * u, 0, 1)
+    return _unit(np.float32(0.5) - np.float32(0.6) * u)
 
 
 _Shape = Callable[[Float, Float], Float]
@@ -206,7 +229,7 @@ _LMS_TO_RGB = np.array(
 )
 
 
-def _oklch_to_srgb(lightness: NDArray, chroma: NDArray, hue: NDArray) -> Float:
+def _oklch_to_srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> Float:
     """OKLCH `[N]` each (hue in radians) to gamma-encoded sRGB `[N, 3]` in [0, 1] (B. Ottosson, 2020).
 
     A perceptual space makes "lighter than the ground" hold for every hue, which HSV does not.
@@ -214,7 +237,8 @@ def _oklch_to_srgb(lightness: NDArray, chroma: NDArray, hue: NDArray) -> Float:
     lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
     linear = np.clip(((lab @ _OKLAB_TO_LMS.T) ** 3) @ _LMS_TO_RGB.T, 0, 1)
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return encoded.astype(np.float32)
+    rounded: Float = encoded.astype(np.float32)
+    return rounded
 
 
 def label_of(index: int, *, seed: int = 0) -> int:
@@ -273,9 +297,9 @@ def render_layers(index: int, *, seed: int = 0, resolution: int = 64) -> tuple[F
     u = shifted_x * np.float32(cos_turn) + shifted_y * np.float32(sin_turn)
     v = shifted_y * np.float32(cos_turn) - shifted_x * np.float32(sin_turn)
     distance = shape(u, v)
-    weight = np.clip(texture(u, v, distance, phase), 0, 1)
+    weight = _unit(texture(u, v, distance, phase))
     distance *= np.float32(radius)
-    coverage = np.clip(np.float32(0.5) - distance * np.float32(0.5 * resolution), 0, 1)
+    coverage = _unit(np.float32(0.5) - distance * np.float32(0.5 * resolution))
     # A soft contact shadow lifts the figure off the ground.
     shadow = np.float32(1) - np.float32(0.22) * np.exp(np.maximum(distance, 0) * np.float32(-8.0))
 
@@ -312,7 +336,7 @@ MAX_RECORDED_SHAPES = 10_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesSource:
-    """The embedded procedural data set (:mod:`featcache.sources.shapes`); every image is drawn on demand."""
+    """The embedded procedural data set (`featcache.sources.shapes`); every image is drawn on demand."""
 
     count: int
     resolution: int
@@ -345,7 +369,7 @@ class ShapesSource:
 
 
 def recorded_shapes(description: str) -> tuple[str, int] | None:
-    """``--data`` and number of images of the embedded set that a manifest's source describes, None for other sources."""
+    """`--data` and number of images of the embedded set that a manifest's source describes, None for other sources."""
     seed, count = (re.search(rf" {word}=(\d{{1,18}})(?: |$)", description) for word in ("seed", "count"))
     if not description.startswith("shapes ") or seed is None or count is None or int(count[1]) > MAX_RECORDED_SHAPES:
         return None

@@ -1,6 +1,4 @@
-"""Open shards: where the bytes of a sample are, and getting them. Shared by the reader and by
-verification.
-"""
+"""Open shards: where the bytes of a sample are, and getting them. Shared by the reader and by verification."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ class ShardFile(Protocol):
         """Fill the buffers, each a whole number of samples long, with samples from `first` on."""
 
     def read_part(self, sample: int, part: int, buffer: memoryview) -> None:
-        """Fill the buffer with the `part`-th piece of the sample, counted in pieces of the buffer's
-        length.
-        """
+        """Fill the buffer with the `part`-th piece of the sample, counted in pieces of the buffer's length."""
 
 
 class Backend(Protocol):

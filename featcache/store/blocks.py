@@ -17,8 +17,8 @@ import numpy as np
 from blake3 import blake3
 
 from featcache.errors import CacheError
-from featcache.store.layout import BLOCKS, index_bytes, sample_bytes, shard_samples
-from featcache.store.manifest import Json, Manifest
+from featcache.store.layout import BLOCKS, Json, index_bytes, sample_bytes, shard_samples
+from featcache.store.manifest import Manifest
 from featcache.store.wds import tar_layout
 
 BLOCK_BYTES = 1 << 20
@@ -145,7 +145,7 @@ def parse_blocks(data: bytes, manifest: Manifest, array: str, where: str) -> lis
 
 
 def check_block(shard: ShardBlocks, index: int, data: bytes | bytearray | memoryview, where: str) -> None:
-    """Raise `CacheError` unless `data` is the shard's whole block `index` (the last one may be shorter)."""
+    """Raises `CacheError` unless `data` is the shard's whole block `index` (the last one may be shorter)."""
     recorded = shard.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
     length = min(BLOCK_BYTES, shard.n_bytes - index * BLOCK_BYTES)
     if not index >= 0 or not recorded or len(data) != length or blake3(data).digest() != recorded:

@@ -113,7 +113,7 @@ def _bytes_view(buffer: Buffer) -> memoryview:
     """The buffer as flat bytes, without a copy; a non-contiguous array is a programmer's mistake."""
     if isinstance(buffer, np.ndarray):
         assert buffer.flags.c_contiguous
-        return memoryview(buffer.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        return buffer.reshape(-1).view(np.uint8).data
     return memoryview(buffer).cast("B")
 
 

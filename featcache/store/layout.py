@@ -1,5 +1,4 @@
-"""What is stored where: codecs as array shapes, arrays as zarr metadata, shards as file names. No torch, no
-zarr.
+"""What is stored where: codecs as array shapes, arrays as zarr metadata, shards as file names. No torch, no zarr.
 
 Zarr metadata is a pure function of the manifest, so a reader compares it instead of trusting it.
 """
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import UserError
+
+Json = Any  # a value as JSON holds it
 
 SCALE_SUFFIX = ".scale"
 INT4_GROUP = 32
@@ -88,8 +89,8 @@ def shard_name(shard: int, sample_ndim: int) -> str:
     return ".".join(["c", str(shard), *("0" * sample_ndim)])
 
 
-def inner_codecs(dtype: np.dtype, compressor: str | None) -> list[dict[str, Any]]:
-    endian: dict[str, Any] = {"name": "bytes"}
+def inner_codecs(dtype: np.dtype, compressor: str | None) -> list[dict[str, Json]]:
+    endian: dict[str, Json] = {"name": "bytes"}
     if dtype.itemsize > 1:
         endian["configuration"] = {"endian": "little"}
     codecs = [endian]
@@ -118,8 +119,8 @@ def array_metadata(
     sample_shape: tuple[int, ...],
     dtype: np.dtype,
     compressor: str | None,
-    attributes: Mapping[str, Any],
-) -> dict[str, Any]:
+    attributes: Mapping[str, Json],
+) -> dict[str, Json]:
     """The zarr v3 metadata document of one array `[count, *sample_shape]`, inner chunk = one sample."""
     return {
         "zarr_format": 3,
@@ -148,7 +149,7 @@ def array_metadata(
     }
 
 
-def group_metadata(attributes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def group_metadata(attributes: Mapping[str, Json] | None = None) -> dict[str, Json]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
 
 
@@ -162,8 +163,6 @@ def sample_bytes(dtype: np.dtype, sample_shape: tuple[int, ...]) -> int:
 
 
 def recommended_shard_size(bytes_per_sample: int, *, target_bytes: int = 128 << 20) -> int:
-    """Samples a shard so that the largest shard file has about `target_bytes`: a power of two in [16,
-    4096].
-    """
+    """Samples per shard so that the largest shard file has about `target_bytes`: a power of two in [16, 4096]."""
     wanted = max(1, target_bytes // max(1, bytes_per_sample))
     return min(4096, max(16, 1 << (wanted.bit_length() - 1)))

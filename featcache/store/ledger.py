@@ -1,4 +1,5 @@
-"""Which shards an earlier verification found sound, and how their files looked then: 8 bytes a shard, beside the cache.
+"""Which shards an earlier verification found sound, and how their files looked then: 8 bytes per shard,
+beside the cache.
 
     .featcache/sound/<array, '/' as '+'>    SHA-256 of the array's SHA256SUMS, then a mark for each shard (zero: none)
 

@@ -21,7 +21,6 @@ import shlex
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from featcache.errors import CacheError
 from featcache.store import files
@@ -280,7 +279,7 @@ def _create(path: Path, data: bytes) -> bool:
         raise
 
 
-def _owner(path: Path) -> dict[str, Any] | None:
+def _owner(path: Path) -> dict[str, object] | None:
     """What an owner file says, None if there is none. Nothing where it is damaged."""
     try:
         owner = json.loads(files.read_bounded(_owner_file(path), 4096))
@@ -292,7 +291,7 @@ def _owner(path: Path) -> dict[str, Any] | None:
     return owner if told else {}
 
 
-def _is_dead(owner: dict[str, Any]) -> bool:
+def _is_dead(owner: dict[str, object]) -> bool:
     pid = owner.get("pid")
     if owner.get("machine") != _machine() or type(pid) is not int or pid <= 0:
         return False
@@ -305,7 +304,7 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     return _started(pid) != str(owner.get("started"))
 
 
-def _describe(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, object]) -> str:
     if not owner:
         return "a process that cannot be told: what it wrote down is damaged"
     return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('time')}"

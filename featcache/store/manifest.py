@@ -1,8 +1,7 @@
 """The manifest: what a cache holds, of which images, made how. Strictly validated: it may come from anybody.
 
-It lives in the attribute `featcache` of the root group, in the same file as the consolidated metadata, so
-that one rename makes a set of features visible. Its `checksum` covers manifest and consolidated metadata
-together.
+It lives in the attribute `featcache` of the root group, in the same file as the consolidated metadata, so that one
+rename makes a set of features visible. Its `checksum` covers manifest and consolidated metadata together.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from featcache.store.layout import (
     FORMATS,
     RAW_DTYPES,
     SCALE_SUFFIX,
+    Json,
     canonical_json,
     n_shards,
     sample_bytes,
@@ -45,14 +45,12 @@ MAX_RESOLUTION = 1 << 13
 _COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9_@-]|\.(?!\.))*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})?\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+SAMPLE_FEATURES = ("label", "key", "content")  # of the samples themselves, from no encoder
 _RESERVED = {"c", "zarr.json", "SHA256SUMS"}
-
-Json = Any
 
 
 def check_feature_name(name: object) -> str:
-    """`name` if it may name a feature: one or two components of letters, digits and `_ @ - .`; raises
-    `CacheError`.
+    """`name` if it may name a feature: one or two components of letters, digits and `_ @ - .`; raises `CacheError`.
 
     It becomes a path inside the cache, so nothing that could leave it (`..`, a leading `/` or `.`) passes.
     """
@@ -72,8 +70,7 @@ def check_feature_name(name: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """One feature: its decoded per-sample `shape` (without the view axis), how it is stored, where it comes
-    from.
+    """One feature: its decoded per-sample `shape` (without the view axis), how it is stored, where it comes from.
 
     `dtype` is the decoded numpy dtype: 'float32' but for codec `raw`. `views` is 2 where mirrored copies are
     stored (a leading axis of every stored sample; view 1 is the mirrored one). `provenance` says encoder,
@@ -101,7 +98,18 @@ class FeatureSpec:
 
     @property
     def bytes_per_sample(self) -> int:
+        """Stored bytes, scales and views included."""
         return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
+
+    @property
+    def shape_text(self) -> str:
+        """Decoded shape of a sample, with the view axis, for people: '256x768'."""
+        return "x".join(map(str, ((self.views,) if self.views > 1 else ()) + self.shape)) or "scalar"
+
+    @property
+    def stored_as(self) -> str:
+        """The codec, or what a raw feature's numbers are, for people."""
+        return self.codec if self.codec != "raw" else self.dtype
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -168,9 +176,9 @@ class Skipped:
 class Manifest:
     """Everything about a cache but the features' bytes. `features` holds complete ones only.
 
-    checksums: array name -> SHA-256 of that array's `SHA256SUMS` file (in format 'wds', one file for all
-    arrays). blocks: the same of `BLOCKS` files; arrays written before there were any have none. compressor: of every array ('zstd', 'blosc' or None). format: 'zarr' or 'wds'. versions: of the
-    software that made the cache.
+    checksums: array name -> SHA-256 of that array's `SHA256SUMS` file (in format 'wds', one file for all arrays).
+    blocks: the same of `BLOCKS` files; arrays written before there were any have none. compressor: of every array
+    ('zstd', 'blosc' or None). format: 'zarr' or 'wds'. versions: of the software that made the cache.
     """
 
     dataset: DatasetSpec
@@ -192,6 +200,11 @@ class Manifest:
         """Array name -> (numpy dtype, per-sample stored shape) of all features."""
         return {name: array for spec in self.features.values() for name, array in spec.arrays.items()}
 
+    @property
+    def encoded(self) -> list[str]:
+        """Names of the features but those of the samples themselves (`SAMPLE_FEATURES`)."""
+        return [name for name in self.features if name not in SAMPLE_FEATURES]
+
     def only(self, features: Collection[str]) -> Manifest:
         """The manifest without the other features."""
         kept = {name: spec for name, spec in self.features.items() if name in features}
@@ -205,9 +218,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the samples' identity: dataset and skipped slots. Adding features keeps
-        it.
-        """
+        """SHA-256 of what decides the samples' identity: dataset and skipped slots. Adding features keeps it."""
         identity = {"dataset": self.dataset.to_json(), "skipped": [s.slot for s in self.skipped]}
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
@@ -225,8 +236,7 @@ class Manifest:
         } | ({"blocks": dict(self.blocks)} if self.blocks else {})
 
 
-# Parsing. Every function takes what json.loads made of unknown bytes and raises CacheError for anything
-# unexpected.
+# Parsing. Every function takes what json.loads made of unknown bytes and raises CacheError for anything unexpected.
 
 
 def _fail(what: str, expected: str, value: object) -> NoReturn:
@@ -276,13 +286,12 @@ def nested_deeper(value: Json, most: int) -> bool:
 
 
 def _plain_json(value: Mapping[str, Json], what: str) -> dict[str, Json]:
-    """`value` as it will read back from JSON (tuples become lists); raises `UserError` if JSON cannot hold
-    it.
-    """
+    """`value` as it will read back from JSON (tuples become lists); raises `UserError` if JSON cannot hold it."""
     try:
-        return json.loads(json.dumps(dict(value), allow_nan=False))
+        plain: dict[str, Json] = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UserError(f"{what} cannot be written as JSON: {error}") from error
+    return plain
 
 
 def _object(value: Json, what: str, keys: set[str]) -> dict[str, Json]:
@@ -353,7 +362,7 @@ def parse_feature(value: Json) -> dict[str, Json]:
         _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} values", shape)
     stored = stored_arrays(codec, tuple(shape), dtype)
     if any(sample_bytes(d, s) * views > MAX_SAMPLE_BYTES for d, s in stored.values()):
-        _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} bytes a sample", shape)
+        _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} bytes per sample", shape)
     return item
 
 
@@ -378,7 +387,8 @@ def parse_dataset(value: Json) -> dict[str, Json]:
 def _number(value: Json, what: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= 1e30:
         _fail(what, "a number", value)
-    return value
+    number: float = value
+    return number
 
 
 def _preprocessing(value: Json) -> None:
@@ -550,9 +560,3 @@ def _as_cache_error(make: Callable[[], FeatureSpec]) -> FeatureSpec:
         raise
     except UserError as error:
         raise CacheError(f"the cache's metadata is damaged: {error.what}") from error
-
-
-def spec_bytes(spec: FeatureSpec) -> int:
-    """Stored bytes of one sample of a feature, scales and views included."""
-    arrays = stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)
-    return spec.views * sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())

@@ -1,4 +1,5 @@
-"""Which files in a cache's folder are the store's own, by what its manifest and journals say. Nothing else is ever deleted."""
+"""Which files in a cache's folder are the store's own, by what its manifest and journals say. Nothing else
+is ever deleted."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from featcache.errors import CacheError
 from featcache.store import files
@@ -70,7 +72,7 @@ class OwnNames:
         return match is not None and int(match[1]) < self.n_shards and name == tar_name(int(match[1]))
 
 
-def axes_of(arrays: Mapping[str, tuple[Any, tuple[int, ...]]]) -> dict[str, int | None]:
+def axes_of(arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, int | None]:
     return {array: len(shape) for array, (_, shape) in arrays.items()}
 
 

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Generator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
@@ -21,14 +21,17 @@ from obstore import exceptions
 from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, from_url
 
-from featcache.errors import CacheError, UserError
+from featcache.errors import CacheError, UserError, first_line
 from featcache.paths import home
 from featcache.redact import redact
 from featcache.store.places import CHUNK_BYTES, Missing, joined, too_long
-from featcache.store.remote_errors import Attempts, first_line, missing, no_credentials, retrying, status_of
+from featcache.store.remote_errors import Attempts, missing, no_credentials, retrying, status_of
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta, PutMode
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 PIECE_BYTES = 8 << 20
-
 
 T = TypeVar("T")
 
@@ -36,12 +39,12 @@ T = TypeVar("T")
 class ObjectLocation:
     """A prefix in an object store, or a directory of a web server."""
 
-    def __init__(self, url: str, store: Any) -> None:
+    def __init__(self, url: str, store: ObjectStore) -> None:
         self.url, self.address = redact(url), url
         self._store = store
         self.conditional = True
         # Google's conditions name an object's generation, the others' its entity tag.
-        self._condition = "version" if url.startswith("gs://") else "e_tag"
+        self._condition: Literal["version", "e_tag"] = "version" if url.startswith("gs://") else "e_tag"
 
     def _what(self, name: str) -> str:
         return joined(self.url, name)
@@ -113,7 +116,7 @@ class ObjectLocation:
                 found = obstore.list_with_delimiter(self._store)
             except exceptions.InvalidPathError as error:
                 raise CacheError(
-                    f"{self.url} cannot be listed, since a name there cannot be part of a path: {first_line(error)}",
+                    f"{self.url} cannot be listed, since a name there cannot be part of a path: {redact(first_line(error))}",
                     remedy="have it renamed or removed, or name a cache itself",
                 ) from error
             except BaseError as error:
@@ -138,7 +141,9 @@ class ObjectLocation:
 
     def put_if(self, name: str, content: bytes, previous: str | None) -> bool:
         def attempt() -> bool:
-            mode: Any = "create" if previous is None else {self._condition: previous}
+            mode: PutMode = "create"
+            if previous is not None:
+                mode = {"version": previous} if self._condition == "version" else {"e_tag": previous}
             try:
                 obstore.put(self._store, name, content, mode=mode)
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
@@ -162,18 +167,17 @@ class ObjectLocation:
         except Missing:
             return None
 
-    def _version(self, meta: Any) -> str:
-        condition = meta["version"] if self._condition == "version" else meta["e_tag"]
-        return condition or f"{meta['size']}@{meta['last_modified']}"
+    def _version(self, meta: ObjectMeta) -> str:
+        return meta[self._condition] or f"{meta['size']}@{meta['last_modified']}"
 
 
-def _client_options(url: str) -> Any:
+def _client_options(url: str) -> ClientConfig:
     # The time is for a request of at most PIECE_BYTES; one that is cut off goes on where it was.
     return {"timeout": "60s", "connect_timeout": "5s", "allow_http": url.startswith("http://")}
 
 
 # Our own retries start a request anew from where it broke; the library's would multiply with them.
-_NO_RETRIES: Any = {"max_retries": 0}
+_NO_RETRIES: RetryConfig = {"max_retries": 0}
 
 
 def object_location(url: str) -> ObjectLocation:
@@ -181,7 +185,7 @@ def object_location(url: str) -> ObjectLocation:
     return ObjectLocation(url, _object_store(url, url.split("://")[0]))
 
 
-def _object_store(url: str, scheme: str) -> Any:
+def _object_store(url: str, scheme: str) -> ObjectStore:
     options: dict[str, Any] = {"client_options": _client_options(url), "retry_config": _NO_RETRIES}
     try:
         if scheme == "s3":
@@ -190,7 +194,8 @@ def _object_store(url: str, scheme: str) -> Any:
             options |= _gs_options(url)
         return from_url(url, **options)
     except (BaseError, ValueError) as error:
-        raise UserError(f"{redact(url)} cannot be reached: {first_line(error)}", remedy="check the URL") from error
+        what = redact(first_line(error))
+        raise UserError(f"{redact(url)} cannot be reached: {what}", remedy="check the URL") from error
 
 
 _FILES_OF_BOTO3 = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_PROFILE")
@@ -214,6 +219,7 @@ def _s3_options(url: str) -> dict[str, Any]:
         return found
     if any(map(os.environ.get, _FILES_OF_BOTO3)) or ((own := home()) is not None and (own / ".aws").is_dir()):
         try:
+            # Late: boto3 need not be there.
             from obstore.auth.boto3 import Boto3CredentialProvider
 
             found["credential_provider"] = Boto3CredentialProvider()
@@ -222,7 +228,7 @@ def _s3_options(url: str) -> dict[str, Any]:
             pass  # no boto3, or nothing of use there: an instance's role is left
         except Exception as error:  # botocore's own, over profiles and files that are wrong
             raise CacheError(
-                f"the credentials for {redact(url)} cannot be had: {first_line(error)}",
+                f"the credentials for {redact(url)} cannot be had: {redact(first_line(error))}",
                 remedy="put ~/.aws (or what $AWS_PROFILE, $AWS_CONFIG_FILE, $AWS_SHARED_CREDENTIALS_FILE name) right",
             ) from error
     metadata = os.environ.get("AWS_METADATA_ENDPOINT", _METADATA)
@@ -291,7 +297,7 @@ def _is_true(variable: str) -> bool:
 
 def hub_location(url: str, repository: str, revision: str, path: str) -> ObjectLocation:
     """A data-set repository of the hub, read over its https interface."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants, get_token  # late: other places need no client of the hub
 
     base = f"{constants.ENDPOINT}/datasets/{repository}/resolve/{revision}/{path}".rstrip("/")
     client = _client_options(base)

@@ -30,9 +30,7 @@ class Destination(Location, Protocol):
     def put(self, name: str, content: bytes | Path) -> None: ...
 
     def put_if(self, name: str, content: bytes, previous: str | None) -> bool:
-        """Replace a small file only if its version is still `previous` (None: it must not exist); else
-        False.
-        """
+        """Replace a small file only if its version is still `previous` (None: it must not exist); else False."""
 
     def version(self, name: str) -> str | None:
         """An identifier of the file's present content, None if there is no such file."""
@@ -84,7 +82,7 @@ def open_location(url: str | os.PathLike[str]) -> Location:
 
 def open_remote_location(url: str) -> ObjectLocation:
     """As `open_location`, of what is known to be a URL."""
-    # Late here and below: local caches need no client of object stores.
+    # Late: local caches need no client of object stores.
     from featcache.store import objects
 
     text = url.rstrip("/")
@@ -98,6 +96,4 @@ def open_destination(url: str) -> Destination:
     text = url.rstrip("/")
     if text.split("://")[0] not in ("s3", "gs"):
         raise UserError(f"{redact(url)} can only be read", remedy="push to a local path, s3://, gs:// or hf://")
-    from featcache.store import objects
-
-    return objects.object_location(text)
+    return open_remote_location(text)

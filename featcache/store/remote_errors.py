@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 from obstore import exceptions
 from obstore.exceptions import BaseError
 
-from featcache import errors
-from featcache.errors import CacheError
+from featcache.errors import CacheError, first_line
 from featcache.redact import redact
 from featcache.store.places import DamagedSource, Missing
 
@@ -25,11 +24,6 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _REFUSED_HOST = re.compile(r"\"tcp connect error\",\s*([\d.:\[\]a-f]+:\d+)")
 
 T = TypeVar("T")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line and without secrets."""
-    return redact(errors.first_line(error))
 
 
 class Attempts:
@@ -119,7 +113,7 @@ def final_cause(error: Exception, what: str, address: str) -> CacheError | None:
         error,
         exceptions.InvalidPathError | exceptions.NotSupportedError | exceptions.UnknownConfigurationKeyError,
     ):
-        return CacheError(f"{what} was refused: {first_line(error)}", remedy="check the URL")
+        return CacheError(f"{what} was refused: {redact(first_line(error))}", remedy="check the URL")
     return None
 
 
@@ -144,7 +138,7 @@ def passing_cause(error: Exception, address: str) -> str:
         return f"the server cannot be reached (for {redact(address)})"
     if (status := status_of(error)) is not None:
         return f"the server answered with status {status}"
-    return first_line(error)
+    return redact(first_line(error))
 
 
 def _host(address: str) -> str:

@@ -1,18 +1,15 @@
-"""The root `zarr.json`: manifest, consolidated metadata and their checksum in one file. Written last, read
-first.
-"""
+"""The root `zarr.json`: manifest, consolidated metadata and their checksum in one file. Written last, read first."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 from featcache.errors import CacheError
 from featcache.paths import typed
 from featcache.store import files
-from featcache.store.layout import ROOT_NAMES, STATE, array_metadata, canonical_json, group_metadata
+from featcache.store.layout import ROOT_NAMES, STATE, Json, array_metadata, canonical_json, group_metadata
 from featcache.store.manifest import (
     MAX_METADATA_BYTES,
     Manifest,
@@ -32,9 +29,9 @@ class NotACache(CacheError):
     """A document that has nothing to do with caches, such as that of a zarr array."""
 
 
-def node_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
+def node_metadata(manifest: Manifest) -> dict[str, dict[str, Json]]:
     """Node path -> zarr metadata document of every array and every group but the root."""
-    nodes: dict[str, dict[str, Any]] = {}
+    nodes: dict[str, dict[str, Json]] = {}
     for name, spec in manifest.features.items():
         if "/" in name:
             nodes[name.split("/")[0]] = group_metadata()
@@ -52,7 +49,7 @@ def node_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 def root_bytes(manifest: Manifest) -> bytes:
     """The root document of a manifest: always the same bytes for the same manifest."""
-    content: dict[str, Any] = {"attributes": {_MANIFEST: manifest.to_json()}}
+    content: dict[str, Json] = {"attributes": {_MANIFEST: manifest.to_json()}}
     if manifest.format == "zarr":
         content |= {
             "consolidated_metadata": {

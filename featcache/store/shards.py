@@ -1,14 +1,13 @@
-"""One shard file: contiguous samples, then zarr's index (offset, length as uint64 each) and the index's
-crc32c.
-"""
+"""One shard file: contiguous samples, then zarr's index (offset, length as uint64 each) and the index's crc32c."""
 
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import google_crc32c
 import numpy as np
+from numcodecs import blosc, zstd
+from numcodecs.abc import Codec
 
 from featcache.errors import CacheError
 from featcache.store.files import Buffer
@@ -45,8 +44,7 @@ def encode_shard(samples: np.ndarray, shard_size: int, compressor: str | None) -
 def parse_index(
     raw: bytes, *, n: int, shard_size: int, file_bytes: int, sample_bytes: int | None, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and lengths `[n]` (int64) of a shard's samples from its index; raises `CacheError` if it is
-    damaged.
+    """Offsets and lengths `[n]` (int64) of a shard's samples from its index; raises `CacheError` if it is damaged.
 
     `sample_bytes` is the length that every sample must have, None for compressed ones. `n` samples must be
     present, inside the file and before the index.
@@ -70,16 +68,15 @@ def parse_index(
     return offsets.astype(np.int64), lengths.astype(np.int64)
 
 
-def _numcodec(dtype: np.dtype, compressor: str) -> Any:
+def _numcodec(dtype: np.dtype, compressor: str) -> Codec:
     """The numcodecs codec with the settings that the array's metadata states."""
-    from numcodecs.blosc import Blosc
-    from numcodecs.zstd import Zstd
-
     settings = inner_codecs(dtype, compressor)[1]["configuration"]
     if compressor == "zstd":
-        return Zstd(level=settings["level"], checksum=settings["checksum"])
-    shuffle = Blosc.SHUFFLE if settings["shuffle"] == "shuffle" else Blosc.NOSHUFFLE
-    return Blosc(cname=settings["cname"], clevel=settings["clevel"], shuffle=shuffle, typesize=settings["typesize"])
+        return zstd.Zstd(level=settings["level"], checksum=settings["checksum"])
+    shuffle = blosc.Blosc.SHUFFLE if settings["shuffle"] == "shuffle" else blosc.Blosc.NOSHUFFLE
+    return blosc.Blosc(
+        cname=settings["cname"], clevel=settings["clevel"], shuffle=shuffle, typesize=settings["typesize"]
+    )
 
 
 def decompress(compressor: str, data: bytes, out: np.ndarray, where: str) -> None:
@@ -87,8 +84,6 @@ def decompress(compressor: str, data: bytes, out: np.ndarray, where: str) -> Non
 
     The length that the frame claims is checked before anything is allocated.
     """
-    from numcodecs import blosc, zstd
-
     try:
         claimed = _claimed_bytes(compressor, data)
         if claimed is not None and claimed != out.nbytes:

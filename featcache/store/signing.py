@@ -56,7 +56,7 @@ def parse_digest(text: str) -> str:
 
 
 def require_digest(manifest: Manifest, expect: str | None, where: str) -> None:
-    """Raise `CacheError` unless the cache is the expected one."""
+    """Raises `CacheError` unless the cache is the expected one."""
     if expect is None:
         return
     wanted, found = parse_digest(expect), cache_digest(manifest)

@@ -1,4 +1,4 @@
-"""The webdataset backend: one tar a shard, one `.npy` member for each array of each sample.
+"""The webdataset backend: one tar per shard, one `.npy` member for each array of each sample.
 
     featcache.json      manifest and its checksum
     SHA256SUMS          of the tars
@@ -82,9 +82,7 @@ class TarLayout:
 
 
 def tar_layout(manifest: Manifest) -> TarLayout:
-    """The layout of a cache's tars; raises `CacheError` where a feature's name is too long for a tar
-    header.
-    """
+    """The layout of a cache's tars; raises `CacheError` where a feature's name is too long for a tar header."""
     members, offset = {}, 0
     if manifest.dataset.count > 10**_SLOT_DIGITS:
         raise CacheError(f"a webdataset cache holds at most {10**_SLOT_DIGITS} samples", remedy="use the zarr format")
@@ -118,9 +116,7 @@ def encode_tar(layout: TarLayout, first_slot: int, arrays: dict[str, np.ndarray]
 
 
 def check_tar(fd: int, layout: TarLayout, array: str, first_slot: int, n: int, where: str) -> None:
-    """Raise `CacheError` unless the tar has its length, and `array`'s first and last member are where they
-    belong.
-    """
+    """Raises `CacheError` unless the tar has its length, and `array`'s first and last member are where they belong."""
     if os.fstat(fd).st_size != layout.tar_bytes(n):
         raise CacheError(f"{where} is damaged: it must have {layout.tar_bytes(n)} bytes")
     for i in {0, n - 1}:
@@ -128,7 +124,7 @@ def check_tar(fd: int, layout: TarLayout, array: str, first_slot: int, n: int, w
 
 
 def check_member(fd: int, layout: TarLayout, array: str, slot: int, i: int, where: str) -> None:
-    """Raise `CacheError` unless the headers of one sample's member are, byte by byte, what they must be."""
+    """Raises `CacheError` unless the headers of one sample's member are, byte by byte, what they must be."""
     member = layout.members[array]
     expected = tar_header(member_name(slot, array), len(member.npy) + member.length) + member.npy
     if os.pread(fd, len(expected), i * layout.stride + member.offset) != expected:

@@ -1,6 +1,4 @@
-"""Writing a webdataset cache: the same life as a zarr cache, but a shard is one tar with all features in
-it.
-"""
+"""Writing a webdataset cache: the same life as a zarr cache, but a shard is one tar with all features in it."""
 
 from __future__ import annotations
 

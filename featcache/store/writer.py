@@ -43,6 +43,7 @@ from featcache.store.layout import (
     ROOT_METADATA,
     ROOT_NAMES,
     STATE,
+    Json,
     canonical_json,
     index_bytes,
     sample_bytes,
@@ -152,7 +153,7 @@ def journal_name(shard: int) -> str:
 
 
 class CacheWriter:
-    """Writes features into one cache: `begin`, `write_shard`..., `finish`. :mod:`featcache.store.writers` opens it.
+    """Writes features into one cache: `begin`, `write_shard`..., `finish`. `featcache.store.writers` opens it.
 
     One writer belongs to one thread. Several writers, in any processes, may work on different features of
     one cache. It is a context manager that lets go of its features on exit; `finish` does that as well.
@@ -299,8 +300,8 @@ class CacheWriter:
         A feature that is complete already and declared alike has nothing pending. without_blocks: features that are
         to have no hashes of blocks, to be copies of ones that have none.
 
-        Raises `CacheError` if another process builds one of them, or if one exists with another shape, codec
-        or provenance.
+        Raises `CacheError` if another process builds one of them, or if one exists with another shape,
+        codec or provenance.
         """
         with cache_lock(self.path):
             self._base = self._current()
@@ -408,8 +409,7 @@ class CacheWriter:
         return True
 
     def skip(self, shard: int, slots: Iterable[tuple[int, str, str]]) -> None:
-        """Say that these `(slot, key, reason)` of `shard` hold no image. Call it before `write_shard` of
-        that shard.
+        """Say that these `(slot, key, reason)` of `shard` hold no image. Call it before `write_shard` of that shard.
 
         The caller still writes zeros there and label -1. Recorded durably with each feature's shard.
         """
@@ -505,8 +505,7 @@ class CacheWriter:
             "blocks": {array: hashes[array].blocks.to_json() for array in with_blocks},
             "skipped": [vars(entry) for entry in self._skipped.get(shard, [])],
         }
-        # After its shards are durable, and not itself: a lost or damaged entry only means writing a shard
-        # again.
+        # After its shards are durable, and not itself: a lost or damaged entry only means writing a shard again.
         target = building_directory(self.path, feature) / journal_name(shard)
         files.atomic_write(target, [canonical_json(entry)], folder=self._runs[feature], durable=False)
         self._done[feature].add(shard)
@@ -610,7 +609,7 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
     """
     manifest_from_json(manifest.to_json())  # a root document that does not open would take the whole cache with it
     group = files.Group() if group is None else group
-    content: dict[Path, dict[str, Any]] = {}
+    content: dict[Path, dict[str, Json]] = {}
     nodes = node_metadata(manifest) if manifest.format == "zarr" else {}
     for name in sorted(features) if nodes else ():
         parents = [name.split("/")[0]] if "/" in name else []
@@ -624,7 +623,7 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
 
 
 def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> None:
-    """Raise `CacheError` naming every difference if `wanted` is not what the cache at `path` was made of."""
+    """Raises `CacheError` naming every difference if `wanted` is not what the cache at `path` was made of."""
     have, want = existing.dataset.to_json(), wanted.dataset.to_json()
     # Where the images lie and what the set is called do not change them.
     differences = [
@@ -716,7 +715,7 @@ def known_manifest(path: Path) -> Manifest | None:
     return manifest_from_json(_read_json(record)) if record.is_file() else None
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> Json:
     return load_json(files.read_bounded(path, MAX_METADATA_BYTES), str(path))
 
 
@@ -760,8 +759,8 @@ def _holds(path: Path, content: bytes) -> bool:
 def remove_others(
     directory: Path, kept: Collection[str], pattern: re.Pattern[str], *, only_parts: bool = False
 ) -> None:
-    """Remove files whose names (or final names, of temporary ones) match, but for those kept. only_parts: only
-    temporary ones.
+    """Remove files whose names (or final names, of temporary ones) match, but for those kept. only_parts:
+    only temporary ones.
     """
     for name in files.names_in(directory):
         final = files.part_of(name)

@@ -1,4 +1,5 @@
-"""Opening a cache for writing: the writer of its format, new, for more features, for repairs, or beside another process's."""
+"""Opening a cache for writing: the writer of its format, new, for more features, for repairs, or
+beside another process's."""
 
 from __future__ import annotations
 
@@ -41,8 +42,7 @@ def create_writer(
 
     format: 'zarr', or 'wds' for webdataset tars, whose features must all be written by one builder.
 
-    Raises `CacheError` if a cache of other images, preprocessing or shard size is there, or if it cannot
-    be written.
+    Raises `CacheError` if a cache of other images, preprocessing or shard size is there, or if it cannot be written.
     """
     path = Path(path)
     if compressor is not None and compressor not in COMPRESSORS:

@@ -84,7 +84,8 @@ def test_joining_needs_a_build_of_the_same_features(tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     plan = prepare(request(tmp_path / "c", encoders=(), vae="tiny"), device="cpu")
-    broken = plan.work.encoders[0].module[0].conv_in.bias
+    encoder: Any = plan.work.encoders[0]
+    broken = encoder.module[0].conv_in.bias
     broken[0] = float("nan")
     with (
         lead(plan) as writer,
@@ -101,16 +102,17 @@ def test_padding_batches_changes_no_shape_and_no_label(tmp_path: Path) -> None:
     build(request(tmp_path / "one", batch_size=3), Quiet())
     plan = prepare(request(tmp_path / "padded", batch_size=3), device="cpu")
     sizes = set()
-    encoder = plan.work.encoders[0]
+    encoder: Any = plan.work.encoders[0]
 
     class Watched:
-        info, shapes = encoder.info, encoder.shapes
+        title, shapes = encoder.title, encoder.shapes
 
         def __call__(self, pixels: object) -> object:
             sizes.add(len(pixels))  # type: ignore[arg-type]
             return encoder(pixels)
 
-    work = changed(plan.work, pad_batches=True, encoders=[Watched(), *plan.work.encoders[1:]])
+    watched: Any = Watched()
+    work = changed(plan.work, pad_batches=True, encoders=[watched, *plan.work.encoders[1:]])
     with lead(plan) as writer:
         run_shards(work, writer.pending(), writer, meter=Meter(), progress=Quiet())
         writer.finish()

@@ -19,6 +19,7 @@ from featcache.share import verify as verification
 from featcache.share.verify import verify
 from featcache.store import files, locks
 from featcache.store.manifest import FeatureSpec, Manifest
+from featcache.store.root import read_root
 from featcache.store.writer import CacheWriter, publish
 from featcache.store.writers import open_writer, repair_writer
 
@@ -118,7 +119,7 @@ def test_removed_features_stay_though_their_record_is_damaged(tmp_path: Path, mo
         data[len(data) // 2] ^= 1
         record.write_bytes(data)
     else:
-        read = trash.read_root
+        read = read_root
 
         def refuse(path: Path) -> Manifest:
             if path == entry.path:

@@ -28,7 +28,6 @@ from featcache.paths import PAGES, check_output, on_this_machine, typed
 from featcache.settings import is_number
 from featcache.share import manage, trash
 from featcache.sources.open import open_source
-from featcache.store.manifest import spec_bytes
 
 Typed = Callable[..., tuple[int, str, str]]
 
@@ -416,7 +415,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_small_caches_need_little_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """256 MiB had to be free for any; the error said that 0.00 GB are needed where 0.11 GB are free."""
     specs = base_features()
-    n_bytes = 10 * sum(spec_bytes(spec) for spec in specs)
+    n_bytes = 10 * sum(spec.bytes_per_sample for spec in specs)
     for free, enough in ((2 * n_bytes, True), (2 * n_bytes - 1, False)):
         monkeypatch.setattr(building, "free_bytes", lambda _, free=free: free)
         if enough:

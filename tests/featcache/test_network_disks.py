@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ import pytest
 from store_helpers import build, tokens, tree, values
 
 from featcache.errors import CacheError
-from featcache.share import trash
 from featcache.share.manage import restore
 from featcache.share.trash import remove_cache
 from featcache.share.verify import verify
@@ -96,7 +96,7 @@ def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise OSError(getattr(errno, request.param), request.param)
 
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
 
 
 def test_a_lock_excludes_and_is_let_go(no_flock, tmp_path: Path) -> None:
@@ -253,11 +253,11 @@ def test_a_cache_comes_back_on_another_machine(no_flock, tmp_path: Path, monkeyp
     with open_writer(path) as writer:
         writer.begin([tokens("dead@1")])
     if dies:
-        monkeypatch.setattr(trash.locks.Lock, "release", lambda *_, **__: None)
+        monkeypatch.setattr(locks.Lock, "release", lambda *_, **__: None)
     remove_cache(path)
     monkeypatch.undo()
     refuse = OSError(errno.ENOSYS, "no flock")
-    monkeypatch.setattr(locks.fcntl, "flock", lambda *_: (_ for _ in ()).throw(refuse))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(refuse))
     monkeypatch.setattr(locks, "MAX_WAIT_S", 0.1)
     monkeypatch.setattr(locks, "_machine", lambda: "elsewhere")
     restore(path)

@@ -505,7 +505,7 @@ def test_views_are_stored_and_selected(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"format": "wds"}], ids=["zarr", "wds"])
 def test_death_before_any_operation_leaves_nothing_for_ever(tmp_path: Path, monkeypatch, operation, options) -> None:
     """Die before each operation on files in turn; whoever opens the cache next for writing clears what was left."""
-    owner = files.shutil if operation == "rmtree" else files
+    owner = shutil if operation == "rmtree" else files
     real = getattr(owner, operation)
     specs = base_features()[:2]
     whole = tree(build(tmp_path / "whole", specs, count=10, shard_size=8, **options))

@@ -136,8 +136,7 @@ def small_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     entry = replace(TINY, hub_id="openai/clip-vit-large-patch14", vocabulary=520, tokens=16)
-    monkeypatch.setattr("featcache.encoders.text.TEXTS", {"clip-l": entry})
-    monkeypatch.setattr("featcache.encoders.table.TEXTS", {"clip-l": entry})
+    monkeypatch.setitem(TEXTS, "clip-l", entry)
     torch.manual_seed(0)
     text = build_text(entry).config.to_dict()  # type: ignore[union-attr, operator]
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -409,10 +408,9 @@ def test_captions_under_another_key_are_other_captions(tmp_path: Path) -> None:
     build(ask, Quiet())
     entry = replace(TINY, width=32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featcache.encoders.text.TEXTS", {"tiny": TINY, "second": entry})
-        patch.setattr("featcache.encoders.table.TEXTS", {"tiny": TINY, "second": entry})
+        patch.setitem(TEXTS, "second", entry)
         more = replace(ask, out=None, into=tmp_path / "c", vae=None, texts=("second",))
-        with pytest.raises(CacheError, match=r"under 'short', 1 an image, against .* under 'long'"):
+        with pytest.raises(CacheError, match=r"under 'short', 1 per image, against .* under 'long'"):
             build(replace(more, caption_key="long"), Quiet())
         build(more, Quiet())
     assert "text/second" in featcache.open(tmp_path / "c").manifest.features
@@ -487,8 +485,7 @@ def test_text_joins_a_cache_without_reading_an_image(
     assert cache.manifest.features["text/tiny"].codec == "int8"
     assert not read_feature(cache, "text/tiny", [cache.keys().index("a/2.png")]).any()
     # Other captions, or another number of them, are of no use beside these.
-    monkeypatch.setattr("featcache.encoders.text.TEXTS", {"tiny": TINY, "second": replace(TINY, width=32)})
-    monkeypatch.setattr("featcache.encoders.table.TEXTS", {"tiny": TINY, "second": replace(TINY, width=32)})
+    monkeypatch.setitem(TEXTS, "second", replace(TINY, width=32))
     second = replace(adding, texts=("second",))
     with pytest.raises(CacheError, match="number of captions"):
         build(replace(second, captions_per_image=2), Quiet())
@@ -555,7 +552,7 @@ def test_as_typed(
         (words, ("encode text tiny", "tokenise", "4 of 6 images have no caption")),
         (
             ["info", str(tmp_path / "c")],
-            ("captions: table captions.csv; up to 1 an image", "1x32x64", "RANDOM, seed 0"),
+            ("captions: table captions.csv; up to 1 per image", "1x32x64", "RANDOM, seed 0"),
         ),
         (["verify", str(tmp_path / "c")], ("sound",)),
     ):

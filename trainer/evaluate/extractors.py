@@ -23,7 +23,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from featcache.encoders.base import WeightsSource, find_weights, load_file, seeded, weights_sha256
 from featcache.encoders.tiny import load_tiny_vit
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.errors import UserError, WeightsUnavailable, first_line
 from trainer.evaluate.table import METRICS
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ def _dinov2_module(source: WeightsSource, create: Callable[..., nn.Module]) -> n
                 module = create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
             except (RuntimeError, KeyError) as error:
                 raise UserError(
-                    f"{path} does not hold the weights of {DINOV2_MODEL}: {str(error).splitlines()[0]}",
+                    f"{path} does not hold the weights of {DINOV2_MODEL}: {first_line(error)}",
                     remedy="Bring DINOv2 ViT-L/14 without registers, from timm or from its authors.",
                 ) from error
             return module.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from featcache.errors import UserError
+from featcache.errors import UserError, first_line
 from featcache.precision import PRECISIONS, tensor_float32
 from trainer.models.transformer import ModelOutput, Transformer
 
@@ -88,7 +88,7 @@ class Network(nn.Module):
                 output: ModelOutput = self.backbone(x, t, y)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
-                f"the backbone could not be compiled: {str(error).strip().splitlines()[0]}",
+                f"the backbone could not be compiled: {first_line(error)}",
                 remedy="Type --no-compile (compiling needs a C++ compiler on the CPU and Triton on a GPU).",
             ) from error
         assert output.prediction is not None, "all blocks ran"

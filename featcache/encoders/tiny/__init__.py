@@ -13,14 +13,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from safetensors.torch import load_file
+from torch import nn
+
 from featcache.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from timm.models.vision_transformer import VisionTransformer
-    from torch import nn
 
-Module = TypeVar("Module", bound="nn.Module")
+# Late below: diffusers and timm take seconds to load.
+Module = TypeVar("Module", bound=nn.Module)
 
 NAMES: tuple[str, ...] = ("vae", "vit")
 
@@ -53,7 +56,8 @@ def load_tiny_vae(*, folder: Path = FOLDER) -> AutoencoderKL:
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    return _fill(AutoencoderKL(**_config("vae", folder)), weights_path("vae", folder=folder))
+    vae: AutoencoderKL = AutoencoderKL(**_config("vae", folder))
+    return _fill(vae, weights_path("vae", folder=folder))
 
 
 def load_tiny_vit(*, folder: Path = FOLDER) -> VisionTransformer:
@@ -75,8 +79,6 @@ def _config(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _fill(module: Module, path: Path) -> Module:
-    from safetensors.torch import load_file
-
     # Stored as fp16 to halve the download; computed with as fp32.
     module.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     return module.eval().requires_grad_(False)

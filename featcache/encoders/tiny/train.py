@@ -24,7 +24,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version
@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from featcache.encoders import tiny
 from featcache.machine import cpu_name
 from featcache.sources import shapes
+from featcache.store import files
 
 VAE_CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -145,9 +146,7 @@ def _update_average(average: nn.Module, model: nn.Module, step: int) -> None:
 
 def _save(module: nn.Module, config: dict[str, Any], name: str, out: Path) -> None:
     half = {key: value.detach().cpu().half().contiguous() for key, value in module.state_dict().items()}
-    partial = out / f"{name}.safetensors.partial"
-    partial.write_bytes(save(half))
-    partial.replace(out / f"{name}.safetensors")
+    files.atomic_write(out / f"{name}.safetensors", [save(half)])
     (out / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -203,10 +202,9 @@ def _zero(layer: nn.Module) -> None:
 def start_as_resampler(vae: AutoencoderKL) -> None:
     """Initialise so that both halves begin as plain resampling networks (our choice).
 
-    Residual branches end in zeros, shortcuts are orthogonal, downsampling averages 2x2 and upsampling repeats
-    (both plus a little noise to break symmetry), and the posterior starts narrow. Colours and positions
-    then get through from the first step, where the default start spends most of a CPU's budget on finding
-    them.
+    Residual branches end in zeros, shortcuts are orthogonal, downsampling averages 2x2 and upsampling repeats (both
+    plus a little noise to break symmetry), and the posterior starts narrow. Colours and positions then get through from
+    the first step, where the default start spends most of a CPU's budget on finding them.
     """
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
@@ -449,7 +447,7 @@ def main(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    jobs: dict[Part, Any] = {
+    jobs: dict[Part, Callable[[Progress], dict[str, Any]]] = {
         Part.vae: lambda p: train_vae(
             steps=vae_steps, batch_size=4, peak_lr=2e-2, seed=seed, device=device, out=out, progress=p
         ),
