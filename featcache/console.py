@@ -11,7 +11,7 @@ import sys
 import threading
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -106,9 +106,24 @@ def run_app(app: Callable[..., int | None]) -> int:
     former = threading.excepthook, warnings.showwarning
     threading.excepthook, warnings.showwarning = _thread_ended, _warned
     try:
-        return _flushed(_run(app))
+        with _outputs() as outputs:
+            return _flushed(_run(app, outputs))
     finally:
         threading.excepthook, warnings.showwarning = former
+
+
+@contextlib.contextmanager
+def _outputs() -> Iterator[list[int]]:
+    """Descriptors of where standard output and error lead now: rich turns the former to /dev/null when it breaks."""
+    found = []
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found.append(os.dup(stream.fileno()))
+    try:
+        yield found
+    finally:
+        for descriptor in found:
+            os.close(descriptor)
 
 
 def _flushed(code: int) -> int:
@@ -134,7 +149,7 @@ def _discard(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _run(app: Callable[..., int | None]) -> int:
+def _run(app: Callable[..., int | None], outputs: Sequence[int]) -> int:
     try:
         refuse_empty(sys.argv[1:])
         _require_folder()
@@ -149,10 +164,10 @@ def _run(app: Callable[..., int | None]) -> int:
     except SystemExit as leaving:
         # Typer leaves so, without a word, whatever pipe it was that broke.
         if isinstance(leaving.__context__, BrokenPipeError):
-            return _refused(leaving.__context__)
+            return _refused(leaving.__context__, outputs)
         raise
     except OSError as error:
-        return _refused(error)
+        return _refused(error, outputs)
     except Exception as error:
         # Usage errors (unknown options, missing arguments) of typer's parser, whose classes typer does not export.
         show = getattr(error, "show", None)
@@ -173,20 +188,19 @@ def _run(app: Callable[..., int | None]) -> int:
         return EXIT_FAULT
 
 
-def _refused(error: OSError) -> int:
+def _refused(error: OSError, outputs: Sequence[int]) -> int:
     """The exit code for what the system refused, which is said where somebody listens."""
-    if isinstance(error, BrokenPipeError) and _reader_left():
+    if isinstance(error, BrokenPipeError) and _reader_left(outputs):
         return EXIT_NO_READER
     print_error(os_error(error))
     return EXIT_USER_ERROR
 
 
-def _reader_left() -> bool:
+def _reader_left(outputs: Sequence[int]) -> bool:
     """Whether whoever read what is printed has left (`featcache info | head`): nobody is there to report to."""
     poll = select.poll()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            poll.register(stream.fileno(), 0)
+    for descriptor in outputs:
+        poll.register(descriptor, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 

@@ -177,22 +177,22 @@ def verify(
     if report.ok:
         console.print(f"{safe(cache)}: sound ({_how_much(report)})")
         return
-    where = safe(shlex.quote(cache))
-    if report.digest is None:
-        from featcache.store.root import DAMAGED_REMEDY
-
-        console.print(f"{_counted(report.problems)}; {DAMAGED_REMEDY}")
-        raise typer.Exit(1)
-    if remote:
-        console.print(f"{_counted(report.problems)}; push the cache again from where it is sound")
-        raise typer.Exit(1)
-    if not repair:
-        console.print(
-            f"{_counted(report.problems)}; type: featcache repair {where}, with --from URL if there is another copy"
-        )
+    if report.digest is None or remote or not repair:
+        console.print(f"{_counted(report.problems)}; {_advice(cache, report, remote=remote)}")
         raise typer.Exit(1)
     _encode_again(Path(cache), report.damaged, data, weights_dir, device, captions)
     _check_again(Path(cache), features, threads)
+
+
+def _advice(cache: str, report: Report, *, remote: bool) -> str:
+    """What to do about a damaged cache."""
+    if report.digest is None:
+        from featcache.store.root import DAMAGED_REMEDY
+
+        return DAMAGED_REMEDY
+    if remote:
+        return "push the cache again from where it is sound"
+    return f"type: featcache repair {safe(shlex.quote(cache))}, with --from URL if there is another copy"
 
 
 def _check_options(
