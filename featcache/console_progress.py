@@ -94,8 +94,9 @@ class RichProgress:
             self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=10, transient=True)
             self._live.start()
         else:
-            self._lines = threading.Thread(target=self._say_regularly, name="progress", daemon=True)
-            self._lines.start()
+            lines = threading.Thread(target=self._say_regularly, name="progress", daemon=True)
+            lines.start()
+            self._lines = lines
 
     def update(self, count: int, text: str = "") -> None:
         task = self._task

@@ -306,7 +306,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(words: tuple[str, ...], expe
     try:
         from featcache import console
 
-        saved, console.errors = console.errors, type(console.errors)(file=err, soft_wrap=True, highlight=False)
+        saved, console.errors = console.errors, type(console.errors)(file=err)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run_app(app)
         console.errors = saved
