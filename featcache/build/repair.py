@@ -33,7 +33,8 @@ def repair_shards(
     """Encodes the `damaged` shards (feature -> numbers) of a cache again and records their checksums.
 
     On the hardware and software of the build the bytes are the recorded ones; elsewhere last bits may differ, which the
-    new checksums cover. Labels, keys and hashes of the images come out the same everywhere, or the images have changed.
+    new checksums cover. Labels, keys and hashes of the images come out the same everywhere, or the images have changed
+    (where shards are compressed, that depends on the compressor's version, too, and is not looked at).
 
     Args:
         data: the images, as `--data`; not needed for the embedded set.
@@ -44,6 +45,10 @@ def repair_shards(
     """
     manifest = featcache.open(path).manifest
     source = _data_of(manifest.dataset.source, data)
+    damaged = {
+        name: shards for name, shards in damaged.items() if name in manifest.features
+    }  # the rest was removed since
+    exact = SAMPLE_FEATURES if manifest.compressor is None else ()
     for names, seed in _passes(manifest, damaged):
         request = BuildRequest(
             data=source,
@@ -58,7 +63,7 @@ def repair_shards(
         plan = prepare(request, device=pick_device(device), again=names)
         shards = {name: list(damaged[name]) for name in names}
         numbers = sorted({shard for numbers in shards.values() for shard in numbers})
-        with repair_writer(path, shards, exact=set(names) & set(SAMPLE_FEATURES)) as writer:
+        with repair_writer(path, shards, exact=set(names).intersection(exact)) as writer:
             progress.begin("encoding again", sum(len(plan.work.slots(n)) for n in numbers))
             progress.note(f"features: {', '.join(names)}")
             run_shards(plan.work, numbers, writer, meter=Meter(), progress=progress)

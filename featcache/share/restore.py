@@ -111,12 +111,18 @@ def _restored(
     blocks: dict[str, list[ShardBlocks] | None] = {}
     local = open_location(path)
     chosen = manifest if features is None or manifest.format == "wds" else manifest.only(features)
+    without: dict[str, str] = {}
     for array in sorted(chosen.arrays):
         try:
             recorded[array] = _record(local, place, manifest, array, mended)
-            blocks[array] = _blocks(local, place, manifest, array, mended)
         except CacheError as error:
             refused.append(f"{array}: {error.what}")
+            continue
+        try:
+            blocks[array] = _blocks(local, place, manifest, array, mended)
+        except CacheError as error:
+            # A copy of an earlier version has none: whole shards come, and from these the hashes can be made again.
+            blocks[array], without[blocks_path(manifest, array)] = None, f"{array}: {error.what}"
     n_bytes: dict[str, int] = {}
 
     def mend(entry: ShardFileEntry) -> None:
@@ -138,6 +144,10 @@ def _restored(
             refused.append(f"{entry.name}: {error.what}")
 
     in_parallel((e for e in shard_files(chosen) if e.array in recorded), mend, lambda _: None, threads)
+    if without:
+        made = repair_metadata(path)
+        mended += made
+        refused += [what for name, what in without.items() if name not in made]
     return Restored(files=(*mended, *sorted(n_bytes)), n_bytes=sum(n_bytes.values()), refused=tuple(sorted(refused)))
 
 

@@ -144,7 +144,8 @@ def verify(
     features: check only these. threads: default one per core. progress: advances with each checked file.
 
     fraction: read only this part of the bytes, drawn at random with `seed` (default: a fresh one): blocks of 1 MiB
-    where their hashes are recorded, else whole shards. Metadata are checked whole, labels and keys then not.
+    where their hashes are recorded, else whole shards. Metadata, and the length of every shard, are checked all the same;
+    labels and keys then not.
     since_last: skip shards that an earlier call with `remember` found sound and whose size, times and inode are as they
     were then. remember: keep note of sound shards for that in the cache's state folder (where it can be written).
 
@@ -374,7 +375,8 @@ def _check_array(
     def jobs() -> Iterator[_Job]:
         nonlocal n_unread
         digests = _recorded_digests(recorded, manifest, array)
-        chosen = range(manifest.n_shards) if parts is None else sorted(parts)
+        # Here it costs little to look at each file, whatever part of the bytes is read.
+        chosen = range(manifest.n_shards) if parts is None or isinstance(place, LocalLocation) else sorted(parts)
         position = 0
         for entry in array_files(manifest, array, chosen):
             if checked.full:
@@ -385,17 +387,18 @@ def _check_array(
                 n_unread += 1
                 continue
             of_shard = None if blocks is None else blocks[entry.shard]
-            yield _Job(place, entry, digest, of_shard, None if parts is None else parts[entry.shard], most)
+            yield _Job(place, entry, digest, of_shard, None if parts is None else parts.get(entry.shard, []), most)
 
     for job, result in _mapped(pool, _check_shard, jobs(), 4 * plan.threads):
-        n_files, n_read = n_files + 1, n_read + result.n_bytes
+        n_files, n_read = n_files + (job.parts != []), n_read + result.n_bytes
         if result.what is not None:
             checked.problems += _problems(place, job.entry, result.what)
         elif untold is not None:
             untold.add(job.entry, result.sha256)
         if plan.remember and ledger is not None and (result.what is not None or job.parts is None):
             ledger.note(job.entry.shard, result.mark if recorded is not None and result.what is None else b"")
-        plan.progress.update(result.n_bytes)
+        if job.parts != []:
+            plan.progress.update(result.n_bytes)
     if untold is not None:
         checked.problems += untold.problems(place, MAX_PROBLEMS - len(checked.problems))
     if plan.remember and ledger is not None:
@@ -506,7 +509,10 @@ def _looks_unchanged(path: Path, entry: ShardFileEntry, ledger: Ledger) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One shard to check. `parts`: numbers of the blocks to read, None for all. most_bytes: more it cannot have."""
+    """One shard to check. `parts`: numbers of the blocks to read, None for all. most_bytes: more it cannot have.
+
+    With `parts` empty only that it is a file, of the right length, is checked.
+    """
 
     place: Location
     entry: ShardFileEntry
@@ -583,6 +589,8 @@ def _compared(job: _Job, shard: _LocalShard | _RemoteShard) -> _Result:
         return _Result(f"has {shard.n_bytes} bytes instead of {length}", 0)
     if shard.n_bytes > job.most_bytes:
         return _Result(f"has {shard.n_bytes} bytes, more than its samples can take", 0)
+    if job.parts == []:
+        return _Result(None, 0)
     if job.parts is not None and job.blocks is not None:
         return _check_blocks(shard, job.parts, job.blocks)
     hasher = files.Hasher()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numcodecs.zstd import Zstd
 from PIL import Image
 from store_helpers import base_features, dataset, tokens
 
@@ -21,6 +22,7 @@ from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
 from featcache.share.verify import repair_metadata, verify
+from featcache.store import shards
 from featcache.store.manifest import Manifest
 
 
@@ -169,6 +171,23 @@ def test_changed_images_are_noticed_though_their_hashes_are_damaged(
     assert (copy / "zarr.json").read_bytes() == root
     repair_shards(copy, verify(copy).damaged, data=str(images), weights_dir=None, device="cpu", progress=Quiet())
     assert files(copy) == files(sound)
+
+
+def test_another_version_of_a_compressor_is_no_other_image(
+    plain: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, images, _ = plain
+    path = tmp_path / "c"
+    ask = BuildRequest(data=str(images), vae="tiny", resolution=32, out=path, shard_size=4, compressor="zstd")
+    build(ask, Quiet())
+    before = files(path)
+    flip_bit(path / "content/c.1")
+    monkeypatch.setattr(shards, "_numcodec", lambda *_: Zstd(level=3, checksum=True))
+    report = verify(path)
+    assert report.damaged == {"content": [1]}
+    repair_shards(path, report.damaged, data=str(images), weights_dir=None, device="cpu", progress=Quiet())
+    assert verify(path).ok
+    assert (path / "content/c.1").read_bytes() != before["content/c.1"]
 
 
 def test_tars_are_made_again_at_once_whatever_their_weights() -> None:

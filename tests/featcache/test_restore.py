@@ -20,6 +20,7 @@ from web_server import serve
 
 from featcache.errors import CacheError
 from featcache.share.restore import restore
+from featcache.share.verify import verify
 from featcache.store import locks, remote_errors
 from featcache.store.blocks import BLOCK_BYTES
 from featcache.store.root import read_root
@@ -237,6 +238,29 @@ def test_two_repairs_of_one_cache_at_once(sound: Path, damaged: Path) -> None:
     held.release()
     assert restore(damaged, str(sound)).files == ("dino@9/c.1.0.0",)
     assert tree(damaged) == tree(sound)
+
+
+def test_from_a_copy_without_hashes_of_blocks(sound: Path, damaged: Path, tmp_path: Path) -> None:
+    """As an earlier version made it: whole shards come, and ours are made again from them."""
+    copy = tmp_path / "copy"
+    shutil.copytree(sound, copy)
+    without_blocks(copy)
+    assert verify(copy).ok
+    (damaged / "dino@9" / "BLOCKS").unlink()
+    (damaged / "dino@9" / "SHA256SUMS").unlink()
+    flip(damaged / "dino@9" / "c.1.0.0")
+    (damaged / "dino@9" / "c.0.0.0").unlink()
+    done = restore(damaged, str(copy))
+    assert done.refused == ()
+    assert set(done.files) == {"dino@9/SHA256SUMS", "dino@9/BLOCKS", "dino@9/c.0.0.0", "dino@9/c.1.0.0"}
+    assert tree(damaged) == tree(sound)
+    # Where a shard stays wrong, so do they.
+    (damaged / "dino@9" / "BLOCKS").unlink()
+    for path in (damaged, copy):
+        flip(path / "dino@9" / "c.1.0.0")
+    done = restore(damaged, str(copy))
+    assert done.files == () and len(done.refused) == 2
+    assert not verify(damaged).ok
 
 
 def test_pipes_and_folders_in_place_of_files(sound: Path, damaged: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_helpers import add, base_features, build, corrupt, dataset, tokens, tree
+from store_helpers import add, base_features, build, corrupt, dataset, tokens, tree, write_all
 
 from featcache.errors import CacheError, UserError
 from featcache.share import manage
@@ -606,6 +606,26 @@ def test_a_damaged_root_document_is_not_to_be_repaired(tmp_path: Path, cli) -> N
     assert cli("featcache", "restore", "x").returncode == 0
     (path / "zarr.json").write_bytes(before["zarr.json"])
     assert verify(path).ok
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "version 1"])
+def test_a_sample_finds_every_shard_that_is_missing_or_cut_short(tmp_path: Path, blocks: bool) -> None:
+    """It costs no reading."""
+    path = tmp_path / "x"
+    with create_writer(path, dataset(32), shard_size=1) as writer:
+        writer.begin([tokens()], without_blocks=() if blocks else ["tiny@5"])
+        write_all(writer, [tokens()])
+        writer.finish()
+    read: list[int] = []
+    report = verify(path, fraction=0.05, seed=1, progress=read.append)
+    assert report.ok and report.n_unread == 60 and len(read) == 4
+    for shard, data in ((7, None), (20, b""), (21, b"x"), (22, (path / "tiny@5/c.22.0.0").read_bytes() + b"x")):
+        victim = path / "tiny@5" / f"c.{shard}.0.0"
+        sound = victim.read_bytes()
+        victim.unlink() if data is None else victim.write_bytes(data)
+        for seed in range(3):
+            assert verify(path, fraction=0.05, seed=seed).damaged == {"tiny@5": [shard]}
+        victim.write_bytes(sound)
 
 
 def test_a_seed_that_cannot_be_recorded_is_refused(tmp_path: Path, cli) -> None:

@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featcache.errors import CacheError, UserError, os_error
@@ -136,7 +136,7 @@ def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Map
     """A new folder with everything in it, on the disk when this returns."""
     folder.mkdir()
     for stem, values in tensors.items():
-        save_file({k: v.contiguous() for k, v in values.items()}, folder / f"{stem}.safetensors")
+        safetensors.torch.save_file({k: v.contiguous() for k, v in values.items()}, folder / f"{stem}.safetensors")
     (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
     for path in [*folder.iterdir(), folder]:
         _sync(path)
@@ -162,7 +162,7 @@ def load_tensors(checkpoint: Path, stem: str, *, device: str = "cpu") -> dict[st
     path = checkpoint / f"{stem}.safetensors"
     try:
         os.close(files.open_to_read(path))  # neither a link nor a pipe
-        return load_file(path, device=device)
+        return safetensors.torch.load_file(path, device=device)
     except (OSError, UserError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {_reason(error).what:.300}", remedy=_REMEDY) from error
     except (AttributeError, KeyError, ValueError) as error:  # types of numbers that torch or safetensors do not know
