@@ -142,7 +142,7 @@ def test_what_is_verified_is_what_was_signed(
     with serve(cache.parent) as web:
         if local:
             where = str(other)
-            monkeypatch.setattr("featcache.share.transfer.required_root", lambda place: read_root(cache))
+            monkeypatch.setattr("featcache.read.root.required_root", lambda place: read_root(cache))
         else:
             where = f"{web.url}/other"
 

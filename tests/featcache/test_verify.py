@@ -616,9 +616,9 @@ def test_a_sample_finds_every_shard_that_is_missing_or_cut_short(tmp_path: Path,
         writer.begin([tokens()], without_blocks=() if blocks else ["tiny@5"])
         write_all(writer, [tokens()])
         writer.finish()
-    read: list[int] = []
-    report = verify(path, fraction=0.05, seed=1, progress=read.append)
-    assert report.ok and report.n_unread == 60 and len(read) == 4
+    read = Told()
+    report = verify(path, fraction=0.05, seed=1, progress=read)
+    assert report.ok and report.n_unread == 60 and len(read.counts) == 4
     for shard, data in ((7, None), (20, b""), (21, b"x"), (22, (path / "tiny@5/c.22.0.0").read_bytes() + b"x")):
         victim = path / "tiny@5" / f"c.{shard}.0.0"
         sound = victim.read_bytes()

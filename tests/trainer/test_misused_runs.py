@@ -182,7 +182,7 @@ def test_a_run_that_ends_before_it_begins_is_not_to_be_resumed(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.runs, "open_folder", full)
+    monkeypatch.setattr("trainer.runs.folder.open_folder", full)
     with pytest.raises(UserError, match="nothing is saved yet") as error:
         loop.train(settings(shapes_cache), resume=False, watcher=Quiet(), root=tmp_path / "runs")
     assert "--resume" not in str(error.value.remedy) and "the same command" in str(error.value.remedy)
