@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml
 demo: install  ## data, cache, two trained models, samples, report: 5 minutes on 2 cores, offline
 	@$(BIN)/python -m pipelines.demo
 
-test: install  ## run the tests (fast set)
-	@$(BIN)/python -m pytest
+test: install  ## run the tests (fast set), two files at a time
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: install  ## run the slow tests
 	@$(BIN)/python -m pytest -m slow

@@ -27,14 +27,14 @@ def table(results: dict[str, Any] | None) -> str:
     lines = [
         f"Results of {results['date'][:10]} (seed {results['seed']}; "
         f"{machine.get('cpu', 'unknown processor')}; `tests/attacks/results/campaign.json`):\n",
-        "| campaign | trials | scenes | failures | minutes |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| campaign | trials | scenes | failures | minutes | commit |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for name, found in sorted(results["campaigns"].items()):
         failures = sum(found["failed"].values())
-        lines.append(
-            f"| `{name}` | {found['trials']:,} | {len(found['by_scene'])} | {failures} | {found['seconds'] / 60:.0f} |"
-        )
+        commit = str(found.get("commit") or results.get("commit", ""))[:7]
+        figures = f"{found['trials']:,} | {len(found['by_scene'])} | {failures} | {found['seconds'] / 60:.0f}"
+        lines.append(f"| `{name}` | {figures} | {commit} |")
     kinds = {kind: n for found in results["campaigns"].values() for kind, n in found["failed"].items()}
     if kinds:
         lines += ["\nFailures:\n", *(f"- {n} x {kind}" for kind, n in sorted(kinds.items()))]
