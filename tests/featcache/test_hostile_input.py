@@ -546,9 +546,9 @@ BOMBS = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from featcache import images
+from featcache.sources import pixels
 from featcache.sources.decoders import decode_pil
-images.PIXELS_IN_FLIGHT = images.Budget(int(sys.argv[2]))
+pixels.PIXELS_IN_FLIGHT = pixels.Budget(int(sys.argv[2]))
 data = Path(sys.argv[1]).read_bytes()
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

@@ -34,7 +34,7 @@ def run(config: RunConfig, root: Path, *, resume: bool = False, **kw: Any) -> Pa
 HOLDER = """
 import sys, time
 from pathlib import Path
-from trainer import locks
+from trainer.runs import locks
 with locks.hold(Path(sys.argv[1]), "training", remedy=""):
     print("held", flush=True)
     time.sleep(600)
