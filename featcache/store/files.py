@@ -27,6 +27,7 @@ import numpy as np
 
 from featcache.errors import CacheError, os_error
 from featcache.store.blocks import BLOCK_BYTES, BlockHasher, ShardBlocks
+from featcache.store.layout import Buffer
 
 PART_SUFFIX = ".part"
 _LINK_REMEDY = "put what it stands for in its place, or remove it"
@@ -83,9 +84,6 @@ def inside(root: Path, relative: str) -> Path:
                 remedy=_LINK_REMEDY,
             )
     return path
-
-
-Buffer = bytes | bytearray | memoryview | np.ndarray
 
 
 def _write(fd: int, data: memoryview) -> int:

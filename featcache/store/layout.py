@@ -27,6 +27,7 @@ RAW_DTYPES = ("bool", *_INTEGERS, "float16", "float32", "float64")
 
 ROOT_METADATA = "zarr.json"
 WDS_ROOT = "featcache.json"
+Buffer = bytes | bytearray | memoryview | np.ndarray  # of what files are written
 ROOT_NAMES: Mapping[str, str] = {"zarr": ROOT_METADATA, "wds": WDS_ROOT}
 CHECKSUMS = "SHA256SUMS"
 BLOCKS = "BLOCKS"

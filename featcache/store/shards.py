@@ -10,8 +10,7 @@ from numcodecs import blosc, zstd
 from numcodecs.abc import Codec
 
 from featcache.errors import CacheError
-from featcache.store.files import Buffer
-from featcache.store.layout import index_bytes, inner_codecs
+from featcache.store.layout import Buffer, index_bytes, inner_codecs
 
 _EMPTY = np.uint64(2**64 - 1)
 

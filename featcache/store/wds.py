@@ -23,7 +23,7 @@ from featcache.store.layout import sample_bytes
 from featcache.store.manifest import Manifest
 
 if TYPE_CHECKING:
-    from featcache.store.files import Buffer
+    from featcache.store.layout import Buffer
 
 _BLOCK = 512
 _SLOT_DIGITS = 9

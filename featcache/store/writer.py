@@ -43,6 +43,7 @@ from featcache.store.layout import (
     ROOT_METADATA,
     ROOT_NAMES,
     STATE,
+    Buffer,
     Json,
     canonical_json,
     index_bytes,
@@ -456,7 +457,7 @@ class CacheWriter:
             hashes[array] = self._write_file(feature, target, buffers)
         self._written_to_group([(feature, shard, hashes)])
 
-    def _write_file(self, feature: str, target: Path, buffers: Sequence[files.Buffer]) -> files.Hashes:
+    def _write_file(self, feature: str, target: Path, buffers: Sequence[Buffer]) -> files.Hashes:
         """A shard's file, into the group. In a repair it takes the damaged one's place."""
         return self._group.write(target, buffers, folder=self._runs[feature], replace=self._repairs is not None)
 
