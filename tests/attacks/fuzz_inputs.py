@@ -457,7 +457,8 @@ def _safetensors_header(rng: random.Random, data: bytearray) -> bytearray:
     """The header's JSON changed, with the right length."""
     length = int.from_bytes(data[:8], "little")
     text = bytearray(data[8 : 8 + length])
-    text = bytearray(rng.choice((_text_piece, _flip_bits, _number))(rng, text))
+    if text:
+        text = bytearray(rng.choice((_text_piece, _flip_bits, _number))(rng, text))
     for old, new in (
         (b'"F32"', b'"I8"'),
         (b'"I64"', b'"F64"'),
