@@ -225,8 +225,8 @@ def test_memory_does_not_grow_with_the_samples(imagenet_sized: Path, tmp_path: P
     for path in (small, imagenet_sized):
         done = subprocess.run([sys.executable, "-c", PEAK, str(path)], check=True, capture_output=True, text=True)
         peaks.append(int(done.stdout))
-    # Open files and a byte a shard may differ (1,252 shards); anything a sample would be at least 10 MB.
-    assert peaks[1] - peaks[0] < 1 << 20, peaks
+    # What is kept of each open shard (1,252 of them, against 8) may differ; 8 bytes per sample would be 10 MB.
+    assert peaks[1] - peaks[0] < 4 << 20, peaks
 
 
 def test_few_descriptors_are_enough(imagenet_sized: Path) -> None:
