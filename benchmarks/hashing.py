@@ -1,4 +1,4 @@
-"""What do hashes of blocks cost beside the write of a shard? Ways to take them, written and fsynced in turn.
+"""What do hashes of blocks cost beside the write of a shard? Ways to take them, in turn, fsynced at the end.
 
 python benchmarks/hashing.py [--folder DIR] [--rounds 7]
 """
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -45,26 +46,37 @@ def both(data: memoryview) -> None:
     Hasher().update(data)
 
 
-# Name -> functions that hash a shard, each in a thread beside the write.
-WAYS: dict[str, tuple[Callable[[memoryview], None], ...]] = {
-    "none": (),
-    "SHA-256 of the file": (sha256,),
-    "and BLAKE3 of blocks, block by block in the same thread": (both,),
-    "and BLAKE3 of blocks, in a third thread": (sha256, blake3_of_blocks),
-    "and SHA-256 of blocks, in a third thread": (sha256, sha256_of_blocks),
+@dataclass(frozen=True)
+class Way:
+    """`beside`: what is taken of the whole shard, a thread each; `before`: of a piece, before it is written."""
+
+    beside: tuple[Callable[[memoryview], None], ...] = ()
+    before: Callable[[memoryview], None] | None = None
+
+
+WAYS = {
+    "none": Way(),
+    "SHA-256 of the file": Way((sha256,)),
+    "and BLAKE3 of blocks, block by block in the same thread": Way((both,)),
+    "and BLAKE3 of blocks, in a third thread": Way((sha256, blake3_of_blocks)),
+    "and SHA-256 of blocks, in a third thread": Way((sha256, sha256_of_blocks)),
+    "and BLAKE3 of blocks, each just before its write": Way((sha256,), blake3_of_blocks),
 }
 
 
-def gigabytes_a_second(
-    folder: Path, shards: list[memoryview], hashes: tuple[Callable[[memoryview], None], ...]
-) -> float:
+def gigabytes_a_second(folder: Path, shards: list[memoryview], way: Way) -> float:
     start = time.perf_counter()
     open_files = []
     for i, data in enumerate(shards):
         fd = os.open(folder / str(i), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         with ThreadPoolExecutor(2) as pool:
-            running = [pool.submit(hash_, data) for hash_ in hashes]
-            write_all(fd, data)
+            running = [pool.submit(hash_, data) for hash_ in way.beside]
+            if way.before is None:
+                write_all(fd, data)
+            else:
+                for block in blocks(data):
+                    way.before(block)
+                    write_all(fd, block)
             for future in running:
                 future.result()
         open_files.append(fd)
@@ -83,8 +95,8 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for _ in range(args.rounds):
-            for name, hashes in WAYS.items():
-                found[name].append(gigabytes_a_second(Path(folder), shards, hashes))
+            for name, way in WAYS.items():
+                found[name].append(gigabytes_a_second(Path(folder), shards, way))
     for name, rates in found.items():
         print(f"{statistics.median(rates):5.2f} GB/s (best {max(rates):.2f})  {name}")
 

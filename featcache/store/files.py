@@ -220,10 +220,6 @@ class Hasher:
             self._sha256.update(piece)
             self._blocks.update(piece)
 
-    def update_all(self, views: Sequence[memoryview]) -> None:
-        for view in views:
-            self.update(view)
-
     def result(self) -> Hashes:
         """Of what passed so far."""
         return Hashes(self._sha256.hexdigest(), self._blocks.result())
@@ -239,6 +235,36 @@ def fsync_directory(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def _write_and_hash(fd: int, views: Sequence[memoryview]) -> Hashes:
+    """Write `views` one behind the other.
+
+    SHA-256 is taken in a second thread (both release the interpreter lock), a block's hash in this one just before
+    the block is written, which then finds it in the processor's cache (`benchmarks/hashing.py` compares the ways).
+    """
+    sha256, blocks = hashlib.sha256(), BlockHasher()
+
+    def write() -> None:
+        for view in views:
+            for start in range(0, len(view), BLOCK_BYTES):
+                piece = view[start : start + BLOCK_BYTES]
+                blocks.update(piece)
+                write_all(fd, piece)
+
+    def hash_() -> None:
+        for view in views:
+            sha256.update(view)
+
+    if sum(map(len, views)) > _PIECE_BYTES:
+        with ThreadPoolExecutor(1) as pool:
+            hashed = pool.submit(hash_)
+            write()
+            hashed.result()
+    else:  # a thread would take longer than the hash
+        hash_()
+        write()
+    return Hashes(sha256.hexdigest(), blocks.result())
 
 
 def write_all(fd: int, data: memoryview) -> None:
@@ -309,29 +335,15 @@ class Group:
     ) -> Hashes:
         """Write a temporary file for `path` (in `folder`, if given); returns the hashes of the bytes.
 
-        The hashes are taken in a second thread beside the write (both release the interpreter lock), so they cost
-        nothing where the disk is slower than 1 GB/s.
-
         replace: whether the file takes the place of one that has its name at `commit`. If not, that one stays.
 
         Raises `CacheError` if it cannot be written; that file is removed then.
         """
-        hasher = Hasher()
         views = [_bytes_view(buffer) for buffer in buffers]
-        n_bytes = sum(view.nbytes for view in views)
         with explained(path, "written"):
             fd, part = _create_part(path, folder)
         try:
-            if n_bytes > _PIECE_BYTES:
-                with ThreadPoolExecutor(1) as pool:
-                    hashed = pool.submit(hasher.update_all, views)
-                    for view in views:
-                        write_all(fd, view)
-                    hashed.result()
-            else:
-                hasher.update_all(views)
-                for view in views:
-                    write_all(fd, view)
+            hashes = _write_and_hash(fd, views)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -341,8 +353,8 @@ class Group:
                 raise explain(error, path) from error
             raise
         self._open.append(_Entry(fd, part, path, replace))
-        self.n_bytes += n_bytes
-        return hasher.result()
+        self.n_bytes += hashes.blocks.n_bytes
+        return hashes
 
     def commit(self, *, durable: bool = True) -> list[Path]:
         """fsync every file, give each its name, fsync their directories.
