@@ -120,11 +120,19 @@ def pca_rgb(tokens: np.ndarray) -> np.ndarray:
     return (colours * 255).round().astype(np.uint8).reshape(n, side, side, 3)
 
 
-def _has_tokens(name: str, shape: tuple[int, ...]) -> bool:
+def has_tokens(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a feature is tokens on a square grid, `[T, C]`, or `[L, T, C]` of a group of VAE layers."""
     if len(shape) != (3 if name.startswith("vae/G") else 2) or not (name.startswith("vae/G") or "@" in name):
         return False
     return round(shape[-2] ** 0.5) ** 2 == shape[-2] and 3 <= shape[-1] <= MAX_CHANNELS
+
+
+def layer_names(cache: Cache, name: str) -> list[str]:
+    """Names of a VAE group's layers, their numbers where the cache has no names."""
+    spec = cache.manifest.features[name]
+    recorded = spec.provenance.get("layers")
+    named = isinstance(recorded, list) and len(recorded) == spec.shape[0]
+    return [str(layer) for layer in (recorded if named else range(spec.shape[0]))]
 
 
 def contact_sheet(cache: Cache, *, data: str | None = None, count: int = 6) -> Image.Image:
@@ -136,13 +144,12 @@ def contact_sheet(cache: Cache, *, data: str | None = None, count: int = 6) -> I
     title = "image" if source_of(cache, data) is not None else "decoded latent"
     columns: list[tuple[str, np.ndarray]] = [(title, images_of(cache, data, indices))]
     for name, spec in cache.manifest.features.items():
-        if not _has_tokens(name, spec.shape):
+        if not has_tokens(name, spec.shape):
             continue
         if name.startswith("vae/G"):
             features = read_feature(cache, name, indices)
-            layers = spec.provenance.get("layers") or [str(i) for i in range(features.shape[1])]
             columns += [
-                (f"{name[4:]} {layer}", pca_rgb(features[:, i])) for i, layer in enumerate(layers[: features.shape[1]])
+                (f"{name[4:]} {layer}", pca_rgb(features[:, i])) for i, layer in enumerate(layer_names(cache, name))
             ]
         else:
             columns.append((name, pca_rgb(read_feature(cache, name, indices))))

@@ -20,9 +20,9 @@ from featcache.encoders import TINY
 from featcache.encoders.base import Compute, Encoder, WeightsSource
 from featcache.encoders.custom import UserEncoder, is_custom
 from featcache.encoders.missing import require_weights
-from featcache.encoders.table import ENCODERS, TEXTS
+from featcache.encoders.table import ENCODERS, TEXTS, Resampling
 from featcache.encoders.text import TextEncoder
-from featcache.encoders.vae import LEVELS, VaeEncoder
+from featcache.encoders.vae import LEVELS, VaeEncoder, recorded_resampling
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.keys import from_printable, key_bytes
@@ -79,7 +79,11 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     without = existing is not None and request.texts and not (request.encoders or request.levels or request.vae)
     if not without and (not again or set(again) - {*SAMPLE_FEATURES, "text/count"}):
         cached_vae = (existing.manifest.dataset.vae or {}).get("name") if existing is not None else None
-        named = request if request.vae or cached_vae is None else replace(request, vae=str(cached_vae))
+        named = replace(
+            request,
+            vae=request.vae or (str(cached_vae) if cached_vae is not None else None),
+            vae_resampling=_resampling(request, existing),
+        )
         encoders = _encoders(
             named, resolution, compute, grid=grid, need_vae=existing is None, add_vae=bool(request.vae)
         )
@@ -243,6 +247,8 @@ def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
     parts += [s.name.replace("/", "-") for s in specs if _is_text(s.name) and len(s.shape) == 3]
     if dataset.count != dataset.preprocessing["available"]:
         parts.append(f"n{dataset.count}")
+    if recorded_resampling({spec.name: spec.provenance for spec in specs}) == "average":
+        parts.append("average")
     return "-".join(parts) + ("-flip" if dataset.flip else "")
 
 
@@ -298,6 +304,19 @@ def _decoder(request: BuildRequest, existing: Cache | None) -> str:
     return decoder
 
 
+def _resampling(request: BuildRequest, existing: Cache | None) -> Resampling:
+    """As asked for, else as the existing cache has it: one mixture is made of all its levels."""
+    features = existing.manifest.features if existing is not None else {}
+    cached = recorded_resampling({name: spec.provenance for name, spec in features.items()})
+    asked = request.vae_resampling or cached or "bilinear"
+    if cached not in (None, asked):
+        raise CacheError(
+            f"the VAE levels in {request.into} were resampled by {cached!r}, so levels resampled by {asked!r} cannot join them",
+            remedy=f"Leave --vae-resampling out (or type {cached}), or build a new cache with --out.",
+        )
+    return asked
+
+
 def _encoders(
     request: BuildRequest, resolution: int, compute: Compute, *, grid: int | None, need_vae: bool, add_vae: bool
 ) -> list[Encoder]:
@@ -319,7 +338,16 @@ def _encoders(
     require_weights(weights, vae_name=vae if with_vae else None, encoders=names, texts=request.texts)
     encoders: list[Encoder] = []
     if with_vae:
-        encoders.append(VaeEncoder(vae, weights, resolution=resolution, levels=levels, compute=compute))
+        encoders.append(
+            VaeEncoder(
+                vae,
+                weights,
+                resolution=resolution,
+                levels=levels,
+                compute=compute,
+                resampling=request.vae_resampling or "bilinear",
+            )
+        )
         grid = encoders[0].grid
     for choice in request.encoders:
         if is_custom(choice.name):

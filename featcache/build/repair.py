@@ -11,6 +11,7 @@ from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import prepare
 from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice
+from featcache.encoders.vae import recorded_resampling
 from featcache.errors import CacheError
 from featcache.machine import pick_device
 from featcache.progress import Progress
@@ -125,6 +126,7 @@ def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
         "encoders": tuple(EncoderChoice(name=e, layers=tuple(sorted(n))) for e, n in sorted(layers.items())),
         "vae": vae["name"],
         "levels": tuple(sorted(name.split("/")[1] for name in names if name.startswith("vae/G"))),
+        "vae_resampling": recorded_resampling({n: spec.provenance for n, spec in manifest.features.items()}),
         **last,
         **_texts_of(manifest, names),
     }

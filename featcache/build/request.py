@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
+from featcache.encoders.table import Resampling
 from featcache.errors import UserError
 from featcache.settings import Count, FilePath, Index, Names, Option, settings
 
@@ -56,6 +57,12 @@ class BuildRequest:
         tuple[str, ...],
         Option("VAE encoder groups to keep, e.g. G3,G4 for AHPA.", flag="--vae-levels", typed=str, parse=parse_levels),
     ] = ()
+    vae_resampling: Annotated[
+        Resampling | None,
+        Option(
+            "How VAE layers come to the token grid: bilinear, or average over each token's area. [default: bilinear]"
+        ),
+    ] = None
     texts: Annotated[
         Names,
         Option(

@@ -52,20 +52,22 @@ def inspect(
     data: Data = None,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=64)] = 6,
 ) -> None:
-    """Draw samples of a cache: the image, and PCA-RGB of each cached layer."""
-    from featcache.inspect import images_at_hand, save_sheet
+    """Draw samples of a cache: the image, and PCA-RGB of each cached layer; print what each layer is worth."""
+    from featcache.cli.info import print_layers
+    from featcache.inspect import images_at_hand, save_sheet, source_of
     from featcache.paths import PICTURES, check_output
 
     if out is not None:
         check_output(out, PICTURES, example="cache.png")
     opened = featcache.open(cache)
     data = data or images_at_hand(opened)
-    if data is None:
+    if source_of(opened, data) is None:
         console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
     name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name
     target = out or Path(f"{name}.png")
     save_sheet(opened, target, data=data, count=count)
     console.print(f"picture: [bold]{safe(target)}[/bold]")
+    print_layers(opened)
 
 
 commands.register(app)

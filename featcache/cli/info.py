@@ -1,6 +1,9 @@
-"""What `featcache info` prints."""
+"""What `featcache info` prints, and `featcache inspect` beside its picture."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -65,3 +68,38 @@ def print_info(cache: Cache, place: str | None = None) -> None:
     console.print_table(table)
     for entry in manifest.skipped:
         console.print(f"[yellow]skipped[/yellow] {safe(entry.key)}: {safe(entry.reason)}")
+
+
+# Beyond these a layer teaches little: a copy of the one before, a handful of directions, one constant vector.
+ALIKE, FEW_DIRECTIONS, MOSTLY_MEAN = 0.99, 8.0, 0.5
+
+
+def print_layers(cache: Cache) -> None:
+    """One line per layer of tokens: size, share of the mean vector, effective rank, likeness to the layer before."""
+    from featcache.inspect import has_tokens, layer_names  # late: they load torch
+    from featcache.read.statistics import IMAGES, layer_statistics
+
+    names = [name for name, spec in cache.manifest.features.items() if has_tokens(name, spec.shape)]
+    if not names:
+        return
+    console.print(f"layers, from {min(IMAGES, len(cache))} images:")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("layer", "channels", "rms", "mean share", "effective rank", "cosine to the layer before"):
+        table.add_column(title, justify="left" if title == "layer" else "right", no_wrap=True)
+    poor = False
+    for name, found in layer_statistics(cache, names).items():
+        layers = [f" {layer}" for layer in layer_names(cache, name)] if name.startswith("vae/") else [""]
+        columns = (found.rms, found.mean_share, found.effective_rank, found.neighbour)
+        for layer, rms, share, rank, cosine in zip(layers, *(column.tolist() for column in columns)):
+            few = rank < min(FEW_DIRECTIONS, found.mean.shape[-1] / 2)
+            marks = (False, share > MOSTLY_MEAN, few, cosine >= ALIKE)
+            poor = poor or any(marks)
+            figures = (f"{rms:.3g}", f"{share:.2f}", f"{rank:.1f}", "" if math.isnan(cosine) else f"{cosine:.4f}")
+            cells: Sequence[str] = [f"[yellow]{f}[/yellow]" if mark else f for f, mark in zip(figures, marks)]
+            table.add_row(safe(name + layer), str(found.mean.shape[-1]), *cells)
+    console.print_table(table)
+    if poor:
+        console.print(
+            "[yellow]marked[/yellow]: most of the tokens is one constant vector, or few directions are used, or a layer repeats "
+            "the one before. AHPA has little to align with there; try --set ahpa.normalize=whiten (docs/methods.md)."
+        )

@@ -11,8 +11,10 @@ Levels (AHPA, Sec. 4.2 and App. A): the outputs of the encoder's layers in order
     down2.res0, down2.res1, down2.downsample, down3.res0              G3
     down3.res1, mid.res0, mid.attn, mid.res1                          G4
 
-each resampled to the token grid by bilinear interpolation (half-pixel centres, no antialiasing; the paper names the
-method only, so the variant is ours). VAEs of another layout are grouped by stage: G4 is the last one with the middle
+each resampled to the token grid. The paper says "adaptive pooling" in Sec. 4.2 and "bilinear interpolation" in App. A,
+so there are both: `bilinear` (default) with half-pixel centres and no antialiasing, which reads 4 cells a token however
+many there are (of 64 x 64 cells a quarter), and `average`, adaptive average pooling, which reads all. From twice the
+grid's side they are the same 2 x 2 mean. VAEs of another layout are grouped by stage: G4 is the last one with the middle
 block, G3 the one before, and so on; stages before the last four belong to no level.
 """
 
@@ -38,12 +40,17 @@ from featcache.encoders.base import (
     weights_sha256,
 )
 from featcache.encoders.hub import HubUnreachable, hub_file
-from featcache.encoders.table import VAES, token_grid
+from featcache.encoders.table import VAES, Resampling, token_grid
 from featcache.encoders.tiny import load_tiny_vae
 from featcache.errors import UserError, first_line
 
 LEVELS = ("G1", "G2", "G3", "G4")
 LOG_VARIANCE_OF_NONE = -30.0
+# As manifests record them.
+_RESAMPLING: dict[Resampling, str] = {
+    "bilinear": "bilinear, half-pixel centres, no antialiasing",
+    "average": "adaptive average pooling",
+}
 MODEL_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "ConsistencyDecoderVAE")
 _FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -246,6 +253,7 @@ class VaeEncoder:
         resolution: side of the pixels, a multiple of the VAE's downsampling.
         levels: groups to keep, e.g. `("G3", "G4")`.
         compute: device, precision, compilation. `device` alone is short for `Compute(device=device)`.
+        resampling: how the levels come to the token grid (see the module docstring).
 
     Features:
         `vae/moments`: [2C, h, w] float32.
@@ -261,6 +269,7 @@ class VaeEncoder:
         levels: Sequence[str] = (),
         device: str = "cpu",
         compute: Compute | None = None,
+        resampling: Resampling = "bilinear",
     ) -> None:
         unknown = [level for level in levels if level not in LEVELS]
         if unknown:
@@ -302,6 +311,7 @@ class VaeEncoder:
         self.provenance: dict[str, dict[str, Any]] = {
             "vae/moments": {**record, "pixels": "[-1, 1]", "posterior": self._posterior}
         }
+        self._resampling = resampling
         self._kept: dict[str, list[Tensor]] = {level: [] for level in self.levels}
         self._describe_levels(name, encoder_layers(vae) if self.levels else [], record)
         self._run = torch.compile(self._features, dynamic=False) if self.compute.compile else self._features
@@ -324,13 +334,12 @@ class VaeEncoder:
             self.provenance[f"vae/{level}"] = {
                 **record,
                 "layers": [layer.name for layer in members],
-                "resampling": "bilinear, half-pixel centres, no antialiasing",
+                "resampling": _RESAMPLING[self._resampling],
             }
 
     def _keep(self, level: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            size = (self.grid, self.grid)
-            grid = F.interpolate(output.float(), size=size, mode="bilinear", align_corners=False)
+            grid = resampled(output.float(), self.grid, self._resampling)
             self._kept[level].append(grid.flatten(2).transpose(1, 2))  # [B, T, channels]
 
         return hook
@@ -355,6 +364,22 @@ class VaeEncoder:
         for kept in self._kept.values():
             kept.clear()
         return features
+
+
+def recorded_resampling(provenances: Mapping[str, Mapping[str, Any]]) -> Resampling | None:
+    """How a cache's levels were resampled; None if it holds none. provenances: by name of feature."""
+    for name, provenance in provenances.items():
+        if name.removeprefix("vae/") in LEVELS:
+            found = provenance.get("resampling")
+            return next((kind for kind, words in _RESAMPLING.items() if words == found), "bilinear")
+    return None
+
+
+def resampled(maps: Tensor, side: int, resampling: Resampling) -> Tensor:
+    """[B, C, h, w] => [B, C, side, side] (see the module docstring)."""
+    if resampling == "average":
+        return F.adaptive_avg_pool2d(maps, side)
+    return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dya": ("dya", _HEAD),
     "ahpa": ("ahpa", {}),
     "sra": ("sra", {}),
-    "sra2": ("sra2", {}),
+    "sra2": ("sra2", _HEAD),
 }
 NAMES = {
     "none": "vanilla",

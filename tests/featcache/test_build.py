@@ -31,6 +31,7 @@ from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
 from featcache.inspect import contact_sheet, images_of, pca_rgb, read_feature
 from featcache.progress import Quiet
+from featcache.read.statistics import layer_statistics
 from featcache.sources.base import sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import center_crop
@@ -270,6 +271,53 @@ def test_contact_sheet_shows_every_layer(cache_path: Path) -> None:
     layers = 15 + len([f for f in cache.manifest.features if "@" in f])
     assert sheet.width > (layers + 1) * 128
     assert np.asarray(sheet).std() > 10
+
+
+def test_inspect_prints_what_each_layer_is_worth(cache_path: Path, tmp_path: Path, cli: Cli) -> None:
+    printed = cli("featcache", "inspect", str(cache_path), "--out", str(tmp_path / "c.png"))
+    assert printed.returncode == 0, printed.stderr
+    assert (tmp_path / "c.png").exists() and "decoded instead" not in printed.stdout
+    rows = {line.rsplit(maxsplit=5)[0].strip(): line.split() for line in printed.stdout.splitlines()}
+    found = layer_statistics(featcache.open(cache_path), [f"vae/G{g}" for g in (1, 2, 3, 4)])["vae/G4"]
+    *_, channels, rms, share, rank, cosine = rows["vae/G4 mid.res1"]
+    assert int(channels) == found.mean.shape[1]
+    figures = (found.rms[3], found.mean_share[3], found.effective_rank[3], found.neighbour[3])
+    for text, value, digits in zip((rms, share, rank, cosine), figures, (None, 2, 1, 4)):
+        assert text == (f"{value:.3g}" if digits is None else f"{value:.{digits}f}")
+
+
+def test_levels_are_averaged_over_each_token_on_request(tmp_path: Path) -> None:
+    """Adaptive average pooling of the layers' own outputs, by hooks of our own."""
+    path = build(
+        request(tmp_path / "c", encoders=(), vae="tiny", levels=("G2",), vae_resampling="average"), Quiet()
+    ).path
+    cache = featcache.open(path)
+    outputs = []
+    vae = load_tiny_vae()
+    for module in (*vae.encoder.down_blocks[1].resnets, vae.encoder.down_blocks[1].downsamplers[0]):
+        module.register_forward_hook(lambda _m, _i, out: outputs.append(out))
+    pixels = torch.from_numpy(images_of(cache, None, range(4))).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        vae.encode(pixels)
+    side = cache.manifest.dataset.grid
+    stored = read_feature(cache, "vae/G2", range(4))
+    for i, output in enumerate(outputs):
+        r = output.shape[-1] // side
+        means = output.unflatten(2, (side, r)).unflatten(4, (side, r)).mean((3, 5)).flatten(2).mT.numpy()
+        np.testing.assert_allclose(stored[:, i], means, atol=0.01 * np.abs(means).max())
+    bilinear = torch.nn.functional.interpolate(outputs[0], size=(side, side), mode="bilinear").flatten(2).mT.numpy()
+    assert np.abs(stored[:, 0] - bilinear).max() > 0.1 * np.abs(bilinear).max(), "the two differ here"
+
+
+def test_one_cache_has_levels_of_one_resampling(tmp_path: Path) -> None:
+    out = request(tmp_path / "c", encoders=(), vae="tiny", levels=("G3",), vae_resampling="average")
+    path = build(out, Quiet()).path
+    more = request(None, encoders=(), vae="tiny", levels=("G4",), into=path)
+    with pytest.raises(CacheError, match="resampled by 'average'"):
+        build(replace(more, vae_resampling="bilinear"), Quiet())
+    build(more, Quiet())
+    features = featcache.open(path).manifest.features
+    assert {features[f"vae/{g}"].provenance["resampling"] for g in ("G3", "G4")} == {"adaptive average pooling"}
 
 
 CASES = [

@@ -43,7 +43,15 @@ def sound(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A cache with a skipped image and a mirrored view, and one feature added later."""
     path = tmp_path_factory.mktemp("caches") / "c"
     ask = BuildRequest(
-        data=str(folder), vae="tiny", levels=("G3",), resolution=32, out=path, batch_size=4, shard_size=4, flip=True
+        data=str(folder),
+        vae="tiny",
+        levels=("G3",),
+        vae_resampling="average",
+        resolution=32,
+        out=path,
+        batch_size=4,
+        shard_size=4,
+        flip=True,
     )
     build(BuildRequest(**{**vars(ask), "on_bad_image": "skip"}), Quiet())
     build(

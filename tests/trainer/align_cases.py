@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from featcache.read.statistics import LayerStatistics
 from trainer.align import build, config_class
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo
 
@@ -70,6 +72,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ahpa split 2+6": ("ahpa", {**SMALL_ROUTER, "split": (2, 6)}),
     "ahpa split 6+2": ("ahpa", {**SMALL_ROUTER, "split": (6, 2)}),
+    "ahpa rms": ("ahpa", {**SMALL_ROUTER, "normalize": "rms"}),
+    "ahpa standardize": ("ahpa", {**SMALL_ROUTER, "normalize": "standardize"}),
+    "ahpa whiten": ("ahpa", {**SMALL_ROUTER, "normalize": "whiten"}),
+    "ahpa entropy floor": ("ahpa", {**SMALL_ROUTER, "entropy_floor": 0.95}),
     "ahpa several blocks": ("ahpa", {**SMALL_ROUTER, "depths": (1, 3, 5)}),
     "ahpa several blocks content": ("ahpa", {**SMALL_ROUTER, "depths": (1, 3), "router": "content"}),
     "sra": ("sra", {}),
@@ -86,7 +92,24 @@ def make(name: str, options: dict[str, Any] | None = None, *, info: BackboneInfo
     """A method with random, nowhere zero parameters, so that gradients can flow through all of it."""
     torch.manual_seed(0)
     module = build([(name, config_class(name)(**(options or {})))], info, FEATURES)
+    module.calibrate(statistics)
     return randomize(module)
+
+
+def statistics(names: Sequence[str]) -> dict[str, LayerStatistics]:
+    """Of tokens that no test draws: what a cache could have given."""
+    g = torch.Generator().manual_seed(5)
+    found = {}
+    for name in names:
+        layers, _, width = FEATURES[name].shape
+        mixing = torch.randn(layers, width, width, generator=g, dtype=torch.float64)
+        found[name] = LayerStatistics(
+            mean=torch.randn(layers, width, generator=g, dtype=torch.float64),
+            covariance=mixing @ mixing.mT,
+            neighbour=torch.full((layers,), torch.nan, dtype=torch.float64),
+            count=1,
+        )
+    return found
 
 
 def randomize(module: Alignment) -> Alignment:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from align_cases import CASES, FEATURES, INFO, SMALL_ROUTER, N, inputs_for, make
+from align_cases import CASES, FEATURES, INFO, SMALL_ROUTER, N, inputs_for, make, statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,15 +179,131 @@ def test_target_and_loss(options, layers):
     np.testing.assert_allclose(module.terms(x)["cosine"].item(), -cosine.mean(), rtol=1e-4)
 
 
+def rms64(x):
+    return np.sqrt((x * x).mean(-1, keepdims=True))
+
+
 @pytest.mark.parametrize("loss", ["l1", "smooth-l1"])
-def test_other_distances(loss):
+@pytest.mark.parametrize("size", [1, 1000])
+def test_other_distances(loss, size):
+    """Targets are taken at root mean square 1, however large a VAE's activations are."""
     module = make("ahpa", {**SMALL_ROUTER, "loss": loss, "weight": 0.5})
     x = inputs_for(module)
+    x = dataclasses.replace(x, targets={name: size * y for name, y in x.targets.items()})
     with torch.no_grad():
-        d = f64(module.heads[0](x.hidden[2])) - f64(module.target(x, weights_of(module, x)))
+        T = f64(module.target(x, weights_of(module, x)))
+        d = f64(module.heads[0](x.hidden[2])) - T / rms64(T)
     d = np.abs(d)
     expected = d.mean() if loss == "l1" else np.where(d < 1, 0.5 * d * d, d - 0.5).mean()
     np.testing.assert_allclose(module.terms(x)[loss].item(), 0.5 * expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rms", "standardize", "whiten"])
+def test_levels_are_normalized_before_they_are_mixed(kind):
+    module = make("ahpa", {**SMALL_ROUTER, "normalize": kind})
+    x = inputs_for(module)
+    weights = weights_of(module, x)
+    known = statistics(module.reads)
+    parts = []
+    for g, name in enumerate(module.reads):
+        a, s = f64(weights.intra[g]), f64(weights.inter)[:, g]
+        mixed = 0
+        for l in range(4):
+            level = f64(x.targets[name])[:, l]
+            if kind == "rms":
+                level = level / rms64(level)
+            elif kind == "standardize":
+                level = (level - f64(known[name].mean[l])) / np.sqrt(np.diag(f64(known[name].covariance[l])))
+            else:
+                covariance = f64(known[name].covariance[l])
+                floor = 1e-3 * np.trace(covariance) / len(covariance)
+                values, vectors = np.linalg.eigh(covariance + floor * np.eye(len(covariance)))
+                root = vectors @ np.diag(values**-0.5) @ vectors.T
+                level = (level - f64(known[name].mean[l])) @ root
+            mixed = mixed + a[:, l, None, None] * level
+        parts.append(s[:, None, None] * mixed)
+    np.testing.assert_allclose(f64(module.target(x, weights)), np.concatenate(parts, -1), rtol=1e-3, atol=1e-4)
+
+
+def test_a_channel_that_is_constant_stays_out_of_the_standardized_target():
+    module = make("ahpa", {**SMALL_ROUTER, "normalize": "standardize", "groups": ("G4",)})
+    known = statistics(["vae/G4"])["vae/G4"]
+    known.covariance[:, 0] = known.covariance[:, :, 0] = 0
+    module.calibrate(lambda names: {"vae/G4": known})
+    x = inputs_for(module)
+    target = module.target(x, weights_of(module, x))
+    assert torch.isfinite(target).all() and (target[..., 0] == 0).all() and (target[..., 1] != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["standardize", "whiten"])
+def test_statistics_are_saved_with_the_module_and_without_them_nothing_trains(kind):
+    module = make("ahpa", {**SMALL_ROUTER, "normalize": kind})
+    x = inputs_for(module)
+    fresh = build([("ahpa", config_class("ahpa")(**SMALL_ROUTER, normalize=kind))], INFO, FEATURES)
+    assert fresh.terms(x)["cosine"].isnan()
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(fresh.terms(x)["cosine"], module.terms(x)["cosine"])
+
+
+def test_the_plain_method_saves_what_it_saved_before():
+    module = make("ahpa", SMALL_ROUTER)
+    assert {name.split(".")[0] for name in module.state_dict()} == {"router", "heads"}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "table", "attention", "content"])
+def test_the_entropy_floor_costs_what_lies_below_it(kind):
+    module = make("ahpa", {**SMALL_ROUTER, "router": kind, "entropy_floor": 0.999})
+    x = inputs_for(module)
+    for p in module.router.parameters():
+        p.data.mul_(2)
+    weights = weights_of(module, x)
+    expected = 0.0
+    for w in (*weights.intra, weights.inter):
+        w = f64(w)
+        entropy = -(w * np.log(np.maximum(w, 1e-300))).sum(-1)
+        expected += np.maximum(0.999 * np.log(w.shape[-1]) - entropy, 0).mean()
+    assert expected > 0
+    terms = module.terms(x)
+    np.testing.assert_allclose(terms["entropy"].item(), expected, rtol=1e-3)
+    terms["entropy"].backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in module.router.parameters())
+
+
+def test_the_entropy_floor_keeps_the_router_from_leaving_layers_unused():
+    """The setting of `test_the_router_learns_which_group_can_be_predicted`, where it ends above 0.8."""
+    torch.manual_seed(0)
+    module = build([("ahpa", config_class("ahpa")(**SMALL_ROUTER, entropy_floor=0.95))], INFO, FEATURES)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    mixing = torch.randn(INFO.width, 8)
+    for seed in range(80):
+        x = inputs_for(module, seed=seed)
+        x.targets["vae/G4"].copy_((x.hidden[2] @ mixing)[:, None].expand(-1, 4, -1, -1))
+        optimizer.zero_grad()
+        torch.stack(list(module.terms(x).values())).sum().backward()
+        optimizer.step()
+    inter = f64(weights_of(module, inputs_for(module)).inter)
+    entropy = -(inter * np.log(inter)).sum(-1) / np.log(2)
+    assert (entropy > 0.9).all() and (inter[:, 1] > 0.5).all(), inter
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_the_largest_weight_is_logged_by_time(kind):
+    module = make("ahpa", {**SMALL_ROUTER, "router": kind})
+    x = inputs_for(module)
+    found = {k: v.item() for k, v in module.metrics(x).items() if k.startswith("router/largest")}
+    assert list(found) == [f"router/largest t={a}-{b}" for a, b in
+                           [("0.0", "0.2"), ("0.2", "0.4"), ("0.4", "0.6"), ("0.6", "0.8"), ("0.8", "1.0")]]  # fmt: skip
+    for t, value in zip((0.1, 0.3, 0.5, 0.7, 0.9), found.values()):
+        weights = weights_of(module, dataclasses.replace(x, t=torch.full((3,), t)))
+        shares = np.concatenate([f64(w) * f64(weights.inter)[:, g : g + 1] for g, w in enumerate(weights.intra)], 1)
+        np.testing.assert_allclose(value, shares.max(1).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"router_lr": 0.1}, {"entropy_floor": 0.5}])
+@pytest.mark.parametrize("router", ["static", "linear"])
+def test_settings_of_a_router_that_learns_nothing_are_refused(router, options):
+    with pytest.raises(UserError, match="learns nothing"):
+        config_class("ahpa")(router=router, **options)
 
 
 def test_several_blocks_share_one_target_and_average_their_losses():

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import Listener, checkpoint_files, log_of, losses, settings
+from tiny_runs import METHOD_OPTIONS, Listener, checkpoint_files, log_of, losses, settings
 from torch._dynamo.utils import counters
 
 import featcache
 from trainer.align.dya import dropped
 from trainer.distributed import StopSignal
+from trainer.runs import checkpoint
 from trainer.runs.config import RunConfig
 from trainer.training.data import stream_indices
 from trainer.training.loop import Diverged, train
@@ -190,6 +191,23 @@ def test_the_log_is_json_with_the_documented_keys(shapes_cache: Path, tmp_path: 
     assert all(r["images_per_s"] > 0 for r in records[1:])
     assert listener.done == 5
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.usefixtures("nano")
+def test_a_router_has_its_own_learning_rate(shapes_cache: Path, tmp_path: Path) -> None:
+    """Adam's first step is the learning rate, whatever the gradient; all else is as without the factor."""
+    steps = {}
+    for name, options in (("one", {}), ("tenth", {"router_lr": 0.1})):
+        align = {"ahpa": {**METHOD_OPTIONS["ahpa"]["ahpa"], **options}}
+        path = run(settings(shapes_cache, "ahpa", steps=1, lr=1e-3, align=align, name=name), tmp_path)
+        steps[name] = checkpoint.load_tensors(checkpoint.find_checkpoint(path)[1], "alignment")
+    for key, one in steps["one"].items():
+        difference = (one - steps["tenth"][key]).abs().max().item()
+        if key == "router.out.weight":  # starts at zero
+            assert one.abs().max().item() == pytest.approx(1e-3, rel=1e-2)
+            assert steps["tenth"][key].abs().max().item() == pytest.approx(1e-4, rel=1e-2)
+        elif not key.startswith("router"):
+            assert difference == 0, key
 
 
 @pytest.mark.usefixtures("nano")

@@ -37,6 +37,7 @@ def run(config: RunConfig, root: Path, *, resume: bool = False) -> Path:
         ("dya", {"align_until": 4}),
         ("ahpa+sra", {"precision": "bf16", "ema_warmup": True}),
         ("sara", {"precision": "fp16", "accumulate": 2}),
+        ("ahpa", {"align": {"ahpa": {"normalize": "whiten", "router_lr": 0.1, "entropy_floor": 0.9}}}),
     ],
 )
 def test_resuming_at_every_step_changes_nothing(

@@ -136,6 +136,9 @@ def flat(values: Any, at: str = "") -> dict[str, float]:
 def test_numbers_are_those_recorded(shapes_cache: Path, case: str) -> None:
     record = json.loads(RECORD.read_text())
     expected, found = flat(record["cases"][case]), flat(numbers_of(featcache.open(shapes_cache), case))
+    found = {
+        path: number for path, number in found.items() if path in expected or "/metrics/" not in path
+    }  # new readings
     if record["made by"] == made_by():
         assert found == expected
     else:

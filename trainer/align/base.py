@@ -6,16 +6,22 @@ trained with the backbone and dropped at inference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from featcache.read.statistics import LayerStatistics
+
 # (t' [B], depth) -> hidden state [B, N, D] of the EMA model after block `depth` at time t', same image, same
 # noise, same (already dropped) labels, no gradient; only blocks 1..depth are run.
 Teacher = Callable[[Tensor, int], Tensor]
+
+# Names of cached features -> statistics of their layers.
+TakeStatistics = Callable[[Sequence[str]], "Mapping[str, LayerStatistics]"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +116,13 @@ class Alignment(nn.Module):
     needs_teacher: bool = False
     adversary: nn.Module | None = None
     adversary_every: int = 1
+
+    def calibrate(self, take: TakeStatistics) -> None:
+        """Takes from the cache's statistics what the method keeps in its buffers. Called once, when a run is set up."""
+
+    def rate_factors(self) -> dict[str, float]:
+        """Parts of the module (names as in `named_modules`) whose learning rate is this multiple of the run's."""
+        return {}
 
     def terms(self, inputs: AlignInputs) -> dict[str, Tensor]:
         """Weighted scalar loss terms by name; their sum is added to the denoising loss.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from featcache.errors import UserError
-from trainer.align.base import AlignInputs, Alignment
+from trainer.align.base import AlignInputs, Alignment, TakeStatistics
 
 
 class Combined(Alignment):
@@ -45,6 +45,17 @@ class Combined(Alignment):
     def adversary(self) -> nn.Module | None:  # type: ignore[override]
         """The one method's discriminator; owned (and saved) by that method, not a second time here."""
         return None if self._adversarial is None else self.parts[self._adversarial].adversary
+
+    def calibrate(self, take: TakeStatistics) -> None:
+        for method in self.parts.values():
+            method.calibrate(take)
+
+    def rate_factors(self) -> dict[str, float]:
+        return {
+            f"methods.{name}.{part}": factor
+            for name, method in self.parts.items()
+            for part, factor in method.rate_factors().items()
+        }
 
     def terms(self, inputs: AlignInputs) -> dict[str, Tensor]:
         return {f"{name}/{term}": v for name, m in self.parts.items() for term, v in m.terms(inputs).items()}

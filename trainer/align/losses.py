@@ -24,6 +24,12 @@ def l1(p: Tensor, y: Tensor) -> Tensor:
     return F.l1_loss(p.float(), y.float())
 
 
+def unit_rms(y: Tensor) -> Tensor:
+    """Each token divided by the root mean square of its channels: [..., C] -> float32 [..., C]."""
+    y = y.float()
+    return y * (y.square().mean(dim=-1, keepdim=True) + 1e-12).rsqrt()
+
+
 def nt_xent(p: Tensor, y: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross entropy over the tokens of one image (REPA Table 2), scalar.
 

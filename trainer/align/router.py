@@ -21,6 +21,24 @@ class RouterWeights(NamedTuple):
     inter: Tensor
 
 
+def entropy_shortfall(weights: RouterWeights, floor: float) -> Tensor:
+    """How far the weights' entropies lie below `floor` of the largest possible (that of equal weights), in nats.
+
+    Mean over the batch of `relu(floor * log n - H(w))`, summed over the layers' and the groups' weights.
+    """
+    short = [
+        (floor * math.log(w.shape[-1]) - torch.special.entr(w.float()).sum(-1)).clamp(min=0).mean()
+        for w in (*weights.intra, weights.inter)
+    ]
+    return torch.stack(short).sum()
+
+
+def largest_weight(weights: RouterWeights) -> Tensor:
+    """[B]: the largest share that one layer has in the target, `max_gl s_g w_gl`; 1 where the rest is unused."""
+    shares = [w * weights.inter[:, g : g + 1] for g, w in enumerate(weights.intra)]
+    return torch.cat(shares, dim=-1).amax(dim=-1)
+
+
 class LinearTime(nn.Module):
     """`e(t) = W t + b` with learned W and b, [B] -> [B, width] (App. D.6, the default)."""
 

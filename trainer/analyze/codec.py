@@ -13,7 +13,7 @@ from torch import Tensor
 
 from featcache.codecs import decode, encode
 from featcache.encoders.base import WeightsSource
-from featcache.encoders.vae import VaeEncoder
+from featcache.encoders.vae import VaeEncoder, recorded_resampling
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
 from featcache.inspect import source_of
@@ -85,7 +85,12 @@ def _encoder(subject: Subject, name: str) -> VaeEncoder | VisionEncoder | None:
         if name.startswith("vae/"):
             levels = tuple(n.split("/")[1] for n in subject.levels)
             return VaeEncoder(
-                spec.provenance["name"], weights, resolution=resolution, levels=levels, device=subject.device
+                spec.provenance["name"],
+                weights,
+                resolution=resolution,
+                levels=levels,
+                device=subject.device,
+                resampling=recorded_resampling({name: spec.provenance}) or "bilinear",
             )
         encoder, layer = name.split("@")
         norm = "all" if spec.provenance.get("final_norm") else "last"

@@ -35,7 +35,7 @@ from trainer.training.data import Batches, Share, stream_indices
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
-from trainer.training.state import Parts, assemble, load_parts, precision_of, save_parts, whole_ema
+from trainer.training.state import RATE_FACTOR, Parts, assemble, load_parts, precision_of, save_parts, whole_ema
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -280,11 +280,11 @@ def adversary_step(parts: Parts) -> None:
 
 
 def set_learning_rate(parts: Parts, config: RunConfig, step: int) -> None:
-    """Linear warm-up over `warmup_steps`, then constant."""
+    """Linear warm-up over `warmup_steps`, then constant; times a group's own factor."""
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     for optimizer in (parts.optimizer, parts.adversary_optimizer):
         for group in optimizer.param_groups if optimizer is not None else ():
-            group["lr"] = lr
+            group["lr"] = lr * group.get(RATE_FACTOR, 1.0)
 
 
 def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMeans, done: int, norm: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import CacheError, UserError
+from featcache.read.statistics import layer_statistics
 from trainer import align, distributed
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo
 from trainer.distributed import World
@@ -27,6 +28,8 @@ from trainer.training.objective import CachedFeature, Objective
 if TYPE_CHECKING:
     from featcache import Cache
 
+# Key of an optimiser's group: its multiple of the run's learning rate.
+RATE_FACTOR = "rate_factor"
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,7 +123,7 @@ def assemble(
     adversary = (
         list(alignment.adversary.parameters()) if alignment is not None and alignment.adversary is not None else []
     )
-    names, groups = _trained(model, alignment, without=set(adversary))
+    names, groups, factors = _trained(model, alignment, without=set(adversary))
     adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
     return Parts(
         model=model,
@@ -130,7 +133,9 @@ def assemble(
         forward=_wrapped(objective, world, device, sharded=sharded, compiled=compiled),
         groups=groups,
         names=names,
-        optimizer=torch.optim.AdamW([{"params": group} for group in groups], **adam),
+        optimizer=torch.optim.AdamW(
+            [{"params": group, RATE_FACTOR: factor} for group, factor in zip(groups, factors)], **adam
+        ),
         adversary_optimizer=torch.optim.AdamW(adversary, **adam) if adversary else None,
         scaler=torch.amp.GradScaler(device.type) if precision_of(config, device) == "fp16" else None,
         sharded=sharded,
@@ -139,14 +144,20 @@ def assemble(
 
 def _trained(
     model: Transformer, alignment: Alignment | None, *, without: set[nn.Parameter]
-) -> tuple[dict[Tensor, str], tuple[list[nn.Parameter], ...]]:
-    """Names of the trained parameters, and the parameters in groups of one kind (sharded or not, backbone or heads)."""
-    backbone: dict[Tensor, str] = {p: f"model.{n}" for n, p in model.named_parameters()}
-    heads: dict[Tensor, str] = {}
+) -> tuple[dict[Tensor, str], tuple[list[nn.Parameter], ...], tuple[float, ...]]:
+    """Names of the trained parameters, the parameters in groups of one kind (sharded or not, backbone or heads, one
+    learning rate), and the groups' multiples of the run's learning rate."""
+    backbone = {p: f"model.{n}" for n, p in model.named_parameters()}
+    heads: dict[nn.Parameter, str] = {}
+    factors: dict[str, float] = {}
     if alignment is not None:
         heads = {p: f"alignment.{n}" for n, p in alignment.named_parameters() if p not in without}
-    groups = tuple(list(group) for group in (backbone, heads) if group)
-    return backbone | heads, groups  # type: ignore[return-value]
+        factors = {f"alignment.{part}.": factor for part, factor in alignment.rate_factors().items()}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, name in heads.items():
+        factor = next((f for part, f in factors.items() if name.startswith(part)), 1.0)
+        groups.setdefault(factor, []).append(parameter)
+    return dict[Tensor, str]({**backbone, **heads}), (list(backbone), *groups.values()), (1.0, *groups)
 
 
 def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> nn.Module:
@@ -203,7 +214,7 @@ def backbone_config(config: RunConfig, cache: Cache) -> ModelConfig:
 
 
 def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig) -> Alignment | None:
-    """The method's module on the CPU, initialised from a seed of its own.
+    """The method's module on the CPU, initialised from a seed of its own, with the cache's statistics where it asks.
 
     Raises:
         CacheError: the cache lacks what the method reads.
@@ -215,7 +226,11 @@ def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig) -> 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "alignment"))
-            return align.build(chosen, info, available_features(cache))
+            alignment = align.build(chosen, info, available_features(cache))
+            alignment.calibrate(
+                lambda names: layer_statistics(cache, names, seed=derive_seed(config.seed, "statistics"))
+            )
+            return alignment
     except CacheError as error:
         wanted = [f for name, method in chosen for f in align.required_features(name, method)]
         raise CacheError(f"{cache.path}: {error.what}", remedy=build_command(cache, wanted)) from error
