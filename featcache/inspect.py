@@ -131,8 +131,9 @@ def layer_names(cache: Cache, name: str) -> list[str]:
     """Names of a VAE group's layers, their numbers where the cache has no names."""
     spec = cache.manifest.features[name]
     recorded = spec.provenance.get("layers")
-    named = isinstance(recorded, list) and len(recorded) == spec.shape[0]
-    return [str(layer) for layer in (recorded if named else range(spec.shape[0]))]
+    if isinstance(recorded, list) and len(recorded) == spec.shape[0]:
+        return [str(layer) for layer in recorded]
+    return [str(i) for i in range(spec.shape[0])]
 
 
 def contact_sheet(cache: Cache, *, data: str | None = None, count: int = 6) -> Image.Image:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,7 +295,8 @@ def test_levels_are_averaged_over_each_token_on_request(tmp_path: Path) -> None:
     cache = featcache.open(path)
     outputs = []
     vae = load_tiny_vae()
-    for module in (*vae.encoder.down_blocks[1].resnets, vae.encoder.down_blocks[1].downsamplers[0]):
+    stage: Any = vae.encoder.down_blocks[1]
+    for module in (*stage.resnets, stage.downsamplers[0]):
         module.register_forward_hook(lambda _m, _i, out: outputs.append(out))
     pixels = torch.from_numpy(images_of(cache, None, range(4))).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():

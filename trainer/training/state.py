@@ -147,17 +147,16 @@ def _trained(
 ) -> tuple[dict[Tensor, str], tuple[list[nn.Parameter], ...], tuple[float, ...]]:
     """Names of the trained parameters, the parameters in groups of one kind (sharded or not, backbone or heads, one
     learning rate), and the groups' multiples of the run's learning rate."""
-    backbone = {p: f"model.{n}" for n, p in model.named_parameters()}
-    heads: dict[nn.Parameter, str] = {}
-    factors: dict[str, float] = {}
-    if alignment is not None:
-        heads = {p: f"alignment.{n}" for n, p in alignment.named_parameters() if p not in without}
-        factors = {f"alignment.{part}.": factor for part, factor in alignment.rate_factors().items()}
+    names: dict[Tensor, str] = {p: f"model.{n}" for n, p in model.named_parameters()}
     groups: dict[float, list[nn.Parameter]] = {}
-    for parameter, name in heads.items():
-        factor = next((f for part, f in factors.items() if name.startswith(part)), 1.0)
-        groups.setdefault(factor, []).append(parameter)
-    return dict[Tensor, str]({**backbone, **heads}), (list(backbone), *groups.values()), (1.0, *groups)
+    if alignment is not None:
+        factors = {f"alignment.{part}.": f for part, f in alignment.rate_factors().items()}
+        for n, p in alignment.named_parameters():
+            if p not in without:
+                names[p] = name = f"alignment.{n}"
+                factor = next((f for part, f in factors.items() if name.startswith(part)), 1.0)
+                groups.setdefault(factor, []).append(p)
+    return names, (list(model.parameters()), *groups.values()), (1.0, *groups)
 
 
 def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> nn.Module:
