@@ -209,9 +209,14 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
             high = context["le"]
             what = "must lie in [0, 1]" if high == 1 else f"can be {high:,} at most"
             return UserError(f"{name} is {value!r:.200}, but it {what}", remedy=f"Type at most {name}{sign}{high}.")
-        case "greater_than" | "finite_number":
+        case "greater_than" | "less_than" | "finite_number" as kind:
+            must = {
+                "greater_than": f"more than {context.get('gt')}",
+                "less_than": f"less than {context.get('lt')}",
+                "finite_number": "a finite number",
+            }
             return UserError(
-                f"{name} is {value!r:.200}, but it must be positive and finite", remedy=f"Give {name} such a number."
+                f"{name} is {value!r:.200}, but it must be {must[kind]}", remedy=f"Give {name} such a number."
             )
     expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
     return UserError(

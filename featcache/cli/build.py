@@ -88,8 +88,6 @@ def _refuse_other_layout(given: Given) -> None:
     """Raises `UserError` for an option that says how the cache is laid out which `into` names, and differs from it."""
     if "into" not in given:
         return
-    import featcache
-
     manifest = featcache.open(given["into"]).manifest
     has = {
         "seed": manifest.dataset.order_seed,

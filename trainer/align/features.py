@@ -20,7 +20,6 @@ _TOKENS = re.compile(r"(?P<encoder>[^/@]+)@(?P<layer>\d+)")
 
 # What `required` reports where the encoder is left open: the cache decides.
 LAST_LAYER = "<encoder>@<last>"
-TEXTURE_LAYER = "<encoder>@<texture>"
 
 
 def split_name(name: str) -> tuple[str, int] | None:
