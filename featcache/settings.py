@@ -187,8 +187,11 @@ def suggest(value: object, choices: Collection[str]) -> str:
 def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], str]) -> UserError:
     """The first problem in our words: which field (as it is `shown`), what it is, what it must be."""
     problem = error.errors(include_url=False)[0]
+    context = problem.get("ctx", {})
+    if not problem["loc"]:  # no field, so a fault in what a class checks itself
+        raise context["error"]
     field = str(problem["loc"][0])
-    name, value, context = shown(field), problem["input"], problem.get("ctx", {})
+    name, value = shown(field), problem["input"]
     choices = [str(choice) for choice in _choices(_hint(cls, field))] if field in _hints(cls) else []
     sign = " " if name.startswith("-") else "="
     match problem["type"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -34,6 +33,7 @@ from featcache.progress import Quiet
 from featcache.sources.base import sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import center_crop
+from tests.featcache.store_helpers import tree_digest
 from tests.told import Told
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -51,14 +51,6 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("caches") / "shapes"
     build(request(path), Quiet())
     return path
-
-
-def tree_digest(path: Path) -> dict[str, str]:
-    return {
-        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in sorted(path.rglob("*"))
-        if f.is_file() and f.name != "lock"
-    }
 
 
 def test_tiny_caches_what_every_method_needs(cache_path: Path) -> None:

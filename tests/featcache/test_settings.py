@@ -22,6 +22,7 @@ from featcache.settings import (
     Positive,
     Share,
     from_mapping,
+    from_typed,
     settings,
     takes,
     to_mapping,
@@ -81,6 +82,19 @@ def test_what_does_not_fit_is_said(values: dict, words: str) -> None:
     with pytest.raises(UserError) as caught:
         from_mapping(Example, values)
     assert words in str(caught.value)
+
+
+def test_a_fault_of_a_check_is_raised_as_it_is() -> None:
+    @settings
+    class Faulty:
+        count: Count = 1
+
+        def __post_init__(self) -> None:
+            raise ValueError("a programmer's mistake")
+
+    for make in (Faulty, lambda: from_mapping(Faulty, {}, where="align.repa"), lambda: from_typed(Faulty, {})):
+        with pytest.raises(ValueError, match="a programmer's mistake"):
+            make()
 
 
 def test_the_place_is_named() -> None:
