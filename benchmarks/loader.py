@@ -1,6 +1,6 @@
 """How fast do batches of cached features reach host memory? Ours beside the loaders that people use.
 
-    python benchmarks/loader.py --records repa --cold --write   # 212 KB an image: moments and DINOv2-B tokens
+    python benchmarks/loader.py --records repa --cold --write   # 212 KB per image: moments and DINOv2-B tokens
     python benchmarks/loader.py --records ahpa --write          # 1.06 MB: moments and eight VAE layers
 
 Every loader holds the same values and copies whole batches into preallocated, page-aligned buffers, in one

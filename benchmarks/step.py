@@ -343,7 +343,7 @@ def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> fl
 
 
 def peak_memories(options: dict[str, Any], cache: Path, name: str, methods: tuple[str, ...]) -> dict[str, int]:
-    """:func:`peak_memory` of each method in a process of its own."""
+    """`peak_memory` of each method in a process of its own."""
     peaks = {}
     for method in methods:
         words = ["--one", method, "--cache", str(cache), "--name", name, "--model", options["model"]]

@@ -41,17 +41,17 @@ def first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-_AGAIN = "then run the same command again: finished work is kept."
+AGAIN = "then run the same command again: finished work is kept."
 _REMEDIES = {
-    errno.ENOSPC: f"Free some space, {_AGAIN}",
-    errno.EDQUOT: f"Free some space or have the quota raised, {_AGAIN}",
-    errno.EFBIG: f"Have the limit on file sizes raised (ulimit -f), {_AGAIN}",
-    errno.EACCES: f"Change its permissions or choose another place, {_AGAIN}",
-    errno.EPERM: f"Change its permissions or choose another place, {_AGAIN}",
-    errno.EROFS: f"Choose a place that can be written to, {_AGAIN}",
-    errno.EIO: f"The disk or its connection fails: check it (dmesg), {_AGAIN}",
-    errno.ESTALE: f"The network file system lost the file: mount it again, {_AGAIN}",
-    errno.ETIMEDOUT: f"Check the connection, {_AGAIN}",
+    errno.ENOSPC: f"Free some space, {AGAIN}",
+    errno.EDQUOT: f"Free some space or have the quota raised, {AGAIN}",
+    errno.EFBIG: f"Have the limit on file sizes raised (ulimit -f), {AGAIN}",
+    errno.EACCES: f"Change its permissions or choose another place, {AGAIN}",
+    errno.EPERM: f"Change its permissions or choose another place, {AGAIN}",
+    errno.EROFS: f"Choose a place that can be written to, {AGAIN}",
+    errno.EIO: f"The disk or its connection fails: check it (dmesg), {AGAIN}",
+    errno.ESTALE: f"The network file system lost the file: mount it again, {AGAIN}",
+    errno.ETIMEDOUT: f"Check the connection, {AGAIN}",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ENOENT: "Check the path.",
     errno.ENOTDIR: "A file stands where a folder is needed: remove it or choose another place.",
@@ -59,9 +59,9 @@ _REMEDIES = {
     errno.ENOTEMPTY: "Something else writes there: choose another place.",
     errno.EEXIST: "Remove it or choose another place.",
     errno.ELOOP: "Links lead in a circle: put them right.",
-    errno.EMFILE: f"Have the limit on open files raised (ulimit -n), {_AGAIN}",
-    errno.ENFILE: f"The machine has too many files open: close programs, {_AGAIN}",
-    errno.ENOMEM: f"Free some memory, {_AGAIN}",
+    errno.EMFILE: f"Have the limit on open files raised (ulimit -n), {AGAIN}",
+    errno.ENFILE: f"The machine has too many files open: close programs, {AGAIN}",
+    errno.ENOMEM: f"Free some memory, {AGAIN}",
 }
 
 
@@ -72,4 +72,4 @@ def os_error(error: OSError) -> UserError:
     ]
     what = error.strerror or " ".join(str(error).split()) or type(error).__name__
     where = f": {' -> '.join(places)}" if places else ""
-    return UserError(f"{what}{where}", remedy=_REMEDIES.get(error.errno or 0, f"Put that right, {_AGAIN}"))
+    return UserError(f"{what}{where}", remedy=_REMEDIES.get(error.errno or 0, f"Put that right, {AGAIN}"))

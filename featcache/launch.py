@@ -13,7 +13,7 @@ def _number(name: str, default: int, least: int) -> int:
     text = os.environ.get(name, "")
     if not text:
         return default
-    if not (text.isascii() and text.isdigit() and least <= int(text) < 1 << 31):
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and least <= int(text) < 1 << 31):
         raise UserError(f"the environment variable {name} is {text!r:.80}, not a whole number", remedy=_START)
     return int(text)
 

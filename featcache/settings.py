@@ -187,8 +187,11 @@ def suggest(value: object, choices: Collection[str]) -> str:
 def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], str]) -> UserError:
     """The first problem in our words: which field (as it is `shown`), what it is, what it must be."""
     problem = error.errors(include_url=False)[0]
+    context = problem.get("ctx", {})
+    if not problem["loc"]:  # no field, so a fault in what a class checks itself
+        raise context["error"]
     field = str(problem["loc"][0])
-    name, value, context = shown(field), problem["input"], problem.get("ctx", {})
+    name, value = shown(field), problem["input"]
     choices = [str(choice) for choice in _choices(_hint(cls, field))] if field in _hints(cls) else []
     sign = " " if name.startswith("-") else "="
     match problem["type"]:
@@ -209,9 +212,14 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
             high = context["le"]
             what = "must lie in [0, 1]" if high == 1 else f"can be {high:,} at most"
             return UserError(f"{name} is {value!r:.200}, but it {what}", remedy=f"Type at most {name}{sign}{high}.")
-        case "greater_than" | "finite_number":
+        case "greater_than" | "less_than" | "finite_number" as kind:
+            must = {
+                "greater_than": f"more than {context.get('gt')}",
+                "less_than": f"less than {context.get('lt')}",
+                "finite_number": "a finite number",
+            }
             return UserError(
-                f"{name} is {value!r:.200}, but it must be positive and finite", remedy=f"Give {name} such a number."
+                f"{name} is {value!r:.200}, but it must be {must[kind]}", remedy=f"Give {name} such a number."
             )
     expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
     return UserError(

@@ -1,4 +1,4 @@
-"""What the pages name is there: files, modules, functions."""
+"""What the pages and the code's own texts name is there: files, modules, functions."""
 
 from __future__ import annotations
 
@@ -59,12 +59,26 @@ def exists(name: str) -> bool:
     return True
 
 
+def missing_names(text: str) -> list[str]:
+    return [name for name in NAMES.findall(text) if name.split(".")[1] not in FILE_NAMES and not exists(name)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = prose(page)
     missing = [name for name in FILES.findall(text) if not (ROOT / name).exists()]
-    missing += [name for name in NAMES.findall(text) if name.split(".")[1] not in FILE_NAMES and not exists(name)]
+    missing += missing_names(text)
     assert not missing, f"{page.name} names what is not there: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("package", ["featcache", "trainer", "pipelines", "benchmarks"])
+def test_what_messages_and_docstrings_name_is_there(package: str) -> None:
+    missing = []
+    for file in sorted((ROOT / package).rglob("*.py")):
+        nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        missing += [f"{file.relative_to(ROOT)}: {name}" for text in texts for name in missing_names(text)]
+    assert not missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -16,7 +16,7 @@ ParsedClasses = Annotated[Classes, PlainValidator(Classes.parse)]
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 @settings

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import featcache
 from featcache.build.pipeline import Stage
 from featcache.build.prepare import Plan, check_disk, package_versions
 from featcache.paths import typed
 from featcache.progress import Progress
+from featcache.read.reader import Cache
 from featcache.store import CacheWriter
 from featcache.store.manifest import FeatureSpec
 from featcache.store.writers import create_writer, open_writer
@@ -62,11 +62,12 @@ def remarks(plan: Plan) -> list[str]:
     """What whoever starts a build should know: images and captions that are left out, and features that stay as they
     are in the cache although they were asked for otherwise."""
     found = [getattr(part, "remark", None) for part in (plan.work.source, plan.work.captions)]
-    found += [_kept(plan.existing, spec, plan.path) for spec in plan.there]
+    if plan.existing is not None:
+        found += [_kept(plan.existing, spec, plan.path) for spec in plan.there]
     return [remark for remark in found if remark]
 
 
-def _kept(existing: Any, spec: FeatureSpec, path: Path) -> str | None:
+def _kept(existing: Cache, spec: FeatureSpec, path: Path) -> str | None:
     """How a feature of the cache differs from what is asked for."""
     have = existing.manifest.features[spec.name]
     pairs = [(key, getattr(have, key), getattr(spec, key)) for key in ("codec", "shape", "views")]

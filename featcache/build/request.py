@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import Resampling
 from featcache.errors import UserError
-from featcache.settings import Count, FilePath, Index, Names, Option, settings
+from featcache.settings import Count, FilePath, Index, Names, Option, is_number, settings
 
 Codec = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 _CODECS = "fp32, fp16, bf16, int8, fp8 or int4."
@@ -28,9 +28,9 @@ def parse_names(texts: Sequence[str]) -> tuple[str, ...]:
 
 def parse_resolution(text: str) -> int:
     """`"256"` => 256. Raises `UserError` for anything but a number, rectangles among them."""
-    if not (text.isascii() and text.isdigit() and int(text)):
+    if not (is_number(text) and int(text)):
         shape = "crops are square, so it is one number" if "x" in text else "it must be a number of pixels"
-        raise UserError(f"--resolution {text}: {shape}", remedy="Type --resolution 256 (or 64, 128, 512).")
+        raise UserError(f"--resolution {text:.40}: {shape}", remedy="Type --resolution 256 (or 64, 128, 512).")
     return int(text)
 
 

@@ -12,6 +12,7 @@ import featcache
 from featcache.cli import caches as commands
 from featcache.cli.build import build
 from featcache.console import console, run_app, safe
+from featcache.paths import PICTURES, check_output
 
 # Imports inside the commands: the rooms that they call load numpy or torch, which `featcache --help` does without.
 
@@ -55,7 +56,6 @@ def inspect(
     """Draw samples of a cache: the image, and PCA-RGB of each cached layer; print what each layer is worth."""
     from featcache.cli.info import print_layers
     from featcache.inspect import images_at_hand, save_sheet, source_of
-    from featcache.paths import PICTURES, check_output
 
     if out is not None:
         check_output(out, PICTURES, example="cache.png")

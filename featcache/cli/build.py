@@ -61,7 +61,7 @@ def build(
 def _stage_table(stages: Mapping[str, Stage]) -> Table:
     """What each stage could do alone, slowest first."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("stage", "images/s", "ms an image", "lanes", "images"):
+    for title in ("stage", "images/s", "ms per image", "lanes", "images"):
         table.add_column(title, justify="left" if title == "stage" else "right")
     for name, stage in sorted(stages.items(), key=lambda item: item[1].images_per_s):
         milliseconds = 1000 * stage.busy_s / max(1, stage.images)
@@ -88,8 +88,6 @@ def _refuse_other_layout(given: Given) -> None:
     """Raises `UserError` for an option that says how the cache is laid out which `into` names, and differs from it."""
     if "into" not in given:
         return
-    import featcache
-
     manifest = featcache.open(given["into"]).manifest
     has = {
         "seed": manifest.dataset.order_seed,

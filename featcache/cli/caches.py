@@ -18,7 +18,7 @@ from featcache.cli.build import request_of
 from featcache.console import console, plain, safe, size_text
 from featcache.console_progress import RichProgress
 from featcache.errors import CacheError, UserError
-from featcache.paths import on_this_machine
+from featcache.paths import PAGES, check_output, on_this_machine
 from featcache.redact import redact
 from featcache.settings import Given, takes
 
@@ -432,7 +432,6 @@ def catalogue(
     html: Annotated[Path | None, typer.Option(help="Page to write: one file, for a browser.")] = None,
 ) -> None:
     """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
-    from featcache.paths import PAGES, check_output
     from featcache.share import catalogue
 
     if html is not None:
@@ -554,7 +553,13 @@ def import_latents(
     console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
 
 
-@takes(BuildRequest, but=["batch_size", "compile", "on_bad_image", "shard_size", "format", "compressor", "seed"])
+@takes(
+    BuildRequest,
+    but=[
+        *("batch_size", "compile", "on_bad_image", "shard_size", "format", "compressor", "seed"),
+        *("workers", "engine", "schedule", "ray_workers"),  # one process plans, and decodes with one thread
+    ],
+)
 def plan(
     given: Given,
     steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.", min=0, max=1e6)] = 2.0,

@@ -1,4 +1,4 @@
-"""The store: manifest, zarr and webdataset backends, verification. Imports neither torch nor zarr."""
+"""The store: manifest, journal, checksums, zarr and webdataset backends. Imports neither torch nor zarr."""
 
 from featcache.store.manifest import FORMAT_VERSION, DatasetSpec, FeatureSpec, Manifest, Skipped
 from featcache.store.writer import CacheWriter

@@ -118,10 +118,7 @@ def _bytes_view(buffer: Buffer) -> memoryview:
 def explain(error: OSError, path: Path, what: str = "written") -> CacheError:
     """One line for whatever the system answered about `path`, which could not be `what`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CacheError(
-            f"the disk is full: {path} could not be {what}",
-            remedy="free some space and run the same command again: it goes on where it stopped",
-        )
+        return CacheError(f"the disk is full: {path} could not be {what}", remedy=os_error(error).remedy)
     if error.errno == errno.ELOOP:
         return CacheError(f"{path} is a symbolic link; inside a cache or a run none is followed", remedy=_LINK_REMEDY)
     return CacheError(f"{path} could not be {what}: {error.strerror or error}", remedy=os_error(error).remedy)

@@ -121,3 +121,12 @@ def corrupt(path: Path, change: Callable[[bytearray], None]) -> None:
     data = bytearray(path.read_bytes())
     change(data)
     path.write_bytes(data)
+
+
+def tree_digest(path: Path) -> dict[str, str]:
+    """The hash of every file below `path` but locks."""
+    return {
+        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(path.rglob("*"))
+        if f.is_file() and f.name != "lock"
+    }

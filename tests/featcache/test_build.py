@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -36,6 +35,7 @@ from featcache.read.statistics import layer_statistics
 from featcache.sources.base import sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import center_crop
+from tests.featcache.store_helpers import tree_digest
 from tests.told import Told
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -53,14 +53,6 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("caches") / "shapes"
     build(request(path), Quiet())
     return path
-
-
-def tree_digest(path: Path) -> dict[str, str]:
-    return {
-        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in sorted(path.rglob("*"))
-        if f.is_file() and f.name != "lock"
-    }
 
 
 def test_tiny_caches_what_every_method_needs(cache_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import socket
@@ -28,6 +27,7 @@ from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
 from featcache.store.writers import join_writer
+from tests.featcache.store_helpers import tree_digest
 from tests.told import Told
 
 WORDS = ["--data", "shapes", "--encoder", "tiny", "--limit", "240", "--batch-size", "4", "--shard-size", "8"]
@@ -45,14 +45,6 @@ def request(out: Path, **changes: object) -> BuildRequest:
         workers=1,
     )
     return replace(base, **changes)  # type: ignore[arg-type]
-
-
-def tree_digest(path: Path) -> dict[str, str]:
-    return {
-        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in sorted(path.rglob("*"))
-        if f.is_file() and f.name != "lock"
-    }
 
 
 def test_shards_written_by_several_writers_are_those_of_one(tmp_path: Path) -> None:

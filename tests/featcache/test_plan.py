@@ -14,6 +14,8 @@ from featcache.build.estimate import estimate
 from featcache.build.fidelity import fidelity
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
+from featcache.cli import app
+from featcache.console import run_app
 from featcache.encoders import EncoderChoice
 from featcache.encoders.base import Compute, WeightsSource
 from featcache.encoders.vision import VisionEncoder
@@ -91,14 +93,11 @@ def test_rates_begin_when_the_device_is_idle_and_batches_are_of_one_size(monkeyp
     assert planned.rates["encode tiny"] > 0
 
 
-def typed(*words: str) -> None:
+def typed(*words: str, code: int = 0) -> None:
     """A command as typed, in this process: importing the encoders' libraries takes seconds."""
-    from featcache.cli import app
-    from featcache.console import run_app
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", list(words))
-        assert run_app(app) == 0
+        assert run_app(app) == code
 
 
 def test_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +108,14 @@ def test_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in text
     for expected in ("tiny@5 against fp32", "text/tiny.pooled against fp32", "--precision bf16", "encode text tiny"):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    "words", [("--workers", "2"), ("--engine", "ray"), ("--schedule", "static"), ("--ray-workers", "2")]
+)
+def test_what_would_not_change_a_plan_is_no_option(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    typed("featcache", "plan", "--data", "shapes", "--encoder", "tiny", *words, code=2)
+    assert "No such option" in capsys.readouterr().err
 
 
 def test_errors_of_precisions_are_those_of_two_encodings() -> None:

@@ -8,6 +8,7 @@ import pytest
 import typer
 from hypothesis import given as examples
 from hypothesis import strategies as st
+from pydantic import Field
 from typer.testing import CliRunner
 
 from featcache.errors import UserError
@@ -16,10 +17,12 @@ from featcache.settings import (
     FilePath,
     Given,
     Names,
+    NotNegative,
     Option,
     Positive,
     Share,
     from_mapping,
+    from_typed,
     settings,
     takes,
     to_mapping,
@@ -31,6 +34,8 @@ class Example:
     count: Annotated[Count, Option("How many.")] = 4
     rate: Annotated[Positive, Option("How fast.")] = 0.5
     share: Share = 0.1
+    decay: NotNegative = 0.0
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
     kind: Annotated[Literal["zarr", "wds"], Option("Which.", flag="--format")] = "zarr"
     folder: Annotated[FilePath | None, Option("Where.")] = None
     names: Annotated[Names, Option("Names.", typed=list[str], parse=lambda texts: ",".join(texts).split(","))] = ()
@@ -59,9 +64,11 @@ def run(*words: str) -> tuple[int, dict]:
         ({"count": True}, "count = True"),
         ({"count": "5"}, "count = '5'"),
         ({"count": 1.5}, "count = 1.5"),
-        ({"rate": 0.0}, "positive and finite"),
-        ({"rate": math.inf}, "positive and finite"),
-        ({"rate": math.nan}, "positive and finite"),
+        ({"rate": 0.0}, "rate is 0.0, but it must be more than 0"),
+        ({"rate": math.inf}, "rate is inf, but it must be a finite number"),
+        ({"rate": math.nan}, "rate is nan, but it must be a finite number"),
+        ({"decay": math.inf}, "decay is inf, but it must be a finite number"),
+        ({"beta": 1.0}, "beta is 1.0, but it must be less than 1"),
         ({"share": 1.5}, r"[0, 1]"),
         ({"share": -0.5}, "not be negative"),
         ({"kind": "wsd"}, "Did you mean 'wds'?"),
@@ -75,6 +82,19 @@ def test_what_does_not_fit_is_said(values: dict, words: str) -> None:
     with pytest.raises(UserError) as caught:
         from_mapping(Example, values)
     assert words in str(caught.value)
+
+
+def test_a_fault_of_a_check_is_raised_as_it_is() -> None:
+    @settings
+    class Faulty:
+        count: Count = 1
+
+        def __post_init__(self) -> None:
+            raise ValueError("a programmer's mistake")
+
+    for make in (Faulty, lambda: from_mapping(Faulty, {}, where="align.repa"), lambda: from_typed(Faulty, {})):
+        with pytest.raises(ValueError, match="a programmer's mistake"):
+            make()
 
 
 def test_the_place_is_named() -> None:

@@ -148,9 +148,3 @@ def inputs_for(module: Alignment, *, seed: int = 1, requires_grad: bool = False,
         "teacher": EchoTeacher() if module.needs_teacher else None,
     }
     return AlignInputs(**{**values, **changes})
-
-
-def cosine64(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine over the last axis, written out in float64."""
-    a, b = a.detach().double(), b.detach().double()
-    return (a * b).sum(-1) / (a.square().sum(-1).sqrt() * b.square().sum(-1).sqrt())

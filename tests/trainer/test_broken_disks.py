@@ -109,8 +109,15 @@ def test_a_real_refusal_of_the_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize(
+    ("answer", "advice"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "Free some space or check the disk."),
+        (OSError(errno.ENOSPC, "No space left on device"), "Free some space."),
+    ],
+)
 def test_training_on_a_disk_that_fills_up_can_be_resumed(
-    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Exception, advice: str
 ) -> None:
     config = settings(shapes_cache, steps=6, checkpoint_every=2)
     whole = train(config, resume=False, watcher=Listener(), root=tmp_path / "whole")
@@ -120,14 +127,14 @@ def test_training_on_a_disk_that_fills_up_can_be_resumed(
     def full(*args: Any, **kw: Any) -> None:
         saves.append(args)
         if len(saves) == 5:  # in the middle of the second checkpoint
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise answer
         real(*args, **kw)
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(UserError, match=r"training stopped \(step 2 is saved\): the checkpoint of step 4") as error:
             train(config, resume=False, watcher=Listener(), root=tmp_path / "full")
-    assert error.value.remedy is not None and error.value.remedy.endswith("trainer run --resume --name run")
+    assert error.value.remedy == f"{advice} Training goes on with: trainer run --resume --name run"
     resumed = train(config, resume=True, watcher=Listener(), root=tmp_path / "full")
     assert_identical(whole, resumed, 6)
     assert [record["step"] for record in log_of(resumed)] == [1, 2, 3, 4, 5, 6]

@@ -102,6 +102,7 @@ def test_malformed_overrides_are_errors(override: str) -> None:
         ({"method": "none+repa"}, "none"),
         ({"method": "repa", "align": {"dya": {}}}, "dya"),
         ({"method": "repa", "align": {"repa": {"weight": -1}}}, "weight"),
+        ({"method": "repa", "align": {"repa": {"features": ["dinov2-b@" + "9" * 5000]}}}, "does not name"),
         ({"shard": True, "precision": "fp16"}, "fp16"),
         ({"precision": "bf17"}, "precision"),
         ({"attention": "flash"}, "attention"),

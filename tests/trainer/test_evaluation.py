@@ -363,7 +363,7 @@ def test_as_typed(root: Path, cli: Callable[..., subprocess.CompletedProcess[str
     assert "trainer run --method ahpa" in nothing.stderr
     assert "Traceback" not in nothing.stderr
     run = with_recipe(root, tmp_path / "runs/a", {})
-    words = ["--num", "8", "--steps", "2", "--extractor", "embedded", "--device", "cpu", "--metrics", "fid"]
+    words = ["--num", "8", "--steps", "2", "--extractor", "embedded", "--device", "cpu", "--metrics", "fid, fid"]
     with chdir(tmp_path):
         done = CliRunner().invoke(app, ["eval", *words])
         assert done.exit_code == 0, done.exception

@@ -214,6 +214,7 @@ def test_a_checkpoint_does_not_replace_a_configuration(
     [
         ({"RANK": "x"}, "RANK is 'x', not a whole number"),
         ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2" * 5000, "RANK": "0"}, "WORLD_SIZE is '222"),
         ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE is '0'"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is not one of 2 processes"),

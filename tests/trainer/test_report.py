@@ -283,6 +283,8 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
 def test_a_run_that_has_only_begun_still_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("method: none\n")
+    (tmp_path / "new/samples").mkdir()
+    (tmp_path / "new/samples/step_².png").write_text("a file of somebody else's")
     run = load_run(tmp_path / "new")
     assert run.steps is None and run.last("loss") is None
     _, text = read(write_report(tmp_path / "r.html", [run], title="new"))

@@ -381,6 +381,13 @@ def test_equal_settings_are_drawn_once_however_they_are_typed(runs_root: Path) -
     assert other.parent.name.endswith("cfg1.5-0,0.7000001")
 
 
+def test_what_is_no_list_of_classes_is_quoted_in_short() -> None:
+    for text in ("9" * 5000, "1,two," * 1000):
+        with pytest.raises(UserError, match="is not a list of classes") as caught:
+            Classes.parse(text)
+        assert len(str(caught.value)) < 400
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("old", ["cfg1.5-0.0,0.60", "cfg1.5- 0,.6"])
 def test_samples_under_an_interval_as_once_typed_are_found_and_continued(

@@ -16,11 +16,10 @@ from featcache.settings import suggest
 if TYPE_CHECKING:
     from trainer.align.base import FeatureInfo
 
-_TOKENS = re.compile(r"(?P<encoder>[^/@]+)@(?P<layer>\d+)")
+_TOKENS = re.compile(r"(?P<encoder>[^/@]+)@(?P<layer>[0-9]{1,9})")
 
 # What `required` reports where the encoder is left open: the cache decides.
 LAST_LAYER = "<encoder>@<last>"
-TEXTURE_LAYER = "<encoder>@<texture>"
 
 
 def split_name(name: str) -> tuple[str, int] | None:
@@ -37,7 +36,7 @@ def check_token_name(method: str, option: str, name: object) -> None:
     """
     if not isinstance(name, str) or split_name(name) is None:
         raise UserError(
-            f"{method}: {option}={name!r} does not name an encoder's tokens",
+            f"{method}: {option}={name!r:.200} does not name an encoder's tokens",
             remedy="Write <encoder>@<layer>, e.g. dinov2-b@11.",
         )
 

@@ -17,6 +17,7 @@ from featcache import launch
 from featcache.console import console, run_app, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError, os_error
+from featcache.machine import usable_cores
 from featcache.paths import typed
 from featcache.redact import is_redacted
 from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
@@ -94,8 +95,7 @@ def _leave_a_core() -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores - 1))
+        torch.set_num_threads(max(1, usable_cores() - 1))
 
 
 def _run_config(recipe: Path | None, given: Given, overrides: list[str], *, resume: bool) -> RunConfig:

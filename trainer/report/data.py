@@ -12,6 +12,7 @@ import numpy as np
 
 from featcache.errors import UserError
 from featcache.redact import redact
+from featcache.settings import is_number
 from featcache.store import files
 from trainer.analyze.result import Result, read_results
 from trainer.plots import LARGEST
@@ -130,7 +131,7 @@ def load_run(run_dir: Path | str) -> RunData:
     samples = sorted(
         (int(p.stem.removeprefix("step_")), p)
         for p in files.inside(path, "samples").glob("step_*.png")
-        if p.stem.removeprefix("step_").isdigit()
+        if is_number(p.stem.removeprefix("step_"))
     )
     return RunData(
         name=path.resolve().name,

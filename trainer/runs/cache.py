@@ -17,7 +17,9 @@ from featcache.store.root import find_root
 from trainer import align
 from trainer.align.base import FeatureInfo
 from trainer.align.features import encoder_layers
+from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
+from trainer.runs.records import cache_summary
 
 ROOT = Path("caches")
 DEFAULT_ENCODER = "dinov2-b"
@@ -106,9 +108,6 @@ def cache_of_run(run: Path) -> featcache.Cache:
         CacheError: it is gone, or another one lies in its place.
         UserError: it is a URL whose secrets were not stored.
     """
-    from trainer.runs import folder as runs
-    from trainer.runs.records import cache_summary
-
     summary = cache_summary(run)
     path = runs.cache_path(run, summary)
     try:

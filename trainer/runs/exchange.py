@@ -8,6 +8,7 @@ from typing import Any
 
 import featcache
 from featcache.errors import UserError
+from featcache.paths import CHECKPOINTS, check_output
 from featcache.store import files
 from trainer.runs import checkpoint, locks
 from trainer.runs import folder as runs
@@ -111,8 +112,6 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
         UserError: no such run, an unknown convention, a model the convention has no place for, or `out` is no name
             for a checkpoint.
     """
-    from featcache.paths import CHECKPOINTS, check_output
-
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
     check_output(out, CHECKPOINTS, example="weights.pt")

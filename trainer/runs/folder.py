@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from featcache.errors import CacheError, UserError, os_error
 from featcache.redact import is_redacted, redact
 from featcache.settings import from_mapping, to_mapping
@@ -17,6 +19,7 @@ from featcache.store.manifest import nested_deeper
 from featcache.store.root import cache_digest
 from trainer.runs import locks, schemas
 from trainer.runs.config import RunConfig
+from trainer.runs.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -255,8 +258,6 @@ def as_json(values: object) -> Any:
 
 def save_config(run: Path, config: RunConfig) -> None:
     """Writes `config.yaml`, whole or not at all."""
-    import yaml
-
     write_text(run / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
 
 
@@ -274,8 +275,6 @@ def load_config(run: Path) -> RunConfig:
     Raises:
         UserError: not a run folder, or its `config.yaml` is damaged.
     """
-    from trainer.runs.yaml_text import read_yaml
-
     path = run / "config.yaml"
     if not is_run(run):
         raise UserError(
@@ -343,13 +342,10 @@ def write_page(path: Path, text: str) -> None:
 
 
 _REMAKE = "Remove it and run the command again."
-RESTORE = "Restore the file as the run wrote it."
 
 
 def read_json(path: Path, default: object, *, remedy: str = _REMAKE) -> Any:
     """A JSON file, or `default` if it does not exist; of the same type as `default` unless that is None.
-
-    remedy: what to do about a damaged one; most can be made again.
 
     Args:
         remedy: what to do about a damaged one, where it is not made again by the same command.

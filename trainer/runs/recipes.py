@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pipelines
 from featcache.errors import UserError
@@ -29,10 +29,6 @@ from featcache.settings import from_mapping
 from trainer.runs.config import RunConfig
 from trainer.runs.published import Published, parse_published
 from trainer.runs.yaml_text import read_yaml
-
-if TYPE_CHECKING:
-    pass
-
 
 _FORMER_FOLDER = re.compile(r"\A(?:(?:.*/)?pipelines/|(?:\.\./)+)")
 MAX_BASES = 16  # one upon the other
@@ -378,5 +374,4 @@ def load_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as `trainer.runs.recipes.load_recipe_file`.
     """
-
     return dict(load_recipe_file(path).values)

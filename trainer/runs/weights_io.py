@@ -319,7 +319,7 @@ def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) ->
         raise UserError(
             f"{path} has depth {depth} and width {D}, which is no named model, so its number of heads cannot be told.",
             remedy="Only named models can be imported by command; from Python: "
-            "trainer.weights_io.import_official(path, heads=NUMBER).",
+            "trainer.runs.weights_io.import_official(path, heads=NUMBER).",
         )
     doubled = out == 2 * p * p * C
     config = ModelConfig(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from featcache.errors import CacheError, UserError, os_error
+from featcache.errors import AGAIN, CacheError, UserError, os_error
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
 from featcache.redact import is_redacted, redact
@@ -388,9 +388,11 @@ def _told_how_to_go_on(job: Job) -> Iterator[None]:
         go_on = f"Training goes on with: {' '.join(words)}"
         if not saved and not runs.is_run(job.run):  # so early that there is nothing to resume
             go_on = "Then type the same command again."
-        remedy = f"{(known.remedy or '').strip().rstrip('.')}. {go_on}" if known.remedy else go_on
+        # The same command would find the run there and refuse.
+        remedy = (known.remedy or "").removesuffix(f", {AGAIN}").strip().rstrip(".")
+        remedy = f"{remedy}. {go_on}" if remedy else go_on
         kind = CacheError if isinstance(known, CacheError) else UserError
-        raise kind(f"training stopped ({kept}): {known.what}", remedy=remedy.strip()) from error
+        raise kind(f"training stopped ({kept}): {known.what}", remedy=remedy) from error
 
 
 def _announce(job: Job, start: int, remark: str | None) -> None:
