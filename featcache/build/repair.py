@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def repair_shards(
     features were made with weights from different seeds.
     """
     manifest = featcache.open(path).manifest
-    source = _data_of(manifest.dataset.source, data)
+    source = _data_of(manifest.dataset.source, data, path)
     damaged = {
         name: shards for name, shards in damaged.items() if name in manifest.features
     }  # the rest was removed since
@@ -71,9 +72,14 @@ def repair_shards(
             writer.finish()
 
 
-def _data_of(description: str, data: str | None) -> str:
+def _data_of(description: str, data: str | None, cache: Path) -> str:
     shapes = recorded_shapes(description)
-    return shapes[0] if shapes is not None else find_data(data)
+    if shapes is not None:
+        return shapes[0]
+    again = f"featcache repair {shlex.quote(str(cache))}"
+    return find_data(
+        data, remedy=f"Type: {again} --data /path/to/its/images   or, if there is another copy: {again} --from URL"
+    )
 
 
 def _limit_of(description: str) -> int | None:

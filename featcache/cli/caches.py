@@ -366,12 +366,14 @@ def remove(
     now: Annotated[bool, typer.Option("--now", help="Delete for good instead of moving to the trash.")] = False,
 ) -> None:
     """Remove features of a cache, or (without --features) the whole cache. featcache restore undoes it."""
-    from featcache.share import manage
+    from featcache.share import manage, trash
 
     names = _split(features)
     what = f"{', '.join(names)} of {cache}" if names else f"the whole cache {cache}"
     if names:
         featcache.open(cache).require(names)
+    else:
+        trash.require_cache(cache)
     if not yes and not _confirmed(plain(f"remove {what}{' for good' if now else ''}?")):
         raise UserError("nothing was removed", remedy="Type --yes to remove without being asked.")
     place = cache if names else cache.parent
@@ -422,7 +424,7 @@ def collect_garbage(
     )
     for name, n_bytes in removed:
         console.print(f"{'would remove' if dry_run else 'removed'} {safe(name)}  {size_text(n_bytes)}")
-    console.print(f"{len(removed)} leftovers, {size_text(sum(n for _, n in removed))}")
+    console.print(f"{len(removed)} leftover{'s' * (len(removed) != 1)}, {size_text(sum(n for _, n in removed))}")
 
 
 def catalogue(
@@ -443,7 +445,7 @@ def catalogue(
         )
     if html is not None:
         catalogue.write_page(rows, place, html)
-        console.print(f"page: [bold]{safe(html)}[/bold]   ({len(rows)} caches)")
+        console.print(f"page: [bold]{safe(html)}[/bold]   ({len(rows)} cache{'s' * (len(rows) != 1)})")
         return
     catalogue.print_rows(rows)
 

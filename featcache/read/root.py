@@ -40,9 +40,13 @@ def required_root(place: Location) -> Manifest:
     """The manifest of the cache at a place; raises `CacheError` if there is none."""
     manifest = read_remote_root(place)
     if manifest is None:
-        raise CacheError(
-            f"there is no cache at {place.url}", remedy=f"featcache ls {shlex.quote(place.url)} lists what is there"
-        )
+        if place.url.startswith(("http://", "https://")):
+            remedy = (
+                "give the URL of the folder that holds the cache's zarr.json: web servers do not list what they have"
+            )
+        else:
+            remedy = f"featcache ls {shlex.quote(place.url)} lists what is there"
+        raise CacheError(f"there is no cache at {place.url}", remedy=remedy)
     return manifest
 
 

@@ -34,10 +34,12 @@ from featcache.store.contents import (
     ShardFileEntry,
     checksums_limit,
     checksums_path,
+    checksums_text,
     metadata_files,
     read_blocks,
     read_checksums,
     shard_files,
+    shard_names,
     sound_file,
 )
 from featcache.store.layout import PUSHES, ROOT_NAMES, SIGNATURE, STATE
@@ -213,7 +215,7 @@ def pull(
         # A copy of what has no hashes of blocks has none either, and so the same digest.
         without = [name for name, spec in part.features.items() if whole.blocks.keys().isdisjoint(spec.arrays)]
         writer.begin([part.features[name] for name in sorted(part.features)], without_blocks=without)
-        _refuse_other_bytes(writer.manifest, part, str(target))
+        _refuse_other_bytes(writer.manifest, _with_checksums(part, recorded), str(target))
         under_way = _Pull(place, whole, part, writer, recorded, blocks, progress)
         in_parallel(under_way.jobs(), under_way.fetch, under_way.done, threads)
         manifest = writer.finish()
@@ -283,6 +285,12 @@ def refuse_links(target: Path, part: Manifest) -> None:
     """Raises `CacheError` where writing the cache would lead out of its directory."""
     for name in (STATE, SIGNATURE, *ROOT_NAMES.values(), *(part.arrays if part.format == "zarr" else ())):
         files.inside(target, name)
+
+
+def _with_checksums(part: Manifest, recorded: dict[str, list[str]]) -> Manifest:
+    """The manifest of a part with the checksums of its own `SHA256SUMS` files: those of fewer shards list fewer."""
+    texts = {array: checksums_text(recorded[array][: part.n_shards], shard_names(part, array)) for array in part.arrays}
+    return replace(part, checksums={array: hashlib.sha256(text).hexdigest() for array, text in texts.items()})
 
 
 def _refuse_other_bytes(existing: Manifest, ours: Manifest, where: str) -> None:

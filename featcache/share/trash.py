@@ -196,16 +196,8 @@ def cache_names(cache: Path) -> OwnNames | None:
         return None
 
 
-def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
-    """Move a whole cache, finished or not, to the trash beside it; returns where it lies there. `now`: delete
-    it for good.
-
-    It goes by one rename: whoever opens it finds it whole or not at all. Those who have shards open may go on reading.
-
-    Raises `CacheError` if there is none, if `path` is a symbolic link, if a builder is at work in it, or, with `now`,
-    if it holds files that are not the cache's.
-    """
-    path = Path(path)
+def require_cache(path: Path) -> Path:
+    """The folder of a whole cache, finished or not; raises `CacheError` if there is none, or `path` is a symbolic link."""
     if path.is_symlink():
         real = shlex.quote(str(path.resolve()))
         raise CacheError(
@@ -215,6 +207,19 @@ def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
     path = path.resolve()
     if find_root(path) is None and not (path / STATE).is_dir():
         read_root(path)  # raises, saying what is there instead
+    return path
+
+
+def remove_cache(path: str | Path, *, now: bool = False) -> Path | None:
+    """Move a whole cache, finished or not, to the trash beside it; returns where it lies there. `now`: delete
+    it for good.
+
+    It goes by one rename: whoever opens it finds it whole or not at all. Those who have shards open may go on reading.
+
+    Raises `CacheError` if there is none, if `path` is a symbolic link, if a builder is at work in it, or, with `now`,
+    if it holds files that are not the cache's.
+    """
+    path = require_cache(Path(path))
     trash = folder_trash(path.parent)
     lock = lock_cache(path)
     try:

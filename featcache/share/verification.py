@@ -61,7 +61,7 @@ class Verification:
 
     def words(self, manifest: Manifest | None = None) -> str:
         """The verification in a line; with the cache's manifest also whether the cache is still the one checked."""
-        found = "sound" if self.sound else f"{self.n_problems} problems"
+        found = "sound" if self.sound else f"{self.n_problems} problem{'s' * (self.n_problems != 1)}"
         how = {
             "whole": "every byte",
             "sample": f"{100 * (self.fraction or 0):g} % of the bytes (seed {self.seed})",

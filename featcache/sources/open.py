@@ -73,10 +73,14 @@ def _open_files(data: str) -> Source:
     return open_folder(path)
 
 
-def find_data(data: str | None, *, into: Path | None = None) -> str:
+_NO_IMAGES_REMEDY = "Type: featcache build --data /path/to/images ...   (one folder per class), or --data shapes"
+
+
+def find_data(data: str | None, *, into: Path | None = None, remedy: str = _NO_IMAGES_REMEDY) -> str:
     """`--data`, else `$FEATCACHE_DATA`, else `./data/imagenet`.
 
     into: cache to add to; one of the embedded set says itself which images it holds.
+    remedy: what the error says to type.
 
     Raises `UserError` if none of the three exists.
     """
@@ -92,5 +96,5 @@ def find_data(data: str | None, *, into: Path | None = None) -> str:
         return str(default)
     raise UserError(
         "no images to encode: --data was not given, $FEATCACHE_DATA is not set and ./data/imagenet does not exist",
-        remedy="Type: featcache build --data /path/to/images ...   (one folder per class), or --data shapes",
+        remedy=remedy,
     )

@@ -125,8 +125,8 @@ def read_root(path: Path) -> Manifest:
             )
         if (path / STATE).is_dir():
             raise CacheError(
-                f"{path} holds an unfinished build and nothing complete yet",
-                remedy="run the same featcache build command again: it goes on where it stopped",
+                f"{path} holds an unfinished build or pull and nothing complete yet",
+                remedy="run the command that began it again (featcache build or featcache pull): it goes on where it stopped",
             )
         raise CacheError(
             f"there is no cache at {path}",

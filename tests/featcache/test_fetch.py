@@ -172,6 +172,9 @@ def test_a_pull_from_another_cache_takes_nothing_of_the_first(tmp_path: Path) ->
         assert tree(target) == tree(ours)
         with pytest.raises(CacheError, match="holds 'vae/moments' already, with other bytes"):
             pull(f"{web.url}/theirs/cache", target)
+        pull(f"{web.url}/ours/cache", tmp_path / "part", samples=1)
+        with pytest.raises(CacheError, match="holds 'vae/moments' already, with other bytes"):
+            pull(f"{web.url}/theirs/cache", tmp_path / "part", samples=1)
 
 
 def rebuild_checksums(path: Path, feature: str) -> None:

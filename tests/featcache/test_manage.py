@@ -629,6 +629,14 @@ def test_size_of_an_absurd_cache_takes_no_time(tmp_path: Path) -> None:
 # The commands
 
 
+def test_rm_of_what_is_not_there_asks_nothing(tmp_path: Path, cli) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("folder", "nothing"):
+        done = cli("featcache", "rm", name)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "there is no cache at" in done.stderr
+
+
 def test_rm_and_restore_as_typed(tmp_path: Path, cli) -> None:
     path = build(tmp_path / "caches" / "x")
     before = tree(path)

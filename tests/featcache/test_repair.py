@@ -136,6 +136,17 @@ def test_other_images_are_refused(sound: Path, tmp_path: Path) -> None:
         repair_shards(copy, {"label": [0]}, data=str(other.parent), weights_dir=None, device="cpu", progress=Quiet())
 
 
+def test_a_repair_without_images_says_how_to_repeat_it(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FEATCACHE_DATA", raising=False)
+    with pytest.raises(UserError, match="no images to encode") as caught:
+        repair_shards(sound, {"label": [0]}, data=None, weights_dir=None, device="cpu", progress=Quiet())
+    assert f"featcache repair {sound} --data" in str(caught.value.remedy)
+    assert f"featcache repair {sound} --from" in str(caught.value.remedy)
+
+
 # Images that have changed without a difference in name or size
 
 

@@ -180,6 +180,22 @@ def test_some_samples(source: Path, web, tmp_path: Path) -> None:
     assert subset(whole.manifest, None, 10**9) == whole.manifest
 
 
+def test_some_samples_of_some_features_then_more(source: Path, web, tmp_path: Path) -> None:
+    url, target = f"{web.url}/cache", tmp_path / "copy"
+    pull(url, target, features=["tiny@5"], samples=20)
+    pull(url, target, features=["dino@9"], samples=32)
+    pull(url, target, samples=20)
+    pull(url, tmp_path / "at once", samples=20)
+    assert tree(target) == tree(tmp_path / "at once")
+
+
+def test_where_nothing_is(web, tmp_path: Path) -> None:
+    """A web server cannot be asked what it has, so the remedy is not to ask it."""
+    with pytest.raises(CacheError, match="there is no cache at") as caught:
+        pull(f"{web.url}/nothing", tmp_path / "copy")
+    assert "featcache ls" not in str(caught.value.remedy) and "zarr.json" in str(caught.value.remedy)
+
+
 def test_http_is_read_only_and_other_schemes_unknown(source: Path, web) -> None:
     with pytest.raises(UserError, match="can only be read"):
         push(source, f"{web.url}/new")
