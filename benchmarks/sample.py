@@ -61,7 +61,7 @@ def jobs_of(options: dict[str, Any], device: Any) -> dict[str, Callable[[], Any]
     import torch
 
     from featcache.encoders.base import WeightsSource
-    from featcache.encoders.vae import load_vae
+    from featcache.encoders.vae import LatentDecoder, load_vae
     from trainer.diffusion.guidance import Guidance
     from trainer.sampling.draw import SAMPLERS, SampleConfig, decode_pixels, draw_latents
     from trainer.sampling.inference import Arithmetic, applied
@@ -86,7 +86,7 @@ def jobs_of(options: dict[str, Any], device: Any) -> dict[str, Callable[[], Any]
             net = network(options["model"], options["latent_size"], precision, kind == "compiled", device)
             jobs[f"{kind}-{precision}"] = drawing(net, 1.0)
             jobs[f"{kind}-{precision}-guided"] = drawing(net, options["guidance"])
-    vae = load_vae("sd-ft-ema", WeightsSource(random_seed=0))[0].to(device)
+    vae = LatentDecoder(load_vae("sd-ft-ema", WeightsSource(random_seed=0))[0], {}).to(device)
     latents = torch.randn(options["decoded"], 4, options["latent_size"], options["latent_size"]).to(device)
 
     def decode() -> Any:

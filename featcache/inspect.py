@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from featcache.codecs import decode
 from featcache.encoders.base import WeightsSource
-from featcache.encoders.vae import decode_latents, load_vae
+from featcache.encoders.vae import LatentDecoder, load_vae
 from featcache.errors import UserError
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
@@ -87,7 +87,9 @@ def _decoded(cache: Cache, indices: Sequence[int]) -> np.ndarray:
     vae, _ = load_vae(dataset.vae["name"], WeightsSource(random_seed=random))
     moments = read_feature(cache, "vae/moments", indices)
     mean = torch.from_numpy(moments[:, : dataset.vae["latent_channels"]])
-    pixels = decode_latents(vae, (mean - dataset.vae["shift_factor"]) * dataset.vae["scaling_factor"])
+    pixels: torch.Tensor = LatentDecoder(vae, dataset.vae)(
+        (mean - dataset.vae["shift_factor"]) * dataset.vae["scaling_factor"]
+    )
     return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 

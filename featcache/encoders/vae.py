@@ -382,12 +382,31 @@ def resampled(maps: Tensor, side: int, resampling: Resampling) -> Tensor:
     return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
 
-@torch.inference_mode()
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Scaled latents [B, C, h, w] => pixels in [-1, 1], float32 [B, 3, R, R]; undoes scale and shift of the VAE."""
-    config: Any = vae.config
-    shift = getattr(config, "shift_factor", None) or 0.0
-    raw = latents.to(next(vae.parameters()).dtype) / config.scaling_factor + shift
-    decode: Any = vae.decode
-    pixels: Tensor = decode(raw).sample.float()
-    return pixels
+class LatentDecoder(nn.Module):
+    """Scaled latents [B, C, h, w] => pixels in [-1, 1], float32 [B, 3, R, R], as a cache's latents were made and scaled.
+
+    Undoes `z = (sample - shift) * scale` with the numbers that training used, and then decodes.
+
+    Args:
+        vae: of diffusers, with `decode`.
+        record: a manifest's `dataset.vae`: `scaling_factor` and `shift_factor` (default: the VAE's own), `pixel_range`
+            of what the VAE was given (default: [-1, 1]; [0, 1] in EDM2's layout), which is what it gives back.
+    """
+
+    def __init__(self, vae: nn.Module, record: Mapping[str, Any]) -> None:
+        super().__init__()
+        config: Any = vae.config
+        self.vae = vae
+        self.scale = float(record.get("scaling_factor") or config.scaling_factor)
+        own_shift = getattr(config, "shift_factor", None)
+        self.shift = float(record.get("shift_factor", own_shift) or 0.0)
+        self.low, self.high = (float(bound) for bound in record.get("pixel_range") or (-1.0, 1.0))
+
+    @torch.inference_mode()
+    def forward(self, latents: Tensor) -> Tensor:
+        decode: Any = self.vae.decode
+        raw = latents.to(next(self.vae.parameters()).dtype) / self.scale + self.shift
+        pixels: Tensor = decode(raw).sample.float()
+        if (self.low, self.high) == (-1.0, 1.0):
+            return pixels
+        return (pixels - self.low) * (2 / (self.high - self.low)) - 1

@@ -26,6 +26,7 @@ class _Vae(TypedDict):
     downsampling: _Side
     scaling_factor: NotRequired[_Finite]
     shift_factor: NotRequired[_Finite]
+    pixel_range: NotRequired[tuple[_Finite, _Finite] | None]
 
 
 class _Preprocessing(TypedDict):

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from featcache.encoders.base import WeightsSource
-from featcache.encoders.vae import decode_latents, load_vae
+from featcache.encoders.vae import LatentDecoder, load_vae
 from featcache.errors import UserError
 from featcache.store import files
 from trainer.diffusion import ddpm, samplers
@@ -39,6 +39,9 @@ GRID_SAMPLERS, GRID_STEPS = {"sit": "ode", "dit": "ddpm"}, 32
 
 # Images decoded at once: enough to fill a GPU at 256 pixels, and 1 GiB for the SD-VAE's largest activation there.
 DECODED_IMAGES = 16
+
+# What importers record of a VAE where the source is silent: its name, or its weights' hash.
+UNKNOWN = "unknown"
 
 
 def check_sampler(family: str, sampler: str | None) -> str:
@@ -97,8 +100,10 @@ class SampleConfig:
         return {**vars(self), "guidance": self.guidance.record()}
 
 
-def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: str | None) -> nn.Module:
-    """The VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
+def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: str | None) -> LatentDecoder:
+    """The decoder of the VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
+
+    Where latents were imported and nobody recorded the weights, those of the VAE's name are taken.
 
     Args:
         vae: the manifest's `dataset.vae`. moments: provenance of `vae/moments`.
@@ -111,14 +116,19 @@ def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir
         weights_dir=Path(weights_dir) if weights_dir else None,
         random_seed=moments["seed"] if moments.get("weights") == "random" else None,
     )
+    if vae["name"] == UNKNOWN:
+        raise UserError(
+            "the cache does not say which VAE its latents are of, so nothing can be decoded",
+            remedy="Import the latents again with --vae NAME, or --vae FOLDER as diffusers saves one, and train on that cache.",
+        )
     module, origin = load_vae(vae["name"], source)
-    if vae.get("sha256") is not None and origin["sha256"] != vae["sha256"]:
+    if vae.get("sha256") not in (None, UNKNOWN, origin["sha256"]):
         raise UserError(
             f"the VAE {vae['name']!r} found here ({origin['sha256'][:12]}) is not the one the cache was made with "
             f"({vae['sha256'][:12]})",
             remedy="Bring the same weights with --weights-dir.",
         )
-    return module
+    return LatentDecoder(module, vae)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,14 +228,14 @@ def to_uint8(pixels: Tensor, rule: str = "round") -> Tensor:
 
 
 @torch.inference_mode()
-def decode_pixels(vae: nn.Module, latents: Tensor, rule: str = "round") -> Tensor:
+def decode_pixels(decoder: LatentDecoder, latents: Tensor, rule: str = "round") -> Tensor:
     """Scaled latents [B, C, h, w] => uint8 [B, R, R, 3], a part at a time: memory does not grow with B."""
-    return torch.cat([to_uint8(decode_latents(vae, part), rule) for part in latents.split(DECODED_IMAGES)])
+    return torch.cat([to_uint8(decoder(part), rule) for part in latents.split(DECODED_IMAGES)])
 
 
 def draw_units(
     model: Transformer | Network,
-    vae: nn.Module,
+    vae: LatentDecoder,
     labels: np.ndarray,
     indices: Sequence[int],
     config: SampleConfig,
@@ -294,7 +304,7 @@ def grid_classes(num_classes: int, rows: int = 10) -> list[int]:
 
 def class_grid(
     model: Transformer | Network,
-    vae: nn.Module,
+    vae: LatentDecoder,
     *,
     transport: Transport | None = None,
     seed: int = 0,

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
+from featcache.encoders.vae import LatentDecoder
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
@@ -210,7 +210,7 @@ class _Draw:
     """What is to be drawn, and with what. labels: int64, of whole blocks."""
 
     network: Network
-    vae: nn.Module
+    vae: LatentDecoder
     config: SampleConfig
     transport: Transport
     labels: np.ndarray

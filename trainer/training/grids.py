@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from featcache.errors import UserError, WeightsUnavailable
+from featcache.encoders.vae import LatentDecoder
+from featcache.errors import UserError, first_line
 from featcache.store import files
 from trainer.diffusion.transport import build_transport
 from trainer.runs.config import RunConfig
@@ -21,33 +20,43 @@ if TYPE_CHECKING:
 
 
 class GridMaker:
-    """Draws grids from the averaged weights; gives up, once and aloud, where the VAE is not to be had."""
+    """Draws grids from the averaged weights. Whatever goes wrong is said, and ends no run: a picture is not worth one.
+
+    Gives up, once and aloud, where the VAE is not to be had.
+    """
 
     def __init__(self, config: RunConfig, cache: Cache, warn: Callable[[str], None]) -> None:
         self._config, self._cache, self._warn = config, cache, warn
         self._broken = False
-        self._vae: nn.Module | None = None
+        self._decoder: LatentDecoder | None = None
 
     def draw(self, ema: Transformer, run: Path, step: int, log: RunLog) -> None:
         """One row per class to `samples/step_N.png` and TensorBoard. The decoder leaves the GPU again afterwards."""
         if self._broken:
             return
         try:
-            if self._vae is None:
-                dataset, moments = self._cache.manifest.dataset, self._cache.manifest.features["vae/moments"]
-                assert dataset.vae is not None, "a run trains on latents"
-                self._vae = load_decoder(dataset.vae, moments.provenance, self._config.weights_dir)
-        except WeightsUnavailable as error:
+            self._decoder = self._decoder or self._load()
+        except Exception as error:
             self._broken = True
-            self._warn(f"no sample grids: {error.what}")
+            self._warn(f"no sample grids: {_what(error)}")
             return
         device = next(ema.parameters()).device
         transport = build_transport(ema.cfg.family, path=self._config.path, device=device)
-        pixels = class_grid(ema, self._vae.to(device), transport=transport, seed=self._config.seed)
-        self._vae.to("cpu")
         try:
+            pixels = class_grid(ema, self._decoder.to(device), transport=transport, seed=self._config.seed)
             save_png(pixels, files.inside(run, "samples") / f"step_{step:07d}.png")
-        except UserError as error:  # a picture is no reason to end a run; a disk that is full the log will find, too
-            self._warn(f"no sample grid at step {step}: {error.what}")
+        except Exception as error:  # memory, say; a disk that is full the log will find, too
+            self._warn(f"no sample grid at step {step}: {_what(error)}")
             return
+        finally:
+            self._decoder.to("cpu")
         log.image("samples", pixels, step)
+
+    def _load(self) -> LatentDecoder:
+        dataset, moments = self._cache.manifest.dataset, self._cache.manifest.features["vae/moments"]
+        assert dataset.vae is not None, "a run trains on latents"
+        return load_decoder(dataset.vae, moments.provenance, self._config.weights_dir)
+
+
+def _what(error: Exception) -> str:
+    return error.what if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
