@@ -223,9 +223,11 @@ def _require_authentic(cache: str, expect: str | None, signed_by: Path | None) -
     if expect is None and signed_by is None:
         return None
     from featcache.read.root import require_authentic, required_root
-    from featcache.store.remote import open_location
-    from featcache.store.root import cache_digest
+    from featcache.store.remote import is_remote, local_path, open_location
+    from featcache.store.root import cache_digest, read_root
 
+    if not is_remote(cache):
+        read_root(Path(local_path(cache)))  # says more of what lies there instead of a cache
     place = open_location(cache)
     manifest = required_root(place)
     who = require_authentic(place, manifest, expect, signed_by)

@@ -114,6 +114,13 @@ def find_root(path: Path) -> Path | None:
     return None
 
 
+def _holds_caches(path: Path) -> bool:
+    try:
+        return any(find_root(child) is not None for child in path.iterdir())
+    except OSError:
+        return False
+
+
 def read_root(path: Path) -> Manifest:
     """The manifest of the cache in directory `path`; raises `CacheError` if there is none."""
     root = find_root(path)
@@ -127,6 +134,10 @@ def read_root(path: Path) -> Manifest:
             raise CacheError(
                 f"{path} holds an unfinished build or pull and nothing complete yet",
                 remedy="run the command that began it again (featcache build or featcache pull): it goes on where it stopped",
+            )
+        if _holds_caches(path):
+            raise CacheError(
+                f"{path} is no cache, but a folder of caches", remedy=f"featcache ls {typed(path)} lists them: name one"
             )
         raise CacheError(
             f"there is no cache at {path}",

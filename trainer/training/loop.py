@@ -296,7 +296,9 @@ def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMe
     record = {"step": done, "time_s": round(clock.trained_s, 3), **speed, "lr": lr, "grad_norm": float(norm), **shown}
     if log is not None:
         log.record(record)
-    job.watcher.update(1, "  ".join(f"{name} {value:.4g}" for name, value in (shown | speed).items()))
+    # Readings by interval of t are for the log: a line has room for what says whether the run goes well.
+    brief = {name: value for name, value in (shown | speed).items() if " t=" not in name}
+    job.watcher.update(1, "  ".join(f"{name} {value:.4g}" for name, value in brief.items()))
 
 
 def _check_finite(job: Job, step: int | None) -> None:
