@@ -70,6 +70,21 @@ def inspect(
     print_layers(opened)
 
 
+@app.command()
+def stats(
+    cache: CachePath,
+    feature: Annotated[str, typer.Option(help="Latents (vae/moments), or tokens such as dinov2-b@11.")] = "vae/moments",
+    over: Annotated[str, typer.Option(help="channel, or position: each channel at each place.")] = "channel",
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, .safetensors. \\[default: <cache name>-<over>.safetensors]")
+    ] = None,
+) -> None:
+    """Compute mean and standard deviation of a feature, for `trainer run --normalization`."""
+    from featcache.cli.stats import write_statistics
+
+    write_statistics(cache, feature, over, out)
+
+
 commands.register(app)
 
 

@@ -391,15 +391,32 @@ class LatentDecoder(nn.Module):
         vae: of diffusers, with `decode`.
         record: a manifest's `dataset.vae`: `scaling_factor` and `shift_factor` (default: the VAE's own), `pixel_range`
             of what the VAE was given (default: [-1, 1]; [0, 1] in EDM2's layout), which is what it gives back.
+        scale, shift: that training used instead, numbers or tensors that broadcast to [C, h, w].
     """
 
-    def __init__(self, vae: nn.Module, record: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        vae: nn.Module,
+        record: Mapping[str, Any],
+        *,
+        scale: float | Tensor | None = None,
+        shift: float | Tensor | None = None,
+    ) -> None:
         super().__init__()
         config: Any = vae.config
         self.vae = vae
-        self.scale = float(record.get("scaling_factor") or config.scaling_factor)
+        self.scale: float | Tensor
+        self.shift: float | Tensor
         own_shift = getattr(config, "shift_factor", None)
-        self.shift = float(record.get("shift_factor", own_shift) or 0.0)
+        chosen = {
+            "scale": float(record.get("scaling_factor") or config.scaling_factor) if scale is None else scale,
+            "shift": float(record.get("shift_factor", own_shift) or 0.0) if shift is None else shift,
+        }
+        for name, value in chosen.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self, name, float(value))
         self.low, self.high = (float(bound) for bound in record.get("pixel_range") or (-1.0, 1.0))
 
     @torch.inference_mode()

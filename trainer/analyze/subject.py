@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
+from trainer.runs.normalization import Normalization, of_run, scalar
 from trainer.sampling import draw as sample
 from trainer.training.objective import Objective, ema_decay_at, sample_posterior
 from trainer.training.state import backbone_info, build_alignment, cached_feature
@@ -151,10 +151,10 @@ class Subject:
         return sample_noise(self.options.seed, self.indices[rows].tolist(), shape, stream, device=self.device)
 
     @property
-    def _vae(self) -> Mapping[str, Any]:
+    def _normalization(self) -> Normalization:
         vae = self.cache.manifest.dataset.vae
         assert vae is not None, "a run trains on latents"
-        return vae
+        return of_run(self.run, self.config, vae) or scalar(vae)
 
     def conditioning(self, rows: slice) -> Tensor:
         """Labels the model is given: int64 [b], the null label unless `labelled`."""
@@ -164,7 +164,9 @@ class Subject:
     def latent(self, rows: slice) -> Tensor:
         """Clean, scaled latents drawn from the posterior, [b, C, h, w]."""
         moments, draw = self.read("vae/moments", rows), self.posterior(rows)
-        return sample_posterior(moments, draw, scale=self._vae["scaling_factor"], shift=self._vae["shift_factor"])
+        norm = self._normalization
+        scale, shift = (v.to(moments) if isinstance(v, Tensor) else v for v in (norm.scale, norm.shift))
+        return sample_posterior(moments, draw, scale=scale, shift=shift)
 
     def posterior(self, rows: slice) -> Tensor:
         """The normal draws behind `latent`, [b, C, h, w]."""
@@ -254,8 +256,7 @@ class Subject:
             self.model,
             self.alignment,
             {name: cached_feature(self.cache, name) for name in reads},
-            scale=self._vae["scaling_factor"],
-            shift=self._vae["shift_factor"],
+            normalization=self._normalization,
             path=self.config.path,
             time_sampling="uniform",
             label_dropout=0.0,

@@ -38,7 +38,10 @@ class RunConfig:
         model: backbone, e.g. `SiT-XL/2`. cache: path or URL of the feature cache. name: folder below `runs`.
         resolution, vae: side in pixels and VAE (`sd-ft-ema`) that the cache must have been made with; None: any.
     Objective:
-        path: interpolant of SiT. time_sampling: how t is drawn. label_dropout: share of null labels.
+        normalization: of the latents: `scalar`, by the VAE's scaling factor; by the mean and standard deviation of each
+        `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents. Results under different ones are not comparable: it decides at which times
+        which detail is noise. statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's,
+        RAE's); None takes those imported with the latents. A run keeps a copy. path: interpolant of SiT. time_sampling: how t is drawn. label_dropout: share of null labels.
     Optimisation (AdamW):
         batch_size: global, over all ranks and accumulation steps. clip: maximal gradient norm; None takes the
         method's (2.0 for AHPA, else 1.0). ema_decay: of the weights' average, reached after a short warm-up if
@@ -63,6 +66,16 @@ class RunConfig:
     vae: str | None = None
     name: Annotated[str | None, Option("Folder below ./runs. Default: from method and model.")] = None
 
+    normalization: Annotated[
+        Literal["auto", "scalar", "channel", "position"],
+        Option("Of the latents: scalar (by the VAE's factor), channel or position (by --statistics), or auto."),
+    ] = "auto"
+    statistics: Annotated[
+        str | None,
+        Option(
+            "File of mean and std, from featcache stats. Default: imported with the latents.", typed=Path, parse=str
+        ),
+    ] = None
     path: Literal["linear", "cosine"] = "linear"
     time_sampling: Literal["uniform", "lognormal"] = "uniform"
     label_dropout: Share = 0.1

@@ -71,6 +71,7 @@ def import_checkpoint(
     config = RunConfig(
         model=imported.name,
         name=name or path.stem,
+        normalization="scalar",
         path=imported.path,  # type: ignore[arg-type]
         qk_norm=cfg.qk_norm,
         steps=max(1, imported.step or 1),

@@ -117,7 +117,7 @@ def _in_use(config: RunConfig, folder: Path) -> str:
 # What may differ between the two halves of a resumed run: it changes nothing but, at most, the rounding.
 _FREE_KEYS = frozenset({
     *("steps", "cache", "name", "device", "compile", "attention", "accumulate", "shard", "weights_dir", "published"),
-    *("stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
+    *("statistics", "stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
 })  # fmt: skip
 
 
@@ -286,6 +286,7 @@ def load_config(run: Path) -> RunConfig:
         raise UserError(error.what, remedy=error.remedy or RESTORE) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys and values", remedy=RESTORE)
+    values.setdefault("normalization", "scalar")  # runs from before there was a choice
     try:
         return from_mapping(RunConfig, values)
     except UserError as error:

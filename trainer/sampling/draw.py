@@ -27,6 +27,7 @@ from trainer.models import ModelOutput, Transformer, build_model, load_weights
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
+from trainer.runs.normalization import Normalization, of_run
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
 
@@ -100,13 +101,19 @@ class SampleConfig:
         return {**vars(self), "guidance": self.guidance.record()}
 
 
-def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: str | None) -> LatentDecoder:
+def load_decoder(
+    vae: Mapping[str, Any],
+    moments: Mapping[str, Any],
+    weights_dir: str | None,
+    normalization: Normalization | None = None,
+) -> LatentDecoder:
     """The decoder of the VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
 
     Where latents were imported and nobody recorded the weights, those of the VAE's name are taken.
 
     Args:
-        vae: the manifest's `dataset.vae`. moments: provenance of `vae/moments`.
+        vae: the manifest's `dataset.vae`. moments: provenance of `vae/moments`. normalization: that training used;
+            None: by the scaling factor.
 
     Raises:
         UserError: the weights found are not those that the cache was made with.
@@ -128,7 +135,9 @@ def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir
             f"({vae['sha256'][:12]})",
             remedy="Bring the same weights with --weights-dir.",
         )
-    return LatentDecoder(module, vae)
+    if normalization is None:
+        return LatentDecoder(module, vae)
+    return LatentDecoder(module, vae, scale=normalization.scale, shift=normalization.shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +155,12 @@ class LoadedRun:
         """As the run trained with it, on the model's device."""
         device = next(self.model.parameters()).device
         return build_transport(self.model.cfg.family, path=self.config.path, device=device)
+
+    def decoder(self, weights_dir: str | None) -> LatentDecoder:
+        """What turns its latents into pixels, normalised as the run normalised them; raises as `load_decoder`."""
+        vae = self.summary["dataset"]["vae"]
+        normalization = of_run(self.path, self.config, vae)
+        return load_decoder(vae, self.summary["features"]["vae/moments"], weights_dir, normalization)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -44,7 +44,6 @@ from trainer.sampling.draw import (
     check_sampler,
     class_grid,
     draw_units,
-    load_decoder,
     load_run,
     sampling_times,
     save_png,
@@ -136,8 +135,7 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleR
         device = world.device(device_name)
         loaded = load_run(run, step=request.checkpoint, device=str(device))
         config = sample_config(request, loaded.model.cfg.family)
-        dataset = loaded.summary["dataset"]
-        vae = load_decoder(dataset["vae"], loaded.summary["features"]["vae/moments"], request.weights_dir).to(device)
+        vae = loaded.decoder(request.weights_dir).to(device)
         settings = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
         named = files.inside(run, f"samples/{folder_name(request, loaded.step, config.sampler, arithmetic)}")

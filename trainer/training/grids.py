@@ -12,6 +12,7 @@ from featcache.store import files
 from trainer.diffusion.transport import build_transport
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog
+from trainer.runs.normalization import of_run
 from trainer.sampling.draw import class_grid, load_decoder, save_png
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ class GridMaker:
     Gives up, once and aloud, where the VAE is not to be had.
     """
 
-    def __init__(self, config: RunConfig, cache: Cache, warn: Callable[[str], None]) -> None:
-        self._config, self._cache, self._warn = config, cache, warn
+    def __init__(self, config: RunConfig, cache: Cache, run: Path, warn: Callable[[str], None]) -> None:
+        self._config, self._cache, self._run, self._warn = config, cache, run, warn
         self._broken = False
         self._decoder: LatentDecoder | None = None
 
-    def draw(self, ema: Transformer, run: Path, step: int, log: RunLog) -> None:
+    def draw(self, ema: Transformer, step: int, log: RunLog) -> None:
         """One row per class to `samples/step_N.png` and TensorBoard. The decoder leaves the GPU again afterwards."""
         if self._broken:
             return
@@ -44,7 +45,7 @@ class GridMaker:
         transport = build_transport(ema.cfg.family, path=self._config.path, device=device)
         try:
             pixels = class_grid(ema, self._decoder.to(device), transport=transport, seed=self._config.seed)
-            save_png(pixels, files.inside(run, "samples") / f"step_{step:07d}.png")
+            save_png(pixels, files.inside(self._run, "samples") / f"step_{step:07d}.png")
         except Exception as error:  # memory, say; a disk that is full the log will find, too
             self._warn(f"no sample grid at step {step}: {_what(error)}")
             return
@@ -55,7 +56,8 @@ class GridMaker:
     def _load(self) -> LatentDecoder:
         dataset, moments = self._cache.manifest.dataset, self._cache.manifest.features["vae/moments"]
         assert dataset.vae is not None, "a run trains on latents"
-        return load_decoder(dataset.vae, moments.provenance, self._config.weights_dir)
+        normalization = of_run(self._run, self._config, dataset.vae)
+        return load_decoder(dataset.vae, moments.provenance, self._config.weights_dir, normalization)
 
 
 def _what(error: Exception) -> str:

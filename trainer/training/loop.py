@@ -31,6 +31,7 @@ from trainer.runs import folder as runs
 from trainer.runs.cache import find_cache, random_features, sample_keys
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog
+from trainer.runs.normalization import keep, resolve, settle
 from trainer.training.data import Batches, Share, stream_indices
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
@@ -97,7 +98,8 @@ def _train(
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
-        parts = assemble(config, cache, device, world)
+        statistics = settle(config, cache, run)
+        parts = assemble(config, cache, device, world, statistics=statistics)
         start, trained_s = _restore(parts, run, config)
         if world.is_main:
             runs.clear_leftovers(run)
@@ -108,6 +110,8 @@ def _train(
         _announce(job, start, remark)
         if start < config.steps:
             with _told_how_to_go_on(job):
+                if world.is_main:
+                    keep(statistics, run)  # before config.yaml makes it a run
                 lost = runs.open_folder(run, config, cache, parts.reads, start, main=world.is_main)
                 if lost:
                     watcher.note(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
@@ -120,7 +124,7 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
     """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
     config, alignment = job.config, job.parts.alignment
     means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
-    grids = GridMaker(config, job.cache, job.watcher.note)
+    grids = GridMaker(config, job.cache, job.run, job.watcher.note)
     signals = distributed.StopSignal()
     batches = Batches(
         job.cache,
@@ -158,7 +162,7 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
                     state = {"time_s": clock.trained_s}
                     save_parts(job.parts, job.run, done, config, job.world, state=state)
                 if draws and (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
-                    grids.draw(ema, job.run, done, log)
+                    grids.draw(ema, done, log)
             if stop and done < config.steps:
                 job.watcher.note(f"stopped at step {done}, saved; continue with the same command and --resume")
                 raise SystemExit(128 + stop)
@@ -356,6 +360,7 @@ def _resolve(
         cache=redact(str(cache.path)),
         name=str(run.relative_to(root)),
         precision=precision_of(config, device),  # type: ignore[arg-type]
+        normalization=resolve(config, cache),  # type: ignore[arg-type]
         clip=config.clip if config.clip is not None else 2.0 if "ahpa" in config.methods else 1.0,
     )
 

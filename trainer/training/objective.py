@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.codecs import decode
+from featcache.read.normalization import LOGVAR_RANGE
 from featcache.store.layout import stored_arrays
 from trainer.align.base import AlignInputs, Alignment, Teacher
 from trainer.diffusion.transport import build_transport
@@ -25,8 +26,7 @@ from trainer.seeds import derive_seed
 if TYPE_CHECKING:
     from trainer.diffusion.interpolants import Path, TimeDistribution
     from trainer.models import ModelOutput, Transformer
-
-LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of the posterior's log-variance
+    from trainer.runs.normalization import Normalization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class CachedFeature:
         return decode(self.codec, stored, self.shape, dtype)
 
 
-def sample_posterior(moments: Tensor, noise: Tensor, *, scale: float, shift: float) -> Tensor:
-    """Latent drawn from the VAE posterior and scaled. [B, 2C, h, w], [B, C, h, w] -> [B, C, h, w].
+def sample_posterior(moments: Tensor, noise: Tensor, *, scale: float | Tensor, shift: float | Tensor) -> Tensor:
+    """Latent drawn from the VAE posterior and normalised. [B, 2C, h, w], [B, C, h, w] -> [B, C, h, w].
 
     `z = (mean + exp(logvar / 2) * noise - shift) * scale` with log-variance clamped as in diffusers.
     """
@@ -102,7 +102,7 @@ class Objective(nn.Module):
         model: the backbone being trained, on its device.
         alignment: the method's heads and loss, or None.
         features: name -> layout, for `vae/moments` and all that the method reads.
-        scale, shift: of the latent, see `sample_posterior`.
+        normalization: of the latent, see `sample_posterior`.
         path, time_sampling, label_dropout: see `trainer.runs.config.RunConfig`.
         autocast: dtype of autocast, or None for float32.
         teacher: EMA model for methods that need one; kept out of this module's parameters.
@@ -114,8 +114,7 @@ class Objective(nn.Module):
         alignment: Alignment | None,
         features: Mapping[str, CachedFeature],
         *,
-        scale: float,
-        shift: float,
+        normalization: Normalization,
         path: Path,
         time_sampling: TimeDistribution,
         label_dropout: float,
@@ -125,7 +124,13 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.alignment = model, alignment
         self._features = dict(features)
-        self._scale, self._shift = scale, shift
+        self._scale: float | Tensor
+        self._shift: float | Tensor
+        for name, value in (("_scale", normalization.scale), ("_shift", normalization.shift)):
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)  # to move with the module
+            else:
+                setattr(self, name, value)  # a constant of the graph
         self._label_dropout, self._dtype = label_dropout, autocast
         self._transport = build_transport(
             model.cfg.family, path=path, time_sampling=time_sampling, device=next(model.parameters()).device

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import CacheError, UserError
+from featcache.read.normalization import Statistics
 from featcache.read.statistics import layer_statistics
 from trainer import align, distributed
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo
@@ -22,6 +23,7 @@ from trainer.models.blocks import sincos_positions
 from trainer.runs import checkpoint
 from trainer.runs.cache import available_features, build_command
 from trainer.runs.config import RunConfig
+from trainer.runs.normalization import from_statistics, scalar
 from trainer.seeds import derive_seed
 from trainer.training.objective import CachedFeature, Objective
 
@@ -75,6 +77,7 @@ def assemble(
     world: World,
     *,
     backbone: tuple[Transformer, Transformer] | None = None,
+    statistics: Statistics | None = None,
 ) -> Parts:
     """Builds everything from a configuration and a cache.
 
@@ -82,6 +85,7 @@ def assemble(
 
     Args:
         backbone: model and average to use instead of new ones, for comparing methods on one.
+        statistics: that the latents are normalised by; None by the VAE's scaling factor.
 
     Raises:
         CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
@@ -112,8 +116,7 @@ def assemble(
         model,
         alignment,
         {name: cached_feature(cache, name) for name in reads},
-        scale=dataset.vae["scaling_factor"],
-        shift=dataset.vae["shift_factor"],
+        normalization=scalar(dataset.vae) if statistics is None else from_statistics(statistics),
         path=config.path,
         time_sampling=config.time_sampling,
         label_dropout=config.label_dropout,

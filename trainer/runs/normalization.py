@@ -1,0 +1,139 @@
+"""How a run normalises its latents: settled when it starts, kept in its folder, used wherever it is trained or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from featcache.errors import CacheError, UserError
+from featcache.paths import typed
+from featcache.read.normalization import MOMENTS, Statistics, load, save
+from featcache.store import files
+from trainer.runs.config import RunConfig
+
+if TYPE_CHECKING:
+    from featcache import Cache
+
+FILE = "normalization.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """`x = (z - shift) * scale`: numbers for all channels alike, or float32 tensors `[C, 1, 1]` or `[C, h, w]`."""
+
+    shift: float | Tensor
+    scale: float | Tensor
+
+
+def scalar(vae: Mapping[str, Any]) -> Normalization:
+    """As the manifest's `dataset.vae` has it."""
+    return Normalization(shift=vae["shift_factor"], scale=vae["scaling_factor"])
+
+
+def from_statistics(statistics: Statistics) -> Normalization:
+    return Normalization(shift=statistics.mean, scale=1 / statistics.std)
+
+
+def resolve(config: RunConfig, cache: Cache) -> str:
+    """`config.normalization` with nothing left open."""
+    if config.normalization != "auto":
+        return config.normalization
+    statistics = config.statistics is not None or (cache.manifest.dataset.vae or {}).get("channel_mean") is not None
+    return "channel" if statistics else "scalar"
+
+
+def settle(config: RunConfig, cache: Cache, run: Path) -> Statistics | None:
+    """The statistics that a run (new, or to be resumed) is normalised by; None for `scalar`.
+
+    A run that has begun has its own copy. A new one takes those of `config.statistics`, or those that were imported with
+    the latents.
+
+    Raises:
+        UserError: there are none, or they do not fit the latents or the setting; a resumed run was given others.
+        CacheError: they are of another cache.
+    """
+    if config.normalization == "scalar":
+        if config.statistics is not None:
+            raise UserError(
+                "statistics are given, and normalization is scalar, which uses none",
+                remedy="Type --normalization channel (or position), or leave --statistics out.",
+            )
+        return None
+    given = None if config.statistics is None else _fitting(load(Path(config.statistics)), config, cache)
+    if not (run / FILE).is_file():
+        return given or _fitting(_imported(cache), config, cache)
+    kept = _fitting(load(files.inside(run, FILE)), config, cache)
+    if given is not None and not (torch.equal(given.mean, kept.mean) and torch.equal(given.std, kept.std)):
+        raise UserError(
+            f"{run} was started with other statistics than {config.statistics}",
+            remedy="Leave --statistics out: the run has its own copy. Or start another run with --name.",
+        )
+    return kept
+
+
+def keep(statistics: Statistics | None, run: Path) -> None:
+    """Writes the run's copy."""
+    if statistics is not None and not (run / FILE).is_file():
+        save(statistics, files.inside(run, FILE))
+
+
+def of_run(run: Path, config: RunConfig, vae: Mapping[str, Any]) -> Normalization | None:
+    """What a run was trained with; None for `scalar` where the run's record of the VAE does not say.
+
+    Raises:
+        UserError: its copy is missing or damaged.
+    """
+    if config.normalization == "scalar":
+        return scalar(vae) if "scaling_factor" in vae and "shift_factor" in vae else None
+    path = files.inside(run, FILE)
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing, and the run's latents were normalised by it",
+            remedy="Bring it back: without it no image can be decoded.",
+        )
+    return from_statistics(load(path))
+
+
+def _imported(cache: Cache) -> Statistics:
+    vae = cache.manifest.dataset.vae or {}
+    mean, std = vae.get("channel_mean"), vae.get("channel_std")
+    if mean is None or std is None:
+        where = typed(str(cache.path))
+        raise UserError(
+            f"--normalization channel or position needs statistics, and {cache.path} brings none",
+            remedy=f"Compute them: featcache stats {where} --over channel --out stats.safetensors; then type "
+            "--statistics stats.safetensors",
+        )
+    as_column = (torch.tensor(values, dtype=torch.float64).float()[:, None, None] for values in (mean, std))
+    mean_, std_ = as_column
+    return Statistics(mean=mean_, std=std_)
+
+
+def _fitting(statistics: Statistics, config: RunConfig, cache: Cache) -> Statistics:
+    channels, *sides = cache.manifest.features[MOMENTS].shape
+    latent = (channels // 2, *sides)
+    shape = (latent[0], 1, 1) if config.normalization == "channel" else latent
+    if statistics.feature not in (None, MOMENTS):
+        raise UserError(
+            f"the statistics are of {statistics.feature}, not of {MOMENTS}",
+            remedy=f"Compute those: featcache stats {typed(str(cache.path))} --over {config.normalization} --out FILE",
+        )
+    if statistics.fingerprint not in (None, cache.fingerprint):
+        raise CacheError(
+            f"the statistics were computed from a cache with fingerprint {str(statistics.fingerprint)[:12]}, and "
+            f"{cache.path} has {cache.fingerprint[:12]}",
+            remedy=f"Compute them from this one: featcache stats {typed(str(cache.path))} --over {config.normalization} "
+            "--out FILE",
+        )
+    if tuple(statistics.mean.shape) != shape:
+        raise UserError(
+            f"the statistics have the shape {list(statistics.mean.shape)}, and --normalization {config.normalization} needs "
+            f"{list(shape)}",
+            remedy="Type --normalization channel or position as they were computed, or compute others with featcache stats.",
+        )
+    return statistics
