@@ -11,7 +11,9 @@ The convention here is always `x = (z - mean) / std`. Public files say it in thr
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +129,7 @@ def save(statistics: Statistics, path: Path) -> None:
 
 
 def load(path: Path) -> Statistics:
-    """Statistics from a `.safetensors`, `.npz`, `.json` or PyTorch file, by the names of its keys (see the module).
+    """Statistics from a `.safetensors` or PyTorch file, by the names of its keys (see the module).
 
     Nothing is unpickled but tensors. Raises `UserError` if the file cannot be read or does not hold such a pair.
     """
@@ -165,12 +167,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = header.get("__metadata__", {})
         return parse(data), about if isinstance(about, dict) else {}
-    if path.suffix == ".json":
-        return {k: torch.tensor(v, dtype=torch.float64) for k, v in json.loads(data).items() if isinstance(v, list)}, {}
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return {k: torch.from_numpy(arrays[k]) for k in arrays.files}, {}
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    stream = io.BytesIO(data)
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_FILE_BYTES:
+                raise UserError(
+                    f"{path} would take more than {MAX_FILE_BYTES >> 20} MiB", remedy="Bring the file again."
+                )
+        stream.seek(0)
+    loaded = torch.load(stream, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds no tensors by name", remedy="It should hold mean and std, or another pair.")
     return {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}, {}

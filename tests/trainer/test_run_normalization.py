@@ -37,7 +37,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 def statistics(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("statistics")
     for over in ("channel", "position"):
-        save(compute(featcache.open(shapes_cache), "vae/moments", over), folder / f"{over}.safetensors")  # type: ignore[arg-type]
+        save(compute(featcache.open(shapes_cache), "vae/moments", over), folder / f"{over}.safetensors")
     return {over: folder / f"{over}.safetensors" for over in ("channel", "position")}
 
 
