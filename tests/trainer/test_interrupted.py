@@ -66,7 +66,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sampling, "draw_units", draw_units)
     monkeypatch.setattr(sampling, "class_grid", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
-    monkeypatch.setattr(sampling, "load_decoder", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(draw, "load_decoder", lambda *_: torch.nn.Identity())
     loaded: dict[tuple[Path, int | None], Any] = {}
     load = draw.load_run
 
