@@ -135,6 +135,7 @@ def load(path: Path) -> Statistics:
     """
     try:
         tensors, about = _read(path)
+        mean, std = _pair(tensors, path)
     except UserError:
         raise
     except Exception as error:  # whatever a library says of a file that comes from anywhere
@@ -142,7 +143,6 @@ def load(path: Path) -> Statistics:
             f"{path} holds no statistics that can be read: {first_line(error)}",
             remedy="Bring the file again, or compute statistics: featcache stats CACHE --over channel --out FILE",
         ) from error
-    mean, std = _pair(tensors, path)
     if mean.ndim == 4 and len(mean) == 1:  # [1, C, 1, 1]
         mean, std = mean[0], std[0]
     if mean.ndim == 1:
@@ -183,7 +183,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 
 def _pair(tensors: Mapping[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
     """mean and std in float32."""
-    values = {name: tensor.double() for name, tensor in tensors.items() if not tensor.is_complex()}
+    values = {name: tensor.double() for name, tensor in tensors.items() if _is_plain(tensor)}
     if {"latents_bias", "latents_scale"} <= values.keys():
         mean, std = values["latents_bias"], 1 / values["latents_scale"]
     elif {"mean", "std"} <= values.keys():
@@ -196,6 +196,15 @@ def _pair(tensors: Mapping[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
             remedy="It should hold mean and std, latents_bias and latents_scale, or mean and var.",
         )
     return mean.float(), std.float()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is real numbers in memory: a PyTorch file may also hold sparse tensors, shapes without values, and one
+    value repeated to any size."""
+    held = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return (
+        held and not tensor.is_complex() and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _check(statistics: Statistics, where: str) -> None:

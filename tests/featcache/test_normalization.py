@@ -17,6 +17,7 @@ from store_helpers import build, dataset, tokens
 
 import featcache
 from featcache.errors import CacheError, UserError
+from featcache.paths import last_name
 from featcache.read.normalization import compute, load, save
 from featcache.store import FeatureSpec
 from featcache.store.writers import create_writer
@@ -186,3 +187,28 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
         assert refused.returncode == 2 and said in refused.stderr.replace("\n", " "), refused.stderr
     build(tmp_path / "other", [tokens()])
     assert cli("featcache", "stats", str(tmp_path / "other")).returncode == 2
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.sparse_coo_tensor(torch.tensor([[0, 1]]), torch.ones(2), (2,), check_invariants=True),
+        torch.ones(1).expand(10**12),
+        torch.ones(4, device="meta"),
+    ],
+    ids=["sparse", "expanded", "meta"],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"mean": tensor, "std": tensor}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="no pair of statistics"):
+        load(tmp_path / "odd.pt")
+
+
+def test_files_are_named_after_the_cache_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert last_name(".") == "mine"
+    assert last_name("s3://bucket/caches/shapes/") == "shapes"
+    assert last_name("https://host/shapes?X-Amz-Signature=abc") == "shapes"
