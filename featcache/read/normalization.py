@@ -35,6 +35,7 @@ OVER: tuple[Over, ...] = ("channel", "position")
 MOMENTS = "vae/moments"
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of a posterior's log-variance
 RAE_EPSILON = 1e-5
+DEAD = 1e-6  # of the largest standard deviation: what is less is rounding
 MAX_FILE_BYTES = 1 << 28
 _BATCH = 64
 
@@ -211,8 +212,10 @@ def _check(statistics: Statistics, where: str) -> None:
     mean, std = statistics.mean, statistics.std
     if mean.shape != std.shape or not mean.numel():
         raise UserError(f"{where}: the mean has shape {list(mean.shape)} and the std {list(std.shape)}")
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+    finite = bool(torch.isfinite(mean).all() and torch.isfinite(std).all() and torch.isfinite(1 / std).all())
+    # Sums in float64 leave a channel that never changes some 1e-8 of its mean, a posterior without spread 3e-7.
+    if not finite or not bool((std > DEAD * std.max()).all()):
         raise UserError(
-            f"{where}: a mean is not finite, or a standard deviation not positive, so nothing can be divided by it",
+            f"{where}: a mean is not finite, or a standard deviation is zero beside the others, so nothing can be divided by it",
             remedy="Look at the cache: featcache inspect CACHE. A channel that never changes cannot be normalised.",
         )

@@ -109,8 +109,12 @@ def test_what_is_saved_is_loaded_with_where_it_came_from(tmp_path: Path) -> None
 
 def test_what_cannot_be_divided_by_is_refused(tmp_path: Path) -> None:
     dead = some_moments()
-    dead[:, 0], dead[:, C] = 1.0, -200.0  # log-variances are clamped at -30: a spread of 3e-7 remains
-    assert compute(cache_of(tmp_path / "dead", dead), "vae/moments", "channel").std[0] > 0
+    dead[:, 0], dead[:, C] = 3.7, -200.0  # log-variances are clamped at -30: a spread of 3e-7 remains, and is none
+    with pytest.raises(UserError, match="zero beside the others"):
+        compute(cache_of(tmp_path / "dead", dead), "vae/moments", "channel")
+    save_file({"mean": torch.zeros(2), "std": torch.full((2,), 1e-40)}, tmp_path / "tiny.safetensors")
+    with pytest.raises(UserError, match="zero beside the others"):
+        load(tmp_path / "tiny.safetensors")
     broken = some_moments()
     broken[5, 1, 0, 0] = np.nan
     with pytest.raises(UserError, match="not finite"):
