@@ -278,10 +278,10 @@ def test_the_entropy_floor_costs_what_lies_below_it(kind):
 
 def test_a_router_that_has_saturated_gets_finite_gradients_from_the_entropy_floor():
     logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
-    shortfall = entropy_shortfall(RouterWeights([logits.softmax(-1)], torch.ones(1, 1)), 0.5)
+    shortfall = entropy_shortfall(RouterWeights((logits.softmax(-1),), torch.ones(1, 1)), 0.5)
     assert shortfall.item() == pytest.approx(0.5 * np.log(3))
     shortfall.backward()
-    assert torch.isfinite(logits.grad).all()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
 
 
 def test_the_entropy_floor_keeps_the_router_from_leaving_layers_unused():
