@@ -16,6 +16,13 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 
 
+def last_name(cache: str) -> str:
+    """What a file made from a cache is called after: the last part of its URL, or of its path wherever that leads."""
+    if "://" in cache:
+        return cache.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+    return Path(cache).resolve().name
+
+
 def typed(path: Path | str) -> str:
     """How a path is typed in a shell, also one with spaces or one that would be taken for an option."""
     text = str(path)

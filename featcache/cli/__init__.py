@@ -12,7 +12,7 @@ import featcache
 from featcache.cli import caches as commands
 from featcache.cli.build import build
 from featcache.console import console, run_app, safe
-from featcache.paths import PICTURES, check_output
+from featcache.paths import PICTURES, check_output, last_name
 
 # Imports inside the commands: the rooms that they call load numpy or torch, which `featcache --help` does without.
 
@@ -63,8 +63,7 @@ def inspect(
     data = data or images_at_hand(opened)
     if source_of(opened, data) is None:
         console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
-    name = cache.rstrip("/").rsplit("/", 1)[-1] if "://" in cache else Path(cache).resolve().name
-    target = out or Path(f"{name}.png")
+    target = out or Path(f"{last_name(cache)}.png")
     save_sheet(opened, target, data=data, count=count)
     console.print(f"picture: [bold]{safe(target)}[/bold]")
     print_layers(opened)

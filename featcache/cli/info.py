@@ -11,6 +11,7 @@ from featcache.console import console, safe, size_text
 from featcache.errors import UserError
 from featcache.read.reader import Cache
 from featcache.share import records as verified
+from featcache.store.remote import is_remote
 from featcache.store.root import cache_digest
 
 
@@ -72,6 +73,7 @@ def print_info(cache: Cache, place: str | None = None) -> None:
 
 # Beyond these a layer teaches little: a copy of the one before, a handful of directions, one constant vector.
 ALIKE, FEW_DIRECTIONS, MOSTLY_MEAN = 0.99, 8.0, 0.5
+IMAGES_ELSEWHERE = 64
 
 
 def print_layers(cache: Cache) -> None:
@@ -82,12 +84,14 @@ def print_layers(cache: Cache) -> None:
     names = [name for name, spec in cache.manifest.features.items() if has_tokens(name, spec.shape)]
     if not names:
         return
-    console.print(f"layers, from {min(IMAGES, len(cache))} images:")
+    # Elsewhere each image is some blocks of 1 MiB to fetch, of each feature.
+    images = min(IMAGES_ELSEWHERE if is_remote(cache.path) else IMAGES, len(cache))
+    console.print(f"layers, from {images} images:")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("layer", "channels", "rms", "mean share", "effective rank", "cosine to the layer before"):
         table.add_column(title, justify="left" if title == "layer" else "right", no_wrap=True)
     poor = False
-    for name, found in layer_statistics(cache, names).items():
+    for name, found in layer_statistics(cache, names, images=images).items():
         layers = [f" {layer}" for layer in layer_names(cache, name)] if name.startswith("vae/") else [""]
         columns = (found.rms, found.mean_share, found.effective_rank, found.neighbour)
         for layer, rms, share, rank, cosine in zip(layers, *(column.tolist() for column in columns)):

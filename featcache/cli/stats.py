@@ -8,7 +8,7 @@ import featcache
 from featcache.console import console, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError
-from featcache.paths import check_output
+from featcache.paths import check_output, last_name
 from featcache.read.normalization import OVER, Over, compute, load, save
 from featcache.settings import suggest
 
@@ -19,7 +19,7 @@ def write_statistics(cache: str, feature: str, over: str, out: Path | None) -> N
     if chosen is None:
         raise UserError(f"--over {over!r} is not known", remedy=f"{suggest(over, OVER)}Type channel or position.")
     opened = featcache.open(cache)
-    target = out or Path(f"{Path(cache.rstrip('/')).name}-{over}.safetensors")
+    target = out or Path(f"{last_name(cache)}-{over}.safetensors")
     check_output(target, (".safetensors",), example="stats.safetensors")
     if target.exists() and not _is_ours(target):
         raise UserError(f"{target} is there and holds no statistics of a cache", remedy="Type another name with --out.")

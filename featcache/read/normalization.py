@@ -35,6 +35,7 @@ OVER: tuple[Over, ...] = ("channel", "position")
 MOMENTS = "vae/moments"
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of a posterior's log-variance
 RAE_EPSILON = 1e-5
+DEAD = 1e-6  # of the largest standard deviation: what is less is rounding
 MAX_FILE_BYTES = 1 << 28
 _BATCH = 64
 
@@ -135,6 +136,7 @@ def load(path: Path) -> Statistics:
     """
     try:
         tensors, about = _read(path)
+        mean, std = _pair(tensors, path)
     except UserError:
         raise
     except Exception as error:  # whatever a library says of a file that comes from anywhere
@@ -142,7 +144,6 @@ def load(path: Path) -> Statistics:
             f"{path} holds no statistics that can be read: {first_line(error)}",
             remedy="Bring the file again, or compute statistics: featcache stats CACHE --over channel --out FILE",
         ) from error
-    mean, std = _pair(tensors, path)
     if mean.ndim == 4 and len(mean) == 1:  # [1, C, 1, 1]
         mean, std = mean[0], std[0]
     if mean.ndim == 1:
@@ -183,7 +184,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 
 def _pair(tensors: Mapping[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
     """mean and std in float32."""
-    values = {name: tensor.double() for name, tensor in tensors.items() if not tensor.is_complex()}
+    values = {name: tensor.double() for name, tensor in tensors.items() if _is_plain(tensor)}
     if {"latents_bias", "latents_scale"} <= values.keys():
         mean, std = values["latents_bias"], 1 / values["latents_scale"]
     elif {"mean", "std"} <= values.keys():
@@ -198,12 +199,23 @@ def _pair(tensors: Mapping[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is real numbers in memory: a PyTorch file may also hold sparse tensors, shapes without values, and one
+    value repeated to any size."""
+    held = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return (
+        held and not tensor.is_complex() and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
 def _check(statistics: Statistics, where: str) -> None:
     mean, std = statistics.mean, statistics.std
     if mean.shape != std.shape or not mean.numel():
         raise UserError(f"{where}: the mean has shape {list(mean.shape)} and the std {list(std.shape)}")
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+    finite = bool(torch.isfinite(mean).all() and torch.isfinite(std).all() and torch.isfinite(1 / std).all())
+    # Sums in float64 leave a channel that never changes some 1e-8 of its mean, a posterior without spread 3e-7.
+    if not finite or not bool((std > DEAD * std.max()).all()):
         raise UserError(
-            f"{where}: a mean is not finite, or a standard deviation not positive, so nothing can be divided by it",
+            f"{where}: a mean is not finite, or a standard deviation is zero beside the others, so nothing can be divided by it",
             remedy="Look at the cache: featcache inspect CACHE. A channel that never changes cannot be normalised.",
         )

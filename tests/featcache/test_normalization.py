@@ -17,6 +17,7 @@ from store_helpers import build, dataset, tokens
 
 import featcache
 from featcache.errors import CacheError, UserError
+from featcache.paths import last_name
 from featcache.read.normalization import compute, load, save
 from featcache.store import FeatureSpec
 from featcache.store.writers import create_writer
@@ -108,8 +109,12 @@ def test_what_is_saved_is_loaded_with_where_it_came_from(tmp_path: Path) -> None
 
 def test_what_cannot_be_divided_by_is_refused(tmp_path: Path) -> None:
     dead = some_moments()
-    dead[:, 0], dead[:, C] = 1.0, -200.0  # log-variances are clamped at -30: a spread of 3e-7 remains
-    assert compute(cache_of(tmp_path / "dead", dead), "vae/moments", "channel").std[0] > 0
+    dead[:, 0], dead[:, C] = 3.7, -200.0  # log-variances are clamped at -30: a spread of 3e-7 remains, and is none
+    with pytest.raises(UserError, match="zero beside the others"):
+        compute(cache_of(tmp_path / "dead", dead), "vae/moments", "channel")
+    save_file({"mean": torch.zeros(2), "std": torch.full((2,), 1e-40)}, tmp_path / "tiny.safetensors")
+    with pytest.raises(UserError, match="zero beside the others"):
+        load(tmp_path / "tiny.safetensors")
     broken = some_moments()
     broken[5, 1, 0, 0] = np.nan
     with pytest.raises(UserError, match="not finite"):
@@ -186,3 +191,28 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
         assert refused.returncode == 2 and said in refused.stderr.replace("\n", " "), refused.stderr
     build(tmp_path / "other", [tokens()])
     assert cli("featcache", "stats", str(tmp_path / "other")).returncode == 2
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.sparse_coo_tensor(torch.tensor([[0, 1]]), torch.ones(2), (2,), check_invariants=True),
+        torch.ones(1).expand(10**12),
+        torch.ones(4, device="meta"),
+    ],
+    ids=["sparse", "expanded", "meta"],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"mean": tensor, "std": tensor}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="no pair of statistics"):
+        load(tmp_path / "odd.pt")
+
+
+def test_files_are_named_after_the_cache_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert last_name(".") == "mine"
+    assert last_name("s3://bucket/caches/shapes/") == "shapes"
+    assert last_name("https://host/shapes?X-Amz-Signature=abc") == "shapes"

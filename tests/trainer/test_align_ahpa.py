@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from featcache.errors import UserError
 from trainer.align import build, config_class
 from trainer.align.base import BackboneInfo, FeatureInfo
-from trainer.align.router import FourierTime, ScheduleRouter, SinusoidalTime, TableRouter
+from trainer.align.router import (
+    FourierTime,
+    RouterWeights,
+    ScheduleRouter,
+    SinusoidalTime,
+    TableRouter,
+    entropy_shortfall,
+)
 
 ROUTERS = ["mlp", "static", "linear", "table", "attention", "content"]
 
@@ -267,6 +274,14 @@ def test_the_entropy_floor_costs_what_lies_below_it(kind):
     np.testing.assert_allclose(terms["entropy"].item(), expected, rtol=1e-3)
     terms["entropy"].backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in module.router.parameters())
+
+
+def test_a_router_that_has_saturated_gets_finite_gradients_from_the_entropy_floor():
+    logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    shortfall = entropy_shortfall(RouterWeights((logits.softmax(-1),), torch.ones(1, 1)), 0.5)
+    assert shortfall.item() == pytest.approx(0.5 * np.log(3))
+    shortfall.backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
 
 
 def test_the_entropy_floor_keeps_the_router_from_leaving_layers_unused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from featcache.read.normalization import Statistics, compute, load, save
 from featcache.share.importers import ImportRequest, import_latents
 from trainer.analyze.config import AnalyzeConfig
 from trainer.analyze.subject import Subject
+from trainer.cli.tools import export
+from trainer.report.data import RunData
+from trainer.report.report import incomparable
 from trainer.requests import SampleRequest
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
@@ -83,6 +87,8 @@ def test_training_sampling_and_diagnostics_use_one_normalization(
         path, SampleRequest(num=2, sampler="ode", steps=2, device="cpu", batch_size=2), Quiet()
     ).images
     assert np.load(drawn_file)["arr_0"].shape[0] == 2
+    subject.device = "meta"  # stands for a GPU
+    assert {buffer.device.type for buffer in subject.objective().buffers()} == {subject.device}
 
 
 @pytest.mark.usefixtures("nano")
@@ -173,3 +179,72 @@ def test_statistics_that_do_not_fit_say_what_to_type(
 def test_a_file_alone_means_channel(shapes_cache: Path, statistics: dict[str, Path], tmp_path: Path) -> None:
     path = run(settings(shapes_cache, steps=1, statistics=str(statistics["channel"])), tmp_path)
     assert runs.load_config(path).normalization == "channel"
+
+
+@pytest.mark.usefixtures("nano")
+def test_a_run_is_continued_by_its_settings_when_the_file_has_gone(
+    shapes_cache: Path, statistics: dict[str, Path], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.safetensors"
+    mine.symlink_to(statistics["channel"])  # as in the folders of the Hugging Face hub
+    path = run(settings(shapes_cache, steps=1, statistics=str(mine)), tmp_path)
+    mine.unlink()
+    config = dataclasses.replace(runs.load_config(path), steps=2)
+    run(config, tmp_path, resume=True)
+    assert runs.load_config(path).normalization == "channel" and len(losses(path)) == 2
+    (path / FILE).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        run(dataclasses.replace(config, steps=3, statistics=str(statistics["channel"])), tmp_path, resume=True)
+    (path / FILE).symlink_to(statistics["channel"])
+    with pytest.raises(CacheError, match="symbolic link"):
+        run(dataclasses.replace(config, steps=3), tmp_path, resume=True)
+
+
+@pytest.mark.usefixtures("nano")
+def test_what_a_start_that_was_cut_short_left_is_no_runs(
+    shapes_cache: Path, statistics: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    known = load(statistics["channel"])
+    save(Statistics(mean=known.mean + 1, std=known.std, fingerprint="0" * 64), folder / FILE)
+    part = folder / f"{FILE}.{'0' * 16}.part"
+    part.write_bytes(b"half")
+    run(settings(shapes_cache, steps=1, statistics=str(statistics["channel"])), tmp_path)
+    assert torch.equal(load(folder / FILE).mean, known.mean) and not part.exists()
+
+
+@pytest.mark.usefixtures("nano")
+def test_a_damaged_level_is_not_said_to_be_missing(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise CacheError("a shard is damaged", remedy="featcache repair it")
+
+    monkeypatch.setattr("trainer.training.state.layer_statistics", refuse)
+    options = {"ahpa": {"router_width": 16, "time_width": 8, "normalize": "whiten"}}
+    with pytest.raises(CacheError) as error:
+        run(settings(shapes_cache, "ahpa", align=options), tmp_path)
+    assert error.value.what == "a shard is damaged" and error.value.remedy == "featcache repair it"
+
+
+@pytest.mark.usefixtures("nano")
+def test_an_exported_checkpoint_is_not_said_to_be_complete(
+    shapes_cache: Path, statistics: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    normalised = run(settings(shapes_cache, steps=1, statistics=str(statistics["channel"])), tmp_path)
+    plain = run(settings(shapes_cache, steps=1, name="plain"), tmp_path)
+    for path, said, unsaid in (
+        (normalised, "normalised by channel", "back again"),
+        (plain, "back again", "normalised"),
+    ):
+        export(path, path / "weights.pt")
+        printed = capsys.readouterr().out
+        assert said in printed and unsaid not in printed
+
+
+def test_a_comparison_of_other_normalizations_says_so() -> None:
+    a, b = (RunData(name=name, config={"normalization": name}) for name in ("scalar", "channel"))
+    old = RunData(name="old")
+    assert not incomparable([a, old])
+    (said,) = incomparable([a, old, b])
+    assert "scalar: scalar, old; channel: channel" in said

@@ -27,10 +27,16 @@ def entropy_shortfall(weights: RouterWeights, floor: float) -> Tensor:
     Mean over the batch of `relu(floor * log n - H(w))`, summed over the layers' and the groups' weights.
     """
     short = [
-        (floor * math.log(w.shape[-1]) - torch.special.entr(w.float()).sum(-1)).clamp(min=0).mean()
+        (floor * math.log(w.shape[-1]) - _entropy(w.float())).clamp(min=0).mean()
         for w in (*weights.intra, weights.inter)
     ]
     return torch.stack(short).sum()
+
+
+def _entropy(w: Tensor) -> Tensor:
+    """Over the last dimension, in nats. `torch.special.entr` has an infinite derivative at 0, where a softmax that has
+    saturated makes NaN of it."""
+    return -(w * w.clamp(min=torch.finfo(w.dtype).tiny).log()).sum(-1)
 
 
 def largest_weight(weights: RouterWeights) -> Tensor:

@@ -262,7 +262,7 @@ class Subject:
             label_dropout=0.0,
             autocast=None,
             teacher=self._ema() if self.alignment is not None and self.alignment.needs_teacher else None,
-        )
+        ).to(self.device)
 
     def stored(self, names: Sequence[str], rows: slice) -> dict[str, Tensor]:
         """A batch of stored bytes as the objective takes it."""

@@ -44,9 +44,15 @@ def export(
 ) -> None:
     """Write a run's averaged weights as a checkpoint that the public code loads."""
     from trainer.runs.exchange import export_checkpoint
-    from trainer.runs.folder import read_summary
+    from trainer.runs.folder import STATISTICS, load_config, read_summary
 
     console.print(f"checkpoint: [bold]{safe(export_checkpoint(run, out, convention=to, step=step))}[/bold]")
+    if (normalization := load_config(run).normalization) != "scalar":
+        console.print(
+            f"[yellow]its latents are normalised by {normalization}[/yellow], which the file does not say: whoever decodes them, "
+            f"trainer import too, would take one factor for all. The numbers are in {safe(run / STATISTICS)}"
+        )
+        return
     summary = read_summary(run)
     if summary is not None and summary["path"]:
         console.print(

@@ -96,7 +96,12 @@ def _values(
     return {
         "title": title,
         "lead": lead,
-        "warnings": dict.fromkeys(str(w) for run in runs for w in latest(run).get("warnings", ())),
+        "warnings": dict.fromkeys(
+            [
+                *incomparable(runs),
+                *(str(w) for run in runs for w in latest(run).get("warnings", ())),
+            ]
+        ),
         "samples": [*(f for f in images if f.section == "samples"), *_run_samples(runs)],
         "features": [f for f in images if f.section != "samples"],
         "numbers": numbers(runs, published),
@@ -154,6 +159,19 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     chosen += [(k, k.removeprefix("metric/"), k.removeprefix("metric/")) for k in keys if k.startswith("metric/")]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
     return [entry for entry in chosen if entry[0] in keys]
+
+
+def incomparable(runs: Sequence[RunData]) -> list[str]:
+    """What keeps the figures of these runs from being compared."""
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        groups.setdefault(str(run.config.get("normalization", "scalar")), []).append(run.name)
+    if len(groups) < 2:
+        return []
+    named = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in groups.items())
+    return [
+        f"The runs normalise their latents differently ({named}), so neither losses nor scores compare the methods."
+    ]
 
 
 def _differs(a: Column | None, b: Column | None) -> bool:

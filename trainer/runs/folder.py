@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from featcache import Cache
 
 ROOT = Path("runs")
+STATISTICS = "normalization.safetensors"
 MAX_JSON_BYTES = 256 << 20
 MAX_JSON_DEPTH = 32
 MAX_LOG_BYTES = 1 << 30
@@ -239,7 +240,7 @@ def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str]
 
 def clear_leftovers(run: Path) -> None:
     """Removes what a killed process left of files it was writing. The caller holds the run (`claim`)."""
-    files.remove_parts(run, of=("config.yaml", "cache.json", "log.jsonl", "diverged.json"))
+    files.remove_parts(run, of=("config.yaml", "cache.json", "log.jsonl", "diverged.json", STATISTICS))
     samples = files.inside(run, "samples")
     if samples.is_dir():
         files.remove_parts(samples)
@@ -287,6 +288,7 @@ def load_config(run: Path) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys and values", remedy=RESTORE)
     values.setdefault("normalization", "scalar")  # runs from before there was a choice
+    values.pop("statistics", None)  # where they came from; the run has a copy, and the file may be gone or another
     try:
         return from_mapping(RunConfig, values)
     except UserError as error:

@@ -14,12 +14,14 @@ from featcache.errors import CacheError, UserError
 from featcache.paths import typed
 from featcache.read.normalization import MOMENTS, Statistics, load, save
 from featcache.store import files
+from trainer.runs import folder as runs
+from trainer.runs.cache import build_command
 from trainer.runs.config import RunConfig
 
 if TYPE_CHECKING:
     from featcache import Cache
 
-FILE = "normalization.safetensors"
+FILE = runs.STATISTICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,13 @@ def settle(config: RunConfig, cache: Cache, run: Path) -> Statistics | None:
                 remedy="Type --normalization channel (or position), or leave --statistics out.",
             )
         return None
-    given = None if config.statistics is None else _fitting(load(Path(config.statistics)), config, cache)
-    if not (run / FILE).is_file():
-        return given or _fitting(_imported(cache), config, cache)
-    kept = _fitting(load(files.inside(run, FILE)), config, cache)
+    if MOMENTS not in cache.manifest.features:
+        raise CacheError(f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, (MOMENTS,)))
+    # What the user names may be a link, as in the Hugging Face hub's folders; what lies in a run may not.
+    given = None if config.statistics is None else _fitting(load(Path(config.statistics).resolve()), config, cache)
+    if not runs.is_run(run):  # what a start that was cut short left there is no run's
+        return given or _fitting(_imported(config, cache), config, cache)
+    kept = _fitting(_kept(run), config, cache)
     if given is not None and not (torch.equal(given.mean, kept.mean) and torch.equal(given.std, kept.std)):
         raise UserError(
             f"{run} was started with other statistics than {config.statistics}",
@@ -77,8 +82,8 @@ def settle(config: RunConfig, cache: Cache, run: Path) -> Statistics | None:
 
 
 def keep(statistics: Statistics | None, run: Path) -> None:
-    """Writes the run's copy."""
-    if statistics is not None and not (run / FILE).is_file():
+    """Writes the copy of a run that begins, before its `config.yaml`; one that has begun keeps its own."""
+    if statistics is not None and not runs.is_run(run):
         save(statistics, files.inside(run, FILE))
 
 
@@ -90,23 +95,27 @@ def of_run(run: Path, config: RunConfig, vae: Mapping[str, Any]) -> Normalizatio
     """
     if config.normalization == "scalar":
         return scalar(vae) if "scaling_factor" in vae and "shift_factor" in vae else None
+    return from_statistics(_kept(run))
+
+
+def _kept(run: Path) -> Statistics:
     path = files.inside(run, FILE)
     if not path.is_file():
         raise UserError(
             f"{path} is missing, and the run's latents were normalised by it",
-            remedy="Bring it back: without it no image can be decoded.",
+            remedy="Bring it back: without it the run can be neither continued nor sampled from.",
         )
-    return from_statistics(load(path))
+    return load(path)
 
 
-def _imported(cache: Cache) -> Statistics:
+def _imported(config: RunConfig, cache: Cache) -> Statistics:
     vae = cache.manifest.dataset.vae or {}
     mean, std = vae.get("channel_mean"), vae.get("channel_std")
     if mean is None or std is None:
         where = typed(str(cache.path))
         raise UserError(
-            f"--normalization channel or position needs statistics, and {cache.path} brings none",
-            remedy=f"Compute them: featcache stats {where} --over channel --out stats.safetensors; then type "
+            f"--normalization {config.normalization} needs statistics, and {cache.path} brings none",
+            remedy=f"Compute them: featcache stats {where} --over {config.normalization} --out stats.safetensors; then type "
             "--statistics stats.safetensors",
         )
     as_column = (torch.tensor(values, dtype=torch.float64).float()[:, None, None] for values in (mean, std))

@@ -229,13 +229,11 @@ def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig) -> 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "alignment"))
             alignment = align.build(chosen, info, available_features(cache))
-            alignment.calibrate(
-                lambda names: layer_statistics(cache, names, seed=derive_seed(config.seed, "statistics"))
-            )
-            return alignment
     except CacheError as error:
         wanted = [f for name, method in chosen for f in align.required_features(name, method)]
         raise CacheError(f"{cache.path}: {error.what}", remedy=build_command(cache, wanted)) from error
+    alignment.calibrate(lambda names: layer_statistics(cache, names, seed=derive_seed(config.seed, "statistics")))
+    return alignment
 
 
 def backbone_info(name: str, cfg: ModelConfig) -> BackboneInfo:
