@@ -78,14 +78,13 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
     encoders: list[Encoder] = []
     without = existing is not None and request.texts and not (request.encoders or request.levels or request.vae)
     if not without and (not again or set(again) - {*SAMPLE_FEATURES, "text/count"}):
-        cached_vae = (existing.manifest.dataset.vae or {}).get("name") if existing is not None else None
-        named = replace(
-            request,
-            vae=request.vae or (str(cached_vae) if cached_vae is not None else None),
-            vae_resampling=_resampling(request, existing),
-        )
         encoders = _encoders(
-            named, resolution, compute, grid=grid, need_vae=existing is None, add_vae=bool(request.vae)
+            _with_vae(request, existing),
+            resolution,
+            compute,
+            grid=grid,
+            need_vae=existing is None,
+            add_vae=bool(request.vae),
         )
     texts = _prepare_texts(request, source, order, existing, compute, counted="text/count" in again)
     dataset = _dataset(request, source, order, resolution, decoder, encoders, existing)
@@ -302,6 +301,13 @@ def _decoder(request: BuildRequest, existing: Cache | None) -> str:
         )
     check_decoder(decoder)
     return decoder
+
+
+def _with_vae(request: BuildRequest, existing: Cache | None) -> BuildRequest:
+    """The request with the existing cache's VAE and resampling where it names none."""
+    cached = (existing.manifest.dataset.vae or {}).get("name") if existing is not None else None
+    vae = request.vae or (None if cached is None else str(cached))
+    return replace(request, vae=vae, vae_resampling=_resampling(request, existing))
 
 
 def _resampling(request: BuildRequest, existing: Cache | None) -> Resampling:
