@@ -9,17 +9,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from featcache.codecs import decode
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import LatentDecoder, load_vae
 from featcache.errors import UserError
+from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage
 from featcache.sources.shapes import recorded_shapes
 from featcache.store import files
-from featcache.store.layout import stored_arrays
 
 THUMB = 128
 MARGIN = 6
@@ -87,20 +86,13 @@ def _decoded(cache: Cache, indices: Sequence[int]) -> np.ndarray:
     vae, _ = load_vae(dataset.vae["name"], WeightsSource(random_seed=random))
     moments = read_feature(cache, "vae/moments", indices)
     mean = torch.from_numpy(moments[:, : dataset.vae["latent_channels"]])
-    pixels: torch.Tensor = LatentDecoder(vae, dataset.vae)(
-        (mean - dataset.vae["shift_factor"]) * dataset.vae["scaling_factor"]
-    )
+    pixels: torch.Tensor = LatentDecoder(vae, dataset.vae, scale=1.0, shift=0.0)(mean)
     return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def read_feature(cache: Cache, name: str, indices: Sequence[int]) -> np.ndarray:
     """One decoded feature of some samples, float32 [n, *shape] (view 0 of flipped caches)."""
-    spec = cache.manifest.features[name]
-    with cache.reader([name], single_view=True) as reader:
-        out = reader.allocate(len(indices))
-        reader.read(np.asarray(indices, np.int64), out)
-    stored = {s: torch.from_numpy(out[name + s]) for s in stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)}
-    return decode(spec.codec, stored, tuple(spec.shape)).numpy()
+    return torch.cat([batch[name] for batch in read_decoded(cache, [name], indices)]).numpy()
 
 
 def pca_rgb(tokens: np.ndarray) -> np.ndarray:

@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.codecs import decode
 from featcache.errors import CacheError, UserError, first_line
 from featcache.progress import QUIET, Progress
+from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
 from featcache.store import files
-from featcache.store.layout import stored_arrays
 
 Over = Literal["channel", "position"]
 OVER: tuple[Over, ...] = ("channel", "position")
@@ -37,7 +36,6 @@ LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp of a posterior's log-variance
 RAE_EPSILON = 1e-5
 DEAD = 1e-6  # of the largest standard deviation: what is less is rounding
 MAX_FILE_BYTES = 1 << 28
-_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +81,13 @@ def compute(cache: Cache, feature: str, over: Over, *, progress: Progress = QUIE
     progress.begin(f"statistics of {feature}", len(cache))
     total = squares = spread = torch.zeros(())
     count = 0
-    with cache.reader([feature]) as reader:
-        out = reader.allocate(min(_BATCH, len(cache)))
-        for first in range(0, len(cache), _BATCH):
-            n = min(_BATCH, len(cache) - first)
-            reader.read(np.arange(first, first + n), out)
-            stored = {s: torch.from_numpy(out[feature + s][:n]) for s in stored_arrays(spec.codec, shape, spec.dtype)}
-            if spec.views > 1:
-                stored = {s: t.flatten(0, 1) for s, t in stored.items()}
-            values = decode(spec.codec, stored, shape).double()
-            if moments:
-                values, logvar = values.chunk(2, dim=1)
-                spread = spread + logvar.clamp(*LOGVAR_RANGE).exp().sum(0)
-            total, squares, count = total + values.sum(0), squares + values.square().sum(0), count + len(values)
-            progress.update(n)
+    for batch in read_decoded(cache, [feature], np.arange(len(cache)), all_views=True):
+        values = batch[feature].double()
+        progress.update(len(values) // spec.views)
+        if moments:
+            values, logvar = values.chunk(2, dim=1)
+            spread = spread + logvar.clamp(*LOGVAR_RANGE).exp().sum(0)
+        total, squares, count = total + values.sum(0), squares + values.square().sum(0), count + len(values)
     over_axes = () if over == "position" else (1, 2) if moments else (0,)
 
     def averaged(sums: Tensor) -> Tensor:

@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featcache.codecs import decode
 from featcache.errors import CacheError
+from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
-from featcache.store.layout import stored_arrays
 
 IMAGES, TOKENS = 512, 128
-_BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,26 +96,18 @@ def layer_statistics(
         raise CacheError(f"{cache.path} holds no images to take statistics of")
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(len(cache), min(images, len(cache)), replace=False))
-    specs = {name: cache.manifest.features[name] for name in names}
     sums = {name: _Sums() for name in names}
-    with cache.reader(list(names), single_view=True) as reader:
-        out = reader.allocate(min(_BATCH, len(chosen)))
-        for first in range(0, len(chosen), _BATCH):
-            indices = chosen[first : first + _BATCH]
-            reader.read(indices, out)
-            before: Tensor | None = None  # the last layer of the feature before: [B, T, C]
-            for name, spec in specs.items():
-                stored = {
-                    s: torch.from_numpy(out[name + s][: len(indices)])
-                    for s in stored_arrays(spec.codec, tuple(spec.shape), spec.dtype)
-                }
-                values = decode(spec.codec, stored, tuple(spec.shape))
-                layers = values[:, None] if values.ndim == 3 else values  # [B, L, T, C]
-                if before is not None and before.shape != (len(layers), *layers.shape[2:]):
-                    before = None
-                places = np.sort(np.random.default_rng((seed, first)).permutation(layers.shape[2])[:tokens])
-                sums[name].add(layers[:, :, places], None if before is None else before[:, places])
-                before = layers[:, -1]
+    first = 0
+    for batch in read_decoded(cache, names, chosen):
+        before: Tensor | None = None  # the last layer of the feature before: [B, T, C]
+        for name, values in batch.items():
+            layers = values[:, None] if values.ndim == 3 else values  # [B, L, T, C]
+            if before is not None and before.shape != (len(layers), *layers.shape[2:]):
+                before = None
+            places = np.sort(np.random.default_rng((seed, first)).permutation(layers.shape[2])[:tokens])
+            sums[name].add(layers[:, :, places], None if before is None else before[:, places])
+            before = layers[:, -1]
+        first += len(values)
     for name, found in sums.items():
         if not bool(torch.isfinite(found.products).all()):
             raise CacheError(f"{name} in {cache.path} holds values that are not finite", remedy="Build it again.")

@@ -42,7 +42,7 @@ from featcache.progress import QUIET, Progress
 from featcache.read.order import epoch_order
 from featcache.sources.opening import Unreadable, explained, file_size, read_file
 from featcache.store.layout import recommended_shard_size
-from featcache.store.manifest import DatasetSpec, FeatureSpec, Manifest
+from featcache.store.manifest import UNKNOWN, DatasetSpec, FeatureSpec, Manifest
 from featcache.store.writers import create_writer
 
 LAYOUTS = ("repa", "edm2", "lightningdit")
@@ -210,7 +210,7 @@ class _NpyLatents:
             "scaling_factor": 0.18215,
             "shift_factor": 0.0,
             "downsampling": 8,
-            "sha256": "unknown",
+            "sha256": UNKNOWN,
             "pixel_range": pixel_range,
         }
         self.provenance = {
@@ -290,13 +290,13 @@ class _SafetensorsLatents:
         self.labels = np.concatenate(labels)
         mean, std = self._channel_statistics(path)
         self.vae = {
-            "name": vae_name or "unknown",
+            "name": vae_name or UNKNOWN,
             "latent_channels": self._shape[0],
             # One number for all channels (root mean square of the channels' std): the exact ones are beside it.
             "scaling_factor": float(1 / np.sqrt(np.mean(std**2))),
             "shift_factor": float(np.mean(mean)),
             "downsampling": 16,
-            "sha256": "unknown",
+            "sha256": UNKNOWN,
             "pixel_range": [-1, 1],
             "channel_mean": [float(x) for x in mean],
             "channel_std": [float(x) for x in std],

@@ -45,6 +45,8 @@ MAX_RESOLUTION = 1 << 13
 _COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9_@-]|\.(?!\.))*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})?\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+# What importers record of a VAE where the source is silent: its name, or the hash of its weights.
+UNKNOWN = "unknown"
 SAMPLE_FEATURES = ("label", "key", "content")  # of the samples themselves, from no encoder
 _RESERVED = {"c", "zarr.json", "SHA256SUMS"}
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from tiny_runs import add_nano
 
+import featcache
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
 from featcache.encoders import EncoderChoice
 from featcache.progress import Quiet
+from featcache.read.normalization import OVER, compute, save
 from trainer.models.config import SIZES
 
 
@@ -27,6 +29,15 @@ def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Quiet(),
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def statistics(shapes_cache: Path) -> dict[str, Path]:
+    """Files with the statistics of that cache's moments, by what they are taken over; they lie beside the cache."""
+    files: dict[str, Path] = {over: shapes_cache.with_name(f"{over}.safetensors") for over in OVER}
+    for over in OVER:
+        save(compute(featcache.open(shapes_cache), "vae/moments", over), files[over])
+    return files
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ COMPILED = [
     "ahpa router content",
     "ahpa time fourier",
     "ahpa full union",
+    "ahpa whiten",
     "ahpa several blocks content",
     "sra",
     "sra2 conv cosine",

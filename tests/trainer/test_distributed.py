@@ -33,8 +33,8 @@ class Outcome:
     ranks: tuple[dict[str, Any], dict[str, Any]]
 
 
-def changes(name: str) -> dict[str, Any]:
-    """Settings of the job of that name beyond its method."""
+def changes(name: str, cache: Path) -> dict[str, Any]:
+    """Settings of the job of that name beyond its method. cache: with files of statistics beside it."""
     values: dict[str, Any] = {"steps": STEPS, "clip": 0.5}
     if "-sharded" in name:
         values["shard"] = True
@@ -44,6 +44,9 @@ def changes(name: str) -> dict[str, Any]:
         values |= {"compile": True, "align_until": STEPS - 2, "log_every": 2}
     if "-fp16" in name:
         values["precision"] = "fp16"
+    if "-whitened" in name:
+        values |= {"align": {"ahpa": {"normalize": "whiten"}}, "normalization": "channel"}
+        values["statistics"] = str(cache.with_name("channel.safetensors"))
     if "-drawn" in name:
         values["sample_every"] = STEPS
     return values
@@ -52,7 +55,14 @@ def changes(name: str) -> dict[str, Any]:
 JOBS = (*METHODS, "ahpa-sharded", "sra-sharded")
 MORE_JOBS = (
     *("sara-accumulated", "none-sharded", "sara-sharded", "dya-sharded-accumulated", "repa-sharded-drawn"),
-    *("ahpa-compiled", "sara-compiled-accumulated", "sra-sharded-compiled", "ahpa-fp16-accumulated", "ahpa+sra"),
+    *(
+        "ahpa-compiled",
+        "sara-compiled-accumulated",
+        "sra-sharded-compiled",
+        "ahpa-fp16-accumulated",
+        "ahpa+sra",
+        "ahpa-whitened-compiled",
+    ),
 )
 EVERY_JOB = [
     *((name, "two_ranks") for name in JOBS),
@@ -80,7 +90,7 @@ def launch(jobs: list[dict[str, Any]], root: Path, seen: Path) -> tuple[dict[str
 def plain(cache: Path, job: str, **kw: Any) -> dict[str, Any]:
     """A job's settings as the ranks get them."""
     add_nano()
-    return to_mapping(settings(cache, job.split("-")[0], **{**changes(job), "name": job, **kw}))
+    return to_mapping(settings(cache, job.split("-")[0], **{**changes(job, cache), "name": job, **kw}))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +109,9 @@ def two_ranks(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> O
 
 
 @pytest.fixture(scope="module")
-def more_of_two_ranks(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def more_of_two_ranks(
+    shapes_cache: Path, statistics: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
     folder = tmp_path_factory.mktemp("more-of-two-ranks")
     jobs = [{"name": name, "settings": plain(shapes_cache, name)} for name in MORE_JOBS]
     return Outcome(folder / "runs", shapes_cache, launch(jobs, folder / "runs", folder / "seen"))
@@ -107,7 +119,9 @@ def more_of_two_ranks(shapes_cache: Path, tmp_path_factory: pytest.TempPathFacto
 
 def alone(outcome: Outcome, name: str, root: Path, **kw: Any) -> Path:
     """The same run on one rank."""
-    config = settings(outcome.cache, name.split("-")[0], **{**changes(name), "name": name, "compile": False, **kw})
+    config = settings(
+        outcome.cache, name.split("-")[0], **{**changes(name, outcome.cache), "name": name, "compile": False, **kw}
+    )
     return train(config, resume=False, watcher=Listener(), root=root)
 
 
@@ -146,7 +160,9 @@ def test_a_sharded_run_goes_on_alone(two_ranks: Outcome, tmp_path: Path) -> None
     import shutil
 
     shutil.copytree(two_ranks.root / "ahpa-sharded", tmp_path / "ahpa-sharded")
-    config = settings(two_ranks.cache, "ahpa", **{**changes("ahpa"), "name": "ahpa-sharded", "steps": STEPS + 3})
+    config = settings(
+        two_ranks.cache, "ahpa", **{**changes("ahpa", two_ranks.cache), "name": "ahpa-sharded", "steps": STEPS + 3}
+    )
     train(config, resume=True, watcher=Listener(), root=tmp_path)
     expected = losses(alone(two_ranks, "ahpa", tmp_path, steps=STEPS + 3))
     assert losses(tmp_path / "ahpa-sharded") == pytest.approx(expected, rel=2e-4)

@@ -263,6 +263,7 @@ def test_training_learns(shapes_cache: Path, tmp_path: Path) -> None:
                 ("repa", {"precision": "bf16"}, 2),
                 ("ahpa", {"precision": "fp16"}, 2),
                 ("ahpa", {"align": {"ahpa": {"router": "content", "depths": [1, 3]}}}, 2),
+                ("ahpa", {"align": {"ahpa": {"normalize": "whiten"}}, "normalization": "channel"}, 2),
                 ("sra", {"accumulate": 2}, 2),
                 ("sra2", {}, 2),
                 ("ahpa+sra", {}, 2),
@@ -274,6 +275,7 @@ def test_training_learns(shapes_cache: Path, tmp_path: Path) -> None:
 )
 def test_a_step_is_one_compiled_region(
     shapes_cache: Path,
+    statistics: dict[str, Path],
     tmp_path: Path,
     method: str,
     changes: dict[str, Any],
@@ -290,6 +292,8 @@ def test_a_step_is_one_compiled_region(
     torch.compiler.reset()
     counters.clear()
     common = {"steps": 10, "log_every": 3, "align_until": 8, "seed": 2, **changes}
+    if over := changes.get("normalization"):
+        common["statistics"] = str(statistics[over])
     compiled = run(settings(shapes_cache, method, compile=True, **common), tmp_path / "compiled")
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]

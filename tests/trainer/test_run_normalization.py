@@ -18,7 +18,7 @@ import featcache
 from featcache.errors import CacheError, UserError
 from featcache.inspect import read_feature
 from featcache.progress import Quiet
-from featcache.read.normalization import Statistics, compute, load, save
+from featcache.read.normalization import Statistics, load, save
 from featcache.share.importers import ImportRequest, import_latents
 from trainer.analyze.config import AnalyzeConfig
 from trainer.analyze.subject import Subject
@@ -35,14 +35,6 @@ from trainer.training.loop import train
 from trainer.training.objective import sample_posterior
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def statistics(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("statistics")
-    for over in ("channel", "position"):
-        save(compute(featcache.open(shapes_cache), "vae/moments", over), folder / f"{over}.safetensors")
-    return {over: folder / f"{over}.safetensors" for over in ("channel", "position")}
 
 
 def run(config: RunConfig, root: Path, *, resume: bool = False) -> Path:

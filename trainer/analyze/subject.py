@@ -16,6 +16,7 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from featcache.inspect import images_of, read_feature
+from featcache.read.decoded import CachedFeature
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import AlignInputs, Alignment
 from trainer.align.combined import Combined
@@ -33,7 +34,7 @@ from trainer.runs.config import RunConfig
 from trainer.runs.normalization import Normalization, of_run, scalar
 from trainer.sampling import draw as sample
 from trainer.training.objective import Objective, ema_decay_at, sample_posterior
-from trainer.training.state import backbone_info, build_alignment, cached_feature
+from trainer.training.state import backbone_info, build_alignment
 
 _POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
 MIXTURE = "router's mixture"
@@ -88,7 +89,7 @@ class Subject:
     def _load_alignment(self) -> Alignment | None:
         with warnings.catch_warnings():  # heads that warn of random weights get the trained ones below
             warnings.simplefilter("ignore")
-            alignment = build_alignment(self.config, self.cache, self.cfg)
+            alignment = build_alignment(self.config, self.cache, self.cfg, calibrate=False)
         if alignment is None:
             return None
         _, path = checkpoint.find_checkpoint(self.run, self.step)
@@ -255,7 +256,7 @@ class Subject:
         return Objective(
             self.model,
             self.alignment,
-            {name: cached_feature(self.cache, name) for name in reads},
+            {name: CachedFeature.of(self.cache.manifest.features[name]) for name in reads},
             normalization=self._normalization,
             path=self.config.path,
             time_sampling="uniform",

@@ -26,6 +26,7 @@ from trainer.report.table import (
     numbers,
     settings,
 )
+from trainer.runs.log import is_detail
 from trainer.typeset import number
 
 MAX_STRIP_STEPS, MAX_STRIP_TILES = 6, 3
@@ -151,7 +152,7 @@ def _judged_sentences(runs: Sequence[RunData]) -> list[str]:
 
 def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     """(log key, title, axis label) in reading order, of what any run logged."""
-    keys = dict.fromkeys(k for run in runs for k in run.log)
+    keys = dict.fromkeys(k for run in runs for k in run.log if not is_detail(k))
     chosen = [("loss", "Loss", "loss")]
     if any(_differs(run.log.get("loss"), run.log.get("denoise")) for run in runs):
         chosen.append(("denoise", "Denoising term", "loss"))

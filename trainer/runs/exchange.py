@@ -10,6 +10,7 @@ import featcache
 from featcache.errors import UserError
 from featcache.paths import CHECKPOINTS, check_output
 from featcache.store import files
+from featcache.store.manifest import UNKNOWN
 from trainer.runs import checkpoint, locks
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
@@ -78,14 +79,14 @@ def import_checkpoint(
     )
     run = runs.run_dir(config, root)
     dataset = {
-        "name": "unknown",
+        "name": UNKNOWN,
         "source": f"imported checkpoint {path.name}",
         "class_names": [str(i) for i in range(cfg.num_classes)],
         "preprocessing": {"resolution": cfg.latent_size * 8},
         "vae": {**_VAE, "latent_channels": cfg.latent_channels},
     }
     features = {
-        "vae/moments": {"shape": [2 * cfg.latent_channels, cfg.latent_size, cfg.latent_size], "weights": "unknown"}
+        "vae/moments": {"shape": [2 * cfg.latent_channels, cfg.latent_size, cfg.latent_size], "weights": UNKNOWN}
     }
     summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
     if cache is not None:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+def is_detail(name: str) -> bool:
+    """Whether a reading is one of several by interval of t: for the log and TensorBoard, neither for the line of progress
+    nor for a chart of its own."""
+    return " t=" in name
+
+
 class RunLog:
     """Appends records to `log.jsonl` and scalars to `tensorboard/` (and wandb if `$WANDB_PROJECT` is set)."""
 

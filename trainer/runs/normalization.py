@@ -112,15 +112,17 @@ def _imported(config: RunConfig, cache: Cache) -> Statistics:
     vae = cache.manifest.dataset.vae or {}
     mean, std = vae.get("channel_mean"), vae.get("channel_std")
     if mean is None or std is None:
-        where = typed(str(cache.path))
         raise UserError(
             f"--normalization {config.normalization} needs statistics, and {cache.path} brings none",
-            remedy=f"Compute them: featcache stats {where} --over {config.normalization} --out stats.safetensors; then type "
-            "--statistics stats.safetensors",
+            remedy=_compute(config, cache),
         )
-    as_column = (torch.tensor(values, dtype=torch.float64).float()[:, None, None] for values in (mean, std))
-    mean_, std_ = as_column
-    return Statistics(mean=mean_, std=std_)
+    return Statistics(mean=torch.tensor(mean)[:, None, None], std=torch.tensor(std)[:, None, None])
+
+
+def _compute(config: RunConfig, cache: Cache) -> str:
+    """What to type for statistics that fit."""
+    command = f"featcache stats {typed(str(cache.path))} --over {config.normalization} --out stats.safetensors"
+    return f"Compute them: {command}; then type --statistics stats.safetensors"
 
 
 def _fitting(statistics: Statistics, config: RunConfig, cache: Cache) -> Statistics:
@@ -130,14 +132,13 @@ def _fitting(statistics: Statistics, config: RunConfig, cache: Cache) -> Statist
     if statistics.feature not in (None, MOMENTS):
         raise UserError(
             f"the statistics are of {statistics.feature}, not of {MOMENTS}",
-            remedy=f"Compute those: featcache stats {typed(str(cache.path))} --over {config.normalization} --out FILE",
+            remedy=_compute(config, cache),
         )
     if statistics.fingerprint not in (None, cache.fingerprint):
         raise CacheError(
             f"the statistics were computed from a cache with fingerprint {str(statistics.fingerprint)[:12]}, and "
             f"{cache.path} has {cache.fingerprint[:12]}",
-            remedy=f"Compute them from this one: featcache stats {typed(str(cache.path))} --over {config.normalization} "
-            "--out FILE",
+            remedy=_compute(config, cache),
         )
     if tuple(statistics.mean.shape) != shape:
         raise UserError(

@@ -19,6 +19,7 @@ from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import LatentDecoder, load_vae
 from featcache.errors import UserError
 from featcache.store import files
+from featcache.store.manifest import UNKNOWN
 from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
@@ -40,9 +41,6 @@ GRID_SAMPLERS, GRID_STEPS = {"sit": "ode", "dit": "ddpm"}, 32
 
 # Images decoded at once: enough to fill a GPU at 256 pixels, and 1 GiB for the SD-VAE's largest activation there.
 DECODED_IMAGES = 16
-
-# What importers record of a VAE where the source is silent: its name, or its weights' hash.
-UNKNOWN = "unknown"
 
 
 def check_sampler(family: str, sampler: str | None) -> str:

@@ -30,7 +30,7 @@ from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.cache import find_cache, random_features, sample_keys
 from trainer.runs.config import RunConfig
-from trainer.runs.log import RunLog
+from trainer.runs.log import RunLog, is_detail
 from trainer.runs.normalization import keep, resolve, settle
 from trainer.training.data import Batches, Share, stream_indices
 from trainer.training.grids import GridMaker
@@ -99,7 +99,8 @@ def _train(
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
         statistics = settle(config, cache, run)
-        parts = assemble(config, cache, device, world, statistics=statistics)
+        begun = bool(checkpoint.list_checkpoints(run))
+        parts = assemble(config, cache, device, world, statistics=statistics, begun=begun)
         start, trained_s = _restore(parts, run, config)
         if world.is_main:
             runs.clear_leftovers(run)
@@ -300,8 +301,7 @@ def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMe
     record = {"step": done, "time_s": round(clock.trained_s, 3), **speed, "lr": lr, "grad_norm": float(norm), **shown}
     if log is not None:
         log.record(record)
-    # Readings by interval of t are for the log: a line has room for what says whether the run goes well.
-    brief = {name: value for name, value in (shown | speed).items() if " t=" not in name}
+    brief = {name: value for name, value in (shown | speed).items() if not is_detail(name)}
     job.watcher.update(1, "  ".join(f"{name} {value:.4g}" for name, value in brief.items()))
 
 

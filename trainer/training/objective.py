@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from featcache.codecs import decode
 from featcache.read.normalization import LOGVAR_RANGE
-from featcache.store.layout import stored_arrays
 from trainer.align.base import AlignInputs, Alignment, Teacher
 from trainer.diffusion.transport import build_transport
 from trainer.distributed import is_sharded, local, sum_over_ranks
 from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
+    from featcache.read.decoded import CachedFeature
     from trainer.diffusion.interpolants import Path, TimeDistribution
     from trainer.models import ModelOutput, Transformer
     from trainer.runs.normalization import Normalization
@@ -68,21 +67,6 @@ def draw(
         drop=uniform(),
         align=uniform(),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachedFeature:
-    """How one feature lies in a batch: what `featcache.codecs.decode` needs."""
-
-    name: str
-    shape: tuple[int, ...]
-    codec: str
-    dtype: str
-
-    def decode(self, batch: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Stored arrays of the batch => [B, *shape]."""
-        stored = {s: batch[self.name + s] for s in stored_arrays(self.codec, self.shape, self.dtype)}
-        return decode(self.codec, stored, self.shape, dtype)
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, *, scale: float | Tensor, shift: float | Tensor) -> Tensor:

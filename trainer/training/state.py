@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import CacheError, UserError
+from featcache.read.decoded import CachedFeature
 from featcache.read.normalization import Statistics
 from featcache.read.statistics import layer_statistics
 from trainer import align, distributed
@@ -25,7 +26,7 @@ from trainer.runs.cache import available_features, build_command
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import from_statistics, scalar
 from trainer.seeds import derive_seed
-from trainer.training.objective import CachedFeature, Objective
+from trainer.training.objective import Objective
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -78,6 +79,7 @@ def assemble(
     *,
     backbone: tuple[Transformer, Transformer] | None = None,
     statistics: Statistics | None = None,
+    begun: bool = False,
 ) -> Parts:
     """Builds everything from a configuration and a cache.
 
@@ -86,6 +88,7 @@ def assemble(
     Args:
         backbone: model and average to use instead of new ones, for comparing methods on one.
         statistics: that the latents are normalised by; None by the VAE's scaling factor.
+        begun: a checkpoint is about to be loaded: what the alignment takes of the cache when it starts is in it.
 
     Raises:
         CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
@@ -101,7 +104,7 @@ def assemble(
         model = build_model(model_cfg, seed=derive_seed(config.seed, "backbone"), device="cpu" if sharded else device)
         backbone = model, copy.deepcopy(model).eval().requires_grad_(False)
     model, ema = backbone
-    alignment = build_alignment(config, cache, model_cfg)
+    alignment = build_alignment(config, cache, model_cfg, calibrate=not begun)
     if sharded:
         for module in (model, ema):
             if compiled:
@@ -115,7 +118,7 @@ def assemble(
     objective = Objective(
         model,
         alignment,
-        {name: cached_feature(cache, name) for name in reads},
+        {name: CachedFeature.of(cache.manifest.features[name]) for name in reads},
         normalization=scalar(dataset.vae) if statistics is None else from_statistics(statistics),
         path=config.path,
         time_sampling=config.time_sampling,
@@ -215,8 +218,9 @@ def backbone_config(config: RunConfig, cache: Cache) -> ModelConfig:
     return config.backbone(dataset.vae, resolution=resolution, num_classes=classes)
 
 
-def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig) -> Alignment | None:
-    """The method's module on the CPU, initialised from a seed of its own, with the cache's statistics where it asks.
+def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig, *, calibrate: bool) -> Alignment | None:
+    """The method's module on the CPU, initialised from a seed of its own; `calibrate`: with the cache's statistics where
+    it asks, which a checkpoint would bring.
 
     Raises:
         CacheError: the cache lacks what the method reads.
@@ -232,7 +236,8 @@ def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig) -> 
     except CacheError as error:
         wanted = [f for name, method in chosen for f in align.required_features(name, method)]
         raise CacheError(f"{cache.path}: {error.what}", remedy=build_command(cache, wanted)) from error
-    alignment.calibrate(lambda names: layer_statistics(cache, names, seed=derive_seed(config.seed, "statistics")))
+    if calibrate:
+        alignment.calibrate(lambda names: layer_statistics(cache, names, seed=derive_seed(config.seed, "statistics")))
     return alignment
 
 
@@ -246,12 +251,6 @@ def backbone_info(name: str, cfg: ModelConfig) -> BackboneInfo:
         latent_channels=cfg.latent_channels,
         latent_size=cfg.latent_size,
     )
-
-
-def cached_feature(cache: Cache, name: str) -> CachedFeature:
-    """Layout of one of the cache's features."""
-    spec = cache.manifest.features[name]
-    return CachedFeature(name=name, shape=tuple(spec.shape), codec=spec.codec, dtype=spec.dtype)
 
 
 def save_parts(
