@@ -8,10 +8,7 @@ Heads are thrown away.
 
 from __future__ import annotations
 
-import copy
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipelines.embedded.data import enlarged, numbers, to_pixels
-from pipelines.embedded.vae import LARGE_EVERY, Material, update_average
+from pipelines.embedded import loop
+from pipelines.embedded.data import LARGE_EVERY, Material, enlarged, numbers, to_pixels
 
 VIT_CONFIG: dict[str, Any] = {
     "img_size": 64,
@@ -59,27 +56,27 @@ def patch_means(images: Tensor, coverage: Tensor, patch: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledBatch:
-    """Pixels `[B, 3, H, H]`: shapes first, then photographs. coverage: of the shapes `[S, 1, H, H]`."""
+    """Pixels `[B, 3, H, H]`: shapes first, then photographs. coverage: of the shapes `[S, 1, H, H]`. labels: kind => its
+    part of the batch and its classes."""
 
     pixels: Tensor
     coverage: Tensor
-    shape_labels: Tensor
-    photograph_labels: Tensor
+    labels: dict[str, tuple[slice, Tensor]]
 
 
 def labelled_batch(material: Material, step: int, size: int, *, seed: int, purpose: int) -> LabelledBatch:
-    """Half shapes, half photographs; every `LARGE_EVERY`-th batch at twice the side with a quarter of the images. Mirrored
+    """A quarter shapes, the rest photographs; every `LARGE_EVERY`-th batch at twice the side with a quarter of the images. Mirrored
     at random, photographs shifted by up to 8 pixels besides."""
     rng = numbers(seed, purpose, step)
     large = step % LARGE_EVERY == LARGE_EVERY - 1
     drawn = material.large_shapes if large else material.shapes
     n = max(2, size // 4) if large else size
-    own = n if material.photographs is None else n // 2
+    own = n if material.photographs is None else max(1, n // 4)
     chosen = rng.integers(0, len(drawn.labels), own)
     images, coverage = drawn.images[chosen], drawn.coverage[chosen]
     mirrored = rng.random(own) < 0.5
     images[mirrored], coverage[mirrored] = images[mirrored, :, ::-1], coverage[mirrored, :, ::-1]
-    pixels, photograph_labels = to_pixels(images), torch.zeros(0, dtype=torch.long)
+    pixels, labels = to_pixels(images), {"shapes": (slice(0, own), torch.from_numpy(drawn.labels[chosen]))}
     if material.photographs is not None:
         picks = rng.integers(0, len(material.photographs.labels), n - own)
         photographs = enlarged(material.photographs.images[picks]) if large else material.photographs.images[picks]
@@ -91,58 +88,50 @@ def labelled_batch(material: Material, step: int, size: int, *, seed: int, purpo
         moves = rng.integers(0, 17, (len(picks), 2))
         shown = torch.stack([p[:, y : y + H, x : x + H] for p, (y, x) in zip(padded, moves, strict=True)])
         pixels = torch.cat([pixels, shown])
-        photograph_labels = torch.from_numpy(material.photographs.labels[picks])
+        labels["photographs"] = (slice(own, n), torch.from_numpy(material.photographs.labels[picks]))
     return LabelledBatch(
         pixels=pixels,
         coverage=torch.from_numpy(np.ascontiguousarray(coverage)).float()[:, None] / 255,
-        shape_labels=torch.from_numpy(drawn.labels[chosen]),
-        photograph_labels=photograph_labels,
+        labels=labels,
     )
 
 
-class VitTask(nn.Module):
-    """The ViT's training heads and its loss."""
+class Heads(nn.Module):
+    """What is thrown away after training: a linear head for each kind of class, and for the ViT one that reads its patch
+    from each token. Called with a network and a batch, it gives the loss and its terms."""
 
-    def __init__(self, vit: VisionTransformer, shapes: int, photographs: int) -> None:
+    def __init__(self, width: int, classes: Mapping[str, int], *, dense: bool) -> None:
         super().__init__()
-        self.shapes, self.photographs = nn.Linear(vit.embed_dim, shapes), nn.Linear(vit.embed_dim, photographs)
-        self.dense = nn.Linear(vit.embed_dim, 4)
+        self.classes = nn.ModuleDict({kind: nn.Linear(width, count) for kind, count in classes.items()})
+        self.dense = nn.Linear(width, 4) if dense else None
 
-    def forward(self, vit: VisionTransformer, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = vit.forward_features(batch.pixels)[:, vit.num_prefix_tokens :]  # [B, N, D]
-        own, mean = len(batch.shape_labels), tokens.mean(1)
-        nothing = batch.coverage.new_zeros(len(mean) - own, 1, *batch.coverage.shape[2:])
+    def forward(self, network: Any, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        told: dict[str, Tensor] = {}
+        if self.dense is None:
+            features = network(batch.pixels)
+        else:
+            tokens = network.forward_features(batch.pixels)[:, network.num_prefix_tokens :]  # [B, N, D]
+            features = tokens.mean(1)
+            told["dense"] = self._dense_error(self.dense(tokens), batch)
+        for kind, (part, known) in batch.labels.items():
+            smoothing = 0.1 if kind == "photographs" else 0.0
+            told[kind] = F.cross_entropy(self.classes[kind](features[part]), known, label_smoothing=smoothing)
+        return sum(told.values(), torch.zeros(())) + (DENSE_WEIGHT - 1) * told.get("dense", torch.zeros(())), told
+
+    @staticmethod
+    def _dense_error(read: Tensor, batch: LabelledBatch) -> Tensor:
+        """Mean squared error per image; photographs have no coverage, so there only colour counts."""
+        own = len(batch.coverage)
+        nothing = batch.coverage.new_zeros(len(read) - own, 1, *batch.coverage.shape[2:])
         wanted = patch_means(batch.pixels, torch.cat([batch.coverage, nothing]), VIT_CONFIG["patch_size"])
-        error = (self.dense(tokens) - wanted).square()
-        dense = (error[:own].mean() * own + error[own:, :, 1:].sum() / 3 / wanted.shape[1]) / len(mean)
-        return _class_loss(self, mean, batch, DENSE_WEIGHT * dense)
-
-
-class JudgeTask(nn.Module):
-    """The judge's training heads and its loss."""
-
-    def __init__(self, judge: ResNet, shapes: int, photographs: int) -> None:
-        super().__init__()
-        self.shapes, self.photographs = nn.Linear(judge.num_features, shapes), nn.Linear(judge.num_features, photographs)
-
-    def forward(self, judge: ResNet, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        return _class_loss(self, judge(batch.pixels), batch, batch.pixels.new_zeros(()))
-
-
-def _class_loss(task: Any, features: Tensor, batch: LabelledBatch, more: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    own = len(batch.shape_labels)
-    told = {"shapes": F.cross_entropy(task.shapes(features[:own]), batch.shape_labels)}
-    if len(batch.photograph_labels):
-        told["photographs"] = F.cross_entropy(
-            task.photographs(features[own:]), batch.photograph_labels, label_smoothing=0.1
-        )
-    return sum(told.values(), more), told | {"dense": more}
+        error = (read - wanted).square().mean(1)  # [B, 4]
+        return (error[:own].mean(1).sum() + error[own:, 1:].mean(1).sum()) / len(read)
 
 
 def train(
     material: Material,
     network: nn.Module,
-    task: nn.Module,
+    heads: nn.Module,
     *,
     name: str,
     steps: int,
@@ -151,39 +140,27 @@ def train(
     seed: int,
     purpose: int,
     out: Path,
-    measure: Callable[[nn.Module], str],
-) -> nn.Module:
-    """Train ``network`` with ``task``'s loss; returns the averaged weights. Continues from `out/<name>-state.pt`."""
-    average = copy.deepcopy(network).eval().requires_grad_(False)
-    parameters = [*network.parameters(), *task.parameters()]
+) -> tuple[nn.Module, float]:
+    """Train `network` with the loss that `heads` say; returns the averaged network and the seconds that it took."""
+    parameters = [*network.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=0.05)
-    state, first = out / f"{name}-state.pt", 0
-    if state.is_file():
-        saved = torch.load(state, weights_only=True)
-        first = int(saved["step"])
-        for module, values in zip((network, task, average), saved["modules"], strict=True):
-            module.load_state_dict(values)
-        optimizer.load_state_dict(saved["optimizer"])
-    began = time.monotonic()
-    network.train()
-    for step in range(first, steps):
-        batch = labelled_batch(material, step, size, seed=seed, purpose=purpose)
-        loss, told = task(network, batch)
-        fraction = step / steps
-        rate = peak_lr * min(1.0, fraction / 0.02 + 0.01) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
-        optimizer.param_groups[0]["lr"] = rate
+    parts = loop.Parts(network=network, average=loop.averaged(network), heads=heads, optimizers=(optimizer,))
+
+    def update(step: int) -> dict[str, Tensor]:
+        loss, told = heads(network, labelled_batch(material, step, size, seed=seed, purpose=purpose))
+        optimizer.param_groups[0]["lr"] = peak_lr * loop.rate(step, steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        update_average(average, network, step)
-        for kept, now in zip(average.buffers(), network.buffers(), strict=True):
-            kept.copy_(now)
-        if (step + 1) % 500 == 0:
-            shown = ", ".join(f"{kind} {value.item():.4f}" for kind, value in told.items())
-            print(f"{name} step {step + 1}: {shown}; {measure(average)}; {time.monotonic() - began:.0f} s", flush=True)
-            partial = state.with_suffix(".partial")
-            modules = [m.state_dict() for m in (network, task, average)]
-            torch.save({"step": step + 1, "modules": modules, "optimizer": optimizer.state_dict()}, partial)
-            partial.replace(state)
-    return average
+        return told
+
+    settings = {
+        "part": name,
+        "steps": steps,
+        "size": size,
+        "seed": seed,
+        "photographs": material.photographs is not None,
+    }
+    seconds = loop.run(name, parts, update, steps=steps, settings=settings, out=out)
+    return parts.average, seconds

@@ -26,7 +26,8 @@ from featcache.errors import UserError
 # Seeds of the sets of shapes: what they draw stays unseen in tests, demos and experiments.
 TRAIN_SET, HELD_OUT_SET = 731_001, 731_002
 SIDE = 64
-SHAPES = 16_384  # drawn once; every further visit mirrors half of them
+LARGE_EVERY = 6  # every n-th batch holds a quarter as many images of twice the side
+SHAPES, LARGE_SHAPES = 16_384, 2_048  # drawn once; every further visit mirrors half of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def split_of(folder: Path, split: str) -> list[Path]:
     """The zips of `train` or `val` in a folder; raises `UserError` if there are none."""
     found = sorted(folder.glob(f"{split}*.zip"))
     if not found:
-        raise UserError(f"{folder} holds no {split}*.zip", remedy="Leave --photographs out to train on shapes alone.")
+        raise UserError(f"{folder} holds no {split}*.zip", remedy="Leave --data out to train on shapes alone.")
     return found
 
 
@@ -84,6 +85,21 @@ def draw_shapes(count: int, *, image_set: int, resolution: int = SIDE, first: in
         image, cover, labels[i] = shapes.render_layers(first + i, seed=image_set, resolution=resolution)
         images[i], coverage[i] = np.round(image * 255), np.round(cover * 255)
     return Drawn(images=images, coverage=coverage, labels=labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a training draws from: shapes of 64 and of 128 px, photographs of 64 px or None."""
+
+    shapes: Drawn
+    large_shapes: Drawn
+    photographs: Photographs | None
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Kind => number of its classes."""
+        known = {"shapes": len(shapes.CLASS_NAMES)}
+        return known if self.photographs is None else known | {"photographs": len(self.photographs.classes)}
 
 
 def numbers(seed: int, purpose: int, step: int) -> np.random.Generator:

@@ -4,16 +4,12 @@ Loss: see `reconstruction_loss`; a posterior kept just off a point (`KL_WEIGHT`)
 (`LevelTerm`): the last layers of G3 and G4 must tell the class, and every layer of G3 and G4 must use many directions.
 Without the last term a small VAE's levels are dominated by their mean and nearly alike from layer to layer.
 
-Muon trains the convolutions inside residual branches and AdamW all that carries the stream (first convolutions,
-down- and upsampling, shortcuts): a stream under Muon grows without bound, until the branches no longer change it.
+It starts where `start.solve_encoder` leaves it; `optimizers` says who trains what.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from featcache.encoders.vae import encoder_layers
-from pipelines.embedded import levels
-from pipelines.embedded.data import Drawn, Photographs, enlarged, mosaic, numbers, to_pixels
+from pipelines.embedded import loop
+from pipelines.embedded.data import LARGE_EVERY, Material, enlarged, mosaic, numbers, to_pixels
+from pipelines.embedded.start import solve_encoder
 
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -39,7 +35,7 @@ CONFIG: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [16, 32, 88, 88],
     "layers_per_block": 2,
-    "latent_channels": 8,
+    "latent_channels": 16,
     "norm_num_groups": 8,
     "sample_size": 64,
 }
@@ -47,12 +43,11 @@ CONFIG: dict[str, Any] = {
 EDGE_WEIGHT = 0.5
 BLUR_WEIGHT = 2.0
 KL_WEIGHT = 1e-5
-CLASS_WEIGHT = 0.02
-MEAN_WEIGHT = 0.02
-CORRELATION_WEIGHT = 0.5
-CHANGE_WEIGHT = 0.5
+LEVEL_WEIGHTS = {"class": 0.02, "mean": 0.02, "correlation": 0.5, "change": 0.5}
 LARGEST_COSINE = 0.9  # between a layer's tokens and those of the layer before it
-LARGE_EVERY = 6  # every n-th batch holds a quarter as many images of twice the side
+MUON_LR, ADAM_LR = 2e-2, 1e-3
+FITTED_ON = 96  # images from which the start is solved
+BATCHES, NOISE = 1, 2  # purposes of random numbers
 SUPERVISED = ("down3.res0", "mid.res1")  # the last layers of G3 and of G4
 
 
@@ -87,11 +82,15 @@ class LevelTerm(nn.Module):
         for layer in layers:
             layer.module.register_forward_hook(lambda _m, _i, out, name=layer.name: self._kept.__setitem__(name, out))
         self.heads = nn.ModuleDict(
-            {f"{kind}/{name}".replace(".", "-"): nn.Linear(width, n) for kind, n in classes.items() for name in SUPERVISED}
+            {
+                f"{kind}/{name}".replace(".", "-"): nn.Linear(width, n)
+                for kind, n in classes.items()
+                for name in SUPERVISED
+            }
         )
 
-    def forward(self, labels: dict[str, tuple[slice, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Class, mean, correlation and change terms of the last encoding. labels: kind -> its part of the batch, its labels."""
+    def forward(self, labels: dict[str, tuple[slice, Tensor]]) -> dict[str, Tensor]:
+        """The terms of the last encoding by name, as in `LEVEL_WEIGHTS`. labels: kind => its part of the batch, its classes."""
         classes, means, correlations, changes = [], [], [], []
         previous: Tensor | None = None
         for name, output in self._kept.items():
@@ -113,105 +112,98 @@ class LevelTerm(nn.Module):
                     logits = self.heads[f"{kind}/{name}".replace(".", "-")](pooled[part] / scale)
                     classes.append(F.cross_entropy(logits, known))
         self._kept.clear()
-        terms = (classes, means, correlations, changes)
-        told, mean, correlation, change = (torch.stack(term).mean() for term in terms)
-        return told, mean, correlation, change
+        terms = {"class": classes, "mean": means, "correlation": correlations, "change": changes}
+        return {name: torch.stack(values).mean() for name, values in terms.items()}
 
 
 @torch.no_grad()
-def start(vae: AutoencoderKL) -> None:
-    """Initialise so that colours and positions get through from the first step (our choice).
-
-    Shortcuts are orthogonal, downsampling averages 2x2, upsampling repeats (both plus a little noise to break symmetry),
-    and the posterior starts narrow. Residual branches keep PyTorch's own start, which makes each as strong as the stream.
+def start_decoder(vae: AutoencoderKL) -> None:
+    """Initialise so that the decoder begins as a resampler: residual branches end in zeros, shortcuts are orthogonal and
+    upsampling repeats (plus a little noise to break symmetry), so that colours and places get through from the first step.
     """
-    for module in vae.modules():
-        if isinstance(module, ResnetBlock2D) and module.conv_shortcut is not None:
-            nn.init.zeros_(module.conv_shortcut.bias)
-            nn.init.orthogonal_(module.conv_shortcut.weight)
-        elif isinstance(module, Downsample2D | Upsample2D):
-            assert isinstance(module.conv, nn.Conv2d) and module.conv.bias is not None
-            weight = module.conv.weight
-            nn.init.zeros_(module.conv.bias)
-            nn.init.dirac_(weight)
-            if isinstance(module, Downsample2D):
-                # The input is padded by one at the right and bottom: taps 0 and 1 cover a 2x2 block.
-                weight[:, :, :2, :2] = weight[:, :, 1:2, 1:2].clone() / 4
-            weight += 0.02 * torch.randn_like(weight)
-    assert vae.quant_conv is not None and vae.quant_conv.bias is not None
-    vae.quant_conv.bias[vae.config["latent_channels"] :] = -6.0
+    for module in vae.decoder.modules():
+        if isinstance(module, ResnetBlock2D):
+            _zero(module.conv2)
+            if module.conv_shortcut is not None:
+                _zero(module.conv_shortcut)
+                nn.init.orthogonal_(module.conv_shortcut.weight)
+        elif isinstance(module, Attention):
+            _zero(module.to_out[0])
+        elif isinstance(module, Upsample2D):
+            assert isinstance(module.conv, nn.Conv2d)
+            _zero(module.conv)
+            nn.init.dirac_(module.conv.weight)
+            module.conv.weight += 0.02 * torch.randn_like(module.conv.weight)
 
 
-class Optimizer:
-    """Muon for the weights inside residual branches, taken as matrices [out, rest]; AdamW for all else."""
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
-    def __init__(self, vae: AutoencoderKL, others: nn.Module, *, muon_lr: float, adam_lr: float) -> None:
-        inside = [m for m in vae.modules() if isinstance(m, ResnetBlock2D | Attention)]
-        branch = [m.conv1 for m in inside if isinstance(m, ResnetBlock2D)]
-        branch += [m.conv2 for m in inside if isinstance(m, ResnetBlock2D)]
-        branch += [layer for m in inside if isinstance(m, Attention) for layer in (m.to_q, m.to_k, m.to_v, m.to_out[0])]
-        self._weights = [module.weight for module in branch]
-        # Views on the same storage: `torch.optim.Muon` takes matrices only.
-        self._matrices = [nn.Parameter(p.detach().view(p.shape[0], -1)) for p in self._weights]
-        taken = {id(p) for p in self._weights}
-        rest = [p for p in (*vae.parameters(), *others.parameters()) if id(p) not in taken]
-        self._peaks = (muon_lr, adam_lr)
-        self._optimizers = (
-            torch.optim.Muon(self._matrices, lr=muon_lr, weight_decay=0.05),
-            torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0),
-        )
-        self._all = [*vae.parameters(), *others.parameters()]
 
-    def step(self, loss: Tensor, fraction: float) -> None:
-        """fraction: of the training that is over, in [0, 1)."""
-        for parameter in self._all:
-            parameter.grad = None
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._all, 1.0)
+class Muon(torch.optim.Muon):
+    """Muon for weights of any number of axes, taken as matrices [out, rest]."""
+
+    def __init__(self, weights: Iterable[Tensor], **options: Any) -> None:
+        self._weights = list(weights)
+        # Views on the same storage: the base class takes matrices only.
+        self._matrices = [nn.Parameter(w.detach().view(w.shape[0], -1)) for w in self._weights]
+        super().__init__(self._matrices, **options)
+
+    def step(self, closure: Any = None) -> Any:
         for weight, matrix in zip(self._weights, self._matrices, strict=True):
-            assert weight.grad is not None
-            matrix.grad = weight.grad.reshape(matrix.shape)
-        warm = min(1.0, fraction / 0.02 + 0.01)
-        factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fraction)))
-        for optimizer, peak in zip(self._optimizers, self._peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * factor
-            optimizer.step()
+            matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)
+        return super().step(closure)
+
+
+def optimizers(vae: AutoencoderKL, heads: nn.Module) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the decoder's matrices and those inside the encoder's residual branches; AdamW for all else, above all
+    what carries the encoder's stream, which grows under Muon until the branches no longer change it."""
+    taken = [p for p in vae.decoder.parameters() if p.ndim >= 2]
+    for module in vae.encoder.modules():
+        if isinstance(module, ResnetBlock2D):
+            taken += [module.conv1.weight, module.conv2.weight]
+        elif isinstance(module, Attention):
+            taken += [layer.weight for layer in (module.to_q, module.to_k, module.to_v, module.to_out[0])]
+    have = {id(p) for p in taken}
+    rest = [p for p in (*vae.parameters(), *heads.parameters()) if id(p) not in have]
+    return (
+        Muon(taken, lr=MUON_LR, weight_decay=0.05),
+        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.99), weight_decay=0.0),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
-    """What a training draws from: shapes of 64 and of 128 px, photographs of 64 px or None."""
+class Batch:
+    """Pixels `[B, 3, H, H]` in [-1, 1]. labels: kind => its part of the batch and its classes."""
 
-    shapes: Drawn
-    large_shapes: Drawn
-    photographs: Photographs | None
+    pixels: Tensor
+    labels: dict[str, tuple[slice, Tensor]]
 
 
-def batch(material: Material, step: int, size: int, *, seed: int) -> tuple[Tensor, dict[str, tuple[slice, Tensor]]]:
-    """Pixels `[B, 3, H, H]` and, for each kind, its part of the batch with its labels. Large batches have no labels
-    of photographs (they are four in one, or one enlarged)."""
-    rng = numbers(seed, 1, step)
+def batch(material: Material, step: int, size: int, *, seed: int) -> Batch:
+    """A quarter shapes, the rest photographs (shapes alone without them), mirrored at random. Every `LARGE_EVERY`-th
+    batch is of twice the side, a quarter as many images: photographs four in one, or one enlarged, without labels."""
+    rng = numbers(seed, BATCHES, step)
     large = step % LARGE_EVERY == LARGE_EVERY - 1
-    drawn = material.large_shapes if large else material.shapes
-    n = max(1, size // 4) if large else size
-    own = n if material.photographs is None else (n + 1) // 2
+    drawn, photographs = material.large_shapes if large else material.shapes, material.photographs
+    n = max(2, size // 4) if large else size
+    own = n if photographs is None else max(1, n // 4)
     chosen = rng.integers(0, len(drawn.labels), own)
     parts, labels = [drawn.images[chosen]], {"shapes": (slice(0, own), torch.from_numpy(drawn.labels[chosen]))}
-    if material.photographs is not None and n > own:
-        photographs = material.photographs
+    if photographs is not None:
         count = n - own
+        picks = rng.integers(0, len(photographs.labels), 4 * count if large else count)
+        images = photographs.images[picks]
         if large:
-            picks = rng.integers(0, len(photographs.labels), 4 * count)
-            images = photographs.images[picks]
             parts.append(mosaic(images) if rng.random() < 0.5 else enlarged(images[:count]))
         else:
-            picks = rng.integers(0, len(photographs.labels), count)
-            parts.append(photographs.images[picks])
+            parts.append(images)
             labels["photographs"] = (slice(own, n), torch.from_numpy(photographs.labels[picks]))
     images = np.concatenate(parts)
     mirrored = rng.random(len(images)) < 0.5
     images[mirrored] = images[mirrored, :, ::-1]
-    return to_pixels(images), labels
+    return Batch(pixels=to_pixels(images), labels=labels)
 
 
 @torch.no_grad()
@@ -226,67 +218,72 @@ def psnr(vae: AutoencoderKL, batches: Iterator[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
-    """The short memory at the start keeps the untrained weights out of the average."""
-    decay = min(0.998, (1 + step) / (10 + step))
-    for a, p in zip(average.parameters(), model.parameters(), strict=True):
-        a.lerp_(p, 1 - decay)
+def latent_std(vae: AutoencoderKL, pixels: Tensor) -> float:
+    """Standard deviation of drawn latents over all channels."""
+    drawn = [
+        posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(i))
+        for i, posterior in enumerate(vae.encode(chunk).latent_dist for chunk in pixels.split(32))
+    ]
+    return torch.cat(drawn).std().item()
 
 
-def train(material: Material, *, steps: int, size: int, seed: int, held_out: dict[str, Tensor], out: Path) -> AutoencoderKL:
-    """Train for `steps` batches of `size` images; continues from `out/vae-state.pt`, which it writes every 500 steps."""
+def train(
+    material: Material,
+    *,
+    steps: int,
+    size: int,
+    seed: int,
+    bfloat16: bool,
+    out: Path,
+    measure: Callable[[nn.Module], str],
+) -> tuple[AutoencoderKL, float]:
+    """Train for `steps` batches of `size` images. Returns the averaged network and the seconds that it took.
+
+    bfloat16: autocast of both halves. measure: see `loop.run`.
+    """
     torch.manual_seed(seed)
     vae = AutoencoderKL(**CONFIG)
-    start(vae)
-    classes = {"shapes": int(material.shapes.labels.max()) + 1}
-    if material.photographs is not None:
-        classes["photographs"] = len(material.photographs.classes)
-    average = copy.deepcopy(vae).eval().requires_grad_(False)
-    term = LevelTerm(vae, classes)
-    optimizer = Optimizer(vae, term, muon_lr=2e-2, adam_lr=1e-3)
-    state, first = out / "vae-state.pt", 0
-    if state.is_file():
-        saved = torch.load(state, weights_only=True)
-        first = int(saved["step"])
-        for module, values in zip((vae, term, average), saved["modules"], strict=True):
-            module.load_state_dict(values)
-        for part, values in zip(optimizer._optimizers, saved["optimizers"], strict=True):
-            part.load_state_dict(values)
-    began = time.monotonic()
-    for step in range(first, steps):
-        images, labels = batch(material, step, size, seed=seed)
-        images = images.contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(images).latent_dist
-        generator = torch.Generator().manual_seed(int(numbers(seed, 2, step).integers(1 << 62)))
-        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-        decoded = vae.decode(latents).sample
+    start_decoder(vae)
+    solve_encoder(vae, batch(material, 0, FITTED_ON, seed=seed).pixels)
+    heads = LevelTerm(vae, material.classes)
+    parts = loop.Parts(
+        network=vae, average=loop.averaged(vae), heads=heads, optimizers=(both := optimizers(vae, heads))
+    )
+    everything = [*vae.parameters(), *heads.parameters()]
+
+    def update(step: int) -> dict[str, Tensor]:
+        drawn = batch(material, step, size, seed=seed)
+        images = drawn.pixels.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(
+            len(images),
+            int(vae.config["latent_channels"]),
+            *(side // 8 for side in images.shape[2:]),
+            generator=torch.Generator().manual_seed(int(numbers(seed, NOISE, step).integers(1 << 62))),
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            posterior = vae.encode(images).latent_dist
+            mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+            decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
         rebuilt = reconstruction_loss(images, decoded)
-        told, mean, correlation, change = term(labels)
-        loss = rebuilt + KL_WEIGHT * divergence(posterior.mean, posterior.logvar)
-        loss = loss + CLASS_WEIGHT * told + MEAN_WEIGHT * mean + CORRELATION_WEIGHT * correlation + CHANGE_WEIGHT * change
-        optimizer.step(loss, step / steps)
-        update_average(average, vae, step)
-        if (step + 1) % 100 == 0:
-            with torch.no_grad():
-                found = {name: psnr(average, iter([pixels])).mean().item() for name, pixels in held_out.items()}
-            shown = ", ".join(f"{name} {value:.2f} dB" for name, value in found.items())
-            print(
-                f"step {step + 1}: loss {rebuilt.item():.4f}, class {told.item():.3f}, mean {mean.item():.3f}, "
-                f"correlation {correlation.item():.4f}, change {change.item():.4f}; {shown}; {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
-        if (step + 1) % 500 == 0:
-            with torch.no_grad():
-                for name, row in levels.table(average, held_out["photographs" if "photographs" in held_out else "shapes"], grid=8).items():
-                    print(f"   {name:18}", {k: v if v is None else round(v, 4) for k, v in row.items()}, flush=True)
-            partial = state.with_suffix(".partial")
-            torch.save(
-                {
-                    "step": step + 1,
-                    "modules": [m.state_dict() for m in (vae, term, average)],
-                    "optimizers": [o.state_dict() for o in optimizer._optimizers],
-                },
-                partial,
-            )
-            partial.replace(state)
-    return average
+        told = heads(drawn.labels)
+        loss = rebuilt + KL_WEIGHT * divergence(mean, log_variance)
+        loss = loss + sum(LEVEL_WEIGHTS[name] * term for name, term in told.items())
+        for parameter in everything:
+            parameter.grad = None
+        loss.backward()
+        nn.utils.clip_grad_norm_(everything, 1.0)
+        factor = loop.rate(step, steps)
+        for optimizer, peak in zip(both, (MUON_LR, ADAM_LR), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * factor
+            optimizer.step()
+        return {"rebuilt": rebuilt, **told}
+
+    settings = {
+        "part": "vae",
+        "steps": steps,
+        "size": size,
+        "seed": seed,
+        "photographs": material.photographs is not None,
+    }
+    seconds = loop.run("vae", parts, update, steps=steps, settings=settings, out=out, measure=measure)
+    return parts.average, seconds  # type: ignore[return-value]
