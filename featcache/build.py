@@ -623,10 +623,13 @@ def _check_same_images(existing: Any, dataset: DatasetSpec, encoders: Sequence[A
         )
     ours = next((e.info for e in encoders if hasattr(e, "info")), None)
     if ours is not None and cached.vae is not None and ours["sha256"] != cached.vae.get("sha256"):
+        from featcache.encoders.base import remedy_for_other_weights
+
+        other = f"Type --vae {cached.vae['name']} with the same weights, or build a new cache with --out."
         raise CacheError(
             f"{existing.path} was built with VAE {cached.vae['name']!r} ({str(cached.vae.get('sha256'))[:12]}), "
             f"but this build would use {ours['name']!r} ({ours['sha256'][:12]})",
-            remedy=f"Type --vae {cached.vae['name']} with the same weights, or build a new cache with --out.",
+            remedy=remedy_for_other_weights("embedded") if cached.vae["name"] == ours["name"] == TINY else other,
         )
 
 
@@ -636,9 +639,11 @@ def _check_same_weights(specs: Sequence[FeatureSpec], encoders: Sequence[Any]) -
     for spec in specs:
         recorded, ours = spec.provenance.get("sha256"), found.get(spec.name, {}).get("sha256")
         if recorded != ours:
+            from featcache.encoders.base import remedy_for_other_weights
+
             raise CacheError(
                 f"{spec.name} was made with weights {str(recorded)[:12]}, but those found here are {str(ours)[:12]}",
-                remedy="Bring the same weights with --weights-dir.",
+                remedy=remedy_for_other_weights(spec.provenance.get("weights")),
             )
 
 

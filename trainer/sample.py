@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featcache.encoders.base import WeightsSource
+from featcache.encoders.base import WeightsSource, remedy_for_other_weights
 from featcache.encoders.vae import decode_latents, load_vae
 from featcache.errors import UserError
 from featcache.store import files
@@ -111,7 +111,7 @@ def load_decoder(vae: Mapping[str, Any], moments: Mapping[str, Any], weights_dir
         raise UserError(
             f"the VAE {vae['name']!r} found here ({origin['sha256'][:12]}) is not the one the cache was made with "
             f"({vae['sha256'][:12]})",
-            remedy="Bring the same weights with --weights-dir.",
+            remedy=remedy_for_other_weights(origin["weights"]),
         )
     return module
 

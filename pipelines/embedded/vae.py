@@ -40,8 +40,7 @@ CONFIG: dict[str, Any] = {
     "sample_size": 64,
 }
 
-EDGE_WEIGHT = 0.5
-BLUR_WEIGHT = 2.0
+SQUARED_WEIGHT, ABSOLUTE_WEIGHT, EDGE_WEIGHT = 4.0, 0.5, 0.1
 KL_WEIGHT = 1e-5
 LEVEL_WEIGHTS = {"class": 0.02, "mean": 0.02, "correlation": 0.5, "change": 0.5}
 LARGEST_COSINE = 0.9  # between a layer's tokens and those of the layer before it
@@ -52,13 +51,13 @@ SUPERVISED = ("down3.res0", "mid.res1")  # the last layers of G3 and of G4
 
 
 def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
-    """L1 of pixels, + `EDGE_WEIGHT` L1 of finite differences (sharp outlines), + `BLUR_WEIGHT` squared error after 4x4
-    and after 8x8 box blurs (colours). Images `[B, 3, H, W]` in [-1, 1].
+    """Squared and absolute error of pixels and absolute error of their finite differences (sharp outlines), weighted.
+
+    Images `[B, 3, H, W]` in [-1, 1].
     """
     error = decoded - images
-    blurred = sum(F.avg_pool2d(error, side).square().mean() for side in (4, 8))
     edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
-    return error.abs().mean() + EDGE_WEIGHT * edges + BLUR_WEIGHT * blurred
+    return SQUARED_WEIGHT * error.square().mean() + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges
 
 
 def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
