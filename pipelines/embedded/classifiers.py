@@ -45,7 +45,7 @@ def build_vit() -> VisionTransformer:
 
 def build_judge() -> ResNet:
     """Four stages of one basic block each; pooled features `[B, 128]`."""
-    return ResNet(block=BasicBlock, **JUDGE_CONFIG)
+    return ResNet(block=BasicBlock, **JUDGE_CONFIG)  # type: ignore[arg-type]  # timm's annotation is of an instance
 
 
 def patch_means(images: Tensor, coverage: Tensor, patch: int) -> Tensor:

@@ -76,8 +76,9 @@ def describe(tokens: Tensor, previous: Tensor | None, branch: float | None) -> L
     values = torch.linalg.eigvalsh((flat - mean).T @ (flat - mean)).clamp(min=0)
     share = values / values.sum()
     entropy = -(share * share.clamp(min=1e-30).log()).sum()
-    same = previous is not None and previous.shape == tokens.shape
-    cosine = F.cosine_similarity(flat, previous.flatten(0, 1).double(), dim=1).mean() if same else None
+    cosine: Tensor | None = None
+    if previous is not None and previous.shape == tokens.shape:
+        cosine = F.cosine_similarity(flat, previous.flatten(0, 1).double(), dim=1).mean()
     return LevelFigures(
         rms=flat.square().mean().sqrt().item(),
         mean_share=(mean.square().sum() / flat.square().sum(1).mean()).item(),

@@ -51,8 +51,8 @@ def update_average(average: nn.Module, network: nn.Module, step: int) -> None:
     decay = min(0.998, (1 + step) / (10 + step))
     for kept, now in zip(average.parameters(), network.parameters(), strict=True):
         kept.lerp_(now, 1 - decay)
-    for kept, now in zip(average.buffers(), network.buffers(), strict=True):
-        kept.copy_(now)
+    for held, counted in zip(average.buffers(), network.buffers(), strict=True):
+        held.copy_(counted)
 
 
 def rate(step: int, steps: int) -> float:

@@ -9,6 +9,8 @@ keep PyTorch's start.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -42,7 +44,7 @@ def fit(conv: nn.Conv2d, inputs: Tensor, wanted: Tensor) -> None:
     """Ridge regression of a convolution's first channels: inputs `[B, C, H, W]` => wanted `[B, k, h, w]`. The others keep
     their weights."""
     side, k = conv.kernel_size[0], wanted.shape[1]
-    patches = F.unfold(inputs, side, padding=conv.padding[0], stride=conv.stride[0])  # [B, C side^2, h w]
+    patches = F.unfold(inputs, side, padding=int(conv.padding[0]), stride=conv.stride[0])  # [B, C side^2, h w]
     chosen = torch.randperm(patches.shape[2], generator=torch.Generator().manual_seed(0))[: max(1, ROWS // len(inputs))]
     rows = patches[:, :, chosen].transpose(1, 2).flatten(0, 1).double()
     targets = wanted.flatten(2)[:, :, chosen].transpose(1, 2).flatten(0, 1).double()
@@ -59,7 +61,8 @@ def fit(conv: nn.Conv2d, inputs: Tensor, wanted: Tensor) -> None:
 @torch.no_grad()
 def solve_encoder(vae: AutoencoderKL, pixels: Tensor) -> None:
     """Set the weights of the encoder and of the latent's two 1x1 convolutions, from images `[B, 3, H, W]` in [-1, 1]."""
-    encoder, channels = vae.encoder, int(vae.config["latent_channels"])
+    encoder: Any = vae.encoder
+    channels = int(vae.config["latent_channels"])
     fit(encoder.conv_in, pixels, components(pixels, window=3, stride=1, count=encoder.conv_in.out_channels))
     x, block = encoder.conv_in(pixels), 1
     for stage in encoder.down_blocks:

@@ -158,7 +158,7 @@ class Muon(torch.optim.Muon):
 def optimizers(vae: AutoencoderKL, heads: nn.Module) -> tuple[Muon, torch.optim.AdamW]:
     """Muon for the decoder's matrices and those inside the encoder's residual branches; AdamW for all else, above all
     what carries the encoder's stream, which grows under Muon until the branches no longer change it."""
-    taken = [p for p in vae.decoder.parameters() if p.ndim >= 2]
+    taken: list[Any] = [p for p in vae.decoder.parameters() if p.ndim >= 2]
     for module in vae.encoder.modules():
         if isinstance(module, ResnetBlock2D):
             taken += [module.conv1.weight, module.conv2.weight]

@@ -78,7 +78,9 @@ def load_judge(*, folder: Path = FOLDER) -> ResNet:
     """
     from timm.models.resnet import BasicBlock, ResNet
 
-    return _fill(ResNet(block=BasicBlock, **_config("judge", folder)), weights_path("judge", folder=folder))
+    # timm annotates the class of a block as if it were an instance
+    network = ResNet(block=BasicBlock, **_config("judge", folder))  # type: ignore[arg-type]
+    return _fill(network, weights_path("judge", folder=folder))
 
 
 def _config(name: str, folder: Path) -> dict[str, Any]:
