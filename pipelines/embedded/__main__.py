@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ from pipelines.embedded.data import (
     to_pixels,
 )
 from pipelines.embedded.loop import say
+from trainer.locks import hold
 
 
 class Part(StrEnum):
@@ -223,12 +225,15 @@ def _side_by_side(words: list[str]) -> None:
         subprocess.Popen([*command, *(w for part in team for w in ("--part", part.value))], env=environment)
         for team in TEAMS
     ]
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ended or interrupted, this process takes its teams along
     try:
         codes = [team.wait() for team in teams]
-    except KeyboardInterrupt:
+    finally:
         for team in teams:
+            team.terminate()
             team.wait()
-        raise
     if any(codes):
         raise UserError("a training failed; what it said stands above", remedy="Type the same line again to go on.")
 
@@ -259,7 +264,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     job = Job(data=data, large=large, out=out, seed=seed, quick=quick, bfloat16=_use_bfloat16(precision))
     if part:
-        run_parts(job, part)
+        with hold(out / part[0].value, "training", remedy="Wait for it, or end it; the same line then goes on."):
+            run_parts(job, part)
         return
     if data is None:
         say("all", "no photographs (--data): everything is trained on shapes alone, and photographs will look poor")
@@ -281,3 +287,6 @@ if __name__ == "__main__":
     except UserError as error:
         print_error(error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        say("all", "interrupted; the same line goes on")
+        sys.exit(130)
