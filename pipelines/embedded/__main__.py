@@ -67,7 +67,7 @@ class Plan:
 
 
 PLANS = {
-    Part.vae: Plan(steps=20_000, size=8),
+    Part.vae: Plan(steps=12_000, size=8),
     Part.vit: Plan(steps=24_000, size=64),
     Part.judge: Plan(steps=20_000, size=64),
 }
