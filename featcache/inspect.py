@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from featcache.encoders.base import WeightsSource
-from featcache.encoders.vae import LatentDecoder, load_vae
+from featcache.encoders.vae import LatentDecoder, load_recorded_vae
 from featcache.errors import UserError
 from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
@@ -82,8 +81,7 @@ def _decoded(cache: Cache, indices: Sequence[int]) -> np.ndarray:
         raise UserError(
             f"{cache.path} does not say of which VAE its latents are", remedy="Pass the images with --data."
         )
-    random = spec.provenance["seed"] if spec.provenance.get("weights") == "random" else None
-    vae, _ = load_vae(dataset.vae["name"], WeightsSource(random_seed=random))
+    vae = load_recorded_vae(dataset.vae, spec.provenance)
     moments = read_feature(cache, "vae/moments", indices)
     mean = torch.from_numpy(moments[:, : dataset.vae["latent_channels"]])
     pixels: torch.Tensor = LatentDecoder(vae, dataset.vae, scale=1.0, shift=0.0)(mean)

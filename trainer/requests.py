@@ -98,7 +98,8 @@ class EvalRequest:
         Option("Draw as the samples of this recipe's published figures, at its step. [default: the run's own]"),
     ] = None
     extractor: Annotated[
-        str, Option("inception, dinov2, embedded; auto takes inception where its weights are, else embedded.")
+        str,
+        Option("inception, dinov2, embedded, embedded-vit; auto takes inception where its weights are, else embedded."),
     ] = "auto"
     reference: Annotated[
         str | None, Option("Reference images or statistics: npz or folder. [default: the cache's own images]")

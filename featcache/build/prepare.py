@@ -17,7 +17,7 @@ from featcache.build.pipeline import Work
 from featcache.build.request import BuildRequest
 from featcache.console import size_text
 from featcache.encoders import TINY
-from featcache.encoders.base import Compute, Encoder, WeightsSource
+from featcache.encoders.base import Compute, Encoder, WeightsSource, remedy_for_other_weights
 from featcache.encoders.custom import UserEncoder, is_custom
 from featcache.encoders.missing import require_weights
 from featcache.encoders.table import ENCODERS, TEXTS, Resampling
@@ -502,10 +502,11 @@ def _check_same_images(existing: Cache, dataset: DatasetSpec, encoders: Sequence
         )
     ours = _vae_info(encoders)
     if ours is not None and cached.vae is not None and ours["sha256"] != cached.vae.get("sha256"):
+        other = f"Type --vae {cached.vae['name']} with the same weights, or build a new cache with --out."
         raise CacheError(
             f"{existing.path} was built with VAE {cached.vae['name']!r} ({str(cached.vae.get('sha256'))[:12]}), "
             f"but this build would use {ours['name']!r} ({ours['sha256'][:12]})",
-            remedy=f"Type --vae {cached.vae['name']} with the same weights, or build a new cache with --out.",
+            remedy=remedy_for_other_weights("embedded") if cached.vae["name"] == ours["name"] == TINY else other,
         )
 
 
@@ -517,7 +518,7 @@ def _check_same_weights(specs: Sequence[FeatureSpec], encoders: Sequence[Encoder
         if recorded != ours:
             raise CacheError(
                 f"{spec.name} was made with weights {str(recorded)[:12]}, but those found here are {str(ours)[:12]}",
-                remedy="Bring the same weights with --weights-dir.",
+                remedy=remedy_for_other_weights(spec.provenance.get("weights")),
             )
 
 

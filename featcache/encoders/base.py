@@ -137,6 +137,16 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def remedy_for_other_weights(origin: object) -> str:
+    """What to do about a cache made with other weights than those found. origin: `weights` of its provenance."""
+    if origin == "embedded":
+        return (
+            "The tiny encoders and their weights were others when this cache was made. Build it again, into a folder of its "
+            "own: featcache build --out NEW; or install the version of featcache that built it."
+        )
+    return "Bring the same weights with --weights-dir."
+
+
 def unavailable(name: str, hub_id: str | None, tried: str, page: str = "") -> WeightsUnavailable:
     """The one offline error: names both ways out. `page` says where weights are that no hub has."""
     if hub_id is None:

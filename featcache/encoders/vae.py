@@ -35,6 +35,7 @@ from featcache.encoders.base import (
     WeightsSource,
     find_weights,
     load_file,
+    remedy_for_other_weights,
     seeded,
     unavailable,
     weights_sha256,
@@ -43,6 +44,7 @@ from featcache.encoders.hub import HubUnreachable, hub_file
 from featcache.encoders.table import VAES, Resampling, token_grid
 from featcache.encoders.tiny import load_tiny_vae
 from featcache.errors import UserError, first_line
+from featcache.store.manifest import UNKNOWN
 
 LEVELS = ("G1", "G2", "G3", "G4")
 LOG_VARIANCE_OF_NONE = -30.0
@@ -380,6 +382,36 @@ def resampled(maps: Tensor, side: int, resampling: Resampling) -> Tensor:
     if resampling == "average":
         return F.adaptive_avg_pool2d(maps, side)
     return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def load_recorded_vae(
+    record: Mapping[str, Any], moments: Mapping[str, Any], weights_dir: Path | None = None
+) -> nn.Module:
+    """The VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
+
+    Where latents were imported and nobody recorded the weights, those of the VAE's name are taken.
+
+    Args:
+        record: the manifest's `dataset.vae`. moments: provenance of `vae/moments`.
+
+    Raises:
+        UserError: nobody recorded a name, or the weights found are not those that the cache was made with.
+        WeightsUnavailable: they are not on this machine and there is no hub.
+    """
+    if record["name"] == UNKNOWN:
+        raise UserError(
+            "the cache does not say which VAE its latents are of, so nothing can be decoded",
+            remedy="Import the latents again with --vae NAME, or --vae FOLDER as diffusers saves one, and train on that cache.",
+        )
+    random_seed = moments["seed"] if moments.get("weights") == "random" else None
+    module, origin = load_vae(record["name"], WeightsSource(weights_dir=weights_dir, random_seed=random_seed))
+    if record.get("sha256") not in (None, UNKNOWN, origin["sha256"]):
+        raise UserError(
+            f"the VAE {record['name']!r} found here ({origin['sha256'][:12]}) is not the one the cache was made with "
+            f"({record['sha256'][:12]})",
+            remedy=remedy_for_other_weights(origin["weights"]),
+        )
+    return module
 
 
 class LatentDecoder(nn.Module):

@@ -148,7 +148,7 @@ def test_tokens_of_another_grid_are_resampled_and_square() -> None:
 def test_token_grid_follows_the_latent() -> None:
     assert [token_grid(256, f) for f in (4, 8, 16, 32, 64)] == [16, 16, 16, 8, 4]
     assert token_grid(512, 8) == 32
-    assert VisionEncoder("tiny", (5,), WeightsSource(), resolution=64, grid=2).shapes == {"tiny@5": (4, 96)}
+    assert VisionEncoder("tiny", (5,), WeightsSource(), resolution=64, grid=2).shapes == {"tiny@5": (4, 128)}
 
 
 def test_clip_and_mae_tokens_leave_without_the_final_norm_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

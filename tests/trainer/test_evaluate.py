@@ -166,7 +166,7 @@ def test_statistics_survive_a_file_and_carry_their_provenance(
     loaded = load_statistics(tmp_path / "deep" / "ref.npz")
     assert np.array_equal(loaded.mean, made.mean) and np.array_equal(loaded.covariance, made.covariance)
     assert loaded.features is not None and made.features is not None
-    assert torch.equal(loaded.features, made.features) and loaded.features.shape == (50, 96)
+    assert torch.equal(loaded.features, made.features) and loaded.features.shape == (50, 128)
     assert (loaded.count, loaded.resolution) == (240, SIDE)
     assert loaded.provenance["extractor"] == extractor.provenance
     assert loaded.provenance["source"] == "shapes"
@@ -318,7 +318,7 @@ def test_truncated_and_foreign_files(tmp_path: Path, shapes: np.ndarray) -> None
 
 
 def test_unknown_metrics_and_extractors_list_the_valid_ones(extractor: Extractor, shapes: np.ndarray) -> None:
-    with pytest.raises(UserError, match="inception, embedded, dinov2"):
+    with pytest.raises(UserError, match="inception, embedded, embedded-vit, dinov2"):
         build_extractor("vgg")
     reference = compute_statistics(ArrayImages(images=shapes[:20]), extractor)
     for metric in ("inception_score", "nonsense"):

@@ -63,7 +63,7 @@ def export(
 def stats(
     images: Annotated[str, typer.Argument(help="Images: npz, folder, tar shards or a cache.", show_default=False)],
     out: Annotated[Path, typer.Option(help="npz file to write.")],
-    extractor: Annotated[str, typer.Option(help="inception, dinov2 or embedded.")] = "inception",
+    extractor: Annotated[str, typer.Option(help="inception, dinov2, embedded or embedded-vit.")] = "inception",
     resolution: Annotated[int | None, typer.Option(help="Crop a folder's images to this side.", min=1)] = None,
     features: Annotated[int, typer.Option(help="Activations kept for precision, recall and KID.", min=0)] = 10_000,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images.", min=2)] = None,

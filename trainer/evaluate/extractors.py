@@ -228,17 +228,13 @@ class InceptionExtractor:
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
 
-def _reinitialised(vit: VisionTransformer) -> VisionTransformer:
-    vit.init_weights()
-    return vit
-
-
 class EmbeddedExtractor:
-    """The tiny ViT that ships with the project: mean patch token, [B, 96].
+    """The judge that ships with the project: pooled features of a small residual network, [B, 128].
 
-    Works offline, in seconds, and is trained on the embedded images, so that its distances say something about them.
-    They are not FID and cannot be compared with anything published: every name carries the prefix `embedded`. It has no
-    classifier, so the Inception score is not defined, and no counterpart of sFID's layer.
+    Works offline, in seconds, and is trained on the embedded images and on photographs, so that its distances say
+    something about them; no method aligns with it. They are not FID and cannot be compared with anything published: every
+    name carries the prefix `embedded`. It has no classifier, so the Inception score is not defined, and no counterpart of
+    sFID's layer.
 
     Args:
         source: `random_seed` replaces the trained weights by random ones (prefix `random-embedded`).
@@ -247,14 +243,13 @@ class EmbeddedExtractor:
     name = "embedded"
     resolution: int | None = None
     is_standard = False
+    multiple = 32  # the sides that the network takes without cutting anything off
 
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
-        self._module = load_tiny_vit()
-        prefix = "embedded"
+        self._module: Any = self._load()
         if source.random_seed is not None:
-            prefix = "random-embedded"
             seeded(source.random_seed, lambda: _reinitialised(self._module))
-        self._patch = int(self._module.patch_embed.patch_size[0])
+        prefix = self.name if source.random_seed is None else f"random-{self.name}"
         self.feature_dims = {"pool": int(self._module.num_features)}
         self.metric_names = _names(self.feature_dims, f"{prefix}-")
         self.provenance = {
@@ -266,23 +261,53 @@ class EmbeddedExtractor:
         self.device = torch.device(device)
         self._module.to(self.device)
 
+    def _load(self) -> nn.Module:
+        from featcache.encoders.tiny import load_judge
+
+        return load_judge()
+
+    def _pool(self, pixels: Tensor) -> Tensor:
+        return self._module(pixels)
+
     @torch.inference_mode()
     def features(self, images: Tensor) -> dict[str, Tensor | None]:
         """See `Extractor.features`.
 
         Raises:
-            UserError: sides that are not multiples of the patch size.
+            UserError: sides that are not multiples of `multiple`.
         """
         _check_images(images)
         _, _, H, W = images.shape
-        if H % self._patch or W % self._patch:
+        if H % self.multiple or W % self.multiple:
             raise UserError(
-                f"the embedded extractor cuts images into patches of {self._patch} pixels; {W} x {H} does not divide",
-                remedy=f"Use images whose sides are multiples of {self._patch}, or --extractor inception.",
+                f"the {self.name} extractor works in steps of {self.multiple} pixels; {W} x {H} does not divide",
+                remedy=f"Use images whose sides are multiples of {self.multiple}, or --extractor inception.",
             )
         x = (images.to(self.device, torch.float32) / 255 - 0.5) / 0.5
-        tokens = self._module.forward_features(x)  # [B, prefix + N, D]
-        return {"pool": tokens[:, self._module.num_prefix_tokens :].mean(1), "spatial": None, "logits": None}
+        return {"pool": self._pool(x), "spatial": None, "logits": None}
+
+
+class EmbeddedVitExtractor(EmbeddedExtractor):
+    """The tiny ViT: mean patch token, [B, 128], under the prefix `embedded-vit`.
+
+    It is the encoder that methods align with on the embedded set, so its distances favour them; `embedded` does not.
+    """
+
+    name = "embedded-vit"
+    multiple = 16
+
+    def _load(self) -> nn.Module:
+
+        return load_tiny_vit()
+
+    def _pool(self, pixels: Tensor) -> Tensor:
+        tokens = self._module.forward_features(pixels)  # [B, prefix + N, D]
+        return tokens[:, self._module.num_prefix_tokens :].mean(1)
+
+
+def _reinitialised(network: Any) -> Any:
+    network.init_weights()
+    return network
 
 
 DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"
@@ -371,6 +396,7 @@ def _dinov2_module(source: WeightsSource, create: Callable[..., nn.Module]) -> n
 EXTRACTORS: dict[str, Callable[..., Extractor]] = {
     "inception": InceptionExtractor,
     "embedded": EmbeddedExtractor,
+    "embedded-vit": EmbeddedVitExtractor,
     "dinov2": DinoV2Extractor,
 }
 

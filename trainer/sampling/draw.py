@@ -15,11 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featcache.encoders.base import WeightsSource
-from featcache.encoders.vae import LatentDecoder, load_vae
+from featcache.encoders.vae import LatentDecoder, load_recorded_vae
 from featcache.errors import UserError
 from featcache.store import files
-from featcache.store.manifest import UNKNOWN
 from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
@@ -107,32 +105,13 @@ def load_decoder(
 ) -> LatentDecoder:
     """The decoder of the VAE that a manifest names, as recorded: pretrained, embedded, or random with the recorded seed.
 
-    Where latents were imported and nobody recorded the weights, those of the VAE's name are taken.
-
     Args:
         vae: the manifest's `dataset.vae`. moments: provenance of `vae/moments`. normalization: that training used;
             None: by the scaling factor.
 
-    Raises:
-        UserError: the weights found are not those that the cache was made with.
-        WeightsUnavailable: they are not on this machine and there is no hub.
+    Raises as `load_recorded_vae`.
     """
-    source = WeightsSource(
-        weights_dir=Path(weights_dir) if weights_dir else None,
-        random_seed=moments["seed"] if moments.get("weights") == "random" else None,
-    )
-    if vae["name"] == UNKNOWN:
-        raise UserError(
-            "the cache does not say which VAE its latents are of, so nothing can be decoded",
-            remedy="Import the latents again with --vae NAME, or --vae FOLDER as diffusers saves one, and train on that cache.",
-        )
-    module, origin = load_vae(vae["name"], source)
-    if vae.get("sha256") not in (None, UNKNOWN, origin["sha256"]):
-        raise UserError(
-            f"the VAE {vae['name']!r} found here ({origin['sha256'][:12]}) is not the one the cache was made with "
-            f"({vae['sha256'][:12]})",
-            remedy="Bring the same weights with --weights-dir.",
-        )
+    module = load_recorded_vae(vae, moments, Path(weights_dir) if weights_dir else None)
     if normalization is None:
         return LatentDecoder(module, vae)
     return LatentDecoder(module, vae, scale=normalization.scale, shift=normalization.shift)

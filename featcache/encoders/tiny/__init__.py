@@ -20,31 +20,32 @@ from featcache.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from timm.models.resnet import ResNet
     from timm.models.vision_transformer import VisionTransformer
 
 # Late below: diffusers and timm take seconds to load.
 Module = TypeVar("Module", bound=nn.Module)
 
-NAMES: tuple[str, ...] = ("vae", "vit")
+NAMES: tuple[str, ...] = ("vae", "vit", "judge")
 
 FOLDER = Path(__file__).resolve().parent
 
 
 def weights_path(name: str, *, folder: Path = FOLDER) -> Path:
-    """Path of the weights of "vae" or "vit". Raises `UserError` for another name or a missing file."""
+    """Path of the weights of "vae", "vit" or "judge". Raises `UserError` for another name or a missing file."""
     if name not in NAMES:
         raise UserError(f"there is no tiny encoder named {name!r}", remedy=f"use one of: {', '.join(NAMES)}")
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         raise UserError(
             f"the weights of the tiny {name} are missing: {path} does not exist",
-            remedy="reinstall the package, or train them: python -m featcache.encoders.tiny.train",
+            remedy="reinstall the package, or train them: python -m pipelines.embedded",
         )
     return path
 
 
 def weights_sha256(name: str) -> str:
-    """SHA-256 of the stored weights of "vae" or "vit", in hexadecimal. Raises as `weights_path` does."""
+    """SHA-256 of the stored weights of "vae", "vit" or "judge", in hexadecimal. Raises as `weights_path` does."""
     return hashlib.sha256(weights_path(name).read_bytes()).hexdigest()
 
 
@@ -71,6 +72,19 @@ def load_tiny_vit(*, folder: Path = FOLDER) -> VisionTransformer:
     from timm.models.vision_transformer import VisionTransformer
 
     return _fill(VisionTransformer(**_config("vit", folder)), weights_path("vit", folder=folder))
+
+
+def load_judge(*, folder: Path = FOLDER) -> ResNet:
+    """The judge in eval mode, float32, frozen, without a head: RGB `[B, 3, H, W]` in [-1, 1] => features `[B, 128]`.
+
+    A small residual network trained with labels, apart from the encoders: no method aligns with it, so that distances in
+    its features may judge them all. Raises `UserError` if the weights are missing.
+    """
+    from timm.models.resnet import BasicBlock, ResNet
+
+    # timm annotates the class of a block as if it were an instance
+    network = ResNet(block=BasicBlock, **_config("judge", folder))  # type: ignore[arg-type]
+    return _fill(network, weights_path("judge", folder=folder))
 
 
 def _config(name: str, folder: Path) -> dict[str, Any]:

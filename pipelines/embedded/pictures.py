@@ -1,6 +1,9 @@
 """Draws the pictures of `docs/embedded.md`: a contact sheet of shapes, and reconstructions by the tiny VAE.
 
-python -m featcache.encoders.tiny.pictures --out docs/images
+    python -m pipelines.embedded.pictures --out docs/images
+
+The photographs are scikit-image's, which are free to share (NASA's astronaut is in the public domain, the others CC0) and
+which no training has seen.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from PIL import Image
 
 from featcache.encoders import tiny
 from featcache.sources import shapes
+from featcache.sources.pixels import center_crop
+from pipelines.embedded.data import to_pixels
 
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 UNSEEN_SET = 5  # not the set that the encoders were trained on
 
 
@@ -39,22 +45,29 @@ def contact_sheet(*, per_class: int = 4, resolution: int = 64) -> Image.Image:
     return _sheet(_by_class(per_class, resolution).swapaxes(0, 1))
 
 
-def reconstructions(*, resolution: int = 64) -> Image.Image:
-    """One column per class: an original above its reconstruction."""
-    originals = _by_class(1, resolution)[:, 0]  # [classes, H, W, 3]
+def photographs(resolution: int = 128) -> np.ndarray:
+    """The photographs in `PHOTOGRAPHS`, cropped as a build crops them, `[N, H, W, 3]` uint8."""
+    import skimage.data
+
+    images = [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOGRAPHS]
+    return np.stack([center_crop(image, resolution) for image in images])
+
+
+def reconstructions(originals: np.ndarray) -> Image.Image:
+    """Images `[N, H, W, 3]` above the same through the VAE."""
     vae = tiny.load_tiny_vae()
     with torch.no_grad():
-        pixels = torch.from_numpy(originals).permute(0, 3, 1, 2).float() / 127.5 - 1
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        decoded = vae.decode(vae.encode(to_pixels(originals)).latent_dist.mode()).sample.clamp(-1, 1)
     restored = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return _sheet(np.stack([originals, restored]))
 
 
 def main(out: Annotated[Path, typer.Option(help="Folder for the PNG files.")]) -> None:
-    """Write `shapes.png` and `reconstructions.png`."""
+    """Write `shapes.png`, `reconstructions.png` and `photographs.png`."""
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet().save(out / "shapes.png", optimize=True)
-    reconstructions().save(out / "reconstructions.png", optimize=True)
+    reconstructions(_by_class(1, 64)[:, 0]).save(out / "reconstructions.png", optimize=True)
+    reconstructions(photographs()).save(out / "photographs.png", optimize=True)
 
 
 if __name__ == "__main__":
