@@ -142,7 +142,7 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
     from featcache.build.lead import lead
     from featcache.build.pipeline import Meter, run_shards
     from featcache.build.prepare import prepare
-    from featcache.codecs import encode, numpy_view
+    from featcache.codecs import FeatureCodec, numpy_view
     from featcache.machine import pick_device
 
     device = pick_device(request.device)
@@ -174,9 +174,11 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
     }
     features = {name: value for name, value in features.items() if name in work.specs}
 
+    codecs = {name: FeatureCodec(work.specs[name]).to(device) for name in features}
+
     def quantise() -> int:
         for name, value in features.items():
-            for stored in encode(work.specs[name].codec, value).values():
+            for stored in codecs[name].encode(value).values():
                 numpy_view(stored)
         return n
 

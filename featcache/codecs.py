@@ -14,7 +14,8 @@ needs scales (suffix `.scale`). Per-sample shapes are `[..., C]`; a "token" is o
 | `int4` | two values per byte, low nibble first, q + 8 | 0.5 | float16 per group of 32: max\\|x\\| / 7 |
 
 The symmetric absmax quantisation, the group of 32 and the choice of float32 scales for tokens and float16
-for groups are ours; the papers store nothing.
+for groups are ours; the papers store nothing. Any codec but `raw` may store coefficients in a linear basis instead of the
+tokens themselves (`featcache.store.basis`): `FeatureCodec` knows both.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcache.errors import UserError
+from featcache.store.basis import Basis
 from featcache.store.layout import CODECS, INT4_GROUP, SCALE_SUFFIX, stored_arrays
+from featcache.store.manifest import FeatureSpec
 
 __all__ = ["CODECS", "INT4_GROUP", "SCALE_SUFFIX", "decode", "encode", "stored_arrays"]
 
@@ -109,6 +112,64 @@ def decode(
     nibbles = torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)  # [B, ..., C]
     q: Tensor = nibbles.float().unflatten(-1, (-1, INT4_GROUP)) - 8.0
     return (q * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+class LinearBasis(nn.Module):
+    """Tokens <=> coefficients of variance 1, see `featcache.store.basis`. Buffers are float32 and not saved.
+
+    Args:
+        shape: of the feature, `[T, C]` or `[L, T, C]`.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    vectors: Tensor
+
+    def __init__(self, basis: Basis, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.rank, self._layers = basis.rank, shape[0] if len(shape) == 3 else None
+        for name, values in zip(("mean", "scale", "vectors"), basis.arrays()):
+            self.register_buffer(name, torch.from_numpy(values.astype(np.float32)), persistent=False)
+
+    def project(self, x: Tensor) -> Tensor:
+        """`[B, *shape]` => coefficients `[B, T, K]`, float32: the nearest in the basis."""
+        tokens = x.float() if self._layers is None else x.float().transpose(1, 2).flatten(2)  # [B, T, D]
+        along: Tensor = (tokens - self.mean) @ self.vectors.T
+        return along / self.scale
+
+    def expand(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+        """Coefficients `[B, T, K]` => `[B, *shape]` in `dtype`, multiplied in it and summed in float32."""
+        B, T, K = coefficients.shape
+        along = (coefficients * self.scale).reshape(B * T, K)
+        flat = torch.addmm(self.mean.to(dtype), along.to(dtype), self.vectors.to(dtype))
+        if self._layers is None:
+            return flat.view(B, T, -1)
+        return flat.view(B, T, self._layers, -1).transpose(1, 2)
+
+
+class FeatureCodec(nn.Module):
+    """How one feature becomes stored bytes and comes back. Without a basis it holds no tensors.
+
+    `decode` compiles into the training step.
+    """
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        super().__init__()
+        self.name, self.codec = spec.name, spec.codec
+        self.basis = None if spec.basis is None else LinearBasis(spec.basis, spec.shape)
+        self._shape, self._suffixes = tuple(spec.shape), tuple(spec.stored)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Features `[B, *shape]` => stored tensors by suffix, as `encode`."""
+        return encode(self.codec, x if self.basis is None else self.basis.project(x))
+
+    def decode(self, batch: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Stored arrays of a batch, by the arrays' names => `[B, *shape]` in `dtype` (raw ones as they are)."""
+        stored = {suffix: batch[self.name + suffix] for suffix in self._suffixes}
+        if self.basis is None:
+            return decode(self.codec, stored, self._shape, dtype)
+        coefficients = decode(self.codec, stored, (self._shape[-2], self.basis.rank))
+        return self.basis.expand(coefficients, dtype)
 
 
 def numpy_view(tensor: Tensor) -> np.ndarray:

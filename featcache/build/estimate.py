@@ -16,7 +16,7 @@ from rich.table import Table
 from featcache.build.fidelity import distance, fidelity
 from featcache.build.prepare import check_request, free_bytes, prepare, room_for
 from featcache.build.request import BuildRequest
-from featcache.codecs import encode
+from featcache.codecs import FeatureCodec
 from featcache.console import console, safe, size_text
 from featcache.encoders.base import Network, in_precision, synchronise
 from featcache.encoders.text import Tokens
@@ -115,7 +115,7 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
                 precision.setdefault(name, {})[kind] = distance(exact[name], other[name])
     start = time.perf_counter()
     for name, feature in features.items():
-        encode(work.specs[name].codec, feature)
+        FeatureCodec(work.specs[name]).to(work.device).encode(feature)
     rates["quantise"] = len(images) / max(time.perf_counter() - start, 1e-9)
     return Estimate(
         path=plan.path,

@@ -76,6 +76,7 @@ def _kept(existing: Cache, spec: FeatureSpec, path: Path) -> str | None:
         for key, value in spec.provenance.items()
         if key not in ("versions", "captions")
     ]
+    pairs += [("components", have.basis and have.basis.rank, spec.basis and spec.basis.rank)]
     differences = [f"{key} {found!s:.40}, not {asked!s:.40}" for key, found, asked in pairs if found != asked]
     if not differences:
         return None

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.codecs import encode
+from featcache.codecs import FeatureCodec
 from featcache.encoders.base import Encoder
 from featcache.encoders.text import TextEncoder, Tokens
 from featcache.errors import CacheError, UserError
@@ -31,7 +31,6 @@ from featcache.progress import Progress
 from featcache.sources.base import Source
 from featcache.sources.captions import Captions
 from featcache.sources.pixels import BadImage
-from featcache.store.layout import stored_arrays
 from featcache.store.manifest import FeatureSpec
 
 BATCHES_AHEAD = 3
@@ -360,7 +359,7 @@ class _Part:
         for name, spec in work.specs.items():
             self.arrays[name] = {}
             lead = (count, spec.views) if spec.views > 1 else (count,)
-            for suffix, (dtype, shape) in stored_arrays(spec.codec, tuple(spec.shape), spec.dtype).items():
+            for suffix, (dtype, shape) in spec.stored.items():
                 self._allocate(name, suffix, dtype, (*lead, *shape))
 
     def _allocate(self, name: str, suffix: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
@@ -404,6 +403,7 @@ class _Device:
     def __init__(self, work: Work, meter: Meter) -> None:
         self.work, self.meter = work, meter
         self.clock: _CpuClock | _GpuClock = _GpuClock(meter) if work.device.startswith("cuda") else _CpuClock(meter)
+        self._codecs = {name: FeatureCodec(spec).to(work.device) for name, spec in work.specs.items()}
         self._finite: dict[str, Tensor] = {}
         self._images = 0
 
@@ -455,7 +455,7 @@ class _Device:
         self._images = 0
 
     def _quantised(self, name: str, feature: Tensor, bad: list[int]) -> dict[str, Tensor]:
-        stored = encode(self.work.specs[name].codec, feature)
+        stored = self._codecs[name].encode(feature)
         if bad:
             stored = {suffix: tensor.clone() for suffix, tensor in stored.items()}
             for tensor in stored.values():

@@ -33,6 +33,7 @@ from featcache.sources.decoders import check_decoder
 from featcache.sources.open import open_source
 from featcache.sources.pixels import CROP_NAME
 from featcache.sources.shapes import recorded_shapes
+from featcache.store.basis import Basis
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import SAMPLE_FEATURES, DatasetSpec, FeatureSpec
 
@@ -452,6 +453,9 @@ def _feature_specs(
                     shape=tuple(shape),
                     codec=request.codecs[_kind(name)],
                     views=views,
+                    basis=None
+                    if (rank := request.bases.get(_kind(name))) is None
+                    else Basis.unfitted(rank, tuple(shape)),
                     provenance={**encoder.provenance[name], "versions": versions},
                 )
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.build.bases import adopt_bases, settle_bases
 from featcache.build.lead import BuildResult, announce, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, Stage, run_shards
 from featcache.build.prepare import Plan, prepare
@@ -61,7 +62,7 @@ class _Actor:
         meter, told = Meter(), _Told()
         try:
             if self._plan is None:
-                self._plan = prepare(self._request, device=self._device)
+                self._plan = adopt_bases(prepare(self._request, device=self._device))
             with join_writer(self._plan.path, self._plan.specs) as writer:
                 # A call that is tried again may have written some of its shards.
                 left = set(writer.pending())
@@ -97,7 +98,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
         )
     try:
         request, device = _settled(request, ray.cluster_resources())
-        plan = prepare(request, device="cpu")
+        plan = settle_bases(prepare(request, device="cpu"), progress)
         # Actors need not count the captions again.
         per_image = plan.work.captions_per_image or None
         out = None if request.into else plan.path

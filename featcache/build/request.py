@@ -110,6 +110,15 @@ class BuildRequest:
     moments_codec: Annotated[Literal["fp32", "fp16"], Option("fp32 or fp16.")] = "fp16"
     levels_codec: Annotated[Codec, Option(_CODECS)] = "int8"
     tokens_codec: Annotated[Codec, Option(_CODECS)] = "int8"
+    levels_basis: Annotated[
+        Count | None,
+        Option(
+            "Store each VAE group's tokens as so many principal components of all its layers together (docs/codecs.md)."
+        ),
+    ] = None
+    tokens_basis: Annotated[
+        Count | None, Option("Store each encoder token as so many of its principal components (docs/codecs.md).")
+    ] = None
     text_codec: Annotated[Codec, Option(_CODECS)] = "fp16"
     flip: Annotated[bool, Option("Also cache mirrored copies, as a second view.")] = False
     shard_size: Annotated[Count | None, Option("Samples per shard. [default: by size]")] = None
@@ -134,6 +143,11 @@ class BuildRequest:
             raise UserError(
                 "--into and --out exclude each other", remedy="--into adds to a cache, --out makes a new one."
             )
+
+    @property
+    def bases(self) -> Mapping[str, int | None]:
+        """Kind of feature ("levels", "tokens") -> components that its tokens are stored as, None: all channels."""
+        return {"levels": self.levels_basis, "tokens": self.tokens_basis}
 
     @property
     def codecs(self) -> Mapping[str, str]:

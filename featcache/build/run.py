@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from featcache.build.bases import adopt_bases, settle_bases
 from featcache.build.lead import BuildResult, announce, finish, lead, warn_of_bare_images
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import Plan, check_request, prepare
@@ -34,9 +35,13 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
     meter = meter or Meter()
     with Ranks.of_environment() as ranks:
         plan = prepare_together(request, ranks, device=ranks.device(pick_device(request.device)))
-        work = plan.work
+        if ranks.rank == 0:
+            plan = settle_bases(plan, progress)
         writer = lead(plan) if ranks.rank == 0 else None
         pending = ranks.from_first(writer.pending() if writer is not None else [])
+        if writer is None:
+            plan = adopt_bases(plan)
+        work = plan.work
         left = sum(len(work.slots(shard)) for shard in pending)
         with writer or join_writer(plan.path, plan.specs) as shard_writer:
             progress = _Shared(progress, ranks) if ranks.size > 1 else progress

@@ -19,6 +19,7 @@ from typing import NoReturn
 import numpy as np
 
 from featcache.errors import CacheError, UserError
+from featcache.store.basis import MAX_WIDTH, Basis, problem
 from featcache.store.layout import (
     CODECS,
     COMPRESSORS,
@@ -32,7 +33,8 @@ from featcache.store.layout import (
     stored_arrays,
 )
 
-FORMAT_VERSION = 2  # of caches whose shards have hashes of their blocks; those without stay 1
+# 2: shards have hashes of their blocks. 3: and a feature is stored in a basis. A manifest says the lowest that it needs.
+FORMAT_VERSION = 3
 MAX_METADATA_BYTES = 64 << 20
 MAX_COUNT = 1 << 40
 MAX_SAMPLE_BYTES = 1 << 32
@@ -75,8 +77,9 @@ class FeatureSpec:
     """One feature: its decoded per-sample `shape` (without the view axis), how it is stored, where it comes from.
 
     `dtype` is the decoded numpy dtype: 'float32' but for codec `raw`. `views` is 2 where mirrored copies are
-    stored (a leading axis of every stored sample; view 1 is the mirrored one). `provenance` says encoder,
-    weights (SHA-256 or random seed), layer, preprocessing and versions; only JSON values.
+    stored (a leading axis of every stored sample; view 1 is the mirrored one). `basis`: what is stored are coefficients
+    in it, [T, K] by that codec. `provenance` says encoder, weights (SHA-256 or random seed), layer, preprocessing and
+    versions; only JSON values.
     """
 
     name: str
@@ -84,6 +87,7 @@ class FeatureSpec:
     codec: str
     dtype: str = "float32"
     views: int = 1
+    basis: Basis | None = None
     provenance: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,8 +99,12 @@ class FeatureSpec:
     def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Array name -> (numpy dtype, per-sample stored shape, with the view axis where there is one)."""
         lead = (self.views,) if self.views > 1 else ()
-        stored = stored_arrays(self.codec, self.shape, self.dtype)
-        return {self.name + suffix: (dtype, (*lead, *shape)) for suffix, (dtype, shape) in stored.items()}
+        return {self.name + suffix: (dtype, (*lead, *shape)) for suffix, (dtype, shape) in self.stored.items()}
+
+    @functools.cached_property
+    def stored(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Suffix -> (numpy dtype, per-sample stored shape without the view axis)."""
+        return _stored(self.codec, self.shape, self.dtype, self.basis)
 
     @property
     def bytes_per_sample(self) -> int:
@@ -110,8 +118,10 @@ class FeatureSpec:
 
     @property
     def stored_as(self) -> str:
-        """The codec, or what a raw feature's numbers are, for people."""
-        return self.codec if self.codec != "raw" else self.dtype
+        """The codec and the basis, or what a raw feature's numbers are, for people."""
+        if self.codec == "raw":
+            return self.dtype
+        return self.codec if self.basis is None else f"{self.codec}, {self.basis.rank} components"
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -121,7 +131,13 @@ class FeatureSpec:
             "dtype": self.dtype,
             "views": self.views,
             "provenance": dict(self.provenance),
-        }
+        } | ({"basis": dict(vars(self.basis))} if self.basis is not None else {})
+
+
+def _stored(
+    codec: str, shape: tuple[int, ...], dtype: str, basis: Basis | None
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return stored_arrays(codec, shape if basis is None else (shape[-2], basis.rank), dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +240,15 @@ class Manifest:
         identity = {"dataset": self.dataset.to_json(), "skipped": [s.slot for s in self.skipped]}
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
+    @property
+    def _version(self) -> int:
+        if any(spec.basis is not None for spec in self.features.values()):
+            return 3
+        return 2 if self.blocks else 1
+
     def to_json(self) -> dict[str, Json]:
         return {
-            "format_version": FORMAT_VERSION if self.blocks else 1,
+            "format_version": self._version,
             "dataset": self.dataset.to_json(),
             "shard_size": self.shard_size,
             "compressor": self.compressor,
@@ -346,7 +368,8 @@ def _sha256(value: Json, what: str) -> str:
 def parse_feature(value: Json) -> dict[str, Json]:
     """Check one feature's JSON; returns it unchanged."""
     keys = {"name", "shape", "codec", "dtype", "views", "provenance"}
-    item = _object(value, "a feature", keys)
+    with_basis = isinstance(value, dict) and "basis" in value
+    item = _object(value, "a feature", keys | ({"basis"} if with_basis else set()))
     name = check_feature_name(item["name"])
     shape = [
         _integer(n, f"shape of {name}", 1, MAX_SAMPLE_BYTES) for n in _sequence(item["shape"], f"shape of {name}", 8)
@@ -362,10 +385,25 @@ def parse_feature(value: Json) -> dict[str, Json]:
     _provenance(item["provenance"], name)
     if math.prod(shape) * views > MAX_SAMPLE_BYTES:
         _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} values", shape)
-    stored = stored_arrays(codec, tuple(shape), dtype)
+    basis = _basis(item["basis"], tuple(shape), codec, name) if with_basis else None
+    stored = _stored(codec, tuple(shape), dtype, basis)
     if any(sample_bytes(d, s) * views > MAX_SAMPLE_BYTES for d, s in stored.values()):
         _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} bytes per sample", shape)
     return item
+
+
+def _basis(value: Json, shape: tuple[int, ...], codec: str, name: str) -> Basis:
+    what = f"basis of {name}"
+    item = _object(value, what, {"rank", "mean", "scale", "vectors"})
+    rank = _integer(item["rank"], f"{what}: rank", 1, MAX_WIDTH)
+    for key in ("mean", "scale", "vectors"):
+        if not (isinstance(item[key], str) and item[key].isascii()):
+            _fail(f"{what}: {key}", "base64", item[key])
+    found = Basis(rank=rank, mean=item["mean"], scale=item["scale"], vectors=item["vectors"])
+    wrong = "one for a feature of numbers" if codec == "raw" else problem(found, shape)
+    if wrong is not None:
+        _fail(what, f"a mean, {rank} scales and {rank} vectors in base64", wrong)
+    return found
 
 
 def parse_dataset(value: Json) -> dict[str, Json]:
@@ -448,7 +486,8 @@ def _provenance(value: Json, name: str) -> None:
 
 def _feature(value: Json) -> FeatureSpec:
     item = parse_feature(value)
-    return FeatureSpec(**{**item, "shape": tuple(item["shape"])})
+    basis = Basis(**item["basis"]) if "basis" in item else None
+    return FeatureSpec(**{**item, "shape": tuple(item["shape"]), "basis": basis})
 
 
 def dataset_from_json(value: Json) -> DatasetSpec:
@@ -499,7 +538,8 @@ def manifest_from_json(value: Json) -> Manifest:
             remedy="install the featcache version that wrote it, or build the cache again",
         )
     keys = {"format_version", "format", "dataset", "shard_size", "compressor", "features", "skipped"}
-    keys |= {"versions", "checksums"} | ({"blocks"} if version == FORMAT_VERSION else set())
+    with_blocks = version == 2 or (version == 3 and isinstance(value, dict) and "blocks" in value)
+    keys |= {"versions", "checksums"} | ({"blocks"} if with_blocks else set())
     item = _object(value, "manifest", keys)
     _integer(item["format_version"], "format_version", 1, FORMAT_VERSION)
     dataset = dataset_from_json(item["dataset"])
@@ -530,7 +570,7 @@ def manifest_from_json(value: Json) -> Manifest:
         _fail("shard_size", f"such that there are at most {MAX_SHARDS} shards", manifest.shard_size)
     if set(manifest.checksums) != set(manifest.arrays):
         _fail("checksums", "one for each stored array", sorted(manifest.checksums)[:8])
-    if version == FORMAT_VERSION and not (manifest.blocks and set(manifest.blocks) <= set(manifest.arrays)):
+    if with_blocks and not (manifest.blocks and set(manifest.blocks) <= set(manifest.arrays)):
         _fail("blocks", "digests of stored arrays' BLOCKS files", sorted(manifest.blocks)[:8])
     if len(manifest.arrays) * manifest.n_shards > MAX_SHARD_FILES:
         _fail("shard_size", f"such that there are at most {MAX_SHARD_FILES} shard files", manifest.shard_size)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from featcache.errors import UserError
+from featcache.store.manifest import FeatureSpec
 from trainer.analyze import DIAGNOSTICS
 from trainer.analyze.codec import NAMES, gradient_cosines, roundtrip, stored_bits
 from trainer.analyze.config import AnalyzeConfig, parse_what
@@ -148,10 +149,14 @@ def test_codecs_in_bits_and_error() -> None:
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
     bits = {codec: stored_bits(codec, (5, 64)) for codec in NAMES}
     assert bits == {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8 + 32 / 64, "fp8": 8 + 32 / 64, "int4": 4 + 16 / 32}
-    assert torch.equal(roundtrip("fp32", x), x)
-    assert torch.equal(roundtrip("fp16", x), x.half().float())
+
+    def back(codec: str) -> torch.Tensor:
+        return roundtrip(FeatureSpec(name="x", shape=(5, 64), codec=codec), x)
+
+    assert torch.equal(back("fp32"), x)
+    assert torch.equal(back("fp16"), x.half().float())
     step = x.abs().amax(dim=-1, keepdim=True) / 127
-    assert ((roundtrip("int8", x) - x).abs() <= step / 2 * 1.0001).all()
+    assert ((back("int8") - x).abs() <= step / 2 * 1.0001).all()
 
 
 def test_pictures() -> None:

@@ -1,23 +1,31 @@
-"""What storage codecs cost as the loss sees it: cosine between alignment gradients from exact and stored features."""
+"""What storage costs as the loss sees it: cosine between alignment gradients from exact and from stored features.
+
+Measured of every codec, of the leading principal components of each token by two of them (`featcache build
+--levels-basis`), and of the cache as it is, where its features can be computed anew.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.codecs import decode, encode
+from featcache.codecs import FeatureCodec
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import VaeEncoder, recorded_resampling
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
 from featcache.inspect import source_of
-from featcache.store.layout import CODECS, stored_arrays
+from featcache.read.components import Components
+from featcache.store.basis import token_width
+from featcache.store.layout import CODECS
+from featcache.store.manifest import FeatureSpec
 from trainer.align.base import AlignInputs
 from trainer.align.heads import to_grid
 from trainer.analyze.gradients import degrees, hidden_gradients
@@ -27,11 +35,33 @@ from trainer.analyze.subject import Subject, pixels_of
 from trainer.plots import Chart, Matrix, Plot, Series
 from trainer.typeset import measure as shown_number
 
-NAMES = tuple(name for name in CODECS if name != "raw")
 MOST_SAMPLES = 64  # cosines vary little from sample to sample
+AS_CACHED = "as cached"
 
 
-# (feature or own loss, codec) -> per-sample gradient cosines in each timestep bin.
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """A way to store a feature: a codec, of all channels or of the components that 1 / `part` of them are."""
+
+    codec: str
+    part: int = 1
+
+    @property
+    def label(self) -> str:
+        return self.codec if self.part == 1 else f"{self.codec}, 1/{self.part} components"
+
+    def rank(self, shape: tuple[int, ...]) -> int:
+        """Number of components of a feature of that shape; a multiple of 32, which every codec can hold."""
+        return max(32, token_width(shape) // self.part // 32 * 32)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return self.part == 1 or self.rank(shape) < token_width(shape)
+
+
+NAMES = tuple(name for name in CODECS if name != "raw")
+PLAIN = tuple(Storage(codec=name) for name in NAMES)
+REDUCED = tuple(Storage(codec=codec, part=part) for codec in ("int8", "int4") for part in (2, 4, 8, 16, 32))
+# (feature or own loss, label of a storage) -> per-sample gradient cosines in each timestep bin.
 Cosines = dict[tuple[str, str], list[Tensor]]
 
 
@@ -44,14 +74,44 @@ def gradient_cosines(exact: Tensor, stored: Tensor) -> Tensor:
 
 def stored_bits(codec: str, shape: tuple[int, ...]) -> float:
     """Bits per value of one sample's feature, scales included."""
-    arrays = stored_arrays(codec, shape)
-    stored = sum(np.dtype(dtype).itemsize * int(np.prod(size)) for dtype, size in arrays.values())
-    return 8 * stored / int(np.prod(shape))
+    return 8 * FeatureSpec(name="x", shape=shape, codec=codec).bytes_per_sample / int(np.prod(shape))
 
 
-def roundtrip(codec: str, x: Tensor) -> Tensor:
-    """What the trainer would see of features [B, *shape] stored with `codec`; float32."""
-    return decode(codec, encode(codec, x), tuple(x.shape[1:]))
+def roundtrip(spec: FeatureSpec, x: Tensor) -> Tensor:
+    """What the trainer would see of features [B, *shape] stored as `spec` says; float32."""
+    codec = FeatureCodec(spec).to(x.device)
+    return codec.decode({spec.name + suffix: tensor for suffix, tensor in codec.encode(x).items()})
+
+
+def storages(subject: Subject) -> dict[str, dict[str, FeatureSpec]]:
+    """Label -> feature -> how it is stored. Components are those of samples that nothing is measured on, for the features
+    that the run reads and those shown beside it."""
+    found: dict[str, dict[str, FeatureSpec]] = {}
+    for name in [*subject.token_features, *subject.levels]:
+        shape = tuple(subject.cache.manifest.features[name].shape)
+        for storage in PLAIN:
+            with contextlib.suppress(UserError):  # a width that the codec cannot hold
+                spec = FeatureSpec(name=name, shape=shape, codec=storage.codec)
+                found.setdefault(storage.label, {})[name] = spec
+    components, sizes, shown = Components(), split(subject), _reduced(subject)
+    for rows in subject.chunks(sizes.fitted, start=sizes.measured):
+        for name in shown:
+            components.add(name, subject.read(name, rows).cpu().numpy(), seed=rows.start)
+    for name in shown:
+        shape = tuple(subject.cache.manifest.features[name].shape)
+        for storage in REDUCED:
+            rank = storage.rank(shape)
+            if storage.fits(shape) and components.count(name) >= rank:
+                basis = components.basis(name, rank)
+                spec = FeatureSpec(name=name, shape=shape, codec=storage.codec, basis=basis)
+                found.setdefault(storage.label, {})[name] = spec
+    return found
+
+
+def _reduced(subject: Subject) -> list[str]:
+    reads = subject.alignment.reads if subject.alignment is not None else ()
+    cached = [*subject.token_features, *subject.levels]
+    return [name for name in cached if name in {*reads, *subject.shown_targets()}]
 
 
 def recompute(subject: Subject, names: list[str], rows: slice) -> dict[str, Tensor] | None:
@@ -101,8 +161,8 @@ def _encoder(subject: Subject, name: str) -> VaeEncoder | VisionEncoder | None:
         return None  # weights that are not here
 
 
-def measure(subject: Subject) -> tuple[Cosines, bool]:
-    """The cosines, and whether the features they are compared with were exact.
+def measure(subject: Subject, ways: Mapping[str, Mapping[str, FeatureSpec]]) -> tuple[Cosines, bool]:
+    """The cosines of those storages (see `storages`), and whether the features they are compared with were exact.
 
     Gradients are with respect to the tapped hidden state. A feature's loss is the negative patch cosine behind a fitted
     head; the own loss reads all its features through one codec.
@@ -118,8 +178,11 @@ def measure(subject: Subject) -> tuple[Cosines, bool]:
     for rows in subject.chunks(min(split(subject).measured, MOST_SAMPLES)):
         exact = recompute(subject, names, rows)
         exact_everywhere &= exact is not None
-        reference = exact if exact is not None else {name: subject.read(name, rows) for name in names}
-        stored = {codec: _stored(codec, reference) for codec in NAMES}
+        cached = {name: subject.read(name, rows) for name in names}
+        reference = exact if exact is not None else cached
+        stored = {label: {n: roundtrip(s, reference[n]) for n, s in specs.items()} for label, specs in ways.items()}
+        if exact is not None:
+            stored[AS_CACHED] = cached
         for index in range(options.bins):
             state = subject.state(rows, subject.times_in_bin(rows, index, options.bins), taps(subject))
 
@@ -133,20 +196,11 @@ def measure(subject: Subject) -> tuple[Cosines, bool]:
 
             for name in [*names, *([OWN] if own else [])]:
                 before = gradients(name, reference)
-                for codec in NAMES:
-                    if all(n in stored[codec] for n in (own if name == OWN else [name])):
-                        cells = found.setdefault((name, codec), [[] for _ in range(options.bins)])
-                        cells[index].append(gradient_cosines(before, gradients(name, stored[codec])))
+                for label, features in stored.items():
+                    if all(n in features for n in (own if name == OWN else [name])):
+                        cells = found.setdefault((name, label), [[] for _ in range(options.bins)])
+                        cells[index].append(gradient_cosines(before, gradients(name, features)))
     return {key: [torch.cat(parts) for parts in bins] for key, bins in found.items()}, exact_everywhere
-
-
-def _stored(codec: str, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Features as they come back from storage, without those whose width the codec cannot hold."""
-    out = {}
-    for name, x in features.items():
-        with contextlib.suppress(UserError):
-            out[name] = roundtrip(codec, x)
-    return out
 
 
 def _pick(state: AlignInputs, depths: tuple[int, ...]) -> dict[int, Tensor]:
@@ -171,7 +225,8 @@ def run(subject: Subject) -> Result:
         raise NotApplicable(
             f"{subject.cache.path} holds no features besides latents", remedy="Add some with featcache build."
         )
-    found, exact = measure(subject)
+    ways = storages(subject)
+    found, exact = measure(subject, ways)
     names = list(dict.fromkeys(name for name, _ in found))
     means = np.array([[_mean(found, name, codec) for codec in NAMES] for name in names])
     shown = OWN if OWN in names else names[0]
@@ -184,9 +239,13 @@ def run(subject: Subject) -> Result:
         what="codec",
         title="Fidelity of storage codecs",
         question="Does rounding the cached features change the direction in which alignment pulls?",
-        finding=f"{_finding(subject, means[names.index(shown)], shown)} Compared with {basis}.",
-        plots=[_matrix(names, means), _over_t(found, shown, subject.options.bins)],
-        rows=_rows(subject, found),
+        finding=f"{_finding(subject, found, means[names.index(shown)], shown)} Compared with {basis}.",
+        plots=[
+            _matrix(names, means),
+            _over_t(found, shown, subject.options.bins),
+            *(_over_bytes(subject, found, ways, name) for name in dict.fromkeys([shown, *_reduced(subject)])),
+        ],
+        rows=_rows(subject, found, ways),
         settings={
             "reference": basis,
             "gradients with respect to": f"hidden state after block {subject.block}",
@@ -201,13 +260,25 @@ def _mean(found: Cosines, name: str, codec: str) -> float:
     return float(torch.cat(found[name, codec]).nanmean()) if (name, codec) in found else np.nan
 
 
-def _rows(subject: Subject, found: Cosines) -> list[Row]:
-    bins, features = subject.options.bins, subject.cache.manifest.features
+def _own_reads(subject: Subject) -> list[str]:
+    reads = subject.alignment.reads if subject.alignment is not None else ()
+    return [n for n in (*subject.token_features, *subject.levels) if n in reads]
+
+
+def _bytes(subject: Subject, ways: Mapping[str, Mapping[str, FeatureSpec]], name: str, label: str) -> int:
+    """Stored bytes per image of one feature, or of all that the own loss reads."""
+    features = subject.cache.manifest.features
+    specs = features if label == AS_CACHED else ways[label]
+    return sum(specs[n].bytes_per_sample // specs[n].views for n in (_own_reads(subject) if name == OWN else [name]))
+
+
+def _rows(subject: Subject, found: Cosines, ways: Mapping[str, Mapping[str, FeatureSpec]]) -> list[Row]:
+    bins = subject.options.bins
     return [
         {
             "target": name,
             "codec": codec,
-            "bits_per_value": stored_bits(codec, tuple(features[name].shape)) if name in features else "",
+            "bytes_per_image": _bytes(subject, ways, name, codec),
             "t_low": i / bins,
             "t_high": (i + 1) / bins,
             "cosine_mean": float(v.nanmean()),
@@ -223,19 +294,20 @@ def _whose(shown: str) -> str:
     return "the run's own loss" if shown == OWN else shown
 
 
-def _finding(subject: Subject, means: np.ndarray, shown: str) -> str:
-    """What the codec in use and the coarsest do to the loss `shown`. means: its mean cosine by codec [codecs]."""
+def _finding(subject: Subject, found: Cosines, means: np.ndarray, shown: str) -> str:
+    """What the storage in use and the coarsest codec do to the loss `shown`. means: its mean cosine by codec [codecs]."""
     features = subject.cache.manifest.features
-    reads = [n for n in (subject.alignment.reads if subject.alignment is not None else ()) if n in features]
-    used = features[(reads or [*subject.token_features, *subject.levels])[0]].codec
-
-    def turned(codec: str) -> str:
-        return f"{shown_number(degrees(float(means[NAMES.index(codec)])))} degrees"
-
-    stored = f"The cache stores {used}: that turns the gradient of {_whose(shown)} by "
-    sentence = f"{stored}{turned(used)}. " if used in NAMES else ""
-    lowest = NAMES[int(np.nanargmin(means))]
-    return f"{sentence}The coarsest, {lowest}, turns it by {turned(lowest)}."
+    used = features[(_own_reads(subject) or [*subject.token_features, *subject.levels])[0]]
+    cosine = _mean(found, shown, AS_CACHED)
+    if np.isnan(cosine) and used.basis is None and used.codec in NAMES:
+        cosine = float(means[NAMES.index(used.codec)])
+    sentence = ""
+    if not np.isnan(cosine):
+        by = f"{shown_number(degrees(cosine))} degrees"
+        sentence = f"The cache stores {used.stored_as}: that turns the gradient of {_whose(shown)} by {by}. "
+    lowest = int(np.nanargmin(means))
+    by = f"{shown_number(degrees(float(means[lowest])))} degrees"
+    return f"{sentence}The coarsest codec of all channels, {NAMES[lowest]}, turns it by {by}."
 
 
 def _matrix(names: list[str], means: np.ndarray) -> Plot:
@@ -277,5 +349,35 @@ def _over_t(found: Cosines, shown: str, bins: int) -> Plot:
             log_y=True,
             note="Look for lines below 0.001: there, rounding turns the gradient by less than 3 degrees, far "
             "less than gradients of different images differ (see G-SNR); no figure of the papers corresponds.",
+        ),
+    )
+
+
+def _over_bytes(subject: Subject, found: Cosines, ways: Mapping[str, Mapping[str, FeatureSpec]], name: str) -> Plot:
+    """Bytes per image against cosine: all channels by each codec, and components by two of them."""
+    lines = []
+    families: list[tuple[str, list[str]]] = [("all channels", [s.label for s in PLAIN if s.codec != "fp32"])]
+    families += [(f"components, {codec}", [s.label for s in REDUCED if s.codec == codec]) for codec in ("int8", "int4")]
+    families += [("the cache itself", [AS_CACHED])]
+    for colour, (title, labels) in enumerate(families):
+        points = sorted(
+            (_bytes(subject, ways, name, label) / 1000, max(1 - _mean(found, name, label), 1e-12))
+            for label in labels
+            if (name, label) in found
+        )
+        if points:
+            x, y = zip(*points)
+            lines.append(Series(label=title, x=list(x), y=list(y), colour=colour, markers=True))
+    whose = _whose(name)
+    return Plot(
+        name=f"codec_bytes_{name.replace('/', '_').replace('@', '_').replace(' ', '_')}",
+        drawing=Chart(
+            title=f"{whose[0].upper() + whose[1:]}: bytes against fidelity",
+            x_label="stored, KB per image",
+            y_label="1 - cosine (0 = no change)",
+            series=lines,
+            log_y=True,
+            note="Look for the leftmost point below 0.01 (8 degrees): featcache build --levels-basis, --tokens-basis and "
+            "--levels-codec, --tokens-codec store features like that; no figure of the papers corresponds.",
         ),
     )

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featcache.codecs import FeatureCodec
 from featcache.errors import UserError
 from featcache.inspect import images_of, read_feature
-from featcache.read.decoded import CachedFeature
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import AlignInputs, Alignment
 from trainer.align.combined import Combined
@@ -256,7 +256,7 @@ class Subject:
         return Objective(
             self.model,
             self.alignment,
-            {name: CachedFeature.of(self.cache.manifest.features[name]) for name in reads},
+            {name: FeatureCodec(self.cache.manifest.features[name]) for name in reads},
             normalization=self._normalization,
             path=self.config.path,
             time_sampling="uniform",

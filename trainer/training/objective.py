@@ -22,7 +22,7 @@ from trainer.distributed import is_sharded, local, sum_over_ranks
 from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from featcache.read.decoded import CachedFeature
+    from featcache.codecs import FeatureCodec
     from trainer.diffusion.interpolants import Path, TimeDistribution
     from trainer.models import ModelOutput, Transformer
     from trainer.runs.normalization import Normalization
@@ -85,7 +85,7 @@ class Objective(nn.Module):
     Args:
         model: the backbone being trained, on its device.
         alignment: the method's heads and loss, or None.
-        features: name -> layout, for `vae/moments` and all that the method reads.
+        features: name -> how it is stored, for `vae/moments` and all that the method reads.
         normalization: of the latent, see `sample_posterior`.
         path, time_sampling, label_dropout: see `trainer.runs.config.RunConfig`.
         autocast: dtype of autocast, or None for float32.
@@ -96,7 +96,7 @@ class Objective(nn.Module):
         self,
         model: Transformer,
         alignment: Alignment | None,
-        features: Mapping[str, CachedFeature],
+        features: Mapping[str, FeatureCodec],
         *,
         normalization: Normalization,
         path: Path,
@@ -108,6 +108,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.alignment = model, alignment
         self._features = dict(features)
+        self._codecs = nn.ModuleList(features.values())  # so that bases move with the module
         self._scale: float | Tensor
         self._shift: float | Tensor
         for name, value in (("_scale", normalization.scale), ("_shift", normalization.shift)):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from featcache.codecs import FeatureCodec
 from featcache.errors import CacheError, UserError
-from featcache.read.decoded import CachedFeature
 from featcache.read.normalization import Statistics
 from featcache.read.statistics import layer_statistics
 from trainer import align, distributed
@@ -118,7 +118,7 @@ def assemble(
     objective = Objective(
         model,
         alignment,
-        {name: CachedFeature.of(cache.manifest.features[name]) for name in reads},
+        {name: FeatureCodec(cache.manifest.features[name]) for name in reads},
         normalization=scalar(dataset.vae) if statistics is None else from_statistics(statistics),
         path=config.path,
         time_sampling=config.time_sampling,
