@@ -69,7 +69,7 @@ class Plan:
 PLANS = {
     Part.vae: Plan(steps=12_000, size=8),
     Part.vit: Plan(steps=24_000, size=64),
-    Part.judge: Plan(steps=20_000, size=64),
+    Part.judge: Plan(steps=8_000, size=64),
 }
 QUICK = {
     Part.vae: Plan(steps=12, size=4),
