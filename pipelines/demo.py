@@ -29,8 +29,10 @@ TRAIN = (
     f"--set ema_warmup=true --set sample_every={STEPS // 2} --set checkpoint_every={STEPS // 4} --set keep_checkpoints=4 "
     "--set clip=1.0 --set log_every=25"
 )
-METHODS = {"none": "", "ahpa": f" --set ahpa.weight=0.5 --set align_until={STEPS // 2}"}
-EVAL = "trainer eval runs/demo/{method} --num 256 --sampler ode --steps 25 --guidance 2.5"
+METHODS = {"none": "", "ahpa": "", "dya": " --set dya.head_width=384"}
+TITLES = {"none": "without alignment", "ahpa": "with AHPA", "dya": "with DyA"}
+# The embedded judge always: which extractor is at hand must not decide which numbers a first user sees.
+EVAL = "trainer eval runs/demo/{method} --num 256 --sampler ode --steps 25 --guidance 2.5 --extractor embedded"
 
 
 def train_command(method: str) -> str:
@@ -113,6 +115,18 @@ def draw_picture(out: Path, columns: int = 6) -> None:
     sheet.save(out, quality=88)
 
 
+def scores() -> str:
+    """What the runs were judged to be, in a sentence: whichever wins."""
+    from trainer.runs.folder import read_metrics
+
+    found = {method: read_metrics(RUNS / method)[-1]["metrics"]["embedded-FID"] for method in METHODS}
+    said = ", ".join(f"{found[method]:.2f} {TITLES[method]}" for method in METHODS)
+    return (
+        f"Distance to the real images by the embedded judge, lower is better: {said}. That is not FID, and a difference "
+        "between single runs of this size may be chance: docs/methods.md has means and intervals over seeds."
+    )
+
+
 def main() -> int:
     """Builds, trains, samples, judges and reports; returns the exit code."""
     from trainer.report.run import write_run_report
@@ -140,10 +154,10 @@ def main() -> int:
     report = write_run_report(
         [RUNS / m for m in METHODS],
         RUNS / "report.html",
-        title="Demo: a small SiT with and without AHPA",
-        lead="Both runs start from the same weights and see the same images, noise and timesteps; the second also aligns an early "
-        "block with routed VAE levels from the cache, with half the papers' weight and in the first half of the steps. The "
-        "numbers use the embedded extractor and are not FID; of 256 samples they do not separate the runs reliably.",
+        title="Demo: a small SiT without alignment, with AHPA and with DyA",
+        lead="All runs start from the same weights and see the same images, noise and timesteps. AHPA aligns an early block "
+        "with a routed mixture of VAE levels, DyA with two layers of the tiny ViT, both from the cache and with their papers' "
+        f"weights. {scores()}",
     )
     draw_picture(RUNS / "samples.jpg")
     console.print(f"{', '.join(stages)}; {time.monotonic() - started:.0f} s in all")

@@ -39,8 +39,8 @@ trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws sa
 - The papers train in fp16 on 8 GPUs. Here a GPU trains in bf16 unless `--precision fp16` is given, and the global batch
   stays the same for any number of GPUs.
 
-`experiments/methods_on_shapes.py` compares all methods on the embedded set, on any machine:
-`python -m pipelines.experiments.methods_on_shapes --help`.
+`experiments/methods.py` compares all methods on shapes and on photographs, on any machine:
+`python -m pipelines.experiments.methods --help`.
 """
 
 

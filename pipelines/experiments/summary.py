@@ -1,0 +1,189 @@
+"""What an experiment on methods found: means over seeds with intervals, differences by seed, a table and a figure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+VANILLA = "none"
+SHOWN = ("embedded-FID", "embedded-vit-FID", "denoise")
+_CONFIDENCE = 0.95
+
+
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval by Student's t, `t(n - 1) s / sqrt(n)`; no interval of one value."""
+    from scipy.stats import t
+
+    listed = list(values)
+    if len(listed) < 2:
+        return statistics.fmean(listed), None
+    width = t.ppf((1 + _CONFIDENCE) / 2, len(listed) - 1) * statistics.stdev(listed) / math.sqrt(len(listed))
+    return statistics.fmean(listed), float(width)
+
+
+def summarise(
+    evaluations: Sequence[Mapping[str, Any]], step_times: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Curves and end points by method, over the seeds that have all of a method's points.
+
+    `step_s`: a method's seconds per step, the median over its seeds and the stretches between evaluations (so that a
+    pause of the machine counts little), or `step_times` where given. `curves`: per method and step the number of seeds,
+    the time `step * step_s`, and mean and interval of each metric. `equal_steps`, `equal_time`: each metric at the last
+    step, and at the time at which the fastest method ends (between two evaluations by linear interpolation); with
+    `minus vanilla`, the difference to the vanilla run of the same seed.
+    """
+    runs = _finished(evaluations)
+    last = max((e["step"] for e in evaluations), default=0)
+    step_s = {method: statistics.median(_seconds_per_step(by_seed.values())) for method, by_seed in runs.items()}
+    step_s = {method: (step_times or step_s)[method] for method in step_s}
+    budget = last * min(step_s.values(), default=0.0)
+    ends = {method: budget / step_s[method] for method in runs}
+    return {
+        "last_step": last,
+        "budget_s": budget,
+        "step_s": step_s,
+        "curves": {method: _curve(by_seed, step_s[method]) for method, by_seed in runs.items()},
+        "equal_steps": {method: _at(runs, method, last, dict.fromkeys(runs, float(last))) for method in runs},
+        "equal_time": {method: _at(runs, method, ends[method], ends) for method in runs},
+    }
+
+
+_Runs = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
+
+
+def _finished(evaluations: Sequence[Mapping[str, Any]]) -> _Runs:
+    """Method -> seed -> its evaluations in order, of runs that came to the end."""
+    runs: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for entry in sorted(evaluations, key=lambda e: int(e["step"])):
+        runs.setdefault(entry["method"], {}).setdefault(entry["seed"], []).append(entry)
+    last = max((e["step"] for e in evaluations), default=0)
+    ended = {
+        m: {s: entries for s, entries in seeds.items() if entries[-1]["step"] == last} for m, seeds in runs.items()
+    }
+    return {method: by_seed for method, by_seed in ended.items() if by_seed}
+
+
+def _curve(by_seed: Mapping[int, Sequence[Mapping[str, Any]]], step_s: float) -> list[dict[str, Any]]:
+    curve = []
+    for rows in zip(*by_seed.values(), strict=True):
+        step = rows[0]["step"]
+        assert all(row["step"] == step for row in rows)
+        point: dict[str, Any] = {"step": step, "seeds": len(rows), "time_s": step * step_s}
+        for metric in rows[0]["metrics"]:
+            point[metric], point[f"{metric} interval"] = mean_and_interval(row["metrics"][metric] for row in rows)
+        curve.append(point)
+    return curve
+
+
+def _at(runs: _Runs, method: str, step: float, steps: Mapping[str, float]) -> dict[str, Any]:
+    """All metrics of a method at a step, and what they differ from vanilla's at its own."""
+    by_seed, vanilla = runs[method], runs.get(VANILLA, {})
+    found: dict[str, Any] = {"step": step, "seeds": len(by_seed)}
+    for metric in next(iter(by_seed.values()))[0]["metrics"]:
+        values = {seed: _at_step(entries, metric, step) for seed, entries in by_seed.items()}
+        found[metric], found[f"{metric} interval"] = mean_and_interval(values.values())
+        shared = [seed for seed in values if seed in vanilla]
+        if shared and method != VANILLA:
+            apart = [values[seed] - _at_step(vanilla[seed], metric, steps[VANILLA]) for seed in shared]
+            name = f"{metric} minus vanilla"
+            found[name], found[f"{name} interval"] = mean_and_interval(apart)
+    return found
+
+
+def _seconds_per_step(runs: Iterable[Sequence[Mapping[str, Any]]]) -> list[float]:
+    """Seconds per step between each evaluation and the one before it (or the start) in the same run."""
+    found = []
+    for entries in runs:
+        step, time_s = 0, 0.0
+        for entry in entries:
+            found.append((entry["time_s"] - time_s) / (entry["step"] - step))
+            step, time_s = entry["step"], entry["time_s"]
+    return found
+
+
+def _at_step(entries: Sequence[Mapping[str, Any]], metric: str, step: float) -> float:
+    import numpy as np
+
+    return float(np.interp(step, [e["step"] for e in entries], [e["metrics"][metric] for e in entries]))
+
+
+def table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """A Markdown table: methods, and by metric the value at equal steps and the differences to vanilla."""
+    head = ["", "seeds", "ms per step"]
+    for metric in SHOWN:
+        head += [f"{metric}, {summary['last_step']} steps", "minus vanilla", "at equal time"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for method, title in titles.items():
+        if method not in summary["equal_steps"]:
+            continue
+        by_step, by_time = summary["equal_steps"][method], summary["equal_time"][method]
+        cells = [title, str(by_step["seeds"]), f"{1000 * summary['step_s'][method]:.0f}"]
+        for metric in SHOWN:
+            cells += [_shown(by_step, metric), _shown(by_step, f"{metric} minus vanilla", sign=True)]
+            cells += [_shown(by_time, f"{metric} minus vanilla", sign=True)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(values: Mapping[str, Any], key: str, *, sign: bool = False) -> str:
+    """`5.17 ± 0.13`, as many decimals as the interval's second digit; a dash where there is none."""
+    if key not in values:
+        return "–"
+    value, interval = values[key], values[f"{key} interval"]
+    scale = interval if interval else abs(value) / 100
+    decimals = max(0, 1 - math.floor(math.log10(scale))) if scale else 3
+    shown = f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
+    return shown if interval is None else f"{shown} ± {interval:.{decimals}f}"
+
+
+def draw(
+    summary: Mapping[str, Any],
+    titles: Mapping[str, str],
+    out: Path,
+    *,
+    about: str,
+    samples: int,
+    metric: str = SHOWN[0],
+) -> Path:
+    """The figure: the metric against steps and against training time, and the loss minus vanilla's by interval of t."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    seeds = {point["seeds"] for curve in summary["curves"].values() for point in curve}
+    count = str(*seeds) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    figure, (by_step, by_time, by_t) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for number, (method, title) in enumerate(titles.items()):  # a method keeps its colour whichever others are there
+        curve = summary["curves"].get(method)
+        if curve is None:
+            continue
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^vPX*<>"[number % 10], "markersize": 5}
+        style |= {"capsize": 3, "linewidth": 1.3}
+        errors = [point[f"{metric} interval"] or 0.0 for point in curve]
+        values = [point[metric] for point in curve]
+        by_step.errorbar([p["step"] for p in curve], values, yerr=errors, label=title, **style)
+        by_time.errorbar([p["time_s"] for p in curve], values, yerr=errors, label=title, **style)
+        end = summary["equal_steps"][method]
+        bins = [key for key in end if key.startswith("denoise t=") and key.endswith("minus vanilla")]
+        if bins:
+            centres = [(i + 0.5) / len(bins) for i in range(len(bins))]
+            widths = [end[f"{key} interval"] or 0.0 for key in bins]
+            by_t.errorbar(centres, [end[key] for key in bins], yerr=widths, label=title, **style)
+    by_t.axhline(0, color="0.5", linewidth=0.8)
+    by_time.axvline(summary["budget_s"], color="0.6", linewidth=0.8, linestyle=":")
+    by_step.set(xlabel="training steps", ylabel=f"{metric} of {samples:,} samples", yscale="log")
+    by_time.set(xlabel="training time (s), without saving and sampling", yscale="log")
+    by_t.set(xlabel="timestep t (0 = data, 1 = noise)", ylabel="held-out denoising loss minus vanilla's")
+    by_step.legend(ncols=2, frameon=False, fontsize=8)
+    for axes in (by_step, by_time, by_t):
+        axes.grid(alpha=0.25, which="both")
+    bars = f"mean and 95 % interval over {count} seeds" if max(seeds, default=0) > 1 else "one seed"
+    figure.suptitle(f"{about}, {bars}")
+    for suffix in ("svg", "png"):
+        figure.savefig(out / f"methods.{suffix}", dpi=150)
+    plt.close(figure)
+    return out / "methods.svg"

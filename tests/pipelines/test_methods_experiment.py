@@ -1,0 +1,231 @@
+"""The experiment on methods: its statistics against closed forms, and a tiny run of it that is interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache.errors import UserError
+from pipelines.experiments import methods as experiment
+from pipelines.experiments.methods import METHODS, PARTS, Settings, run_part, run_values
+from pipelines.experiments.summary import SHOWN, mean_and_interval, summarise, table
+from trainer.runs.config import RunConfig
+
+FID = "embedded-FID"
+TINY = Settings(
+    steps=4, points=2, batch_size=4, images=16, samples=8, sampling_steps=2, held_out=8, bins=2, device="cpu"
+)
+
+
+def entry(method: str, seed: int, step: int, time_s: float, fid: float) -> dict[str, object]:
+    return {"method": method, "seed": seed, "step": step, "time_s": time_s, "metrics": {FID: fid}}
+
+
+def test_every_method_has_a_valid_configuration() -> None:
+    for name, method in METHODS.items():
+        config = RunConfig(**run_values(Settings(), name))
+        assert config.methods == (() if method.name == "none" else (method.name,))
+        assert config.align_until == (1500 if name == "haste" else None)
+    assert run_values(Settings(), "repa")["align"] == {"repa": {"head_width": 384}}
+    assert run_values(Settings(model="SiT-S/2"), "sra2")["align"] == {"sra2": {"head_width": 768}}
+
+
+def test_parts_are_what_is_claimed_of_them() -> None:
+    """On 64 tokens, five seeds of vanilla, REPA and AHPA; elsewhere all methods with three."""
+    for name, part in PARTS.items():
+        tokens = (part.resolution // 8 // 2) ** 2
+        assert str(tokens) == name.rpartition("-")[2]
+        if tokens == 64:
+            assert part.seeds == 5 and {"none", "repa", "ahpa"} <= set(part.methods)
+        else:
+            assert part.seeds == 3 and set(part.methods) == set(METHODS)
+
+
+def test_mean_and_interval() -> None:
+    assert mean_and_interval([2.0]) == (2.0, None)
+    mean, width = mean_and_interval([1.0, 2.0, 6.0])
+    assert mean == 3.0
+    deviation = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2)
+    assert width == pytest.approx(4.302653 * deviation / math.sqrt(3), rel=1e-6)  # of Student's t with 2 degrees
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        mean, width = mean_and_interval(rng.normal(3.0, 2.0, 4).tolist())
+        inside += width is not None and abs(mean - 3.0) <= width
+    assert inside / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_summary_averages_over_seeds_and_interpolates_to_equal_time() -> None:
+    fast = [
+        entry("none", s, step, step / 10, fid)
+        for s, fids in ((0, (40, 20)), (1, (44, 24)))
+        for step, fid in zip((100, 200), fids)
+    ]
+    slow = [entry("sra", 0, 200, 40.0, 10.0), entry("sra", 0, 100, 16.0, 30.0)]  # in any order
+    summary = summarise([*fast, *slow, entry("sra", 1, 100, 17.0, 31.0)])  # seed 1 has not finished
+    assert summary["last_step"] == 200 and summary["budget_s"] == 20.0
+    # 0.16 and 0.24 s per step in the two halves; of two values the median is the mean.
+    assert summary["step_s"] == pytest.approx({"none": 0.1, "sra": 0.2})
+    none, sra = summary["curves"]["none"], summary["curves"]["sra"]
+    assert [(p["step"], p["seeds"], p[FID]) for p in none] == [(100, 2, 42.0), (200, 2, 22.0)]
+    assert none[0][f"{FID} interval"] == pytest.approx(12.7062 * 2.0, rel=1e-4)
+    assert [(p["step"], p["seeds"], p[f"{FID} interval"]) for p in sra] == [(100, 1, None), (200, 1, None)]
+    assert summary["equal_time"]["none"][FID] == 22.0
+    # 20 s are 100 steps of 0.2 s.
+    end = summary["equal_time"]["sra"]
+    assert end["step"] == pytest.approx(100) and end[FID] == pytest.approx(30)
+    # Against the vanilla run of the same seed, which ends at 20: at equal steps 10 lower, at equal time 10 higher.
+    assert end[f"{FID} minus vanilla"] == pytest.approx(10)
+    assert summary["equal_steps"]["sra"][f"{FID} minus vanilla"] == pytest.approx(-10)
+    assert f"{FID} minus vanilla" not in summary["equal_steps"]["none"]
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    """What seeds share (a good or a bad start) is no part of the difference's interval."""
+    both = [entry("none", s, 10, 1.0, base) for s, base in enumerate((10.0, 30.0, 20.0))]
+    both += [entry("repa", s, 10, 1.0, base - 1.0) for s, base in enumerate((10.0, 30.0, 20.0))]
+    end = summarise(both)["equal_steps"]["repa"]
+    assert end[f"{FID} minus vanilla"] == pytest.approx(-1.0)
+    assert end[f"{FID} minus vanilla interval"] == pytest.approx(0.0, abs=1e-12)
+    assert end[f"{FID} interval"] > 20
+
+
+def test_the_table_shows_as_many_digits_as_the_interval_allows() -> None:
+    evaluations = [
+        {"method": m, "seed": s, "step": 10, "time_s": 1.0, "metrics": dict.fromkeys(SHOWN, fid)}
+        for m, fids in (("none", (5.0, 5.2)), ("repa", (4.0, 4.22)))
+        for s, fid in enumerate(fids)
+    ]
+    lines = table(summarise(evaluations), {"none": "vanilla", "repa": "REPA"}).splitlines()
+    assert len(lines) == 4 and lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
+    assert "| vanilla | 2 | 100 | 5.1 ± 1.3 | – |" in lines[2]
+    assert "| 4.1 ± 1.4 | −0.99 ± 0.13 |" in lines[3]
+
+
+def test_a_pause_of_the_machine_does_not_make_a_method_slow() -> None:
+    times = [10.0, 20.0, 300.0, 310.0, 320.0]
+    summary = summarise([entry("repa", 0, 100 * (i + 1), t, 10.0) for i, t in enumerate(times)])
+    assert summary["step_s"]["repa"] == pytest.approx(0.1)
+    assert [p["time_s"] for p in summary["curves"]["repa"]] == pytest.approx([10, 20, 30, 40, 50])
+
+
+def test_times_of_another_experiment(tmp_path: Path) -> None:
+    slow = [entry("none", 0, 100, 50.0, 8.0), entry("repa", 0, 100, 60.0, 4.0)]
+    summary = summarise(slow, {"none": 0.1, "repa": 0.2, "sara": 0.3})
+    assert summary["step_s"] == {"none": 0.1, "repa": 0.2} and summary["budget_s"] == pytest.approx(10.0)
+    assert summary["equal_time"]["repa"]["step"] == pytest.approx(50)
+    with pytest.raises(UserError, match="no finished experiment"):
+        run_part(TINY, methods=["none"], seeds=1, out=tmp_path / "a", times=tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    for change, message in (({"batch_size": 8}, "timed batch_size 8"), ({}, "did not time sra")):
+        (tmp_path / "results.json").write_text(json.dumps({"settings": {**asdict(TINY), **change}}))
+        with pytest.raises(UserError, match=message):
+            run_part(TINY, methods=["sra"], seeds=1, out=tmp_path / "a", times=tmp_path)
+
+
+def test_points_must_divide_steps() -> None:
+    with pytest.raises(UserError, match="evenly spaced"):
+        Settings(steps=100, points=3)
+    with pytest.raises(UserError, match="no part"):
+        Settings(part="shapes")
+    for steps, points, expected in ((3000, 5, 50), (20, 2, 10), (202, 2, 1), (140, 2, 35)):
+        settings = Settings(steps=steps, points=points)
+        assert settings.log_every == expected and settings.interval % settings.log_every == 0
+
+
+def test_a_part_runs_continues_and_refuses_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = run_part(TINY, methods=["none"], seeds=1, out=tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(e["method"], e["seed"], e["step"]) for e in results["evaluations"]] == [("none", 0, 2), ("none", 0, 4)]
+    assert all(math.isfinite(e["metrics"][metric]) for e in results["evaluations"] for metric in SHOWN)
+    assert 0 < results["evaluations"][0]["time_s"] < results["evaluations"][1]["time_s"]
+    assert figure.read_text().lstrip().startswith("<?xml") and (tmp_path / "methods.png").stat().st_size > 10_000
+    assert [p.name for p in (tmp_path / "runs/none-0/checkpoints").iterdir()] == ["step_0000004"]
+
+    train = experiment._train
+
+    def only_new(settings: Settings, *, method: str, **places: Any) -> None:
+        assert method == "sra2", "a finished run was trained again"
+        train(settings, method=method, **places)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "_train", only_new)
+        run_part(TINY, methods=["none", "sra2"], seeds=1, out=tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["curves"]) == ["none", "sra2"]
+    assert "| SRA 2 |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(UserError, match="another lr"):
+        run_part(replace(TINY, lr=1e-3), methods=["none"], seeds=1, out=tmp_path)
+    with pytest.raises(UserError, match="no method 'rep'"):
+        run_part(TINY, methods=["rep"], seeds=1, out=tmp_path)
+
+
+def test_the_held_out_loss_is_alike_for_all_and_that_of_predicting_nothing_at_first(tmp_path: Path) -> None:
+    """A model that predicts zero has the mean square of the velocity, `E (e - z)^2 = 1 + E z^2`, in each interval."""
+    import torch
+
+    import featcache
+    from featcache.inspect import read_feature
+    from trainer.runs import checkpoint
+    from trainer.training.objective import sample_posterior
+
+    settings = replace(TINY, steps=2, points=1, held_out=16)
+    run_part(settings, methods=["none"], seeds=1, out=tmp_path)
+    run, held_out = tmp_path / "runs/none-0", tmp_path / "held-out"
+    path = checkpoint.find_checkpoint(run, 2)[1]
+    zeros = {name: torch.zeros_like(value) for name, value in checkpoint.load_tensors(path, "ema").items()}
+    from safetensors.torch import save_file
+
+    save_file(zeros, path / "ema.safetensors")
+    found = experiment.held_out_loss(run, 2, held_out, bins=4, device="cpu")
+    assert found == experiment.held_out_loss(run, 2, held_out, bins=4, device="cpu")
+    cache = featcache.open(held_out)
+    moments = torch.from_numpy(read_feature(cache, "vae/moments", range(len(cache))))
+    vae = cache.manifest.dataset.vae
+    assert vae is not None
+    noise = torch.randn(64, *moments[0, : len(moments[0]) // 2].shape, generator=torch.Generator().manual_seed(0))
+    z = sample_posterior(moments.repeat(4, 1, 1, 1), noise, scale=vae["scaling_factor"], shift=vae["shift_factor"])
+    expected = 1 + z.square().mean().item()
+    assert [found[f"denoise t={i / 4:.1f}-{(i + 1) / 4:.1f}"] for i in range(4)] == pytest.approx(
+        [expected] * 4, rel=0.05
+    )
+
+
+def test_photographs_come_from_archives(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("train-0.zip", "train-1.zip", "val.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for i in range(12):
+                place = tmp_path / f"{i}.png"
+                Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(place)
+                archive.write(place, f"{'ab'[i % 2]}/{name}-{i}.png")
+                place.unlink()
+    settings = replace(TINY, part="photographs-16", steps=2, points=1)
+    with pytest.raises(UserError, match="needs photographs"):
+        run_part(settings, methods=["none"], seeds=1, out=tmp_path / "out")
+    run_part(settings, methods=["none"], seeds=1, out=tmp_path / "out", photographs=tmp_path)
+    text = (tmp_path / "out/results.json").read_text()
+    assert str(tmp_path) not in text
+    assert len(json.loads(text)["evaluations"]) == 1
+
+
+def test_two_jobs_give_what_one_gives(tmp_path: Path) -> None:
+    settings = replace(TINY, steps=2, points=1)
+    found = []
+    for jobs in (1, 2):
+        run_part(settings, methods=["none"], seeds=2, out=tmp_path / str(jobs), jobs=jobs)
+        entries = json.loads((tmp_path / str(jobs) / "results.json").read_text())["evaluations"]
+        found.append({entry["seed"]: entry["metrics"][FID] for entry in entries})
+    assert found[0].keys() == {0, 1}
+    assert found[1] == pytest.approx(found[0], rel=1e-3)  # another number of threads sums in another order
