@@ -16,6 +16,7 @@ from trainer.plots import Chart, Series
 from trainer.report.analysis import in_brief
 from trainer.report.charts import smoothed_series
 from trainer.report.data import Column, RunData
+from trainer.report.judged import JudgedSamples
 from trainer.report.page import Figure, read_picture, write_page
 from trainer.report.table import (
     PublishedFigure,
@@ -41,6 +42,7 @@ def write_report(
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
     published: Sequence[PublishedFigure] = (),
+    judged_samples: JudgedSamples | None = None,
 ) -> Path:
     """Write one self-contained page about one or several runs: samples, curves, numbers, settings.
 
@@ -52,6 +54,7 @@ def write_report(
         images: pictures beside the runs' own samples (`section="samples"`) or in a section below the curves.
         charts: further charts, such as `router_chart`.
         published: figures of papers for the table.
+        judged_samples: shown first.
 
     Returns:
         The path written.
@@ -60,6 +63,7 @@ def write_report(
         UserError: a picture that cannot be read.
     """
     values = _values(Path(out_html), runs, title, lead, images, published)
+    values["judged_samples"] = judged_samples
     return write_page(Path(out_html), "report.html", **values, charts=[*_step_charts(runs), *charts])
 
 
@@ -72,6 +76,7 @@ def write_comparison(
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
     published: Sequence[PublishedFigure] = (),
+    judged_samples: JudgedSamples | None = None,
 ) -> Path:
     """Write one self-contained page that puts runs side by side.
 
@@ -81,6 +86,7 @@ def write_comparison(
     Arguments, return value and errors as `write_report`.
     """
     values = _values(Path(out_html), runs, title, lead, images, published)
+    values["judged_samples"] = judged_samples
     values |= {"at_steps": _step_charts(runs), "at_time": _time_charts(runs), "charts": charts, "strips": _strips(runs)}
     return write_page(Path(out_html), "comparison.html", **values)
 
