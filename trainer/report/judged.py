@@ -80,9 +80,9 @@ def _grid(run: RunData) -> Path | None:
         return None
     for name in files.names_in(files.inside(run.path, "samples")):
         settings, grid = (files.inside(run.path, f"samples/{name}/{file}") for file in ("settings.json", "grid.png"))
-        if grid.is_file() and settings.is_file():
-            if _same(runs.read_json(settings, {}, remedy=runs.RESTORE), entry):
-                return grid
+        there = grid.is_file() and settings.is_file()
+        if there and _same(runs.read_json(settings, {}, remedy=runs.RESTORE), entry):
+            return grid
     return None
 
 
