@@ -13,7 +13,7 @@ from PIL import Image
 from featcache.errors import CacheError
 from trainer.report.data import RunData
 from trainer.report.judged import judged_samples
-from trainer.report.report import write_comparison
+from trainer.report.report import incomparable, write_comparison
 
 SIDE, CLASSES = 4, (0, 1, 2)
 SAMPLER = {"sampler": "ode", "steps": 25, "seed": 0}
@@ -76,3 +76,14 @@ def test_a_link_in_a_received_run_is_not_followed(tmp_path: Path, linked: str) -
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CacheError, match="link"):
         judged_samples([data], CLASSES, ("x", "y", "z"), {})
+
+
+def test_runs_judged_by_other_weights_are_told_apart(tmp_path: Path) -> None:
+    def judged(name: str, extractor: str, weights: str) -> RunData:
+        settings = {"extractor": {"extractor": extractor, "weights_sha256": weights}}
+        return RunData(name=name, evaluations=[{"settings": settings, "metrics": {}}])
+
+    runs = [judged("a", "embedded", "1" * 64), judged("b", "embedded", "2" * 64), judged("c", "inception", "3" * 64)]
+    (said,) = incomparable(runs)
+    assert "111111111111: a; 222222222222: b" in said and "inception" not in said
+    assert not incomparable([runs[0], runs[0], runs[2], RunData(name="d")])
