@@ -6,9 +6,12 @@ python benchmarks/hashing.py [--folder DIR] [--rounds 7]
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
+import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from featcache.machine import describe_machine
 from featcache.store.blocks import BLOCK_BYTES
 from featcache.store.files import Hasher, write_all
 
@@ -90,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "hashing.json")
     args = parser.parse_args()
     shards = [memoryview(os.urandom(SHARD_BYTES)) for _ in range(SHARDS)]
     found: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -99,6 +104,13 @@ def main() -> None:
                 found[name].append(gigabytes_a_second(Path(folder), shards, way))
     for name, rates in found.items():
         print(f"{statistics.median(rates):5.2f} GB/s (best {max(rates):.2f})  {name}")
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine("blake3"),
+        "gigabytes_per_s": {name: {"median": statistics.median(r), "rounds": r} for name, r in found.items()},
+    }
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -374,32 +374,38 @@ def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> d
     }
 
 
+def write_plainly(folder: Path, records: Records, shard_size: int) -> None:
+    folder.mkdir()
+    for i, first in enumerate(range(0, len(records.blobs), shard_size)):
+        with (folder / str(i)).open("wb", buffering=0) as file:
+            data = memoryview(records.blobs[first : first + shard_size].reshape(-1).data)
+            while data:
+                data = data[file.write(data[: 8 << 20]) :]
+            os.fsync(file.fileno())
+
+
 def measure_writing(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
     """Bytes per second of the cache writer and of plain sequential writes of the same bytes, alternating."""
     total = records.blobs.nbytes
     shard_size = recommended_shard_size(max(spec.bytes_per_sample for spec in records.specs))
     found: dict[str, list[float]] = {"plain write + fsync": [], "featcache": []}
     peak = 0
-    for round_number in range(args.rounds):
-        folder = work / f"plain{round_number}"
-        folder.mkdir()
-        os.sync()
-        start = time.perf_counter()
-        for i, first in enumerate(range(0, len(records.blobs), shard_size)):
-            with (folder / str(i)).open("wb", buffering=0) as file:
-                data = memoryview(records.blobs[first : first + shard_size].reshape(-1).data)
-                while data:
-                    data = data[file.write(data[: 8 << 20]) :]
-                os.fsync(file.fileno())
-        found["plain write + fsync"].append(total / (time.perf_counter() - start))
-        shutil.rmtree(folder)
-        os.sync()
-        start = time.perf_counter()
-        write_cache(work / "written", records, shard_size)
-        found["featcache"].append(total / (time.perf_counter() - start))
-        assert not (work / "written" / STATE).exists()
-        peak = sum(p.stat().st_size for p in (work / "written").rglob("*") if p.is_file())
-        shutil.rmtree(work / "written")
+    plain, ours = work / "plain", work / "written"
+    ways: dict[str, tuple[Path, Callable[[], None]]] = {
+        "plain write + fsync": (plain, lambda: write_plainly(plain, records, shard_size)),
+        "featcache": (ours, lambda: write_cache(ours, records, shard_size)),
+    }
+    # Each is first as often as the other: who writes first finds fewer pages that are free and warm.
+    for round_number in range(2 * args.rounds):
+        for name, (folder, write) in list(ways.items())[:: 1 if round_number % 2 else -1]:
+            os.sync()
+            start = time.perf_counter()
+            write()
+            found[name].append(total / (time.perf_counter() - start))
+            if folder == ours:
+                assert not (folder / STATE).exists()
+                peak = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+            shutil.rmtree(folder)
     medians = {name: statistics.median(values) for name, values in found.items()}
     return {
         "bytes_per_s": {name: {"median": medians[name], "rounds": values} for name, values in found.items()},

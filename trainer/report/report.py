@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -16,6 +16,7 @@ from trainer.plots import Chart, Series
 from trainer.report.analysis import in_brief
 from trainer.report.charts import smoothed_series
 from trainer.report.data import Column, RunData
+from trainer.report.judged import JudgedSamples
 from trainer.report.page import Figure, read_picture, write_page
 from trainer.report.table import (
     PublishedFigure,
@@ -41,6 +42,7 @@ def write_report(
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
     published: Sequence[PublishedFigure] = (),
+    judged_samples: JudgedSamples | None = None,
 ) -> Path:
     """Write one self-contained page about one or several runs: samples, curves, numbers, settings.
 
@@ -52,6 +54,7 @@ def write_report(
         images: pictures beside the runs' own samples (`section="samples"`) or in a section below the curves.
         charts: further charts, such as `router_chart`.
         published: figures of papers for the table.
+        judged_samples: shown first.
 
     Returns:
         The path written.
@@ -60,6 +63,7 @@ def write_report(
         UserError: a picture that cannot be read.
     """
     values = _values(Path(out_html), runs, title, lead, images, published)
+    values["judged_samples"] = judged_samples
     return write_page(Path(out_html), "report.html", **values, charts=[*_step_charts(runs), *charts])
 
 
@@ -72,6 +76,7 @@ def write_comparison(
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
     published: Sequence[PublishedFigure] = (),
+    judged_samples: JudgedSamples | None = None,
 ) -> Path:
     """Write one self-contained page that puts runs side by side.
 
@@ -81,6 +86,7 @@ def write_comparison(
     Arguments, return value and errors as `write_report`.
     """
     values = _values(Path(out_html), runs, title, lead, images, published)
+    values["judged_samples"] = judged_samples
     values |= {"at_steps": _step_charts(runs), "at_time": _time_charts(runs), "charts": charts, "strips": _strips(runs)}
     return write_page(Path(out_html), "comparison.html", **values)
 
@@ -164,15 +170,42 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
 
 def incomparable(runs: Sequence[RunData]) -> list[str]:
     """What keeps the figures of these runs from being compared."""
-    groups: dict[str, list[str]] = {}
+    found = []
+    by_normalization = _grouped(runs, lambda run: str(run.config.get("normalization", "scalar")))
+    if len(by_normalization) > 1:
+        named = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in by_normalization.items())
+        found.append(
+            f"The runs normalise their latents differently ({named}), so neither losses nor scores compare the methods."
+        )
+    by_weights = _grouped([run for run in runs if _judges(run)], lambda run: _judges(run) or ("", ""))
+    names = [name for name, _ in by_weights]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            said = "; ".join(f"{w[:12]}: {', '.join(who)}" for (n, w), who in by_weights.items() if n == name)
+            found.append(
+                f"The runs were judged by different weights of the extractor {name} ({said}), so their scores cannot be "
+                "compared: judge them again with trainer eval."
+            )
+    return found
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def _grouped(runs: Sequence[RunData], key: Callable[[RunData], Key]) -> dict[Key, list[str]]:
+    groups: dict[Key, list[str]] = {}
     for run in runs:
-        groups.setdefault(str(run.config.get("normalization", "scalar")), []).append(run.name)
-    if len(groups) < 2:
-        return []
-    named = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in groups.items())
-    return [
-        f"The runs normalise their latents differently ({named}), so neither losses nor scores compare the methods."
-    ]
+        groups.setdefault(key(run), []).append(run.name)
+    return groups
+
+
+def _judges(run: RunData) -> tuple[str, str] | None:
+    """Extractor of the latest judgement and its weights' hash."""
+    settings = latest(run).get("settings")
+    extractor = settings.get("extractor") if isinstance(settings, Mapping) else None
+    if not isinstance(extractor, Mapping):
+        return None
+    return str(extractor.get("extractor")), str(extractor.get("weights_sha256"))
 
 
 def _differs(a: Column | None, b: Column | None) -> bool:

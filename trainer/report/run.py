@@ -19,7 +19,8 @@ from trainer.align.ahpa import Ahpa
 from trainer.align.base import FeatureInfo
 from trainer.evaluate.run import data_folder
 from trainer.plots import Chart
-from trainer.report.data import load_run
+from trainer.report.data import RunData, load_run
+from trainer.report.judged import judged_samples
 from trainer.report.page import Figure
 from trainer.report.report import router_chart, write_comparison, write_report
 from trainer.report.table import PublishedFigure
@@ -56,7 +57,7 @@ def write_run_report(
     given: dict[str, Any] = {
         "title": title or " and ".join(_below_root(folder) for folder in folders),
         "lead": lead,
-        "images": _reference_figures(folders[0]),
+        **_pictures(folders[0], data),
         "charts": [chart for folder, run in zip(folders, data) for chart in router_charts(folder, run.name)],
         "published": [figure for folder, run in zip(folders, data) for figure in _published(folder, run.name)],
     }
@@ -69,35 +70,36 @@ def _below_root(folder: Path) -> str:
     return str(folder.relative_to(runs.ROOT)) if folder.is_relative_to(runs.ROOT) else folder.name
 
 
-def _reference_figures(folder: Path) -> list[Figure]:
-    """Real images of the run's cache in the order of the sample grid, and the PCA picture of what is cached."""
+def _pictures(folder: Path, data: Sequence[RunData]) -> dict[str, Any]:
+    """Judged samples beside real images, or real images in the order of the sample grid; and what is cached."""
+    real, class_names, figures = _real_images(folder)
+    classes = grid_classes(len(class_names)) if class_names else []
+    judged = judged_samples(data, classes, class_names, real) if classes else None
+    if judged is None and real:
+        figures.insert(0, _real_figure(list(real.values())))
+    return {"images": figures, "judged_samples": judged}
+
+
+def _real_images(folder: Path) -> tuple[dict[int, np.ndarray], tuple[str, ...], list[Figure]]:
+    """Real images of the run's cache by class, all class names, and the PCA picture of what is cached."""
+    names: tuple[str, ...] = ()
     try:
         summary = cache_summary(folder)
+        names = tuple(summary["dataset"]["class_names"])
         cache = featcache.open(runs.cache_path(folder, summary))
         data = None
         if not summary["dataset"]["source"].startswith("shapes "):
             data = data_folder(summary, None)
         labels = cache.labels()
-        rows = []
-        for label in grid_classes(len(cache.manifest.dataset.class_names)):
+        real = {}
+        for label in grid_classes(len(names)):
             chosen = np.flatnonzero(labels == label)[: REFERENCE_TILES[1]]
             if len(chosen):
-                rows.append(images_of(cache, data, chosen.tolist()))
-        width = max(len(row) for row in rows)
-        blank = np.full((1, *rows[0].shape[1:]), 255, np.uint8)
-        padded = [np.concatenate([row, blank.repeat(width - len(row), axis=0)]) for row in rows]
-        grid = np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0)
+                real[label] = images_of(cache, data, chosen.tolist())
         sheet = np.asarray(contact_sheet(cache, data=data))
     except (CacheError, UserError):
-        return []  # the cache or its images are elsewhere: the report shows what the run itself holds
-    return [
-        Figure(
-            image=grid,
-            title="Real images",
-            caption="From the training set, one row per class, the same rows as in the sample grids.",
-            alt="Grid of training images, one row per class",
-            section="samples",
-        ),
+        return {}, names, []  # the cache or its images are elsewhere: the report shows what the run itself holds
+    figures = [
         Figure(
             image=sheet,
             title="What the cache holds",
@@ -108,6 +110,20 @@ def _reference_figures(folder: Path) -> list[Figure]:
             wide=True,
         ),
     ]
+    return real, names, figures
+
+
+def _real_figure(rows: Sequence[np.ndarray]) -> Figure:
+    width = max(len(row) for row in rows)
+    blank = np.full((1, *rows[0].shape[1:]), 255, np.uint8)
+    padded = [np.concatenate([row, blank.repeat(width - len(row), axis=0)]) for row in rows]
+    return Figure(
+        image=np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0),
+        title="Real images",
+        caption="From the training set, one row per class, the same rows as in the sample grids.",
+        alt="Grid of training images, one row per class",
+        section="samples",
+    )
 
 
 def router_charts(folder: Path, name: str | None = None, points: int = 101) -> list[Chart]:
