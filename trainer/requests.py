@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import PlainValidator
 
 from featcache.errors import UserError
-from featcache.settings import Count, FilePath, Index, Names, NotNegative, Option, settings
+from featcache.settings import Count, FilePath, Index, Names, NotNegative, Option, Positive, settings
 from trainer.classes import Classes
 from trainer.interval import Interval, ParsedInterval
 
@@ -32,6 +32,9 @@ class SampleSettings:
         str | None, Option("As for sample. [default: the recipe's, else sde or ddpm; on the CPU ode or ddim]")
     ] = None
     steps: Annotated[Count | None, Option("Sampling steps. [default: the recipe's, else 250; 32 on the CPU]")] = None
+    shift: Annotated[
+        Positive | None, Option("Shift of the times, above 1 towards noise. [default: the recipe's, else 1: none]")
+    ] = None
     guidance: Annotated[
         NotNegative | None, Option("Classifier-free guidance scale. [default: the recipe's, else 1: none]")
     ] = None
@@ -71,6 +74,7 @@ class SampleRequest(SampleSettings):
     num: Annotated[Count, Option("How many images.")] = 64
     sampler: Annotated[str | None, Option("SiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")] = None
     steps: Annotated[Count, Option("Sampling steps.")] = 250
+    shift: Annotated[Positive, Option("Shift of the times, above 1 towards noise; 1 is none.")] = 1.0
     guidance: Annotated[NotNegative, Option("Classifier-free guidance scale; 1 is none.")] = 1.0
     interval: Annotated[
         ParsedInterval, Option("Interval of t in which to guide: LOW,HIGH.", typed=str, parse=Interval.parse)

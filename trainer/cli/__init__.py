@@ -142,7 +142,18 @@ def sample(
 
 # Settings of eval that say how to draw, so that they mean nothing where the images are there already.
 DRAWING = (
-    *("figure", "sampler", "steps", "guidance", "interval", "guided_channels", "classes", "pixels", "checkpoint"),
+    *(
+        "figure",
+        "sampler",
+        "steps",
+        "shift",
+        "guidance",
+        "interval",
+        "guided_channels",
+        "classes",
+        "pixels",
+        "checkpoint",
+    ),
     *("precision", "compile"),
 )
 

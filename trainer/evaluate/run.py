@@ -206,6 +206,7 @@ def _with_defaults(
         )
     sampler = asked.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family])
     chosen = {"num": num, "sampler": sampler, "steps": steps, "guidance": guidance, "interval": interval}
+    chosen["shift"] = 1.0 if asked.shift is None else asked.shift
     return SampleRequest(**{**vars(asked), **chosen, "device": device})
 
 

@@ -115,7 +115,8 @@ def _in_use(config: RunConfig, folder: Path) -> str:
     )
 
 
-# What may differ between the two halves of a resumed run: it changes nothing but, at most, the rounding.
+# What may differ between the two halves of a resumed run: it changes nothing but, at most, the rounding. (But `steps`,
+# where the learning rate falls until then.)
 _FREE_KEYS = frozenset({
     *("steps", "cache", "name", "device", "compile", "attention", "accumulate", "shard", "weights_dir", "published"),
     *("statistics", "stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
@@ -148,9 +149,10 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
             f"{run} holds imported weights: averaged ones without an optimiser's state, which cannot be trained on",
             remedy="Draw from them: trainer sample, trainer eval; or train anew under another --name.",
         )
+    free = _FREE_KEYS - ({"steps"} if saved.lr_schedule == "linear" and saved.decay_until is None else set())
     for field in dataclasses.fields(RunConfig):
         theirs, ours = getattr(saved, field.name), getattr(config, field.name)
-        if field.name not in _FREE_KEYS and theirs != ours:
+        if field.name not in free and theirs != ours:
             raise UserError(
                 f"{run} was started with {field.name} = {theirs!r:.200}, not {ours!r:.200}",
                 remedy="Resume with the same settings, or start another run with --name.",

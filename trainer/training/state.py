@@ -18,6 +18,7 @@ from featcache.read.normalization import Statistics
 from featcache.read.statistics import layer_statistics
 from trainer import align, distributed
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo
+from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import sincos_positions
@@ -120,8 +121,7 @@ def assemble(
         alignment,
         {name: CachedFeature.of(cache.manifest.features[name]) for name in reads},
         normalization=scalar(dataset.vae) if statistics is None else from_statistics(statistics),
-        path=config.path,
-        time_sampling=config.time_sampling,
+        transport=build_transport(model_cfg.family, device=next(model.parameters()).device, **config.flow),
         label_dropout=config.label_dropout,
         autocast=DTYPES[precision_of(config, device)],
         teacher=ema,
