@@ -85,6 +85,35 @@ def test_the_rate_stays_after_it_has_fallen_and_is_constant_by_default() -> None
     assert [learning_rate(plain, step) for step in (0, 3, 10**6)] == [3e-4 * 0.25, 3e-4, 3e-4]
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "lr", "clip"),
+    [
+        ("ahpa", {}, 2e-4, 2.0),
+        ("ahpa+sra", {}, 2e-4, 2.0),
+        ("none", {}, 1e-4, 1.0),
+        ("repa", {}, 1e-4, 1.0),
+        ("ahpa", {"lr": 1e-4, "clip": 1.0}, 1e-4, 1.0),
+    ],
+)
+def test_a_method_brings_its_rate_and_clip(method: str, given: dict[str, float], lr: float, clip: float) -> None:
+    settled = RunConfig(method=method, **given).settled()  # type: ignore[arg-type]
+    assert (settled.lr, settled.clip) == (lr, clip) and settled.settled() == settled
+
+
+def test_the_rate_that_a_run_was_started_with_stays(shapes_cache: Path, tmp_path: Path) -> None:
+    """What is written is what it was, also for AHPA's runs of before its rate was its own."""
+    config = settings(shapes_cache, "ahpa", steps=1, lr=None)
+    path = run(config, tmp_path)
+    assert yaml.safe_load((path / "config.yaml").read_text())["lr"] == log_of(path)[0]["lr"] == 2e-4
+    values = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(values | {"lr": 1e-4}))
+    assert load_config(path).lr == 1e-4
+    run(dataclasses.replace(load_config(path), steps=2), tmp_path, resume=True)
+    assert [record["lr"] for record in log_of(path)] == [2e-4, 1e-4]
+    with pytest.raises(UserError, match=r"started with lr = 0\.0001, not 0\.0002"):
+        run(dataclasses.replace(config, steps=2), tmp_path, resume=True)
+
+
 def test_resuming_in_mid_schedule_changes_no_bit(trained: Path, tmp_path: Path) -> None:
     keep_only(trained, 4, tmp_path / "run")
     assert_identical(trained, run(load_config(trained), tmp_path, resume=True), 6)

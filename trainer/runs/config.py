@@ -53,13 +53,13 @@ class RunConfig:
         normalization: of the latents: `scalar`, by the VAE's scaling factor; by the mean and standard deviation of each
         `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents. Results under different ones are not comparable: it decides at which times
         which detail is noise. statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's,
-        RAE's); None takes those imported with the latents. A run keeps a copy. label_dropout: share of null labels.
+        RAE's); None takes those imported with the latents, else computes them from the cache. A run keeps a copy. label_dropout: share of null labels.
         Of SiT, see `trainer.diffusion.transport.Flow`: path: interpolant. time_sampling, time_mean, time_std, time_shift:
         how t is drawn. prediction: what the backbone says of x_t; the loss is the velocity's in each case. time_floor:
         smallest divisor where the velocity follows from x or the noise. cosine_weight: of the velocity's direction.
     Optimisation (AdamW):
-        batch_size: global, over all ranks and accumulation steps. lr: after `warmup_steps` from zero. lr_schedule:
-        `constant`, or `linear`: held for `hold_steps` after the warm-up, then falling to `lr_end`, which it reaches in step
+        batch_size: global, over all ranks and accumulation steps. lr: after `warmup_steps` from zero;
+        None takes the method's (2e-4 for AHPA, else 1e-4). lr_schedule: `constant`, or `linear`: held for `hold_steps` after the warm-up, then falling to `lr_end`, which it reaches in step
         `decay_until` (None: the last of `steps`) and keeps. clip: maximal gradient norm; None takes the
         method's (2.0 for AHPA, else 1.0). ema_decay: of the weights' average, reached after a short warm-up if
         ema_warmup (min(decay, (1 + step) / (10 + step))).
@@ -85,12 +85,14 @@ class RunConfig:
 
     normalization: Annotated[
         Literal["auto", "scalar", "channel", "position"],
-        Option("Of the latents: scalar (by the VAE's factor), channel or position (by --statistics), or auto."),
+        Option("Of the latents: scalar (by the VAE's factor), channel or position (by mean and std), or auto."),
     ] = "auto"
     statistics: Annotated[
         str | None,
         Option(
-            "File of mean and std, from featcache stats. Default: imported with the latents.", typed=Path, parse=str
+            "File of mean and std. Default: imported with the latents, else computed from the cache.",
+            typed=Path,
+            parse=str,
         ),
     ] = None
     path: Literal["linear", "cosine"] = "linear"
@@ -107,7 +109,9 @@ class RunConfig:
     steps: Annotated[Count, Option("Training steps.")] = 400_000
     batch_size: Annotated[Count, Option("Global batch size.")] = 256
     accumulate: Count = 1
-    lr: Annotated[Positive, Option("Learning rate of AdamW.")] = 1e-4
+    lr: Annotated[
+        Positive | None, Option("Learning rate of AdamW. [default: the method's, 2e-4 for AHPA, else 1e-4]")
+    ] = None
     lr_schedule: Literal["constant", "linear"] = "constant"
     warmup_steps: Index = 0
     hold_steps: Index = 0
@@ -221,6 +225,15 @@ class RunConfig:
     def methods(self) -> tuple[str, ...]:
         """Names of the alignment methods in use; empty for `none`."""
         return tuple(name for name in split_methods(self.method) if name != "none")
+
+    def settled(self) -> RunConfig:
+        """With nothing left to the method, as a run's `config.yaml` has it."""
+        ahpa = "ahpa" in self.methods  # its authors' launch command; its table does not show the rate
+        return dataclasses.replace(
+            self,
+            lr=self.lr if self.lr is not None else 2e-4 if ahpa else 1e-4,
+            clip=self.clip if self.clip is not None else 2.0 if ahpa else 1.0,
+        )
 
     def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
         """Shape of the backbone for images of `resolution` pixels per side, given the manifest's `dataset.vae`.

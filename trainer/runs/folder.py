@@ -292,7 +292,7 @@ def load_config(run: Path) -> RunConfig:
     values.setdefault("normalization", "scalar")  # runs from before there was a choice
     values.pop("statistics", None)  # where they came from; the run has a copy, and the file may be gone or another
     try:
-        return from_mapping(RunConfig, values)
+        return from_mapping(RunConfig, values).settled()
     except UserError as error:
         raise UserError(f"{path}: {error.what}", remedy=RESTORE) from error
 

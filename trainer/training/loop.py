@@ -98,7 +98,7 @@ def _train(
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
-        statistics = settle(config, cache, run)
+        statistics = settle(config, cache, run, main=world.is_main, watcher=watcher)
         begun = bool(checkpoint.list_checkpoints(run))
         parts = assemble(config, cache, device, world, statistics=statistics, begun=begun)
         start, trained_s = _restore(parts, run, config)
@@ -367,12 +367,11 @@ def _resolve(
     run = distributed.from_main(claimed)
     assert run is not None
     return run, dataclasses.replace(
-        config,
+        config.settled(),
         cache=redact(str(cache.path)),
         name=str(run.relative_to(root)),
         precision=precision_of(config, device),  # type: ignore[arg-type]
         normalization=resolve(config, cache),  # type: ignore[arg-type]
-        clip=config.clip if config.clip is not None else 2.0 if "ahpa" in config.methods else 1.0,
     )
 
 

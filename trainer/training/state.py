@@ -95,7 +95,7 @@ def assemble(
         CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
         UserError: model and latents do not fit together.
     """
-    dataset = cache.manifest.dataset
+    config, dataset = config.settled(), cache.manifest.dataset
     model_cfg = backbone_config(config, cache)
     assert dataset.vae is not None, "a cache with a backbone has latents"
     sharded = config.shard and world.size > 1
