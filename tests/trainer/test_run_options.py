@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_runs import Listener, assert_identical, keep_only, log_of, settings
+from tiny_runs import Listener, assert_identical, checkpoint_files, keep_only, log_of, settings
 
 from featcache.errors import UserError
 from featcache.progress import Quiet
@@ -112,6 +112,52 @@ def test_the_rate_that_a_run_was_started_with_stays(shapes_cache: Path, tmp_path
     assert [record["lr"] for record in log_of(path)] == [2e-4, 1e-4]
     with pytest.raises(UserError, match=r"started with lr = 0\.0001, not 0\.0002"):
         run(dataclasses.replace(config, steps=2), tmp_path, resume=True)
+
+
+def head_width(run: Path, step: int) -> int:
+    """Of SRA's MLP, as saved."""
+    (inner,) = {len(v) for k, v in checkpoint_files(run, step)["alignment"].items() if k.endswith("0.weight")}
+    return inner
+
+
+def test_sra_s_head_is_twice_as_wide_and_old_runs_keep_theirs(shapes_cache: Path, tmp_path: Path) -> None:
+    """A run of before has no trace of the width, or of any option that was not typed."""
+    common = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 4}
+    depths = {"student_depth": 1, "teacher_depth": 2}
+    now = run(settings(shapes_cache, "sra", align={"sra": depths}, name="now", **common), tmp_path / "runs")
+    assert head_width(now, 4) == 2 * 48 and load_config(now).align["sra"]["head_ratio"] == 2  # type: ignore[index]
+    narrow = {"sra": {**depths, "head_ratio": 1.0}}
+    then = run(settings(shapes_cache, "sra", align=narrow, name="then", **common), tmp_path / "runs")
+    assert head_width(then, 4) == 48
+    old = keep_only(then, 2, tmp_path / "old" / "then")
+    values = yaml.safe_load((old / "config.yaml").read_text())
+    assert values["align"]["sra"].keys() >= {"weight", "beta", "interval", "head_ratio", "head_width"}
+    for written in ({"sra": depths}, {"sra": {**depths, "head_width": None, "weight": 0.2}}):
+        (old / "config.yaml").write_text(yaml.safe_dump(values | {"align": written}))
+        assert load_config(old) == load_config(then), "what is not said is as it was"
+    run(load_config(old), tmp_path / "old", resume=True)
+    assert_identical(then, old, 4)
+    wider = keep_only(then, 2, tmp_path / "wider" / "then")
+    (wider / "config.yaml").write_text(yaml.safe_dump(values | {"align": {"sra": {**depths, "head_width": 96}}}))
+    with pytest.raises(UserError, match="alignment"):
+        run(load_config(wider), tmp_path / "wider", resume=True)
+
+
+def test_what_a_recipe_leaves_open_stays_as_the_run_has_it(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`trainer run --recipe R --resume`, as the recipes' pages say, also for runs of before SRA's head was wider."""
+    from trainer.cli import _run_config
+
+    monkeypatch.chdir(tmp_path)
+    config = settings(shapes_cache, "sra", align={"sra": {"head_ratio": 1.0, "beta": 0.1}}, steps=1)
+    run(config, tmp_path / "runs")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("method: sra\nalign: {sra: {beta: 0.1, weight: 0.2}}\n")
+    resumed = _run_config(recipe, {"name": "run"}, ["steps=2"], resume=True)
+    assert resumed == dataclasses.replace(load_config(tmp_path / "runs/run"), steps=2)
+    other = _run_config(None, {"name": "run", "method": "none"}, [], resume=True)
+    assert (other.method, other.align) == ("none", {})
 
 
 def test_resuming_in_mid_schedule_changes_no_bit(trained: Path, tmp_path: Path) -> None:

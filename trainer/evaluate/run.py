@@ -158,7 +158,7 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Prog
         raise UserError(
             f"{recipe.name} has no published figures", remedy="Type: trainer recipes   for those that have."
         )
-    wanted = recipe.config()
+    wanted, config = recipe.config().settled(), config.settled()
     other = [
         key
         for key in recipe.values

@@ -25,6 +25,7 @@ from featcache.settings import (
     from_mapping,
     number,
     settings,
+    to_mapping,
 )
 from trainer.align import config_class, method_names, split_methods
 from trainer.models import model_config
@@ -227,12 +228,14 @@ class RunConfig:
         return tuple(name for name in split_methods(self.method) if name != "none")
 
     def settled(self) -> RunConfig:
-        """With nothing left to the method, as a run's `config.yaml` has it."""
+        """With nothing left to the method, and all of its options: as a run's `config.yaml` has it, so that a later
+        version's defaults change nothing of it."""
         ahpa = "ahpa" in self.methods  # its authors' launch command; its table does not show the rate
         return dataclasses.replace(
             self,
             lr=self.lr if self.lr is not None else 2e-4 if ahpa else 1e-4,
             clip=self.clip if self.clip is not None else 2.0 if ahpa else 1.0,
+            align={method: to_mapping(self.method_config(method)) for method in self.methods},
         )
 
     def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:

@@ -17,6 +17,7 @@ from featcache.settings import from_mapping, to_mapping
 from featcache.store import files
 from featcache.store.manifest import nested_deeper
 from featcache.store.root import cache_digest
+from trainer.align import EARLIER
 from trainer.runs import locks, schemas
 from trainer.runs.config import RunConfig
 from trainer.runs.yaml_text import read_yaml
@@ -292,7 +293,9 @@ def load_config(run: Path) -> RunConfig:
     values.setdefault("normalization", "scalar")  # runs from before there was a choice
     values.pop("statistics", None)  # where they came from; the run has a copy, and the file may be gone or another
     try:
-        return from_mapping(RunConfig, values).settled()
+        config = from_mapping(RunConfig, values)
+        align = {method: {**EARLIER.get(method, {}), **(config.align.get(method) or {})} for method in config.methods}
+        return dataclasses.replace(config, align=align).settled()
     except UserError as error:
         raise UserError(f"{path}: {error.what}", remedy=RESTORE) from error
 
