@@ -21,7 +21,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 @settings
 class SampleSettings:
-    """How samples are to be drawn. A number, steps, guidance or interval of None leaves the choice to who draws.
+    """How samples are to be drawn. What is None is left to who draws.
 
     sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest.
     precision, compile: see `trainer.sampling.inference.choose_arithmetic`.
@@ -46,13 +46,22 @@ class SampleSettings:
             parse=Interval.parse,
         ),
     ] = None
-    guided_channels: Annotated[Count | None, Option("Guide only the first so many channels. [default: all]")] = None
+    guided_channels: Annotated[
+        Count | None,
+        Option("Guide only the first so many channels. [default: the recipe's at its --guidance, else all]"),
+    ] = None
     classes: Annotated[
-        ParsedClasses, Option("balanced, random, or a list such as 207,360,387.", typed=str, parse=Classes.parse)
-    ] = Classes()
-    pixels: Annotated[Literal["round", "truncate"], Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = (
-        "round"
-    )
+        ParsedClasses | None,
+        Option(
+            "balanced, random, or a list such as 207,360,387. [default: the recipe's, else balanced]",
+            typed=str,
+            parse=Classes.parse,
+        ),
+    ] = None
+    pixels: Annotated[
+        Literal["round", "truncate"] | None,
+        Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits. [default: the recipe's, else round]"),
+    ] = None
     seed: Annotated[Index, Option("With its index it fixes a sample's noise.")] = 0
     checkpoint: Annotated[Index | None, Option("Checkpoint. [default: the latest]", flag="--step")] = None
     batch_size: Annotated[Count, Option("Images at once.")] = 64
@@ -79,6 +88,13 @@ class SampleRequest(SampleSettings):
     interval: Annotated[
         ParsedInterval, Option("Interval of t in which to guide: LOW,HIGH.", typed=str, parse=Interval.parse)
     ] = Interval()
+    guided_channels: Annotated[Count | None, Option("Guide only the first so many channels. [default: all]")] = None
+    classes: Annotated[
+        ParsedClasses, Option("balanced, random, or a list such as 207,360,387.", typed=str, parse=Classes.parse)
+    ] = Classes()
+    pixels: Annotated[Literal["round", "truncate"], Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = (
+        "round"
+    )
     format: Annotated[Literal["npz", "wds", "png"], Option("npz (ADM's layout), wds (a WebDataset shard) or png.")] = (
         "npz"
     )

@@ -136,13 +136,21 @@ def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of the run, e.g. runs/ahpa.", show_default=False)],
     given: Given,
+    figure: Annotated[
+        str | None,
+        typer.Option(help="Draw as the samples of this recipe's published figures, at its step; options here win."),
+    ] = None,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
     from trainer import distributed
     from trainer.sampling.run import sample_run
 
-    request = from_typed(SampleRequest, given)
     with RichProgress() as progress:
+        if figure is not None:
+            from trainer.runs.recipes import load_figure
+
+            given = load_figure(figure).drawn_as(given, progress.note)
+        request = from_typed(SampleRequest, given)
         result = sample_run(run, request, progress)
     if distributed.is_main():
         console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")

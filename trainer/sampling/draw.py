@@ -29,6 +29,7 @@ from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import Normalization, of_run
+from trainer.runs.published import SHIFTED
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 # Family -> its samplers, the default first; and the one that draws grids, in GRID_STEPS steps.
 SAMPLERS = {"sit": ("sde", "ode", "heun", "dopri5"), "dit": ("ddpm", "ddim")}
-SHIFTED = ("sde", "ode", "heun")  # those with a grid of times to shift
 GRID_SAMPLERS, GRID_STEPS = {"sit": "ode", "dit": "ddpm"}, 32
 
 # Images decoded at once: enough to fill a GPU at 256 pixels, and 1 GiB for the SD-VAE's largest activation there.
