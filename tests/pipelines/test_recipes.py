@@ -173,14 +173,60 @@ def test_rows_that_train_alike_are_one_training() -> None:
 
 
 def test_rows_resolve_as_they_always_did() -> None:
-    """resolved.json was made when each row was a file of its own: SHA-256 of its settings, title and build line."""
+    """resolved.json was made when each row was a file of its own: SHA-256 of its settings, title and build line.
+
+    What rows say since then, and did not say before, is left out."""
     expected = json.loads(Path(__file__).with_name("resolved.json").read_text(encoding="utf-8"))
     found = {}
     for recipe in RECIPES:
-        content = {"values": dict(recipe.values), "title": recipe.title, "build": recipe.build}
+        values = {key: value for key, value in recipe.values.items() if key != "normalization"}
+        if "sampling" in values.get("published", {}):
+            drawn = {
+                k: v for k, v in values["published"]["sampling"].items() if k not in ("channels", "classes", "pixels")
+            }
+            values["published"] = {**values["published"], "sampling": drawn}
+        content = {"values": values, "title": recipe.title, "build": recipe.build}
         found[recipe.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     changed = sorted(name for name in expected if expected[name] != found.get(name))
     assert not changed, f"these rows resolve otherwise: {', '.join(changed)}"
+
+
+def says_how_its_latents_are_normalised(recipe: Recipe) -> None:
+    """iREPA's code and, by its data, AHPA's normalise by channel, in their baselines too; the others by the VAE's factor."""
+    by_channel = recipe.name.startswith(("ahpa/", "irepa/", "sra2/")) or (
+        recipe.published is not None and recipe.published.source.startswith("AHPA") and recipe.name != "none/xl2"
+    )
+    by_channel = by_channel or (recipe.name.startswith("none/") and recipe.name.endswith(("-channel", "-ahpa")))
+    assert recipe.values["normalization"] == ("channel" if by_channel else "scalar")
+
+
+def test_rows_say_how_their_latents_are_normalised() -> None:
+    every_row(says_how_its_latents_are_normalised)
+
+
+@pytest.mark.parametrize("size", ["b2", "l2", "xl2"])
+def test_a_vanilla_row_stands_beside_ahpa_s(size: str) -> None:
+    ahpa, vanilla = (load_recipe_file(name).values for name in (f"ahpa/{size}", f"none/{size}-ahpa"))
+    differing = {key for key in ahpa.keys() | vanilla.keys() if ahpa.get(key) != vanilla.get(key)}
+    assert differing == {"method", "align", "published"} and vanilla["lr"] == 2e-4
+
+
+def is_drawn_by_its_code_s_protocol(recipe: Recipe) -> None:
+    """SiT's and DiT's sample_ddp.py against REPA's and SRA's generate.py: rounding, and channels under guidance. All draw
+    labels at random."""
+    if recipe.published is None:
+        return
+    sampling = recipe.published.sampling
+    assert sampling is not None and sampling.classes == "random" and sampling.shift == 1
+    official = recipe.name.startswith("none/") and "vae" not in recipe.name
+    assert sampling.pixels == ("round" if official else "truncate")
+    assert sampling.channels == (3 if official and sampling.guidance != 1 else None)
+
+
+def test_rows_are_drawn_by_the_published_protocols() -> None:
+    every_row(is_drawn_by_its_code_s_protocol)
+    guided = [r.name for r in RECIPES if r.published and r.published.sampling and r.published.sampling.channels == 3]
+    assert guided == ["none/xl2-7m-guided", "none/dit-xl2-7m-guided", "none/xl2-512", "none/dit-xl2-512"]
 
 
 def is_plausible(recipe: Recipe) -> None:
@@ -519,7 +565,10 @@ def test_the_overview_names_every_row() -> None:
 def test_a_row_is_shown_with_its_figures_and_commands() -> None:
     text = "\n".join(describe(load_recipe_file("repa/xl2")))
     assert re.search(r"align\.repa\.depth +8 +repa/xl2\n", text) and re.search(r"lr +0\.0001 +repa\.yaml\n", text)
-    assert "repa/xl2-4m-interval: FID 1.42, " in text and "guidance 1.8 in [0, 0.7]); REPA, Table 4" in text
+    assert (
+        "repa/xl2-4m-interval: FID 1.42, " in text
+        and "guidance 1.8 in [0, 0.7], classes random, pixels truncate); REPA, Table 4" in text
+    )
     commands = [line.strip() for line in text.splitlines() if line.startswith(("  featcache ", "  trainer "))]
     assert commands[:5] == [
         "featcache build --encoder dinov2-b@11 --data /path/to/imagenet/train",

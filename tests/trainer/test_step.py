@@ -13,6 +13,7 @@ from tiny_runs import settings
 from torch import Tensor, nn
 
 import featcache
+from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
 from trainer.runs.normalization import Normalization
 from trainer.training.objective import (
@@ -217,7 +218,7 @@ def test_label_dropout_has_its_share_and_uses_the_null_class(shapes_cache: Path)
     parts, cache = assembled(shapes_cache)
     spy: Any = Spy(parts.model.cfg)
     objective = Objective(
-        spy, None, parts.objective._features, normalization=Normalization(scale=1, shift=0), path="linear", time_sampling="uniform",
+        spy, None, parts.objective._features, normalization=Normalization(scale=1, shift=0), transport=build_transport("sit"),
         label_dropout=0.1, autocast=None,
     )  # fmt: skip
     n = 5000

@@ -117,10 +117,15 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
     check_output(out, CHECKPOINTS, example="weights.pt")
+    config = runs.load_config(run)
+    if config.prediction != "velocity":
+        raise UserError(
+            f"{run} predicts {config.prediction}, and the public code takes what a SiT says for a velocity",
+            remedy="Draw from it here: trainer sample, trainer eval.",
+        )
     at, folder = checkpoint.find_checkpoint(run, step)
     raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}
-    config = runs.load_config(run)
     checkpoint.require_own(folder, method=config.method, model=config.model)
     ema = checkpoint.load_tensors(folder, "ema")
     cfg = run_model_config(run, config)

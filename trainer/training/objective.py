@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from featcache.read.normalization import LOGVAR_RANGE
 from trainer.align.base import AlignInputs, Alignment, Teacher
-from trainer.diffusion.transport import build_transport
 from trainer.distributed import is_sharded, local, sum_over_ranks
 from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
     from featcache.codecs import FeatureCodec
-    from trainer.diffusion.interpolants import Path, TimeDistribution
+    from trainer.diffusion.transport import Transport
     from trainer.models import ModelOutput, Transformer
     from trainer.runs.normalization import Normalization
 
@@ -87,7 +86,7 @@ class Objective(nn.Module):
         alignment: the method's heads and loss, or None.
         features: name -> how it is stored, for `vae/moments` and all that the method reads.
         normalization: of the latent, see `sample_posterior`.
-        path, time_sampling, label_dropout: see `trainer.runs.config.RunConfig`.
+        transport: on the model's device. label_dropout: see `trainer.runs.config.RunConfig`.
         autocast: dtype of autocast, or None for float32.
         teacher: EMA model for methods that need one; kept out of this module's parameters.
     """
@@ -99,8 +98,7 @@ class Objective(nn.Module):
         features: Mapping[str, FeatureCodec],
         *,
         normalization: Normalization,
-        path: Path,
-        time_sampling: TimeDistribution,
+        transport: Transport,
         label_dropout: float,
         autocast: torch.dtype | None,
         teacher: Transformer | None = None,
@@ -117,9 +115,7 @@ class Objective(nn.Module):
             else:
                 setattr(self, name, value)  # a constant of the graph
         self._label_dropout, self._dtype = label_dropout, autocast
-        self._transport = build_transport(
-            model.cfg.family, path=path, time_sampling=time_sampling, device=next(model.parameters()).device
-        )
+        self._transport = transport
         # In a list: not a submodule, so neither saved, trained nor synchronised with this one.
         self._teacher = [teacher]
 
@@ -129,7 +125,7 @@ class Objective(nn.Module):
         """Loss terms by name, and what the method saw (None if not `aligned`), for `measure` and
         `adversary_loss`: without gradients, and without the targets, which those decode anew where they are due.
 
-        `denoise` is the diffusion loss; `align/<term>` are the method's weighted terms. Their sum is the loss.
+        `denoise` is the diffusion loss, `denoise/<term>` what a transport adds to it; `align/<term>` are the method's weighted terms. Their sum is the loss.
         Compiled there are two variants, with and without alignment.
         """
         alignment = self.alignment if aligned else None
