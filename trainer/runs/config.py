@@ -35,13 +35,13 @@ class RunConfig:
         method: `none`, or alignment methods joined by `+` (`ahpa`, `repa`, `ahpa+sra`).
         align: options of each method by its name, e.g. `{"ahpa": {"router": "lookup"}}`.
         align_until: step from which alignment is switched off (HASTE); None: never.
-        model: backbone, e.g. `SiT-XL/2`. cache: path or URL of the feature cache. name: folder below `runs`.
+        model: backbone, e.g. `SiT-XL/2`, `LightningDiT-XL/1`. cache: path or URL of the feature cache. name: folder below `runs`.
         resolution, vae: side in pixels and VAE (`sd-ft-ema`) that the cache must have been made with; None: any.
     Objective:
         normalization: of the latents: `scalar`, by the VAE's scaling factor; by the mean and standard deviation of each
         `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents. Results under different ones are not comparable: it decides at which times
         which detail is noise. statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's,
-        RAE's); None takes those imported with the latents. A run keeps a copy. path: interpolant of SiT. time_sampling: how t is drawn. label_dropout: share of null labels.
+        RAE's); None takes those imported with the latents. A run keeps a copy. path: interpolant of SiT and LightningDiT. time_sampling: how t is drawn. label_dropout: share of null labels.
     Optimisation (AdamW):
         batch_size: global, over all ranks and accumulation steps. clip: maximal gradient norm; None takes the
         method's (2.0 for AHPA, else 1.0). ema_decay: of the weights' average, reached after a short warm-up if
@@ -60,7 +60,7 @@ class RunConfig:
     method: Annotated[str, Option("none, repa, ahpa, ...; join several with +.")] = "none"
     align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     align_until: Index | None = None
-    model: Annotated[str, Option("Backbone, e.g. SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2.")] = "SiT-B/2"
+    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1.")] = "SiT-B/2"
     cache: Annotated[str | None, Option("Feature cache. Default: the newest fitting one below ./caches.")] = None
     resolution: Count | None = None
     vae: str | None = None
