@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning import published_forward, rotated
+from tiny_runs import Listener, settings
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UserError
-from trainer.models import ModelConfig, Transformer, build_model, forward_flops, model_config
+from featcache.read.normalization import load, save
+from trainer.models import ModelConfig, Transformer, build_model, forward_flops, load_weights, model_config
 from trainer.models.blocks import RMSNorm, RotaryEmbedding, SwiGlu, rotary_positions
+from trainer.runs.exchange import export_checkpoint, import_checkpoint
+from trainer.runs.normalization import FILE
+from trainer.runs.weights_io import export_official, import_official
+from trainer.sampling.draw import load_run
+from trainer.training.loop import train
 
 TINY = ModelConfig(
     family="sit",
@@ -238,3 +246,199 @@ def test_mixtures_of_flags_have_no_name() -> None:
     assert replace(cfg, rope=False).name is None
     assert replace(cfg, norm="layer", mlp="gelu", rope=False).name == "SiT-B/1"
     assert replace(cfg, depth=11).name is None
+
+
+# The public code's files.
+
+
+def official_state(seed: int = 1, **change: Any) -> dict[str, Tensor]:
+    """A state dict under the public names; time runs their way round, which no value shows."""
+    cfg = replace(TINY, latent_channels=32, **change)
+    model = randomised(cfg, seed)
+    side, d = cfg.grid, cfg.width // cfg.heads
+    # In float32 and step by step, as the public code fills its buffers.
+    frequencies = 1.0 / 10000 ** (torch.arange(0, d // 2, 2).float() / (d // 2))
+    angles = (torch.arange(side).float()[:, None] * frequencies).repeat_interleave(2, dim=1)
+    tables = torch.stack([torch.cat([angles[i], angles[j]]) for i in range(side) for j in range(side)])
+    rotary = {"feat_rope.freqs_cos": tables.cos(), "feat_rope.freqs_sin": tables.sin()}
+    return {"pos_embed": model.pos_embed.clone(), **(rotary if cfg.rope else {}), **model.state_dict()}
+
+
+def public_file(path: Path, state: dict[str, Tensor], **sections: Any) -> Path:
+    """A checkpoint as the public training script writes one."""
+    config = {
+        "data": {"num_classes": 5, "latent_norm": True, "latent_multiplier": 1.0},
+        "model": {"model_type": "LightningDiT-XL/1", "use_rmsnorm": True, "use_swiglu": True, "use_rope": True},
+        "transport": {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "use_lognorm": True},
+    }
+    torch.save(
+        {"model": state, "ema": state, "opt": {"state": {}, "param_groups": []}, "config": config | sections}, path
+    )
+    return path
+
+
+@pytest.mark.parametrize("change", [{}, {"qk_norm": True}, {"patch_size": 2, "latent_size": 6}, {"mlp_ratio": 2.5}])
+@torch.no_grad()
+def test_an_official_file_gives_the_published_velocities_with_time_turned_round(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    state = official_state(**change)
+    imported = import_official(public_file(tmp_path / "0080000.pt", state))
+    cfg = imported.config
+    assert cfg == replace(TINY, latent_channels=32, **change)
+    assert (imported.convention, imported.path, imported.normalization) == ("lightningdit", "linear", "channel")
+    model = build_model(cfg)
+    load_weights(model, imported.state)
+    x, t, y = batch(cfg, B=5)
+    theirs = published_forward(state, x, 1 - t, y, heads=2)  # data - noise, t = 1 is data
+    ours = model.double()(x.double(), t.double(), y).prediction
+    torch.testing.assert_close(ours, -theirs, rtol=0, atol=2e-5 * float(theirs.std()))
+    apart = published_forward(state, x, t, y, heads=2)
+    assert (ours + apart).abs().max() > 0.05 * theirs.std(), "the direction of time matters in this test"
+
+
+@pytest.mark.parametrize("change", [{}, {"qk_norm": True}])
+@torch.no_grad()
+def test_an_export_is_loaded_strictly_and_predicts_the_same(tmp_path: Path, change: dict[str, Any]) -> None:
+    cfg = replace(TINY, latent_channels=32, **change)
+    ema, raw = randomised(cfg, 1), randomised(cfg, 2)
+    file = export_official(
+        tmp_path / "o.pt", cfg, ema=ema.state_dict(), model=raw.state_dict(), step=9, normalization="channel"
+    )
+    content = torch.load(file, weights_only=True)
+    assert content["ema"].keys() == content["model"].keys() == official_state(**change).keys()
+    assert content["config"]["model"] == {
+        **{"model_type": None, "use_qknorm": bool(change), "use_swiglu": True, "use_rope": True},
+        **{"use_rmsnorm": True, "wo_shift": False, "in_chans": 32},
+    }
+    for key, value in official_state(**change).items():
+        if key.startswith("feat_rope"):
+            torch.testing.assert_close(content["ema"][key], value, rtol=0, atol=1e-6)
+    x, t, y = batch(cfg, B=5)
+    theirs = published_forward(content["ema"], x, 1 - t, y, heads=2)
+    ours = ema.double()(x.double(), t.double(), y).prediction
+    torch.testing.assert_close(-theirs, ours, rtol=0, atol=2e-5 * float(ours.std()))
+    back = import_official(file, weights="model")
+    assert (back.config, back.step, back.normalization) == (cfg, 9, "channel")
+    for key, value in raw.state_dict().items():
+        torch.testing.assert_close(back.state[key], value, rtol=0, atol=1e-6)
+
+
+def test_what_the_file_says_of_its_latents_is_taken(tmp_path: Path) -> None:
+    state = official_state()
+    scalar = public_file(tmp_path / "a.pt", state, data={"latent_norm": False})
+    curved = public_file(tmp_path / "b.pt", state, transport={"path_type": "GVP", "prediction": "velocity"})
+    other = public_file(tmp_path / "c.pt", state, transport={"path_type": "Linear", "prediction": "noise"})
+    assert import_official(scalar).normalization == "scalar"
+    assert import_official(curved).path == "cosine"
+    with pytest.raises(UserError, match="only velocity models"):
+        import_official(other)
+    torch.save(state, tmp_path / "bare.pt")
+    bare = import_official(tmp_path / "bare.pt")
+    assert (bare.convention, bare.normalization, bare.config.heads) == ("lightningdit", "channel", 2)
+
+
+def test_its_code_with_all_switches_off_still_runs_time_its_way(tmp_path: Path) -> None:
+    plain = {"norm": "layer", "mlp": "gelu", "rope": False}
+    state = official_state(**plain)
+    file = public_file(tmp_path / "a.pt", state, model={"model_type": "LightningDiT-B/1", "use_rmsnorm": False})
+    imported = import_official(file, heads=2)
+    assert (imported.convention, imported.config.backbone) == ("lightningdit", "SiT")
+    assert torch.equal(imported.state["final_layer.linear.weight"], -state["final_layer.linear.weight"])
+
+
+def test_sizes_are_recognised(tmp_path: Path) -> None:
+    cfg = model_config("LightningDiT-Ti/1", latent_channels=32, latent_size=4, num_classes=5)
+    file = export_official(tmp_path / "o.pt", cfg, ema=build_model(cfg).state_dict())
+    imported = import_official(file)
+    assert (imported.name, imported.config) == ("LightningDiT-Ti/1", cfg)
+
+
+def test_other_rotary_tables_are_refused(tmp_path: Path) -> None:
+    state = official_state()
+    cos, sin = state["feat_rope.freqs_cos"], state["feat_rope.freqs_sin"]
+    rounded = {**state, "feat_rope.freqs_cos": cos.bfloat16(), "feat_rope.freqs_sin": sin.bfloat16()}
+    import_official(public_file(tmp_path / "half.pt", rounded))
+    split = torch.cat([cos[:, ::2], cos[:, 1::2]], dim=1)  # pairs half a head apart instead of neighbours
+    for bad in ({"feat_rope.freqs_cos": split}, {"feat_rope.freqs_sin": -sin}, {"feat_rope.freqs_cos": cos[:, :8]}):
+        with pytest.raises(UserError, match=r"feat_rope\.freqs_\w+ is not the table"):
+            import_official(public_file(tmp_path / "bad.pt", {**state, **bad}), heads=2)
+    del state["feat_rope.freqs_sin"]
+    with pytest.raises(UserError, match=r"feat_rope\.freqs_sin is not the table"):
+        import_official(public_file(tmp_path / "bad.pt", state))
+
+
+def test_files_that_do_not_fit_are_explained(tmp_path: Path) -> None:
+    state = official_state()
+    file = public_file(tmp_path / "a.pt", state)
+    with pytest.raises(UserError, match="holds LightningDiT, which 'repa' checkpoints do not"):
+        import_official(file, convention="repa")
+    without_shift = {k: v[: 4 * 48] if "blocks" in k and "adaLN" in k else v for k, v in state.items()}
+    with pytest.raises(UserError, match=r"adaLN_modulation\.1\.weight is \[192, 48\], expected \[288, 48\]"):
+        import_official(public_file(tmp_path / "b.pt", without_shift))
+    both = state | {"blocks.0.mlp.fc1.weight": torch.zeros(4, 48)}
+    with pytest.raises(UserError, match=r"unexpected blocks\.0\.mlp\.fc1"):
+        import_official(public_file(tmp_path / "c.pt", both))
+    cfg = replace(TINY, latent_channels=32)
+    for convention in ("repa", "sra", "sit", "dit"):
+        with pytest.raises(UserError, match="LightningDiT weights cannot be written as") as error:
+            export_official(tmp_path / "o.pt", cfg, ema=build_model(cfg).state_dict(), convention=convention)
+        assert "lightningdit" in str(error.value.remedy)
+
+
+def test_an_import_needs_the_numbers_that_its_latents_were_normalised_by(tmp_path: Path) -> None:
+    cfg = model_config("LightningDiT-Ti/1", latent_channels=32, latent_size=16, num_classes=1000)
+    file = export_official(tmp_path / "o.pt", cfg, ema=build_model(cfg).state_dict(), normalization="channel")
+    common: dict[str, Any] = {"weights": "ema", "convention": None, "root": tmp_path / "runs"}
+    with pytest.raises(UserError, match="normalised by channel") as error:
+        import_checkpoint(file, name="a", **common)
+    assert "--statistics" in str(error.value.remedy)
+    mean, std = torch.randn(1, 32, 1, 1), torch.rand(1, 32, 1, 1) + 0.5
+    torch.save({"mean": mean, "std": std}, tmp_path / "latents_stats.pt")  # as the public code does
+    run = import_checkpoint(file, name="a", statistics=tmp_path / "latents_stats.pt", **common)
+    loaded = load_run(run)
+    assert (loaded.config.normalization, loaded.config.model) == ("channel", "LightningDiT-Ti/1")
+    assert (loaded.resolution, loaded.summary["dataset"]["vae"]["name"]) == (256, "va-vae")
+    kept = load(run / FILE)
+    assert torch.equal(kept.mean, mean[0]) and torch.equal(kept.std, std[0])
+    torch.save({"mean": mean[:, :4], "std": std[:, :4]}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"shape \[4, 1, 1\], and the checkpoint's latents \[32, 16, 16\]"):
+        import_checkpoint(file, name="b", statistics=tmp_path / "other.pt", **common)
+    assert not (tmp_path / "runs/b").exists()
+
+
+@pytest.mark.usefixtures("nano")
+def test_a_run_goes_out_and_comes_back_with_its_statistics(
+    shapes_cache: Path, statistics: dict[str, Path], tmp_path: Path
+) -> None:
+    config = settings(shapes_cache, model="LightningDiT-Nano/2", steps=2, statistics=str(statistics["channel"]))
+    run = train(config, resume=False, watcher=Listener(), root=tmp_path)
+    file = export_checkpoint(run, tmp_path / "weights.pt", convention=None, step=None)
+    assert torch.load(file, weights_only=True)["config"]["data"]["latent_norm"] is True
+    back = import_checkpoint(
+        file,
+        name="back",
+        weights="ema",
+        convention=None,
+        cache=str(shapes_cache),
+        statistics=run / FILE,
+        root=tmp_path,
+    )
+    kept, given = load(back / FILE), load(run / FILE)
+    assert torch.equal(kept.mean, given.mean) and torch.equal(kept.std, given.std)
+    assert kept.fingerprint == given.fingerprint
+    ours, theirs = load_run(run).model, load_run(back).model
+    x, t, y = batch(ours.cfg)
+    torch.testing.assert_close(ours(x, t, y).prediction, theirs(x, t, y).prediction, rtol=0, atol=1e-6)
+    old = load(statistics["channel"])
+    save(replace(old, fingerprint="0" * 64), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="another cache"):
+        import_checkpoint(
+            file,
+            name="other",
+            weights="ema",
+            convention=None,
+            cache=str(shapes_cache),
+            statistics=tmp_path / "other.safetensors",
+            root=tmp_path,
+        )

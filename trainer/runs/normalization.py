@@ -110,12 +110,20 @@ def _kept(run: Path) -> Statistics:
 
 def _imported(config: RunConfig, cache: Cache) -> Statistics:
     vae = cache.manifest.dataset.vae or {}
-    mean, std = vae.get("channel_mean"), vae.get("channel_std")
-    if mean is None or std is None:
+    found = from_record(vae)
+    if found is None:
         raise UserError(
             f"--normalization {config.normalization} needs statistics, and {cache.path} brings none",
             remedy=_compute(config, cache),
         )
+    return found
+
+
+def from_record(vae: Mapping[str, Any]) -> Statistics | None:
+    """Those that were imported with latents, from the manifest's `dataset.vae`; None if it has none."""
+    mean, std = vae.get("channel_mean"), vae.get("channel_std")
+    if mean is None or std is None:
+        return None
     return Statistics(mean=torch.tensor(mean)[:, None, None], std=torch.tensor(std)[:, None, None])
 
 
