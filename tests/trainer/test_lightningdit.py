@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 import torch
 from lightning import published_forward, rotated
-from tiny_runs import Listener, settings
+from tiny_runs import Listener, assert_identical, checkpoint_files, keep_only, log_of, losses, settings
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UserError
 from featcache.read.normalization import load, save
+from trainer.diffusion.guidance import Guidance
 from trainer.models import ModelConfig, Transformer, build_model, forward_flops, load_weights, model_config
 from trainer.models.blocks import RMSNorm, RotaryEmbedding, SwiGlu, rotary_positions
 from trainer.runs.exchange import export_checkpoint, import_checkpoint
 from trainer.runs.normalization import FILE
 from trainer.runs.weights_io import export_official, import_official
-from trainer.sampling.draw import load_run
+from trainer.sampling.draw import SampleConfig, check_sampler, draw_latents, load_run
 from trainer.training.loop import train
 
 TINY = ModelConfig(
@@ -442,3 +444,52 @@ def test_a_run_goes_out_and_comes_back_with_its_statistics(
             statistics=tmp_path / "other.safetensors",
             root=tmp_path,
         )
+
+
+# Methods, which see hidden tokens, depth and width alone.
+
+METHODS = ("repa", "ahpa", "sra", "sra2", "dya", "sara")
+
+
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_train_resume_and_sample(shapes_cache: Path, tmp_path: Path, method: str) -> None:
+    common = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 2, "model": "LightningDiT-Nano/1"}
+    config = settings(shapes_cache, method, **common)
+    whole = train(config, resume=False, watcher=Listener(), root=tmp_path / "whole")
+    keep_only(whole, 2, tmp_path / "cut/run")
+    resumed = train(config, resume=True, watcher=Listener(), root=tmp_path / "cut")
+    assert_identical(whole, resumed, 4)
+    records = log_of(whole)
+    assert any(name.startswith("align/") for record in records for name in record)
+    before, after = (checkpoint_files(whole, step)["model"] for step in (2, 4))
+    still = [key for key in before if torch.equal(before[key], after[key])]
+    assert not still, "every weight moves once the gates are open, norms and gated MLP too"
+    loaded = load_run(whole)
+    labels = torch.tensor([0, 3])
+    config_of = {"sampler": "sde", "steps": 3, "guidance": Guidance(scale=2.0, channels=3)}
+    drawn = draw_latents(loaded.model, labels, [0, 1], SampleConfig(**config_of), transport=loaded.transport)
+    assert drawn.shape == (2, *loaded.model.cfg.latent_shape) and torch.isfinite(drawn).all()
+    with pytest.raises(UserError, match="does not go with a SiT or LightningDiT model"):
+        check_sampler(loaded.model.cfg.family, "ddim")
+
+
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize(
+    ("method", "graphs"),
+    [("none", 1), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in METHODS)],
+)
+def test_a_step_is_one_compiled_region_as_with_sit(
+    shapes_cache: Path, tmp_path: Path, method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda m, **kw: real(m, **kw, backend="eager"))
+    torch.compiler.reset()
+    counters.clear()
+    common = {"steps": 6, "log_every": 3, "align_until": 4, "seed": 2, "model": "LightningDiT-Nano/2"}
+    config = settings(shapes_cache, method, compile=True, **common)
+    compiled = train(config, resume=False, watcher=Listener(), root=tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    eager = train(settings(shapes_cache, method, **common), resume=False, watcher=Listener(), root=tmp_path / "eager")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
