@@ -35,9 +35,7 @@ def import_(
     """Make a run folder from an official SiT, DiT, REPA, SRA or LightningDiT checkpoint."""
     from trainer.runs.exchange import import_checkpoint
 
-    run = import_checkpoint(
-        path, name=name, weights=weights, convention=convention, cache=cache, statistics=statistics
-    )
+    run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache, statistics=statistics)
     console.print(f"run: [bold]{safe(run)}[/bold]   next: trainer sample {safe(typed(run))}")
 
 

@@ -117,9 +117,7 @@ def import_checkpoint(
     return run
 
 
-def _statistics_of(
-    imported: Imported, summary: Mapping[str, Any], given: Path | None, path: Path
-) -> Statistics | None:
+def _statistics_of(imported: Imported, summary: Mapping[str, Any], given: Path | None, path: Path) -> Statistics | None:
     """What the checkpoint's latents were normalised by: the file given, else what came with the cache's latents; None
     for the VAE's factor.
 

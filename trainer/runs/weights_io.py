@@ -195,7 +195,9 @@ def export_official(
         )
     extra = dict(heads) if heads else _placeholder_heads(convention, config.width)
 
-    rotary = dict(zip(_ROTARY_TABLES, rotary_positions(config.width // config.heads, config.grid))) if config.rope else {}
+    rotary = (
+        dict(zip(_ROTARY_TABLES, rotary_positions(config.width // config.heads, config.grid))) if config.rope else {}
+    )
 
     def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         full = {"pos_embed": sincos_positions(config.width, config.grid)}
