@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from featcache.errors import UserError
-from featcache.settings import Count, Index, NotNegative, Option, Positive, Share, from_mapping, number, settings
+from featcache.settings import Count, Index, Limit, NotNegative, Option, Positive, Share, from_mapping, number, settings
 from trainer.align import config_class, method_names, split_methods
 from trainer.models import model_config
 from trainer.models.config import Attention
@@ -44,7 +44,7 @@ class RunConfig:
         RAE's); None takes those imported with the latents. A run keeps a copy. path: interpolant of SiT and LightningDiT. time_sampling: how t is drawn. label_dropout: share of null labels.
     Optimisation (AdamW):
         batch_size: global, over all ranks and accumulation steps. clip: maximal gradient norm; None takes the
-        method's (2.0 for AHPA, else 1.0). ema_decay: of the weights' average, reached after a short warm-up if
+        method's (2.0 for AHPA, else 1.0), `.inf` is no clipping. ema_decay: of the weights' average, reached after a short warm-up if
         ema_warmup (min(decay, (1 + step) / (10 + step))).
     Machine:
         precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
@@ -88,7 +88,7 @@ class RunConfig:
     warmup_steps: Index = 0
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     weight_decay: NotNegative = 0.0
-    clip: Positive | None = None
+    clip: Limit | None = None
     ema_decay: Share = 0.9999
     ema_warmup: bool = False
 
