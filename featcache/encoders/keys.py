@@ -104,7 +104,7 @@ def from_compvis(state: State) -> State:
     what a training checkpoint holds beside the autoencoder (losses, the foundation model) is dropped. Any other state is
     returned as it is.
     """
-    stages = {int(found[1]) for key in state if (found := re.match(r"decoder\.up\.(\d{1,4})\.", key))}
+    stages = {int(at[1]) for key in state if (at := re.match(r"decoder\.up\.(\d{1,4})\.", key))}
     if not stages:
         return state
     found: State = {}

@@ -171,8 +171,9 @@ def test_rotary_tables_are_neither_trained_nor_saved() -> None:
     model = build_model(TINY)
     assert not any("rope" in key for key in (*model.state_dict(), *dict(model.named_parameters())))
     cos, sin = rotary_positions(24, 5)
-    for block in model.blocks:
-        assert torch.equal(block.attn.rope.cos, cos) and torch.equal(block.attn.rope.sin, sin)
+    ropes = [module for module in model.modules() if isinstance(module, RotaryEmbedding)]
+    assert len(ropes) == 1, "all blocks share one"
+    assert torch.equal(ropes[0].cos, cos) and torch.equal(ropes[0].sin, sin)
 
 
 # Computed with the public code (depth 28, width 1152, patch 1, 32 channels, 1000 classes and the null label).
@@ -341,7 +342,7 @@ def test_what_the_file_says_of_its_latents_is_taken(tmp_path: Path) -> None:
 
 
 def test_its_code_with_all_switches_off_still_runs_time_its_way(tmp_path: Path) -> None:
-    plain = {"norm": "layer", "mlp": "gelu", "rope": False}
+    plain: dict[str, Any] = {"norm": "layer", "mlp": "gelu", "rope": False}
     state = official_state(**plain)
     file = public_file(tmp_path / "a.pt", state, model={"model_type": "LightningDiT-B/1", "use_rmsnorm": False})
     imported = import_official(file, heads=2)
@@ -467,8 +468,8 @@ def test_methods_train_resume_and_sample(shapes_cache: Path, tmp_path: Path, met
     assert not still, "every weight moves once the gates are open, norms and gated MLP too"
     loaded = load_run(whole)
     labels = torch.tensor([0, 3])
-    config_of = {"sampler": "sde", "steps": 3, "guidance": Guidance(scale=2.0, channels=3)}
-    drawn = draw_latents(loaded.model, labels, [0, 1], SampleConfig(**config_of), transport=loaded.transport)
+    how = SampleConfig(sampler="sde", steps=3, guidance=Guidance(scale=2.0, channels=3))
+    drawn = draw_latents(loaded.model, labels, [0, 1], how, transport=loaded.transport)
     assert drawn.shape == (2, *loaded.model.cfg.latent_shape) and torch.isfinite(drawn).all()
     with pytest.raises(UserError, match="does not go with a SiT or LightningDiT model"):
         check_sampler(loaded.model.cfg.family, "ddim")

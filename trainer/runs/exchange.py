@@ -21,8 +21,20 @@ from trainer.runs.weights_io import CONVENTIONS, Imported, export_official, impo
 
 # What the public checkpoints were trained on; the VAE's weights are checked only where a hash is known. LightningDiT's have
 # 32 channels.
-_VAE = {"name": "sd-ft-ema", "sha256": None, "scaling_factor": 0.18215, "shift_factor": 0.0, "downsampling": 8}
-_VA_VAE = {"name": "va-vae", "sha256": None, "scaling_factor": 1.0, "shift_factor": 0.0, "downsampling": 16}
+_VAE: dict[str, Any] = {
+    "name": "sd-ft-ema",
+    "sha256": None,
+    "scaling_factor": 0.18215,
+    "shift_factor": 0.0,
+    "downsampling": 8,
+}
+_VA_VAE: dict[str, Any] = {
+    "name": "va-vae",
+    "sha256": None,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "downsampling": 16,
+}
 _VA_VAE_CHANNELS = 32
 
 
@@ -81,7 +93,7 @@ def import_checkpoint(
         "name": UNKNOWN,
         "source": f"imported checkpoint {path.name}",
         "class_names": [str(i) for i in range(cfg.num_classes)],
-        "preprocessing": {"resolution": cfg.latent_size * int(vae["downsampling"])},
+        "preprocessing": {"resolution": cfg.latent_size * vae["downsampling"]},
         "vae": {**vae, "latent_channels": cfg.latent_channels},
     }
     features = {
