@@ -255,8 +255,13 @@ def test_lightningdit_s_rows_are_its_table_and_its_configurations() -> None:
         assert config.steps * config.batch_size / 1_281_167 == pytest.approx(epochs, rel=2e-3)
         assert (config.clip, config.lr, config.betas, config.vae) == (float("inf"), 2e-4, (0.9, 0.95), "va-vae")
         assert (config.normalization, config.time_sampling, config.batch_size) == ("channel", "lognormal", 1024)
+        assert (config.time_mean, config.time_std, config.time_shift, config.cosine_weight) == (0.0, 1.0, 1.0, 1.0)
+        assert (config.prediction, config.lr_schedule) == ("velocity", "constant")
         sampling = recipe.published.sampling
         assert (sampling.sampler, sampling.steps) == ("ode", 250 - 1), "250 points are 249 steps"
+        assert sampling.shift == pytest.approx(1 / 0.3)
+        assert (sampling.classes, sampling.pixels) == ("random", "round")
+        assert sampling.channels == (None if guidance is None else 3)
         if guidance is not None:
             scale, start = guidance
             assert (sampling.guidance, sampling.interval.low) == (scale, 0)
