@@ -63,6 +63,7 @@ Index = Annotated[int, Field(ge=0, le=2**63 - 1), pydantic.BeforeValidator(_whol
 Share = Annotated[float, Field(ge=0, le=1), pydantic.BeforeValidator(number)]
 Finite = Annotated[float, Field(allow_inf_nan=False), pydantic.BeforeValidator(number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), pydantic.BeforeValidator(number)]
+Limit = Annotated[float, Field(gt=0), pydantic.BeforeValidator(number)]  # infinite: none
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), pydantic.BeforeValidator(number)]
 
 

@@ -81,7 +81,9 @@ class SampleRequest(SampleSettings):
     the folder itself."""
 
     num: Annotated[Count, Option("How many images.")] = 64
-    sampler: Annotated[str | None, Option("SiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")] = None
+    sampler: Annotated[
+        str | None, Option("SiT, LightningDiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")
+    ] = None
     steps: Annotated[Count, Option("Sampling steps.")] = 250
     shift: Annotated[Positive, Option("Shift of the times, above 1 towards noise; 1 is none.")] = 1.0
     guidance: Annotated[NotNegative, Option("Classifier-free guidance scale; 1 is none.")] = 1.0

@@ -88,6 +88,7 @@ def test_malformed_overrides_are_errors(override: str) -> None:
         ({"lr": 0.0}, "lr"),
         ({"lr": float("inf")}, "lr"),
         ({"clip": -1.0}, "clip"),
+        ({"clip": float("nan")}, "clip"),
         ({"label_dropout": 1.5}, "label_dropout"),
         ({"ema_decay": -0.1}, "ema_decay"),
         ({"betas": [0.9, 1.0]}, "betas"),

@@ -260,11 +260,12 @@ def test_an_exported_checkpoint_is_not_said_to_be_complete(
     normalised = run(settings(shapes_cache, steps=1, statistics=str(statistics["channel"])), tmp_path)
     plain = run(settings(shapes_cache, steps=1, name="plain"), tmp_path)
     for path, said, unsaid in (
-        (normalised, "normalised by channel", "back again"),
+        (normalised, f"--statistics {normalised / FILE}", "one factor"),
         (plain, "back again", "normalised"),
     ):
         export(path, path / "weights.pt")
         printed = capsys.readouterr().out
+        assert f"back again: trainer import {path / 'weights.pt'} --cache {shapes_cache}" in printed
         assert said in printed and unsaid not in printed
 
 

@@ -18,6 +18,7 @@ from featcache.settings import (
     Count,
     Finite,
     Index,
+    Limit,
     NotNegative,
     Option,
     Positive,
@@ -48,21 +49,21 @@ class RunConfig:
         method: `none`, or alignment methods joined by `+` (`ahpa`, `repa`, `ahpa+sra`).
         align: options of each method by its name, e.g. `{"ahpa": {"router": "lookup"}}`.
         align_until: step from which alignment is switched off (HASTE); None: never.
-        model: backbone, e.g. `SiT-XL/2`. cache: path or URL of the feature cache. name: folder below `runs`.
+        model: backbone, e.g. `SiT-XL/2`, `LightningDiT-XL/1`. cache: path or URL of the feature cache. name: folder below `runs`.
         resolution, vae: side in pixels and VAE (`sd-ft-ema`) that the cache must have been made with; None: any.
     Objective:
         normalization: of the latents: `scalar`, by the VAE's scaling factor; by the mean and standard deviation of each
         `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents. Results under different ones are not comparable: it decides at which times
         which detail is noise. statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's,
         RAE's); None takes those imported with the latents, else computes them from the cache. A run keeps a copy. label_dropout: share of null labels.
-        Of SiT, see `trainer.diffusion.transport.Flow`: path: interpolant. time_sampling, time_mean, time_std, time_shift:
+        Of SiT and LightningDiT, see `trainer.diffusion.transport.Flow`: path: interpolant. time_sampling, time_mean, time_std, time_shift:
         how t is drawn. prediction: what the backbone says of x_t; the loss is the velocity's in each case. time_floor:
         smallest divisor where the velocity follows from x or the noise. cosine_weight: of the velocity's direction.
     Optimisation (AdamW):
         batch_size: global, over all ranks and accumulation steps. lr: after `warmup_steps` from zero;
         None takes the method's (2e-4 for AHPA, else 1e-4). lr_schedule: `constant`, or `linear`: held for `hold_steps` after the warm-up, then falling to `lr_end`, which it reaches in step
         `decay_until` (None: the last of `steps`) and keeps. clip: maximal gradient norm; None takes the
-        method's (2.0 for AHPA, else 1.0). ema_decay: of the weights' average, reached after a short warm-up if
+        method's (2.0 for AHPA, else 1.0), `.inf` is no clipping. ema_decay: of the weights' average, reached after a short warm-up if
         ema_warmup (min(decay, (1 + step) / (10 + step))).
     Machine:
         precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
@@ -78,7 +79,7 @@ class RunConfig:
     method: Annotated[str, Option("none, repa, ahpa, ...; join several with +.")] = "none"
     align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     align_until: Index | None = None
-    model: Annotated[str, Option("Backbone, e.g. SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2.")] = "SiT-B/2"
+    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1.")] = "SiT-B/2"
     cache: Annotated[str | None, Option("Feature cache. Default: the newest fitting one below ./caches.")] = None
     resolution: Count | None = None
     vae: str | None = None
@@ -120,7 +121,7 @@ class RunConfig:
     lr_end: NotNegative = 0.0
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     weight_decay: NotNegative = 0.0
-    clip: Positive | None = None
+    clip: Limit | None = None
     ema_decay: Share = 0.9999
     ema_warmup: bool = False
 

@@ -114,9 +114,13 @@ def _kept(run: Path) -> Statistics:
 
 def _imported(config: RunConfig, cache: Cache) -> Statistics | None:
     """Those of the channels that the latents brought with them."""
-    vae = cache.manifest.dataset.vae or {}
+    return from_record(cache.manifest.dataset.vae or {}) if config.normalization == "channel" else None
+
+
+def from_record(vae: Mapping[str, Any]) -> Statistics | None:
+    """Those that were imported with latents, from the manifest's `dataset.vae`; None if it has none."""
     mean, std = vae.get("channel_mean"), vae.get("channel_std")
-    if config.normalization != "channel" or mean is None or std is None:
+    if mean is None or std is None:
         return None
     return Statistics(mean=torch.tensor(mean)[:, None, None], std=torch.tensor(std)[:, None, None])
 

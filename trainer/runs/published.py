@@ -16,7 +16,8 @@ from trainer.interval import Interval, ParsedInterval
 METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
 
 # Tables by paper, as our copies of the papers number them. SRA's have lost their captions; its text calls the
-# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3.
+# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3. LightningDiT's is the table of results in its
+# repository, images/results.png, which has no number there.
 PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
     "REPA": tuple(str(n) for n in range(1, 13)),
     "SARA": ("1a", "1b", "2", "3", "4", "5"),
@@ -26,6 +27,7 @@ PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
         *("A.8", "A.9", "B.10", "B.11", "C.12", "D.13", "D.14", "D.15", "D.16", "D.17", "E.18", "F.19", "G.20", "I.21"),
     ),
     "SRA": ("3.2", "3.3"),
+    "LightningDiT": ("results",),
 }
 UNKNOWN_SCALE = "the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without"
 

@@ -55,7 +55,7 @@ def check_sampler(family: str, sampler: str | None) -> str:
         return valid[0]
     if sampler not in valid:
         raise UserError(
-            f"--sampler {sampler!r} does not go with a {'SiT' if family == 'sit' else 'DiT'} model",
+            f"--sampler {sampler!r} does not go with a {'SiT or LightningDiT' if family == 'sit' else 'DiT'} model",
             remedy=f"Type one of: {', '.join(valid)}",
         )
     return sampler

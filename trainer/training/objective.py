@@ -8,6 +8,7 @@ the same samples.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -220,7 +221,8 @@ def _detached(inputs: AlignInputs) -> AlignInputs:
 
 @torch.no_grad()
 def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) -> Tensor:
-    """Scales all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before, a scalar.
+    """Scales all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before, a scalar. An
+    infinite `max_norm` leaves them alone, infinite ones too.
 
     Norms are taken group by group and joined by `hypot`, so that groups without a gradient leave the others' rounding
     untouched. Sharded gradients count with all their shards. Nothing is read back to the host.
@@ -231,6 +233,8 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) ->
         norm = nn.utils.get_total_norm([local(g) for g in grads], foreach=True)
         norms.append(sum_over_ranks(norm.square()).sqrt() if is_sharded(grads[0]) else norm)
     total = functools.reduce(torch.hypot, norms)
+    if math.isinf(max_norm):
+        return total
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(g) for grads in gradients for g in grads], scale)
     return total
