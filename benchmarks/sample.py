@@ -68,7 +68,7 @@ def jobs_of(options: dict[str, Any], device: Any) -> dict[str, Callable[[], Any]
 
     count = options["batch_size"]
     labels = torch.arange(count, device=device) % 1000
-    family = "sit" if options["model"].startswith("SiT") else "dit"
+    family = "dit" if options["model"].startswith("DiT") else "sit"
     sampler = options["sampler"] or SAMPLERS[family][0]
     jobs: dict[str, Callable[[], Any]] = {}
 

@@ -61,7 +61,9 @@ def _whole(value: object) -> object:
 Count = Annotated[int, Field(ge=1, le=2**31 - 1), pydantic.BeforeValidator(_whole)]
 Index = Annotated[int, Field(ge=0, le=2**63 - 1), pydantic.BeforeValidator(_whole)]
 Share = Annotated[float, Field(ge=0, le=1), pydantic.BeforeValidator(number)]
+Finite = Annotated[float, Field(allow_inf_nan=False), pydantic.BeforeValidator(number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), pydantic.BeforeValidator(number)]
+Limit = Annotated[float, Field(gt=0), pydantic.BeforeValidator(number)]  # infinite: none
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), pydantic.BeforeValidator(number)]
 
 

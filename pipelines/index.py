@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from trainer.runs.config import RunConfig
 from trainer.runs.recipe_pages import by_training
 from trainer.runs.recipes import Recipe, load_recipe_file, papers, recipe_root
 
@@ -28,8 +29,12 @@ trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws sa
   `trainer eval` draws them so for a run made from the recipe, and for any run with `--figure NAME`. For numbers that may
   stand beside published ones, pass ADM's reference: `--reference VIRTUAL_imagenet256_labeled.npz`.
 - Rows that differ in their sampling or their step alone are figures of one training (a `↳` marks the further ones): train
-  it once and evaluate it several times, `trainer eval runs/repa-xl2 --figure repa/xl2-ode`. `trainer run --recipe` takes
+  it once and evaluate it several times, `trainer eval runs/repa-xl2 --figure repa/xl2-150k`. `trainer run --recipe` takes
   their names too, and trains to their step; with `--resume` it goes on from an earlier one.
+- **Rows whose latents are normalised differently are not comparable**, not even without alignment: "latents" says whether one
+  factor scales all channels (`scalar`: DiT, SiT, REPA, SARA, DyA, SRA) or each `channel` has its own mean and spread (iREPA, and by
+  its data AHPA, both with their baselines). Beside AHPA's rows belong `none/b2-ahpa` and `repa/b2-ode`, not `none/b2` and `repa/b2`.
+  The statistics of `channel` are computed from the cache when a run starts ([docs](../docs/normalization.md)).
 - Any setting can be changed: `trainer run --recipe ahpa/xl2 --set steps=1000 --set ahpa.weight=0.5`. A file of your own
   holds the same keys and may start from a row: `base: ahpa/xl2`; then `trainer run --recipe my.yaml`.
 - Rows at 512 px and with other VAEs refuse a cache of another kind; the others take the newest that holds what the
@@ -52,7 +57,7 @@ def render() -> str:
     parts = [INTRODUCTION, f"{rows} rows of {len(found)} files: {links}.\n"]
     for paper in found:
         parts.append(f"## {paper.title}\n\n{paper.about} File: [{paper.file.name}]({paper.file.name}).\n")
-        parts.append("| row | recipe | build | published | source |\n|---|---|---|---|---|")
+        parts.append("| row | recipe | latents | build | published | source |\n|---|---|---|---|---|---|")
         names = (f"{paper.name}/{row}" for figures in by_training(paper).items() for row in (figures[0], *figures[1]))
         parts.append("\n".join(_row(load_recipe_file(name)) for name in names) + "\n")
     return "\n".join(parts)
@@ -68,7 +73,8 @@ def _row(recipe: Recipe) -> str:
             figures += f" ({recipe.published.sampling})"
     title = ("↳ " if further else "") + recipe.title + (f"<br><sub>{recipe.note}</sub>" if recipe.note else "")
     build = f"as `{recipe.training}`" if further else f"`{recipe.build}`"
-    cells = (title, f"`{recipe.name}`", build, figures, source)
+    latents = str(recipe.values.get("normalization", RunConfig.normalization))
+    cells = (title, f"`{recipe.name}`", latents, build, figures, source)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import PlainValidator
 
 from featcache.errors import UserError
-from featcache.settings import Count, FilePath, Index, Names, NotNegative, Option, settings
+from featcache.settings import Count, FilePath, Index, Names, NotNegative, Option, Positive, settings
 from trainer.classes import Classes
 from trainer.interval import Interval, ParsedInterval
 
@@ -21,7 +21,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 @settings
 class SampleSettings:
-    """How samples are to be drawn. A number, steps, guidance or interval of None leaves the choice to who draws.
+    """How samples are to be drawn. What is None is left to who draws.
 
     sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest.
     precision, compile: see `trainer.sampling.inference.choose_arithmetic`.
@@ -32,6 +32,9 @@ class SampleSettings:
         str | None, Option("As for sample. [default: the recipe's, else sde or ddpm; on the CPU ode or ddim]")
     ] = None
     steps: Annotated[Count | None, Option("Sampling steps. [default: the recipe's, else 250; 32 on the CPU]")] = None
+    shift: Annotated[
+        Positive | None, Option("Shift of the times, above 1 towards noise. [default: the recipe's, else 1: none]")
+    ] = None
     guidance: Annotated[
         NotNegative | None, Option("Classifier-free guidance scale. [default: the recipe's, else 1: none]")
     ] = None
@@ -43,13 +46,22 @@ class SampleSettings:
             parse=Interval.parse,
         ),
     ] = None
-    guided_channels: Annotated[Count | None, Option("Guide only the first so many channels. [default: all]")] = None
+    guided_channels: Annotated[
+        Count | None,
+        Option("Guide only the first so many channels. [default: the recipe's at its --guidance, else all]"),
+    ] = None
     classes: Annotated[
-        ParsedClasses, Option("balanced, random, or a list such as 207,360,387.", typed=str, parse=Classes.parse)
-    ] = Classes()
-    pixels: Annotated[Literal["round", "truncate"], Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = (
-        "round"
-    )
+        ParsedClasses | None,
+        Option(
+            "balanced, random, or a list such as 207,360,387. [default: the recipe's, else balanced]",
+            typed=str,
+            parse=Classes.parse,
+        ),
+    ] = None
+    pixels: Annotated[
+        Literal["round", "truncate"] | None,
+        Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits. [default: the recipe's, else round]"),
+    ] = None
     seed: Annotated[Index, Option("With its index it fixes a sample's noise.")] = 0
     checkpoint: Annotated[Index | None, Option("Checkpoint. [default: the latest]", flag="--step")] = None
     batch_size: Annotated[Count, Option("Images at once.")] = 64
@@ -69,12 +81,22 @@ class SampleRequest(SampleSettings):
     the folder itself."""
 
     num: Annotated[Count, Option("How many images.")] = 64
-    sampler: Annotated[str | None, Option("SiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")] = None
+    sampler: Annotated[
+        str | None, Option("SiT, LightningDiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")
+    ] = None
     steps: Annotated[Count, Option("Sampling steps.")] = 250
+    shift: Annotated[Positive, Option("Shift of the times, above 1 towards noise; 1 is none.")] = 1.0
     guidance: Annotated[NotNegative, Option("Classifier-free guidance scale; 1 is none.")] = 1.0
     interval: Annotated[
         ParsedInterval, Option("Interval of t in which to guide: LOW,HIGH.", typed=str, parse=Interval.parse)
     ] = Interval()
+    guided_channels: Annotated[Count | None, Option("Guide only the first so many channels. [default: all]")] = None
+    classes: Annotated[
+        ParsedClasses, Option("balanced, random, or a list such as 207,360,387.", typed=str, parse=Classes.parse)
+    ] = Classes()
+    pixels: Annotated[Literal["round", "truncate"], Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = (
+        "round"
+    )
     format: Annotated[Literal["npz", "wds", "png"], Option("npz (ADM's layout), wds (a WebDataset shard) or png.")] = (
         "npz"
     )

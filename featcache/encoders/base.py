@@ -184,8 +184,8 @@ def load_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def find_weights(directory: Path, stems: tuple[str, ...]) -> Path | None:
-    """First of `DIR/<stem>.<suffix>` or `DIR/<stem>/<usual file>` that exists."""
+def find_weights(directory: Path, stems: tuple[str, ...], files: tuple[str, ...] = ()) -> Path | None:
+    """First of `DIR/<stem>.<suffix>`, `DIR/<stem>/<usual file>` or a hub's own `files` in either place that exists."""
     suffixes = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
     usual = (
         "model.safetensors",
@@ -194,7 +194,8 @@ def find_weights(directory: Path, stems: tuple[str, ...]) -> Path | None:
         "open_clip_model.safetensors",
     )
     for stem in stems:
-        for candidate in [directory / f"{stem}{s}" for s in suffixes] + [directory / stem / u for u in usual]:
+        inside = [directory / stem / name for name in (*usual, *files)]
+        for candidate in [directory / f"{stem}{s}" for s in suffixes] + inside:
             if candidate.is_file():
                 return candidate
-    return None
+    return next((directory / name for name in files if (directory / name).is_file()), None)

@@ -1,4 +1,4 @@
-"""Other people's names for a vision transformer's tensors => timm's names."""
+"""Other people's names for tensors: a vision transformer's => timm's, a VAE's => diffusers'."""
 
 from __future__ import annotations
 
@@ -81,3 +81,44 @@ def to_timm(state: State, key_format: str) -> State:
         return FORMATS[key_format](state)
     except KeyError as error:
         raise UserError(f"the weights lack the tensor {error.args[0]!r}", remedy="Bring the file again.") from error
+
+
+_COMPVIS_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_COMPVIS = (
+    (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
+    (r"\.(down|up)\.(\d+)\.attn\.(\d+)\.", r".\1_blocks.\2.attentions.\3."),
+    (r"\.(down|up)\.(\d+)\.\1sample\.", r".\1_blocks.\2.\1samplers.0."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+_COMPVIS_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def from_compvis(state: State) -> State:
+    """A KL autoencoder of latent-diffusion's code (VA-VAE, REPA-E's) under the names of diffusers' `AutoencoderKL`.
+
+    Attention's 1 x 1 convolutions become the matrices that they are; the decoder's stages are counted from the other end;
+    what a training checkpoint holds beside the autoencoder (losses, the foundation model) is dropped. Any other state is
+    returned as it is.
+    """
+    stages = {int(at[1]) for key in state if (at := re.match(r"decoder\.up\.(\d{1,4})\.", key))}
+    if not stages:
+        return state
+    found: State = {}
+    for key, value in state.items():
+        if not key.startswith(_COMPVIS_PARTS):
+            continue
+        name = re.sub(r"^decoder\.up\.(\d{1,4})\.", lambda m: f"decoder.up.{max(stages) - int(m[1])}.", key)
+        for pattern, replacement in _COMPVIS:
+            name = re.sub(pattern, replacement, name)
+        before, attention, layer = name.partition(".attentions.")
+        if attention:
+            number, _, part = layer.partition(".")
+            layer, _, kind = part.rpartition(".")
+            name = f"{before}.attentions.{number}.{_COMPVIS_ATTENTION.get(layer, layer)}.{kind}"
+            value = value.flatten(1) if value.ndim == 4 else value
+        found[name] = value
+    return found

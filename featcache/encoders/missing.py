@@ -43,7 +43,7 @@ def _finders(
     """One function for each file, which finds it or raises `WeightsUnavailable`."""
     entry = VAES.get(vae_name or "")
     if entry is not None and entry.hub_id is not None:
-        yield partial(vae.find_file, vae_name or "", entry.hub_id, weights)
+        yield partial(vae.find_file, vae_name or "", weights)
     for name in encoders:
         if name in ENCODERS:
             yield partial(vision.find_file, name, ENCODERS[name], weights)

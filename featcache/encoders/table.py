@@ -191,9 +191,13 @@ ENCODERS: Mapping[str, VisionEntry] = {
 }
 
 
+DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VaeEntry:
-    """One selectable VAE. model_class: of diffusers. config: its arguments; hub_id is None for the embedded one.
+    """One selectable VAE. model_class: of diffusers. config: its arguments; hub_id is None for the embedded one. files:
+    names of the weights there, the first that is found.
 
     posterior: whether the encoder gives mean and log-variance; if not, the mean alone, and the cache holds a
     log-variance of -30, where diffusers clamps it (standard deviation 3e-7).
@@ -207,6 +211,7 @@ class VaeEntry:
     latent_channels: int
     posterior: bool = True
     note: str = ""
+    files: tuple[str, ...] = DIFFUSERS_FILES
 
 
 _SD: dict[str, Any] = {
@@ -232,6 +237,34 @@ def _kl(hub_id: str, licence: str, note: str, **changes: Any) -> VaeEntry:
         downsampling=8,
         latent_channels=4,
         note=note,
+    )
+
+
+_F16D32: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": [*["DownEncoderBlock2D"] * 4, "AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 4],
+    "block_out_channels": [128, 128, 256, 256, 512],
+    "layers_per_block": 2,
+    "latent_channels": 32,
+    "norm_num_groups": 32,
+    "sample_size": 256,
+    "scaling_factor": 1.0,
+}
+
+
+def _f16d32(hub_id: str, note: str, *files: str) -> VaeEntry:
+    """latent-diffusion's KL autoencoder with attention at 16 x 16, as LightningDiT and REPA-E train it."""
+    return VaeEntry(
+        model_class="AutoencoderKL",
+        hub_id=hub_id,
+        config=_F16D32,
+        licence="MIT",
+        downsampling=16,
+        latent_channels=32,
+        note=f"{note}; normalise its latents by channel",
+        files=(*files, *DIFFUSERS_FILES),
     )
 
 
@@ -289,6 +322,14 @@ VAES: Mapping[str, VaeEntry] = {
         latent_channels=4,
         note="SD VAE encoder with DALL-E 3's consistency decoder; decoding is random",
     ),
+    "va-vae": _f16d32(
+        "hustvl/vavae-imagenet256-f16d32-dinov2",
+        "LightningDiT's, aligned with DINOv2 (Yao et al. 2025, arXiv:2501.01423)",
+        "vavae-imagenet256-f16d32-dinov2.pt",
+    ),
+    "in-vae": _f16d32("REPA-E/invae", "REPA-E's, trained on ImageNet (Leng et al. 2025, arXiv:2504.10483)"),
+    "e2e-va-vae": _f16d32("REPA-E/e2e-vavae", "VA-VAE tuned end to end by REPA-E", "e2e-vavae-400k.pt"),
+    "e2e-in-vae": _f16d32("REPA-E/e2e-invae", "IN-VAE tuned end to end by REPA-E", "e2e-invae-400k.pt"),
     "dc-ae-f32c32": _dc_ae("dc-ae-f32c32-in-1.0", channels=32, scaling_factor=0.3189, deep=3),
     "dc-ae-f64c128": _dc_ae("dc-ae-f64c128-in-1.0", channels=128, scaling_factor=0.2889, deep=4),
     "tiny": VaeEntry(

@@ -41,7 +41,8 @@ from featcache.encoders.base import (
     weights_sha256,
 )
 from featcache.encoders.hub import HubUnreachable, hub_file
-from featcache.encoders.table import VAES, Resampling, token_grid
+from featcache.encoders.keys import from_compvis
+from featcache.encoders.table import DIFFUSERS_FILES, VAES, Resampling, token_grid
 from featcache.encoders.tiny import load_tiny_vae
 from featcache.errors import UserError, first_line
 from featcache.store.manifest import UNKNOWN
@@ -54,7 +55,6 @@ _RESAMPLING: dict[Resampling, str] = {
     "average": "adaptive average pooling",
 }
 MODEL_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "ConsistencyDecoderVAE")
-_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, Any]]:
@@ -77,7 +77,7 @@ def load_vae(name: str, weights: WeightsSource) -> tuple[nn.Module, dict[str, An
         vae = seeded(weights.random_seed, lambda: build_vae(entry.model_class, entry.config))
         origin = {"weights": "random", "seed": weights.random_seed}
     else:
-        state = load_file(find_file(name, entry.hub_id, weights))
+        state = load_file(find_file(name, weights))
         vae = _filled(build_vae(entry.model_class, entry.config), state, entry.hub_id)
         origin = {"weights": entry.hub_id}
     vae = vae.eval().requires_grad_(False)
@@ -116,15 +116,17 @@ def _from_folder(folder: Path, weights: WeightsSource) -> tuple[nn.Module, dict[
     if weights.random_seed is not None:
         vae = seeded(weights.random_seed, lambda: build_vae(model_class, config))
         return vae, {"weights": "random", "seed": weights.random_seed}
-    found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    found = next((folder / name for name in DIFFUSERS_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise UserError(f"{folder} holds no {_FILES[0]}", remedy="Bring the weights, or pass --random-weights 0.")
+        raise UserError(
+            f"{folder} holds no {DIFFUSERS_FILES[0]}", remedy="Bring the weights, or pass --random-weights 0."
+        )
     return _filled(build_vae(model_class, config), load_file(found), str(found)), {"weights": "folder"}
 
 
 def _filled(vae: nn.Module, state: dict[str, Tensor], where: str) -> nn.Module:
     try:
-        vae.load_state_dict(_modern_keys(state))
+        vae.load_state_dict(_modern_keys(from_compvis(state)))
     except RuntimeError as error:
         raise UserError(
             f"the weights of {where} do not fit a {type(vae).__name__} of its configuration: {first_line(error)}"
@@ -132,15 +134,17 @@ def _filled(vae: nn.Module, state: dict[str, Tensor], where: str) -> nn.Module:
     return vae
 
 
-def find_file(name: str, hub_id: str, weights: WeightsSource) -> Path:
-    """The file of pretrained weights; raises `WeightsUnavailable`."""
+def find_file(name: str, weights: WeightsSource) -> Path:
+    """The file of pretrained weights of a key of `VAES` that has some; raises `WeightsUnavailable`."""
+    hub_id, files = VAES[name].hub_id, VAES[name].files
+    assert hub_id is not None, f"{name} is embedded"
     if weights.weights_dir is not None:
         stems = (name, hub_id.split("/")[1], hub_id.replace("/", "--"), hub_id)
-        found = find_weights(weights.weights_dir, stems)
+        found = find_weights(weights.weights_dir, stems, tuple(f for f in files if f not in DIFFUSERS_FILES))
         if found is not None:
             return found
     try:
-        return hub_file(hub_id, _FILES)
+        return hub_file(hub_id, files)
     except HubUnreachable as error:
         raise unavailable(name, hub_id, str(error)) from error
 

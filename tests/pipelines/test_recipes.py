@@ -173,14 +173,62 @@ def test_rows_that_train_alike_are_one_training() -> None:
 
 
 def test_rows_resolve_as_they_always_did() -> None:
-    """resolved.json was made when each row was a file of its own: SHA-256 of its settings, title and build line."""
+    """resolved.json was made when each row was a file of its own: SHA-256 of its settings, title and build line.
+
+    What rows say since then, and did not say before, is left out."""
     expected = json.loads(Path(__file__).with_name("resolved.json").read_text(encoding="utf-8"))
     found = {}
     for recipe in RECIPES:
-        content = {"values": dict(recipe.values), "title": recipe.title, "build": recipe.build}
+        values = {key: value for key, value in recipe.values.items() if key != "normalization"}
+        if "sampling" in values.get("published", {}):
+            drawn = {
+                k: v for k, v in values["published"]["sampling"].items() if k not in ("channels", "classes", "pixels")
+            }
+            values["published"] = {**values["published"], "sampling": drawn}
+        content = {"values": values, "title": recipe.title, "build": recipe.build}
         found[recipe.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     changed = sorted(name for name in expected if expected[name] != found.get(name))
     assert not changed, f"these rows resolve otherwise: {', '.join(changed)}"
+
+
+def says_how_its_latents_are_normalised(recipe: Recipe) -> None:
+    """LightningDiT's and iREPA's code and, by its data, AHPA's normalise by channel, in their baselines too; the others by
+    the VAE's factor."""
+    by_channel = recipe.name.startswith(("ahpa/", "irepa/", "sra2/", "lightningdit/")) or (
+        recipe.published is not None and recipe.published.source.startswith("AHPA") and recipe.name != "none/xl2"
+    )
+    by_channel = by_channel or (recipe.name.startswith("none/") and recipe.name.endswith(("-channel", "-ahpa")))
+    assert recipe.values["normalization"] == ("channel" if by_channel else "scalar")
+
+
+def test_rows_say_how_their_latents_are_normalised() -> None:
+    every_row(says_how_its_latents_are_normalised)
+
+
+@pytest.mark.parametrize("size", ["b2", "l2", "xl2"])
+def test_a_vanilla_row_stands_beside_ahpa_s(size: str) -> None:
+    ahpa, vanilla = (load_recipe_file(name).values for name in (f"ahpa/{size}", f"none/{size}-ahpa"))
+    differing = {key for key in ahpa.keys() | vanilla.keys() if ahpa.get(key) != vanilla.get(key)}
+    assert differing == {"method", "align", "published"} and vanilla["lr"] == 2e-4
+
+
+def is_drawn_by_its_code_s_protocol(recipe: Recipe) -> None:
+    """SiT's and DiT's sample_ddp.py against REPA's and SRA's generate.py: rounding, and channels under guidance. All draw
+    labels at random."""
+    if recipe.published is None or recipe.name.startswith("lightningdit/"):  # has a protocol and a test of its own
+        return
+    sampling = recipe.published.sampling
+    assert sampling is not None and sampling.classes == "random" and sampling.shift == 1
+    official = recipe.name.startswith("none/") and "vae" not in recipe.name
+    assert sampling.pixels == ("round" if official else "truncate")
+    assert sampling.channels == (3 if official and sampling.guidance != 1 else None)
+
+
+def test_rows_are_drawn_by_the_published_protocols() -> None:
+    every_row(is_drawn_by_its_code_s_protocol)
+    guided = [r.name for r in RECIPES if r.published and r.published.sampling and r.published.sampling.channels == 3]
+    guided = [name for name in guided if not name.startswith("lightningdit/")]
+    assert guided == ["none/xl2-7m-guided", "none/dit-xl2-7m-guided", "none/xl2-512", "none/dit-xl2-512"]
 
 
 def is_plausible(recipe: Recipe) -> None:
@@ -194,7 +242,9 @@ def is_plausible(recipe: Recipe) -> None:
     sampling = recipe.published.sampling
     assert sampling is not None
     assert (sampling.sampler == "ddpm") == (recipe.model.startswith("DiT")), "DiT alone is drawn by DDPM"
-    assert sampling.guidance is None or 1 <= sampling.guidance <= 2
+    # LightningDiT guides 3 of 32 channels, and those the more.
+    highest = 10 if recipe.name.startswith("lightningdit/") else 2
+    assert sampling.guidance is None or 1 <= sampling.guidance <= highest
     assert 0 <= sampling.interval.low < sampling.interval.high <= 1
     assert ("guided" in recipe.title) == (sampling.guidance != 1), "the title says whether samples were guided"
     assert sampling.guidance is not None or recipe.note, "the note says why no scale is given"
@@ -215,7 +265,8 @@ SPREAD = {("REPA", "5"), ("AHPA", "1"), ("AHPA", "D.16"), ("DyA", "6"), ("DyA", 
 
 
 def test_figures_are_the_papers(papers: Path) -> None:
-    """All figures of a row stand in one line of the paper's text; where a table is turned, each stands somewhere."""
+    """All figures of a row stand in one line of the paper's text; where a table is turned, each stands somewhere. Of
+    LightningDiT we have no text: see the next test."""
     numbers: dict[str, list[set[float]]] = {}
     for file in papers.glob("*.txt"):
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -231,7 +282,39 @@ def test_figures_are_the_papers(papers: Path) -> None:
         else:
             assert any(figures <= line for line in lines), f"{figures} stand in no line of the paper"
 
-    every_row(stands_in_the_paper, [r for r in RECIPES if r.published is not None])
+    every_row(stands_in_the_paper, [r for r in RECIPES if r.published and r.published.paper != "LightningDiT"])
+
+
+def test_lightningdit_s_rows_are_its_table_and_its_configurations() -> None:
+    """Typed off its table of results and its configs/reproductions, where t = 1 is data and flips are half of the visits."""
+    rows = {r.name.partition("/")[2]: r for r in RECIPES if r.name.startswith("lightningdit/")}
+    table = {
+        "xl1": (64, (5.14, 4.22, 130.2, 0.76, 0.62), None),
+        "xl1-guided": (64, (2.11, 4.16, 252.3, 0.81, 0.58), (10.0, 0.10)),
+        "xl1-1m": (800, (2.17, 4.36, 205.6, 0.77, 0.65), None),
+        "xl1-1m-guided": (800, (1.35, 4.15, 295.3, 0.79, 0.65), (6.7, 0.125)),
+    }
+    assert rows.keys() == table.keys()
+    for name, (epochs, figures, guidance) in table.items():
+        recipe = rows[name]
+        config = recipe.config()
+        assert recipe.published is not None and recipe.published.sampling is not None
+        assert tuple(recipe.published.metrics.values()) == figures
+        assert config.steps * config.batch_size / 1_281_167 == pytest.approx(epochs, rel=2e-3)
+        assert (config.clip, config.lr, config.betas, config.vae) == (float("inf"), 2e-4, (0.9, 0.95), "va-vae")
+        assert (config.normalization, config.time_sampling, config.batch_size) == ("channel", "lognormal", 1024)
+        assert (config.time_mean, config.time_std, config.time_shift, config.cosine_weight) == (0.0, 1.0, 1.0, 1.0)
+        assert (config.prediction, config.lr_schedule) == ("velocity", "constant")
+        sampling = recipe.published.sampling
+        assert (sampling.sampler, sampling.steps) == ("ode", 250 - 1), "250 points are 249 steps"
+        assert sampling.shift == pytest.approx(1 / 0.3)
+        assert (sampling.classes, sampling.pixels) == ("random", "round")
+        assert sampling.channels == (None if guidance is None else 3)
+        if guidance is not None:
+            scale, start = guidance
+            assert (sampling.guidance, sampling.interval.low) == (scale, 0)
+            assert sampling.interval.high == pytest.approx(1 - start)
+        assert recipe.build is not None and "--flip" in recipe.build
 
 
 def test_tables_exist_in_the_papers(papers: Path) -> None:
@@ -519,7 +602,10 @@ def test_the_overview_names_every_row() -> None:
 def test_a_row_is_shown_with_its_figures_and_commands() -> None:
     text = "\n".join(describe(load_recipe_file("repa/xl2")))
     assert re.search(r"align\.repa\.depth +8 +repa/xl2\n", text) and re.search(r"lr +0\.0001 +repa\.yaml\n", text)
-    assert "repa/xl2-4m-interval: FID 1.42, " in text and "guidance 1.8 in [0, 0.7]); REPA, Table 4" in text
+    assert (
+        "repa/xl2-4m-interval: FID 1.42, " in text
+        and "guidance 1.8 in [0, 0.7], classes random, pixels truncate); REPA, Table 4" in text
+    )
     commands = [line.strip() for line in text.splitlines() if line.startswith(("  featcache ", "  trainer "))]
     assert commands[:5] == [
         "featcache build --encoder dinov2-b@11 --data /path/to/imagenet/train",
@@ -607,16 +693,20 @@ TERMS = {
     "ahpa": {"cosine"},
     "sra": {"smooth-l1"},
     "sra2": {"smooth-l1"},
+    "lightningdit": set(),
 }
+# Where a paper has no row for SiT-B/2: its row, and what of it the small cache is not made for.
+ROWS = {"lightningdit": ("xl1", ["model=LightningDiT-Narrow/2", "vae=tiny", "normalization=scalar"])}
 
 
 def test_a_row_of_each_paper_trains(small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SiT-B's depth, a narrow width; two steps of the row called b2."""
+    """SiT-B's depth, a narrow width; two steps of the row called b2, or of the paper's own."""
     monkeypatch.setitem(SIZES, "Narrow", (12, 48, 2))
 
     def trains(recipe: Recipe) -> None:
         words = ["model=SiT-Narrow/2", "steps=2", "batch_size=4", "sample_every=0", "log_every=1", "device=cpu"]
-        overrides = [*words, *OFFLINE.get(recipe.method, []), f"name={recipe.name.replace('/', '-')}"]
+        _, changes = ROWS.get(recipe.name.partition("/")[0], ("b2", []))
+        overrides = [*words, *OFFLINE.get(recipe.method, []), *changes, f"name={recipe.name.replace('/', '-')}"]
         config = from_mapping(RunConfig, apply_overrides({**recipe.values, "cache": str(small_cache)}, overrides))
         folder = train(config, resume=False, watcher=Quiet(), root=tmp_path / "runs")
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -627,7 +717,7 @@ def test_a_row_of_each_paper_trains(small_cache: Path, tmp_path: Path, monkeypat
         assert logged == TERMS[recipe.name.partition("/")[0]]
 
     assert {paper.name for paper in papers()} == set(TERMS)
-    every_row(trains, [load_recipe_file(f"{paper}/b2") for paper in TERMS])
+    every_row(trains, [load_recipe_file(f"{paper}/{ROWS.get(paper, ('b2',))[0]}") for paper in TERMS])
 
 
 def test_a_recipe_of_ones_own_trains_and_goes_on(small_cache: Path, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def changes(name: str, cache: Path) -> dict[str, Any]:
     if "-whitened" in name:
         values |= {"align": {"ahpa": {"normalize": "whiten"}}, "normalization": "channel"}
         values["statistics"] = str(cache.with_name("channel.safetensors"))
+    if "-lightning" in name:
+        values["model"] = "LightningDiT-Nano/2"
     if "-drawn" in name:
         values["sample_every"] = STEPS
     return values
@@ -62,6 +64,7 @@ MORE_JOBS = (
         "ahpa-fp16-accumulated",
         "ahpa+sra",
         "ahpa-whitened-compiled",
+        "sra-sharded-lightning-drawn",
     ),
 )
 EVERY_JOB = [

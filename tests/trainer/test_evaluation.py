@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.progress import Quiet
 from tests.told import Told
+from trainer.classes import Classes
 from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run
 from trainer.interval import Interval
 from trainer.models import build_model
@@ -29,7 +31,7 @@ from trainer.requests import EvalRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.exchange import export_checkpoint, import_checkpoint
-from trainer.runs.recipes import list_recipes, load_recipe_file
+from trainer.runs.recipes import list_recipes, load_figure, load_recipe_file
 from trainer.runs.records import run_model_config
 from trainer.sampling.draw import load_run
 from trainer.training.loop import train
@@ -286,6 +288,65 @@ def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
         assert figure in page
 
 
+def test_the_recipe_says_which_channels_labels_pixels_and_times(root: Path, tmp_path: Path) -> None:
+    """LightningDiT's: its grid is shifted, and three channels are guided. What is typed wins; a run of before has neither."""
+    drawn = {"sampler": "ode", "steps": 249, "guidance": 6.7, "interval": [0, 0.875]}
+    protocol = {"shift": 3.333, "channels": 3, "classes": "balanced", "pixels": "truncate"}
+    run = with_recipe(root, tmp_path / "runs/a", {**PUBLISHED, "sampling": drawn | protocol})
+    config = runs.load_config(run)
+
+    def as_asked(**asked: Any) -> tuple[object, ...]:
+        found = _with_defaults(SampleSettings(**asked), run, config, "cuda", Quiet())
+        return found.shift, found.guided_channels, str(found.classes), found.pixels
+
+    assert as_asked() == (3.333, 3, "balanced", "truncate")
+    assert as_asked(shift=1.0, guided_channels=4, classes="random", pixels="round") == (1.0, 4, "random", "round")
+    assert as_asked(guidance=2.0) == (3.333, None, "balanced", "truncate"), "the channels belong to the scale"
+    assert as_asked(sampler="dopri5")[0] == 1.0, "which takes steps of its own"
+    assert "times shifted by 3.333, guidance 6.7 in [0, 0.875] of 3 channels" in write_run_report([run]).read_text()
+    old = replace(config, published={**PUBLISHED, "sampling": drawn})
+    earlier = _with_defaults(SampleSettings(), run, old, "cuda", Quiet())
+    assert (earlier.shift, earlier.guided_channels, str(earlier.classes), earlier.pixels) == (
+        1.0,
+        None,
+        "balanced",
+        "round",
+    )
+    for wrong in ({"channels": 0}, {"classes": "207"}, {"pixels": "floor"}, {"shift": 0}):
+        with pytest.raises(UserError, match=f"published.sampling.{next(iter(wrong))}"):
+            replace(config, published={**PUBLISHED, "sampling": drawn | wrong})
+
+
+def test_samples_are_drawn_as_a_figure_was_and_say_so(root: Path, tmp_path: Path) -> None:
+    """`trainer sample --figure`, from what is typed to what stands beside the images."""
+    from typer.testing import CliRunner
+
+    from trainer.cli import app
+
+    few = ["--num", "12", "--sampler", "ode", "--steps", "2", "--step", "3", "--device", "cpu"]
+    for figure, typed, expected in (
+        ("none/xl2-7m-guided", [], ("random", "round", 1.5, 3)),
+        ("repa/xl2-4m-interval", [], ("random", "truncate", 1.8, None)),
+        ("repa/xl2-4m-interval", ["--classes", "balanced", "--guidance", "1"], ("balanced", "truncate", 1.0, None)),
+    ):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        words = ["sample", str(root / "runs/a"), "--figure", figure, "--out", str(out), *few, *typed]
+        done = CliRunner().invoke(app, words)
+        assert done.exception is None, done.output
+        record = json.loads((out / "settings.json").read_text())
+        guidance = record["guidance"]
+        assert (record["classes"], record["pixels"], guidance["scale"], guidance["channels"]) == expected
+        assert guidance["high"] == (0.7 if guidance["scale"] == 1.8 else 1.0)
+    labels = np.load(tmp_path / "0/samples_12.npz")["arr_1"]
+    assert (labels == Classes("random").labels(256, 10, seed=0)[:12]).all()
+    told = Told()
+    assert load_figure("ahpa/xl2-4m-guided").drawn_as({}, told.note)["guidance"] == 1.0
+    assert any("scale its paper does not give" in note for note in told.notes)
+    assert load_figure("ahpa/xl2-4m-guided").drawn_as({"guidance": 2.0}, told.note)["checkpoint"] == 4_000_000
+    missing = CliRunner().invoke(app, ["sample", str(root / "runs/a"), "--figure", "haste/b2"])
+    assert isinstance(missing.exception, UserError) and "no published figures" in missing.exception.what
+
+
 def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
     """--figure draws as every published row says, on any device, at the row's step; what is typed still wins."""
     run = root / "runs/a"
@@ -303,6 +364,8 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
             assert (drawn.sampler, drawn.steps) == (sampling.sampler or sampler, sampling.steps or steps), recipe.name
             assert drawn.guidance == (1.0 if sampling.guidance is None else sampling.guidance), recipe.name
             assert str(drawn.interval) == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
+            assert (str(drawn.classes), drawn.pixels) == (sampling.classes, sampling.pixels), recipe.name
+            assert (drawn.guided_channels, drawn.shift) == (sampling.channels, 1.0), recipe.name
         assert any("scale its paper does not give" in note for note in told.notes) == (sampling.guidance is None)
         assert any(f"not trained as {recipe.training} says" in note for note in told.notes), "it is a tiny run"
     typed = EvalRequest(settings=SampleSettings(sampler="heun", steps=7, guidance=2.0, checkpoint=5))

@@ -11,14 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import METHOD_OPTIONS, Listener, checkpoint_files, log_of, losses, settings
+from tiny_runs import (
+    METHOD_OPTIONS,
+    Listener,
+    assert_identical,
+    checkpoint_files,
+    keep_only,
+    log_of,
+    losses,
+    settings,
+)
 from torch._dynamo.utils import counters
 
 import featcache
 from trainer.align.dya import dropped
 from trainer.distributed import StopSignal
+from trainer.report.run import write_run_report
 from trainer.runs import checkpoint
 from trainer.runs.config import RunConfig
+from trainer.runs.folder import load_config
 from trainer.training.data import stream_indices
 from trainer.training.loop import Diverged, train
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
@@ -342,3 +353,20 @@ def test_no_step_waits_for_the_gpu(
     monkeypatch.setattr(trainer.training.loop, "train_step", watched)
     run(settings(shapes_cache, method, device="cuda", compile=False, steps=8, log_every=100), tmp_path)
     assert sum(seen) >= 4
+
+
+@pytest.mark.usefixtures("nano")
+def test_a_run_without_clipping_is_one_with_a_limit_never_reached(shapes_cache: Path, tmp_path: Path) -> None:
+    common = {"steps": 4, "checkpoint_every": 2}
+    free = run(settings(shapes_cache, clip=float("inf"), **common), tmp_path / "free")
+    assert "clip: .inf" in (free / "config.yaml").read_text()
+    assert load_config(free).clip == float("inf")
+    wide = run(settings(shapes_cache, clip=1e9, **common), tmp_path / "wide")
+    tight = run(settings(shapes_cache, clip=1e-3, **common), tmp_path / "tight")
+    models = [checkpoint_files(path, 4)["model"] for path in (free, wide, tight)]
+    assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
+    assert not all(torch.equal(value, models[2][key]) for key, value in models[0].items())
+    assert write_run_report([free]).is_file()
+    cut = keep_only(free, 2, tmp_path / "cut" / "run")
+    resumed = train(load_config(cut), resume=True, watcher=Listener(), root=tmp_path / "cut")
+    assert_identical(free, resumed, 4)

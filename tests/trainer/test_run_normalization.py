@@ -145,6 +145,41 @@ def test_statistics_that_were_imported_with_the_latents_are_used(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize("over", ["channel", "position"])
+def test_a_run_without_statistics_computes_them_once(
+    shapes_cache: Path, statistics: dict[str, Path], tmp_path: Path, over: str
+) -> None:
+    """The same as those of `featcache stats`, to the bit; a resumed run computes nothing."""
+    common = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 3, "normalization": over}
+    given = run(settings(shapes_cache, **common, statistics=str(statistics[over])), tmp_path / "given")
+    listener = Listener()
+    path = train(settings(shapes_cache, **common), resume=False, watcher=listener, root=tmp_path / "computed")
+    assert any("computing them" in note for note in listener.warnings)
+    known, found = load(statistics[over]), load(path / FILE)
+    assert torch.equal(known.mean, found.mean) and torch.equal(known.std, found.std)
+    assert found.fingerprint == featcache.open(shapes_cache).fingerprint
+    assert_identical(given, path, 3)
+    keep_only(path, 1, tmp_path / "half" / "run")
+    listener = Listener()
+    train(settings(shapes_cache, **common), resume=True, watcher=listener, root=tmp_path / "half")
+    assert_identical(path, tmp_path / "half" / "run", 3)
+    assert not any("computing" in note for note in listener.warnings)
+
+
+@pytest.mark.usefixtures("nano")
+def test_statistics_that_cannot_be_computed_are_an_error(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flat(*_args: object, **_kwargs: object) -> None:
+        raise UserError("a standard deviation is zero", remedy="featcache inspect")
+
+    monkeypatch.setattr("trainer.runs.normalization.compute", flat)
+    with pytest.raises(UserError, match="standard deviation is zero"):
+        run(settings(shapes_cache, normalization="channel"), tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("nano")
 def test_statistics_that_do_not_fit_say_what_to_type(
     shapes_cache: Path, statistics: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -154,7 +189,6 @@ def test_statistics_that_do_not_fit_say_what_to_type(
     save(Statistics(mean=known.mean[:2], std=known.std[:2]), half)
     save(Statistics(mean=known.mean, std=known.std, feature="tiny@5"), tokens)
     for options, kind, said in (
-        ({"normalization": "channel"}, UserError, "brings none"),
         ({"normalization": "position", "statistics": str(statistics["channel"])}, UserError, "needs"),
         ({"normalization": "scalar", "statistics": str(statistics["channel"])}, UserError, "uses none"),
         ({"normalization": "channel", "statistics": str(stranger)}, CacheError, "fingerprint 000000000000"),
@@ -226,11 +260,12 @@ def test_an_exported_checkpoint_is_not_said_to_be_complete(
     normalised = run(settings(shapes_cache, steps=1, statistics=str(statistics["channel"])), tmp_path)
     plain = run(settings(shapes_cache, steps=1, name="plain"), tmp_path)
     for path, said, unsaid in (
-        (normalised, "normalised by channel", "back again"),
+        (normalised, f"--statistics {normalised / FILE}", "one factor"),
         (plain, "back again", "normalised"),
     ):
         export(path, path / "weights.pt")
         printed = capsys.readouterr().out
+        assert f"back again: trainer import {path / 'weights.pt'} --cache {shapes_cache}" in printed
         assert said in printed and unsaid not in printed
 
 

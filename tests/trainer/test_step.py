@@ -13,6 +13,7 @@ from tiny_runs import settings
 from torch import Tensor, nn
 
 import featcache
+from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
 from trainer.runs.normalization import Normalization
 from trainer.training.objective import (
@@ -143,6 +144,16 @@ def test_clipping_equals_torch_s_and_leaves_small_gradients_alone() -> None:
     assert all(p.grad.tolist() == torch.tensor(g).tolist() for p, g in zip(small, gradients))  # type: ignore[union-attr]
 
 
+def test_without_a_limit_gradients_are_left_alone_to_the_bit() -> None:
+    parameters = with_gradients([3e30, 1e-30], [float("inf"), -0.0])
+    assert clip_gradients([parameters], float("inf")) == float("inf")
+    assert [p.grad.tolist() for p in parameters if p.grad is not None] == [
+        torch.tensor([3e30, 1e-30]).tolist(),
+        [float("inf"), 0.0],
+    ]
+    assert clip_gradients([with_gradients([3.0], [4.0])], float("inf")) == pytest.approx(5.0)
+
+
 def test_a_group_of_zero_gradients_does_not_change_the_norm_by_a_bit() -> None:
     torch.manual_seed(1)
     gradients = [torch.randn(11).tolist() for _ in range(9)]
@@ -217,7 +228,7 @@ def test_label_dropout_has_its_share_and_uses_the_null_class(shapes_cache: Path)
     parts, cache = assembled(shapes_cache)
     spy: Any = Spy(parts.model.cfg)
     objective = Objective(
-        spy, None, parts.objective._features, normalization=Normalization(scale=1, shift=0), path="linear", time_sampling="uniform",
+        spy, None, parts.objective._features, normalization=Normalization(scale=1, shift=0), transport=build_transport("sit"),
         label_dropout=0.1, autocast=None,
     )  # fmt: skip
     n = 5000

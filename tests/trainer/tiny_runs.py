@@ -25,7 +25,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "sara": {"sara": {"head_width": 24, "discriminator_weights": "random", "adversary_every": 2}},
     "dya": {"dya": {"head_width": 24, "dropout": 0.5}},
     "ahpa": {"ahpa": {"router_width": 16, "time_width": 8}},
-    "sra": {},
+    "sra": {"sra": {"head_ratio": 1.0}},
     "sra2": {"sra2": {"head_width": 24}},
 }
 

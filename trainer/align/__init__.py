@@ -25,6 +25,10 @@ METHODS: dict[str, tuple[str, str, str]] = {
 }
 
 
+# Options that runs did not write down before they had another default, or were there at all: what those runs had.
+EARLIER: dict[str, dict[str, object]] = {"sra": {"head_ratio": 1.0}}
+
+
 def _classes(name: str) -> tuple[type[MethodConfig], Callable[..., Alignment]]:
     """A method's options and its module; imported when it is asked for, since it brings torch."""
     file, options, module = METHODS[name]

@@ -38,7 +38,8 @@ class SraConfig:
     beta: of smooth L1.
     head: whether the student passes a two-layer MLP with SiLU; without it hidden states are compared as
         they are (ablation).
-    head_width: inner width of the MLP; None: the backbone's (ours).
+    head_ratio: inner width of the MLP in multiples of the backbone's: 2 in the authors' code.
+    head_width: that width itself; None: as head_ratio says.
     """
 
     student_depth: Count | None = None
@@ -49,6 +50,7 @@ class SraConfig:
     loss: Loss = "smooth-l1"
     beta: Positive = 0.05
     head: bool = True
+    head_ratio: Positive = 2.0
     head_width: Count | None = None
 
     def required(self) -> tuple[str, ...]:
@@ -81,7 +83,8 @@ class Sra(Alignment):
         self.taps = (self.student_depth,)
         self.head: nn.Module = nn.Identity()
         if config.head:
-            self.head = mlp(info.width, info.width, depth=2, hidden=config.head_width or info.width)
+            hidden = config.head_width or max(1, round(config.head_ratio * info.width))
+            self.head = mlp(info.width, info.width, depth=2, hidden=hidden)
 
     def teacher_time(self, inputs: AlignInputs) -> Tensor:
         """`t' = max(t - k, 0)`, [B] float32."""

@@ -43,7 +43,8 @@ def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tup
             align=subject.uniform(rows),
         )
         terms = objective(subject.stored(reads, rows), draws)[0]
-        losses = [terms["denoise"], torch.stack([v for k, v in terms.items() if k.startswith("align/")]).sum()]
+        of_kind = [[v for k, v in terms.items() if k.startswith("align/") == kind] for kind in (False, True)]
+        losses = [torch.stack(values).sum() for values in of_kind]
         b = rows.stop - rows.start
         for total, loss in zip(sums, losses):
             found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

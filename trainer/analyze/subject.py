@@ -25,7 +25,7 @@ from trainer.align.repa import DEPTHS
 from trainer.align.sra2 import patchify
 from trainer.analyze.config import AnalyzeConfig
 from trainer.diffusion.noise import sample_noise
-from trainer.diffusion.transport import build_transport
+from trainer.diffusion.transport import FlowOptions, build_transport
 from trainer.models import ModelOutput, Transformer, build_model, load_weights
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
@@ -83,7 +83,7 @@ class Subject:
         self.labelled = gradients or options.labels == "given"
         self.labels = torch.from_numpy(self.cache.labels()[self.indices].astype(np.int64)).to(device)
         self.class_names = tuple(self.cache.manifest.dataset.class_names)
-        self.transport = build_transport(self.cfg.family, path=self.config.path, device=device)
+        self.transport = build_transport(self.cfg.family, device=device, **self.config.flow)
         self._pooled: dict[float, Tensor] = {}
 
     def _load_alignment(self) -> Alignment | None:
@@ -253,13 +253,13 @@ class Subject:
     def objective(self) -> Objective:
         """The run's training objective in float32 without label dropout; its `draws.time` is t itself."""
         reads = ("vae/moments", *(self.alignment.reads if self.alignment is not None else ()))
+        as_given: FlowOptions = {"time_sampling": "uniform", "time_mean": 0.0, "time_std": 1.0, "time_shift": 1.0}
         return Objective(
             self.model,
             self.alignment,
             {name: FeatureCodec(self.cache.manifest.features[name]) for name in reads},
             normalization=self._normalization,
-            path=self.config.path,
-            time_sampling="uniform",
+            transport=build_transport(self.cfg.family, device=self.device, **(self.config.flow | as_given)),
             label_dropout=0.0,
             autocast=None,
             teacher=self._ema() if self.alignment is not None and self.alignment.needs_teacher else None,

@@ -21,6 +21,7 @@ from featcache.machine import usable_cores
 from featcache.paths import typed
 from featcache.redact import is_redacted
 from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
+from trainer.align import split_methods
 from trainer.analyze import DIAGNOSTICS
 from trainer.analyze.config import AnalyzeConfig, parse_what
 from trainer.cli import tools as commands
@@ -114,7 +115,14 @@ def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
 
     name = apply_overrides(values, overrides).get("name")
     run = ROOT / checked_name(str(name)) if name else newest_run()
-    config = from_mapping(RunConfig, apply_overrides(to_mapping(load_config(run)) | values, overrides))
+    saved = to_mapping(load_config(run))
+    methods = split_methods(str(values.get("method", saved["method"])))
+    typed_options = values.get("align") or {}
+    align = {
+        m: {**saved["align"].get(m, {}), **(typed_options.get(m) or {})} for m in {**saved["align"], **typed_options}
+    }
+    kept = {method: options for method, options in align.items() if method in (*methods, *typed_options)}
+    config = from_mapping(RunConfig, apply_overrides({**saved, **values, "align": kept}, overrides))
     if config.cache is not None and is_redacted(config.cache):
         raise UserError(
             f"the cache of {run}, {config.cache}, needs a password or token, and none is ever stored",
@@ -128,13 +136,21 @@ def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of the run, e.g. runs/ahpa.", show_default=False)],
     given: Given,
+    figure: Annotated[
+        str | None,
+        typer.Option(help="Draw as the samples of this recipe's published figures, at its step; options here win."),
+    ] = None,
 ) -> None:
     """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
     from trainer import distributed
     from trainer.sampling.run import sample_run
 
-    request = from_typed(SampleRequest, given)
     with RichProgress() as progress:
+        if figure is not None:
+            from trainer.runs.recipes import load_figure
+
+            given = load_figure(figure).drawn_as(given, progress.note)
+        request = from_typed(SampleRequest, given)
         result = sample_run(run, request, progress)
     if distributed.is_main():
         console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")
@@ -142,7 +158,18 @@ def sample(
 
 # Settings of eval that say how to draw, so that they mean nothing where the images are there already.
 DRAWING = (
-    *("figure", "sampler", "steps", "guidance", "interval", "guided_channels", "classes", "pixels", "checkpoint"),
+    *(
+        "figure",
+        "sampler",
+        "steps",
+        "shift",
+        "guidance",
+        "interval",
+        "guided_channels",
+        "classes",
+        "pixels",
+        "checkpoint",
+    ),
     *("precision", "compile"),
 )
 

@@ -19,17 +19,23 @@ def import_(
     name: Annotated[str | None, typer.Option(help="Folder below ./runs. \\[default: the file's name]")] = None,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     convention: Annotated[
-        str | None, typer.Option(help="repa, sra, sit or dit. \\[default: told from the file]")
+        str | None, typer.Option(help="repa, sra, sit, dit or lightningdit. \\[default: told from the file]")
     ] = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="Cache whose VAE and classes it was trained with. \\[default: ImageNet and sd-ft-ema]"),
+        typer.Option(
+            help="Cache whose VAE and classes it was trained with. \\[default: ImageNet, and sd-ft-ema or va-vae]"
+        ),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="File of mean and std that its latents were normalised by, e.g. latents_stats.pt."),
     ] = None,
 ) -> None:
-    """Make a run folder from an official SiT, DiT, REPA or SRA checkpoint."""
+    """Make a run folder from an official SiT, DiT, REPA, SRA or LightningDiT checkpoint."""
     from trainer.runs.exchange import import_checkpoint
 
-    run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache)
+    run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache, statistics=statistics)
     console.print(f"run: [bold]{safe(run)}[/bold]   next: trainer sample {safe(typed(run))}")
 
 
@@ -38,7 +44,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="File to write, e.g. weights.pt.", show_default=False)],
     to: Annotated[
         str | None,
-        typer.Option(help="Whose code is to load it: repa, sra, sit or dit. \\[default: repa, or dit for DiT]"),
+        typer.Option(
+            help="Whose code is to load it: repa, sra, sit, dit or lightningdit. \\[default: repa, or the model's own]"
+        ),
     ] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint. \\[default: the latest]")] = None,
 ) -> None:
@@ -47,16 +55,18 @@ def export(
     from trainer.runs.folder import STATISTICS, load_config, read_summary
 
     console.print(f"checkpoint: [bold]{safe(export_checkpoint(run, out, convention=to, step=step))}[/bold]")
+    statistics = ""
     if (normalization := load_config(run).normalization) != "scalar":
         console.print(
-            f"[yellow]its latents are normalised by {normalization}[/yellow], which the file does not say: whoever decodes them, "
-            f"trainer import too, would take one factor for all. The numbers are in {safe(run / STATISTICS)}"
+            f"[yellow]its latents are normalised by {normalization}[/yellow], and the file does not hold the numbers: whoever "
+            f"decodes them needs {safe(run / STATISTICS)}"
         )
-        return
+        statistics = f" --statistics {typed(run / STATISTICS)}"
     summary = read_summary(run)
     if summary is not None and summary["path"]:
         console.print(
-            f"back again: trainer import {safe(typed(out))} --cache {safe(typed(summary['path']))}", soft_wrap=True
+            f"back again: trainer import {safe(typed(out))} --cache {safe(typed(summary['path']))}{safe(statistics)}",
+            soft_wrap=True,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from featcache.errors import UserError
 
 Path = Literal["linear", "cosine"]
 TimeDistribution = Literal["uniform", "lognormal"]
+Prediction = Literal["velocity", "x", "noise"]
+T = TypeVar("T", Tensor, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +90,47 @@ def score_from_velocity(kind: str, velocity: Tensor, x: Tensor, t: Tensor) -> Te
     return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
 
 
-def draw_times(distribution: str, kind: str, draws: Tensor) -> Tensor:
+def predicted_velocity(kind: str, prediction: Prediction, out: Tensor, x_t: Tensor, t: Tensor, floor: float) -> Tensor:
+    """Velocity of x_t that a statement about it implies, [B, ...].
+
+    Of `x = z` and `noise = e` in `x_t = alpha z + sigma e` one gives the other, and both the velocity
+    `d_alpha z + d_sigma e`; with `D = d_alpha sigma - alpha d_sigma` (-1 on the linear path)
+
+        x:      v = (d_sigma x_t + D z) / sigma         (x_t - z) / t on the linear path
+        noise:  v = (d_alpha x_t - D e) / alpha         (e - x_t) / (1 - t)
+
+    The divisor is taken to be at least `floor`: near the data x says nothing of the noise in x_t, and near pure noise
+    the noise says nothing of the data. There the velocity is too small, by the share that the divisor is too large.
+
+    Args:
+        prediction: what `out` [B, ...] is; `velocity` passes through.
+        t: [B].
+    """
+    if prediction == "velocity":
+        return out
+    path, t = interpolant(kind), _like(t, x_t)
+    alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
+    determinant = d_alpha * sigma - alpha * d_sigma
+    if prediction == "x":
+        return (d_sigma * x_t + determinant * out) / sigma.clamp(min=floor)
+    return (d_alpha * x_t - determinant * out) / alpha.clamp(min=floor)
+
+
+def shifted(t: T, alpha: float) -> T:
+    """`alpha t / (1 + (alpha - 1) t)`: times moved towards noise by alpha > 1, with 0 and 1 where they are.
+
+    On the linear path sigma / alpha is multiplied by `alpha`, as if the latent were alpha times smaller (Esser et al.
+    2024, Eq. 23). Another alpha is undone by its reciprocal.
+    """
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def draw_times(distribution: str, kind: str, draws: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Training times [B] in (0, 1) from draws [B].
 
     `uniform` takes U(0, 1) draws and passes them through. `lognormal` takes N(0, 1) draws n and gives
-    the time at which sigma(t) / alpha(t) = exp(n), as REPA's code does after EDM: `sigmoid(n)` on the
-    linear path, `2 / pi atan(exp(n))` on the cosine path.
+    the time at which sigma(t) / alpha(t) = exp(mean + std n), as REPA's code does after EDM: the logit-normal
+    `sigmoid(mean + std n)` on the linear path, `2 / pi atan(exp(mean + std n))` on the cosine path.
 
     Raises:
         UserError: an unknown distribution or path.
@@ -102,5 +139,6 @@ def draw_times(distribution: str, kind: str, draws: Tensor) -> Tensor:
     if distribution == "uniform":
         return draws
     if distribution == "lognormal":
-        return draws.sigmoid() if kind == "linear" else draws.exp().atan() / _QUARTER
+        log_ratio = draws if (mean, std) == (0, 1) else mean + std * draws
+        return log_ratio.sigmoid() if kind == "linear" else log_ratio.exp().atan() / _QUARTER
     raise UserError(f"Unknown distribution of training times {distribution!r}.", remedy="Use 'uniform' or 'lognormal'.")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.diffusion.ddpm import Schedule
-from trainer.diffusion.interpolants import interpolant, score_from_velocity
+from trainer.diffusion.interpolants import interpolant, score_from_velocity, shifted
 
 
 class ModelFn(Protocol):
@@ -33,21 +33,22 @@ class ModelFn(Protocol):
     def __call__(self, x: Tensor, t: float, /, *, interval_t: float | None = None) -> Tensor: ...
 
 
-def ode_grid(steps: int) -> list[float]:
-    """`steps` equal steps from 1 to 0: steps + 1 times.
+def ode_grid(steps: int, *, shift: float = 1.0) -> list[float]:
+    """`steps` steps from 1 to 0, equal before they are `shifted`: steps + 1 times.
 
     Raises:
         UserError: fewer than one step.
     """
     if steps < 1:
         raise UserError(f"{steps} sampling steps were asked for.", remedy="Use at least 1.")
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    return [shifted(t, shift) for t in torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()]
 
 
-def sde_grid(steps: int, *, last: float = 0.04) -> list[float]:
+def sde_grid(steps: int, *, last: float = 0.04, shift: float = 1.0) -> list[float]:
     """REPA's grid for Euler-Maruyama: `steps` times from 1 to `last` in equal steps, then 0.
 
-    `steps` evaluations of the model, of which the last one, from `last` to 0, adds no noise.
+    `steps` evaluations of the model, of which the last one, from `last` to 0, adds no noise. A grid that is `shifted`
+    has these ends, too (ours): the step without noise does not grow.
 
     Raises:
         UserError: fewer than two steps, or `last` outside (0, 1).
@@ -56,7 +57,8 @@ def sde_grid(steps: int, *, last: float = 0.04) -> list[float]:
         raise UserError(f"{steps} steps of the SDE sampler were asked for.", remedy="Use at least 2.")
     if not 0 < last < 1:
         raise UserError(f"The last step of the SDE starts at t = {last}.", remedy="Use a time in (0, 1): 0.04.")
-    return [*torch.linspace(1, last, steps, dtype=torch.float64).tolist(), 0.0]
+    first = torch.linspace(1, shifted(last, 1 / shift), steps, dtype=torch.float64).tolist()
+    return [*(shifted(t, shift) for t in first), 0.0]
 
 
 @torch.no_grad()

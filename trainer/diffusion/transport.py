@@ -7,17 +7,44 @@ in from outside. Nothing here reads a value back from the device, and all of it 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from trainer.diffusion import ddpm
-from trainer.diffusion.interpolants import Path, TimeDistribution, draw_times, interpolate
+from trainer.diffusion.interpolants import (
+    Path,
+    Prediction,
+    TimeDistribution,
+    draw_times,
+    interpolate,
+    predicted_velocity,
+    shifted,
+)
 from trainer.models.dit import split_variance
 
 if TYPE_CHECKING:
     from trainer.models.transformer import ModelOutput
+
+
+# Shorter velocities count as this long in the cosine. Ours: PyTorch's 1e-8 makes a gradient of 1e8 where a backbone
+# begins, at the prediction zero, and Adam's second moment takes tens of thousands of steps to forget it.
+SHORTEST = 1e-2
+
+
+class FlowOptions(TypedDict, total=False):
+    """The fields of `Flow`."""
+
+    path: Path
+    time_sampling: TimeDistribution
+    time_mean: float
+    time_std: float
+    time_shift: float
+    prediction: Prediction
+    time_floor: float
+    cosine_weight: float
 
 
 class Transport(Protocol):
@@ -54,11 +81,16 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """Stochastic interpolants with velocity prediction (SiT, Eq. 4 to 7). The backbone is told t itself.
+    """Stochastic interpolants trained on their velocity (SiT, Eq. 4 to 7). The backbone is told t itself.
 
     Args:
         path: see `trainer.diffusion.interpolants.INTERPOLANTS`.
         time_sampling: distribution of the training times; `uniform` takes U(0, 1) draws, `lognormal` N(0, 1).
+        time_mean, time_std: of the log-normal's logarithm.
+        time_shift: training times are `shifted` by it, whatever their distribution.
+        prediction: what the backbone says of x_t: its `velocity`, the data `x` or the `noise` in it.
+        time_floor: smallest divisor of the last two, see `predicted_velocity`.
+        cosine_weight: of a second term, the mean over positions of 1 - cos(v, v*) over the channels (LightningDiT).
 
     Raises:
         UserError: an unknown path or distribution.
@@ -66,6 +98,12 @@ class Flow:
 
     path: Path = "linear"
     time_sampling: TimeDistribution = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
+    prediction: Prediction = "velocity"
+    time_floor: float = 0.05
+    cosine_weight: float = 0.0
 
     def __post_init__(self) -> None:
         draw_times(self.time_sampling, self.path, torch.empty(0))  # unknown names are errors here
@@ -75,7 +113,8 @@ class Flow:
         return 1.0
 
     def times(self, draws: Tensor) -> Tensor:
-        return draw_times(self.time_sampling, self.path, draws)
+        t = draw_times(self.time_sampling, self.path, draws, mean=self.time_mean, std=self.time_std)
+        return t if self.time_shift == 1 else shifted(t, self.time_shift)
 
     def model_time(self, t: Tensor) -> Tensor:
         return t
@@ -84,13 +123,27 @@ class Flow:
         return interpolate(self.path, x0, noise, t)[0]
 
     def loss(self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """`denoise`: mean squared error of the velocity (SiT, Eq. 7)."""
+        """`denoise`: mean squared error of the velocity (SiT, Eq. 7); `denoise/cosine` where it has a weight.
+
+        Where the floor makes velocities too small it does so to the prediction's and the truth's alike, as in RAEv2 and
+        JiT: the loss is the prediction's squared error over the squared divisor, and zero for the truth at every t.
+        """
         _, velocity = interpolate(self.path, x0, noise, t)
-        return {"denoise": (self.velocity(out, x_t, t).float() - velocity).square().mean()}
+        if self.prediction != "velocity":
+            velocity = self._implied(x0 if self.prediction == "x" else noise, x_t, t)
+        found = self.velocity(out, x_t, t).float()
+        terms = {"denoise": (found - velocity).square().mean()}
+        if self.cosine_weight:
+            cosines = cosine_similarity(found, velocity, dim=1, eps=SHORTEST)
+            terms["denoise/cosine"] = self.cosine_weight * (1 - cosines).mean()
+        return terms
 
     def velocity(self, out: ModelOutput, x_t: Tensor, t: Tensor) -> Tensor:
         assert out.prediction is not None, "the forward pass stopped before the prediction"
-        return out.prediction
+        return self._implied(out.prediction, x_t, t)
+
+    def _implied(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return predicted_velocity(self.path, self.prediction, out, x_t, t, self.time_floor)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,17 +187,13 @@ class DDPM:
 
 
 def build_transport(
-    family: Literal["sit", "dit"],
-    *,
-    path: Path = "linear",
-    time_sampling: TimeDistribution = "uniform",
-    device: torch.device | str = "cpu",
+    family: Literal["sit", "dit"], *, device: torch.device | str = "cpu", **options: Unpack[FlowOptions]
 ) -> Transport:
-    """The transport of a family of backbones. `path` and `time_sampling` are a flow's; `device`: of the latents.
+    """The transport of a family of backbones. `options` are a flow's, of which DDPM has none; `device`: of the latents.
 
     Raises:
         UserError: an unknown path or distribution of times.
     """
     if family == "dit":
         return DDPM(table=ddpm.tables(ddpm.linear_schedule(), device))
-    return Flow(path=path, time_sampling=time_sampling)
+    return Flow(**options)

@@ -19,15 +19,14 @@ from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
 from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
 from trainer.evaluate.references import open_reference
-from trainer.interval import Interval
 from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs import locks
 from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
-from trainer.runs.published import Sampling, parse_published
-from trainer.runs.recipes import load_recipe_file
+from trainer.runs.published import UNKNOWN_SCALE, Sampling, parse_published
+from trainer.runs.recipes import load_figure
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.sampling.run import sample_run
 
@@ -153,12 +152,9 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
 
 def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[EvalRequest, RunConfig]:
     """The request at the figure's step and with its sampler; the run's configuration as if it came from that recipe."""
-    recipe = load_recipe_file(figure)
-    if recipe.published is None:
-        raise UserError(
-            f"{recipe.name} has no published figures", remedy="Type: trainer recipes   for those that have."
-        )
-    wanted = recipe.config()
+    recipe = load_figure(figure)
+    assert recipe.published is not None
+    wanted, config = recipe.config().settled(), config.settled()
     other = [
         key
         for key in recipe.values
@@ -186,27 +182,20 @@ def _with_defaults(
     model = run_model_config(run, config)
     paper = recipe_sampling(config) or Sampling()
     steps = asked.steps or (paper.steps or GPU_STEPS if on_gpu else CPU_STEPS)
-    guidance = asked.guidance if asked.guidance is not None else paper.guidance
-    if guidance is None:
-        progress.note(
-            "the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without"
-        )
-        guidance = 1.0
-    interval = asked.interval
-    if interval is None:
-        interval = paper.interval if guidance == paper.guidance else Interval()
+    if asked.guidance is None and paper.guidance is None:
+        progress.note(UNKNOWN_SCALE)
+    sampler = asked.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family])
+    chosen = paper.settings({**vars(asked), "sampler": sampler, "steps": steps, "device": device})
     num = asked.num
     if num is None and on_gpu:
         num = GPU_SAMPLES
     elif num is None:
-        cost = forward_flops(model) * steps * (1 if guidance == 1 else 2)
+        cost = forward_flops(model) * steps * (1 if chosen["guidance"] == 1 else 2)
         num = int(max(8, min(CPU_SAMPLES, CPU_BUDGET_FLOPS // cost)))
         progress.note(
             f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}"
         )
-    sampler = asked.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family])
-    chosen = {"num": num, "sampler": sampler, "steps": steps, "guidance": guidance, "interval": interval}
-    return SampleRequest(**{**vars(asked), **chosen, "device": device})
+    return SampleRequest(**{**chosen, "num": num})
 
 
 def choose_extractor(name: str, weights_dir: str | None, device: str, progress: Progress) -> Extractor:

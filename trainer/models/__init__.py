@@ -1,4 +1,4 @@
-"""SiT and DiT backbones. The configuration imports without torch; the modules are loaded on first use."""
+"""SiT, DiT and LightningDiT backbones. The configuration imports without torch; the modules are loaded on first use."""
 
 from __future__ import annotations
 

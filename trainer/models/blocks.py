@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featcache.errors import UserError
-from trainer.models.config import TIME_FREQUENCIES
+from trainer.models.config import TIME_FREQUENCIES, FeedForward, Norm
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -44,6 +44,63 @@ def sinusoid(t: Tensor, width: int = TIME_FREQUENCIES) -> Tensor:
     """
     angles = t.float()[:, None] * time_frequencies(width // 2, t.device)  # [B, width / 2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_positions(width: int, grid: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that rotate the channels of a head, computed in float64, returned as float32 [grid * grid, width].
+
+    Tokens are row-major. The first half of the channels turns with the row, the second half with the column, each in
+    neighbouring pairs: pair i by position * 10000^(-2i / (width / 2)) (Su et al. 2021, in the 2-D form of EVA-02).
+    """
+    frequencies = 10000.0 ** -(torch.arange(0, width // 2, 2, dtype=torch.float64) / (width // 2))
+    angles = (torch.arange(grid, dtype=torch.float64)[:, None] * frequencies).repeat_interleave(2, dim=1)  # [grid, d/2]
+    row = angles[:, None].expand(grid, grid, -1)
+    column = angles[None].expand(grid, grid, -1)
+    both = torch.cat([row, column], dim=-1).reshape(grid * grid, width)
+    return both.cos().float(), both.sin().float()
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates queries or keys [B, heads, N, d] by their token's row and column; all blocks share one.
+
+    The tables are non-persistent buffers: fixed, neither trained nor averaged nor saved.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, width: int, grid: int) -> None:
+        super().__init__()
+        self.width, self.grid = width, grid
+        self.register_buffer("cos", torch.empty(grid * grid, width), persistent=False)
+        self.register_buffer("sin", torch.empty(grid * grid, width), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Computes the tables, which are empty at first."""
+        for table, values in zip((self.cos, self.sin), rotary_positions(self.width, self.grid)):
+            table.copy_(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-second, first], dim=-1).flatten(-2)  # each pair by a quarter
+        return x * self.cos + turned * self.sin
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm with a weight, computed in the weight's precision, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def block_norm(width: int, kind: Norm) -> nn.Module:
+    """Norm in front of an adaptive modulation."""
+    return RMSNorm(width, eps=1e-6) if kind == "rms" else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+def head_norm(width: int, kind: Norm) -> nn.Module:
+    """Norm of a head's queries or keys, with parameters of its own."""
+    return RMSNorm(width, eps=1e-6) if kind == "rms" else nn.LayerNorm(width)
 
 
 class PatchEmbed(nn.Module):
@@ -103,20 +160,31 @@ def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention, [B, N, D] -> [B, N, D].
 
-    `qk_norm` is a LayerNorm over the head's channels with its own scale and offset (what REPA's
-    `--qk-norm` gives with the timm release it names).
+    `qk_norm` is a norm over the head's channels: a LayerNorm with its own scale and offset (what REPA's
+    `--qk-norm` gives with the timm release it names), or an RMSNorm with its own scale. `rope` rotates what comes
+    out of it.
 
     Raises:
         UserError: `attention='xformers'` where xformers is not installed.
     """
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, attention: str) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: bool,
+        attention: str,
+        norm: Norm = "layer",
+        rope: RotaryEmbedding | None = None,
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = head_norm(width // heads, norm) if qk_norm else nn.Identity()
+        self.k_norm = head_norm(width // heads, norm) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
+        self.rope = rope
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
         if attention == "xformers":
             try:
@@ -132,8 +200,11 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each [B, heads, N, d]
-        # A LayerNorm under autocast returns float32; fused attention wants one dtype.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            q, k = self.rope(q), self.rope(k)
+        # A norm or a rotation under autocast returns float32; fused attention wants one dtype.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         x = self.attend(q, k, v).transpose(1, 2).reshape(B, N, D)
         projected: Tensor = self.proj(x)
         return projected
@@ -152,17 +223,40 @@ class Mlp(nn.Module):
         return out
 
 
+class SwiGlu(nn.Module):
+    """Gated MLP `w3(silu(a) * b)` with `a, b = w12(x)` (Shazeer 2020), [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
+
+
 class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, Sec. 3.2): x [B, N, D], c [B, D] -> [B, N, D]."""
 
     def __init__(
-        self, width: int, heads: int, mlp_width: int, *, qk_norm: bool = False, attention: str = "sdpa"
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        qk_norm: bool = False,
+        attention: str = "sdpa",
+        norm: Norm = "layer",
+        mlp: FeedForward = "gelu",
+        rope: RotaryEmbedding | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, heads, qk_norm=qk_norm, attention=attention)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, mlp_width)
+        self.norm1 = block_norm(width, norm)
+        self.attn = Attention(width, heads, qk_norm=qk_norm, attention=attention, norm=norm, rope=rope)
+        self.norm2 = block_norm(width, norm)
+        self.mlp = SwiGlu(width, mlp_width) if mlp == "swiglu" else Mlp(width, mlp_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -175,9 +269,9 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens to patches: x [B, N, D], c [B, D] -> [B, N, p * p * C_out], channel fastest."""
 
-    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, width: int, patch_size: int, out_channels: int, *, norm: Norm = "layer") -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = block_norm(width, norm)
         self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from featcache.errors import UserError
 
@@ -18,10 +19,27 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+# Of LightningDiT alone (its repository's 1.0B and 1.6B), all heads 64 wide.
+LARGE_SIZES: dict[str, tuple[int, int, int]] = {"1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)}
 PATCH_SIZES = (1, 2, 4, 8)
 Attention = Literal["sdpa", "xformers"]
-FAMILIES = ("SiT", "DiT")
-MODEL_NAMES = tuple(f"{f}-{s}/{p}" for f in FAMILIES for s in SIZES for p in PATCH_SIZES)
+Norm = Literal["layer", "rms"]
+FeedForward = Literal["gelu", "swiglu"]
+
+# What a model's name says beside its size: fields of `ModelConfig`.
+BACKBONES: Mapping[str, Mapping[str, Any]] = {
+    "SiT": {"family": "sit"},
+    "DiT": {"family": "dit", "learn_sigma": True},
+    "LightningDiT": {"family": "sit", "norm": "rms", "mlp": "swiglu", "rope": True},
+}
+
+
+def sizes_of(backbone: str) -> dict[str, tuple[int, int, int]]:
+    """Depth, width and heads by size, for a key of `BACKBONES`."""
+    return SIZES | LARGE_SIZES if backbone == "LightningDiT" else SIZES
+
+
+MODEL_NAMES = tuple(f"{b}-{s}/{p}" for b in BACKBONES for s in sizes_of(b) for p in PATCH_SIZES)
 
 TIME_FREQUENCIES = 256  # width of the sinusoidal time embedding, cosine half first
 
@@ -31,17 +49,21 @@ class ModelConfig:
     """One backbone.
 
     Args:
-        family: `sit` (velocity, t in [0, 1], t = 1 is noise) or `dit` (noise prediction, t = DDPM step 0..999).
+        family: what time and prediction mean: `sit` (velocity, t in [0, 1], t = 1 is noise; LightningDiT too) or `dit`
+            (noise prediction, t = DDPM step 0..999).
         depth: number of blocks.
         width: hidden size; divisible by `heads` and by 4 (2-D sin-cos positions).
         heads: attention heads.
         patch_size: side of a square patch of the latent.
         latent_channels, latent_size: the latent is [latent_channels, latent_size, latent_size].
         num_classes: labels are 0..num_classes-1; `num_classes` itself is the null label.
-        qk_norm: LayerNorm over each head's queries and keys, as in REPA's code.
+        qk_norm: a norm of the same kind over each head's queries and keys, as in REPA's and LightningDiT's code.
         learn_sigma: predict the variance's interpolation values beside the noise (DiT only).
         attention: `sdpa` (torch) or `xformers`.
-        mlp_ratio: hidden width of the MLP over `width`.
+        mlp_ratio: hidden width of the MLP over `width`, before `swiglu` takes 2/3 of it.
+        norm: `layer` (LayerNorm without parameters of its own) or `rms` (RMSNorm with a weight).
+        mlp: `gelu` (two layers) or `swiglu` (gated, three).
+        rope: rotate queries and keys by the token's row and column, beside the sin-cos table.
 
     Raises:
         UserError: values that do not fit together.
@@ -59,6 +81,9 @@ class ModelConfig:
     learn_sigma: bool = False
     attention: Attention = "sdpa"
     mlp_ratio: float = 4.0
+    norm: Norm = "layer"
+    mlp: FeedForward = "gelu"
+    rope: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -77,6 +102,10 @@ class ModelConfig:
             raise UserError(f"Unknown model family {self.family!r}.", remedy="Use 'sit' or 'dit'.")
         if self.attention not in ("sdpa", "xformers"):
             raise UserError(f"Unknown attention {self.attention!r}.", remedy="Use 'sdpa' or 'xformers'.")
+        if self.norm not in ("layer", "rms"):
+            raise UserError(f"Unknown norm {self.norm!r}.", remedy="Use 'layer' or 'rms'.")
+        if self.mlp not in ("gelu", "swiglu"):
+            raise UserError(f"Unknown MLP {self.mlp!r}.", remedy="Use 'gelu' or 'swiglu'.")
         if self.latent_size % self.patch_size:
             fitting = [p for p in PATCH_SIZES if self.latent_size % p == 0]
             raise UserError(
@@ -89,6 +118,10 @@ class ModelConfig:
             raise UserError(
                 f"width {self.width} with {self.heads} heads: the width must be divisible by the number of "
                 "heads and by 4."
+            )
+        if self.rope and self.width // self.heads % 4:
+            raise UserError(
+                f"width {self.width} with {self.heads} heads: rotary positions need heads whose width is divisible by 4."
             )
         if self.learn_sigma and self.family == "sit":
             raise UserError(
@@ -116,7 +149,26 @@ class ModelConfig:
 
     @property
     def mlp_width(self) -> int:
-        return int(self.width * self.mlp_ratio)
+        """Hidden width of the MLP; a gated one has 2/3, rounded down, so that its three layers weigh as much as two."""
+        hidden = int(self.width * self.mlp_ratio)
+        return int(2 / 3 * hidden) if self.mlp == "swiglu" else hidden
+
+    @property
+    def backbone(self) -> str | None:
+        """Key of `BACKBONES` whose layers these are; None for a mixture that has no name."""
+        flags = (self.norm, self.mlp, self.rope)
+        if flags == ("rms", "swiglu", True) and self.family == "sit":
+            return "LightningDiT"
+        if flags != ("layer", "gelu", False):
+            return None
+        return "SiT" if self.family == "sit" else "DiT"
+
+    @property
+    def name(self) -> str | None:
+        """Such as `SiT-XL/2`; None where no named model has this shape."""
+        shape = (self.depth, self.width, self.heads)
+        sizes = {} if self.backbone is None else sizes_of(self.backbone)
+        return next((f"{self.backbone}-{size}/{self.patch_size}" for size in sizes if sizes[size] == shape), None)
 
 
 def model_config(
@@ -128,24 +180,23 @@ def model_config(
     qk_norm: bool = False,
     attention: Attention = "sdpa",
 ) -> ModelConfig:
-    """The configuration of a named model such as `SiT-B/2` or `DiT-XL/4`; DiT learns its variance.
+    """The configuration of a named model such as `SiT-B/2`, `DiT-XL/4` (learns its variance) or `LightningDiT-XL/1`.
 
     Raises:
         UserError: an unknown name, or values that do not fit together.
     """
-    match = re.fullmatch(r"(SiT|DiT)-(\w+)/(\d+)", name)
-    if match is None or match[2] not in SIZES or int(match[3]) not in PATCH_SIZES:
+    match = re.fullmatch(rf"({'|'.join(BACKBONES)})-(\w+)/(\d+)", name)
+    if match is None or match[2] not in sizes_of(match[1]) or int(match[3]) not in PATCH_SIZES:
         close = difflib.get_close_matches(name, MODEL_NAMES, n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"Unknown model {name!r:.80}.",
-            remedy=f"{hint}Models are SiT or DiT, a size ({', '.join(SIZES)}), a slash and a patch size "
-            f"({', '.join(map(str, PATCH_SIZES))}): for example 'SiT-B/2'.",
+            remedy=f"{hint}Models are {', '.join(BACKBONES)}, then a size ({', '.join(SIZES)}; of LightningDiT also "
+            f"{', '.join(LARGE_SIZES)}), a slash and a patch size ({', '.join(map(str, PATCH_SIZES))}): for example "
+            "'SiT-B/2'.",
         )
-    depth, width, heads = SIZES[match[2]]
-    family: Literal["sit", "dit"] = "sit" if match[1] == "SiT" else "dit"
+    depth, width, heads = sizes_of(match[1])[match[2]]
     return ModelConfig(
-        family=family,
         depth=depth,
         width=width,
         heads=heads,
@@ -154,8 +205,8 @@ def model_config(
         latent_size=latent_size,
         num_classes=num_classes,
         qk_norm=qk_norm,
-        learn_sigma=family == "dit",
         attention=attention,
+        **BACKBONES[match[1]],
     )
 
 
@@ -169,7 +220,8 @@ def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
     N, D, M = cfg.tokens, cfg.width, cfg.mlp_width
     patch = cfg.patch_size**2
     embed = N * D * patch * cfg.latent_channels + TIME_FREQUENCIES * D + D * D
-    block = N * (4 * D * D + 2 * D * M) + 2 * N * N * D + 6 * D * D
+    mlp = (3 if cfg.mlp == "swiglu" else 2) * D * M
+    block = N * (4 * D * D + mlp) + 2 * N * N * D + 6 * D * D
     final = 2 * D * D + N * D * patch * cfg.out_channels
     if depth is None:
         return 2 * (embed + cfg.depth * block + final)

@@ -1,7 +1,8 @@
-"""The diffusion Transformer that SiT (Ma et al. 2024) and DiT (Peebles & Xie 2023) share.
+"""The diffusion Transformer that SiT (Ma et al. 2024), DiT (Peebles & Xie 2023) and LightningDiT (Yao et al. 2025) share.
 
-The two differ in what time means and in what is predicted, which is a transport's business
-(`trainer.diffusion.transport`), and in the number of output channels; not in a single layer.
+The first two differ in what time means and in what is predicted, which is a transport's business
+(`trainer.diffusion.transport`), and in the number of output channels; not in a single layer. LightningDiT is SiT with other
+norms, another MLP and rotary positions: flags of `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from trainer.models.blocks import (
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
+    RMSNorm,
+    RotaryEmbedding,
     TimestepEmbedder,
     sincos_positions,
     unpatchify,
@@ -53,11 +56,21 @@ class Transformer(nn.Module):
         self.t_embedder = TimestepEmbedder(cfg.width)
         self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.width)
         self.register_buffer("pos_embed", sincos_positions(cfg.width, cfg.grid), persistent=False)
+        rope = RotaryEmbedding(cfg.width // cfg.heads, cfg.grid) if cfg.rope else None
         self.blocks = nn.ModuleList(
-            Block(cfg.width, cfg.heads, cfg.mlp_width, qk_norm=cfg.qk_norm, attention=cfg.attention)
+            Block(
+                cfg.width,
+                cfg.heads,
+                cfg.mlp_width,
+                qk_norm=cfg.qk_norm,
+                attention=cfg.attention,
+                norm=cfg.norm,
+                mlp=cfg.mlp,
+                rope=rope,
+            )
             for _ in range(cfg.depth)
         )
-        self.final_layer = FinalLayer(cfg.width, cfg.patch_size, cfg.out_channels)
+        self.final_layer = FinalLayer(cfg.width, cfg.patch_size, cfg.out_channels, norm=cfg.norm)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, taps: Sequence[int] = (), stop_after: int | None = None
@@ -66,7 +79,7 @@ class Transformer(nn.Module):
 
         Args:
             x: [B, C, H, W] noisy latent.
-            t: [B] time: in [0, 1] with 1 = noise for SiT, DDPM step 0..999 for DiT.
+            t: [B] time: in [0, 1] with 1 = noise for SiT and LightningDiT, DDPM step 0..999 for DiT.
             y: [B] int64 labels; `num_classes` is the null label. Label dropout is the caller's business.
             taps: depths (1-based) whose hidden states are wanted.
             stop_after: run blocks 1..stop_after only and predict nothing.
@@ -107,10 +120,10 @@ def build_model(cfg: ModelConfig, *, seed: int = 0, device: torch.device | str =
 
 @torch.no_grad()
 def initialise(model: Transformer, generator: torch.Generator) -> None:
-    """adaLN-Zero initialisation of DiT and SiT, in place.
+    """adaLN-Zero initialisation of DiT, SiT and LightningDiT, in place.
 
     Linear layers and the patch embedding (as a matrix): Xavier uniform, zero bias. Label table and time MLP:
-    N(0, 0.02^2). All adaLN projections and the final layer: zero, so each block starts as the identity.
+    N(0, 0.02^2). Weights of norms: one. All adaLN projections and the final layer: zero, so each block starts as the identity.
     """
     model.pos_embed.copy_(sincos_positions(model.cfg.width, model.cfg.grid))
     for module in model.modules():
@@ -121,6 +134,8 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm | RotaryEmbedding):
+            module.reset_parameters()
     time_mlp = model.t_embedder.mlp
     for module in (model.y_embedder.embedding_table, time_mlp[0], time_mlp[2]):
         nn.init.normal_(module.get_parameter("weight"), std=0.02, generator=generator)
@@ -169,7 +184,7 @@ def check_fit(model: Transformer, state: Mapping[str, Tensor], *, source: str = 
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(
-            f"{source} does not fit the model ({model.cfg.family}, depth {model.cfg.depth}, "
+            f"{source} does not fit the model ({model.cfg.backbone or model.cfg.family}, depth {model.cfg.depth}, "
             f"width {model.cfg.width}): {shown}.",
             remedy="Name the model, resolution and number of classes that the weights were trained with.",
         )

@@ -162,6 +162,7 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     chosen = [("loss", "Loss", "loss")]
     if any(_differs(run.log.get("loss"), run.log.get("denoise")) for run in runs):
         chosen.append(("denoise", "Denoising term", "loss"))
+    chosen += [(k, f"Denoising: {k.removeprefix('denoise/')}", "loss term") for k in keys if k.startswith("denoise/")]
     chosen += [(k, f"Alignment: {k.removeprefix('align/')}", "loss term") for k in keys if k.startswith("align/")]
     chosen += [(k, k.removeprefix("metric/"), k.removeprefix("metric/")) for k in keys if k.startswith("metric/")]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]

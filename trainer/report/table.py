@@ -137,9 +137,10 @@ def _run_rows(runs: Sequence[RunData]) -> list[Row]:
 
 
 def _training_rows(runs: Sequence[RunData]) -> list[Row]:
-    terms = dict.fromkeys(k for run in runs for k in run.log if k.startswith("align/"))
     labels = {"loss": "Loss", "denoise": "Denoising term"}
-    labels |= {k: f"Alignment: {k.removeprefix('align/')}" for k in terms}
+    logged = dict.fromkeys(k for run in runs for k in run.log)
+    for part, title in (("denoise/", "Denoising"), ("align/", "Alignment")):
+        labels |= {k: f"{title}: {k.removeprefix(part)}" for k in logged if k.startswith(part)}
     return [
         Row(label=label, cells=_cells(measure, [_level(run.log.get(key)) for run in runs]))
         for key, label in labels.items()

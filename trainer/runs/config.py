@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from featcache.errors import UserError
-from featcache.settings import Count, Index, NotNegative, Option, Positive, Share, from_mapping, number, settings
+from featcache.settings import (
+    Count,
+    Finite,
+    Index,
+    Limit,
+    NotNegative,
+    Option,
+    Positive,
+    Share,
+    from_mapping,
+    number,
+    settings,
+    to_mapping,
+)
 from trainer.align import config_class, method_names, split_methods
 from trainer.models import model_config
 from trainer.models.config import Attention
@@ -22,6 +35,7 @@ from trainer.runs.published import parse_published
 
 if TYPE_CHECKING:
     from trainer.align.base import MethodConfig
+    from trainer.diffusion.transport import FlowOptions
     from trainer.models import ModelConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -35,16 +49,21 @@ class RunConfig:
         method: `none`, or alignment methods joined by `+` (`ahpa`, `repa`, `ahpa+sra`).
         align: options of each method by its name, e.g. `{"ahpa": {"router": "lookup"}}`.
         align_until: step from which alignment is switched off (HASTE); None: never.
-        model: backbone, e.g. `SiT-XL/2`. cache: path or URL of the feature cache. name: folder below `runs`.
+        model: backbone, e.g. `SiT-XL/2`, `LightningDiT-XL/1`. cache: path or URL of the feature cache. name: folder below `runs`.
         resolution, vae: side in pixels and VAE (`sd-ft-ema`) that the cache must have been made with; None: any.
     Objective:
         normalization: of the latents: `scalar`, by the VAE's scaling factor; by the mean and standard deviation of each
         `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents. Results under different ones are not comparable: it decides at which times
         which detail is noise. statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's,
-        RAE's); None takes those imported with the latents. A run keeps a copy. path: interpolant of SiT. time_sampling: how t is drawn. label_dropout: share of null labels.
+        RAE's); None takes those imported with the latents, else computes them from the cache. A run keeps a copy. label_dropout: share of null labels.
+        Of SiT and LightningDiT, see `trainer.diffusion.transport.Flow`: path: interpolant. time_sampling, time_mean, time_std, time_shift:
+        how t is drawn. prediction: what the backbone says of x_t; the loss is the velocity's in each case. time_floor:
+        smallest divisor where the velocity follows from x or the noise. cosine_weight: of the velocity's direction.
     Optimisation (AdamW):
-        batch_size: global, over all ranks and accumulation steps. clip: maximal gradient norm; None takes the
-        method's (2.0 for AHPA, else 1.0). ema_decay: of the weights' average, reached after a short warm-up if
+        batch_size: global, over all ranks and accumulation steps. lr: after `warmup_steps` from zero;
+        None takes the method's (2e-4 for AHPA, else 1e-4). lr_schedule: `constant`, or `linear`: held for `hold_steps` after the warm-up, then falling to `lr_end`, which it reaches in step
+        `decay_until` (None: the last of `steps`) and keeps. clip: maximal gradient norm; None takes the
+        method's (2.0 for AHPA, else 1.0), `.inf` is no clipping. ema_decay: of the weights' average, reached after a short warm-up if
         ema_warmup (min(decay, (1 + step) / (10 + step))).
     Machine:
         precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
@@ -60,7 +79,7 @@ class RunConfig:
     method: Annotated[str, Option("none, repa, ahpa, ...; join several with +.")] = "none"
     align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     align_until: Index | None = None
-    model: Annotated[str, Option("Backbone, e.g. SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2.")] = "SiT-B/2"
+    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1.")] = "SiT-B/2"
     cache: Annotated[str | None, Option("Feature cache. Default: the newest fitting one below ./caches.")] = None
     resolution: Count | None = None
     vae: str | None = None
@@ -68,27 +87,41 @@ class RunConfig:
 
     normalization: Annotated[
         Literal["auto", "scalar", "channel", "position"],
-        Option("Of the latents: scalar (by the VAE's factor), channel or position (by --statistics), or auto."),
+        Option("Of the latents: scalar (by the VAE's factor), channel or position (by mean and std), or auto."),
     ] = "auto"
     statistics: Annotated[
         str | None,
         Option(
-            "File of mean and std, from featcache stats. Default: imported with the latents.", typed=Path, parse=str
+            "File of mean and std. Default: imported with the latents, else computed from the cache.",
+            typed=Path,
+            parse=str,
         ),
     ] = None
     path: Literal["linear", "cosine"] = "linear"
     time_sampling: Literal["uniform", "lognormal"] = "uniform"
+    time_mean: Finite = 0.0
+    time_std: Positive = 1.0
+    time_shift: Positive = 1.0
+    prediction: Literal["velocity", "x", "noise"] = "velocity"
+    time_floor: Annotated[Positive, Field(le=1)] = 0.05
+    cosine_weight: NotNegative = 0.0
     label_dropout: Share = 0.1
     qk_norm: Annotated[bool, Option("Normalise queries and keys.", flag="--qk-norm/--no-qk-norm")] = False
 
     steps: Annotated[Count, Option("Training steps.")] = 400_000
     batch_size: Annotated[Count, Option("Global batch size.")] = 256
     accumulate: Count = 1
-    lr: Annotated[Positive, Option("Learning rate of AdamW.")] = 1e-4
+    lr: Annotated[
+        Positive | None, Option("Learning rate of AdamW. [default: the method's, 2e-4 for AHPA, else 1e-4]")
+    ] = None
+    lr_schedule: Literal["constant", "linear"] = "constant"
     warmup_steps: Index = 0
+    hold_steps: Index = 0
+    decay_until: Count | None = None
+    lr_end: NotNegative = 0.0
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     weight_decay: NotNegative = 0.0
-    clip: Positive | None = None
+    clip: Limit | None = None
     ema_decay: Share = 0.9999
     ema_warmup: bool = False
 
@@ -122,19 +155,48 @@ class RunConfig:
                 remedy="Type --precision bf16.",
             )
         self._check_model()
+        self._check_unused()
+        self._check_schedule()
         self._check_methods()
         if self.published:
             parse_published(self.published)
 
     def _check_model(self) -> None:
         model_config(self.model, latent_channels=4, latent_size=8, num_classes=1)  # unknown names are errors here
-        for key in ("path", "time_sampling"):
-            default = next(f.default for f in dataclasses.fields(self) if f.name == key)
-            if self.model.startswith("DiT") and getattr(self, key) != default:
+        for key in self.flow:
+            if self.model.startswith("DiT") and self._is_changed(key):
                 raise UserError(
                     f"{key} is {getattr(self, key)!r}, but {self.model} trains on DDPM's own steps and schedule",
                     remedy=f"Leave {key} out, or train {self.model.replace('DiT', 'SiT')}.",
                 )
+
+    def _is_changed(self, key: str) -> bool:
+        default = next(field.default for field in dataclasses.fields(self) if field.name == key)
+        return bool(getattr(self, key) != default)
+
+    def _check_unused(self) -> None:
+        """Refuses settings that another setting leaves without effect."""
+        for key, other, value, wanted in (
+            ("time_mean", "time_sampling", "uniform", "lognormal"),
+            ("time_std", "time_sampling", "uniform", "lognormal"),
+            ("time_floor", "prediction", "velocity", "x or noise"),
+            ("hold_steps", "lr_schedule", "constant", "linear"),
+            ("decay_until", "lr_schedule", "constant", "linear"),
+            ("lr_end", "lr_schedule", "constant", "linear"),
+        ):
+            if getattr(self, other) == value and self._is_changed(key):
+                raise UserError(
+                    f"{key} is {getattr(self, key)!r}, which has no effect while {other} is {value}",
+                    remedy=f"Leave {key} out, or set {other} to {wanted}.",
+                )
+
+    def _check_schedule(self) -> None:
+        held, end = self.warmup_steps + self.hold_steps, self.decay_until or self.steps
+        if self.lr_schedule == "linear" and held >= end:
+            raise UserError(
+                f"the learning rate is to fall until step {end}, and warm-up and hold last until step {held}",
+                remedy="Take fewer warmup_steps or hold_steps.",
+            )
 
     def _check_methods(self) -> None:
         split_methods(self.method)  # unknown, repeated and contradicting names are errors here
@@ -148,9 +210,34 @@ class RunConfig:
             self.method_config(method)
 
     @property
+    def flow(self) -> FlowOptions:
+        """What `trainer.diffusion.transport.build_transport` takes of it."""
+        return {
+            "path": self.path,
+            "time_sampling": self.time_sampling,
+            "time_mean": self.time_mean,
+            "time_std": self.time_std,
+            "time_shift": self.time_shift,
+            "prediction": self.prediction,
+            "time_floor": self.time_floor,
+            "cosine_weight": self.cosine_weight,
+        }
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """Names of the alignment methods in use; empty for `none`."""
         return tuple(name for name in split_methods(self.method) if name != "none")
+
+    def settled(self) -> RunConfig:
+        """With nothing left to the method, and all of its options: as a run's `config.yaml` has it, so that a later
+        version's defaults change nothing of it."""
+        ahpa = "ahpa" in self.methods  # its authors' launch command; its table does not show the rate
+        return dataclasses.replace(
+            self,
+            lr=self.lr if self.lr is not None else 2e-4 if ahpa else 1e-4,
+            clip=self.clip if self.clip is not None else 2.0 if ahpa else 1.0,
+            align={method: to_mapping(self.method_config(method)) for method in self.methods},
+        )
 
     def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
         """Shape of the backbone for images of `resolution` pixels per side, given the manifest's `dataset.vae`.

@@ -1,25 +1,41 @@
-"""Checkpoints from and for the public SiT, DiT, REPA and SRA code, as run folders of ours."""
+"""Checkpoints from and for the public SiT, DiT, REPA, SRA and LightningDiT code, as run folders of ours."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import featcache
 from featcache.errors import UserError
 from featcache.paths import CHECKPOINTS, check_output
+from featcache.read.normalization import Statistics, load
 from featcache.store import files
 from featcache.store.manifest import UNKNOWN
-from trainer.runs import checkpoint, locks
+from trainer.runs import checkpoint, locks, normalization
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import run_model_config
-from trainer.runs.weights_io import export_official, import_official
+from trainer.runs.weights_io import CONVENTIONS, Imported, export_official, import_official
 
-# What the public checkpoints were all trained on; the VAE's weights are checked only where a hash is known.
-_VAE = {"name": "sd-ft-ema", "sha256": None, "scaling_factor": 0.18215, "shift_factor": 0.0, "downsampling": 8}
-CONVENTIONS = ("repa", "sra", "sit", "dit")
+# What the public checkpoints were trained on; the VAE's weights are checked only where a hash is known. LightningDiT's have
+# 32 channels.
+_VAE: dict[str, Any] = {
+    "name": "sd-ft-ema",
+    "sha256": None,
+    "scaling_factor": 0.18215,
+    "shift_factor": 0.0,
+    "downsampling": 8,
+}
+_VA_VAE: dict[str, Any] = {
+    "name": "va-vae",
+    "sha256": None,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "downsampling": 16,
+}
+_VA_VAE_CHANNELS = 32
 
 
 def _summary_of(path: str, shape: object) -> dict[str, Any]:
@@ -46,6 +62,7 @@ def import_checkpoint(
     weights: str,
     convention: str | None,
     cache: str | None = None,
+    statistics: Path | None = None,
     root: Path = runs.ROOT,
 ) -> Path:
     """A run folder, ready for `trainer sample` and `trainer eval`, from an official checkpoint.
@@ -53,9 +70,11 @@ def import_checkpoint(
     Args:
         weights: `ema` or `model`. convention: one of `CONVENTIONS`, None tells it from the file.
         cache: one whose VAE and classes the checkpoint was trained with; without it those of the public checkpoints.
+        statistics: file that its latents were normalised by (see `featcache.read.normalization`).
 
     Raises:
-        UserError: an unreadable or refused file, a size without a name, or a run folder that exists.
+        UserError: an unreadable or refused file, a size without a name, statistics that are missing or do not fit, or a
+            run folder that exists.
     """
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--convention {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
@@ -69,21 +88,13 @@ def import_checkpoint(
             remedy="Load it from Python: trainer.runs.weights_io.import_official",
         )
     cfg = imported.config
-    config = RunConfig(
-        model=imported.name,
-        name=name or path.stem,
-        normalization="scalar",
-        path=imported.path,  # type: ignore[arg-type]
-        qk_norm=cfg.qk_norm,
-        steps=max(1, imported.step or 1),
-    )
-    run = runs.run_dir(config, root)
+    vae = _VA_VAE if cfg.latent_channels == _VA_VAE_CHANNELS else _VAE
     dataset = {
         "name": UNKNOWN,
         "source": f"imported checkpoint {path.name}",
         "class_names": [str(i) for i in range(cfg.num_classes)],
-        "preprocessing": {"resolution": cfg.latent_size * 8},
-        "vae": {**_VAE, "latent_channels": cfg.latent_channels},
+        "preprocessing": {"resolution": cfg.latent_size * vae["downsampling"]},
+        "vae": {**vae, "latent_channels": cfg.latent_channels},
     }
     features = {
         "vae/moments": {"shape": [2 * cfg.latent_channels, cfg.latent_size, cfg.latent_size], "weights": UNKNOWN}
@@ -91,6 +102,16 @@ def import_checkpoint(
     summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
     if cache is not None:
         summary = _summary_of(cache, features["vae/moments"]["shape"])
+    numbers = _statistics_of(imported, summary, statistics, path)
+    config = RunConfig(
+        model=imported.name,
+        name=name or path.stem,
+        normalization="scalar" if numbers is None else numbers.over,
+        path=imported.path,  # type: ignore[arg-type]
+        qk_norm=cfg.qk_norm,
+        steps=max(1, imported.step or 1),
+    )
+    run = runs.run_dir(config, root)
     state = {
         "model": imported.name,
         "method": "none",
@@ -103,8 +124,42 @@ def import_checkpoint(
         with files.atomic_directory(run) as folder:
             checkpoint.save_checkpoint(folder, imported.step or 0, {"ema": imported.state}, state, keep=1)
             runs.write_text(folder / "cache.json", json.dumps(summary, indent=1))
+            normalization.keep(numbers, folder)
             runs.save_config(folder, config)
     return run
+
+
+def _statistics_of(imported: Imported, summary: Mapping[str, Any], given: Path | None, path: Path) -> Statistics | None:
+    """What the checkpoint's latents were normalised by: the file given, else what came with the cache's latents; None
+    for the VAE's factor.
+
+    Raises:
+        UserError: the checkpoint wants statistics and there are none, or they do not fit its latents or its cache.
+    """
+    if given is not None:
+        found: Statistics | None = load(given.resolve())  # may be a link, as in the Hugging Face hub's folders
+    elif imported.normalization == "scalar":
+        return None
+    else:
+        found = normalization.from_record(summary["dataset"]["vae"])
+    if found is None:
+        raise UserError(
+            f"{path} is of latents that were normalised by channel, and does not hold the numbers",
+            remedy="Type --statistics FILE (LightningDiT publishes latents_stats.pt beside its weights; a run of ours has "
+            "normalization.safetensors), or --cache with imported latents that brought them.",
+        )
+    C, h, w = imported.config.latent_shape
+    if tuple(found.mean.shape) not in ((C, 1, 1), (C, h, w)):
+        raise UserError(
+            f"the statistics have the shape {list(found.mean.shape)}, and the checkpoint's latents {[C, h, w]}",
+            remedy="Bring those that it was trained with.",
+        )
+    if summary["fingerprint"] and found.fingerprint not in (None, summary["fingerprint"]):
+        raise UserError(
+            f"the statistics were computed from another cache than {summary['path']}",
+            remedy="Bring those that the checkpoint was trained with, or its cache.",
+        )
+    return found
 
 
 def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int | None) -> Path:
@@ -117,11 +172,17 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--to {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
     check_output(out, CHECKPOINTS, example="weights.pt")
+    config = runs.load_config(run)
+    if config.prediction != "velocity":
+        raise UserError(
+            f"{run} predicts {config.prediction}, and the public code takes what a SiT says for a velocity",
+            remedy="Draw from it here: trainer sample, trainer eval.",
+        )
     at, folder = checkpoint.find_checkpoint(run, step)
     raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}
-    config = runs.load_config(run)
     checkpoint.require_own(folder, method=config.method, model=config.model)
     ema = checkpoint.load_tensors(folder, "ema")
     cfg = run_model_config(run, config)
-    return export_official(out, cfg, ema=ema, model=raw, step=at, interpolant=config.path, **options)
+    options |= {"interpolant": config.path, "normalization": config.normalization}
+    return export_official(out, cfg, ema=ema, model=raw, step=at, **options)

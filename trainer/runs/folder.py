@@ -17,6 +17,7 @@ from featcache.settings import from_mapping, to_mapping
 from featcache.store import files
 from featcache.store.manifest import nested_deeper
 from featcache.store.root import cache_digest
+from trainer.align import EARLIER
 from trainer.runs import locks, schemas
 from trainer.runs.config import RunConfig
 from trainer.runs.yaml_text import read_yaml
@@ -115,7 +116,8 @@ def _in_use(config: RunConfig, folder: Path) -> str:
     )
 
 
-# What may differ between the two halves of a resumed run: it changes nothing but, at most, the rounding.
+# What may differ between the two halves of a resumed run: it changes nothing but, at most, the rounding. (But `steps`,
+# where the learning rate falls until then.)
 _FREE_KEYS = frozenset({
     *("steps", "cache", "name", "device", "compile", "attention", "accumulate", "shard", "weights_dir", "published"),
     *("statistics", "stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
@@ -148,9 +150,10 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
             f"{run} holds imported weights: averaged ones without an optimiser's state, which cannot be trained on",
             remedy="Draw from them: trainer sample, trainer eval; or train anew under another --name.",
         )
+    free = _FREE_KEYS - ({"steps"} if saved.lr_schedule == "linear" and saved.decay_until is None else set())
     for field in dataclasses.fields(RunConfig):
         theirs, ours = getattr(saved, field.name), getattr(config, field.name)
-        if field.name not in _FREE_KEYS and theirs != ours:
+        if field.name not in free and theirs != ours:
             raise UserError(
                 f"{run} was started with {field.name} = {theirs!r:.200}, not {ours!r:.200}",
                 remedy="Resume with the same settings, or start another run with --name.",
@@ -290,7 +293,9 @@ def load_config(run: Path) -> RunConfig:
     values.setdefault("normalization", "scalar")  # runs from before there was a choice
     values.pop("statistics", None)  # where they came from; the run has a copy, and the file may be gone or another
     try:
-        return from_mapping(RunConfig, values)
+        config = from_mapping(RunConfig, values)
+        align = {method: {**EARLIER.get(method, {}), **(config.align.get(method) or {})} for method in config.methods}
+        return dataclasses.replace(config, align=align).settled()
     except UserError as error:
         raise UserError(f"{path}: {error.what}", remedy=RESTORE) from error
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from featcache.errors import CacheError, UserError
 from featcache.paths import typed
-from featcache.read.normalization import MOMENTS, Statistics, load, save
+from featcache.progress import QUIET, Progress
+from featcache.read.normalization import MOMENTS, Over, Statistics, compute, load, save
 from featcache.store import files
+from trainer.distributed import from_main
 from trainer.runs import folder as runs
 from trainer.runs.cache import build_command
 from trainer.runs.config import RunConfig
@@ -49,15 +51,17 @@ def resolve(config: RunConfig, cache: Cache) -> str:
     return "channel" if statistics else "scalar"
 
 
-def settle(config: RunConfig, cache: Cache, run: Path) -> Statistics | None:
+def settle(
+    config: RunConfig, cache: Cache, run: Path, *, main: bool = True, watcher: Progress = QUIET
+) -> Statistics | None:
     """The statistics that a run (new, or to be resumed) is normalised by; None for `scalar`.
 
     A run that has begun has its own copy. A new one takes those of `config.statistics`, or those that were imported with
-    the latents.
+    the latents, or computes them from the whole cache: on the `main` rank, for all of them.
 
     Raises:
-        UserError: there are none, or they do not fit the latents or the setting; a resumed run was given others.
-        CacheError: they are of another cache.
+        UserError: they do not fit the latents or the setting, or cannot be computed; a resumed run was given others.
+        CacheError: they are of another cache, or the latents cannot be read.
     """
     if config.normalization == "scalar":
         if config.statistics is not None:
@@ -71,7 +75,7 @@ def settle(config: RunConfig, cache: Cache, run: Path) -> Statistics | None:
     # What the user names may be a link, as in the Hugging Face hub's folders; what lies in a run may not.
     given = None if config.statistics is None else _fitting(load(Path(config.statistics).resolve()), config, cache)
     if not runs.is_run(run):  # what a start that was cut short left there is no run's
-        return given or _fitting(_imported(config, cache), config, cache)
+        return given or _fitting(_imported(config, cache) or _computed(config, cache, main, watcher), config, cache)
     kept = _fitting(_kept(run), config, cache)
     if given is not None and not (torch.equal(given.mean, kept.mean) and torch.equal(given.std, kept.std)):
         raise UserError(
@@ -108,21 +112,34 @@ def _kept(run: Path) -> Statistics:
     return load(path)
 
 
-def _imported(config: RunConfig, cache: Cache) -> Statistics:
-    vae = cache.manifest.dataset.vae or {}
+def _imported(config: RunConfig, cache: Cache) -> Statistics | None:
+    """Those of the channels that the latents brought with them."""
+    return from_record(cache.manifest.dataset.vae or {}) if config.normalization == "channel" else None
+
+
+def from_record(vae: Mapping[str, Any]) -> Statistics | None:
+    """Those that were imported with latents, from the manifest's `dataset.vae`; None if it has none."""
     mean, std = vae.get("channel_mean"), vae.get("channel_std")
     if mean is None or std is None:
-        raise UserError(
-            f"--normalization {config.normalization} needs statistics, and {cache.path} brings none",
-            remedy=_compute(config, cache),
-        )
+        return None
     return Statistics(mean=torch.tensor(mean)[:, None, None], std=torch.tensor(std)[:, None, None])
+
+
+def _computed(config: RunConfig, cache: Cache, main: bool, watcher: Progress) -> Statistics:
+    found = None
+    if main:
+        watcher.note(f"no statistics were given: computing them from the latents of {cache.path}, once for this run")
+        over: Over = "position" if config.normalization == "position" else "channel"
+        found = compute(cache, MOMENTS, over, progress=watcher)
+    found = from_main(found)
+    assert found is not None
+    return found
 
 
 def _compute(config: RunConfig, cache: Cache) -> str:
     """What to type for statistics that fit."""
     command = f"featcache stats {typed(str(cache.path))} --over {config.normalization} --out stats.safetensors"
-    return f"Compute them: {command}; then type --statistics stats.safetensors"
+    return f"Leave --statistics out, and the run computes them; or once for many runs: {command}"
 
 
 def _fitting(statistics: Statistics, config: RunConfig, cache: Cache) -> Statistics:

@@ -6,16 +6,18 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Literal
+from typing import Any, Literal
 
 from featcache.errors import UserError
-from featcache.settings import Count, from_mapping, settings
+from featcache.settings import Count, Positive, from_mapping, settings
+from trainer.classes import Classes
 from trainer.interval import Interval, ParsedInterval
 
 METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
 
 # Tables by paper, as our copies of the papers number them. SRA's have lost their captions; its text calls the
-# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3.
+# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3. LightningDiT's is the table of results in its
+# repository, images/results.png, which has no number there.
 PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
     "REPA": tuple(str(n) for n in range(1, 13)),
     "SARA": ("1a", "1b", "2", "3", "4", "5"),
@@ -25,7 +27,13 @@ PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
         *("A.8", "A.9", "B.10", "B.11", "C.12", "D.13", "D.14", "D.15", "D.16", "D.17", "E.18", "F.19", "G.20", "I.21"),
     ),
     "SRA": ("3.2", "3.3"),
+    "LightningDiT": ("results",),
 }
+UNKNOWN_SCALE = "the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without"
+
+# The samplers that have a grid of times to shift.
+SHIFTED = ("sde", "ode", "heun")
+
 _SOURCE = re.compile(r"(?P<paper>\w+), Table (?P<table>\S+)")
 
 
@@ -34,13 +42,19 @@ class Sampling:
     """How the samples behind published figures were drawn; None where the paper does not say.
 
     sampler: `sde` (Euler-Maruyama), `ode` (Euler), `heun` or `ddpm`. steps: function evaluations.
-    guidance: classifier-free guidance scale, 1 for none. interval: of t, in which it acted.
+    shift: of the times. guidance: classifier-free guidance scale, 1 for none. interval: of t, in which it acted.
+    channels: the first so many were guided, None: all. classes: `random`, or `balanced`, each class alike. pixels: how
+    they became 8 bits, see `trainer.sampling.draw.SampleConfig`.
     """
 
     sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
     steps: Count | None = None
+    shift: Positive = 1.0
     guidance: float | None = 1.0
     interval: ParsedInterval = Interval()
+    channels: Count | None = None
+    classes: Literal["balanced", "random"] | None = None
+    pixels: Literal["round", "truncate"] | None = None
 
     def __str__(self) -> str:
         drawn = " ".join(str(part) for part in (self.sampler, self.steps) if part is not None)
@@ -50,7 +64,35 @@ class Sampling:
         elif self.guidance != 1:
             low, high = self.interval.low, self.interval.high
             guided = f"guidance {self.guidance:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
-        return ", ".join(part for part in (drawn, guided) if part)
+        if guided and self.channels is not None:
+            guided += f" of {self.channels} channels"
+        shift = "" if self.shift == 1 else f"times shifted by {self.shift:g}"
+        return ", ".join(part for part in (drawn, shift, guided) if part)
+
+    @property
+    def further(self) -> str:
+        """What `str` leaves out: labels and rounding, as far as they are known."""
+        known = {"classes": self.classes, "pixels": self.pixels}
+        return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+
+    def settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """These, by the names of `trainer.requests.SampleSettings`, where `asked` has none; without sampler and steps.
+
+        Interval and channels belong to the guidance scale: with another one they are not these. So does the shift to a
+        sampler that takes one. An unknown scale is none at all, or whichever is asked for.
+        """
+        found = {name: value for name, value in asked.items() if value is not None}
+        scale = found.setdefault("guidance", 1.0 if self.guidance is None else self.guidance)
+        if self.guidance in (None, scale):
+            found.setdefault("interval", self.interval)
+            found.setdefault("guided_channels", self.channels)
+        if found.get("sampler", self.sampler) in (None, *SHIFTED):
+            found.setdefault("shift", self.shift)
+        if self.classes is not None:
+            found.setdefault("classes", Classes.parse(self.classes))
+        if self.pixels is not None:
+            found.setdefault("pixels", self.pixels)
+        return found
 
 
 @settings

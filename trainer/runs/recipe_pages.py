@@ -95,7 +95,9 @@ def _figure(row: Recipe) -> list[str]:
         lines = [f"  {row.name}: none"]
     else:
         numbers = ", ".join(f"{name} {value}" for name, value in published.figures().items())
-        drawn = f" ({published.sampling})" if published.sampling is not None and str(published.sampling) else ""
+        sampling = published.sampling or Sampling(guidance=1.0)
+        how = ", ".join(filter(None, (str(sampling), sampling.further)))
+        drawn = f" ({how})" if how else ""
         lines = [f"  {row.name}: {numbers} at step {row.steps:,}{drawn}; {published.source}"]
     return [*lines, *textwrap.wrap(row.note, 118, initial_indent="    ", subsequent_indent="    ")]
 

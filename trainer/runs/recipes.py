@@ -18,7 +18,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import pipelines
 from featcache.errors import UserError
 from featcache.settings import from_mapping
 from trainer.runs.config import RunConfig
-from trainer.runs.published import Published, parse_published
+from trainer.runs.published import UNKNOWN_SCALE, Published, Sampling, parse_published
 from trainer.runs.yaml_text import read_yaml
 
 _FORMER_FOLDER = re.compile(r"\A(?:(?:.*/)?pipelines/|(?:\.\./)+)")
@@ -77,6 +77,14 @@ class Recipe:
         if not isinstance(steps, int) or isinstance(steps, bool):
             raise UserError(f"{self.name}: steps must be a number, not {steps!r:.80}")
         return steps
+
+    def drawn_as(self, asked: Mapping[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+        """Settings of `trainer.requests.SampleRequest` for samples as those of the published figures, under what is asked."""
+        sampling = (self.published.sampling if self.published is not None else None) or Sampling()
+        if sampling.guidance is None and asked.get("guidance") is None:
+            note(UNKNOWN_SCALE)
+        own = {"sampler": sampling.sampler, "steps": sampling.steps, "checkpoint": self.steps}
+        return sampling.settings({**own, **asked})
 
     def config(self) -> RunConfig:
         """The validated configuration.
@@ -155,6 +163,20 @@ def load_recipe_file(path: Path | str) -> Recipe:
             YAML, a key given twice or unknown, a `published` entry that is not well formed.
     """
     return _resolve(_user_file(Path(path)) if _is_file(path) else _named_row(str(path)))
+
+
+def load_figure(path: Path | str) -> Recipe:
+    """As `load_recipe_file`, of a row with published figures.
+
+    Raises:
+        UserError: also where it has none.
+    """
+    recipe = load_recipe_file(path)
+    if recipe.published is None:
+        raise UserError(
+            f"{recipe.name} has no published figures", remedy="Type: trainer recipes   for those that have."
+        )
+    return recipe
 
 
 def is_recipe(path: Path | str) -> bool:

@@ -2,10 +2,11 @@
 
 What differs from ours, by convention:
 
-- `repa`: nothing in the backbone (t = 1 is noise, velocity e - z, C channels out); carries
-`projectors.*`. - `sra`: as `repa` for SiT, as `dit` for DiT; carries `ap_head.*`. - `sit`: time
-runs the other way (t = 1 is data, velocity z - e); 2C channels out, of which the upper C are unused. -
-`dit`: nothing (DDPM steps 0..999, noise and variance values).
+- `repa`: nothing in the backbone (t = 1 is noise, velocity e - z, C channels out); carries `projectors.*`.
+- `sra`: as `repa` for SiT, as `dit` for DiT; carries `ap_head.*`.
+- `sit`: time runs the other way (t = 1 is data, velocity z - e); 2C channels out, of which the upper C are unused.
+- `lightningdit`: time as in `sit`, C channels out; carries the tables of the rotary positions, which are ours too.
+- `dit`: nothing (DDPM steps 0..999, noise and variance values).
 
 Time and sign are converted in the weights themselves, so an imported model is like any other. Also carried
 by all is `pos_embed`, which training averages into the EMA, where it drifts by rounding: it is kept and
@@ -15,6 +16,7 @@ loaded, see `trainer.models.load_weights`.
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import re
 import zipfile
@@ -30,14 +32,22 @@ from torch import Tensor
 
 from featcache.errors import UserError
 from featcache.store import files
-from trainer.models.blocks import sincos_positions, time_frequencies
-from trainer.models.config import SIZES, ModelConfig
+from trainer.models.blocks import rotary_positions, sincos_positions, time_frequencies
+from trainer.models.config import BACKBONES, FeedForward, ModelConfig, Norm, sizes_of
 from trainer.models.transformer import Transformer, check_fit
 from trainer.runs import locks
 from trainer.runs.checkpoint import REAL_DTYPES
 
-Convention = Literal["repa", "sra", "sit", "dit"]
-CONVENTIONS: tuple[Convention, ...] = ("repa", "sra", "sit", "dit")
+Convention = Literal["repa", "sra", "sit", "dit", "lightningdit"]
+# Whose code loads which backbones (`ModelConfig.backbone`); LightningDiT's has a switch for each of its layers.
+FITS: Mapping[Convention, tuple[str | None, ...]] = {
+    "repa": ("SiT",),
+    "sra": ("SiT", "DiT"),
+    "sit": ("SiT",),
+    "dit": ("DiT",),
+    "lightningdit": ("LightningDiT", "SiT", None),
+}
+CONVENTIONS: tuple[Convention, ...] = tuple(FITS)
 
 # What an official repository stores beside the backbone: heads of the alignment, dropped at inference.
 _HEAD_PREFIXES = ("projectors.", "ap_head.")
@@ -47,12 +57,15 @@ _NEEDED = {
     "x_embedder.proj.weight": 4,
     "t_embedder.mlp.0.weight": 2,
     "y_embedder.embedding_table.weight": 2,
-    "blocks.0.mlp.fc1.weight": 2,
     "final_layer.linear.weight": 2,
     "final_layer.linear.bias": 1,
 }
+_MLP_LAYER: Mapping[FeedForward, str] = {"gelu": "blocks.0.mlp.fc1.weight", "swiglu": "blocks.0.mlp.w12.weight"}
+_ROTARY_TABLES = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 # Upper bound for the drift of an averaged position table; more is another table, e.g. another resolution's.
 _POSITION_DRIFT = 0.05
+# Rotary tables are never averaged; this is bfloat16's rounding.
+_ROTARY_ROUNDING = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +75,7 @@ class Imported:
     config: the backbone; name: such as `SiT-XL/2`, None for sizes that have no name.
     convention: where it came from; weights: `ema`, `model` or `bare` (the file was one state dict).
     path: the interpolant it was trained with (SiT), `linear` or `cosine`.
+    normalization: of its latents: `channel` for LightningDiT's, unless the file says otherwise, else `scalar`.
     state: weights under our keys, float32, with `pos_embed`: for `trainer.models.load_weights`.
     heads: what else was in the state dict (projectors), under its own keys.
     step: optimiser steps taken, if the file says so.
@@ -72,6 +86,7 @@ class Imported:
     convention: Convention
     weights: Literal["ema", "model", "bare"]
     path: str
+    normalization: Literal["scalar", "channel"]
     state: dict[str, Tensor]
     heads: dict[str, Tensor]
     step: int | None
@@ -84,7 +99,7 @@ def import_official(
     convention: Convention | None = None,
     heads: int | None = None,
 ) -> Imported:
-    """Read an official SiT, DiT, REPA or SRA checkpoint (`.pt`) or state dict (`.pt`, `.safetensors`).
+    """Read an official SiT, DiT, REPA, SRA or LightningDiT checkpoint (`.pt`) or state dict (`.pt`, `.safetensors`).
 
     Nothing in the file is executed: it is unpickled with `weights_only=True`, the one class allowed
     beside tensors being `argparse.Namespace`.
@@ -101,18 +116,22 @@ def import_official(
     path = Path(path)
     content = _read(path)
     raw, chosen = _choose(content, weights, path)
-    args = content.get("args") if chosen != "bare" else None
-    options: dict[str, Any] = {}
-    if isinstance(args, argparse.Namespace | Mapping):
-        given = vars(args) if isinstance(args, argparse.Namespace) else args
-        options = {key: value for key, value in given.items() if isinstance(value, str | int | float)}
+    options = _options(content) if chosen != "bare" else {}
     raw = {_modern_key(key, raw, options): value.float() for key, value in raw.items()}
     extra = {key: value for key, value in raw.items() if key.startswith(_HEAD_PREFIXES)}
     state = {key: value for key, value in raw.items() if key not in extra}
 
-    config, doubled = _infer_config(state, path, heads)
-    convention = convention or _infer_convention(extra, options, path, doubled)
-    if convention == "sit":
+    rotary = {key: state.pop(key) for key in _ROTARY_TABLES if key in state}
+    config, doubled = _infer_config(state, rotary, path, heads)
+    _check_rotary(rotary, config, path)
+    if convention is None:
+        plain = config.backbone == "SiT" and "use_rmsnorm" not in options  # which only LightningDiT's code says
+        convention = _infer_convention(extra, options, path, doubled) if plain else "lightningdit"
+    elif config.backbone not in (*FITS[convention], "SiT"):
+        raise UserError(
+            f"{path} holds {_kind(config)}, which {convention!r} checkpoints do not.", remedy="Leave --convention out."
+        )
+    if convention in ("sit", "lightningdit"):
         state = reverse_time(_keep_channels(state, config) if doubled else state)
     elif convention == "dit" or (convention == "sra" and doubled):
         config = replace(config, family="dit", learn_sigma=doubled)
@@ -126,10 +145,11 @@ def import_official(
     step = content.get("steps", content.get("train_steps")) if chosen != "bare" else None
     return Imported(
         config=config,
-        name=_name(config),
+        name=config.name,
         convention=convention,
         weights=chosen,
         path=interpolant,
+        normalization="channel" if convention == "lightningdit" and options.get("latent_norm", True) else "scalar",
         state={key: value.contiguous() for key, value in state.items()},
         heads=extra,
         step=step if isinstance(step, int) else None,
@@ -146,46 +166,58 @@ def export_official(
     heads: Mapping[str, Tensor] | None = None,
     step: int | None = None,
     interpolant: str = "linear",
+    normalization: str = "scalar",
 ) -> Path:
-    """Write weights as a checkpoint that the public code loads: a dict with `ema`, `model` and `args`.
+    """Write weights as a checkpoint that the public code loads: a dict with `ema`, `model` and `args` (`config` for
+    LightningDiT).
 
     Only tensors, strings and numbers are pickled, so `torch.load` takes it in its safe mode too.
 
     Args:
         ema, model: state dicts under our keys; `pos_embed` is added where it is missing, and `model` is
             `ema` where only that is kept.
-        convention: whose code is to load it; by default `repa` for SiT and `dit` for DiT.
+        convention: whose code is to load it; by default `repa` for SiT, `dit` for DiT, else `lightningdit`.
         heads: `projectors.*` (repa) or `ap_head.*` (sra). Those repositories load strictly, so zeros of
             the default shapes (768 channels, as for DINOv2-B) are written where none are given; sampling
             does not use them.
+
+        normalization: of the run's latents; only LightningDiT's files have a place for it.
 
     Raises:
         UserError: a convention that does not fit the model, or weights that do not fit `config`.
     """
     path = Path(path)
-    convention = convention or ("repa" if config.family == "sit" else "dit")
-    fits = {"repa": ("sit",), "sra": ("sit", "dit"), "sit": ("sit",), "dit": ("dit",)}
-    if convention not in fits or config.family not in fits[convention]:
+    fitting = [c for c in CONVENTIONS if config.backbone in FITS[c] and (config.family == "sit" or c in ("dit", "sra"))]
+    convention = convention or ("dit" if config.family == "dit" else fitting[0])
+    if convention not in fitting:
         raise UserError(
-            f"{'SiT' if config.family == 'sit' else 'DiT'} weights cannot be written as {convention!r}.",
-            remedy=f"Use one of: {', '.join(c for c in CONVENTIONS if config.family in fits[c])}.",
+            f"{_kind(config)} weights cannot be written as {convention!r}.", remedy=f"Use one of: {', '.join(fitting)}."
         )
     extra = dict(heads) if heads else _placeholder_heads(convention, config.width)
+
+    rotary = (
+        dict(zip(_ROTARY_TABLES, rotary_positions(config.width // config.heads, config.grid))) if config.rope else {}
+    )
 
     def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         full = {"pos_embed": sincos_positions(config.width, config.grid)}
         full |= {key: value.detach().cpu().float() for key, value in state.items()}
         _check_keys(full, config, path)
+        if convention in ("sit", "lightningdit"):
+            full = reverse_time(full)
         if convention == "sit":
-            full = _double_channels(reverse_time(full), config)
-        return full | extra
+            full = _double_channels(full, config)
+        return full | rotary | extra
 
     content: dict[str, Any] = {"ema": convert(ema)}
     content["model"] = convert(model) if model is not None else content["ema"]
-    content["args"] = {"model": _name(config), "num_classes": config.num_classes, "qk_norm": config.qk_norm}
-    if config.family == "sit":
-        names = {"linear": "Linear", "cosine": "GVP"} if convention == "sit" else {}
-        content["args"]["path_type"] = names.get(interpolant, interpolant)
+    theirs = {"linear": "Linear", "cosine": "GVP"}.get(interpolant, interpolant)
+    if convention == "lightningdit":
+        content["config"] = _yaml_of(config, path_type=theirs, latent_norm=normalization == "channel")
+    else:
+        content["args"] = {"model": config.name, "num_classes": config.num_classes, "qk_norm": config.qk_norm}
+        if config.family == "sit":
+            content["args"]["path_type"] = theirs if convention == "sit" else interpolant
     if step is not None:
         content["steps"] = step
     try:
@@ -281,6 +313,39 @@ def _choose(
     return {re.sub(r"^(_orig_mod\.|module\.)+", "", key): value for key, value in state.items()}, chosen
 
 
+def _options(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training checkpoint says of its training, by name: `args`, or the sections of LightningDiT's `config`."""
+    args = content.get("args")
+    given = [vars(args) if isinstance(args, argparse.Namespace) else args]
+    config = content.get("config")
+    if isinstance(config, Mapping):
+        given += [config.get(section) for section in ("data", "model", "transport")]
+    return {
+        key: value
+        for section in given
+        if isinstance(section, Mapping)
+        for key, value in section.items()
+        if isinstance(value, str | int | float)
+    }
+
+
+def _yaml_of(config: ModelConfig, *, path_type: str, latent_norm: bool) -> dict[str, Any]:
+    """The sections of LightningDiT's configuration that build its model and sample from it."""
+    return {
+        "data": {"num_classes": config.num_classes, "latent_norm": latent_norm},
+        "model": {
+            "model_type": config.name,
+            "use_qknorm": config.qk_norm,
+            "use_swiglu": config.mlp == "swiglu",
+            "use_rope": config.rope,
+            "use_rmsnorm": config.norm == "rms",
+            "wo_shift": False,
+            "in_chans": config.latent_channels,
+        },
+        "transport": {"path_type": path_type, "prediction": "velocity"},
+    }
+
+
 def _modern_key(key: str, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> str:
     """REPA's early checkpoints split the blocks in two lists, the second counted from zero again."""
     if not key.startswith("decoder_blocks."):
@@ -290,9 +355,14 @@ def _modern_key(key: str, state: Mapping[str, Tensor], options: Mapping[str, Any
     return key if found is None else f"blocks.{int(found[1]) + first}.{found[2]}"
 
 
-def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) -> tuple[ModelConfig, bool]:
-    """Shapes tell everything but the heads. Gives a SiT configuration and whether the channels out are doubled."""
-    for key, axes in _NEEDED.items():
+def _infer_config(
+    state: Mapping[str, Tensor], rotary: Mapping[str, Tensor], path: Path, heads: int | None
+) -> tuple[ModelConfig, bool]:
+    """Shapes and names tell everything but the heads. Gives a flow's configuration and whether the channels out are
+    doubled."""
+    mlp: FeedForward = "swiglu" if _MLP_LAYER["swiglu"] in state else "gelu"
+    norm: Norm = "rms" if "blocks.0.norm1.weight" in state else "layer"
+    for key, axes in {**_NEEDED, _MLP_LAYER[mlp]: 2}.items():
         if key not in state:
             raise UserError(
                 f"{path} is not a SiT or DiT state dict: it has no {key}. Its first keys are "
@@ -311,10 +381,15 @@ def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) ->
         state["final_layer.linear.bias"]
     ):
         raise UserError(f"{path} is not a SiT or DiT state dict: its first or last layer has an unknown shape.")
-    named = {(size_depth, width): size_heads for size_depth, width, size_heads in SIZES.values()}
-    norm = state.get("blocks.0.attn.q_norm.weight")
+    named = {
+        (size_depth, width): size_heads
+        for backbone in BACKBONES
+        for size_depth, width, size_heads in sizes_of(backbone).values()
+    }
+    head_norm = state.get("blocks.0.attn.q_norm.weight")
+    per_head = [table.shape[-1] for table in (head_norm, *rotary.values()) if table is not None and table.ndim]
     if heads is None:
-        heads = max(1, D // norm.shape[0]) if norm is not None and norm.ndim == 1 else named.get((depth, D))
+        heads = max(1, D // per_head[0]) if per_head else named.get((depth, D))
     if heads is None:
         raise UserError(
             f"{path} has depth {depth} and width {D}, which is no named model, so its number of heads cannot be told.",
@@ -331,10 +406,28 @@ def _infer_config(state: Mapping[str, Tensor], path: Path, heads: int | None) ->
         latent_channels=C,
         latent_size=round(tokens**0.5) * p,
         num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        qk_norm=norm is not None,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D,
+        qk_norm=head_norm is not None,
+        norm=norm,
+        mlp=mlp,
+        rope=bool(rotary),
     )
+    hidden = state[_MLP_LAYER[mlp]].shape[0] // (2 if mlp == "swiglu" else 1)
+    if hidden != config.mlp_width:  # not the usual ratio of 4
+        config = replace(config, mlp_ratio=(math.ceil(1.5 * hidden) if mlp == "swiglu" else hidden) / D)
     return config, doubled
+
+
+def _check_rotary(rotary: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
+    """They are computed and never trained, so a file's must be ours."""
+    if not config.rope:
+        return
+    for key, own in zip(_ROTARY_TABLES, rotary_positions(config.width // config.heads, config.grid)):
+        found = rotary.get(key)
+        if found is None or found.shape != own.shape or not (found - own).abs().max().item() <= _ROTARY_ROUNDING:
+            raise UserError(
+                f"{path}: {key} is not the table of rotary positions of a {config.grid} x {config.grid} grid with "
+                f"{config.heads} heads."
+            )
 
 
 def _block_number(key: str, path: Path) -> int:
@@ -372,11 +465,9 @@ def _trained_path(options: Mapping[str, Any], path: Path) -> str:
     return names[given.lower()]
 
 
-def _name(config: ModelConfig) -> str | None:
-    for size, shape in SIZES.items():
-        if shape == (config.depth, config.width, config.heads):
-            return f"{'SiT' if config.family == 'sit' else 'DiT'}-{size}/{config.patch_size}"
-    return None
+def _kind(config: ModelConfig) -> str:
+    """What to call a backbone in an error."""
+    return config.backbone or f"a mixture of norm {config.norm}, mlp {config.mlp}, rope {config.rope}"
 
 
 def _keep_channels(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import Normalization, of_run
+from trainer.runs.published import SHIFTED
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
 
@@ -52,22 +53,27 @@ def check_sampler(family: str, sampler: str | None) -> str:
         return valid[0]
     if sampler not in valid:
         raise UserError(
-            f"--sampler {sampler!r} does not go with a {'SiT' if family == 'sit' else 'DiT'} model",
+            f"--sampler {sampler!r} does not go with a {'SiT or LightningDiT' if family == 'sit' else 'DiT'} model",
             remedy=f"Type one of: {', '.join(valid)}",
         )
     return sampler
 
 
-def sampling_times(sampler: str, steps: int) -> list[float] | ddpm.Schedule:
+def sampling_times(sampler: str, steps: int, shift: float = 1.0) -> list[float] | ddpm.Schedule:
     """The grid of times of a SiT sampler, or the kept steps of a DiT one.
 
     Raises:
-        UserError: a number of steps that the sampler cannot take.
+        UserError: a number of steps that the sampler cannot take, or a shift where it has no grid of times.
     """
+    if shift != 1 and sampler not in SHIFTED:
+        raise UserError(
+            f"--shift {shift:g} has no effect on --sampler {sampler}, which takes steps of its own",
+            remedy=f"Leave --shift out, or (SiT) take --sampler {', '.join(SHIFTED)}.",
+        )
     if sampler == "sde":
-        return samplers.sde_grid(steps)
+        return samplers.sde_grid(steps, shift=shift)
     if sampler not in ("ddpm", "ddim"):
-        return samplers.ode_grid(steps)
+        return samplers.ode_grid(steps, shift=shift)
     schedule = ddpm.linear_schedule()
     stride = sampler == "ddim" and ddpm.has_stride(schedule, steps)
     return ddpm.respace(schedule, steps, spacing="stride" if stride else "even")
@@ -81,6 +87,7 @@ class SampleConfig:
     for DiT `ddpm` (ancestral) and `ddim` (every i-th step from 0 on as in ADM, where a whole i gives `steps` of
     them; else spread evenly from the first step to the last, as for `ddpm`: our choice; a single step is the last).
     steps: evaluations of the model (Heun: steps of two; dopri5 chooses its own).
+    shift: of the grid of times, see `trainer.diffusion.interpolants.shifted`; training's is another matter.
     guidance: scale, interval and channels.
     pixels: `round` is 127.5 x + 128 clamped (ADM, DiT, SiT); `truncate` is 255 (x + 1) / 2 cut off (REPA).
     seed: together with the sample's index it fixes the sample's noise.
@@ -88,13 +95,15 @@ class SampleConfig:
 
     sampler: str = "sde"
     steps: int = 250
+    shift: float = 1.0
     guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
     pixels: str = "round"
     seed: int = 0
 
     def record(self) -> dict[str, object]:
-        """Plain values, as `settings.json` beside samples holds them."""
-        return {**vars(self), "guidance": self.guidance.record()}
+        """Plain values, as `settings.json` beside samples holds them; a shift of 1 is left out, as before there was one."""
+        values = {key: value for key, value in vars(self).items() if key != "shift" or value != 1}
+        return {**values, "guidance": self.guidance.record()}
 
 
 def load_decoder(
@@ -131,7 +140,7 @@ class LoadedRun:
     def transport(self) -> Transport:
         """As the run trained with it, on the model's device."""
         device = next(self.model.parameters()).device
-        return build_transport(self.model.cfg.family, path=self.config.path, device=device)
+        return build_transport(self.model.cfg.family, device=device, **self.config.flow)
 
     def decoder(self, weights_dir: str | None) -> LatentDecoder:
         """What turns its latents into pixels, normalised as the run normalised them; raises as `load_decoder`."""
@@ -181,7 +190,7 @@ def draw_latents(
     transport = transport or build_transport(cfg.family, device=device)
     x = sample_noise(config.seed, indices, cfg.latent_shape, 0, device=device)
     noise = noise_stream(config.seed, indices, cfg.latent_shape, device=device)
-    times = sampling_times(config.sampler, config.steps)
+    times = sampling_times(config.sampler, config.steps, config.shift)
     model_fn = guided(
         model if isinstance(times, ddpm.Schedule) else _velocities(model, transport),
         labels,

@@ -68,11 +68,12 @@ def sample_config(request: SampleRequest, family: str) -> SampleConfig:
         UserError: a sampler that the family has not, or wrong steps.
     """
     sampler = check_sampler(family, request.sampler)
-    sampling_times(sampler, request.steps)
+    sampling_times(sampler, request.steps, request.shift)
     guidance = Guidance(scale=request.guidance, interval=request.interval, channels=request.guided_channels)
     return SampleConfig(
         sampler=sampler,
         steps=request.steps,
+        shift=request.shift,
         guidance=Guidance() if guidance.scale == 1 else guidance,  # one record for all that draw alike
         pixels=request.pixels,
         seed=request.seed,
@@ -89,6 +90,7 @@ def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Ari
     an interval and channels of guidance where the scale is 1.
     """
     parts = [f"step_{step:07d}", f"{sampler}{request.steps}", f"seed{request.seed}"]
+    parts += [f"shift{plain(request.shift)}"] if request.shift != 1 else []
     if request.guidance != 1:
         parts.append(
             f"cfg{plain(request.guidance)}" + (f"-{request.interval}" if request.interval != Interval() else "")
@@ -302,8 +304,13 @@ def _is_whole(blocks: Path, num: int, number: int) -> bool:
 
 def _same(saved: Record, record: Record) -> bool:
     """Whether samples with the record `saved` are those asked for; what an older record does not say is no difference."""
-    now = runs.as_json(record)
-    return all(now[key] == value for key, value in saved.items() if key in now)
+    now, then = _told(runs.as_json(record)), _told(saved)
+    return all(now[key] == value for key, value in then.items() if key in now)
+
+
+def _told(record: Record) -> Record:
+    """A record with what it leaves out because there was, or is, nothing to say of it."""
+    return {"shift": 1.0, **record} if record else {}
 
 
 def _find_folder(named: Path, record: Record, file: str) -> Path:
@@ -331,8 +338,8 @@ def _check_folder(folder: Path, record: Record, images: Path) -> None:
     if not saved and images.exists():  # earlier versions wrote the record after the images
         saved = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
     if not _same(saved, record):
-        now = runs.as_json(record)
-        differing = [f"{k} {saved[k]}, not {now[k]}" for k in now if k in saved and saved[k] != now[k]]
+        now, then = _told(runs.as_json(record)), _told(saved)
+        differing = [f"{k} {then[k]}, not {now[k]}" for k in now if k in then and then[k] != now[k]]
         raise UserError(
             f"{folder} holds samples of other settings ({'; '.join(differing)})",
             remedy="Pass another folder with --out, or remove this one.",

@@ -42,7 +42,7 @@ class GridMaker:
             self._warn(f"no sample grids: {_what(error)}")
             return
         device = next(ema.parameters()).device
-        transport = build_transport(ema.cfg.family, path=self._config.path, device=device)
+        transport = build_transport(ema.cfg.family, device=device, **self._config.flow)
         try:
             pixels = class_grid(ema, self._decoder.to(device), transport=transport, seed=self._config.seed)
             save_png(pixels, files.inside(self._run, "samples") / f"step_{step:07d}.png")

@@ -98,7 +98,7 @@ def _train(
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
-        statistics = settle(config, cache, run)
+        statistics = settle(config, cache, run, main=world.is_main, watcher=watcher)
         begun = bool(checkpoint.list_checkpoints(run))
         parts = assemble(config, cache, device, world, statistics=statistics, begun=begun)
         start, trained_s = _restore(parts, run, config)
@@ -285,11 +285,22 @@ def adversary_step(parts: Parts) -> None:
 
 
 def set_learning_rate(parts: Parts, config: RunConfig, step: int) -> None:
-    """Linear warm-up over `warmup_steps`, then constant; times a group's own factor."""
-    lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    """The schedule's rate times a group's own factor."""
+    lr = learning_rate(config, step)
     for optimizer in (parts.optimizer, parts.adversary_optimizer):
         for group in optimizer.param_groups if optimizer is not None else ():
             group["lr"] = lr * group.get(RATE_FACTOR, 1.0)
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Of step 0, 1, ...: linear warm-up over `warmup_steps`, then as `config.lr_schedule` says."""
+    assert config.lr is not None
+    lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if config.lr_schedule == "constant":
+        return lr
+    held, end = config.warmup_steps + config.hold_steps, config.decay_until or config.steps
+    fallen = min(max((step + 1 - held) / (end - held), 0.0), 1.0)
+    return lr + fallen * (config.lr_end - lr)
 
 
 def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMeans, done: int, norm: Tensor) -> None:
@@ -356,12 +367,11 @@ def _resolve(
     run = distributed.from_main(claimed)
     assert run is not None
     return run, dataclasses.replace(
-        config,
+        config.settled(),
         cache=redact(str(cache.path)),
         name=str(run.relative_to(root)),
         precision=precision_of(config, device),  # type: ignore[arg-type]
         normalization=resolve(config, cache),  # type: ignore[arg-type]
-        clip=config.clip if config.clip is not None else 2.0 if "ahpa" in config.methods else 1.0,
     )
 
 

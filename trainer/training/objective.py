@@ -8,6 +8,7 @@ the same samples.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 
 from featcache.read.normalization import LOGVAR_RANGE
 from trainer.align.base import AlignInputs, Alignment, Teacher
-from trainer.diffusion.transport import build_transport
 from trainer.distributed import is_sharded, local, sum_over_ranks
 from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
     from featcache.codecs import FeatureCodec
-    from trainer.diffusion.interpolants import Path, TimeDistribution
+    from trainer.diffusion.transport import Transport
     from trainer.models import ModelOutput, Transformer
     from trainer.runs.normalization import Normalization
 
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         alignment: the method's heads and loss, or None.
         features: name -> how it is stored, for `vae/moments` and all that the method reads.
         normalization: of the latent, see `sample_posterior`.
-        path, time_sampling, label_dropout: see `trainer.runs.config.RunConfig`.
+        transport: on the model's device. label_dropout: see `trainer.runs.config.RunConfig`.
         autocast: dtype of autocast, or None for float32.
         teacher: EMA model for methods that need one; kept out of this module's parameters.
     """
@@ -99,8 +99,7 @@ class Objective(nn.Module):
         features: Mapping[str, FeatureCodec],
         *,
         normalization: Normalization,
-        path: Path,
-        time_sampling: TimeDistribution,
+        transport: Transport,
         label_dropout: float,
         autocast: torch.dtype | None,
         teacher: Transformer | None = None,
@@ -117,9 +116,7 @@ class Objective(nn.Module):
             else:
                 setattr(self, name, value)  # a constant of the graph
         self._label_dropout, self._dtype = label_dropout, autocast
-        self._transport = build_transport(
-            model.cfg.family, path=path, time_sampling=time_sampling, device=next(model.parameters()).device
-        )
+        self._transport = transport
         # In a list: not a submodule, so neither saved, trained nor synchronised with this one.
         self._teacher = [teacher]
 
@@ -129,7 +126,7 @@ class Objective(nn.Module):
         """Loss terms by name, and what the method saw (None if not `aligned`), for `measure` and
         `adversary_loss`: without gradients, and without the targets, which those decode anew where they are due.
 
-        `denoise` is the diffusion loss; `align/<term>` are the method's weighted terms. Their sum is the loss.
+        `denoise` is the diffusion loss, `denoise/<term>` what a transport adds to it; `align/<term>` are the method's weighted terms. Their sum is the loss.
         Compiled there are two variants, with and without alignment.
         """
         alignment = self.alignment if aligned else None
@@ -224,7 +221,8 @@ def _detached(inputs: AlignInputs) -> AlignInputs:
 
 @torch.no_grad()
 def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) -> Tensor:
-    """Scales all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before, a scalar.
+    """Scales all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before, a scalar. An
+    infinite `max_norm` leaves them alone, infinite ones too.
 
     Norms are taken group by group and joined by `hypot`, so that groups without a gradient leave the others' rounding
     untouched. Sharded gradients count with all their shards. Nothing is read back to the host.
@@ -235,6 +233,8 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) ->
         norm = nn.utils.get_total_norm([local(g) for g in grads], foreach=True)
         norms.append(sum_over_ranks(norm.square()).sqrt() if is_sharded(grads[0]) else norm)
     total = functools.reduce(torch.hypot, norms)
+    if math.isinf(max_norm):
+        return total
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(g) for grads in gradients for g in grads], scale)
     return total

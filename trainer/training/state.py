@@ -18,6 +18,7 @@ from featcache.read.normalization import Statistics
 from featcache.read.statistics import layer_statistics
 from trainer import align, distributed
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo
+from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import sincos_positions
@@ -94,7 +95,7 @@ def assemble(
         CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
         UserError: model and latents do not fit together.
     """
-    dataset = cache.manifest.dataset
+    config, dataset = config.settled(), cache.manifest.dataset
     model_cfg = backbone_config(config, cache)
     assert dataset.vae is not None, "a cache with a backbone has latents"
     sharded = config.shard and world.size > 1
@@ -120,8 +121,7 @@ def assemble(
         alignment,
         {name: FeatureCodec(cache.manifest.features[name]) for name in reads},
         normalization=scalar(dataset.vae) if statistics is None else from_statistics(statistics),
-        path=config.path,
-        time_sampling=config.time_sampling,
+        transport=build_transport(model_cfg.family, device=next(model.parameters()).device, **config.flow),
         label_dropout=config.label_dropout,
         autocast=DTYPES[precision_of(config, device)],
         teacher=ema,
