@@ -68,7 +68,7 @@ def root_of(files: dict[str, bytes]) -> dict[str, Any]:
 
 def test_they_are_small() -> None:
     files = [path for path in before.HERE.iterdir() if path.suffix in (".xz", ".json")]
-    assert len(files) == 6 and sum(path.stat().st_size for path in files) < 200_000
+    assert len(files) == 6 and sum(path.stat().st_size for path in files) < 250_000
 
 
 @pytest.mark.parametrize("name", ["zarr", "wds"])
@@ -147,10 +147,11 @@ def test_a_run_draws_the_same_pixels_and_is_judged_alike(folder: Path, name: str
     assert drawn.mean((1, 2)) == pytest.approx(np.array(recorded["pixels"]["means"]), abs=GREY_LEVELS)
     if SAME_MACHINE:
         assert before.digest(drawn.tobytes()) == recorded["pixels"]["sha256"]
-    trainer_types(*before.eval_words(name))
-    found = before.metrics(run)
+    # What `embedded` was then has a name of its own now.
+    trainer_types(*("embedded-vit" if word == "embedded" else word for word in before.eval_words(name)))
+    found = {metric.replace("embedded-vit-", "embedded-"): value for metric, value in before.metrics(run).items()}
     assert found == (recorded["metrics"] if SAME_MACHINE else pytest.approx(recorded["metrics"], rel=0.02, abs=0.02))
-    assert "embedded-FID" in (run / "report.html").read_text()
+    assert "embedded-vit-FID" in (run / "report.html").read_text()
 
 
 def test_earlier_recipes_resolve_to_the_same_settings(folder: Path) -> None:
@@ -172,4 +173,4 @@ def test_opening_is_where_it_was(folder: Path) -> None:
     with cache.reader(["vae/moments", "label"]) as reader:
         out = reader.allocate(2)
         reader.read(np.array([3, 1]), out)
-    assert out["vae/moments"].shape == (2, 16, 4, 4) and out["label"].tolist() == [*cache.labels()[[3, 1]]]
+    assert out["vae/moments"].shape == (2, 32, 4, 4) and out["label"].tolist() == [*cache.labels()[[3, 1]]]

@@ -417,9 +417,9 @@ def test_other_versions_and_foreign_directories(tmp_path: Path) -> None:
         featcache.open(tmp_path / "nothing")
     path = build(tmp_path / "cache")
     root = json.loads((path / "zarr.json").read_text())
-    root["attributes"]["featcache"]["format_version"] = 3
+    root["attributes"]["featcache"]["format_version"] = 4
     (path / "zarr.json").write_text(json.dumps(root))
-    with pytest.raises(CacheError, match="format version 3"):
+    with pytest.raises(CacheError, match="format version 4"):
         featcache.open(path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")

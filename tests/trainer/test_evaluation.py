@@ -86,7 +86,8 @@ def test_evaluation_writes_numbers_and_a_report(root: Path) -> None:
     page = write_run_report([run]).read_text()
     for expected in (
         "embedded-FID",
-        "Real images",
+        "Judged samples",
+        "real images",
         "What the cache holds",
         "Router weights between groups",
         "<svg",
@@ -365,7 +366,7 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
             assert drawn.guidance == (1.0 if sampling.guidance is None else sampling.guidance), recipe.name
             assert str(drawn.interval) == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
             assert (str(drawn.classes), drawn.pixels) == (sampling.classes, sampling.pixels), recipe.name
-            assert (drawn.guided_channels, drawn.shift) == (sampling.channels, 1.0), recipe.name
+            assert (drawn.guided_channels, drawn.shift) == (sampling.channels, sampling.shift), recipe.name
         assert any("scale its paper does not give" in note for note in told.notes) == (sampling.guidance is None)
         assert any(f"not trained as {recipe.training} says" in note for note in told.notes), "it is a tiny run"
     typed = EvalRequest(settings=SampleSettings(sampler="heun", steps=7, guidance=2.0, checkpoint=5))

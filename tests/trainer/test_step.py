@@ -30,12 +30,15 @@ from trainer.training.state import Parts, assemble
 CPU = torch.device("cpu")
 
 
+LATENT = (16, 8, 8)  # of the embedded VAE at 64 px
+
+
 def numbers(batch: int = 4, *, seed: int = 0, step: int = 0, **kw: Any) -> Draws:
     return draw(**{
         "seed": seed,
         "step": step,
         "batch": batch,
-        "latent_shape": (8, 8, 8),
+        "latent_shape": LATENT,
         "time_sampling": "uniform",
         "device": CPU,
         **kw,
@@ -200,7 +203,7 @@ def test_a_fresh_dit_s_loss_is_that_of_predicting_no_noise(shapes_cache: Path) -
     ).double()
     table = tables(linear_schedule(), dtype=torch.float64)
     t, noise = (draws.time * 1000).long(), draws.noise.double()
-    zero = torch.zeros(8, 16, 8, 8, dtype=torch.float64)
+    zero = torch.zeros(8, 2 * LATENT[0], *LATENT[1:], dtype=torch.float64)
     expected = ddpm_loss(zero, x0=z, x_t=q_sample(table, z, t, noise), noise=noise, t=t, table=table).loss.mean()
     assert terms["denoise"].item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -234,7 +237,7 @@ def test_label_dropout_has_its_share_and_uses_the_null_class(shapes_cache: Path)
     n = 5000
     one = batch_of(cache, ["vae/moments", "label"], range(1))
     batch = {name: value.expand(n, *value.shape[1:]) for name, value in one.items()}
-    draws = numbers(n, latent_shape=(8, 8, 8))
+    draws = numbers(n)
     objective(batch, draws)
     (call,) = spy.calls
     dropped = call["y"] == spy.cfg.num_classes
