@@ -29,8 +29,7 @@ TRAIN = (
     f"--set ema_warmup=true --set sample_every={STEPS // 2} --set checkpoint_every={STEPS // 4} --set keep_checkpoints=4 "
     "--set clip=1.0 --set log_every=25"
 )
-METHODS = {"none": "", "ahpa": "", "dya": " --set dya.head_width=384"}
-TITLES = {"none": "without alignment", "ahpa": "with AHPA", "dya": "with DyA"}
+TITLES = {"none": "without alignment", "ahpa": "with AHPA"}
 # The embedded judge always: which extractor is at hand must not decide which numbers a first user sees.
 EVAL = "trainer eval runs/demo/{method} --num 256 --sampler ode --steps 25 --guidance 2.5 --extractor embedded"
 
@@ -38,7 +37,7 @@ EVAL = "trainer eval runs/demo/{method} --num 256 --sampler ode --steps 25 --gui
 def train_command(method: str) -> str:
     """The line that starts a run, or continues it where an earlier demo was interrupted."""
     resume = " --resume" if (RUNS / method / "config.yaml").exists() else ""
-    return TRAIN.format(method=method) + METHODS[method] + resume
+    return TRAIN.format(method=method) + resume
 
 
 def run_all(commands: list[str]) -> None:
@@ -72,7 +71,7 @@ def run_all(commands: list[str]) -> None:
             console.print(f"[dim]{method:>5} |[/dim] ", end="")
             console.print(safe(line.rstrip()))
 
-    readers = [threading.Thread(target=relay, args=(m, p)) for m, p in zip(METHODS, processes) if p.stdout is not None]
+    readers = [threading.Thread(target=relay, args=(m, p)) for m, p in zip(TITLES, processes) if p.stdout is not None]
     for reader in readers:
         reader.start()
     try:
@@ -103,7 +102,7 @@ def draw_picture(out: Path, columns: int = 6) -> None:
         for c in range(len(cache.manifest.dataset.class_names))
     ]
     panels = {"real": np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)}
-    for method in METHODS:
+    for method in TITLES:
         (grid,) = (RUNS / method / "samples").glob("*-cfg*/grid.png")
         with Image.open(grid) as image:
             panels[f"samples, {method}"] = np.asarray(image)[:, : columns * side]
@@ -119,11 +118,11 @@ def scores() -> str:
     """What the runs were judged to be, in a sentence: whichever wins."""
     from trainer.runs.folder import read_metrics
 
-    found = {method: read_metrics(RUNS / method)[-1]["metrics"]["embedded-FID"] for method in METHODS}
-    said = ", ".join(f"{found[method]:.2f} {TITLES[method]}" for method in METHODS)
+    found = {method: read_metrics(RUNS / method)[-1]["metrics"]["embedded-FID"] for method in TITLES}
+    said = ", ".join(f"{found[method]:.2f} {TITLES[method]}" for method in TITLES)
     return (
         f"Distance to the real images by the embedded judge, lower is better: {said}. That is not FID, and a difference "
-        "between single runs of this size may be chance: docs/methods.md has means and intervals over seeds."
+        "between single runs of this size may be chance: python -m pipelines.experiments.methods takes several seeds."
     )
 
 
@@ -141,8 +140,8 @@ def main() -> int:
 
     try:
         timed("cache", [BUILD])
-        timed("training", [train_command(method) for method in METHODS])
-        timed("evaluation", [EVAL.format(method=m) for m in METHODS])
+        timed("training", [train_command(method) for method in TITLES])
+        timed("evaluation", [EVAL.format(method=m) for m in TITLES])
     except UserError as error:
         from featcache.console import print_error
 
@@ -152,12 +151,11 @@ def main() -> int:
         console.print("interrupted; make demo continues")
         return 130
     report = write_run_report(
-        [RUNS / m for m in METHODS],
+        [RUNS / m for m in TITLES],
         RUNS / "report.html",
-        title="Demo: a small SiT without alignment, with AHPA and with DyA",
-        lead="All runs start from the same weights and see the same images, noise and timesteps. AHPA aligns an early block "
-        "with a routed mixture of VAE levels, DyA with two layers of the tiny ViT, both from the cache and with their papers' "
-        f"weights. {scores()}",
+        title="Demo: a small SiT without alignment and with AHPA",
+        lead="Both runs start from the same weights and see the same images, noise and timesteps; the second also aligns an "
+        f"early block with a routed mixture of VAE levels from the cache, at the paper's settings. {scores()}",
     )
     draw_picture(RUNS / "samples.jpg")
     console.print(f"{', '.join(stages)}; {time.monotonic() - started:.0f} s in all")
