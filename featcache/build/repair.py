@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.encoders.vae import recorded_resampling
 from featcache.errors import CacheError
+from featcache.feature_names import layer_feature
 from featcache.machine import pick_device
 from featcache.progress import Progress
 from featcache.sources.open import find_data
@@ -112,15 +114,19 @@ def _passes(manifest: Manifest, damaged: Mapping[str, Sequence[int]]) -> list[tu
 
 def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     """The request's fields that make these features the way they were made."""
-    layers: dict[str, list[int]] = {}
+    choices: dict[str, EncoderChoice] = {}
     norms = set()
     for name in names:
-        encoder, at, layer = name.rpartition("@")
-        if at:
-            if not layer.isascii() or not layer.isdigit():
+        feature = layer_feature(name)
+        if feature is None:
+            if "@" in name:
                 raise CacheError(f"{name!r} does not name an encoder's layer, so it cannot be made again")
-            layers.setdefault(encoder, []).append(int(layer))
-            norms.add(manifest.features[name].provenance.get("final_norm", True))
+            continue
+        choice = choices.get(feature.encoder, EncoderChoice(name=feature.encoder))
+        kind = "class_tokens" if feature.is_class_token else "layers"
+        chosen = {kind: tuple(sorted({*getattr(choice, kind), feature.layer}))}
+        choices[feature.encoder] = replace(choice, **chosen)
+        norms.add(manifest.features[name].provenance.get("final_norm", True))
     if len(norms) > 1:
         last = {"final_norm": "last"}
     else:
@@ -129,7 +135,7 @@ def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     if vae is None:
         raise CacheError("the manifest names no VAE, so its features cannot be made again")
     return {
-        "encoders": tuple(EncoderChoice(name=e, layers=tuple(sorted(n))) for e, n in sorted(layers.items())),
+        "encoders": tuple(choice for _, choice in sorted(choices.items())),
         "vae": vae["name"],
         "levels": tuple(sorted(name.split("/")[1] for name in names if name.startswith("vae/G"))),
         "vae_resampling": recorded_resampling({n: spec.provenance for n, spec in manifest.features.items()}),
