@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import featcache
+from featcache.build.derive import DerivingWriter, repair_derived
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import prepare
 from featcache.build.request import BuildRequest
@@ -34,7 +35,8 @@ def repair_shards(
     progress: Progress,
     captions: Path | None = None,
 ) -> None:
-    """Encodes the `damaged` shards (feature -> numbers) of a cache again and records their checksums.
+    """Makes the `damaged` shards (feature -> numbers) of a cache again and records their checksums: encodes them, or derives
+    them of what the cache holds.
 
     On the hardware and software of the build the bytes are the recorded ones; elsewhere last bits may differ, which the
     new checksums cover. Labels, keys and hashes of the images come out the same everywhere, or the images have changed
@@ -48,12 +50,34 @@ def repair_shards(
     features were made with weights from different seeds.
     """
     manifest = featcache.open(path).manifest
-    source = _data_of(manifest.dataset.source, data, path)
     damaged = {
         name: shards for name, shards in damaged.items() if name in manifest.features
     }  # the rest was removed since
+    derived = {name: shards for name, shards in damaged.items() if manifest.features[name].derived}
+    if manifest.format == "zarr":
+        damaged = {name: shards for name, shards in damaged.items() if name not in derived}
+    if damaged:
+        _encode(path, manifest, damaged, data, weights_dir, device, progress, captions)
+    if derived and manifest.format == "zarr":
+        repair_derived(path, derived, progress)  # of sources that are sound by now
+
+
+def _encode(
+    path: Path,
+    manifest: Manifest,
+    damaged: Mapping[str, Sequence[int]],
+    data: str | None,
+    weights_dir: Path | None,
+    device: str,
+    progress: Progress,
+    captions: Path | None,
+) -> None:
+    """Encodes shards again, and in tars derives of them what else those hold."""
+    source = _data_of(manifest.dataset.source, data, path)
     exact = SAMPLE_FEATURES if manifest.compressor is None else ()
     for names, seed in _passes(manifest, damaged):
+        derived = [manifest.features[name] for name in names if manifest.features[name].derived]
+        encoded = [name for name in names if not manifest.features[name].derived]
         request = BuildRequest(
             data=source,
             into=path,
@@ -62,15 +86,16 @@ def repair_shards(
             random_weights=seed,
             device=device,
             captions=captions if any(name.startswith("text/") for name in names) else None,
-            **_encoders_of(manifest, names),
+            **_encoders_of(manifest, encoded),
         )
-        plan = prepare(request, device=pick_device(device), again=names)
+        plan = prepare(request, device=pick_device(device), again=encoded)
         shards = {name: list(damaged[name]) for name in names}
         numbers = sorted({shard for numbers in shards.values() for shard in numbers})
         with repair_writer(path, shards, exact=set(names).intersection(exact)) as writer:
             progress.begin("encoding again", sum(len(plan.work.slots(n)) for n in numbers))
             progress.note(f"features: {', '.join(names)}")
-            run_shards(plan.work, numbers, writer, meter=Meter(), progress=progress)
+            into = DerivingWriter(writer, derived) if derived else writer
+            run_shards(plan.work, numbers, into, meter=Meter(), progress=progress)
             writer.finish()
 
 
@@ -123,9 +148,11 @@ def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
                 raise CacheError(f"{name!r} does not name an encoder's layer, so it cannot be made again")
             continue
         choice = choices.get(feature.encoder, EncoderChoice(name=feature.encoder))
-        kind = "class_tokens" if feature.is_class_token else "layers"
-        chosen = {kind: tuple(sorted({*getattr(choice, kind), feature.layer}))}
-        choices[feature.encoder] = replace(choice, **chosen)
+        if feature.is_class_token:
+            choice = replace(choice, class_tokens=tuple(sorted({*choice.class_tokens, feature.layer})))
+        else:
+            choice = replace(choice, layers=tuple(sorted({*choice.layers, feature.layer})))
+        choices[feature.encoder] = choice
         norms.add(manifest.features[name].provenance.get("final_norm", True))
     if len(norms) > 1:
         last = {"final_norm": "last"}

@@ -248,11 +248,10 @@ class VisionEncoder:
         patches, classes = [], []
         for i, found in zip(self._taken, taken):
             norm = self.module.norm if i in self._normed else _as_it_is
-            tokens, prefix = found if self.class_tokens else (found, None)
             if i in self.layers:
-                patches.append(norm(tokens))
+                patches.append(norm(found[0] if self.class_tokens else found))
             if i in self.class_tokens:
-                classes.append(norm(prefix[:, 0]))  # registers come after it
+                classes.append(norm(found[1][:, 0]))  # registers come after it
         return patches, classes
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
