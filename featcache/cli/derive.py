@@ -15,6 +15,8 @@ from featcache.paths import check_output
 from featcache.read.maps import is_saved_map, save_map
 from featcache.settings import is_number
 
+MAX_VARIANCE = 1e30
+
 
 def derive_feature(
     cache: Path,
@@ -80,8 +82,10 @@ def _print_components(found: DeriveResult) -> None:
     assert found.spec.derived is not None
     how = found.spec.derived.how
     variance, total = how.get("variance"), how.get("total_variance")
-    if not isinstance(variance, list) or not all(isinstance(v, int | float) for v in [*variance, total]) or total <= 0:
+    if not isinstance(variance, list) or not isinstance(total, float) or not 0 < total < MAX_VARIANCE:
         return
+    if not all(isinstance(v, float) and abs(v) < MAX_VARIANCE for v in variance):
+        return  # a manifest may say anything there
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("component", "variance", "std", "share", "together"):
         table.add_column(title, justify="right", no_wrap=True)

@@ -168,7 +168,7 @@ def test_nothing_is_called_or_imported(
         array(found, "it")
     for wrapped in (CALLS[name], {"pca_model": CALLS[name], "mean": CALLS[name], "std": CALLS[name]}):
         for save in (torch.save, save_bare):
-            save(wrapped, tmp_path / "x.pth")  # type: ignore[operator]
+            save(wrapped, tmp_path / "x.pth")
             with pytest.raises(UserError, match="holds no map"):
                 load_map(tmp_path / "x.pth", 3)
     assert not (tmp_path / "run").exists()
