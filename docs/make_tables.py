@@ -26,12 +26,13 @@ def _rows(title: list[str], rows: list[list[str]]) -> str:
 def vision_table() -> str:
     """One line per encoder, as Markdown."""
     title = ["name", "layers", "width", "patch", "trained at", "input at 256 / 512 px", "preparation", "last norm"]
-    title += ["weights", "licence", "paper"]
+    title += ["class token", "weights", "licence", "paper"]
     rows = []
     for name, entry in ENCODERS.items():
         inputs = f"{entry.input_px(256)} / {entry.input_px(512)}"
         row = [f"`{name}`", f"0..{entry.final_layer}", entry.width, entry.patch, entry.native_px, inputs]
-        row += [_preparation(entry), "yes" if entry.final_norm else "no", entry.hub_id or entry.weights_page]
+        row += [_preparation(entry), *("yes" if fact else "no" for fact in (entry.final_norm, entry.class_token))]
+        row += [entry.hub_id or entry.weights_page]
         rows.append([str(cell) for cell in [*row, entry.licence, entry.paper]])
     return _rows(title, rows)
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from featcache.encoders.vae import LatentDecoder, load_recorded_vae
 from featcache.errors import UserError
+from featcache.feature_names import layer_feature
 from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
@@ -114,7 +115,7 @@ def pca_rgb(tokens: np.ndarray) -> np.ndarray:
 
 def has_tokens(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a feature is tokens on a square grid, `[T, C]`, or `[L, T, C]` of a group of VAE layers."""
-    if len(shape) != (3 if name.startswith("vae/G") else 2) or not (name.startswith("vae/G") or "@" in name):
+    if len(shape) != (3 if name.startswith("vae/G") else 2) or not (name.startswith("vae/G") or layer_feature(name)):
         return False
     return round(shape[-2] ** 0.5) ** 2 == shape[-2] and 3 <= shape[-1] <= MAX_CHANNELS
 

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from featcache.build.fidelity import distance, fidelity
 from featcache.build.prepare import check_request, free_bytes, prepare, room_for
-from featcache.build.request import BuildRequest
+from featcache.build.request import CLASS_TOKEN_CODECS, BuildRequest
 from featcache.codecs import FeatureCodec
 from featcache.console import console, safe, size_text
 from featcache.encoders.base import Network, in_precision, synchronise
 from featcache.encoders.text import Tokens
 from featcache.errors import UserError
+from featcache.feature_names import is_class_token
 from featcache.machine import pick_device
 from featcache.precision import PRECISIONS
 from featcache.store.layout import CODECS
@@ -124,7 +125,7 @@ def estimate(request: BuildRequest, *, measure: int = 0) -> Estimate:
         device=work.device,
         free_bytes=free_bytes(plan.path),
         rates=rates,
-        fidelity={name: _fidelities(feature) for name, feature in features.items()} if measure else {},
+        fidelity={name: _fidelities(name, feature) for name, feature in features.items()} if measure else {},
         precision=precision,
         precision_rates=precision_rates,
     )
@@ -162,9 +163,9 @@ class _Run(Generic[Batch]):
         return {name: torch.cat([part[name] for part in parts])[: self.images] for name in parts[0]}, rate
 
 
-def _fidelities(feature: torch.Tensor) -> dict[str, dict[str, float]]:
+def _fidelities(name: str, feature: torch.Tensor) -> dict[str, dict[str, float]]:
     found = {}
-    for codec in CODECS:
+    for codec in CLASS_TOKEN_CODECS if is_class_token(name) else CODECS:
         if codec == "raw":
             continue
         try:

@@ -23,8 +23,9 @@ from featcache.encoders.missing import require_weights
 from featcache.encoders.table import ENCODERS, TEXTS, Resampling
 from featcache.encoders.text import TextEncoder
 from featcache.encoders.vae import LEVELS, VaeEncoder, recorded_resampling
-from featcache.encoders.vision import VisionEncoder
+from featcache.encoders.vision import VisionEncoder, without_class_token
 from featcache.errors import CacheError, UserError
+from featcache.feature_names import is_class_token, layer_feature
 from featcache.keys import from_printable, key_bytes
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
@@ -239,7 +240,7 @@ def derived_name(dataset: DatasetSpec, specs: Sequence[FeatureSpec]) -> str:
     levels = [s.name.split("/")[1] for s in specs if s.name.startswith("vae/G")]
     tokens: dict[str, list[str]] = {}
     for spec in specs:
-        if "@" in spec.name:
+        if layer_feature(spec.name):
             encoder, _, layer = spec.name.partition("@")
             tokens.setdefault(encoder, []).append(layer)
     parts = [dataset.name, str(dataset.preprocessing["resolution"]), vae, *levels]
@@ -260,6 +261,8 @@ def check_request(request: BuildRequest) -> None:
                 f"unknown encoder {choice.name!r}",
                 remedy=f"Type --encoder with one of: {', '.join((*ENCODERS, TINY))}; or your own: path/to/file.py:name",
             )
+        if choice.class_tokens and choice.name in ENCODERS and not ENCODERS[choice.name].class_token:
+            raise without_class_token(choice.name)
     for name in request.texts:
         if name not in TEXTS:
             raise UserError(f"unknown text encoder {name!r}", remedy=f"Type --text with one of: {', '.join(TEXTS)}.")
@@ -358,7 +361,14 @@ def _encoders(
         grid = encoders[0].grid
     for choice in request.encoders:
         if is_custom(choice.name):
-            made: Encoder = UserEncoder(choice.name, choice.layers, resolution=resolution, grid=grid, compute=compute)
+            made: Encoder = UserEncoder(
+                choice.name,
+                choice.layers,
+                resolution=resolution,
+                grid=grid,
+                class_tokens=choice.class_tokens,
+                compute=compute,
+            )
         else:
             made = VisionEncoder(
                 choice.name,
@@ -367,6 +377,7 @@ def _encoders(
                 resolution=resolution,
                 grid=grid,
                 final_norm=request.final_norm,
+                class_tokens=choice.class_tokens,
                 compute=compute,
             )
         encoders.append(made)
@@ -416,6 +427,8 @@ def _vae_info(encoders: Sequence[Encoder]) -> Mapping[str, Any] | None:
 def _kind(feature: str) -> str:
     if feature == "vae/moments":
         return "moments"
+    if is_class_token(feature):
+        return "cls"
     return "levels" if feature.startswith("vae/") else "tokens"
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import featcache
+from featcache.build.derive import DerivingWriter, repair_derived
 from featcache.build.pipeline import Meter, run_shards
 from featcache.build.prepare import prepare
 from featcache.build.request import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.encoders.vae import recorded_resampling
 from featcache.errors import CacheError
+from featcache.feature_names import layer_feature
 from featcache.machine import pick_device
 from featcache.progress import Progress
 from featcache.sources.open import find_data
@@ -32,7 +35,8 @@ def repair_shards(
     progress: Progress,
     captions: Path | None = None,
 ) -> None:
-    """Encodes the `damaged` shards (feature -> numbers) of a cache again and records their checksums.
+    """Makes the `damaged` shards (feature -> numbers) of a cache again and records their checksums: encodes them, or derives
+    them of what the cache holds.
 
     On the hardware and software of the build the bytes are the recorded ones; elsewhere last bits may differ, which the
     new checksums cover. Labels, keys and hashes of the images come out the same everywhere, or the images have changed
@@ -46,12 +50,34 @@ def repair_shards(
     features were made with weights from different seeds.
     """
     manifest = featcache.open(path).manifest
-    source = _data_of(manifest.dataset.source, data, path)
     damaged = {
         name: shards for name, shards in damaged.items() if name in manifest.features
     }  # the rest was removed since
+    derived = {name: shards for name, shards in damaged.items() if manifest.features[name].derived}
+    if manifest.format == "zarr":
+        damaged = {name: shards for name, shards in damaged.items() if name not in derived}
+    if damaged:
+        _encode(path, manifest, damaged, data, weights_dir, device, progress, captions)
+    if derived and manifest.format == "zarr":
+        repair_derived(path, derived, progress)  # of sources that are sound by now
+
+
+def _encode(
+    path: Path,
+    manifest: Manifest,
+    damaged: Mapping[str, Sequence[int]],
+    data: str | None,
+    weights_dir: Path | None,
+    device: str,
+    progress: Progress,
+    captions: Path | None,
+) -> None:
+    """Encodes shards again, and in tars derives of them what else those hold."""
+    source = _data_of(manifest.dataset.source, data, path)
     exact = SAMPLE_FEATURES if manifest.compressor is None else ()
     for names, seed in _passes(manifest, damaged):
+        derived = [manifest.features[name] for name in names if manifest.features[name].derived]
+        encoded = [name for name in names if not manifest.features[name].derived]
         request = BuildRequest(
             data=source,
             into=path,
@@ -60,15 +86,16 @@ def repair_shards(
             random_weights=seed,
             device=device,
             captions=captions if any(name.startswith("text/") for name in names) else None,
-            **_encoders_of(manifest, names),
+            **_encoders_of(manifest, encoded),
         )
-        plan = prepare(request, device=pick_device(device), again=names)
+        plan = prepare(request, device=pick_device(device), again=encoded)
         shards = {name: list(damaged[name]) for name in names}
         numbers = sorted({shard for numbers in shards.values() for shard in numbers})
         with repair_writer(path, shards, exact=set(names).intersection(exact)) as writer:
             progress.begin("encoding again", sum(len(plan.work.slots(n)) for n in numbers))
             progress.note(f"features: {', '.join(names)}")
-            run_shards(plan.work, numbers, writer, meter=Meter(), progress=progress)
+            into = DerivingWriter(writer, derived) if derived else writer
+            run_shards(plan.work, numbers, into, meter=Meter(), progress=progress)
             writer.finish()
 
 
@@ -112,15 +139,21 @@ def _passes(manifest: Manifest, damaged: Mapping[str, Sequence[int]]) -> list[tu
 
 def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     """The request's fields that make these features the way they were made."""
-    layers: dict[str, list[int]] = {}
+    choices: dict[str, EncoderChoice] = {}
     norms = set()
     for name in names:
-        encoder, at, layer = name.rpartition("@")
-        if at:
-            if not layer.isascii() or not layer.isdigit():
+        feature = layer_feature(name)
+        if feature is None:
+            if "@" in name:
                 raise CacheError(f"{name!r} does not name an encoder's layer, so it cannot be made again")
-            layers.setdefault(encoder, []).append(int(layer))
-            norms.add(manifest.features[name].provenance.get("final_norm", True))
+            continue
+        choice = choices.get(feature.encoder, EncoderChoice(name=feature.encoder))
+        if feature.is_class_token:
+            choice = replace(choice, class_tokens=tuple(sorted({*choice.class_tokens, feature.layer})))
+        else:
+            choice = replace(choice, layers=tuple(sorted({*choice.layers, feature.layer})))
+        choices[feature.encoder] = choice
+        norms.add(manifest.features[name].provenance.get("final_norm", True))
     if len(norms) > 1:
         last = {"final_norm": "last"}
     else:
@@ -129,7 +162,7 @@ def _encoders_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     if vae is None:
         raise CacheError("the manifest names no VAE, so its features cannot be made again")
     return {
-        "encoders": tuple(EncoderChoice(name=e, layers=tuple(sorted(n))) for e, n in sorted(layers.items())),
+        "encoders": tuple(choice for _, choice in sorted(choices.items())),
         "vae": vae["name"],
         "levels": tuple(sorted(name.split("/")[1] for name in names if name.startswith("vae/G"))),
         "vae_resampling": recorded_resampling({n: spec.provenance for n, spec in manifest.features.items()}),

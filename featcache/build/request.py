@@ -11,6 +11,7 @@ from featcache.errors import UserError
 from featcache.settings import Count, FilePath, Index, Names, Option, is_number, settings
 
 Codec = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+CLASS_TOKEN_CODECS = ("fp32", "fp16", "bf16")
 _CODECS = "fp32, fp16, bf16, int8, fp8 or int4."
 _DATA = (
     "Images: a folder (one folder per class), a .tar or .zip, webdataset shards, parquet files, s3:// or hf:// shards, "
@@ -46,7 +47,8 @@ class BuildRequest:
     encoders: Annotated[
         tuple[EncoderChoice, ...],
         Option(
-            "Encoder, with layers after @: dinov2-b, dinov2-b@9,11, tiny, my.py:name. Repeatable.",
+            "Encoder, with layers after @ (9.cls: that layer's class token): dinov2-b, dinov2-b@9,11, dinov2-b@11,11.cls, "
+            "tiny, my.py:name. Repeatable.",
             flag="--encoder",
             typed=list[str],
             parse=parse_encoders,
@@ -110,6 +112,7 @@ class BuildRequest:
     moments_codec: Annotated[Literal["fp32", "fp16"], Option("fp32 or fp16.")] = "fp16"
     levels_codec: Annotated[Codec, Option(_CODECS)] = "int8"
     tokens_codec: Annotated[Codec, Option(_CODECS)] = "int8"
+    cls_codec: Annotated[Codec, Option("Of class tokens: fp32, fp16 or bf16.")] = "fp16"
     levels_basis: Annotated[
         Count | None,
         Option(
@@ -143,6 +146,11 @@ class BuildRequest:
             raise UserError(
                 "--into and --out exclude each other", remedy="--into adds to a cache, --out makes a new one."
             )
+        if self.cls_codec not in CLASS_TOKEN_CODECS:
+            raise UserError(
+                f"--cls-codec {self.cls_codec}: class tokens are diffused, so their values are kept, not quantised",
+                remedy=f"Type one of: {', '.join(CLASS_TOKEN_CODECS)}. They are small: 768 channels in fp16 take 1.5 KB.",
+            )
 
     @property
     def bases(self) -> Mapping[str, int | None]:
@@ -151,5 +159,5 @@ class BuildRequest:
 
     @property
     def codecs(self) -> Mapping[str, str]:
-        """Kind of feature ("moments", "levels", "tokens", "text") -> storage codec."""
-        return {kind: getattr(self, f"{kind}_codec") for kind in ("moments", "levels", "tokens", "text")}
+        """Kind of feature ("moments", "levels", "tokens", "cls", "text") -> storage codec."""
+        return {kind: getattr(self, f"{kind}_codec") for kind in ("moments", "levels", "tokens", "cls", "text")}

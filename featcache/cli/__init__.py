@@ -12,7 +12,7 @@ import featcache
 from featcache.cli import caches as commands
 from featcache.cli.build import build
 from featcache.console import console, run_app, safe
-from featcache.paths import PICTURES, check_output, last_name
+from featcache.paths import PICTURES, check_output, last_name, on_this_machine
 
 # Imports inside the commands: the rooms that they call load numpy or torch, which `featcache --help` does without.
 
@@ -82,6 +82,49 @@ def stats(
     from featcache.cli.stats import write_statistics
 
     write_statistics(cache, feature, over, out)
+
+
+@app.command()
+def derive(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False, callback=on_this_machine)],
+    feature: Annotated[str, typer.Option(help="Tokens to derive of, such as dinov2-b@11.")],
+    pca: Annotated[
+        int | None, typer.Option(help="How many principal components of its standardised channels.", min=1)
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="How many images they are found in, or all. \\[default: 10000]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the images' choice. \\[default: 0]", min=0, max=(1 << 63) - 1)
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(help="Another cache (folder or URL) of whose feature to take the map.")
+    ] = None,
+    map: Annotated[
+        Path | None, typer.Option(help="File with the map: of --save-map, or ReDi's dino_pca_model.pth.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new feature. \\[default: <feature>.pca<number>]")
+    ] = None,
+    save_map: Annotated[Path | None, typer.Option(help="File to write the map to, .safetensors.")] = None,
+) -> None:
+    """Make a smaller feature of a cache's tokens: its principal components, as ReDi diffuses them.
+
+    [dim]Example: featcache derive caches/NAME --feature dinov2-b@11 --pca 8[/dim]
+    """
+    from featcache.cli.derive import derive_feature
+
+    derive_feature(
+        cache,
+        feature,
+        components=pca,
+        like=like,
+        map_file=map,
+        images=images,
+        seed=seed,
+        name=name,
+        save=save_map,
+    )
 
 
 commands.register(app)

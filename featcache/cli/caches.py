@@ -18,6 +18,7 @@ from featcache.cli.build import request_of
 from featcache.console import console, plain, safe, size_text
 from featcache.console_progress import RichProgress
 from featcache.errors import CacheError, UserError
+from featcache.feature_names import layer_feature
 from featcache.paths import PAGES, check_output, on_this_machine
 from featcache.redact import redact
 from featcache.settings import Given, takes
@@ -45,7 +46,7 @@ def _local(path: Path | None) -> Path | None:
 
 
 def _split(text: str | None) -> list[str] | None:
-    """`"vae/G3,dinov2-b@9,11"` => names, each once; a bare number is one more layer of the encoder before it.
+    """`"vae/G3,dinov2-b@9,11,11.cls"` => names, each once; what begins with a bare number is of the encoder before it.
 
     Raises `UserError` if it names nothing: that is not the same as naming no features, which means all.
     """
@@ -53,8 +54,9 @@ def _split(text: str | None) -> list[str] | None:
         return None
     names: list[str] = []
     for part in (p.strip() for p in text.split(",")):
-        if part.isdigit() and names and "@" in names[-1]:
-            names.append(f"{names[-1].split('@')[0]}@{part}")
+        before = layer_feature(names[-1]) if names else None
+        if before and (added := layer_feature(f"{before.encoder}@{part}")):
+            names.append(str(added))
         elif part:
             names.append(part)
     if not names:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from featcache.errors import UserError
+from featcache.feature_names import CLASS_TOKEN
 from featcache.settings import is_number
 
 TINY = "tiny"
@@ -13,34 +14,38 @@ TINY = "tiny"
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
-    """One `--encoder` as typed: a name and the layers after `@` (empty: the encoder's default)."""
+    """One `--encoder` as typed: a name and what stands after `@`: layers whose patch tokens are wanted (`9`), and those
+    whose class token is (`11.cls`). Nothing at all: the patch tokens of the encoder's default layers."""
 
     name: str
     layers: tuple[int, ...] = ()
+    class_tokens: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return self.name + ("@" + ",".join(map(str, self.layers)) if self.layers else "")
+        typed = [*map(str, self.layers), *(f"{layer}.{CLASS_TOKEN}" for layer in self.class_tokens)]
+        return self.name + ("@" + ",".join(typed) if typed else "")
 
 
 def parse_encoders(texts: Sequence[str]) -> tuple[EncoderChoice, ...]:
-    """`["dinov2-b@9,11", "tiny"]` or `["dinov2-b@9,11,tiny"]` => choices, names unchecked.
+    """`["dinov2-b@9,11", "tiny"]` or `["dinov2-b@9,11,11.cls,tiny"]` => choices, names unchecked.
 
-    Raises `UserError` for a layer that is not a number, or an encoder given twice.
+    Raises `UserError` for a layer that is not a number (perhaps with `.cls`), or an encoder given twice.
     """
     choices: list[EncoderChoice] = []
     for part in ",".join(texts).split(",") if texts else []:
         part = part.strip()
-        if is_number(part) and choices and choices[-1].layers:
-            last = choices.pop()
-            choices.append(EncoderChoice(name=last.name, layers=(*last.layers, int(part))))
+        if _is_layer(part) and choices and (choices[-1].layers or choices[-1].class_tokens):
+            choices.append(_with_layer(choices.pop(), part))
             continue
         name, at, layer = part.rpartition("@") if ".py:" in part and "@" in part else part.partition("@")
-        if not name or (at and not is_number(layer)):
+        if not name or (at and not _is_layer(layer)):
             raise UserError(
                 f"--encoder {','.join(texts)!r}: {part!r} is not an encoder or a layer",
-                remedy="Type for example: --encoder dinov2-b, or --encoder dinov2-b@9,11 for two of its layers",
+                remedy="Type for example: --encoder dinov2-b, or --encoder dinov2-b@9,11 for two of its layers, "
+                "or --encoder dinov2-b@11,11.cls for one and its class token",
             )
-        choices.append(EncoderChoice(name=name, layers=(int(layer),) if at else ()))
+        choice = EncoderChoice(name=name)
+        choices.append(_with_layer(choice, layer) if at else choice)
     names = [c.name for c in choices]
     for name in names:
         if names.count(name) > 1:
@@ -48,6 +53,17 @@ def parse_encoders(texts: Sequence[str]) -> tuple[EncoderChoice, ...]:
                 f"--encoder {name} is given twice", remedy=f"Name its layers together: --encoder {name}@9,11"
             )
     return tuple(choices)
+
+
+def _is_layer(text: str) -> bool:
+    return is_number(text.removesuffix(f".{CLASS_TOKEN}"))
+
+
+def _with_layer(choice: EncoderChoice, text: str) -> EncoderChoice:
+    number = int(text.removesuffix(f".{CLASS_TOKEN}"))
+    if text.endswith(CLASS_TOKEN):
+        return replace(choice, class_tokens=(*choice.class_tokens, number))
+    return replace(choice, layers=(*choice.layers, number))
 
 
 def parse_levels(text: str | None) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ class VisionEntry:
     and then weights_page says where they are. native_px: side of the input it was trained with. mean, std: of RGB
     in [0, 1]. resize_first: resize before normalising (else after). resize_mode: 'bicubic' or 'bilinear', always
     without antialiasing. final_norm: whether the public code applies the encoder's last norm to the final block's
-    output. key_format: how the weights' file names its tensors (see `featcache.encoders.keys`). options: further
+    output. class_token: whether it has one. key_format: how the weights' file names its tensors (see `featcache.encoders.keys`). options: further
     arguments of timm.
     """
 
@@ -44,6 +44,7 @@ class VisionEntry:
     resize_first: bool = False
     resize_mode: str = "bicubic"
     final_norm: bool = True
+    class_token: bool = True
     key_format: str = "timm"
     weights_page: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +89,7 @@ _MOCOV3: dict[str, Any] = {
     "key_format": "mocov3",
 }
 _SIGLIP: dict[str, Any] = {
+    "class_token": False,
     "mean": HALF,
     "std": HALF,
     "licence": "Apache-2.0",
@@ -163,6 +165,7 @@ ENCODERS: Mapping[str, VisionEntry] = {
         licence="CC-BY-NC-4.0",
         paper="Assran et al. 2023, arXiv:2301.08243",
         key_format="ijepa",
+        class_token=False,
         options={"global_pool": ""},
     ),
     "clip-l": _timm(

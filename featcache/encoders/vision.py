@@ -1,7 +1,7 @@
-"""Vision encoders: raw pixels => patch tokens of chosen layers (the table of them is `featcache.encoders.table`).
+"""Vision encoders: raw pixels => patch tokens of chosen layers, and class tokens (`featcache.encoders.table` lists them).
 
 A crop scaled to [0, 1] is normalised and resized to the encoder's input, in the order that the public code uses for
-each encoder. Patch tokens leave row-major, without class or register tokens.
+each encoder. Patch tokens leave row-major, without class or register tokens; the class token is a feature of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featcache.encoders import TINY
 from featcache.encoders.base import (
     Compute,
     WeightsSource,
@@ -29,6 +30,7 @@ from featcache.encoders.keys import to_timm
 from featcache.encoders.table import ENCODERS, HALF, TOKEN_PX, VisionEntry
 from featcache.encoders.tiny import load_tiny_vit
 from featcache.errors import UserError, first_line
+from featcache.feature_names import CLASS_TOKEN, LayerFeature
 
 FINAL_NORMS = ("auto", "all", "last", "none")
 
@@ -142,11 +144,13 @@ class Preparation:
 
 
 class VisionEncoder:
-    """Patch tokens of one vision transformer at one or more layers.
+    """Patch tokens and class tokens of one vision transformer at one or more layers, from one forward pass.
 
     Args:
         name: a key of `featcache.encoders.table.ENCODERS`, or `tiny`.
-        layers: block indices counted from 0; empty means the entry's default (the final block).
+        layers: blocks, counted from 0, whose patch tokens are wanted; none, and no class tokens either, means the entry's
+            default (the final block).
+        class_tokens: blocks whose class token is wanted.
         weights: where weights may come from.
         resolution: side of the pixels.
         grid: side of the cached token grid; None means resolution / 16, the encoder's own.
@@ -156,7 +160,10 @@ class VisionEncoder:
         compute: device, precision, compilation. `device` alone is short for `Compute(device=device)`.
 
     Features:
-        `<name>@<layer>`: [grid^2, width] float32.
+        `<name>@<layer>`: [grid^2, width] float32, and `<name>@<layer>.cls`: [width] float32, through the final norm where
+        the patch tokens of that block go through it.
+
+    Raises `UserError` for a layer that it does not have, or class tokens of an encoder without.
     """
 
     def __init__(
@@ -168,6 +175,7 @@ class VisionEncoder:
         resolution: int,
         grid: int | None = None,
         final_norm: str = "auto",
+        class_tokens: Sequence[int] = (),
         device: str = "cpu",
         compute: Compute | None = None,
     ) -> None:
@@ -197,8 +205,12 @@ class VisionEncoder:
                 mode=entry.resize_mode,
                 device=place,
             )
-        self.layers = tuple(sorted(set(layers or default)))
-        wrong = [i for i in self.layers if not 0 <= i < depth]
+            if class_tokens and not entry.class_token:
+                raise without_class_token(name)
+        self.layers = tuple(sorted(set(layers or (() if class_tokens else default))))
+        self.class_tokens = tuple(sorted(set(class_tokens)))
+        self._taken = tuple(sorted({*self.layers, *self.class_tokens}))
+        wrong = [i for i in self._taken if not 0 <= i < depth]
         if wrong:
             raise UserError(
                 f"{name} has no layer {wrong[0]}: its {depth} blocks are counted from 0",
@@ -208,23 +220,56 @@ class VisionEncoder:
             model, origin = load_vision(name, weights, input_px=self.prepare.input_px)
         self.name = self.title = name
         self.module: Any = model.to(place)  # one of timm's families, which share methods but no class
-        self._normed = _normed_layers(self.layers, depth, final_norm, norm_by_default)
+        self._normed = _normed_layers(self._taken, depth, final_norm, norm_by_default)
         self._run = torch.compile(self._tokens, dynamic=False) if self.compute.compile else self._tokens
-        self.shapes = {f"{name}@{i}": (self.grid**2, width) for i in self.layers}
         record = {**origin, **self.prepare.record(resolution), "precision": self.compute.precision}
-        self.provenance = {f"{name}@{i}": {**record, "layer": i, "final_norm": i in self._normed} for i in self.layers}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.provenance: dict[str, dict[str, Any]] = {}
+        for feature in self._features():
+            self.shapes[str(feature)] = (width,) if feature.is_class_token else (self.grid**2, width)
+            normed = feature.layer in self._normed
+            self.provenance[str(feature)] = {**record, "layer": feature.layer, "final_norm": normed}
 
-    def _tokens(self, x: Tensor) -> list[Tensor]:
-        taken: list[Tensor] = self.module.forward_intermediates(
-            x, indices=list(self.layers), norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+    def _features(self) -> list[LayerFeature]:
+        tokens = [LayerFeature(encoder=self.name, layer=i) for i in self.layers]
+        return tokens + [LayerFeature(encoder=self.name, layer=i, part=CLASS_TOKEN) for i in self.class_tokens]
+
+    def _tokens(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Patch tokens [B, T, width] of `self.layers`, and class tokens [B, width] of `self.class_tokens`."""
+        taken = self.module.forward_intermediates(
+            x,
+            indices=list(self._taken),
+            return_prefix_tokens=bool(self.class_tokens),
+            norm=False,
+            output_fmt="NLC",
+            intermediates_only=True,
+            stop_early=True,
         )
-        return [self.module.norm(t) if i in self._normed else t for i, t in zip(self.layers, taken)]
+        patches, classes = [], []
+        for i, found in zip(self._taken, taken):
+            norm = self.module.norm if i in self._normed else _as_it_is
+            if i in self.layers:
+                patches.append(norm(found[0] if self.class_tokens else found))
+            if i in self.class_tokens:
+                classes.append(norm(found[1][:, 0]))  # registers come after it
+        return patches, classes
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, R, R] => `name@layer` -> float32 [B, grid^2, width]."""
+        """uint8 [B, 3, R, R] => `name@layer` -> float32 [B, grid^2, width], `name@layer.cls` -> float32 [B, width]."""
         with self.compute.scope():
-            tokens = self._run(self.prepare(pixels))
-        return {f"{self.name}@{i}": on_grid(t.float(), self.grid) for i, t in zip(self.layers, tokens)}
+            patches, classes = self._run(self.prepare(pixels))
+        made = [on_grid(t.float(), self.grid) for t in patches] + [t.float() for t in classes]
+        return {str(feature): tensor for feature, tensor in zip(self._features(), made, strict=True)}
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def without_class_token(name: str) -> UserError:
+    """The error for class tokens of an encoder that has none, naming those that have."""
+    having = ", ".join(key for key, entry in ENCODERS.items() if entry.class_token)
+    return UserError(f"{name} has no class token", remedy=f"Encoders that have one: {having}, {TINY}.")
 
 
 def _normed_layers(layers: Sequence[int], depth: int, final_norm: str, by_default: bool) -> frozenset[int]:

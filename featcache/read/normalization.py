@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import CacheError, UserError, first_line
+from featcache.feature_names import is_class_token, layer_feature
 from featcache.progress import QUIET, Progress
 from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
@@ -41,7 +42,7 @@ MAX_FILE_BYTES = 1 << 28
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """mean, std: float32, `[C, 1, 1]` of each channel or `[C, h, w]` of each position as well, for latents; `[C]` or
-    `[T, C]` for tokens. feature, fingerprint, count: of the cache they were computed from, None where a file does not
+    `[T, C]` for tokens, `[C]` for a class token. feature, fingerprint, count: of the cache they were computed from, None where a file does not
     say.
     """
 
@@ -65,16 +66,16 @@ def compute(cache: Cache, feature: str, over: Over, *, progress: Progress = QUIE
     the mean of the variances. The variance is divided by the number of values.
 
     Raises `CacheError` if the cache lacks the feature or holds values that are not finite, `UserError` for a feature that
-    is neither moments nor tokens.
+    is neither moments nor tokens nor a class token.
     """
     cache.require([feature])
     spec = cache.manifest.features[feature]
     shape = tuple(spec.shape)
     moments = feature == MOMENTS
-    if not moments and len(shape) != 2:
+    if not moments and len(shape) != 2 and not is_class_token(feature):
         raise UserError(
             f"{feature} has the shape {spec.shape_text}: statistics are of {MOMENTS} or of tokens",
-            remedy=f"Name one: {', '.join(n for n, f in cache.manifest.features.items() if '@' in n or n == MOMENTS)}",
+            remedy=f"Name one: {', '.join(n for n in cache.manifest.features if n == MOMENTS or layer_feature(n))}",
         )
     if not len(cache):
         raise CacheError(f"{cache.path} holds no images")
@@ -88,7 +89,7 @@ def compute(cache: Cache, feature: str, over: Over, *, progress: Progress = QUIE
             values, logvar = values.chunk(2, dim=1)
             spread = spread + logvar.clamp(*LOGVAR_RANGE).exp().sum(0)
         total, squares, count = total + values.sum(0), squares + values.square().sum(0), count + len(values)
-    over_axes = () if over == "position" else (1, 2) if moments else (0,)
+    over_axes = () if over == "position" or len(shape) == 1 else (1, 2) if moments else (0,)
 
     def averaged(sums: Tensor) -> Tensor:
         per_place = sums / count

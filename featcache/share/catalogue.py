@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from featcache.console import console, plain, safe, size_text
 from featcache.errors import UserError
+from featcache.feature_names import layer_feature
 from featcache.redact import redact
 from featcache.share import records as verified
 from featcache.share.manage import list_caches
@@ -84,7 +85,8 @@ def encoders(manifest: Manifest) -> list[str]:
         elif name.startswith("text/"):
             encoder = name.removeprefix("text/").split(".")[0]
         else:
-            encoder = name.rpartition("@")[0] or name
+            feature = layer_feature(name)
+            encoder = feature.encoder if feature else name
         found[encoder] = found.get(encoder, False) or manifest.features[name].provenance.get("weights") == "random"
     return [f"{name} (random weights)" if random else name for name, random in sorted(found.items())]
 

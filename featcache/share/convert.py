@@ -10,10 +10,9 @@ import numpy as np
 from featcache.errors import CacheError
 from featcache.progress import QUIET, Progress
 from featcache.read.open import open_cache
-from featcache.store.contents import array_files, arrays_with_files, read_checksums, sound_file
+from featcache.store.contents import shard_checker
 from featcache.store.layout import FORMATS
 from featcache.store.manifest import Manifest
-from featcache.store.places import LocalLocation
 from featcache.store.remote import is_remote, local_path
 from featcache.store.writers import create_writer
 
@@ -80,17 +79,4 @@ def _checker(source: str | Path, manifest: Manifest, names: Sequence[str]) -> Ca
     """
     if is_remote(source):
         return lambda _: None
-    path = Path(local_path(source))
-    place = LocalLocation(path)
-    recorded = {array: read_checksums(place, manifest, array) for array in arrays_with_files(manifest, names)}
-    size, next_shard = manifest.shard_size, 0
-
-    def check(slots: range) -> None:
-        nonlocal next_shard
-        shards = range(max(next_shard, slots.start // size), (slots.stop - 1) // size + 1)
-        for array, digests in recorded.items():
-            for entry in array_files(manifest, array, shards):
-                sound_file(path, entry, digests[entry.shard])
-        next_shard = max(next_shard, shards.stop)
-
-    return check
+    return shard_checker(Path(local_path(source)), manifest, names)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +148,25 @@ def sound_file(path: Path, entry: ShardFileEntry, sha256: str) -> tuple[Path, in
             remedy=f"featcache repair {shlex.quote(str(path))} mends it",
         )
     return file, file.stat().st_size
+
+
+def shard_checker(path: Path, manifest: Manifest, names: Iterable[str]) -> Callable[[range], None]:
+    """A function that raises `CacheError` unless the shards of some features in which a range of slots lies are what
+    was recorded. Ranges must come in rising order: each shard is read once.
+    """
+    place = LocalLocation(path)
+    recorded = {array: read_checksums(place, manifest, array) for array in arrays_with_files(manifest, names)}
+    size, next_shard = manifest.shard_size, 0
+
+    def check(slots: range) -> None:
+        nonlocal next_shard
+        shards = range(max(next_shard, slots.start // size), (slots.stop - 1) // size + 1)
+        for array, digests in recorded.items():
+            for entry in array_files(manifest, array, shards):
+                sound_file(path, entry, digests[entry.shard])
+        next_shard = max(next_shard, shards.stop)
+
+    return check
 
 
 def read_blocks(place: Location, manifest: Manifest, array: str) -> list[ShardBlocks] | None:

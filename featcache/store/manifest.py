@@ -20,6 +20,8 @@ import numpy as np
 
 from featcache.errors import CacheError, UserError
 from featcache.store.basis import MAX_WIDTH, Basis, problem
+from featcache.store.derived import Derived, derived_of
+from featcache.store.derived import problem as derived_problem
 from featcache.store.layout import (
     CODECS,
     COMPRESSORS,
@@ -105,6 +107,11 @@ class FeatureSpec:
     def stored(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Suffix -> (numpy dtype, per-sample stored shape without the view axis)."""
         return _stored(self.codec, self.shape, self.dtype, self.basis)
+
+    @functools.cached_property
+    def derived(self) -> Derived | None:
+        """How it was made of another feature of the cache; None if it was not."""
+        return derived_of(self.provenance, self.shape)
 
     @property
     def bytes_per_sample(self) -> int:
@@ -383,6 +390,8 @@ def parse_feature(value: Json) -> dict[str, Json]:
     )
     views = _integer(item["views"], f"views of {name}", 1, 2)
     _provenance(item["provenance"], name)
+    if "derived" in item["provenance"]:
+        _derived(item["provenance"]["derived"], tuple(shape), name)
     if math.prod(shape) * views > MAX_SAMPLE_BYTES:
         _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} values", shape)
     basis = _basis(item["basis"], tuple(shape), codec, name) if with_basis else None
@@ -404,6 +413,15 @@ def _basis(value: Json, shape: tuple[int, ...], codec: str, name: str) -> Basis:
     if wrong is not None:
         _fail(what, f"a mean, {rank} scales and {rank} vectors in base64", wrong)
     return found
+
+
+def _derived(value: Json, shape: tuple[int, ...], name: str) -> None:
+    what = f"provenance of {name}: derived"
+    wrong = derived_problem(value, shape)
+    if wrong is not None:
+        _fail(what, f"how a feature of the shape {list(shape)} was made of another", wrong)
+    if check_feature_name(value["from"]) == name:
+        _fail(f"{what}.from", "another feature", name)
 
 
 def parse_dataset(value: Json) -> dict[str, Json]:

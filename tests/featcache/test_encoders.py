@@ -48,6 +48,7 @@ def test_each_entry_is_what_timm_builds_at_256_and_512_px(name: str) -> None:
             )
         assert taken[0].shape == (1, (resolution // 16) ** 2, entry.width)
         assert callable(model.norm)
+        assert (model.cls_token is not None) == entry.class_token
 
 
 @pytest.mark.parametrize("name", [n for n, e in ENCODERS.items() if "." in e.timm_name])

@@ -6,26 +6,24 @@ Encoder tokens are cached as `<encoder>@<layer>` with shape (N, C), layers count
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from featcache.errors import CacheError, UserError
+from featcache.feature_names import layer_feature
 from featcache.settings import suggest
 
 if TYPE_CHECKING:
     from trainer.align.base import FeatureInfo
-
-_TOKENS = re.compile(r"(?P<encoder>[^/@]+)@(?P<layer>[0-9]{1,9})")
 
 # What `required` reports where the encoder is left open: the cache decides.
 LAST_LAYER = "<encoder>@<last>"
 
 
 def split_name(name: str) -> tuple[str, int] | None:
-    """`'dinov2-b@11'` -> `('dinov2-b', 11)`; None for a name that is not an encoder's tokens."""
-    match = _TOKENS.fullmatch(name)
-    return (match["encoder"], int(match["layer"])) if match else None
+    """`'dinov2-b@11'` -> `('dinov2-b', 11)`; None for a name that is not an encoder's patch tokens."""
+    feature = layer_feature(name)
+    return (feature.encoder, feature.layer) if feature and feature.is_tokens else None
 
 
 def check_token_name(method: str, option: str, name: object) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.feature_names import is_tokens
 from trainer.analyze import kernels
 from trainer.analyze.result import NotApplicable, Result, Row
 from trainer.analyze.subject import Subject
@@ -134,7 +135,7 @@ def _main_target(subject: Subject, names: list[str]) -> str:
 
 
 def _deepest(names: list[str]) -> str:
-    return ([n for n in names if "@" in n] or names)[-1]
+    return ([n for n in names if is_tokens(n)] or names)[-1]
 
 
 def _plots(subject: Subject, names: list[str], main: str, found: dict[str, np.ndarray], k: int) -> list[Plot]:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.feature_names import is_tokens
 from trainer.analyze.pictures import enlarge, heat, mark, over
 from trainer.analyze.result import Result, Row
 from trainer.analyze.spectra import self_similarity
@@ -73,7 +74,7 @@ def measure(subject: Subject) -> _Maps:
         hidden = subject.hidden(rows, t, depths)
         tokens |= {f"block {depth}, t = {t:g}": hidden[depth] for depth in depths}
     # The reference patch is chosen on the encoder's tokens where there are some.
-    against = next((f for f in reversed(features) if "@" in f), next(iter(tokens)))
+    against = next((f for f in reversed(features) if is_tokens(f)), next(iter(tokens)))
     patches = [options.patch if options.patch is not None else salient_patch(tokens[against][i]) for i in range(count)]
     maps = [
         {name: self_similarity(x[i : i + 1], patches[i])[0].cpu().numpy() for name, x in tokens.items()}

@@ -20,6 +20,7 @@ from featcache.inspect import images_of, read_feature
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import AlignInputs, Alignment
 from trainer.align.combined import Combined
+from trainer.align.features import encoder_layers
 from trainer.align.heads import to_grid
 from trainer.align.repa import DEPTHS
 from trainer.align.sra2 import patchify
@@ -115,12 +116,11 @@ class Subject:
     @property
     def token_features(self) -> list[str]:
         """Cached encoder layers, e.g. `tiny@5`: by encoder, then shallow to deep."""
-
-        def place(name: str) -> tuple[str, int]:
-            encoder, _, layer = name.rpartition("@")
-            return encoder, int(layer)
-
-        return sorted((n for n in self.cache.manifest.features if "@" in n), key=place)
+        return [
+            f"{encoder}@{layer}"
+            for encoder, layers in encoder_layers(self.cache.manifest.features).items()
+            for layer in layers
+        ]
 
     @property
     def levels(self) -> list[str]:

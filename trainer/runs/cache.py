@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 import featcache
+from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
+from featcache.feature_names import layer_feature
 from featcache.keys import key_text, printable
 from featcache.paths import typed
 from featcache.store.root import find_root
@@ -164,9 +166,10 @@ def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
             words.append(f"--vae {shlex.quote(dataset.vae['name'])}")
         if moments is not None and moments.provenance.get("weights") == "random":
             words.append(f"--random-weights {moments.provenance['seed']}")
-    encoders = {name.split("@")[0] for name in wanted if "@" in name}
+    encoders = {parts.encoder for name in wanted if (parts := layer_feature(name))}
     for name, feature in cache.manifest.features.items():
-        if name.split("@")[0] in encoders and feature.provenance.get("weights") == "random":
+        parts = layer_feature(name)
+        if parts and parts.encoder in encoders and feature.provenance.get("weights") == "random":
             words.append(f"--random-weights {feature.provenance['seed']}")
             break
     if dataset.source.startswith("shapes "):  # drawn anew, so many as there were
@@ -196,14 +199,16 @@ def build_line(
     """`featcache build ...` for feature names; open ones (in angle brackets) become the default encoder's."""
     levels = sorted({name.split("/")[1] for name in wanted if name.startswith("vae/G")})
     layers: dict[str, set[int]] = {}
+    class_tokens: dict[str, set[int]] = {}
     for name in wanted:
         encoder, at, layer = name.partition("@")
         if not at:
             continue
         encoder = DEFAULT_ENCODER if encoder.startswith("<") else encoder
         layers.setdefault(encoder, set())
-        if layer.isdigit():
-            layers[encoder].add(int(layer))
+        if feature := layer_feature(name):
+            of_kind = class_tokens if feature.is_class_token else layers
+            of_kind.setdefault(encoder, set()).add(feature.layer)
         elif "texture" in layer:
             layers[encoder] |= {9, 11}
     words = ["featcache build"]
@@ -214,7 +219,12 @@ def build_line(
     if vae is not None:
         words.append(f"--vae {vae}")
     for encoder, numbers in layers.items():
-        words.append(f"--encoder {encoder}" + ("@" + ",".join(map(str, sorted(numbers))) if numbers else ""))
+        choice = EncoderChoice(
+            name=encoder,
+            layers=tuple(sorted(numbers)),
+            class_tokens=tuple(sorted(class_tokens.get(encoder, ()))),
+        )
+        words.append(f"--encoder {choice}")
     if levels:
         words.append(f"--vae-levels {','.join(levels)}")
     return " ".join(words)
