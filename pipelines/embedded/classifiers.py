@@ -147,6 +147,7 @@ def train(
     parts = loop.Parts(network=network, average=loop.averaged(network), heads=heads, optimizers=(optimizer,))
 
     def update(step: int) -> dict[str, Tensor]:
+        told: dict[str, Tensor]
         loss, told = heads(network, labelled_batch(material, step, size, seed=seed, purpose=purpose))
         optimizer.param_groups[0]["lr"] = peak_lr * loop.rate(step, steps)
         optimizer.zero_grad()

@@ -96,7 +96,7 @@ def linear_probe(known: Tensor, known_labels: Tensor, asked: Tensor, asked_label
     targets = F.one_hot(known_labels, classes).double()
     ridge = 1e-2 * len(known) * torch.eye(design.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(design.T @ design + ridge, design.T @ targets)
-    return ((queries @ weights).argmax(1) == asked_labels).float().mean().item()
+    return float(((queries @ weights).argmax(1) == asked_labels).float().mean())
 
 
 def table(vae: AutoencoderKL, pixels: Tensor, *, grid: int) -> dict[str, dict[str, Any]]:

@@ -36,7 +36,8 @@ def components(pixels: Tensor, *, window: int, stride: int, count: int) -> Tenso
     values, vectors = values.flip(0)[:count].clamp(min=1e-8), vectors.flip(1)[:, :count]
     scale = values.pow(-0.25) / values.sqrt().mean().sqrt()
     H = pixels.shape[2] // stride
-    return (rows @ (vectors * scale)).float().reshape(B, n, -1).transpose(1, 2).reshape(B, -1, H, n // H)
+    found: Tensor = (rows @ (vectors * scale)).float().reshape(B, n, -1).transpose(1, 2).reshape(B, -1, H, n // H)
+    return found
 
 
 @torch.no_grad()

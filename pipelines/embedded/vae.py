@@ -152,7 +152,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> Any:
         for weight, matrix in zip(self._weights, self._matrices, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)
-        return super().step(closure)
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
 
 def optimizers(vae: AutoencoderKL, heads: nn.Module) -> tuple[Muon, torch.optim.AdamW]:

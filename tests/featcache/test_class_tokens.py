@@ -199,7 +199,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_cache_holds_both_views_of_it_in_fp16(cached: Path) -> None:
     cache = featcache.open(cached)
     spec = cache.manifest.features["tiny@5.cls"]
-    assert (spec.shape, spec.codec, spec.views, spec.basis) == ((96,), "fp16", 2, None)
+    assert (spec.shape, spec.codec, spec.views, spec.basis) == ((128,), "fp16", 2, None)
     with cache.reader(["tiny@5.cls", "content"]) as reader:
         found = reader.allocate(len(cache))
         reader.read(np.arange(len(cache)), found)
@@ -254,7 +254,7 @@ def test_statistics_over_channels(cached: Path) -> None:
     with cache.reader(["tiny@5.cls"]) as reader:
         out = reader.allocate(len(cache))
         reader.read(np.arange(len(cache)), out)
-    values = out["tiny@5.cls"].astype(np.float64).reshape(-1, 96)
+    values = out["tiny@5.cls"].astype(np.float64).reshape(-1, 128)
     np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.std, values.std(0), rtol=1e-5)
     with pytest.raises(UserError, match="key has the shape"):

@@ -131,6 +131,7 @@ def test_a_fitted_convolution_is_the_one_that_made_its_targets(stride: int, padd
     with torch.no_grad():
         start.fit(found, inputs, known(inputs)[:, :3])
     assert torch.allclose(found.weight[:3], known.weight[:3], atol=1e-3)
+    assert found.bias is not None and known.bias is not None
     assert torch.allclose(found.bias[:3], known.bias[:3], atol=1e-3)
     assert torch.equal(found.weight[3], untouched)
 

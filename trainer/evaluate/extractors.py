@@ -22,7 +22,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from featcache.encoders.base import WeightsSource, find_weights, load_file, seeded, weights_sha256
-from featcache.encoders.tiny import load_tiny_vit
+from featcache.encoders.tiny import load_judge, load_tiny_vit
 from featcache.errors import UserError, WeightsUnavailable, first_line
 from trainer.evaluate.table import METRICS
 
@@ -246,7 +246,7 @@ class EmbeddedExtractor:
     multiple = 32  # the sides that the network takes without cutting anything off
 
     def __init__(self, *, source: WeightsSource, device: torch.device | str = "cpu") -> None:
-        self._module: Any = self._load()
+        self._module = self._load()
         if source.random_seed is not None:
             seeded(source.random_seed, lambda: _reinitialised(self._module))
         prefix = self.name if source.random_seed is None else f"random-{self.name}"
@@ -261,13 +261,12 @@ class EmbeddedExtractor:
         self.device = torch.device(device)
         self._module.to(self.device)
 
-    def _load(self) -> nn.Module:
-        from featcache.encoders.tiny import load_judge
-
+    def _load(self) -> Any:  # a network of timm, whose modules have no types
         return load_judge()
 
     def _pool(self, pixels: Tensor) -> Tensor:
-        return self._module(pixels)
+        pooled: Tensor = self._module(pixels)
+        return pooled
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> dict[str, Tensor | None]:
@@ -296,12 +295,11 @@ class EmbeddedVitExtractor(EmbeddedExtractor):
     name = "embedded-vit"
     multiple = 16
 
-    def _load(self) -> nn.Module:
-
+    def _load(self) -> Any:
         return load_tiny_vit()
 
     def _pool(self, pixels: Tensor) -> Tensor:
-        tokens = self._module.forward_features(pixels)  # [B, prefix + N, D]
+        tokens: Tensor = self._module.forward_features(pixels)  # [B, prefix + N, D]
         return tokens[:, self._module.num_prefix_tokens :].mean(1)
 
 
