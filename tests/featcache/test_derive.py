@@ -423,7 +423,7 @@ def test_a_saved_map_gives_the_same(tmp_path: Path) -> None:
         ("tiny@5.small", {}, "only an encoder's tokens"),
         ("tiny@9", {}, "does not hold tiny@9"),
         ("tiny@5", {"components": None}, "nothing says what to derive"),
-        ("tiny@5", {"components": 97}, "has 96 channels"),
+        ("tiny@5", {"components": 129}, "has 128 channels"),
         ("tiny@5", {"name": "other"}, "is named after it"),
         ("tiny@5", {"name": "tiny@5"}, "is named after it"),
         ("tiny@5", {"name": "tiny@5.cls"}, "is named after it"),
