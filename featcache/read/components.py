@@ -15,75 +15,6 @@ _ALIKE = 1e-6  # entries that differ by less, as a share, are equal but for roun
 _SMALLEST = 1e-6  # of the largest standard deviation: a component below it is rounding
 
 
-class Components:
-    """Mean and covariance of tokens, in float64, taken as the shards of a build come; a `ShardWriter`."""
-
-    def __init__(self) -> None:
-        self._count: dict[str, int] = {}
-        self._sum: dict[str, np.ndarray] = {}
-        self._products: dict[str, np.ndarray] = {}
-
-    def skip(self, shard: int, slots: Sequence[tuple[int, str, str]]) -> None:
-        pass
-
-    def write_shard(self, feature: str, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
-        values = arrays[""]
-        left_out = (values == 0).reshape(len(values), -1).all(1)  # the place of an image that could not be read
-        self.add(feature, values[~left_out], seed=shard)
-
-    def commit(self) -> None:
-        pass
-
-    def add(self, feature: str, values: np.ndarray, *, seed: int) -> None:
-        """Tokens of images `[n, T, C]` or `[n, L, T, C]`; of more than `TOKENS` places some, drawn by `seed`."""
-        places = np.sort(np.random.default_rng(seed).permutation(values.shape[-2])[:TOKENS])
-        chosen = values[..., places, :].astype(np.float64)
-        tokens = chosen if chosen.ndim == 3 else chosen.swapaxes(1, 2)
-        tokens = tokens.reshape(-1, token_width(values.shape[1:]))
-        self._count[feature] = self._count.get(feature, 0) + len(tokens)
-        self._sum[feature] = self._sum.get(feature, 0) + tokens.sum(0)
-        self._products[feature] = self._products.get(feature, 0) + tokens.T @ tokens
-
-    def count(self, feature: str) -> int:
-        """Tokens added so far."""
-        return self._count.get(feature, 0)
-
-    def basis(self, feature: str, rank: int) -> Basis:
-        """The leading components of what was added.
-
-        Raises:
-            UserError: there are fewer tokens than components. CacheError: their numbers are not finite.
-        """
-        count = self.count(feature)
-        if count < rank:
-            raise UserError(
-                f"{rank} components of {feature} were asked for, and there are {count} tokens to find them in",
-                remedy="Choose fewer components, or build from more images.",
-            )
-        mean = self._sum[feature] / count
-        covariance = self._products[feature] / count - np.outer(mean, mean)
-        if not np.isfinite(covariance).all():
-            raise CacheError(f"{feature} has values that are not finite", remedy="Type --precision fp32.")
-        values, vectors = principal(covariance, rank)
-        std = np.sqrt(np.clip(values, 0, None))
-        std = np.clip(std, _SMALLEST * max(float(std[0]), 1e-30), None)
-        return Basis.of(mean, std, vectors)
-
-
-def principal(covariance: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `rank` largest eigenvalues of a symmetric matrix [D, D], descending, and their vectors [rank, D] of length 1.
-
-    Signs are the solver's choice: the largest entry of each vector is positive, and of equally large ones the first, so that
-    one sample gives one basis.
-    """
-    values, vectors = np.linalg.eigh(covariance)  # ascending
-    values, vectors = values[::-1][:rank], vectors.T[::-1][:rank]
-    size = np.abs(vectors)
-    largest = (size >= (1 - _ALIKE) * size.max(1, keepdims=True)).argmax(1)
-    signs = np.sign(vectors[np.arange(rank), largest])
-    return values, vectors * signs[:, None]
-
-
 class TokenMoments:
     """Mean and covariance of tokens [n, C], in float64. Sums are of differences from the first tokens' mean, so that a mean
     far from zero costs no digits."""
@@ -106,6 +37,71 @@ class TokenMoments:
         """Mean [C] and covariance [C, C], divided by the number of tokens."""
         mean = self._sum / self.count
         return self._origin + mean, self._products / self.count - np.outer(mean, mean)
+
+
+class Components:
+    """Bases of features, found in their tokens as the shards of a build come; a `ShardWriter`."""
+
+    def __init__(self) -> None:
+        self._moments: dict[str, TokenMoments] = {}
+
+    def skip(self, shard: int, slots: Sequence[tuple[int, str, str]]) -> None:
+        pass
+
+    def write_shard(self, feature: str, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
+        values = arrays[""]
+        left_out = (values == 0).reshape(len(values), -1).all(1)  # the place of an image that could not be read
+        self.add(feature, values[~left_out], seed=shard)
+
+    def commit(self) -> None:
+        pass
+
+    def add(self, feature: str, values: np.ndarray, *, seed: int) -> None:
+        """Tokens of images `[n, T, C]` or `[n, L, T, C]`; of more than `TOKENS` places some, drawn by `seed`."""
+        places = np.sort(np.random.default_rng(seed).permutation(values.shape[-2])[:TOKENS])
+        chosen = values[..., places, :]
+        tokens = chosen if chosen.ndim == 3 else chosen.swapaxes(1, 2)
+        if len(values):
+            moments = self._moments.setdefault(feature, TokenMoments())
+            moments.add(tokens.reshape(-1, token_width(values.shape[1:])))
+
+    def count(self, feature: str) -> int:
+        """Tokens added so far."""
+        return self._moments[feature].count if feature in self._moments else 0
+
+    def basis(self, feature: str, rank: int) -> Basis:
+        """The leading components of what was added.
+
+        Raises:
+            UserError: there are fewer tokens than components. CacheError: their numbers are not finite.
+        """
+        count = self.count(feature)
+        if count < rank:
+            raise UserError(
+                f"{rank} components of {feature} were asked for, and there are {count} tokens to find them in",
+                remedy="Choose fewer components, or build from more images.",
+            )
+        mean, covariance = self._moments[feature].result()
+        if not np.isfinite(covariance).all():
+            raise CacheError(f"{feature} has values that are not finite", remedy="Type --precision fp32.")
+        values, vectors = principal(covariance, rank)
+        std = np.sqrt(np.clip(values, 0, None))
+        std = np.clip(std, _SMALLEST * max(float(std[0]), 1e-30), None)
+        return Basis.of(mean, std, vectors)
+
+
+def principal(covariance: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `rank` largest eigenvalues of a symmetric matrix [D, D], descending, and their vectors [rank, D] of length 1.
+
+    Signs are the solver's choice: the largest entry of each vector is positive, and of equally large ones the first, so that
+    one sample gives one basis.
+    """
+    values, vectors = np.linalg.eigh(covariance)  # ascending
+    values, vectors = values[::-1][:rank], vectors.T[::-1][:rank]
+    size = np.abs(vectors)
+    largest = (size >= (1 - _ALIKE) * size.max(1, keepdims=True)).argmax(1)
+    signs = np.sign(vectors[np.arange(rank), largest])
+    return values, vectors * signs[:, None]
 
 
 def standardised_components(

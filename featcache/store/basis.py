@@ -7,14 +7,13 @@ stay linear in the coefficients.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from featcache.errors import UserError
+from featcache.store.numbers import from_text, to_text
 
 MAX_WIDTH = 1 << 14  # of a token; its principal components are found in a matrix of that side
 
@@ -36,7 +35,9 @@ class Basis:
     @classmethod
     def of(cls, mean: np.ndarray, scale: np.ndarray, vectors: np.ndarray) -> Basis:
         """From float arrays [D], [K] and [K, D]."""
-        return cls(rank=len(vectors), mean=_text(mean, "<f4"), scale=_text(scale, "<f4"), vectors=_text(vectors, "<f2"))
+        return cls(
+            rank=len(vectors), mean=to_text(mean, "<f4"), scale=to_text(scale, "<f4"), vectors=to_text(vectors, "<f2")
+        )
 
     @classmethod
     def unfitted(cls, rank: int, shape: tuple[int, ...]) -> Basis:
@@ -58,18 +59,8 @@ class Basis:
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """mean float32 [D], scale float32 [K], vectors float16 [K, D]; raises `ValueError` if the text holds others."""
-        try:
-            mean, scale, vectors = (
-                np.frombuffer(base64.b64decode(text, validate=True), dtype)
-                for text, dtype in ((self.mean, "<f4"), (self.scale, "<f4"), (self.vectors, "<f2"))
-            )
-        except binascii.Error as error:
-            raise ValueError(str(error)) from error
-        return mean, scale, vectors.reshape(self.rank, -1)
-
-
-def _text(values: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode("ascii")
+        vectors = from_text(self.vectors, "<f2").reshape(self.rank, -1)
+        return from_text(self.mean, "<f4"), from_text(self.scale, "<f4"), vectors
 
 
 def token_width(shape: tuple[int, ...]) -> int:

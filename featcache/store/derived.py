@@ -6,8 +6,6 @@ Each token y, float32 [C] as the source feature decodes, becomes `y @ matrix + o
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 
 from featcache.errors import UserError
 from featcache.store.layout import Json
+from featcache.store.numbers import from_text, to_text
 
 MAX_NUMBERS = 1 << 18  # of a map, which lies in the manifest: 341 components of 768 channels
 
@@ -50,7 +49,7 @@ class AffineMap:
 
     def to_json(self) -> dict[str, Json]:
         """The arrays as base64 of their little-endian bytes."""
-        return {"matrix": _text(self.matrix), "offset": _text(self.offset)}
+        return {"matrix": to_text(self.matrix, "<f8"), "offset": to_text(self.offset, "<f8")}
 
     @classmethod
     def from_json(cls, value: Json, components: int) -> AffineMap:
@@ -59,16 +58,12 @@ class AffineMap:
             raise UserError("a map is an object of matrix and offset")
         try:
             matrix, offset = (
-                np.frombuffer(base64.b64decode(value[key], validate=True), "<f8") for key in sorted(value)
+                from_text(value["matrix"], "<f8").reshape(-1, components),
+                from_text(value["offset"], "<f8"),
             )
-            matrix = matrix.reshape(-1, components)
-        except (TypeError, ValueError, binascii.Error) as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"a map's numbers are base64 of float64: {error}") from error
         return cls(matrix=matrix.astype(np.float64), offset=offset.astype(np.float64))
-
-
-def _text(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, "<f8").tobytes()).decode("ascii")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -372,8 +372,8 @@ class _Judge:
         from trainer.evaluate.extractors import build_extractor
         from trainer.evaluate.references import reference_statistics
 
-        self._settings, self._data = settings, data
-        self._extractors = [build_extractor(name, device=pick_device(settings.device)) for name in EXTRACTORS]
+        self._settings, self._data, self._device = settings, data, pick_device(settings.device)
+        self._extractors = [build_extractor(name, device=self._device) for name in EXTRACTORS]
         resolution = featcache.open(data.train).manifest.dataset.resolution
         self._references = [
             reference_statistics(data.train, e, resolution=resolution, need_features=True, data=data.images)
@@ -404,14 +404,7 @@ class _Judge:
                 judged = evaluate(drawn.images, reference, extractor)
                 found |= {name: float(value) for name, value in judged["metrics"].items()}
         drawn.images.unlink()  # the grid beside it stays
-        return found | held_out_loss(run, step, self._data.held_out, bins=settings.bins, device=pick(settings.device))
-
-
-def pick(device: str) -> str:
-    """The device that `auto` means here."""
-    from featcache.machine import pick_device
-
-    return pick_device(device)
+        return found | held_out_loss(run, step, self._data.held_out, bins=settings.bins, device=self._device)
 
 
 def held_out_loss(run: Path, step: int, cache: Path, *, bins: int, device: str, seed: int = 0) -> dict[str, float]:
@@ -423,7 +416,7 @@ def held_out_loss(run: Path, step: int, cache: Path, *, bins: int, device: str, 
     import torch
 
     import featcache
-    from featcache.read.decoded import BATCH, read_decoded
+    from featcache.read.decoded import read_decoded
     from trainer.diffusion.noise import sample_noise
     from trainer.diffusion.transport import build_transport
     from trainer.runs.normalization import of_run
@@ -440,7 +433,6 @@ def held_out_loss(run: Path, step: int, cache: Path, *, bins: int, device: str, 
         for batch in read_decoded(opened, ["vae/moments"], np.arange(len(opened))):
             moments = batch["vae/moments"].to(device)
             rows = list(range(count, count + len(moments)))
-            assert len(rows) <= BATCH
             shape = loaded.model.cfg.latent_shape
             drawn = sample_noise(seed, rows, shape, 0, device=device)
             latent = sample_posterior(moments, drawn, scale=normalization.scale, shift=normalization.shift)
@@ -450,7 +442,8 @@ def held_out_loss(run: Path, step: int, cache: Path, *, bins: int, device: str, 
                 t = (index + within) / bins
                 noisy = transport.noisy(latent, noise, t)
                 out = loaded.model(noisy, transport.model_time(t), labels[rows])
-                sums[index] += len(rows) * sum(transport.loss(out, latent, noise, noisy, t).values()).item()  # type: ignore[union-attr]
+                terms = transport.loss(out, latent, noise, noisy, t)
+                sums[index] += len(rows) * torch.stack(list(terms.values())).sum().item()
             count += len(rows)
     found = (sums / count).tolist()
     by_interval = {f"denoise t={i / bins:.1f}-{(i + 1) / bins:.1f}": value for i, value in enumerate(found)}
