@@ -22,7 +22,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,21 +68,28 @@ METHODS: Mapping[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A data set at a size, and which methods are compared on it with how many seeds."""
+    """A data set at a size, which methods are compared on it with how many seeds, and `Settings` that differ there."""
 
     title: str
     photographs: bool
     resolution: int
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: int = 3
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-_FEW = ("none", "repa", "ahpa", "ahpa-whiten")
+_LARGE: Mapping[str, Any] = {
+    "resolution": 128,
+    "methods": ("none", "repa", "ahpa", "ahpa-whiten"),
+    "seeds": 5,
+    # A step of four times the tokens, and as long on two cores.
+    "settings": {"batch_size": 16, "points": 2, "sampling_steps": 16, "precision": "bf16"},
+}
 PARTS: Mapping[str, Part] = {
     "shapes-16": Part(title="shapes, 16 tokens", photographs=False, resolution=64),
     "photographs-16": Part(title="photographs, 16 tokens", photographs=True, resolution=64),
-    "shapes-64": Part(title="shapes, 64 tokens", photographs=False, resolution=128, methods=_FEW, seeds=5),
-    "photographs-64": Part(title="photographs, 64 tokens", photographs=True, resolution=128, methods=_FEW, seeds=5),
+    "shapes-64": Part(title="shapes, 64 tokens", photographs=False, **_LARGE),
+    "photographs-64": Part(title="photographs, 64 tokens", photographs=True, **_LARGE),
 }
 EXTRACTORS = ("embedded", "embedded-vit")
 
@@ -104,7 +111,7 @@ class Settings:
     points: int = 3
     images: int = 4000
     samples: int = 2000
-    sampling_steps: int = 25
+    sampling_steps: int = 20
     held_out: int = 500
     bins: int = 10
     precision: str = "auto"
@@ -473,8 +480,17 @@ def _write_json(path: Path, values: object) -> None:
     write_text(path, json.dumps(values, indent=1))
 
 
+def settings_of(part: str, given: Mapping[str, Any]) -> Settings:
+    """What was given, else what the part has of its own, else the defaults.
+
+    Raises:
+        UserError: an unknown part, or values that do not go.
+    """
+    own = PARTS[part].settings if part in PARTS else {}
+    return Settings(part=part, **{**own, **{key: value for key, value in given.items() if value is not None}})
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_DEFAULT = Settings()
 
 
 @app.command()
@@ -490,39 +506,45 @@ def main(
         Path | None, typer.Option(help="Folder of a short experiment on a quiet machine, whose seconds per step count.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to and to continue from.")] = Path("experiments/methods"),
-    model: Annotated[str, typer.Option(help="Backbone.")] = _DEFAULT.model,
-    steps: Annotated[int, typer.Option(help="Training steps of every run.")] = _DEFAULT.steps,
-    points: Annotated[int, typer.Option(help="Evaluations, evenly over the steps.")] = _DEFAULT.points,
-    batch_size: Annotated[int, typer.Option(help="Batch size.")] = _DEFAULT.batch_size,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = _DEFAULT.lr,
-    images: Annotated[int, typer.Option(help="Images trained on.")] = _DEFAULT.images,
-    samples: Annotated[int, typer.Option(help="Samples of an evaluation.", min=2)] = _DEFAULT.samples,
-    sampling_steps: Annotated[int, typer.Option(help="Steps of the ODE sampler.")] = _DEFAULT.sampling_steps,
-    held_out: Annotated[int, typer.Option(help="Images of the denoising loss.")] = _DEFAULT.held_out,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = _DEFAULT.precision,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = _DEFAULT.device,
+    model: Annotated[str | None, typer.Option(help="Backbone. [default: SiT-Ti/2]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of every run. [default: 3000]")] = None,
+    points: Annotated[
+        int | None, typer.Option(help="Evaluations, evenly over the steps. [default: 3, on 64 tokens 2]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Batch size. [default: 32, on 64 tokens 16]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of AdamW. [default: 0.002]")] = None,
+    images: Annotated[int | None, typer.Option(help="Images trained on. [default: 4000]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples of an evaluation. [default: 2000]", min=2)] = None,
+    sampling_steps: Annotated[
+        int | None, typer.Option(help="Steps of the ODE sampler. [default: 20, on 64 tokens 16]")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option(help="Images of the denoising loss. [default: 500]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto, fp32 or bf16. [default: auto, on 64 tokens bf16]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto. [default: auto]")] = None,
 ) -> None:
     """Train every method, judge its checkpoints, and compare them at equal steps and at equal time.
 
     Where long runs share the machine with other work, their times say little: repeat the experiment with few steps and
     samples on the quiet machine, into another folder, and name it with --times.
     """
-    settings = Settings(
-        model=model,
-        steps=steps,
-        points=points,
-        batch_size=batch_size,
-        lr=lr,
-        images=images,
-        samples=samples,
-        sampling_steps=sampling_steps,
-        held_out=held_out,
-        precision=precision,
-        device=device,
-    )
+    given = {
+        "model": model,
+        "steps": steps,
+        "points": points,
+        "batch_size": batch_size,
+        "lr": lr,
+        "images": images,
+        "samples": samples,
+        "sampling_steps": sampling_steps,
+        "held_out": held_out,
+        "precision": precision,
+        "device": device,
+    }
     chosen = part or [name for name, p in PARTS.items() if photographs is not None or not p.photographs]
     for name in chosen:
-        of_part = replace(settings, part=name)
+        of_part = settings_of(name, given)
         figure = run_part(
             of_part,
             methods=[m.strip() for m in methods.split(",")] if methods is not None else PARTS[name].methods,
