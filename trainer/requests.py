@@ -50,6 +50,14 @@ class SampleSettings:
         Count | None,
         Option("Guide only the first so many channels. [default: the recipe's at its --guidance, else all]"),
     ] = None
+    stream_guidance: Annotated[
+        NotNegative | None,
+        Option("Scale for what is diffused beside the latents (REG). [default: the recipe's, else not guided]"),
+    ] = None
+    representation_guidance: Annotated[
+        NotNegative | None,
+        Option("Scale of guidance by the streams themselves (ReDi). [default: the recipe's, else 1: none]"),
+    ] = None
     classes: Annotated[
         ParsedClasses | None,
         Option(
@@ -91,6 +99,13 @@ class SampleRequest(SampleSettings):
         ParsedInterval, Option("Interval of t in which to guide: LOW,HIGH.", typed=str, parse=Interval.parse)
     ] = Interval()
     guided_channels: Annotated[Count | None, Option("Guide only the first so many channels. [default: all]")] = None
+    stream_guidance: Annotated[
+        NotNegative | None,
+        Option("Scale for what is diffused beside the latents (REG's class token). [default: not guided]"),
+    ] = None
+    representation_guidance: Annotated[
+        NotNegative, Option("Scale of guidance by the streams themselves (ReDi), instead of --guidance; 1 is none.")
+    ] = 1.0
     classes: Annotated[
         ParsedClasses, Option("balanced, random, or a list such as 207,360,387.", typed=str, parse=Classes.parse)
     ] = Classes()

@@ -20,6 +20,7 @@ INFO = BackboneInfo(name="SiT-Ti/2", depth=6, width=WIDTH, patch_size=2, latent_
 FEATURES = {
     "tiny@3": FeatureInfo(shape=(N, TOKEN_WIDTH)),
     "tiny@5": FeatureInfo(shape=(N, TOKEN_WIDTH)),
+    "tiny@5.cls": FeatureInfo(shape=(TOKEN_WIDTH,)),
     "vae/G1": FeatureInfo(shape=(4, N, 4)),
     "vae/G2": FeatureInfo(shape=(3, N, 6)),
     "vae/G3": FeatureInfo(shape=(4, N, GROUP_WIDTH)),
@@ -85,6 +86,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sra2": ("sra2", {"head_width": 10}),
     "sra2 conv cosine": ("sra2", {"head": "conv", "loss": "cosine"}),
     "sra2 linear": ("sra2", {"head": "linear"}),
+    "reg": ("reg", {"head_width": 10}),
 }
 
 
@@ -146,5 +148,8 @@ def inputs_for(module: Alignment, *, seed: int = 1, requires_grad: bool = False,
         "latent": draw(B, INFO.latent_channels, INFO.latent_size, INFO.latent_size),
         "uniform": torch.rand(B, generator=g),
         "teacher": EchoTeacher() if module.needs_teacher else None,
+        "stream_hidden": {
+            name: {tap: draw(B, 1, WIDTH) for tap in module.taps} for name in module.reads if name.endswith(".cls")
+        },
     }
     return AlignInputs(**{**values, **changes})

@@ -158,6 +158,9 @@ def test_a_batch_loss_is_the_mean_of_its_samples_losses(case):
         cut: dict[str, Any] = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         for key in ("hidden", "targets"):
             cut[key] = {k: v[i : i + 1] for k, v in values[key].items()}
+        cut["stream_hidden"] = {
+            name: {k: v[i : i + 1] for k, v in found.items()} for name, found in inputs.stream_hidden.items()
+        }
         return AlignInputs(**cut)
 
     parts = [module.terms(rows(i)) for i in range(len(inputs.t))]

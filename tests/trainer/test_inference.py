@@ -87,7 +87,7 @@ def test_tensor_float_32_is_set_for_the_block_alone() -> None:
 def test_failed_compilation_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network(backbone(), Arithmetic())
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise torch._dynamo.exc.TorchDynamoException("no compiler\nmore")
 
     monkeypatch.setattr(network.backbone, "forward", fails)

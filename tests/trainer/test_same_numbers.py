@@ -27,7 +27,7 @@ from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
 from trainer.interval import Interval
 from trainer.sampling.draw import SampleConfig, draw_latents
-from trainer.training.objective import Draws, draw
+from trainer.training.objective import draw
 from trainer.training.state import Parts, assemble
 
 RECORD = Path(__file__).parent / "data" / "same_numbers.json"
@@ -108,7 +108,7 @@ def numbers_of(cache: Any, case: str) -> dict[str, Any]:
         torch.stack(list(terms.values())).sum().backward()
         steps.append(
             {
-                "draws": {n: getattr(draws, n).flatten()[:3].tolist() for n in Draws.__dataclass_fields__},
+                "draws": {n: v.flatten()[:3].tolist() for n, v in vars(draws).items() if isinstance(v, torch.Tensor)},
                 "terms": {name: value.item() for name, value in terms.items()},
                 "t": kept.t.tolist() if kept is not None else [],
                 "gradients": [norm(group) for group in parts.groups],

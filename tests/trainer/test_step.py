@@ -47,7 +47,7 @@ def numbers(batch: int = 4, *, seed: int = 0, step: int = 0, **kw: Any) -> Draws
 
 def test_draws_are_a_function_of_seed_and_step() -> None:
     a, b = numbers(seed=1, step=7), numbers(seed=1, step=7)
-    assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in Draws.__dataclass_fields__)
+    assert all(torch.equal(getattr(a, n), v) for n, v in vars(b).items() if isinstance(v, torch.Tensor))
     for other in (numbers(seed=1, step=8), numbers(seed=2, step=7)):
         assert not torch.equal(a.noise, other.noise) and not torch.equal(a.time, other.time)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from featcache.errors import UserError
 from featcache.settings import suggest
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from trainer.align.base import Alignment, BackboneInfo, FeatureInfo, MethodConfig
 
 
-# Name -> (module, its options' dataclass, its Alignment subclass). A new method is one file and one line here.
-METHODS: dict[str, tuple[str, str, str]] = {
+# Name -> (module, its options' dataclass, its Alignment subclass; None for one that only says what is diffused). A new
+# method is one file and one line here.
+METHODS: dict[str, tuple[str, str, str | None]] = {
     "none": ("none", "NoneConfig", "NoAlignment"),
     "repa": ("repa", "RepaConfig", "Repa"),
     "sara": ("sara", "SaraConfig", "Sara"),
@@ -22,18 +23,27 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "ahpa": ("ahpa", "AhpaConfig", "Ahpa"),
     "sra": ("sra", "SraConfig", "Sra"),
     "sra2": ("sra2", "Sra2Config", "Sra2"),
+    "reg": ("reg", "RegConfig", "Reg"),
+    "redi": ("redi", "RediConfig", None),
 }
+
+
+@runtime_checkable
+class DiffusesFeatures(Protocol):
+    """Options of a method that diffuses features of its own."""
+
+    def streams(self, available: Mapping[str, FeatureInfo]) -> Mapping[str, Mapping[str, object]]: ...
 
 
 # Options that runs did not write down before they had another default, or were there at all: what those runs had.
 EARLIER: dict[str, dict[str, object]] = {"sra": {"head_ratio": 1.0}}
 
 
-def _classes(name: str) -> tuple[type[MethodConfig], Callable[..., Alignment]]:
+def _classes(name: str) -> tuple[type[MethodConfig], Callable[..., Alignment] | None]:
     """A method's options and its module; imported when it is asked for, since it brings torch."""
     file, options, module = METHODS[name]
     found = import_module(f"trainer.align.{file}")
-    return getattr(found, options), getattr(found, module)
+    return getattr(found, options), None if module is None else getattr(found, module)
 
 
 def method_names() -> tuple[str, ...]:
@@ -93,10 +103,26 @@ def resolve(name: str, config: MethodConfig, available: Mapping[str, FeatureInfo
     return config.resolve(available)
 
 
+def aligns(name: str) -> bool:
+    """Whether the method has a loss of alignment; others only say what is diffused."""
+    return METHODS[name][2] is not None
+
+
+def data_streams(
+    name: str, config: MethodConfig, available: Mapping[str, FeatureInfo]
+) -> Mapping[str, Mapping[str, object]]:
+    """Features that `name` diffuses beside the latents, each with options of `trainer.runs.streams.StreamConfig`.
+
+    Raises:
+        CacheError, UserError: as `resolve`.
+    """
+    return config.streams(available) if isinstance(config, DiffusesFeatures) else {}
+
+
 def build(
     methods: Sequence[tuple[str, MethodConfig]], info: BackboneInfo, features: Mapping[str, FeatureInfo]
 ) -> Alignment:
-    """The alignment module for one method, or for several together.
+    """The alignment module for one method, or for several together, all of them with a loss (`aligns`).
 
     Args:
         methods: names and options, e.g. `[("ahpa", AhpaConfig()), ("sra", SraConfig())]`.
@@ -110,7 +136,9 @@ def build(
     built: dict[str, Alignment] = {}
     for name, config in methods:
         chosen = {feature: features[feature] for feature in resolve(name, config, features)}
-        built[name] = _classes(name)[1](config, info, chosen)
+        module = _classes(name)[1]
+        assert module is not None, f"{name} has no loss of alignment"
+        built[name] = module(config, info, chosen)
     if len(built) == 1:
         return next(iter(built.values()))
     from trainer.align.combined import Combined

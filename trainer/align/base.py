@@ -7,7 +7,7 @@ trained with the backbone and dropped at inference.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass
+from dataclasses import Field, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -60,6 +60,7 @@ class AlignInputs:
     latent: [B, C, h, w] clean, scaled latent drawn for this step.
     uniform: [B] uniform(0, 1) draws that belong to this batch's samples (for methods that need randomness).
     teacher: the EMA model, for methods that set `needs_teacher`.
+    stream_hidden: feature that is diffused with tokens of its own -> depth -> their hidden state, [B, T, D].
     """
 
     hidden: Mapping[int, Tensor]
@@ -69,6 +70,7 @@ class AlignInputs:
     latent: Tensor
     uniform: Tensor
     teacher: Teacher | None = None
+    stream_hidden: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

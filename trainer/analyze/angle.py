@@ -30,7 +30,9 @@ def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tup
     """
     objective = subject.objective()
     parameters = list(subject.model.parameters())
-    reads = ["vae/moments", "label", *(subject.alignment.reads if subject.alignment is not None else ())]
+    aligned = subject.alignment.reads if subject.alignment is not None else ()
+    streams = [stream.name for stream in subject.cfg.streams]
+    reads = list(dict.fromkeys(["vae/moments", "label", *streams, *aligned]))
     sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in range(2)]
     seen = 0
     for rows in subject.chunks(count):
@@ -41,6 +43,8 @@ def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tup
             noise=subject.noise(rows),
             drop=torch.ones_like(t),
             align=subject.uniform(rows),
+            streams=subject.stream_noise(rows),
+            drop_stream={name: torch.ones_like(t) for name in streams},
         )
         terms = objective(subject.stored(reads, rows), draws)[0]
         of_kind = [[v for k, v in terms.items() if k.startswith("align/") == kind] for kind in (False, True)]

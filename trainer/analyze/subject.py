@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcache.codecs import FeatureCodec
 from featcache.errors import UserError
@@ -26,18 +27,20 @@ from trainer.align.repa import DEPTHS
 from trainer.align.sra2 import patchify
 from trainer.analyze.config import AnalyzeConfig
 from trainer.diffusion.noise import sample_noise
+from trainer.diffusion.streams import Layout
 from trainer.diffusion.transport import FlowOptions, build_transport
 from trainer.models import ModelOutput, Transformer, build_model, load_weights
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
-from trainer.runs.normalization import Normalization, of_run, scalar
+from trainer.runs.normalization import Normalization, of_run, scalar, streams_of_run
 from trainer.sampling import draw as sample
 from trainer.training.objective import Objective, ema_decay_at, sample_posterior
-from trainer.training.state import backbone_info, build_alignment
+from trainer.training.state import backbone_info, build_alignment, build_streams
+from trainer.training.streams import Stream
 
-_POSTERIOR, _NOISE, _TIME, _ALIGN = range(4)  # streams of the samples' random numbers
+_POSTERIOR, _NOISE, _TIME, _ALIGN, _BESIDE = range(5)  # streams of the samples' random numbers
 MIXTURE = "router's mixture"
 FEWEST_SAMPLES = 8
 _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnostics
@@ -85,6 +88,8 @@ class Subject:
         self.labels = torch.from_numpy(self.cache.labels()[self.indices].astype(np.int64)).to(device)
         self.class_names = tuple(self.cache.manifest.dataset.class_names)
         self.transport = build_transport(self.cfg.family, device=device, **self.config.flow)
+        self._layout = Layout(cfg=self.cfg)
+        self._streams = [s.to(device) for s in self._build_streams()]
         self._pooled: dict[float, Tensor] = {}
 
     def _load_alignment(self) -> Alignment | None:
@@ -96,6 +101,9 @@ class Subject:
         _, path = checkpoint.find_checkpoint(self.run, self.step)
         checkpoint.load_module(alignment, path, "alignment")
         return alignment.to(self.device).eval().requires_grad_(False)
+
+    def _build_streams(self) -> list[Stream]:
+        return build_streams(self.config, self.cache, self.cfg, streams_of_run(self.run, self.config))
 
     def _default_block(self) -> int:
         if self.alignment is not None and self.alignment.taps:
@@ -185,11 +193,36 @@ class Subject:
         """A time in bin `index` of [0, 1] for each sample, the same place within every bin. [b]."""
         return (index + self.uniform(rows, _TIME)) / bins
 
-    def noisy(self, latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at t in [0, 1] (drawn uniformly, as far as the transport goes) and the time as the
-        backbone takes it."""
+    def stream_noise(self, rows: slice) -> dict[str, Tensor]:
+        """Of what is diffused beside the latents, by feature."""
+        shapes = self._layout.shapes[1:]
+        return {
+            stream.name: self._normal(rows, _BESIDE + k, shape)
+            for k, (stream, shape) in enumerate(zip(self._streams, shapes))
+        }
+
+    def _data(self, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """The latents and all streams without noise, and the noise of each."""
+        streams = [stream.clean(self.stored([stream.name], rows)) for stream in self._streams]
+        return [self.latent(rows), *streams], [self.noise(rows), *self.stream_noise(rows).values()]
+
+    def _call(
+        self,
+        model: Transformer,
+        data: tuple[list[Tensor], list[Tensor]],
+        t: Tensor,
+        labels: Tensor,
+        *,
+        taps: Sequence[int],
+        stop_after: int,
+    ) -> ModelOutput:
+        """`model` on data made noisy at t in [0, 1] (drawn uniformly, as far as the transport goes)."""
         t = self.transport.times(t)
-        return self.transport.noisy(latent, noise, t), self.transport.model_time(t)
+        noisy = [self.transport.noisy(clean, noise, t) for clean, noise in zip(*data)]
+        x, own = self._layout.inputs(noisy)
+        times = self.transport.model_time(t)
+        output: ModelOutput = model(x, times, labels, **own, taps=taps, stop_after=stop_after)
+        return output
 
     @torch.no_grad()
     def hidden(self, rows: slice, t: Tensor | float, depths: Sequence[int]) -> Mapping[int, Tensor]:
@@ -204,31 +237,29 @@ class Subject:
         labels = self.conditioning(rows)
         if not isinstance(t, Tensor):
             t = torch.full((len(labels),), t, device=self.device)
-        latent, noise = self.latent(rows), self.noise(rows)
-        x, times = self.noisy(latent, noise, t)
+        data = self._data(rows)
         taps = self.alignment.taps if depths is None and self.alignment is not None else tuple(depths or ())
-        output = self.model(x, times, labels, taps=taps, stop_after=max(taps, default=1))
+        output = self._call(self.model, data, t, labels, taps=taps, stop_after=max(taps, default=1))
         reads = self.alignment.reads if targets and self.alignment is not None else ()
         return AlignInputs(
             hidden=output.hidden,
             t=t,
             targets={name: self.read(name, rows) for name in reads},
             time_embedding=output.time_embedding,
-            latent=latent,
+            latent=data[0][0],
             uniform=self.uniform(rows),
-            teacher=self._teach(latent, noise, labels),
+            teacher=self._teach(data, labels),
+            stream_hidden=self._layout.hidden(output),
         )
 
-    def _teach(self, latent: Tensor, noise: Tensor, labels: Tensor) -> Callable[[Tensor, int], Tensor] | None:
+    def _teach(self, data: tuple[list[Tensor], list[Tensor]], labels: Tensor) -> Callable[[Tensor, int], Tensor] | None:
         if self.alignment is None or not self.alignment.needs_teacher:
             return None
         teacher = self._ema()
 
         def hidden(t: Tensor, depth: int) -> Tensor:
             with torch.no_grad():
-                x, times = self.noisy(latent, noise, t)
-                output: ModelOutput = teacher(x, times, labels, taps=(depth,), stop_after=depth)
-            return output.hidden[depth]
+                return self._call(teacher, data, t, labels, taps=(depth,), stop_after=depth).hidden[depth]
 
         return hidden
 
@@ -242,13 +273,11 @@ class Subject:
 
     @torch.no_grad()
     def block_input(self, rows: slice, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What block `self.block` is called with: tokens [b, N, D] and conditioning [b, D]."""
-        x, times = self.noisy(self.latent(rows), self.noise(rows), t)
-        before, labels = self.block - 1, self.conditioning(rows)
-        embedding = self.model.t_embedder(times) + self.model.y_embedder(labels)
-        if before == 0:
-            return self.model.x_embedder(x) + self.model.pos_embed, embedding
-        return self.model(x, times, labels, taps=(before,), stop_after=before).hidden[before], embedding
+        """What block `self.block` is called with: tokens [b, T + N, D] and conditioning [b, D]."""
+        labels = self.conditioning(rows)
+        with _input_of(self.model.blocks[self.block - 1]) as seen:
+            self._call(self.model, self._data(rows), t, labels, taps=(), stop_after=self.block)
+        return seen[0], seen[1]
 
     def objective(self) -> Objective:
         """The run's training objective in float32 without label dropout; its `draws.time` is t itself."""
@@ -258,6 +287,7 @@ class Subject:
             self.model,
             self.alignment,
             {name: FeatureCodec(self.cache.manifest.features[name]) for name in reads},
+            streams=self._build_streams(),
             normalization=self._normalization,
             transport=build_transport(self.cfg.family, device=self.device, **(self.config.flow | as_given)),
             label_dropout=0.0,
@@ -322,6 +352,17 @@ class Subject:
             feature = self.read(name, rows)
             parts.append((feature[:, -1] if feature.ndim == 4 else feature).mean(dim=1))
         return torch.cat(parts)
+
+
+@contextmanager
+def _input_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module is called with inside the block."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, given: seen.extend(given))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def initial_share(config: RunConfig, step: int) -> float:

@@ -166,6 +166,8 @@ DRAWING = (
         "guidance",
         "interval",
         "guided_channels",
+        "stream_guidance",
+        "representation_guidance",
         "classes",
         "pixels",
         "checkpoint",

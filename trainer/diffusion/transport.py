@@ -70,13 +70,25 @@ class Transport(Protocol):
         """x_t, from clean latents and standard normal noise."""
         ...
 
-    def loss(self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Scalar loss terms by name, in float32; their sum is minimised. `out`: of the backbone at (x_t, t)."""
+    def loss(
+        self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, *, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Scalar loss terms by name, in float32; their sum is minimised. `out`: of the backbone at (x_t, t). weights: of
+        the samples, [B], None for all 1; the mean is over all samples in either case."""
         ...
 
     def velocity(self, out: ModelOutput, x_t: Tensor, t: Tensor) -> Tensor:
         """dx_t/dt along the probability flow that the backbone's output implies."""
         ...
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Over samples and all that they hold, [B, ...]."""
+    return (
+        values.mean()
+        if weights is None
+        else (values.flatten(1).mean(1) if values.ndim > 1 else values).mul(weights).mean()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +134,9 @@ class Flow:
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(self.path, x0, noise, t)[0]
 
-    def loss(self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def loss(
+        self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, *, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """`denoise`: mean squared error of the velocity (SiT, Eq. 7); `denoise/cosine` where it has a weight.
 
         Where the floor makes velocities too small it does so to the prediction's and the truth's alike, as in RAEv2 and
@@ -132,10 +146,10 @@ class Flow:
         if self.prediction != "velocity":
             velocity = self._implied(x0 if self.prediction == "x" else noise, x_t, t)
         found = self.velocity(out, x_t, t).float()
-        terms = {"denoise": (found - velocity).square().mean()}
+        terms = {"denoise": _mean((found - velocity).square(), weights)}
         if self.cosine_weight:
             cosines = cosine_similarity(found, velocity, dim=1, eps=SHORTEST)
-            terms["denoise/cosine"] = self.cosine_weight * (1 - cosines).mean()
+            terms["denoise/cosine"] = self.cosine_weight * _mean(1 - cosines, weights)
         return terms
 
     def velocity(self, out: ModelOutput, x_t: Tensor, t: Tensor) -> Tensor:
@@ -173,13 +187,15 @@ class DDPM:
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return ddpm.q_sample(self.table, x0, self.model_time(t), noise)
 
-    def loss(self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def loss(
+        self, out: ModelOutput, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, *, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """`denoise`: DiT's loss, see `trainer.diffusion.ddpm.ddpm_loss`."""
         assert out.prediction is not None, "the forward pass stopped before the prediction"
         loss = ddpm.ddpm_loss(
             out.prediction.float(), x0=x0, x_t=x_t, noise=noise, t=self.model_time(t), table=self.table
         )
-        return {"denoise": loss.loss.mean()}
+        return {"denoise": _mean(loss.loss, weights)}
 
     def velocity(self, out: ModelOutput, x_t: Tensor, t: Tensor) -> Tensor:
         noise, _ = split_variance(out, x_t.shape[1])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featcache.errors import UserError
-from trainer.models.config import TIME_FREQUENCIES, FeedForward, Norm
+from trainer.models.config import TIME_FREQUENCIES, FeedForward, ModelConfig, Norm
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -30,6 +30,15 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     column = axis[None].expand(grid, grid, -1)
     row = axis[:, None].expand(grid, grid, -1)
     return torch.cat([column, row], dim=-1).reshape(1, grid * grid, width).float()
+
+
+def token_positions(cfg: ModelConfig) -> Tensor:
+    """Position table of all tokens, float32 [1, T + N, D]: of each stream's, then the image's. A lone token has zeros."""
+    parts = [
+        torch.zeros(1, 1, cfg.width) if stream.tokens == 1 else sincos_positions(cfg.width, stream.side)
+        for stream in cfg.own_streams
+    ]
+    return torch.cat([*parts, sincos_positions(cfg.width, cfg.grid)], dim=1)
 
 
 def time_frequencies(count: int = TIME_FREQUENCIES // 2, device: torch.device | None = None) -> Tensor:
@@ -63,22 +72,25 @@ def rotary_positions(width: int, grid: int) -> tuple[Tensor, Tensor]:
 class RotaryEmbedding(nn.Module):
     """Rotates queries or keys [B, heads, N, d] by their token's row and column; all blocks share one.
 
-    The tables are non-persistent buffers: fixed, neither trained nor averaged nor saved.
+    The tokens are those of several squares, one after the other, `grids` their sides; a lone token is not rotated. The
+    tables are non-persistent buffers: fixed, neither trained nor averaged nor saved.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, width: int, grid: int) -> None:
+    def __init__(self, width: int, *grids: int) -> None:
         super().__init__()
-        self.width, self.grid = width, grid
-        self.register_buffer("cos", torch.empty(grid * grid, width), persistent=False)
-        self.register_buffer("sin", torch.empty(grid * grid, width), persistent=False)
+        self.width, self.grids = width, grids
+        tokens = sum(grid**2 for grid in grids)
+        self.register_buffer("cos", torch.empty(tokens, width), persistent=False)
+        self.register_buffer("sin", torch.empty(tokens, width), persistent=False)
 
     def reset_parameters(self) -> None:
         """Computes the tables, which are empty at first."""
-        for table, values in zip((self.cos, self.sin), rotary_positions(self.width, self.grid)):
-            table.copy_(values)
+        each = [rotary_positions(self.width, grid) for grid in self.grids]
+        for table, values in zip((self.cos, self.sin), zip(*each)):
+            table.copy_(torch.cat(values))
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -266,19 +278,47 @@ class Block(nn.Module):
         return out
 
 
-class FinalLayer(nn.Module):
-    """Tokens to patches: x [B, N, D], c [B, D] -> [B, N, p * p * C_out], channel fastest."""
+class StreamEmbed(nn.Module):
+    """Tokens of a stream: a linear layer and a LayerNorm with parameters (REG's code), [B, C, T] -> [B, T, D]."""
 
-    def __init__(self, width: int, patch_size: int, out_channels: int, *, norm: Norm = "layer") -> None:
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.proj(x.transpose(1, 2)))
+        return out
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches: x [B, N, D], c [B, D] -> [B, N, p * p * C_out], channel fastest.
+
+    streams: channels of those whose tokens, one linear layer for each, stand before the image's (`split`).
+    """
+
+    def __init__(
+        self, width: int, patch_size: int, out_channels: int, *, norm: Norm = "layer", streams: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.norm_final = block_norm(width, norm)
         self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.stream_linears = nn.ModuleList(nn.Linear(width, channels) for channels in streams)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        out: Tensor = self.linear(self._modulated(x, c))
         return out
+
+    def split(self, x: Tensor, c: Tensor, counts: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The image's patches, and what is predicted of each stream: [B, C, T]. counts: tokens of each stream."""
+        *parts, image = self._modulated(x, c).split([*counts, x.shape[1] - sum(counts)], dim=1)
+        out: Tensor = self.linear(image)
+        return out, tuple(linear(part).transpose(1, 2) for linear, part in zip(self.stream_linears, parts))
+
+    def _modulated(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return modulate(self.norm_final(x), shift, scale)
 
 
 def unpatchify(x: Tensor, patch_size: int) -> Tensor:

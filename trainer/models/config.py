@@ -45,6 +45,25 @@ TIME_FREQUENCIES = 256  # width of the sinusoidal time embedding, cosine half fi
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamShape:
+    """A feature that is diffused beside the latents, as the backbone sees it.
+
+    name: of the feature. channels: of a token. side: of its square of tokens; a vector is one token. merged: its tokens,
+    brought to the latents' grid, are further channels of theirs (as in ReDi); otherwise it has tokens of its own, before the image's (as in REG).
+    """
+
+    name: str
+    channels: int
+    side: int
+    merged: bool
+
+    @property
+    def tokens(self) -> int:
+        """That it adds to the sequence."""
+        return 0 if self.merged else self.side**2
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One backbone.
 
@@ -64,6 +83,7 @@ class ModelConfig:
         norm: `layer` (LayerNorm without parameters of its own) or `rms` (RMSNorm with a weight).
         mlp: `gelu` (two layers) or `swiglu` (gated, three).
         rope: rotate queries and keys by the token's row and column, beside the sin-cos table.
+        streams: what is diffused beside the latents.
 
     Raises:
         UserError: values that do not fit together.
@@ -84,6 +104,7 @@ class ModelConfig:
     norm: Norm = "layer"
     mlp: FeedForward = "gelu"
     rope: bool = False
+    streams: tuple[StreamShape, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -128,6 +149,12 @@ class ModelConfig:
                 "SiT predicts a velocity and no variance, so learn_sigma cannot be set.",
                 remedy="Leave learn_sigma out; importing an official SiT drops its unused variance channels.",
             )
+        if self.family == "dit" and self.own_streams:
+            raise UserError(
+                f"{self.own_streams[0].name} would have tokens of its own, and DiT's loss with its learned variance is of "
+                "latents alone",
+                remedy="Take a SiT or LightningDiT, or (tokens) merge them into the latents: embed: merged.",
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -136,16 +163,32 @@ class ModelConfig:
 
     @property
     def grid(self) -> int:
-        """Tokens along one side."""
+        """The image's tokens along one side."""
         return self.latent_size // self.patch_size
 
     @property
     def tokens(self) -> int:
+        """Of the image."""
         return self.grid**2
 
     @property
+    def own_streams(self) -> tuple[StreamShape, ...]:
+        """Streams with tokens of their own."""
+        return tuple(stream for stream in self.streams if not stream.merged)
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of all streams, which stand before the image's."""
+        return sum(stream.tokens for stream in self.streams)
+
+    @property
+    def in_channels(self) -> int:
+        """Of the latents and what is merged into them."""
+        return self.latent_channels + sum(stream.channels for stream in self.streams if stream.merged)
+
+    @property
     def out_channels(self) -> int:
-        return self.latent_channels * (2 if self.learn_sigma else 1)
+        return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
     def mlp_width(self) -> int:
@@ -179,6 +222,7 @@ def model_config(
     num_classes: int,
     qk_norm: bool = False,
     attention: Attention = "sdpa",
+    streams: tuple[StreamShape, ...] = (),
 ) -> ModelConfig:
     """The configuration of a named model such as `SiT-B/2`, `DiT-XL/4` (learns its variance) or `LightningDiT-XL/1`.
 
@@ -206,6 +250,7 @@ def model_config(
         num_classes=num_classes,
         qk_norm=qk_norm,
         attention=attention,
+        streams=streams,
         **BACKBONES[match[1]],
     )
 
@@ -217,12 +262,13 @@ def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
     step costs three times this figure. With `depth`, only that many blocks are counted and the final
     layer is not (a forward pass with `stop_after=depth`).
     """
-    N, D, M = cfg.tokens, cfg.width, cfg.mlp_width
+    image, N, D, M = cfg.tokens, cfg.tokens + cfg.stream_tokens, cfg.width, cfg.mlp_width
     patch = cfg.patch_size**2
-    embed = N * D * patch * cfg.latent_channels + TIME_FREQUENCIES * D + D * D
+    own = sum(stream.tokens * D * stream.channels for stream in cfg.own_streams)
+    embed = image * D * patch * cfg.in_channels + own + TIME_FREQUENCIES * D + D * D
     mlp = (3 if cfg.mlp == "swiglu" else 2) * D * M
     block = N * (4 * D * D + mlp) + 2 * N * N * D + 6 * D * D
-    final = 2 * D * D + N * D * patch * cfg.out_channels
+    final = 2 * D * D + image * D * patch * cfg.out_channels + own
     if depth is None:
         return 2 * (embed + cfg.depth * block + final)
     return 2 * (embed + depth * block)

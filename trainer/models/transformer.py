@@ -7,7 +7,7 @@ norms, another MLP and rotary positions: flags of `ModelConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,9 @@ from trainer.models.blocks import (
     PatchEmbed,
     RMSNorm,
     RotaryEmbedding,
+    StreamEmbed,
     TimestepEmbedder,
-    sincos_positions,
+    token_positions,
     unpatchify,
 )
 from trainer.models.config import ModelConfig
@@ -32,13 +33,17 @@ class ModelOutput(NamedTuple):
     """What one forward pass gives.
 
     prediction: [B, C_out, H, W], or None if the pass stopped before the end. Autocast dtype.
-    hidden: depth (1-based) -> tokens after that block, [B, N, D], for the depths asked for.
+    hidden: depth (1-based) -> the image's tokens after that block, [B, N, D], for the depths asked for.
     time_embedding: [B, D], the embedding of t before the label's is added. Parameter dtype.
+    streams: what is predicted of each stream with tokens of its own, [B, C, T].
+    stream_hidden: as `hidden`, the tokens of all streams, [B, T, D].
     """
 
     prediction: Tensor | None
     hidden: dict[int, Tensor]
     time_embedding: Tensor
+    streams: tuple[Tensor, ...] = ()
+    stream_hidden: dict[int, Tensor] | None = None
 
 
 class Transformer(nn.Module):
@@ -52,11 +57,12 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.x_embedder = PatchEmbed(cfg.latent_channels, cfg.patch_size, cfg.width)
+        self.x_embedder = PatchEmbed(cfg.in_channels, cfg.patch_size, cfg.width)
         self.t_embedder = TimestepEmbedder(cfg.width)
         self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.width)
-        self.register_buffer("pos_embed", sincos_positions(cfg.width, cfg.grid), persistent=False)
-        rope = RotaryEmbedding(cfg.width // cfg.heads, cfg.grid) if cfg.rope else None
+        self.register_buffer("pos_embed", token_positions(cfg), persistent=False)
+        sides = (*(stream.side for stream in cfg.own_streams), cfg.grid)
+        rope = RotaryEmbedding(cfg.width // cfg.heads, *sides) if cfg.rope else None
         self.blocks = nn.ModuleList(
             Block(
                 cfg.width,
@@ -70,17 +76,35 @@ class Transformer(nn.Module):
             )
             for _ in range(cfg.depth)
         )
-        self.final_layer = FinalLayer(cfg.width, cfg.patch_size, cfg.out_channels, norm=cfg.norm)
+        channels = [stream.channels for stream in cfg.own_streams]
+        self.final_layer = FinalLayer(cfg.width, cfg.patch_size, cfg.out_channels, norm=cfg.norm, streams=channels)
+        self.stream_embedders = nn.ModuleList(StreamEmbed(c, cfg.width) for c in channels)
+
+    def embed(self, x: Tensor, streams: Sequence[Tensor] = ()) -> Tensor:
+        """Tokens of all streams, then the image's, with their positions: [B, T + N, D]. Arguments as of `forward`."""
+        h: Tensor = self.x_embedder(x)
+        if streams:
+            before = (embedder(stream) for embedder, stream in zip(self.stream_embedders, streams, strict=True))
+            h = torch.cat([*before, h], dim=1)
+        return h + self.pos_embed
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, *, taps: Sequence[int] = (), stop_after: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        streams: Sequence[Tensor] = (),
+        taps: Sequence[int] = (),
+        stop_after: int | None = None,
     ) -> ModelOutput:
         """Predict from a noisy latent.
 
         Args:
-            x: [B, C, H, W] noisy latent.
+            x: [B, C, H, W] noisy latent; what is merged into it are its last channels.
             t: [B] time: in [0, 1] with 1 = noise for SiT and LightningDiT, DDPM step 0..999 for DiT.
             y: [B] int64 labels; `num_classes` is the null label. Label dropout is the caller's business.
+            streams: noisy features with tokens of their own, [B, C, T] each.
             taps: depths (1-based) whose hidden states are wanted.
             stop_after: run blocks 1..stop_after only and predict nothing.
         """
@@ -90,15 +114,21 @@ class Transformer(nn.Module):
 
         time_embedding = self.t_embedder(t)
         c = time_embedding + self.y_embedder(y)  # [B, D]
-        h = self.x_embedder(x) + self.pos_embed  # [B, N, D]
+        h = self.embed(x, streams)  # [B, T + N, D]
+        T = self.cfg.stream_tokens
         hidden: dict[int, Tensor] = {}
+        stream_hidden: dict[int, Tensor] = {}
         for depth, block in enumerate(self.blocks[:last], start=1):
             h = block(h, c)
             if depth in taps:
-                hidden[depth] = h
+                hidden[depth] = h[:, T:] if T else h
+                stream_hidden |= {depth: h[:, :T]} if T else {}
         if stop_after is not None:
-            return ModelOutput(None, hidden, time_embedding)
-        return ModelOutput(unpatchify(self.final_layer(h, c), self.cfg.patch_size), hidden, time_embedding)
+            return ModelOutput(None, hidden, time_embedding, (), stream_hidden)
+        if not T:
+            return ModelOutput(unpatchify(self.final_layer(h, c), self.cfg.patch_size), hidden, time_embedding)
+        patches, predicted = self.final_layer.split(h, c, [stream.tokens for stream in self.cfg.own_streams])
+        return ModelOutput(unpatchify(patches, self.cfg.patch_size), hidden, time_embedding, predicted, stream_hidden)
 
 
 def build_model(cfg: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> Transformer:
@@ -124,9 +154,25 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
 
     Linear layers and the patch embedding (as a matrix): Xavier uniform, zero bias. Label table and time MLP:
     N(0, 0.02^2). Weights of norms: one. All adaLN projections and the final layer: zero, so each block starts as the identity.
+    What belongs to streams is drawn last: everything else starts as it does without them.
     """
-    model.pos_embed.copy_(sincos_positions(model.cfg.width, model.cfg.grid))
-    for module in model.modules():
+    model.pos_embed.copy_(token_positions(model.cfg))
+    of_streams = [*model.stream_embedders.modules(), *model.final_layer.stream_linears]
+    _initialise_layers([m for m in model.modules() if m not in set(of_streams)], generator)
+    time_mlp = model.t_embedder.mlp
+    for module in (model.y_embedder.embedding_table, time_mlp[0], time_mlp[2]):
+        nn.init.normal_(module.get_parameter("weight"), std=0.02, generator=generator)
+    for conditioned in (*model.blocks, model.final_layer):
+        nn.init.zeros_(conditioned.adaLN_modulation[1].weight)
+        nn.init.zeros_(conditioned.adaLN_modulation[1].bias)
+    _initialise_layers(of_streams, generator)
+    for last in (model.final_layer.linear, *model.final_layer.stream_linears):
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+
+def _initialise_layers(modules: Iterable[nn.Module], generator: torch.Generator) -> None:
+    for module in modules:
         if isinstance(module, nn.Linear | nn.Conv2d):
             assert module.bias is not None
             nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
@@ -136,14 +182,6 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm | RotaryEmbedding):
             module.reset_parameters()
-    time_mlp = model.t_embedder.mlp
-    for module in (model.y_embedder.embedding_table, time_mlp[0], time_mlp[2]):
-        nn.init.normal_(module.get_parameter("weight"), std=0.02, generator=generator)
-    for conditioned in (*model.blocks, model.final_layer):
-        nn.init.zeros_(conditioned.adaLN_modulation[1].weight)
-        nn.init.zeros_(conditioned.adaLN_modulation[1].bias)
-    nn.init.zeros_(model.final_layer.linear.weight)
-    nn.init.zeros_(model.final_layer.linear.bias)
 
 
 def load_weights(model: Transformer, state: Mapping[str, Tensor], *, source: str = "the weights") -> None:

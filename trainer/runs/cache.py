@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import featcache
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
-from featcache.feature_names import layer_feature
+from featcache.feature_names import is_class_token, layer_feature
 from featcache.keys import key_text, printable
 from featcache.paths import typed
+from featcache.settings import suggest, to_mapping
 from featcache.store.root import find_root
 from trainer import align
 from trainer.align.base import FeatureInfo
@@ -22,6 +25,7 @@ from trainer.align.features import encoder_layers
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary
+from trainer.runs.streams import check_shape, stream_config
 
 ROOT = Path("caches")
 DEFAULT_ENCODER = "dinov2-b"
@@ -141,6 +145,51 @@ def missing_features(config: RunConfig, cache: featcache.Cache) -> None:
     available = available_features(cache)
     for method in config.methods:
         align.resolve(method, config.method_config(method), available)
+    with_streams(config, cache)
+
+
+def with_streams(config: RunConfig, cache: featcache.Cache) -> RunConfig:
+    """`config` with all streams that its methods ask for, and nothing left open in any.
+
+    Raises:
+        CacheError: the cache lacks one.
+        UserError: one cannot be diffused, or the methods leave open which is meant.
+    """
+    available = available_features(cache)
+    asked: dict[str, dict[str, Any]] = {}
+    for method in config.methods:
+        for feature, options in align.data_streams(method, config.method_config(method), available).items():
+            asked[feature] = {**asked.get(feature, {}), **options}
+    for feature, given in config.streams.items():
+        asked[feature] = {**asked.get(feature, {}), **(given or {})}
+    return dataclasses.replace(
+        config, streams={name: _settled_stream(name, options, cache) for name, options in asked.items()}
+    )
+
+
+def _settled_stream(feature: str, options: Mapping[str, Any], cache: featcache.Cache) -> dict[str, Any]:
+    config = stream_config(feature, options)
+    spec = cache.manifest.features.get(feature)
+    if spec is None:
+        near = suggest(feature, cache.manifest.features)
+        raise CacheError(
+            f"{cache.path} does not hold {feature}, which is to be diffused",
+            remedy=near + build_command(cache, (feature,)),
+        )
+    check_shape(feature, tuple(spec.shape))
+    if spec.codec == "int4":
+        raise UserError(
+            f"{feature} is stored as int4, whose rounding the model would learn to draw",
+            remedy="Store what is to be diffused as fp16, bf16 or int8: featcache build --tokens-codec (class tokens: "
+            "--cls-codec).",
+        )
+    embed = config.embed if config.embed != "auto" else "own" if is_class_token(feature) else "merged"
+    if embed == "merged" and len(spec.shape) == 1:
+        raise UserError(
+            f"{feature} is one vector, which cannot be merged into the latents' channels",
+            remedy=f"Leave embed out, or: --set streams.{feature}.embed=own",
+        )
+    return to_mapping(dataclasses.replace(config, embed=embed))
 
 
 def random_features(cache: featcache.Cache) -> list[str]:

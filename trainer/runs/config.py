@@ -32,6 +32,7 @@ from trainer.align import config_class, method_names, split_methods
 from trainer.models import model_config
 from trainer.models.config import Attention
 from trainer.runs.published import parse_published
+from trainer.runs.streams import OPTIONS, stream_config, stream_names, stream_shapes
 
 if TYPE_CHECKING:
     from trainer.align.base import MethodConfig
@@ -55,7 +56,8 @@ class RunConfig:
         normalization: of the latents: `scalar`, by the VAE's scaling factor; by the mean and standard deviation of each
         `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents. Results under different ones are not comparable: it decides at which times
         which detail is noise. statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's,
-        RAE's); None takes those imported with the latents, else computes them from the cache. A run keeps a copy. label_dropout: share of null labels.
+        RAE's); None takes those imported with the latents, else computes them from the cache. A run keeps a copy. streams: features diffused beside the latents, each with options of
+        `trainer.runs.streams.StreamConfig`; some methods bring their own. label_dropout: share of null labels.
         Of SiT and LightningDiT, see `trainer.diffusion.transport.Flow`: path: interpolant. time_sampling, time_mean, time_std, time_shift:
         how t is drawn. prediction: what the backbone says of x_t; the loss is the velocity's in each case. time_floor:
         smallest divisor where the velocity follows from x or the noise. cosine_weight: of the velocity's direction.
@@ -97,6 +99,14 @@ class RunConfig:
             parse=str,
         ),
     ] = None
+    streams: Annotated[
+        Mapping[str, Mapping[str, Any] | None],
+        Option(
+            "Features to diffuse beside the latents, joined by commas: dinov2-b@11.cls,...",
+            typed=str,
+            parse=stream_names,
+        ),
+    ] = field(default_factory=dict)
     path: Literal["linear", "cosine"] = "linear"
     time_sampling: Literal["uniform", "lognormal"] = "uniform"
     time_mean: Finite = 0.0
@@ -158,6 +168,8 @@ class RunConfig:
         self._check_unused()
         self._check_schedule()
         self._check_methods()
+        for feature, options in self.streams.items():
+            stream_config(feature, options)
         if self.published:
             parse_published(self.published)
 
@@ -239,11 +251,19 @@ class RunConfig:
             align={method: to_mapping(self.method_config(method)) for method in self.methods},
         )
 
-    def backbone(self, vae: Mapping[str, Any], *, resolution: int, num_classes: int) -> ModelConfig:
-        """Shape of the backbone for images of `resolution` pixels per side, given the manifest's `dataset.vae`.
+    def backbone(
+        self,
+        vae: Mapping[str, Any],
+        *,
+        resolution: int,
+        num_classes: int,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> ModelConfig:
+        """Shape of the backbone for images of `resolution` pixels per side, given the manifest's `dataset.vae` and the
+        shapes of the features that are diffused beside the latents.
 
         Raises:
-            UserError: patch and latent sizes do not fit.
+            UserError: patch and latent sizes do not fit, or a stream has another shape.
         """
         return model_config(
             self.model,
@@ -252,11 +272,21 @@ class RunConfig:
             num_classes=num_classes,
             qk_norm=self.qk_norm,
             attention=self.attention,
+            streams=stream_shapes(self.streams, shapes or {}),
         )
 
     def method_config(self, method: str) -> MethodConfig:
         """The method's own frozen configuration, validated."""
         return from_mapping(config_class(method), self.align.get(method) or {}, where=f"align.{method}")
+
+
+def _parts(key: str) -> list[str]:
+    """Of a dotted key; the name of a stream's feature may have dots of its own."""
+    first, _, rest = key.partition(".")
+    if first != "streams" or not rest:
+        return key.split(".")
+    feature, _, option = rest.rpartition(".")
+    return [first, feature, option] if feature and option in OPTIONS else [first, rest]
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -274,7 +304,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"--set {override!r} is not KEY=VALUE", remedy="Type for example: --set steps=1000")
-        *parents, leaf = key.split(".")
+        *parents, leaf = _parts(key)
         if parents and parents[0] in method_names():
             parents.insert(0, "align")
         node: dict[str, Any] = result

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from featcache.errors import CacheError, UserError, os_error
+from featcache.feature_names import is_class_token
 from featcache.redact import is_redacted, redact
 from featcache.settings import from_mapping, to_mapping
 from featcache.store import files
@@ -250,9 +251,9 @@ def clear_leftovers(run: Path) -> None:
 
 
 def _features(cache: Cache) -> dict[str, Any]:
-    """Shape, codec and provenance of a cache's tokens, groups and latents."""
-    features = cache.manifest.features.items()
-    return {n: {"shape": list(f.shape), "codec": f.codec, **f.provenance} for n, f in features if len(f.shape) >= 2}
+    """Shape, codec and provenance of a cache's tokens, class tokens, groups and latents."""
+    features = {n: f for n, f in cache.manifest.features.items() if len(f.shape) >= 2 or is_class_token(n)}
+    return {n: {"shape": list(f.shape), "codec": f.codec, **f.provenance} for n, f in features.items()}
 
 
 def as_json(values: object) -> Any:

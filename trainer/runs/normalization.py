@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer.distributed import from_main
 from trainer.runs import folder as runs
 from trainer.runs.cache import build_command
 from trainer.runs.config import RunConfig
+from trainer.runs.streams import stream_config
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -51,6 +53,17 @@ def resolve(config: RunConfig, cache: Cache) -> str:
     return "channel" if statistics else "scalar"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """Statistics that a run needs. given: file that the user named. flags: how they are typed, over and file."""
+
+    feature: str
+    over: Over
+    given: str | None
+    file: str
+    flags: tuple[str, str] = ("--normalization", "--statistics")
+
+
 def settle(
     config: RunConfig, cache: Cache, run: Path, *, main: bool = True, watcher: Progress = QUIET
 ) -> Statistics | None:
@@ -72,23 +85,84 @@ def settle(
         return None
     if MOMENTS not in cache.manifest.features:
         raise CacheError(f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, (MOMENTS,)))
+    over: Over = "position" if config.normalization == "position" else "channel"
+    wanted = _Wanted(feature=MOMENTS, over=over, given=config.statistics, file=FILE)
+    return _settle(wanted, cache, run, main, watcher)
+
+
+def settle_streams(
+    config: RunConfig, cache: Cache, run: Path, *, main: bool = True, watcher: Progress = QUIET
+) -> dict[str, Statistics]:
+    """As `settle`, for each stream of a settled configuration that is normalised."""
+    found = {}
+    for feature, options in config.streams.items():
+        stream = stream_config(feature, options)
+        if stream.normalization == "none":
+            if stream.statistics is not None:
+                raise UserError(
+                    f"statistics of {feature} are given, and its normalization is none, which uses none",
+                    remedy=f"Type --set streams.{feature}.normalization=channel, or leave the statistics out.",
+                )
+            continue
+        flags = (f"streams.{feature}.normalization", f"streams.{feature}.statistics")
+        wanted = _Wanted(
+            feature=feature,
+            over=stream.normalization,
+            given=stream.statistics,
+            file=_stream_file(feature),
+            flags=flags,
+        )
+        found[feature] = _settle(wanted, cache, run, main, watcher)
+    return found
+
+
+def _stream_file(feature: str) -> str:
+    return f"normalization-{feature.replace('/', '-')}.safetensors"
+
+
+def _settle(wanted: _Wanted, cache: Cache, run: Path, main: bool, watcher: Progress) -> Statistics:
     # What the user names may be a link, as in the Hugging Face hub's folders; what lies in a run may not.
-    given = None if config.statistics is None else _fitting(load(Path(config.statistics).resolve()), config, cache)
+    given = None if wanted.given is None else _fitting(load(Path(wanted.given).resolve()), wanted, cache)
     if not runs.is_run(run):  # what a start that was cut short left there is no run's
-        return given or _fitting(_imported(config, cache) or _computed(config, cache, main, watcher), config, cache)
-    kept = _fitting(_kept(run), config, cache)
+        return given or _fitting(_imported(wanted, cache) or _computed(wanted, cache, main, watcher), wanted, cache)
+    kept = _fitting(_kept(run, wanted.file), wanted, cache)
     if given is not None and not (torch.equal(given.mean, kept.mean) and torch.equal(given.std, kept.std)):
         raise UserError(
-            f"{run} was started with other statistics than {config.statistics}",
-            remedy="Leave --statistics out: the run has its own copy. Or start another run with --name.",
+            f"{run} was started with other statistics than {wanted.given}",
+            remedy=f"Leave {wanted.flags[1]} out: the run has its own copy. Or start another run with --name.",
         )
     return kept
 
 
-def keep(statistics: Statistics | None, run: Path) -> None:
-    """Writes the copy of a run that begins, before its `config.yaml`; one that has begun keeps its own."""
-    if statistics is not None and not runs.is_run(run):
+def keep(statistics: Statistics | None, run: Path, of_streams: Mapping[str, Statistics] | None = None) -> None:
+    """Writes the copies of a run that begins, before its `config.yaml`; one that has begun keeps its own."""
+    if runs.is_run(run):
+        return
+    if statistics is not None:
         save(statistics, files.inside(run, FILE))
+    for feature, found in (of_streams or {}).items():
+        save(found, files.inside(run, _stream_file(feature)))
+
+
+def streams_of_run(run: Path, config: RunConfig) -> dict[str, Statistics]:
+    """What a run's streams were normalised by.
+
+    Raises:
+        UserError: a copy is missing or damaged.
+    """
+    normalised = [f for f, options in config.streams.items() if stream_config(f, options).normalization != "none"]
+    return {feature: _kept(run, _stream_file(feature)) for feature in normalised}
+
+
+def of_tokens(statistics: Statistics) -> Normalization:
+    """Of tokens or a class token, for values `[B, C, T]`: tensors `[C, 1]` or `[C, T]`."""
+
+    def columns(values: Tensor) -> Tensor:
+        if values.ndim == 3:  # of a file: [C, 1, 1], or RAE's [C, h, w]
+            return values.flatten(1)
+        return values[:, None] if values.ndim == 1 else values.T
+
+    return Normalization(shift=columns(statistics.mean), scale=1 / columns(statistics.std))
 
 
 def of_run(run: Path, config: RunConfig, vae: Mapping[str, Any]) -> Normalization | None:
@@ -99,22 +173,23 @@ def of_run(run: Path, config: RunConfig, vae: Mapping[str, Any]) -> Normalizatio
     """
     if config.normalization == "scalar":
         return scalar(vae) if "scaling_factor" in vae and "shift_factor" in vae else None
-    return from_statistics(_kept(run))
+    return from_statistics(_kept(run, FILE))
 
 
-def _kept(run: Path) -> Statistics:
-    path = files.inside(run, FILE)
+def _kept(run: Path, file: str) -> Statistics:
+    path = files.inside(run, file)
     if not path.is_file():
         raise UserError(
-            f"{path} is missing, and the run's latents were normalised by it",
+            f"{path} is missing, and what the run trains on was normalised by it",
             remedy="Bring it back: without it the run can be neither continued nor sampled from.",
         )
     return load(path)
 
 
-def _imported(config: RunConfig, cache: Cache) -> Statistics | None:
+def _imported(wanted: _Wanted, cache: Cache) -> Statistics | None:
     """Those of the channels that the latents brought with them."""
-    return from_record(cache.manifest.dataset.vae or {}) if config.normalization == "channel" else None
+    of_channels = wanted.feature == MOMENTS and wanted.over == "channel"
+    return from_record(cache.manifest.dataset.vae or {}) if of_channels else None
 
 
 def from_record(vae: Mapping[str, Any]) -> Statistics | None:
@@ -125,42 +200,54 @@ def from_record(vae: Mapping[str, Any]) -> Statistics | None:
     return Statistics(mean=torch.tensor(mean)[:, None, None], std=torch.tensor(std)[:, None, None])
 
 
-def _computed(config: RunConfig, cache: Cache, main: bool, watcher: Progress) -> Statistics:
+def _computed(wanted: _Wanted, cache: Cache, main: bool, watcher: Progress) -> Statistics:
     found = None
     if main:
-        watcher.note(f"no statistics were given: computing them from the latents of {cache.path}, once for this run")
-        over: Over = "position" if config.normalization == "position" else "channel"
-        found = compute(cache, MOMENTS, over, progress=watcher)
+        of = "the latents" if wanted.feature == MOMENTS else wanted.feature
+        watcher.note(f"no statistics were given: computing them from {of} of {cache.path}, once for this run")
+        found = compute(cache, wanted.feature, wanted.over, progress=watcher)
     found = from_main(found)
     assert found is not None
     return found
 
 
-def _compute(config: RunConfig, cache: Cache) -> str:
+def _compute(wanted: _Wanted, cache: Cache) -> str:
     """What to type for statistics that fit."""
-    command = f"featcache stats {typed(str(cache.path))} --over {config.normalization} --out stats.safetensors"
-    return f"Leave --statistics out, and the run computes them; or once for many runs: {command}"
+    feature = "" if wanted.feature == MOMENTS else f" --feature {wanted.feature}"
+    command = f"featcache stats {typed(str(cache.path))}{feature} --over {wanted.over} --out stats.safetensors"
+    return f"Leave {wanted.flags[1]} out, and the run computes them; or once for many runs: {command}"
 
 
-def _fitting(statistics: Statistics, config: RunConfig, cache: Cache) -> Statistics:
-    channels, *sides = cache.manifest.features[MOMENTS].shape
-    latent = (channels // 2, *sides)
-    shape = (latent[0], 1, 1) if config.normalization == "channel" else latent
-    if statistics.feature not in (None, MOMENTS):
+def _shapes(wanted: _Wanted, cache: Cache) -> tuple[tuple[int, ...], ...]:
+    """That the statistics may have: as they are computed here, and as files hold them."""
+    shape = tuple(cache.manifest.features[wanted.feature].shape)
+    if wanted.feature == MOMENTS:
+        latent = (shape[0] // 2, *shape[1:])
+        return ((latent[0], 1, 1),) if wanted.over == "channel" else (latent,)
+    channels = shape[-1]
+    if wanted.over == "channel" or len(shape) == 1:
+        return (channels,), (channels, 1, 1)
+    side = math.isqrt(shape[0])
+    return shape, (channels, side, side)
+
+
+def _fitting(statistics: Statistics, wanted: _Wanted, cache: Cache) -> Statistics:
+    if statistics.feature not in (None, wanted.feature):
         raise UserError(
-            f"the statistics are of {statistics.feature}, not of {MOMENTS}",
-            remedy=_compute(config, cache),
+            f"the statistics are of {statistics.feature}, not of {wanted.feature}",
+            remedy=_compute(wanted, cache),
         )
     if statistics.fingerprint not in (None, cache.fingerprint):
         raise CacheError(
             f"the statistics were computed from a cache with fingerprint {str(statistics.fingerprint)[:12]}, and "
             f"{cache.path} has {cache.fingerprint[:12]}",
-            remedy=_compute(config, cache),
+            remedy=_compute(wanted, cache),
         )
-    if tuple(statistics.mean.shape) != shape:
+    shapes = _shapes(wanted, cache)
+    if tuple(statistics.mean.shape) not in shapes:
         raise UserError(
-            f"the statistics have the shape {list(statistics.mean.shape)}, and --normalization {config.normalization} needs "
-            f"{list(shape)}",
-            remedy="Type --normalization channel or position as they were computed, or compute others with featcache stats.",
+            f"the statistics have the shape {list(statistics.mean.shape)}, and {wanted.flags[0]} {wanted.over} needs "
+            f"{list(shapes[0])}",
+            remedy=f"Give {wanted.flags[0]} channel or position as they were computed, or compute others with featcache stats.",
         )
     return statistics

@@ -43,7 +43,8 @@ class Sampling:
 
     sampler: `sde` (Euler-Maruyama), `ode` (Euler), `heun` or `ddpm`. steps: function evaluations.
     shift: of the times. guidance: classifier-free guidance scale, 1 for none. interval: of t, in which it acted.
-    channels: the first so many were guided, None: all. classes: `random`, or `balanced`, each class alike. pixels: how
+    channels: the first so many were guided, None: all. stream_guidance, representation_guidance: see
+    `trainer.diffusion.guidance.Guidance`. classes: `random`, or `balanced`, each class alike. pixels: how
     they became 8 bits, see `trainer.sampling.draw.SampleConfig`.
     """
 
@@ -53,6 +54,8 @@ class Sampling:
     guidance: float | None = 1.0
     interval: ParsedInterval = Interval()
     channels: Count | None = None
+    stream_guidance: Positive | None = None
+    representation_guidance: Positive = 1.0
     classes: Literal["balanced", "random"] | None = None
     pixels: Literal["round", "truncate"] | None = None
 
@@ -66,6 +69,10 @@ class Sampling:
             guided = f"guidance {self.guidance:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
         if guided and self.channels is not None:
             guided += f" of {self.channels} channels"
+        if guided and self.stream_guidance is not None:
+            guided += f", of the streams {self.stream_guidance:g}"
+        if self.representation_guidance != 1:
+            guided = f"representation guidance {self.representation_guidance:g}"
         shift = "" if self.shift == 1 else f"times shifted by {self.shift:g}"
         return ", ".join(part for part in (drawn, shift, guided) if part)
 
@@ -82,10 +89,14 @@ class Sampling:
         sampler that takes one. An unknown scale is none at all, or whichever is asked for.
         """
         found = {name: value for name, value in asked.items() if value is not None}
-        scale = found.setdefault("guidance", 1.0 if self.guidance is None else self.guidance)
+        unguided = self.guidance is None or found.get("representation_guidance", 1) != 1
+        scale = found.setdefault("guidance", 1.0 if unguided else self.guidance)
         if self.guidance in (None, scale):
             found.setdefault("interval", self.interval)
             found.setdefault("guided_channels", self.channels)
+            found.setdefault("stream_guidance", self.stream_guidance)
+        if scale == 1:
+            found.setdefault("representation_guidance", self.representation_guidance)
         if found.get("sampler", self.sampler) in (None, *SHIFTED):
             found.setdefault("shift", self.shift)
         if self.classes is not None:

@@ -25,6 +25,11 @@ def cache_summary(run: Path) -> Summary:
 
 def run_model_config(run: Path, config: RunConfig) -> ModelConfig:
     """Shape of a run's backbone, from its configuration and the latents it was trained on."""
-    dataset = cache_summary(run)["dataset"]
-    resolution, classes = dataset["preprocessing"]["resolution"], len(dataset["class_names"])
-    return config.backbone(dataset["vae"], resolution=resolution, num_classes=classes)
+    summary = cache_summary(run)
+    dataset = summary["dataset"]
+    return config.backbone(
+        dataset["vae"],
+        resolution=dataset["preprocessing"]["resolution"],
+        num_classes=len(dataset["class_names"]),
+        shapes={name: tuple(feature["shape"]) for name, feature in summary["features"].items()},
+    )

@@ -21,6 +21,7 @@ from featcache.store import files
 from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
+from trainer.diffusion.streams import Layout
 from trainer.diffusion.transport import Flow, Transport, build_transport
 from trainer.models import ModelOutput, Transformer, build_model, load_weights
 from trainer.runs import checkpoint
@@ -30,6 +31,7 @@ from trainer.runs.normalization import Normalization, of_run
 from trainer.runs.published import SHIFTED
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
+from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
     from trainer.sampling.inference import Network
@@ -183,38 +185,68 @@ def draw_latents(
 ) -> Tensor:
     """Scaled latents float32 [B, C, h, w] of the samples `indices` with `labels` [B].
 
-    Each sample's noise is a function of (config.seed, its index) alone. `transport`: what the model was trained with,
-    None its family's with default settings.
+    Each sample's noise is a function of (config.seed, its index) alone, and the latents' is the same whatever is drawn
+    beside them. `transport`: what the model was trained with, None its family's with default settings.
     """
+    return draw_streams(model, labels, indices, config, transport=transport)[0]
+
+
+@torch.inference_mode()
+def draw_streams(
+    model: Transformer | Network,
+    labels: Tensor,
+    indices: Sequence[int],
+    config: SampleConfig,
+    *,
+    transport: Transport | None = None,
+) -> list[Tensor]:
+    """As `draw_latents`: the latents, then each stream in the shapes of `trainer.diffusion.streams.Layout`."""
     cfg, device = model.cfg, labels.device
+    layout = Layout(cfg=cfg)
     transport = transport or build_transport(cfg.family, device=device)
-    x = sample_noise(config.seed, indices, cfg.latent_shape, 0, device=device)
-    noise = noise_stream(config.seed, indices, cfg.latent_shape, device=device)
+    seeds = [config.seed, *(derive_seed(config.seed, f"samples/{stream.name}") for stream in cfg.streams)]
+    first = [sample_noise(s, indices, shape, 0, device=device) for s, shape in zip(seeds, layout.shapes)]
+    later = [noise_stream(s, indices, shape, device=device) for s, shape in zip(seeds, layout.shapes)]
+    x = layout.pack(first)
+
+    def noise(step: int) -> Tensor:
+        return layout.pack([draw(step) for draw in later])
+
     times = sampling_times(config.sampler, config.steps, config.shift)
     model_fn = guided(
-        model if isinstance(times, ddpm.Schedule) else _velocities(model, transport),
+        _on_state(model, layout, None if isinstance(times, ddpm.Schedule) else transport),
         labels,
         null_label=cfg.num_classes,
         guidance=config.guidance,
         time_range=transport.time_range,
+        layout=layout,
     )
     if isinstance(times, ddpm.Schedule):
         if config.sampler == "ddim":
-            return samplers.ddim(model_fn, x, times)
-        return samplers.ddpm(model_fn, x, times, noise=noise)
+            return layout.unpack(samplers.ddim(model_fn, x, times))
+        return layout.unpack(samplers.ddpm(model_fn, x, times, noise=noise))
     if config.sampler == "sde":
         assert isinstance(transport, Flow), "check_sampler lets no DDPM model come here"
-        return samplers.euler_maruyama(model_fn, x, times, noise=noise, path=transport.path)
+        return layout.unpack(samplers.euler_maruyama(model_fn, x, times, noise=noise, path=transport.path))
     method = {"ode": samplers.euler, "heun": samplers.heun, "dopri5": samplers.dopri5}[config.sampler]
-    return method(model_fn, x, times)
+    return layout.unpack(method(model_fn, x, times))
 
 
-def _velocities(model: Transformer | Network, transport: Transport) -> Callable[[Tensor, Tensor, Tensor], ModelOutput]:
-    """`model` with velocities for predictions, whatever it was trained to predict."""
+def _on_state(
+    model: Transformer | Network, layout: Layout, transport: Transport | None
+) -> Callable[[Tensor, Tensor, Tensor], ModelOutput]:
+    """`model` on a sampler's state; with a transport it gives velocities, whatever it was trained to predict."""
 
-    def call(x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
-        output: ModelOutput = model(x, t, y)
-        return output._replace(prediction=transport.velocity(output, x, t))
+    def call(state: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
+        parts = layout.unpack(state)
+        x, own = layout.inputs(parts)
+        output: ModelOutput = model(x, t, y, **own)
+        if (
+            transport is None
+        ):  # all streams are merged, so the state and what is predicted of it are shaped as the latents
+            return output
+        found = [transport.velocity(out, part, t) for out, part in zip(layout.outputs(output), parts)]
+        return output._replace(prediction=layout.pack(found))
 
     return call
 

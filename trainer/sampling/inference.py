@@ -6,6 +6,7 @@ rounding, so it is recorded with the samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,8 +77,8 @@ class Network(nn.Module):
     def cfg(self) -> ModelConfig:
         return self.backbone.cfg
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
-        """As the backbone's, the prediction [B, C_out, H, W] in the dtype of x: guidance then subtracts in float32.
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, streams: Sequence[Tensor] = ()) -> ModelOutput:
+        """As the backbone's, all predictions in the dtype of x: guidance then subtracts in float32.
 
         Raises:
             UserError: the blocks could not be compiled.
@@ -85,14 +86,15 @@ class Network(nn.Module):
         enabled = self.arithmetic.precision == "bf16"
         try:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
-                output: ModelOutput = self.backbone(x, t, y)
+                output: ModelOutput = self.backbone(x, t, y, streams=streams)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
                 f"the backbone could not be compiled: {first_line(error)}",
                 remedy="Type --no-compile (compiling needs a C++ compiler on the CPU and Triton on a GPU).",
             ) from error
         assert output.prediction is not None, "all blocks ran"
-        return output._replace(prediction=output.prediction.to(x.dtype))
+        of_streams = tuple(part.to(x.dtype) for part in output.streams)
+        return output._replace(prediction=output.prediction.to(x.dtype), streams=of_streams)
 
 
 def _round_weights(backbone: Transformer) -> None:

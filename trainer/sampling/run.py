@@ -38,6 +38,7 @@ from trainer.interval import Interval, plain
 from trainer.requests import SampleRequest
 from trainer.runs import folder as runs
 from trainer.runs import locks
+from trainer.runs.streams import stream_config
 from trainer.sampling.draw import (
     LoadedRun,
     SampleConfig,
@@ -61,23 +62,56 @@ BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
 Record = dict[str, object]
 
 
-def sample_config(request: SampleRequest, family: str) -> SampleConfig:
+def sample_config(request: SampleRequest, loaded: LoadedRun) -> SampleConfig:
     """What decides the numbers of the samples.
 
     Raises:
-        UserError: a sampler that the family has not, or wrong steps.
+        UserError: a sampler that the family has not, wrong steps, or guidance by streams that the run has not.
     """
-    sampler = check_sampler(family, request.sampler)
+    sampler = check_sampler(loaded.model.cfg.family, request.sampler)
     sampling_times(sampler, request.steps, request.shift)
-    guidance = Guidance(scale=request.guidance, interval=request.interval, channels=request.guided_channels)
+    guidance = Guidance(
+        scale=request.guidance,
+        interval=request.interval,
+        channels=request.guided_channels,
+        streams=request.stream_guidance,
+        representation=request.representation_guidance,
+    )
+    _check_streams(guidance, loaded)
     return SampleConfig(
         sampler=sampler,
         steps=request.steps,
         shift=request.shift,
-        guidance=Guidance() if guidance.scale == 1 else guidance,  # one record for all that draw alike
+        # One record for all that draw alike.
+        guidance=Guidance() if guidance.scale == 1 and guidance.representation == 1 else guidance,
         pixels=request.pixels,
         seed=request.seed,
     )
+
+
+def _check_streams(guidance: Guidance, loaded: LoadedRun) -> None:
+    config = loaded.config
+    for flag, used in (
+        ("--stream-guidance", guidance.streams is not None),
+        ("--representation-guidance", guidance.representation != 1),
+    ):
+        if used and not config.streams:
+            raise UserError(
+                f"{flag} is of what is diffused beside the latents, and {config.name} diffuses the latents alone",
+                remedy=f"Leave {flag} out.",
+            )
+    if guidance.representation == 1:
+        return
+    if not all(stream_config(name, options).dropout for name, options in config.streams.items()):
+        raise UserError(
+            f"{config.name} was never trained without what it diffuses beside the latents, so nothing can be guided by that",
+            remedy="Train with dropout (redi: --set redi.dropout=0.2), or leave --representation-guidance out.",
+        )
+    if config.prediction != "velocity":
+        raise UserError(
+            f"representation guidance is of velocities, and {config.name} predicts {config.prediction}",
+            remedy="Leave --representation-guidance out.",
+        )
 
 
 def file_name(request: SampleRequest) -> str:
@@ -96,6 +130,10 @@ def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Ari
             f"cfg{plain(request.guidance)}" + (f"-{request.interval}" if request.interval != Interval() else "")
         )
         parts += [f"ch{request.guided_channels}"] if request.guided_channels else []
+        parts += [f"streams{plain(request.stream_guidance)}"] if request.stream_guidance is not None else []
+    if request.representation_guidance != 1:
+        interval = f"-{request.interval}" if request.interval != Interval() else ""
+        parts.append(f"rg{plain(request.representation_guidance)}{interval}")
     parts += [_short(str(request.classes).replace(",", "_"))] if request.classes != Classes() else []
     parts += [request.pixels] if request.pixels != "round" else []
     parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
@@ -136,7 +174,7 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleR
     with distributed.joined(device_name) as world:
         device = world.device(device_name)
         loaded = load_run(run, step=request.checkpoint, device=str(device))
-        config = sample_config(request, loaded.model.cfg.family)
+        config = sample_config(request, loaded)
         vae = loaded.decoder(request.weights_dir).to(device)
         settings = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}

@@ -25,13 +25,14 @@ from featcache.store.remote import is_remote
 from featcache.store.signing import require_digest
 from trainer import distributed
 from trainer.align.base import Alignment
+from trainer.diffusion.streams import Layout
 from trainer.distributed import World
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
-from trainer.runs.cache import find_cache, random_features, sample_keys
+from trainer.runs.cache import find_cache, random_features, sample_keys, with_streams
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
-from trainer.runs.normalization import keep, resolve, settle
+from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.training.data import Batches, Share, stream_indices
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
@@ -99,8 +100,9 @@ def _train(
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
         statistics = settle(config, cache, run, main=world.is_main, watcher=watcher)
+        of_streams = settle_streams(config, cache, run, main=world.is_main, watcher=watcher)
         begun = bool(checkpoint.list_checkpoints(run))
-        parts = assemble(config, cache, device, world, statistics=statistics, begun=begun)
+        parts = assemble(config, cache, device, world, statistics=statistics, stream_statistics=of_streams, begun=begun)
         start, trained_s = _restore(parts, run, config)
         if world.is_main:
             runs.clear_leftovers(run)
@@ -112,7 +114,7 @@ def _train(
         if start < config.steps:
             with _told_how_to_go_on(job):
                 if world.is_main:
-                    keep(statistics, run)  # before config.yaml makes it a run
+                    keep(statistics, run, of_streams)  # before config.yaml makes it a run
                 lost = runs.open_folder(run, config, cache, parts.reads, start, main=world.is_main)
                 if lost:
                     watcher.note(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
@@ -129,8 +131,8 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
     signals = distributed.StopSignal()
     batches = Batches(
         job.cache,
-        ["vae/moments", "label"],
-        extra=[name for name in alignment.reads if name != "vae/moments"] if alignment is not None else [],
+        [*job.parts.data, "label"],
+        extra=[name for name in alignment.reads if name not in job.parts.data] if alignment is not None else [],
         wanted=lambda step: is_aligned(config, alignment, step),
         share=job.share,
         seed=config.seed,
@@ -195,6 +197,7 @@ def train_step(
         latent_shape=parts.model.cfg.latent_shape,
         time_sampling=config.time_sampling,
         device=job.device,
+        streams=dict(zip(parts.data[1:], Layout(cfg=parts.model.cfg).shapes[1:])),
     )
     for micro in range(config.accumulate):
         terms, measured = forward_backward(
@@ -367,7 +370,7 @@ def _resolve(
     run = distributed.from_main(claimed)
     assert run is not None
     return run, dataclasses.replace(
-        config.settled(),
+        with_streams(config.settled(), cache),
         cache=redact(str(cache.path)),
         name=str(run.relative_to(root)),
         precision=precision_of(config, device),  # type: ignore[arg-type]
@@ -416,9 +419,7 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
     config = job.config
     if remark is not None:
         job.watcher.note(remark)
-    random = [
-        n for n in random_features(job.cache) if n == "vae/moments" or n in getattr(job.parts.alignment, "reads", ())
-    ]
+    random = [n for n in random_features(job.cache) if n in job.parts.reads]
     if random:
         job.watcher.note(
             f"{', '.join(random)} in {job.cache.path} were made with random encoder weights: good for trying out only"

@@ -10,16 +10,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from featcache.read.normalization import LOGVAR_RANGE
 from trainer.align.base import AlignInputs, Alignment, Teacher
+from trainer.diffusion.streams import Layout
 from trainer.distributed import is_sharded, local, sum_over_ranks
 from trainer.seeds import derive_seed
+from trainer.training.streams import Normalize, Stream
 
 if TYPE_CHECKING:
     from featcache.codecs import FeatureCodec
@@ -33,6 +35,7 @@ class Draws:
     """Random numbers of one micro-batch, float32 on the device.
 
     time: [B] U(0,1), or N(0,1) for log-normal times. posterior, noise: [B, C, h, w] N(0,1). drop, align: [B] U(0,1).
+    streams: feature -> its noise, N(0,1). drop_stream: feature -> [B] U(0,1).
     """
 
     time: Tensor
@@ -40,32 +43,50 @@ class Draws:
     noise: Tensor
     drop: Tensor
     align: Tensor
+    streams: Mapping[str, Tensor] = field(default_factory=dict)
+    drop_stream: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, rows: slice) -> Draws:
-        return Draws(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+        def cut(value: Tensor | Mapping[str, Tensor]) -> Any:
+            return value[rows] if isinstance(value, Tensor) else {name: part[rows] for name, part in value.items()}
+
+        return Draws(**{name: cut(getattr(self, name)) for name in self.__dataclass_fields__})
 
 
 def draw(
-    *, seed: int, step: int, batch: int, latent_shape: tuple[int, int, int], time_sampling: str, device: torch.device
+    *,
+    seed: int,
+    step: int,
+    batch: int,
+    latent_shape: tuple[int, int, int],
+    time_sampling: str,
+    device: torch.device,
+    streams: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Draws:
     """All random numbers of one global batch: a function of (seed, step) on a given kind of device.
 
-    Always the same draws in the same order, whatever the method needs: methods can be compared sample by sample.
+    Always the same draws in the same order, whatever the method needs: methods can be compared sample by sample. Those of
+    streams (feature -> shape of a sample) come of generators of their own, so that they leave the others as they are.
     """
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, "draws", step))
 
-    def uniform() -> Tensor:
+    def uniform(generator: torch.Generator) -> Tensor:
         return torch.rand(batch, generator=generator, device=device)
 
-    def normal(*shape: int) -> Tensor:
+    def normal(generator: torch.Generator, *shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator, device=device)
 
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, "draws", step))
+    beside = {
+        name: torch.Generator(device).manual_seed(derive_seed(seed, f"draws/{name}", step)) for name in streams or {}
+    }
     return Draws(
-        time=normal() if time_sampling == "lognormal" else uniform(),
-        posterior=normal(*latent_shape),
-        noise=normal(*latent_shape),
-        drop=uniform(),
-        align=uniform(),
+        time=normal(generator) if time_sampling == "lognormal" else uniform(generator),
+        posterior=normal(generator, *latent_shape),
+        noise=normal(generator, *latent_shape),
+        drop=uniform(generator),
+        align=uniform(generator),
+        streams={name: normal(beside[name], *shape) for name, shape in (streams or {}).items()},
+        drop_stream={name: uniform(own) for name, own in beside.items()},
     )
 
 
@@ -86,7 +107,7 @@ class Objective(nn.Module):
         model: the backbone being trained, on its device.
         alignment: the method's heads and loss, or None.
         features: name -> how it is stored, for `vae/moments` and all that the method reads.
-        normalization: of the latent, see `sample_posterior`.
+        normalization: of the latent, see `sample_posterior`. streams: what is diffused beside it, as the model's.
         transport: on the model's device. label_dropout: see `trainer.runs.config.RunConfig`.
         autocast: dtype of autocast, or None for float32.
         teacher: EMA model for methods that need one; kept out of this module's parameters.
@@ -103,18 +124,15 @@ class Objective(nn.Module):
         label_dropout: float,
         autocast: torch.dtype | None,
         teacher: Transformer | None = None,
+        streams: Sequence[Stream] = (),
     ) -> None:
         super().__init__()
+        assert [stream.name for stream in streams] == [stream.name for stream in model.cfg.streams]
         self.model, self.alignment = model, alignment
+        self._streams, self._layout = nn.ModuleList(streams), Layout(cfg=model.cfg)
         self._features = dict(features)
         self._codecs = nn.ModuleList(features.values())  # so that bases move with the module
-        self._scale: float | Tensor
-        self._shift: float | Tensor
-        for name, value in (("_scale", normalization.scale), ("_shift", normalization.shift)):
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value, persistent=False)  # to move with the module
-            else:
-                setattr(self, name, value)  # a constant of the graph
+        self._normalize = Normalize(normalization)
         self._label_dropout, self._dtype = label_dropout, autocast
         self._transport = transport
         # In a list: not a submodule, so neither saved, trained nor synchronised with this one.
@@ -126,18 +144,27 @@ class Objective(nn.Module):
         """Loss terms by name, and what the method saw (None if not `aligned`), for `measure` and
         `adversary_loss`: without gradients, and without the targets, which those decode anew where they are due.
 
-        `denoise` is the diffusion loss, `denoise/<term>` what a transport adds to it; `align/<term>` are the method's weighted terms. Their sum is the loss.
-        Compiled there are two variants, with and without alignment.
+        `denoise` is the latents' diffusion loss, `denoise/<term>` what a transport adds to it, `denoise/<feature>` a
+        stream's weighted one; `align/<term>` are the method's weighted terms. Their sum is the loss. Compiled there are two
+        variants, with and without alignment.
         """
         alignment = self.alignment if aligned else None
         moments = self._features["vae/moments"].decode(batch, torch.float32)
-        latent = sample_posterior(moments, draws.posterior, scale=self._scale, shift=self._shift)
+        norm = self._normalize
+        latent = sample_posterior(moments, draws.posterior, scale=norm.scale, shift=norm.shift)
+        clean = [latent, *self._clean(batch, draws)]
         t = self._transport.times(draws.time)
-        noisy = self._transport.noisy(latent, draws.noise, t)
+        noisy = self._noisy(clean, draws, t)
         times, labels = self._transport.model_time(t), self._labels(batch, draws)
+        x, own = self._layout.inputs(noisy)
         with self._autocast():
-            output = self.model(noisy, times, labels, taps=alignment.taps if alignment is not None else ())
-        terms = self._transport.loss(output, latent, draws.noise, noisy, t)
+            output = self.model(x, times, labels, **own, taps=alignment.taps if alignment is not None else ())
+        predicted, *others = self._layout.outputs(output)
+        terms = self._transport.loss(predicted, latent, draws.noise, noisy[0], t)
+        for stream, out, x0, x_t in zip(self.streams, others, clean[1:], noisy[1:]):
+            name, kept = stream.name, stream.kept(draws.drop_stream[stream.name])
+            found = self._transport.loss(out, x0, draws.streams[name], x_t, t, weights=kept)
+            terms |= {f"denoise/{name}{term.removeprefix('denoise')}": stream.weight * v for term, v in found.items()}
         if alignment is None:
             return terms, None
 
@@ -148,7 +175,8 @@ class Objective(nn.Module):
             time_embedding=output.time_embedding,
             latent=latent,
             uniform=draws.align,
-            teacher=self._teach(latent, batch, draws) if alignment.needs_teacher else None,
+            teacher=self._teach(clean, batch, draws) if alignment.needs_teacher else None,
+            stream_hidden=self._layout.hidden(output),
         )
         with self._autocast():
             terms |= {f"align/{name}": value for name, value in alignment.terms(inputs).items()}
@@ -161,7 +189,8 @@ class Objective(nn.Module):
         Apart from the compiled step, because it is only done when a line is logged.
         """
         assert self.alignment is not None
-        teacher = self._teach(inputs.latent, batch, draws) if self.alignment.needs_teacher else None
+        clean = [inputs.latent, *self._clean(batch, draws)]
+        teacher = self._teach(clean, batch, draws) if self.alignment.needs_teacher else None
         inputs = replace(inputs, targets=self._targets(batch, self._dtype or torch.float32), teacher=teacher)
         with self._autocast():
             return {f"metric/{name}": value for name, value in self.alignment.metrics(inputs).items()}
@@ -189,20 +218,38 @@ class Objective(nn.Module):
             device_type, dtype=self._dtype or torch.bfloat16, enabled=enabled and self._dtype is not None
         )
 
+    @property
+    def streams(self) -> list[Stream]:
+        """What is diffused beside the latents."""
+        return [stream for stream in self._streams if isinstance(stream, Stream)]
+
+    def _clean(self, batch: Mapping[str, Tensor], draws: Draws) -> list[Tensor]:
+        """Each stream without noise; zero where it is dropped, which the noise does not know (as in ReDi's code)."""
+        found = []
+        for stream in self.streams:
+            clean, kept = stream.clean(batch), stream.kept(draws.drop_stream[stream.name])
+            found.append(clean if kept is None else clean * kept.reshape(-1, *[1] * (clean.ndim - 1)))
+        return found
+
+    def _noisy(self, clean: Sequence[Tensor], draws: Draws, t: Tensor) -> list[Tensor]:
+        noises = (draws.noise, *(draws.streams[stream.name] for stream in self.streams))
+        return [self._transport.noisy(x0, noise, t) for x0, noise in zip(clean, noises, strict=True)]
+
     def _labels(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Labels with a share replaced by the null label, int64 [B]."""
         return torch.where(draws.drop < self._label_dropout, self.model.cfg.num_classes, batch["label"])
 
-    def _teach(self, latent: Tensor, batch: Mapping[str, Tensor], draws: Draws) -> Teacher:
-        """The EMA model on this batch: same latent, noise and (already dropped) labels; the method chooses the time."""
+    def _teach(self, clean: Sequence[Tensor], batch: Mapping[str, Tensor], draws: Draws) -> Teacher:
+        """The EMA model on this batch: same data, noise and (already dropped) labels; the method chooses the time."""
         teacher = self._teacher[0]
         assert teacher is not None, "the method needs a teacher and none was given"
         labels = self._labels(batch, draws)
 
         def hidden(t: Tensor, depth: int) -> Tensor:
             with torch.no_grad(), self._autocast():
-                noisy, times = self._transport.noisy(latent, draws.noise, t), self._transport.model_time(t)
-                output: ModelOutput = teacher(noisy, times, labels, taps=(depth,), stop_after=depth)
+                x, own = self._layout.inputs(self._noisy(clean, draws, t))
+                times = self._transport.model_time(t)
+                output: ModelOutput = teacher(x, times, labels, **own, taps=(depth,), stop_after=depth)
             return output.hidden[depth]
 
         return hidden
@@ -216,6 +263,9 @@ def _detached(inputs: AlignInputs) -> AlignInputs:
         time_embedding=inputs.time_embedding.detach(),
         latent=inputs.latent,
         uniform=inputs.uniform,
+        stream_hidden={
+            name: {depth: h.detach() for depth, h in found.items()} for name, found in inputs.stream_hidden.items()
+        },
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from featcache.codecs import FeatureCodec
 from featcache.errors import CacheError, UserError
+from featcache.paths import typed
 from featcache.read.normalization import Statistics
 from featcache.read.statistics import layer_statistics
 from trainer import align, distributed
@@ -21,13 +22,15 @@ from trainer.align.base import AlignInputs, Alignment, BackboneInfo
 from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
-from trainer.models.blocks import sincos_positions
+from trainer.models.blocks import token_positions
 from trainer.runs import checkpoint
-from trainer.runs.cache import available_features, build_command
+from trainer.runs.cache import available_features, build_command, with_streams
 from trainer.runs.config import RunConfig
-from trainer.runs.normalization import from_statistics, scalar
+from trainer.runs.normalization import from_statistics, of_tokens, scalar
+from trainer.runs.streams import stream_config
 from trainer.seeds import derive_seed
 from trainer.training.objective import Objective
+from trainer.training.streams import Stream
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -58,10 +61,15 @@ class Parts:
     sharded: bool
 
     @property
+    def data(self) -> tuple[str, ...]:
+        """Names of the cached features that are diffused, the latents first."""
+        return ("vae/moments", *(stream.name for stream in self.model.cfg.streams))
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Names of the cached features that are trained on."""
         aligned = self.alignment.reads if self.alignment is not None else ()
-        return tuple(dict.fromkeys(("vae/moments", "label", *aligned)))
+        return tuple(dict.fromkeys((*self.data, "label", *aligned)))
 
     @property
     def adversary(self) -> nn.Module | None:
@@ -80,6 +88,7 @@ def assemble(
     *,
     backbone: tuple[Transformer, Transformer] | None = None,
     statistics: Statistics | None = None,
+    stream_statistics: Mapping[str, Statistics] | None = None,
     begun: bool = False,
 ) -> Parts:
     """Builds everything from a configuration and a cache.
@@ -88,14 +97,15 @@ def assemble(
 
     Args:
         backbone: model and average to use instead of new ones, for comparing methods on one.
-        statistics: that the latents are normalised by; None by the VAE's scaling factor.
+        statistics: that the latents are normalised by; None by the VAE's scaling factor. stream_statistics: of the
+            streams that are normalised.
         begun: a checkpoint is about to be loaded: what the alignment takes of the cache when it starts is in it.
 
     Raises:
         CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
         UserError: model and latents do not fit together.
     """
-    config, dataset = config.settled(), cache.manifest.dataset
+    config, dataset = with_streams(config.settled(), cache), cache.manifest.dataset
     model_cfg = backbone_config(config, cache)
     assert dataset.vae is not None, "a cache with a backbone has latents"
     sharded = config.shard and world.size > 1
@@ -120,6 +130,7 @@ def assemble(
         model,
         alignment,
         {name: FeatureCodec(cache.manifest.features[name]) for name in reads},
+        streams=build_streams(config, cache, model_cfg, stream_statistics or {}),
         normalization=scalar(dataset.vae) if statistics is None else from_statistics(statistics),
         transport=build_transport(model_cfg.family, device=next(model.parameters()).device, **config.flow),
         label_dropout=config.label_dropout,
@@ -214,8 +225,36 @@ def backbone_config(config: RunConfig, cache: Cache) -> ModelConfig:
         raise CacheError(
             f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, ("vae/moments",))
         )
-    resolution, classes = dataset.resolution, len(dataset.class_names)
-    return config.backbone(dataset.vae, resolution=resolution, num_classes=classes)
+    return with_streams(config, cache).backbone(
+        dataset.vae,
+        resolution=dataset.resolution,
+        num_classes=len(dataset.class_names),
+        shapes={name: tuple(feature.shape) for name, feature in cache.manifest.features.items()},
+    )
+
+
+def build_streams(
+    config: RunConfig, cache: Cache, model_cfg: ModelConfig, statistics: Mapping[str, Statistics]
+) -> list[Stream]:
+    """What is diffused beside the latents.
+
+    Raises:
+        UserError: one is to be normalised, and its statistics are not given.
+    """
+    found = []
+    for shape in model_cfg.streams:
+        stream = stream_config(shape.name, config.streams[shape.name])
+        if stream.normalization != "none" and shape.name not in statistics:
+            raise UserError(
+                f"{shape.name} is to be normalised by {stream.normalization}, and there are no statistics of it",
+                remedy=f"Compute them: featcache stats {typed(cache.path)} --feature {shape.name} --over "
+                f"{stream.normalization} --out stats.safetensors",
+            )
+        normalization = None if stream.normalization == "none" else of_tokens(statistics[shape.name])
+        codec = FeatureCodec(cache.manifest.features[shape.name])
+        size = model_cfg.latent_size
+        found.append(Stream(shape, codec, stream, normalization=normalization, latent_size=size))
+    return found
 
 
 def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig, *, calibrate: bool) -> Alignment | None:
@@ -225,10 +264,10 @@ def build_alignment(config: RunConfig, cache: Cache, model_cfg: ModelConfig, *, 
     Raises:
         CacheError: the cache lacks what the method reads.
     """
-    if not config.methods:
+    chosen = [(name, config.method_config(name)) for name in config.methods if align.aligns(name)]
+    if not chosen:
         return None
     info = backbone_info(config.model, model_cfg)
-    chosen = [(name, config.method_config(name)) for name in config.methods]
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "alignment"))
@@ -314,7 +353,7 @@ def _load_scaler(scaler: torch.amp.GradScaler, path: Path, saved: Mapping[str, f
 def model_tensors(model: Transformer) -> dict[str, Tensor]:
     """State dict, with the position table only where it is not the computed one (imported weights bring their own)."""
     tensors = dict(model.state_dict())
-    computed = sincos_positions(model.cfg.width, model.cfg.grid).to(model.pos_embed)
+    computed = token_positions(model.cfg).to(model.pos_embed)
     if not torch.equal(model.pos_embed, computed):
         tensors["pos_embed"] = model.pos_embed
     return tensors
