@@ -9,7 +9,8 @@ eight VAE levels, two layers of DINOv2-B; random bytes) is written to a temporar
 and its optimiser state and take turns in one process: in every round each runs a block of steps, in rotating order, so
 that what else the machine does hits all alike. Figures are medians over the rounds; a method's overhead is the median of
 its ratio to vanilla within a round. A block holds whole periods of what does not happen at every step (SARA's
-discriminator, one step in five); DyA's stochastic dropout skips the steps its coin says. Peak memory is taken in a
+discriminator, one step in five); DyA's stochastic dropout skips the steps its coin says. REG and ReDi diffuse a feature
+beside the latents, so each has a backbone of its own. Peak memory is taken in a
 process per method. FLOPs are counted, not measured: what a method adds at least.
 
 `disk` steps are fed by the trainer's own reader from the cache (its pages warm), `memory` steps by one batch that is
@@ -36,7 +37,7 @@ from typing import Annotated, Any
 import typer
 
 RESULTS = Path(__file__).resolve().parent / "results"
-METHODS = ("none", "repa", "sra2", "dya", "ahpa", "sara", "sra")
+METHODS = ("none", "repa", "sra2", "dya", "ahpa", "sara", "sra", "reg", "redi")
 OPTIONS: dict[str, dict[str, Any]] = {
     "sara": {"discriminator_weights": "random"},
 }
@@ -46,6 +47,8 @@ FEATURES = {
     "vae/G4": ((4, 256, 512), "int8"),
     "dinov2-b@9": ((256, 768), "int8"),
     "dinov2-b@11": ((256, 768), "int8"),
+    "dinov2-b@11.cls": ((768,), "fp16"),
+    "dinov2-b@11.pca8": ((256, 8), "fp16"),
 }
 # Dense bfloat16 peak in TFLOP/s, from the manufacturers' data sheets; the first name that the device's contains counts.
 PEAK_TFLOPS = {
@@ -134,7 +137,7 @@ class Bench:
         from trainer.training.data import Share
         from trainer.training.loop import Job
         from trainer.training.meters import FirstBadStep, RunningMeans
-        from trainer.training.state import assemble
+        from trainer.training.state import assemble, backbone_config
 
         # Every method has its own variants of the one compiled function.
         torch._dynamo.config.recompile_limit = 8 * len(METHODS)
@@ -148,14 +151,16 @@ class Bench:
         self.streams: dict[tuple[str, str], Iterator[Any]] = {}
         self.steps = {(method, source): count() for method in methods for source in ("disk", "memory")}
         self.feeds: list[Any] = []
-        backbone, states = None, None
+        backbones: dict[Any, tuple[Any, Any]] = {}
+        states: dict[Any, dict[Any, Any]] = {}
         for method in methods:
             config = run_config(options, method)
-            parts = assemble(config, cache, self.device, World(), backbone=backbone)
-            backbone = parts.model, parts.ema
+            shape = backbone_config(config, cache)
+            parts = assemble(config, cache, self.device, World(), backbone=backbones.get(shape))
+            backbones[shape] = parts.model, parts.ema
             # One set of Adam's moments for the shared weights, as one run would have.
-            states = states or {p: _moments(p) for p in parts.model.parameters()}
-            for parameter, state in states.items():
+            states[shape] = states.get(shape) or {p: _moments(p) for p in parts.model.parameters()}
+            for parameter, state in states[shape].items():
                 parts.optimizer.state[parameter] = state
             self.jobs[method] = Job(
                 config=config,
@@ -178,8 +183,8 @@ class Bench:
             alignment = job.parts.alignment
             feed = Batches(
                 job.cache,
-                ["vae/moments", "label"],
-                extra=alignment.reads if alignment is not None else (),
+                [*job.parts.data, "label"],
+                extra=[name for name in job.parts.reads if name not in (*job.parts.data, "label")],
                 wanted=(lambda step: True) if source == "memory" else (lambda s: is_aligned(job.config, alignment, s)),
                 share=job.share,
                 seed=0,
@@ -223,14 +228,14 @@ class Bench:
         """Median milliseconds of each part alone, alignment on."""
         import torch
 
+        from trainer.diffusion.streams import Layout
         from trainer.training.data import stream_indices
         from trainer.training.loop import optimizer_step
         from trainer.training.objective import draw, update_ema
 
         job = self.jobs[method]
         parts, cfg, n = job.parts, job.parts.model.cfg, job.config.batch_size
-        reads = parts.alignment.reads if parts.alignment is not None else ()
-        reader = job.cache.reader(["vae/moments", "label", *reads])
+        reader = job.cache.reader(list(parts.reads))
         host = {name: torch.from_numpy(array) for name, array in reader.allocate(n).items()}
         if self.device.type == "cuda":
             host = {name: tensor.pin_memory() for name, tensor in host.items()}
@@ -238,6 +243,7 @@ class Bench:
         draws = draw(
             seed=0, step=0, batch=n, latent_shape=(cfg.latent_channels, cfg.latent_size, cfg.latent_size),
             time_sampling="uniform", device=self.device,
+            streams=dict(zip(parts.data[1:], Layout(cfg=cfg).shapes[1:])),
         )  # fmt: skip
         loss: list[Any] = []
 
@@ -308,6 +314,7 @@ def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> fl
     from torch.utils.flop_counter import FlopCounterMode
 
     import featcache
+    from trainer.diffusion.streams import Layout
     from trainer.distributed import World
     from trainer.models import Transformer
     from trainer.training.objective import Draws
@@ -323,15 +330,24 @@ def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> fl
         for name, tensor in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     parts = assemble(config, cache, torch.device("cpu"), World(), backbone=(model, model))
-    reads = parts.alignment.reads if parts.alignment is not None else ()
-    with cache.reader(["vae/moments", "label", *reads]) as reader:
+    with cache.reader(list(parts.reads)) as reader:
         host = {name: torch.from_numpy(array) for name, array in reader.allocate(n).items()}
     cfg = model.cfg
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
         batch = {name: mode.from_tensor(tensor) for name, tensor in host.items()}
         latent = torch.zeros(n, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
         one = torch.zeros(n)
-        draws = Draws(time=one, posterior=latent, noise=latent, drop=one, align=one)
+        shapes = zip(parts.data[1:], Layout(cfg=cfg).shapes[1:])
+        noises = {name: torch.zeros(n, *shape) for name, shape in shapes}
+        draws = Draws(
+            time=one,
+            posterior=latent,
+            noise=latent,
+            drop=one,
+            align=one,
+            streams=noises,
+            drop_stream=dict.fromkeys(noises, one),
+        )
         terms, kept = parts.objective(batch, draws)
         torch.autograd.grad(torch.stack(list(terms.values())).sum(), list(parts.names), allow_unused=True)
         flops = counter.get_total_flops()
