@@ -149,6 +149,7 @@ def import_official(
     rotary = {key: state.pop(key) for key in _ROTARY_TABLES if key in state}
     config, doubled = _infer_config(state, rotary, path, heads)
     _check_rotary(rotary, config, path)
+    typed = convention is not None
     if convention is None:
         plain = config.backbone == "SiT" and "use_rmsnorm" not in options  # which only LightningDiT's code says
         if config.own_streams:
@@ -159,7 +160,8 @@ def import_official(
             convention = _infer_convention(extra, options, path, doubled) if plain else "lightningdit"
     if config.backbone not in (*FITS[convention], "SiT") or bool(config.own_streams) != (convention == "reg"):
         raise UserError(
-            f"{path} holds {_kind(config)}, which {convention!r} checkpoints do not.", remedy="Leave --convention out."
+            f"{path} holds {_kind(config)}, which {convention!r} checkpoints do not.",
+            remedy="Leave --convention out." if typed else None,
         )
     if doubled and convention not in ("sit", "lightningdit", "dit", "sra"):
         raise UserError(
