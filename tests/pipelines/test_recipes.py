@@ -404,7 +404,7 @@ def test_reg_s_rows_are_its_tables() -> None:
 def trains_as_reg(recipe: Recipe) -> None:
     config = recipe.config()
     options = config.method_config("reg")
-    assert isinstance(options, RegConfig) and options.head_width == 2048
+    assert isinstance(options, RegConfig) and options.feature is not None and options.head_width == 2048
     assert options.depth in (2, 4, 6, 8) and (recipe.model == "SiT-B/2" or options.depth == 8)
     assert (config.method, config.lr, config.clip, config.batch_size, config.qk_norm) == ("reg", 1e-4, 1.0, 256, False)
     assert recipe.build is not None and f"{options.feature},{options.feature[-2:]}.cls" in recipe.build

@@ -236,7 +236,7 @@ def test_reg_has_the_published_number_of_parameters() -> None:
 def test_a_redi_file_runs_time_the_other_way(tmp_path: Path, named: bool) -> None:
     """Its velocity at its own time 1 - t is the negative of ours at t, on all channels; nothing is doubled."""
     module = official(channels=12)
-    args = {"pca_rank": 8, "dino_drop_prob": 0.2} if named else {}
+    args: dict[str, Any] = {"pca_rank": 8, "dino_drop_prob": 0.2} if named else {}
     args |= {"path_type": "Linear", "prediction": "velocity"}
     imported = import_official(save(tmp_path / "3000000.pt", module, **args), heads=HEADS)
     assert (imported.convention, imported.path, imported.dropout) == ("redi", "linear", 0.2 if named else 0.0)
