@@ -32,7 +32,7 @@ trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws sa
   it once and evaluate it several times, `trainer eval runs/repa-xl2 --figure repa/xl2-150k`. `trainer run --recipe` takes
   their names too, and trains to their step; with `--resume` it goes on from an earlier one.
 - **Rows whose latents are normalised differently are not comparable**, not even without alignment: "latents" says whether one
-  factor scales all channels (`scalar`: DiT, SiT, REPA, SARA, DyA, SRA) or each `channel` has its own mean and spread (iREPA, and by
+  factor scales all channels (`scalar`: DiT, SiT, REPA, SARA, DyA, SRA, REG, ReDi) or each `channel` has its own mean and spread (iREPA, and by
   its data AHPA, both with their baselines). Beside AHPA's rows belong `none/b2-ahpa` and `repa/b2-ode`, not `none/b2` and `repa/b2`.
   The statistics of `channel` are computed from the cache when a run starts ([docs](../docs/normalization.md)).
 - Any setting can be changed: `trainer run --recipe ahpa/xl2 --set steps=1000 --set ahpa.weight=0.5`. A file of your own
@@ -40,6 +40,8 @@ trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws sa
 - Rows at 512 px and with other VAEs refuse a cache of another kind; the others take the newest that holds what the
   method reads. With several data sets or resolutions below `./caches`, pass `--cache`.
 - One cache serves many rows. Add what another row needs with `featcache build --into CACHE ...`.
+- ReDi's rows have a second command: components are derived of the tokens in a cache (CACHE is its folder). It finds them anew; to
+  reproduce the authors' numbers add `--map dino_pca_model.pth`, the file in their repository ([docs](../docs/codecs.md#derived-features)).
 - "–" stands where the paper shows no figure, or our copy of it has lost it; the file then says which.
 - The papers train in fp16 on 8 GPUs. Here a GPU trains in bf16 unless `--precision fp16` is given, and the global batch
   stays the same for any number of GPUs.
@@ -72,7 +74,8 @@ def _row(recipe: Recipe) -> str:
         if recipe.published.sampling is not None and str(recipe.published.sampling):
             figures += f" ({recipe.published.sampling})"
     title = ("↳ " if further else "") + recipe.title + (f"<br><sub>{recipe.note}</sub>" if recipe.note else "")
-    build = f"as `{recipe.training}`" if further else f"`{recipe.build}`"
+    lines = "<br>".join(f"`{line}`" for line in (recipe.build or "").splitlines())
+    build = f"as `{recipe.training}`" if further else lines
     latents = str(recipe.values.get("normalization", RunConfig.normalization))
     cells = (title, f"`{recipe.name}`", latents, build, figures, source)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -20,10 +20,11 @@ import torch
 import typer
 import yaml
 
+from featcache.build.derive import DeriveRequest, derive
 from featcache.build.request import BuildRequest, parse_resolution
 from featcache.build.run import build
 from featcache.cli import app as featcache_app
-from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
+from featcache.encoders import parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
@@ -32,15 +33,18 @@ from pipelines import index
 from trainer import align
 from trainer.align.ahpa import AhpaConfig
 from trainer.align.base import BackboneInfo, FeatureInfo
+from trainer.align.redi import RediConfig
+from trainer.align.reg import RegConfig
 from trainer.cli import app as trainer_app
 from trainer.models import model_config
 from trainer.models.config import SIZES
 from trainer.runs import recipes
-from trainer.runs.cache import find_cache
+from trainer.runs.cache import build_line, find_cache
 from trainer.runs.config import RunConfig, apply_overrides
-from trainer.runs.published import METRICS
+from trainer.runs.published import METRICS, PAPER_TABLES
 from trainer.runs.recipe_pages import describe, listing, page
 from trainer.runs.recipes import Recipe, figures_of, list_recipes, load_recipe, load_recipe_file, papers, recipe_root
+from trainer.runs.streams import check_shape, stream_config
 from trainer.training.loop import train
 
 RECIPES = list_recipes()
@@ -75,16 +79,19 @@ def command(app: typer.Typer, name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class BuildLine:
-    """What a ``featcache build`` line makes: encoders, VAE, side in pixels; token features and VAE groups."""
+    """What a ``featcache build`` line makes: encoders, VAE, side in pixels; token features, class tokens and VAE groups, with
+    what the ``featcache derive`` lines below it derive. sources: the tokens that those read."""
 
     encoders: tuple[str, ...]
     vae: str | None
     resolution: int
     features: Mapping[str, FeatureInfo]
+    sources: frozenset[str] = frozenset()
 
 
-def read_build(line: str) -> BuildLine:
-    """Reads a build line with featcache's own command line, without running it."""
+def read_build(text: str) -> BuildLine:
+    """Reads a build line, and derive lines below it, with featcache's own command line, without running them."""
+    line, *below = text.splitlines()
     words = shlex.split(line)
     assert words[:2] == ["featcache", "build"]
     options = command(featcache_app, "build").make_context("build", words[2:]).params
@@ -98,11 +105,21 @@ def read_build(line: str) -> BuildLine:
     for choice in encoders:
         assert choice.layers and max(choice.layers) < ENCODERS[choice.name].depth, f"{line}: layers of {choice.name}"
         shapes |= {f"{choice.name}@{layer}": (tokens, ENCODERS[choice.name].width) for layer in choice.layers}
+        assert not choice.class_tokens or ENCODERS[choice.name].class_token
+        shapes |= {f"{choice.name}@{layer}.cls": (ENCODERS[choice.name].width,) for layer in choice.class_tokens}
+    sources = []
+    for below_line in below:
+        words = shlex.split(below_line)
+        assert words[:2] == ["featcache", "derive"]
+        asked = command(featcache_app, "derive").make_context("derive", words[2:]).params
+        sources.append(asked["feature"])
+        shapes[f"{asked['feature']}.pca{asked['pca']}"] = (shapes[asked["feature"]][0], asked["pca"])
     return BuildLine(
         encoders=tuple(choice.name for choice in encoders),
         vae=options["vae"],
         resolution=resolution,
         features={name: FeatureInfo(shape=shape) for name, shape in shapes.items()},
+        sources=frozenset(sources),
     )
 
 
@@ -120,7 +137,11 @@ def fits_its_model_method_and_cache(recipe: Recipe) -> None:
     assert (config.resolution or 256, config.vae) == (line.resolution, line.vae)
     chosen = [(name, config.method_config(name)) for name in config.methods]
     wanted = {f for name, options in chosen for f in align.required_features(name, options)}
-    assert wanted == set(line.features), "nothing may be missing, and nothing built in vain"
+    assert wanted | line.sources == set(line.features), "nothing may be missing, and nothing built in vain"
+    for name, options in chosen:
+        for feature, stream in align.data_streams(name, options, line.features).items():
+            stream_config(feature, stream)
+            check_shape(feature, line.features[feature].shape)
 
     latent = line.resolution // 8
     model = model_config(config.model, latent_channels=4, latent_size=latent, num_classes=1000)
@@ -137,10 +158,13 @@ def fits_its_model_method_and_cache(recipe: Recipe) -> None:
     offline = [
         (name, dataclasses.replace(options, discriminator_weights="random") if name == "sara" else options)
         for name, options in chosen
+        if align.aligns(name)
     ]
+    if not offline:
+        return
     with torch.device("meta"):
         module = align.build(offline, info, line.features)
-    assert set(module.reads) == wanted
+    assert set(module.reads) == {f for name, options in offline for f in align.required_features(name, options)}
     assert all(1 <= tap <= model.depth for tap in module.taps)
 
 
@@ -213,14 +237,14 @@ def test_a_vanilla_row_stands_beside_ahpa_s(size: str) -> None:
 
 
 def is_drawn_by_its_code_s_protocol(recipe: Recipe) -> None:
-    """SiT's and DiT's sample_ddp.py against REPA's and SRA's generate.py: rounding, and channels under guidance. All draw
+    """SiT's, DiT's and ReDi's sample_ddp.py against REPA's, SRA's and REG's generate.py: rounding, and channels under guidance. All draw
     labels at random."""
     if recipe.published is None or recipe.name.startswith("lightningdit/"):  # has a protocol and a test of its own
         return
     sampling = recipe.published.sampling
     assert sampling is not None and sampling.classes == "random" and sampling.shift == 1
     official = recipe.name.startswith("none/") and "vae" not in recipe.name
-    assert sampling.pixels == ("round" if official else "truncate")
+    assert sampling.pixels == ("round" if official or recipe.name.startswith("redi/") else "truncate")
     assert sampling.channels == (3 if official and sampling.guidance != 1 else None)
 
 
@@ -243,7 +267,7 @@ def is_plausible(recipe: Recipe) -> None:
     assert sampling is not None
     assert (sampling.sampler == "ddpm") == (recipe.model.startswith("DiT")), "DiT alone is drawn by DDPM"
     # LightningDiT guides 3 of 32 channels, and those the more.
-    highest = 10 if recipe.name.startswith("lightningdit/") else 2
+    highest = 10 if recipe.name.startswith("lightningdit/") else 2.5 if recipe.name.startswith(("reg/", "redi/")) else 2
     assert sampling.guidance is None or 1 <= sampling.guidance <= highest
     assert 0 <= sampling.interval.low < sampling.interval.high <= 1
     assert ("guided" in recipe.title) == (sampling.guidance != 1), "the title says whether samples were guided"
@@ -266,7 +290,7 @@ SPREAD = {("REPA", "5"), ("AHPA", "1"), ("AHPA", "D.16"), ("DyA", "6"), ("DyA", 
 
 def test_figures_are_the_papers(papers: Path) -> None:
     """All figures of a row stand in one line of the paper's text; where a table is turned, each stands somewhere. Of
-    LightningDiT we have no text: see the next test."""
+    LightningDiT, REG and ReDi we have no text: see the next tests."""
     numbers: dict[str, list[set[float]]] = {}
     for file in papers.glob("*.txt"):
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -282,7 +306,13 @@ def test_figures_are_the_papers(papers: Path) -> None:
         else:
             assert any(figures <= line for line in lines), f"{figures} stand in no line of the paper"
 
-    every_row(stands_in_the_paper, [r for r in RECIPES if r.published and r.published.paper != "LightningDiT"])
+    every_row(stands_in_the_paper, [r for r in RECIPES if r.published and r.published.paper.lower() in numbers])
+    assert {r.published.paper for r in RECIPES if r.published} - {"LightningDiT", "REG", "ReDi"} <= {
+        name for name in PAPER_TABLES if name.lower() in numbers
+    }
+    quoted = load_recipe_file("reg/xl2-4m-guided").published
+    assert quoted is not None
+    assert any(set(quoted.metrics.values()) <= line for line in numbers["ahpa"]), "AHPA's Table 4 has this row"
 
 
 def test_lightningdit_s_rows_are_its_table_and_its_configurations() -> None:
@@ -317,6 +347,134 @@ def test_lightningdit_s_rows_are_its_table_and_its_configurations() -> None:
         assert recipe.build is not None and "--flip" in recipe.build
 
 
+def figures_by_step(family: str, model: str, training: str | None = None) -> dict[int, tuple[float, ...]]:
+    """Unguided figures of the row of `training` in `family`, by step."""
+    rows = [r for r in RECIPES if r.training == f"{family}/{training or model}" and r.published is not None]
+    return {
+        r.steps: tuple(r.published.metrics.values())
+        for r in rows
+        if r.published and r.published.sampling and r.published.sampling.guidance == 1
+    }
+
+
+def test_reg_s_rows_are_its_tables() -> None:
+    """Typed off the paper, as is the scale of guidance off its eval.sh."""
+    assert figures_by_step("reg", "b2") == {400_000: (15.2, 6.69, 94.6, 0.64, 0.63), 100_000: (36.1,), 200_000: (22.1,)}
+    assert figures_by_step("reg", "l2") == {400_000: (4.6, 5.21, 167.6, 0.75, 0.63), 100_000: (11.4,), 200_000: (6.6,)}
+    assert figures_by_step("reg", "xl2") == {
+        50_000: (26.7,),
+        100_000: (8.9, 5.50, 125.3),
+        200_000: (5.0, 4.88, 161.2),
+        400_000: (3.4, 4.87, 184.1, 0.76, 0.64),
+        1_000_000: (2.7, 4.93, 201.8),
+        2_400_000: (2.2, 4.79, 219.1),
+        4_000_000: (1.8, 4.59, 230.8, 0.77, 0.66),
+    }
+    guided = {
+        80: "xl2-guided",
+        160: "xl2-800k-guided",
+        300: "xl2-1.5m-guided",
+        480: "xl2-2.4m-guided",
+        800: "xl2-4m-guided",
+    }
+    fids = {80: 1.86, 160: 1.59, 300: 1.48, 480: 1.40, 800: 1.36}
+    for epochs, name in guided.items():
+        recipe = load_recipe_file(f"reg/{name}")
+        assert recipe.published is not None and recipe.published.sampling is not None
+        assert recipe.steps * 256 / 1_281_167 == pytest.approx(epochs, rel=2e-3)
+        assert (recipe.published.source, recipe.published.metrics["FID"]) == ("REG, Table 8", fids[epochs])
+        drawn = recipe.published.sampling
+        if epochs in (480, 800):
+            assert (drawn.guidance, drawn.stream_guidance, str(drawn.interval)) == (2.3, 2.3, "0,0.85")
+        else:
+            assert drawn.guidance is None and drawn.stream_guidance is None
+    ablations = {
+        **{"beta-0.01": 15.76, "beta-0.02": 15.64, "beta-0.05": 16.28, "beta-0.1": 18.41},
+        **{"depth2": 18.19, "depth6": 16.31, "depth8": 17.31, "clip-l": 21.30, "dinov2-l": 17.36},
+        **{"lambda-0": 26.67, "clip-l-lambda-0": 32.05, "dinov2-l-lambda-0": 30.16},
+    }
+    for name, fid in ablations.items():
+        recipe = load_recipe_file(f"reg/b2-{name}")
+        assert recipe.published is not None and dict(recipe.published.metrics) == {"FID": fid}, name
+    scales = [r for r in RECIPES if r.published and r.published.source == "REG, Table guidance"]
+    assert [next(iter(r.published.metrics.values())) for r in scales if r.published] == [1.40, 1.41, 1.43, 1.45, 1.61]
+    every_row(trains_as_reg, [r for r in RECIPES if r.name.startswith("reg/")])
+
+
+def trains_as_reg(recipe: Recipe) -> None:
+    config = recipe.config()
+    options = config.method_config("reg")
+    assert isinstance(options, RegConfig) and options.feature is not None and options.head_width == 2048
+    assert options.depth in (2, 4, 6, 8) and (recipe.model == "SiT-B/2" or options.depth == 8)
+    assert (config.method, config.lr, config.clip, config.batch_size, config.qk_norm) == ("reg", 1e-4, 1.0, 256, False)
+    assert recipe.build is not None and f"{options.feature},{options.feature[-2:]}.cls" in recipe.build
+
+
+def test_redi_s_rows_are_its_tables() -> None:
+    """Typed off the paper; settings off its train_redi.py."""
+    assert figures_by_step("redi", "xl2") == {
+        50_000: (56.1, 18.9, 23.8, 0.44, 0.47),
+        100_000: (23.1,),
+        200_000: (12.6,),
+        300_000: (9.7,),
+        400_000: (7.5, 5.1, 129.5, 0.72, 0.62),
+        700_000: (5.6,),
+        4_000_000: (3.3, 4.8, 188.9, 0.74, 0.68),
+    }
+    assert figures_by_step("redi", "xl2-repa") == {
+        100_000: (15.2,),
+        200_000: (8.3,),
+        400_000: (5.3, 4.9, 149.8, 0.74, 0.63),
+        1_000_000: (3.5, 4.64, 177.9, 0.75, 0.69),
+    }
+    fids = {"l2": 9.4, "dit-l2": 10.5, "dit-b2": 25.7, "dit-xl2": 8.7, "dit-b2-rg": 20.2, "dit-xl2-rg": 5.9}
+    fids |= {"dit-b2-pca16": 29.1, "dit-b2-pca32": 36.9, "xl2-1.75m-guided": 1.72, "xl2-4m-guided": 1.61}
+    rows = {r.name.partition("/")[2]: r for r in RECIPES if r.name.startswith("redi/")}
+    for name, fid in fids.items():
+        published = rows[name].published
+        assert published is not None and published.metrics["FID"] == fid, name
+    assert rows["dit-b2-pca4"].published is None
+    drawn = {name: r.published.sampling for name, r in rows.items() if r.published and r.published.sampling}
+    for name, epochs in (("xl2-1.75m-guided", 350), ("xl2-4m-guided", 800)):
+        assert rows[name].steps * 256 / 1_281_167 == pytest.approx(epochs, rel=2e-3)
+        assert (drawn[name].guidance, drawn[name].stream_guidance, drawn[name].channels) == (2.4, None, None)
+    assert (drawn["dit-b2-rg"].representation_guidance, drawn["dit-xl2-rg"].representation_guidance) == (1.5, 1.1)
+    every_row(trains_as_redi, rows.values())
+
+
+def trains_as_redi(recipe: Recipe) -> None:
+    config = recipe.config()
+    options = config.method_config("redi")
+    assert isinstance(options, RediConfig) and options.weight == 1.0
+    assert options.dropout == (0.2 if recipe.name.endswith("-rg") else 0.0)
+    assert (config.lr, config.clip, config.weight_decay, config.batch_size) == (1e-4, float("inf"), 0.0, 256)
+    assert options.feature is not None and recipe.build is not None
+    encoder, _, part = options.feature.partition(".")
+    assert encoder == "dinov2-b-reg@11"
+    assert recipe.build == build_line(None, [options.feature]), "what errors advise is what rows say"
+    assert part == f"pca{recipe.build.rpartition(' ')[2]}"
+
+
+def test_a_row_s_derive_line_is_among_its_commands() -> None:
+    text = describe(load_recipe_file("redi/dit-b2-pca4"))
+    commands = [line.strip() for line in text if line.startswith(("  featcache ", "  trainer "))]
+    assert commands[:3] == [
+        "featcache build --encoder dinov2-b-reg@11 --data /path/to/imagenet/train",
+        "featcache derive CACHE --feature dinov2-b-reg@11 --pca 4",
+        "trainer run --recipe redi/dit-b2-pca4 --name redi-dit-b2-pca4",
+    ]
+    assert any(line.startswith("  build ") and "; featcache derive" in line for line in text)
+
+
+def test_the_index_says_how_redi_s_own_components_are_taken() -> None:
+    page = index.render()
+    assert page.count("--map dino_pca_model.pth") >= 2
+    assert (
+        "`featcache build --encoder dinov2-b-reg@11`<br>`featcache derive CACHE --feature dinov2-b-reg@11 --pca 8`"
+        in page
+    )
+
+
 def test_tables_exist_in_the_papers(papers: Path) -> None:
     for paper in ("REPA", "SARA", "DyA", "AHPA"):
         text = (papers / f"{paper.lower()}.txt").read_text(encoding="utf-8")
@@ -328,7 +486,8 @@ def test_main_rows_are_there() -> None:
     names = {r.name for r in RECIPES}
     for method in ("none", "repa", "irepa", "haste", "sara", "dya", "ahpa", "sra", "sra2"):
         assert {f"{method}/{size}" for size in ("b2", "l2", "xl2")} <= names
-    for method in ("none", "repa", "sara", "dya", "sra"):
+    assert {"reg/b2", "reg/l2", "reg/xl2", "reg/xl2-512", "redi/l2", "redi/xl2", "redi/xl2-repa"} <= names
+    for method in ("none", "repa", "sara", "dya", "sra", "redi"):
         assert any(r.model.startswith("DiT") and r.name.startswith(f"{method}/") for r in RECIPES)
     for method in ("none", "repa", "ahpa", "sra", "sra2"):
         assert any("--resolution 512" in (r.build or "") and r.method == method for r in RECIPES)
@@ -666,11 +825,13 @@ def test_command_lists_shows_and_refuses(cli: Callable[..., subprocess.Completed
 
 @pytest.fixture(scope="module")
 def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen embedded images with moments, all VAE groups and three layers of the tiny encoder."""
+    """Sixteen embedded images with moments, all VAE groups, three layers of the tiny encoder, its class token and components."""
     path = tmp_path_factory.mktemp("cache") / "caches/small"
     build(
-        BuildRequest(data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=16, batch_size=8, out=path), Quiet()
+        BuildRequest(data="shapes", encoders=parse_encoders(["tiny@2,4,5,5.cls"]), limit=16, batch_size=8, out=path),
+        Quiet(),
     )
+    derive(DeriveRequest(cache=path, feature="tiny@5", components=8), Quiet())
     return path
 
 
@@ -679,6 +840,8 @@ OFFLINE = {
     "repa": ["repa.features=[tiny@5]"],
     "sara": ["sara.feature=tiny@5", "sara.discriminator_weights=random"],
     "dya": ["dya.encoder=tiny", "dya.texture_layer=4", "dya.semantic_layer=5"],
+    "reg": ["reg.feature=tiny@5"],
+    "redi": ["redi.feature=tiny@5.pca8"],
 }
 
 
@@ -694,9 +857,14 @@ TERMS = {
     "sra": {"smooth-l1"},
     "sra2": {"smooth-l1"},
     "lightningdit": set(),
+    "reg": {"cosine"},
+    "redi": set(),
 }
 # Where a paper has no row for SiT-B/2: its row, and what of it the small cache is not made for.
-ROWS = {"lightningdit": ("xl1", ["model=LightningDiT-Narrow/2", "vae=tiny", "normalization=scalar"])}
+ROWS = {
+    "redi": ("xl2", []),
+    "lightningdit": ("xl1", ["model=LightningDiT-Narrow/2", "vae=tiny", "normalization=scalar"]),
+}
 
 
 def test_a_row_of_each_paper_trains(small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_runs import Listener, settings
+from typer.testing import CliRunner
 
 import featcache
+from featcache.cli import app as featcache_app
 from featcache.errors import CacheError
 from featcache.share.manage import remove_features
 from trainer.runs.cache import build_command, build_line, find_cache, sample_keys
@@ -126,3 +128,92 @@ def test_keys_that_are_no_utf8_keep_their_bytes() -> None:
     reader = SimpleNamespace(allocate=lambda n: stored, read=lambda indices, out: None)
     cache: Any = SimpleNamespace(reader=lambda names: nullcontext(reader))
     assert sample_keys(cache, np.array([0, 1])) == ["\\xe9a", "\\xe8a"]
+
+
+def type_in(words: list[str]) -> None:
+    """A featcache command, run by its own command line."""
+    assert words[0] == "featcache"
+    done = CliRunner().invoke(featcache_app, words[1:])
+    assert done.exit_code == 0, done.exception
+
+
+def test_lines_for_what_is_derived_and_for_class_tokens() -> None:
+    derive = "featcache derive {} --feature {} --pca {}"
+    assert build_line("caches/x", ["dinov2-b-reg@11.pca8", "dinov2-b-reg@11"]).splitlines() == [
+        "featcache build --into caches/x --encoder dinov2-b-reg@11",
+        derive.format("caches/x", "dinov2-b-reg@11", 8),
+    ]
+    open_names = ["<encoder>@<last>.pca8", "<encoder>@<last>"]
+    assert build_line(None, open_names, resolution=512).splitlines() == [
+        "featcache build --resolution 512 --encoder dinov2-b@11",
+        derive.format("CACHE", "dinov2-b@11", 8),
+    ]
+    assert build_line(None, ["<encoder>@<last>", "<encoder>@<last>.cls"]) == (
+        "featcache build --encoder dinov2-b@11,11.cls"
+    )
+    both = build_line("c d", ["dinov2-b@11.pca4", "clip-l@23.mine"]).splitlines()
+    assert both[1:] == [
+        derive.format("'c d'", "dinov2-b@11", 4),
+        derive.format("'c d'", "clip-l@23", 8) + " --name clip-l@23.mine",
+    ]
+
+
+@pytest.mark.usefixtures("nano")
+def test_what_redi_lacks_is_added_as_typed(shapes_cache: Path, tmp_path: Path) -> None:
+    """Components of tokens that are there are derived; tokens that are not are built first."""
+    cache = without(shapes_cache, tmp_path / "a cache", "tiny@2", "tiny@4")
+    run = replace(settings(cache, steps=1), method="redi")
+    with pytest.raises(CacheError, match="redi diffuses principal components") as error:
+        train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
+    assert error.value.remedy == (f"Add what is missing:\n  featcache derive '{cache}' --feature tiny@5 --pca 8")
+    assert not (tmp_path / "runs" / "run").exists()
+    named = replace(run, align={"redi": {"feature": "tiny@4.pca4"}})
+    with pytest.raises(CacheError, match=r"redi reads tiny@4\.pca4") as error:
+        train(named, resume=False, watcher=Listener(), root=tmp_path / "runs")
+    lines = (error.value.remedy or "").splitlines()[1:]
+    assert [shlex.split(line)[:3] for line in lines] == [
+        ["featcache", "build", "--into"],
+        ["featcache", "derive", str(cache)],
+    ]
+    for line in lines:
+        type_in(shlex.split(line))
+    train(named, resume=False, watcher=Listener(), root=tmp_path / "runs")
+
+
+@pytest.mark.usefixtures("nano")
+def test_what_reg_lacks_is_added_as_typed(shapes_cache: Path, tmp_path: Path) -> None:
+    cache = without(shapes_cache, tmp_path / "less", "tiny@2", "tiny@4")
+    run = replace(settings(cache, steps=1), method="reg", align={"reg": {"head_width": 24}})
+    with pytest.raises(CacheError, match=r"reg reads tiny@5\.cls") as error:
+        train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
+    words = build_words(error.value)
+    assert words == ["featcache", "build", "--into", str(cache), "--encoder", "tiny@5,5.cls"]
+    type_in(words)
+    train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
+
+
+def test_no_cache_at_all_gets_both_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(settings("none named", model="SiT-Ti/2"), cache=None, method="redi+repa")
+    with pytest.raises(CacheError, match="no cache below") as error:
+        find_cache(config)
+    assert (error.value.remedy or "").splitlines() == [
+        "Build one:",
+        "  featcache build --encoder dinov2-b@11",
+        "  featcache derive CACHE --feature dinov2-b@11 --pca 8",
+    ]
+    with pytest.raises(CacheError) as error:
+        find_cache(replace(config, method="reg"))
+    assert (error.value.remedy or "").splitlines()[1:] == ["  featcache build --encoder dinov2-b@11,11.cls"]
+
+
+def test_the_newest_cache_without_components_gets_the_derive_line(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("caches").mkdir()
+    shutil.copytree(shapes_cache, "caches/one")
+    config = replace(settings("none named", model="SiT-Ti/2"), cache=None, method="redi")
+    with pytest.raises(CacheError, match="none of the 1 caches") as error:
+        find_cache(config)
+    assert (error.value.remedy or "").splitlines()[1:] == ["  featcache derive caches/one --feature tiny@5 --pca 8"]

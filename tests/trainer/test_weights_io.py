@@ -379,7 +379,7 @@ def test_exports_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing blocks\.2"):
         export_official(tmp_path / "o.pt", replace(sit.cfg, depth=3), ema=sit.state_dict())
     assert not (tmp_path / "o.pt").exists()
-    assert CONVENTIONS == ("repa", "sra", "sit", "dit", "lightningdit")
+    assert CONVENTIONS == ("repa", "sra", "sit", "dit", "lightningdit", "reg", "redi")
 
 
 @torch.no_grad()

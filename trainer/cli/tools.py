@@ -19,7 +19,7 @@ def import_(
     name: Annotated[str | None, typer.Option(help="Folder below ./runs. \\[default: the file's name]")] = None,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     convention: Annotated[
-        str | None, typer.Option(help="repa, sra, sit, dit or lightningdit. \\[default: told from the file]")
+        str | None, typer.Option(help="repa, sra, sit, dit, lightningdit, reg or redi. \\[default: told from the file]")
     ] = None,
     cache: Annotated[
         str | None,
@@ -32,7 +32,7 @@ def import_(
         typer.Option(help="File of mean and std that its latents were normalised by, e.g. latents_stats.pt."),
     ] = None,
 ) -> None:
-    """Make a run folder from an official SiT, DiT, REPA, SRA or LightningDiT checkpoint."""
+    """Make a run folder from an official SiT, DiT, REPA, SRA, LightningDiT, REG or ReDi checkpoint."""
     from trainer.runs.exchange import import_checkpoint
 
     run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache, statistics=statistics)
@@ -45,7 +45,8 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help="Whose code is to load it: repa, sra, sit, dit or lightningdit. \\[default: repa, or the model's own]"
+            help="Whose code is to load it: repa, sra, sit, dit, lightningdit, reg or redi. "
+            "\\[default: repa, or the model's own]"
         ),
     ] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint. \\[default: the latest]")] = None,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import featcache
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
-from featcache.feature_names import is_class_token, layer_feature
+from featcache.feature_names import LayerFeature, is_class_token, layer_feature
 from featcache.keys import key_text, printable
 from featcache.paths import typed
 from featcache.settings import suggest, to_mapping
@@ -22,6 +23,7 @@ from featcache.store.root import find_root
 from trainer import align
 from trainer.align.base import FeatureInfo
 from trainer.align.features import encoder_layers
+from trainer.align.redi import COMPONENTS
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary
@@ -29,6 +31,7 @@ from trainer.runs.streams import check_shape, stream_config
 
 ROOT = Path("caches")
 DEFAULT_ENCODER = "dinov2-b"
+_LAST = 11  # its last layer
 DEFAULT_VAE = "sd-ft-ema"
 
 
@@ -54,10 +57,10 @@ def check_made_with(config: RunConfig, cache: featcache.Cache) -> None:
         if value is not None and value != found[key]:
             methods = ((method, config.method_config(method)) for method in config.methods)
             wanted = [name for method, options in methods for name in align.required_features(method, options)]
-            line = build_line(None, wanted, resolution=config.resolution, vae=config.vae)
+            lines = build_line(None, wanted, resolution=config.resolution, vae=config.vae).splitlines()
             raise WrongCache(
                 f"{cache.path} was made with {key} {found[key]}, and the run asks for {value}",
-                remedy=f"Build one that fits:\n  {line}\nor train on what there is: --set {key}=null",
+                remedy=f"Build one that fits:{_indented(lines)}\nor train on what there is: --set {key}=null",
             )
 
 
@@ -86,8 +89,8 @@ def find_cache(config: RunConfig) -> featcache.Cache:
         except CacheError as error:
             unfit.append((path, cache, error))
     if not unfit:
-        line = build_line(None, wanted, resolution=config.resolution, vae=config.vae)
-        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:\n  {line}")
+        lines = build_line(None, wanted, resolution=config.resolution, vae=config.vae).splitlines()
+        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:{_indented(lines)}")
     path, newest, reason = unfit[0]
     raise CacheError(
         f"none of the {len(unfit)} caches below ./{ROOT} fits --method {config.method}; the newest, {path}: "
@@ -158,7 +161,13 @@ def with_streams(config: RunConfig, cache: featcache.Cache) -> RunConfig:
     available = available_features(cache)
     asked: dict[str, dict[str, Any]] = {}
     for method in config.methods:
-        for feature, options in align.data_streams(method, config.method_config(method), available).items():
+        chosen = config.method_config(method)
+        try:
+            streams = align.data_streams(method, chosen, available)
+        except CacheError as error:
+            command = build_command(cache, align.required_features(method, chosen))
+            raise CacheError(f"{cache.path}: {error.what}", remedy=command) from error
+        for feature, options in streams.items():
             asked[feature] = {**asked.get(feature, {}), **options}
     for feature, given in config.streams.items():
         asked[feature] = {**asked.get(feature, {}), **(given or {})}
@@ -206,10 +215,19 @@ def sample_keys(cache: featcache.Cache, indices: np.ndarray) -> list[str]:
 
 
 def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
-    """The sentence with the `featcache build` line that adds features to a cache."""
-    wanted = _settle(wanted, cache)
+    """The sentence with the commands that add features to a cache: `featcache build`, and `featcache derive` for what is
+    derived of tokens that it then holds."""
+    wanted, held = _settle(wanted, cache), cache.manifest.features
+    derived = _derive_lines(cache.path, wanted)
+    built = _built_for(wanted)
+    needs_build = not derived or any(name not in held for name in built)
+    return f"Add what is missing:{_indented([*([_build_into(cache, built)] if needs_build else []), *derived])}"
+
+
+def _build_into(cache: featcache.Cache, wanted: Sequence[str]) -> str:
+    """The `featcache build` line that adds features to a cache, with the images and weights that it was made with."""
     dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
-    words = [build_line(cache.path, wanted)]
+    words = [_build(cache.path, wanted)]
     if dataset.vae is not None and any(name.startswith("vae/") for name in wanted):
         if dataset.vae["name"] != DEFAULT_VAE:
             words.append(f"--vae {shlex.quote(dataset.vae['name'])}")
@@ -221,11 +239,15 @@ def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
         if parts and parts.encoder in encoders and feature.provenance.get("weights") == "random":
             words.append(f"--random-weights {feature.provenance['seed']}")
             break
-    if dataset.source.startswith("shapes "):  # drawn anew, so many as there were
-        return f"Add what is missing:\n  {' '.join(words)}"
-    kind, _, name = dataset.source.partition(" ")
-    data = shlex.quote(f"/path/to/{name}" if kind == "folder" else "/path/to/the/same/images")
-    return f"Add what is missing:\n  {' '.join(words)} --data {data}"
+    if not dataset.source.startswith("shapes "):  # which are drawn anew, so many as there were
+        kind, _, name = dataset.source.partition(" ")
+        words.append(f"--data {shlex.quote(f'/path/to/{name}' if kind == 'folder' else '/path/to/the/same/images')}")
+    return " ".join(words)
+
+
+def _indented(lines: Iterable[str]) -> str:
+    """Commands, each on a line of its own below a sentence."""
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
@@ -245,7 +267,50 @@ def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
 def build_line(
     cache: str | Path | None, wanted: Iterable[str], *, resolution: int | None = None, vae: str | None = None
 ) -> str:
-    """`featcache build ...` for feature names; open ones (in angle brackets) become the default encoder's."""
+    """`featcache build ...` for feature names, and a `featcache derive ...` line for each that is derived of tokens; open
+    names (in angle brackets) become the default encoder's.
+
+    cache: None for one that is not there yet, which derive lines call CACHE.
+    """
+    wanted = list(wanted)
+    if any(name.startswith("<") and "." in name for name in wanted):  # a part of a layer is typed with its number
+        wanted = [name.replace("<encoder>", DEFAULT_ENCODER).replace("<last>", str(_LAST)) for name in wanted]
+    line = _build(cache, _built_for(wanted), resolution=resolution, vae=vae)
+    return "\n".join([line, *_derive_lines(cache or "CACHE", wanted)])
+
+
+def _derived(name: str) -> LayerFeature | None:
+    """What the name of a feature that is derived of tokens says; None for any other."""
+    feature = layer_feature(name)
+    return feature if feature and feature.part and not feature.is_class_token else None
+
+
+def _source(feature: LayerFeature) -> str:
+    """The tokens that it is derived of."""
+    return str(dataclasses.replace(feature, part=""))
+
+
+def _built_for(wanted: Iterable[str]) -> list[str]:
+    """What `featcache build` makes of `wanted`: in the place of what is derived, the tokens."""
+    names = (_source(feature) if (feature := _derived(name)) else name for name in wanted)
+    return list(dict.fromkeys(names))
+
+
+def _derive_lines(cache: str | Path, wanted: Iterable[str]) -> list[str]:
+    """`featcache derive ...` for each derived feature; a name that does not say the number of components is given."""
+    lines = []
+    for name in dict.fromkeys(wanted):
+        if feature := _derived(name):
+            number = re.fullmatch(r"pca([1-9][0-9]{0,4})", feature.part)
+            given = "" if number else f" --name {typed(name)}"
+            words = f"featcache derive {typed(cache)} --feature {typed(_source(feature))}"
+            lines.append(f"{words} --pca {number[1] if number else COMPONENTS}{given}")
+    return lines
+
+
+def _build(
+    cache: str | Path | None, wanted: Iterable[str], *, resolution: int | None = None, vae: str | None = None
+) -> str:
     levels = sorted({name.split("/")[1] for name in wanted if name.startswith("vae/G")})
     layers: dict[str, set[int]] = {}
     class_tokens: dict[str, set[int]] = {}
@@ -259,7 +324,7 @@ def build_line(
             of_kind = class_tokens if feature.is_class_token else layers
             of_kind.setdefault(encoder, set()).add(feature.layer)
         elif "texture" in layer:
-            layers[encoder] |= {9, 11}
+            layers[encoder] |= {9, _LAST}
     words = ["featcache build"]
     if cache is not None:
         words.append(f"--into {typed(cache)}")

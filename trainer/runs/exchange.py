@@ -1,4 +1,4 @@
-"""Checkpoints from and for the public SiT, DiT, REPA, SRA and LightningDiT code, as run folders of ours."""
+"""Checkpoints from and for the public SiT, DiT, REPA, SRA, LightningDiT, REG and ReDi code, as run folders of ours."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from typing import Any
 
 import featcache
 from featcache.errors import UserError
+from featcache.feature_names import layer_feature
 from featcache.paths import CHECKPOINTS, check_output
 from featcache.read.normalization import Statistics, load
+from featcache.settings import to_mapping
 from featcache.store import files
 from featcache.store.manifest import UNKNOWN
+from trainer.align.redi import RediConfig
+from trainer.align.reg import RegConfig
+from trainer.models.config import StreamShape
 from trainer.runs import checkpoint, locks, normalization
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import run_model_config
+from trainer.runs.streams import StreamConfig, stream_config
 from trainer.runs.weights_io import CONVENTIONS, Imported, export_official, import_official
 
 # What the public checkpoints were trained on; the VAE's weights are checked only where a hash is known. LightningDiT's have
@@ -53,6 +59,39 @@ def _summary_of(path: str, shape: object) -> dict[str, Any]:
             remedy="Pass the cache of the VAE and resolution that it was trained with.",
         )
     return runs.summary_of(cache, [name for name in ("vae/moments", "label") if name in cache.manifest.features])
+
+
+def _stream_shape(stream: StreamShape) -> list[int]:
+    """Of the feature: [C] of a class token, [T, C] of tokens."""
+    return [stream.side**2, stream.channels] if stream.merged else [stream.channels]
+
+
+def _named_in(stream: StreamShape, features: Mapping[str, Any]) -> str:
+    """The feature of a cache that a file's stream is: that of its name, else the only one of its kind and channels."""
+
+    def fits(name: str) -> bool:
+        parts, shape = layer_feature(name), features[name]["shape"]
+        kind = parts is not None and bool(parts.part) and parts.is_class_token != stream.merged
+        return kind and len(shape) == len(_stream_shape(stream)) and bool(shape[-1] == stream.channels)
+
+    fitting = [name for name in features if fits(name)]
+    return fitting[0] if len(fitting) == 1 and stream.name not in fitting else stream.name
+
+
+def _streams_of(imported: Imported, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the run says of the features that are diffused beside the latents; the summary learns the shapes that it lacks."""
+    found = {}
+    for stream in imported.config.streams:
+        name = _named_in(stream, summary["features"])
+        summary["features"].setdefault(name, {"shape": _stream_shape(stream), "weights": UNKNOWN})
+        options = StreamConfig(
+            weight=RediConfig().weight if stream.merged else RegConfig().class_weight,
+            normalization="none",
+            embed="merged" if stream.merged else "own",
+            dropout=imported.dropout,
+        )
+        found[name] = to_mapping(options)
+    return found
 
 
 def import_checkpoint(
@@ -103,12 +142,14 @@ def import_checkpoint(
     if cache is not None:
         summary = _summary_of(cache, features["vae/moments"]["shape"])
     numbers = _statistics_of(imported, summary, statistics, path)
+    streams = _streams_of(imported, summary)
     config = RunConfig(
         model=imported.name,
         name=name or path.stem,
         normalization="scalar" if numbers is None else numbers.over,
         path=imported.path,  # type: ignore[arg-type]
         qk_norm=cfg.qk_norm,
+        streams=streams,
         steps=max(1, imported.step or 1),
     )
     run = runs.run_dir(config, root)
@@ -184,5 +225,14 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
     checkpoint.require_own(folder, method=config.method, model=config.model)
     ema = checkpoint.load_tensors(folder, "ema")
     cfg = run_model_config(run, config)
+    streams = {name: stream_config(name, given) for name, given in config.streams.items()}
+    for name, stream in streams.items():
+        if stream.normalization != "none":
+            raise UserError(
+                f"{run} diffuses {name} normalised by {stream.normalization}, and the public code has no place for the numbers: "
+                "it diffuses features as the encoder gave them",
+                remedy="Draw from it here: trainer sample, trainer eval.",
+            )
+        options["dropout"] = stream.dropout
     options |= {"interpolant": config.path, "normalization": config.normalization}
     return export_official(out, cfg, ema=ema, model=raw, step=at, **options)

@@ -17,7 +17,7 @@ METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
 
 # Tables by paper, as our copies of the papers number them. SRA's have lost their captions; its text calls the
 # component-wise analysis Table 3.2 and all system-level comparisons Table 3.3. LightningDiT's is the table of results in its
-# repository, images/results.png, which has no number there.
+# repository, images/results.png, which has no number there. Of REG's and ReDi's, those whose number we do not know are named by what they compare.
 PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
     "REPA": tuple(str(n) for n in range(1, 13)),
     "SARA": ("1a", "1b", "2", "3", "4", "5"),
@@ -28,6 +28,8 @@ PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
     ),
     "SRA": ("3.2", "3.3"),
     "LightningDiT": ("results",),
+    "REG": ("8", "9", "guidance", "512px", "beta", "depth", "encoder", "entanglement"),
+    "ReDi": ("convergence", "guided", "representation-guidance", "components"),
 }
 UNKNOWN_SCALE = "the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without"
 

@@ -86,7 +86,9 @@ def describe(recipe: Recipe) -> list[str]:
 def _settings(recipe: Recipe) -> list[tuple[str, str, str]]:
     """(key, value, origin) of each setting, and of the build line."""
     values = flat(recipe.values) | ({} if recipe.build is None else {"build": recipe.build})
-    return [(key, str(values[key]), origin) for key, origin in recipe.origins.items() if key in values]
+    return [
+        (key, str(values[key]).replace("\n", "; "), origin) for key, origin in recipe.origins.items() if key in values
+    ]
 
 
 def _figure(row: Recipe) -> list[str]:
@@ -103,10 +105,12 @@ def _figure(row: Recipe) -> list[str]:
 
 
 def commands(recipe: Recipe, rows: Sequence[Recipe]) -> list[str]:
-    """Build, then train to each row's step in turn and evaluate there as the row's samples were drawn."""
+    """Build, derive, then train to each row's step in turn and evaluate there as the row's samples were drawn."""
     name = shlex.quote(Path(recipe.name).stem if Path(recipe.name).is_absolute() else recipe.name.replace("/", "-"))
     data = "" if recipe.build is None or "--data" in recipe.build.split() else f" --data {DATA}"
-    lines = [] if recipe.build is None else [f"  {recipe.build}{data}"]
+    build, *derive = recipe.build.splitlines() if recipe.build else [""]
+    lines = [f"  {build}{data}"] if build else []
+    lines += [f"  {line}" for line in derive]
     reached = 0
     for row in sorted(rows, key=lambda r: r.steps):
         if row.steps > reached:

@@ -45,7 +45,7 @@ class Recipe:
 
     name: `ahpa/xl2`, or the file. values: keys of RunConfig, not validated yet. origins: where each comes from (align's
     by `align.METHOD.OPTION`), and `build`: a row, a file. title, note: text. build: the `featcache build` line of its
-    cache. published: figures of the paper's row, None where it gives none that we could read. training: name of the row
+    cache, and below it `featcache derive` lines for what is derived of that. published: figures of the paper's row, None where it gives none that we could read. training: name of the row
     whose training this is; its own unless it is a further figure.
     """
 

@@ -7,6 +7,8 @@ What differs from ours, by convention:
 - `sit`: time runs the other way (t = 1 is data, velocity z - e); 2C channels out, of which the upper C are unused.
 - `lightningdit`: time as in `sit`, C channels out; carries the tables of the rotary positions, which are ours too.
 - `dit`: nothing (DDPM steps 0..999, noise and variance values).
+- `reg`: as `repa`, with a class token of its own: the layers of that stream have other names.
+- `redi`: time as in `sit`, C + K channels in and out, of which the last K are a feature's components: a merged stream.
 
 Time and sign are converted in the weights themselves, so an imported model is like any other. Also carried
 by all is `pos_embed`, which training averages into the EMA, where it drifts by rounding: it is kept and
@@ -31,14 +33,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featcache.errors import UserError
+from featcache.feature_names import layer_feature
 from featcache.store import files
-from trainer.models.blocks import rotary_positions, sincos_positions, time_frequencies
-from trainer.models.config import BACKBONES, FeedForward, ModelConfig, Norm, sizes_of
+from featcache.store.manifest import UNKNOWN
+from trainer.models.blocks import rotary_positions, time_frequencies, token_positions
+from trainer.models.config import BACKBONES, FeedForward, ModelConfig, Norm, StreamShape, sizes_of
 from trainer.models.transformer import Transformer, check_fit
 from trainer.runs import locks
 from trainer.runs.checkpoint import REAL_DTYPES
 
-Convention = Literal["repa", "sra", "sit", "dit", "lightningdit"]
+Convention = Literal["repa", "sra", "sit", "dit", "lightningdit", "reg", "redi"]
 # Whose code loads which backbones (`ModelConfig.backbone`); LightningDiT's has a switch for each of its layers.
 FITS: Mapping[Convention, tuple[str | None, ...]] = {
     "repa": ("SiT",),
@@ -46,8 +50,26 @@ FITS: Mapping[Convention, tuple[str | None, ...]] = {
     "sit": ("SiT",),
     "dit": ("DiT",),
     "lightningdit": ("LightningDiT", "SiT", None),
+    "reg": ("SiT",),
+    "redi": ("SiT",),
 }
 CONVENTIONS: tuple[Convention, ...] = tuple(FITS)
+# Those whose time runs the other way (t = 1 is data, velocity z - e).
+_REVERSED: tuple[Convention, ...] = ("sit", "lightningdit", "redi")
+
+# REG's names for the layers of its class token, and ours.
+_CLASS_TOKEN_LAYERS = {
+    "cls_projectors2": "stream_embedders.0.proj",
+    "wg_norm": "stream_embedders.0.norm",
+    "final_layer.linear_cls": "final_layer.stream_linears.0",
+}
+_STREAM_IN = "stream_embedders.0.proj.weight"
+# The class tokens that REG's width stands for; its released code takes DINOv2 alone.
+_CLASS_TOKENS = {384: "dinov2-s@11.cls", 768: "dinov2-b@11.cls", 1024: "dinov2-l@23.cls", 1536: "dinov2-g@39.cls"}
+# ReDi's code: in_channels = 4 + pca_rank, 8 by default, components of dinov2_vitb14_reg.
+_REDI_LATENT, _REDI_COMPONENTS, _REDI_ENCODER = 4, 8, "dinov2-b-reg@11"
+# Names of features that are taken from a file.
+_PLAIN_NAME = re.compile(r"[\w.-]{1,80}@[0-9]{1,3}\.[\w-]{1,80}", re.ASCII)
 
 # What an official repository stores beside the backbone: heads of the alignment, dropped at inference.
 _HEAD_PREFIXES = ("projectors.", "ap_head.")
@@ -76,6 +98,7 @@ class Imported:
     convention: where it came from; weights: `ema`, `model` or `bare` (the file was one state dict).
     path: the interpolant it was trained with (SiT), `linear` or `cosine`.
     normalization: of its latents: `channel` for LightningDiT's, unless the file says otherwise, else `scalar`.
+    dropout: share of samples that were trained without the streams of `config` (ReDi's, if the file says so).
     state: weights under our keys, float32, with `pos_embed`: for `trainer.models.load_weights`.
     heads: what else was in the state dict (projectors), under its own keys.
     step: optimiser steps taken, if the file says so.
@@ -90,6 +113,7 @@ class Imported:
     state: dict[str, Tensor]
     heads: dict[str, Tensor]
     step: int | None
+    dropout: float = 0.0
 
 
 def import_official(
@@ -99,7 +123,8 @@ def import_official(
     convention: Convention | None = None,
     heads: int | None = None,
 ) -> Imported:
-    """Read an official SiT, DiT, REPA, SRA or LightningDiT checkpoint (`.pt`) or state dict (`.pt`, `.safetensors`).
+    """Read an official SiT, DiT, REPA, SRA, LightningDiT, REG or ReDi checkpoint (`.pt`) or state dict (`.pt`,
+    `.safetensors`).
 
     Nothing in the file is executed: it is unpickled with `weights_only=True`, the one class allowed
     beside tensors being `argparse.Namespace`.
@@ -119,27 +144,36 @@ def import_official(
     options = _options(content) if chosen != "bare" else {}
     raw = {_modern_key(key, raw, options): value.float() for key, value in raw.items()}
     extra = {key: value for key, value in raw.items() if key.startswith(_HEAD_PREFIXES)}
-    state = {key: value for key, value in raw.items() if key not in extra}
+    state = _rename({key: value for key, value in raw.items() if key not in extra}, _CLASS_TOKEN_LAYERS)
 
     rotary = {key: state.pop(key) for key in _ROTARY_TABLES if key in state}
     config, doubled = _infer_config(state, rotary, path, heads)
     _check_rotary(rotary, config, path)
+    typed = convention is not None
     if convention is None:
         plain = config.backbone == "SiT" and "use_rmsnorm" not in options  # which only LightningDiT's code says
-        convention = _infer_convention(extra, options, path, doubled) if plain else "lightningdit"
-    elif config.backbone not in (*FITS[convention], "SiT"):
+        if config.own_streams:
+            convention = "reg"
+        elif plain and not extra and not doubled and _is_redi(config, options):
+            convention = "redi"
+        else:
+            convention = _infer_convention(extra, options, path, doubled) if plain else "lightningdit"
+    if config.backbone not in (*FITS[convention], "SiT") or bool(config.own_streams) != (convention == "reg"):
         raise UserError(
-            f"{path} holds {_kind(config)}, which {convention!r} checkpoints do not.", remedy="Leave --convention out."
+            f"{path} holds {_kind(config)}, which {convention!r} checkpoints do not.",
+            remedy="Leave --convention out." if typed else None,
         )
-    if convention in ("sit", "lightningdit"):
-        state = reverse_time(_keep_channels(state, config) if doubled else state)
-    elif convention == "dit" or (convention == "sra" and doubled):
-        config = replace(config, family="dit", learn_sigma=doubled)
-    elif doubled:
+    if doubled and convention not in ("sit", "lightningdit", "dit", "sra"):
         raise UserError(
             f"{path} predicts twice as many channels as its latent has; {convention!r} checkpoints do not.",
             remedy="Type --convention sit or --convention dit.",
         )
+    if convention in ("reg", "redi"):
+        config = _with_stream(config, options, path)
+    if convention in _REVERSED:
+        state = reverse_time(_keep_channels(state, config) if doubled else state)
+    elif convention == "dit" or (convention == "sra" and doubled):
+        config = replace(config, family="dit", learn_sigma=doubled)
     interpolant = _trained_path(options, path)
     _check_keys(state, config, path)
     step = content.get("steps", content.get("train_steps")) if chosen != "bare" else None
@@ -153,6 +187,7 @@ def import_official(
         state={key: value.contiguous() for key, value in state.items()},
         heads=extra,
         step=step if isinstance(step, int) else None,
+        dropout=_number(options.get("dino_drop_prob")) if convention == "redi" else 0.0,
     )
 
 
@@ -167,6 +202,7 @@ def export_official(
     step: int | None = None,
     interpolant: str = "linear",
     normalization: str = "scalar",
+    dropout: float = 0.0,
 ) -> Path:
     """Write weights as a checkpoint that the public code loads: a dict with `ema`, `model` and `args` (`config` for
     LightningDiT).
@@ -176,38 +212,45 @@ def export_official(
     Args:
         ema, model: state dicts under our keys; `pos_embed` is added where it is missing, and `model` is
             `ema` where only that is kept.
-        convention: whose code is to load it; by default `repa` for SiT, `dit` for DiT, else `lightningdit`.
-        heads: `projectors.*` (repa) or `ap_head.*` (sra). Those repositories load strictly, so zeros of
-            the default shapes (768 channels, as for DINOv2-B) are written where none are given; sampling
-            does not use them.
-
+        convention: whose code is to load it; by default `repa` for SiT, `dit` for DiT, else `lightningdit`; `reg` or
+            `redi` where the one stream is what those diffuse.
+        heads: `projectors.*` (repa, reg) or `ap_head.*` (sra). Those repositories load strictly, so zeros of
+            the default shapes (768 channels, as for DINOv2-B, or the class token's) are written where none are
+            given; sampling does not use them.
         normalization: of the run's latents; only LightningDiT's files have a place for it.
+        dropout: share of samples trained without the stream; only ReDi's files have a place for it.
 
     Raises:
         UserError: a convention that does not fit the model, or weights that do not fit `config`.
     """
     path = Path(path)
-    fitting = [c for c in CONVENTIONS if config.backbone in FITS[c] and (config.family == "sit" or c in ("dit", "sra"))]
+    fitting = _fitting(config)
+    if not fitting:
+        raise UserError(
+            f"{_kind(config)} weights cannot be written for any public code: REG's has a place for one class token beside a "
+            f"SiT's latents, ReDi's for one feature's components merged into {_REDI_LATENT} channels of latents.",
+            remedy="Draw from the run here: trainer sample, trainer eval.",
+        )
     convention = convention or ("dit" if config.family == "dit" else fitting[0])
     if convention not in fitting:
         raise UserError(
             f"{_kind(config)} weights cannot be written as {convention!r}.", remedy=f"Use one of: {', '.join(fitting)}."
         )
-    extra = dict(heads) if heads else _placeholder_heads(convention, config.width)
+    extra = dict(heads) if heads else _placeholder_heads(convention, config)
 
     rotary = (
         dict(zip(_ROTARY_TABLES, rotary_positions(config.width // config.heads, config.grid))) if config.rope else {}
     )
 
     def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        full = {"pos_embed": sincos_positions(config.width, config.grid)}
+        full = {"pos_embed": token_positions(config)}
         full |= {key: value.detach().cpu().float() for key, value in state.items()}
         _check_keys(full, config, path)
-        if convention in ("sit", "lightningdit"):
+        if convention in _REVERSED:
             full = reverse_time(full)
         if convention == "sit":
             full = _double_channels(full, config)
-        return full | rotary | extra
+        return _rename(full, {ours: theirs for theirs, ours in _CLASS_TOKEN_LAYERS.items()}) | rotary | extra
 
     content: dict[str, Any] = {"ema": convert(ema)}
     content["model"] = convert(model) if model is not None else content["ema"]
@@ -217,7 +260,11 @@ def export_official(
     else:
         content["args"] = {"model": config.name, "num_classes": config.num_classes, "qk_norm": config.qk_norm}
         if config.family == "sit":
-            content["args"]["path_type"] = theirs if convention == "sit" else interpolant
+            content["args"]["path_type"] = theirs if convention in _REVERSED else interpolant
+        for stream in config.streams:
+            content["args"]["feature"] = stream.name
+        if convention == "redi":
+            content["args"] |= {"pca_rank": config.streams[0].channels, "dino_drop_prob": dropout}
     if step is not None:
         content["steps"] = step
     try:
@@ -371,7 +418,15 @@ def _infer_config(
         if state[key].ndim != axes:
             raise UserError(f"{path} is not a SiT or DiT state dict: {key} has the shape {list(state[key].shape)}.")
     D, C, p, _ = state["x_embedder.proj.weight"].shape
-    tokens = state["pos_embed"].shape[1]
+    class_token = state.get(_STREAM_IN)
+    if class_token is not None and class_token.ndim != state["t_embedder.mlp.0.weight"].ndim:
+        raise UserError(
+            f"{path} is not a REG state dict: cls_projectors2.weight has the shape {list(class_token.shape)}."
+        )
+    own = (
+        (StreamShape(name="", channels=class_token.shape[-1], side=1, merged=False),) if class_token is not None else ()
+    )
+    tokens = state["pos_embed"].shape[1] - len(own)
     numbers = {_block_number(key, path) for key in state if key.startswith("blocks.")}
     depth = len(numbers)
     if numbers != set(range(depth)):
@@ -410,6 +465,7 @@ def _infer_config(
         norm=norm,
         mlp=mlp,
         rope=bool(rotary),
+        streams=own,
     )
     hidden = state[_MLP_LAYER[mlp]].shape[0] // (2 if mlp == "swiglu" else 1)
     if hidden != config.mlp_width:  # not the usual ratio of 4
@@ -467,7 +523,70 @@ def _trained_path(options: Mapping[str, Any], path: Path) -> str:
 
 def _kind(config: ModelConfig) -> str:
     """What to call a backbone in an error."""
-    return config.backbone or f"a mixture of norm {config.norm}, mlp {config.mlp}, rope {config.rope}"
+    kind = config.backbone or f"a mixture of norm {config.norm}, mlp {config.mlp}, rope {config.rope}"
+    beside = [stream.name or "a class token" for stream in config.streams]
+    return kind + (f" (with {', '.join(beside)} beside the latents)" if beside else "")
+
+
+def _fitting(config: ModelConfig) -> list[Convention]:
+    """Whose code has a place for all that the weights of a backbone are."""
+    if not config.streams:
+        named = [c for c in CONVENTIONS if c not in ("reg", "redi") and config.backbone in FITS[c]]
+        return [c for c in named if config.family == "sit" or c in ("dit", "sra")]
+    (first, *others) = config.streams
+    if others or config.backbone != "SiT":
+        return []
+    if first.merged:
+        return ["redi"] if config.latent_channels == _REDI_LATENT else []
+    return ["reg"] if first.tokens == 1 else []
+
+
+def _is_redi(config: ModelConfig, options: Mapping[str, Any]) -> bool:
+    """Whether the channels are those of latents and components, by what the file says of its training, or by ReDi's
+    published number, which no VAE has."""
+    components = options.get("pca_rank", _REDI_COMPONENTS)
+    return isinstance(components, int) and config.latent_channels == _REDI_LATENT + components
+
+
+def _with_stream(config: ModelConfig, options: Mapping[str, Any], path: Path) -> ModelConfig:
+    """With REG's class token named, or ReDi's components told from the latents' channels.
+
+    Files of ours name the feature; of others, the width tells the class token, and the components are DINOv2-B's.
+    """
+    named = str(options.get("feature", ""))
+    given = layer_feature(named) if _PLAIN_NAME.fullmatch(named) else None
+    if config.own_streams:
+        (stream,) = config.own_streams
+        name = str(given) if given and given.is_class_token else _CLASS_TOKENS.get(stream.channels, f"{UNKNOWN}@0.cls")
+        return replace(config, streams=(replace(stream, name=name),))
+    components = config.latent_channels - _REDI_LATENT
+    if components < 1:
+        raise UserError(
+            f"{path} has {config.latent_channels} channels in, and 'redi' checkpoints more than {_REDI_LATENT}: those of "
+            "the latents and the components.",
+            remedy="Leave --convention out.",
+        )
+    derived = given is not None and not given.is_tokens and not given.is_class_token
+    stream = StreamShape(
+        name=str(given) if derived else f"{_REDI_ENCODER}.pca{components}",
+        channels=components,
+        side=max(1, config.latent_size // 2),  # patches of 16 pixels, with a VAE's cells of 8; the weights do not say
+        merged=True,
+    )
+    return replace(config, latent_channels=_REDI_LATENT, streams=(stream,))
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _rename(state: Mapping[str, Tensor], layers: Mapping[str, str]) -> dict[str, Tensor]:
+    """With other names for the layers among the keys of `layers`."""
+    return {
+        f"{layers[layer]}.{kind}" if layer in layers else key: value
+        for key, value in state.items()
+        for layer, _, kind in [key.rpartition(".")]
+    }
 
 
 def _keep_channels(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -489,14 +608,17 @@ def _double_channels(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     return out
 
 
-def _placeholder_heads(convention: str, width: int) -> dict[str, Tensor]:
-    hidden, channels = 2048, 768
+def _placeholder_heads(convention: str, config: ModelConfig) -> dict[str, Tensor]:
+    hidden, width = 2048, config.width
+    channels = config.own_streams[0].channels if config.own_streams else 768
+    projector = {
+        "projectors.0.0": (hidden, width),
+        "projectors.0.2": (hidden, hidden),
+        "projectors.0.4": (channels, hidden),
+    }
     shapes = {
-        "repa": {
-            "projectors.0.0": (hidden, width),
-            "projectors.0.2": (hidden, hidden),
-            "projectors.0.4": (channels, hidden),
-        },
+        "repa": projector,
+        "reg": projector,
         "sra": {"ap_head.linear1": (2 * width, width), "ap_head.linear2": (width, 2 * width)},
     }
     heads: dict[str, Tensor] = {}
@@ -510,7 +632,7 @@ def _check_keys(state: Mapping[str, Tensor], config: ModelConfig, path: Path) ->
     with torch.device("meta"):
         model = Transformer(config)
     check_fit(model, state, source=str(path))
-    drift = (state["pos_embed"].double() - sincos_positions(config.width, config.grid)).abs().max().item()
+    drift = (state["pos_embed"].double() - token_positions(config)).abs().max().item()
     if not drift < _POSITION_DRIFT:
         raise UserError(
             f"{path}: its position table is not the sin-cos table of a {config.grid} x {config.grid} grid "
