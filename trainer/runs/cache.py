@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,21 @@ import numpy as np
 import featcache
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
-from featcache.feature_names import is_class_token, layer_feature
+from featcache.feature_names import LayerFeature, is_class_token, layer_feature
 from featcache.keys import key_text, printable
 from featcache.paths import typed
 from featcache.settings import suggest, to_mapping
 from featcache.store.root import find_root
 from trainer import align
 from trainer.align.base import FeatureInfo
-from trainer.align.features import encoder_layers
+from trainer.align.features import LAST_LAYER, encoder_layers
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary
-from trainer.runs.streams import check_shape, stream_config
+from trainer.runs.streams import DIFFUSIBLE, check_shape, stream_config
 
 ROOT = Path("caches")
-DEFAULT_ENCODER = "dinov2-b"
+DEFAULT_ENCODER, DEFAULT_LAST = "dinov2-b", 11
 DEFAULT_VAE = "sd-ft-ema"
 
 
@@ -158,11 +159,17 @@ def with_streams(config: RunConfig, cache: featcache.Cache) -> RunConfig:
     available = available_features(cache)
     asked: dict[str, dict[str, Any]] = {}
     for method in config.methods:
-        for feature, options in align.data_streams(method, config.method_config(method), available).items():
+        chosen = config.method_config(method)
+        try:
+            of_method = align.data_streams(method, chosen, available)
+        except CacheError as error:
+            remedy = build_command(cache, align.required_features(method, chosen))
+            raise CacheError(f"{cache.path}: {error.what}", remedy=remedy) from error
+        for feature, options in of_method.items():
             asked[feature] = {**asked.get(feature, {}), **options}
     for feature, given in config.streams.items():
         asked[feature] = {**asked.get(feature, {}), **(given or {})}
-    return dataclasses.replace(
+    return replace(
         config, streams={name: _settled_stream(name, options, cache) for name, options in asked.items()}
     )
 
@@ -174,14 +181,14 @@ def _settled_stream(feature: str, options: Mapping[str, Any], cache: featcache.C
         near = suggest(feature, cache.manifest.features)
         raise CacheError(
             f"{cache.path} does not hold {feature}, which is to be diffused",
-            remedy=near + build_command(cache, (feature,)),
+            remedy=near + (build_command(cache, (feature,)) if layer_feature(feature) else DIFFUSIBLE),
         )
     check_shape(feature, tuple(spec.shape))
     if spec.codec == "int4":
         raise UserError(
             f"{feature} is stored as int4, whose rounding the model would learn to draw",
-            remedy="Store what is to be diffused as fp16, bf16 or int8: featcache build --tokens-codec (class tokens: "
-            "--cls-codec).",
+            remedy=f"Remove it and store it as fp16, bf16 or int8:\n  featcache rm {typed(cache.path)} --features {feature}\n  "
+            f"{_build_into(cache, (feature,))} --tokens-codec int8",
         )
     embed = config.embed if config.embed != "auto" else "own" if is_class_token(feature) else "merged"
     if embed == "merged" and len(spec.shape) == 1:
@@ -189,7 +196,7 @@ def _settled_stream(feature: str, options: Mapping[str, Any], cache: featcache.C
             f"{feature} is one vector, which cannot be merged into the latents' channels",
             remedy=f"Leave embed out, or: --set streams.{feature}.embed=own",
         )
-    return to_mapping(dataclasses.replace(config, embed=embed))
+    return to_mapping(replace(config, embed=embed))
 
 
 def random_features(cache: featcache.Cache) -> list[str]:
@@ -206,8 +213,28 @@ def sample_keys(cache: featcache.Cache, indices: np.ndarray) -> list[str]:
 
 
 def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
-    """The sentence with the `featcache build` line that adds features to a cache."""
-    wanted = _settle(wanted, cache)
+    """The sentence with the lines that add features to a cache: of `featcache build`, and of `featcache derive`."""
+    named = {name: layer_feature(name) for name in _definite(_settle(wanted, cache))}
+    derived = [parts for parts in named.values() if parts and parts.is_derived]
+    made = [name for name, parts in named.items() if not (parts and parts.is_derived)]
+    tokens = dict.fromkeys(str(_source(parts)) for parts in derived)
+    made += [name for name in tokens if name not in (*made, *cache.manifest.features)]
+    lines = [_build_into(cache, made)] if made or not derived else []
+    lines += [_derive_line(cache, parts) for parts in derived]
+    return "Add what is missing:\n  " + "\n  ".join(lines)
+
+
+def _source(derived: LayerFeature) -> LayerFeature:
+    return replace(derived, part="")
+
+
+def _derive_line(cache: featcache.Cache, parts: LayerFeature) -> str:
+    line = f"featcache derive {typed(cache.path)} --feature {shlex.quote(str(_source(parts)))}"
+    count = re.fullmatch(r"pca([0-9]+)", parts.part)
+    return f"{line} --pca {count[1]}" if count else f"{line} --pca 8 --name {shlex.quote(str(parts))}"
+
+
+def _build_into(cache: featcache.Cache, wanted: Sequence[str]) -> str:
     dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
     words = [build_line(cache.path, wanted)]
     if dataset.vae is not None and any(name.startswith("vae/") for name in wanted):
@@ -222,10 +249,10 @@ def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
             words.append(f"--random-weights {feature.provenance['seed']}")
             break
     if dataset.source.startswith("shapes "):  # drawn anew, so many as there were
-        return f"Add what is missing:\n  {' '.join(words)}"
+        return " ".join(words)
     kind, _, name = dataset.source.partition(" ")
     data = shlex.quote(f"/path/to/{name}" if kind == "folder" else "/path/to/the/same/images")
-    return f"Add what is missing:\n  {' '.join(words)} --data {data}"
+    return f"{' '.join(words)} --data {data}"
 
 
 def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
@@ -242,10 +269,19 @@ def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
     return [name.replace("<texture>", str(texture)) for name in named]
 
 
+def _definite(wanted: Iterable[str]) -> list[str]:
+    """Names with the default encoder's last layer, if a part of an open one is wanted: only then a line names layers."""
+    wanted = list(wanted)
+    if not any(name.startswith(f"{LAST_LAYER}.") for name in wanted):
+        return wanted
+    return [name.replace(LAST_LAYER, f"{DEFAULT_ENCODER}@{DEFAULT_LAST}") for name in wanted]
+
+
 def build_line(
     cache: str | Path | None, wanted: Iterable[str], *, resolution: int | None = None, vae: str | None = None
 ) -> str:
     """`featcache build ...` for feature names; open ones (in angle brackets) become the default encoder's."""
+    wanted = _definite(wanted)
     levels = sorted({name.split("/")[1] for name in wanted if name.startswith("vae/G")})
     layers: dict[str, set[int]] = {}
     class_tokens: dict[str, set[int]] = {}
@@ -259,7 +295,7 @@ def build_line(
             of_kind = class_tokens if feature.is_class_token else layers
             of_kind.setdefault(encoder, set()).add(feature.layer)
         elif "texture" in layer:
-            layers[encoder] |= {9, 11}
+            layers[encoder] |= {9, DEFAULT_LAST}
     words = ["featcache build"]
     if cache is not None:
         words.append(f"--into {typed(cache)}")
