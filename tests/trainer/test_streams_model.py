@@ -12,6 +12,7 @@ from featcache.errors import UserError
 from trainer.models import Transformer, build_model
 from trainer.models.blocks import rotary_positions, sincos_positions, token_positions
 from trainer.models.config import ModelConfig, StreamShape, forward_flops, model_config
+from trainer.sampling.inference import Arithmetic, Network
 
 CLS = StreamShape(name="dinov2-b@11.cls", channels=768, side=1, merged=False)
 PCA = StreamShape(name="dinov2-b@11.pca8", channels=8, side=16, merged=True)
@@ -138,3 +139,21 @@ def test_a_dit_with_tokens_of_streams_is_refused() -> None:
     with pytest.raises(UserError, match=r"a@1\.cls would have tokens of its own") as error:
         small("DiT-Ti/2", LONE)
     assert "SiT or LightningDiT" in str(error.value.remedy)
+
+
+def test_weights_rounded_for_sampling_change_no_bit_of_what_autocast_computes() -> None:
+    cfg = small("LightningDiT-Ti/2", SQUARE, LONE)
+    model = build_model(cfg).eval()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
+    x, t, y = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, generator=g), torch.tensor([0, 1])
+    own = (torch.randn(2, 5, 9, generator=g), torch.randn(2, 6, 1, generator=g))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x, t, y, streams=own)
+    with torch.no_grad():
+        found = Network(model, Arithmetic(precision="bf16"))(x, t, y, streams=own)
+    for a, b in zip((wanted.prediction, *wanted.streams), (found.prediction, *found.streams), strict=True):
+        assert a is not None and b is not None and b.dtype == torch.float32
+        assert torch.equal(a.float(), b)

@@ -82,9 +82,7 @@ def test_every_method_trains_beside_streams(
         pytest.param("redi+reg+sra2+dya", "SiT-Nano/2", marks=pytest.mark.slow),
     ],
 )
-def test_reg_and_redi_train_and_are_drawn_from(
-    streams_cache: Path, tmp_path: Path, method: str, backbone: str
-) -> None:
+def test_reg_and_redi_train_and_are_drawn_from(streams_cache: Path, tmp_path: Path, method: str, backbone: str) -> None:
     path = run(settings(streams_cache, method, model=backbone, steps=2, batch_size=2), tmp_path)
     assert all(math.isfinite(loss) for loss in losses(path))
     config = runs.load_config(path)
@@ -154,7 +152,7 @@ def test_streams_leave_the_latents_of_a_step_as_they_are(streams_cache: Path, tm
     ("method", "changes", "graphs"),
     [
         ("reg", {}, 2),
-        ("redi", {"align": {"redi": {"dropout": 0.4}}}, 1),
+        pytest.param("redi", {"align": {"redi": {"dropout": 0.4}}}, 1, marks=pytest.mark.slow),
         pytest.param("none", {"streams": MIXED}, 1, marks=pytest.mark.slow),
         pytest.param("redi", {"model": "DiT-Nano/2"}, 1, marks=pytest.mark.slow),
         pytest.param("redi+reg", {"accumulate": 2, "precision": "bf16"}, 2, marks=pytest.mark.slow),

@@ -110,7 +110,9 @@ class Gaussian:
         distance = ((row - self.mean) @ torch.linalg.inv(self.covariance) * (row - self.mean)).sum(1)
         assert abs(float(distance.mean()) - size) < 5 * (2 * size / n) ** 0.5
         latents = math.prod(self.shapes[0])
-        assert (self.covariance[:latents, latents:].abs() > 10 * error[:latents, latents:]).any(), "else it shows nothing"
+        assert (self.covariance[:latents, latents:].abs() > 10 * error[:latents, latents:]).any(), (
+            "else it shows nothing"
+        )
 
 
 def quick_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +157,9 @@ def test_a_model_of_the_data_draws_it_too(monkeypatch: pytest.MonkeyPatch) -> No
     model.check(draws(model, SampleConfig(sampler="heun", steps=40), transport=transport))
 
 
-@pytest.mark.parametrize(("sampler", "steps", "variance"), [("ddpm", 1000, -1.0), ("ddpm", 1000, 1.0), ("ddim", 250, 0.0)])
+@pytest.mark.parametrize(
+    ("sampler", "steps", "variance"), [("ddpm", 1000, -1.0), ("ddpm", 1000, 1.0), ("ddim", 250, 0.0)]
+)
 def test_ddpm_samplers_draw_the_joint_distribution(
     sampler: str, steps: int, variance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,9 +169,7 @@ def with_streams(config: RunConfig, cache: featcache.Cache) -> RunConfig:
             asked[feature] = {**asked.get(feature, {}), **options}
     for feature, given in config.streams.items():
         asked[feature] = {**asked.get(feature, {}), **(given or {})}
-    return replace(
-        config, streams={name: _settled_stream(name, options, cache) for name, options in asked.items()}
-    )
+    return replace(config, streams={name: _settled_stream(name, options, cache) for name, options in asked.items()})
 
 
 def _settled_stream(feature: str, options: Mapping[str, Any], cache: featcache.Cache) -> dict[str, Any]:
