@@ -251,7 +251,7 @@ def test_terms_equal_their_formulas(streams_cache: Path, tmp_path: Path, name: s
     assert {key: value.item() for key, value in terms.items()} == pytest.approx(wanted, rel=2e-4)
     if any((options or {})["dropout"] for options in case.config.streams.values()):
         (draws,) = (d for n, d in case.draws.drop_stream.items() if (case.config.streams[n] or {})["dropout"])
-        assert 0 < (draws < 0.3).sum() and (draws >= 0.5).sum() > 0, "some are dropped and some are not"
+        assert (draws < 0.3).sum() > 0 and (draws >= 0.5).sum() > 0, "some are dropped and some are not"
 
 
 @pytest.mark.usefixtures("nano")
