@@ -45,7 +45,7 @@ def job(cache: Path, kind: str, **kw: Any) -> Any:
 @pytest.fixture(scope="module")
 def outcome(streams_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("streams-of-two-ranks")
-    jobs = [{"name": name, "settings": to_mapping(job(streams_cache, name))} for name in JOBS]
+    jobs: list[dict[str, Any]] = [{"name": name, "settings": to_mapping(job(streams_cache, name))} for name in JOBS]
     stopped = to_mapping(job(streams_cache, "sharded", name="stopped"))
     jobs += [
         {"name": "stopped", "settings": {**stopped, "steps": 50}, "signal_rank": 1, "signal_step": 1},

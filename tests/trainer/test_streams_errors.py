@@ -179,7 +179,7 @@ def test_statistics_that_do_not_fit(streams_cache: Path, tmp_path: Path) -> None
         ({"feature": "tiny@5"}, UserError, "are of tiny@5, not of tiny@5.cls"),
         ({"mean": known.mean[:3], "std": known.std[:3]}, UserError, "shape"),
     ):
-        save(dataclasses.replace(known, **changes), file)  # type: ignore[arg-type]
+        save(dataclasses.replace(known, **changes), file)
         error = told(settings(streams_cache, streams={CLS: {"statistics": str(file)}}), tmp_path, kind)
         assert said in error.what and "featcache stats" in str(error.remedy)
     save(compute(cache, PCA, "channel"), file)
@@ -219,7 +219,8 @@ def test_a_run_is_not_continued_with_other_options_of_a_stream(
     with pytest.raises(UserError, match=rf"started with streams\.{re.escape(PCA)}\.{key} = .*, not {value!r}") as error:
         run(settings(streams_cache, steps=2, streams={PCA: {key: value}}), tmp_path, resume=True)
     assert "--name" in str(error.value.remedy)
-    for streams in ({}, {PCA: {}, CLS: {}}):
+    others: list[dict[str, Any]] = [{}, {PCA: {}, CLS: {}}]
+    for streams in others:
         with pytest.raises(UserError, match=r"started with streams = \['tiny@5\.pca4'\]"):
             run(settings(streams_cache, steps=2, streams=streams), tmp_path, resume=True)
     run(settings(streams_cache, steps=2, streams={PCA: {"embed": "merged", "weight": 1.0}}), tmp_path, resume=True)
@@ -235,8 +236,9 @@ def test_guidance_that_the_run_cannot_give(streams_cache: Path, tmp_path: Path) 
             sample_config(SampleRequest(**options), load_run(path))
         assert error.value.remedy
 
-    alone, always = {"streams": {}}, {"streams": {PCA: {"dropout": 0.5}, CLS: {}}}
-    sometimes = {"streams": {PCA: {"dropout": 0.5}}}
+    alone: dict[str, Any] = {"streams": {}}
+    always: dict[str, Any] = {"streams": {PCA: {"dropout": 0.5}, CLS: {}}}
+    sometimes: dict[str, Any] = {"streams": {PCA: {"dropout": 0.5}}}
     refused("alone", "diffuses the latents alone", alone, guidance=2.0, stream_guidance=2.0)
     refused("alone", "diffuses the latents alone", alone, representation_guidance=1.5)
     refused("always", "never trained without", always, representation_guidance=1.5)

@@ -69,8 +69,9 @@ def test_positions_of_a_lone_token_are_zero_and_of_a_square_sin_cos(streams: tup
 
 def test_a_lone_token_is_not_rotated() -> None:
     model = build_model(small("LightningDiT-Ti/2", SQUARE, LONE))
-    rope: Any = model.blocks[0].attn.rope
-    assert all(block.attn.rope is rope for block in model.blocks)
+    blocks: Any = model.blocks
+    rope = blocks[0].attn.rope
+    assert all(block.attn.rope is rope for block in blocks)
     x = torch.randn(2, 3, 9 + 1 + 16, 64)
     turned = rope(x)
     assert torch.equal(turned[:, :, 9], x[:, :, 9])
@@ -89,6 +90,8 @@ def test_streams_with_tokens_leave_all_other_weights_as_the_seed_gives_them(back
         assert torch.equal(ours[name], value), name
     new = set(ours) - set(alone.state_dict())
     assert {name.split(".")[0] for name in new} == {"stream_embedders", "final_layer"}
+    embed: Any
+    last: Any
     for k, (embed, last) in enumerate(zip(beside.stream_embedders, beside.final_layer.stream_linears)):
         bound = (6 / sum(embed.proj.weight.shape)) ** 0.5  # Xavier's
         assert 0.9 * bound < embed.proj.weight.abs().max() <= bound, k

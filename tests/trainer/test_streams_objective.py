@@ -125,6 +125,7 @@ def expected(case: Case) -> dict[str, float]:
     """All terms of the loss, in float64."""
     config, cfg, draws = case.config, case.cfg, case.draws
     vae = case.cache.manifest.dataset.vae
+    assert vae is not None
     mean, logvar = np.split(case.stored("vae/moments"), 2, axis=1)
     noise = draws.posterior.double().numpy()
     clean = [torch.from_numpy((mean + np.exp(logvar / 2) * noise - vae["shift_factor"]) * vae["scaling_factor"])]
@@ -145,7 +146,7 @@ def expected(case: Case) -> dict[str, float]:
         step = (t * 1000).floor().long()
         assert (step > 0).all(), "the first step's loss is another matter"
         alpha_bar = torch.from_numpy(linear_schedule().alpha_bar)
-        a, b, da, db = alpha_bar[step].sqrt(), (1 - alpha_bar[step]).sqrt(), None, None
+        a, b, da, db = alpha_bar[step].sqrt(), (1 - alpha_bar[step]).sqrt(), t, t  # DDPM has no velocity here
     elif config.path == "linear":
         a, b, da, db = 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     else:
@@ -262,8 +263,8 @@ def test_a_stream_that_is_dropped_teaches_nothing_but_its_noise_is_seen(streams_
     case = Case(streams_cache, tmp_path, "none", {"streams": {CLS: {"dropout": 1.0}}})
     terms, _ = case.parts.objective(case.batch, case.draws)
     assert terms[f"denoise/{CLS}"].item() == 0
-    sum(terms.values()).backward()  # type: ignore[union-attr]
-    (last,) = case.parts.model.final_layer.stream_linears
+    torch.stack(list(terms.values())).sum().backward()
+    last: Any = case.parts.model.final_layer.stream_linears[0]
     assert last.weight.grad is not None and not last.weight.grad.any()
     other = replace(case.draws, streams={CLS: -case.draws.streams[CLS]})
     assert case.parts.objective(case.batch, other)[0]["denoise"].item() != terms["denoise"].item()

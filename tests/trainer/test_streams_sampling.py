@@ -62,7 +62,7 @@ class Gaussian:
 
     def __init__(self, cfg: ModelConfig, *, predicts: str = "velocity", variance: float | None = None) -> None:
         self.cfg, self.predicts, self.variance = cfg, predicts, variance
-        self.shapes = [cfg.latent_shape]
+        self.shapes: list[tuple[int, ...]] = [cfg.latent_shape]
         for s in cfg.streams:
             self.shapes.append((s.channels, 2, 2) if s.merged else (s.channels, s.side**2))
         size = sum(map(math.prod, self.shapes))
