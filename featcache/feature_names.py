@@ -39,6 +39,11 @@ class LayerFeature:
     def is_class_token(self) -> bool:
         return self.part == CLASS_TOKEN
 
+    @property
+    def is_derived(self) -> bool:
+        """Whether it was made of the block's patch tokens."""
+        return bool(self.part) and not self.is_class_token
+
 
 def layer_feature(name: str) -> LayerFeature | None:
     """The parts of `<encoder>@<layer>[.<part>]`; None for any other name."""

@@ -10,9 +10,10 @@ import torch
 from tiny_runs import add_nano
 
 import featcache
+from featcache.build.derive import DeriveRequest, derive
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
-from featcache.encoders import EncoderChoice
+from featcache.encoders import EncoderChoice, parse_encoders
 from featcache.progress import Quiet
 from featcache.read.normalization import OVER, compute, save
 from trainer.models.config import SIZES
@@ -28,6 +29,17 @@ def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         Quiet(),
     )
+    return path
+
+
+@pytest.fixture(scope="session")
+def streams_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `shapes_cache`, with what is diffused beside latents: a class token (`tiny@5.cls`) and components of its tokens
+    (`tiny@5.pca4`)."""
+    path = tmp_path_factory.mktemp("caches") / "streams"
+    encoders = parse_encoders(["tiny@2,5,5.cls"])
+    build(BuildRequest(data="shapes", encoders=encoders, limit=24, batch_size=8, shard_size=8, out=path), Quiet())
+    derive(DeriveRequest(cache=path, feature="tiny@5", components=4))
     return path
 
 

@@ -49,12 +49,15 @@ def changes(name: str, cache: Path) -> dict[str, Any]:
         values["statistics"] = str(cache.with_name("channel.safetensors"))
     if "-lightning" in name:
         values["model"] = "LightningDiT-Nano/2"
+    if "-streams" in name:
+        beside = {"tiny@5": {"embed": "own", "weight": 0.1}, "tiny@2": {"normalization": "position", "dropout": 0.3}}
+        values["streams"] = beside
     if "-drawn" in name:
         values["sample_every"] = STEPS
     return values
 
 
-JOBS = (*METHODS, "ahpa-sharded", "sra-sharded")
+JOBS = (*METHODS, "ahpa-sharded", "sra-sharded", "repa-sharded-streams")
 MORE_JOBS = (
     *("sara-accumulated", "none-sharded", "sara-sharded", "dya-sharded-accumulated", "repa-sharded-drawn"),
     *(

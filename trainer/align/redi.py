@@ -37,7 +37,7 @@ class RediConfig:
     def resolve(self, available: Mapping[str, FeatureInfo]) -> tuple[str, ...]:
         if self.feature is not None:
             return require("redi", (self.feature,), available, rank=2)
-        derived = [name for name in available if (f := layer_feature(name)) and f.part and not f.is_class_token]
+        derived = [name for name in available if (f := layer_feature(name)) and f.is_derived]
         if not derived:
             raise CacheError(
                 "redi diffuses principal components of an encoder's tokens, and the cache holds none",

@@ -22,16 +22,15 @@ from featcache.settings import suggest, to_mapping
 from featcache.store.root import find_root
 from trainer import align
 from trainer.align.base import FeatureInfo
-from trainer.align.features import encoder_layers
+from trainer.align.features import LAST_LAYER, encoder_layers
 from trainer.align.redi import COMPONENTS
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary
-from trainer.runs.streams import check_shape, stream_config
+from trainer.runs.streams import DIFFUSIBLE, check_shape, stream_config
 
 ROOT = Path("caches")
-DEFAULT_ENCODER = "dinov2-b"
-_LAST = 11  # its last layer
+DEFAULT_ENCODER, DEFAULT_LAST = "dinov2-b", 11
 DEFAULT_VAE = "sd-ft-ema"
 
 
@@ -183,14 +182,14 @@ def _settled_stream(feature: str, options: Mapping[str, Any], cache: featcache.C
         near = suggest(feature, cache.manifest.features)
         raise CacheError(
             f"{cache.path} does not hold {feature}, which is to be diffused",
-            remedy=near + build_command(cache, (feature,)),
+            remedy=near + (build_command(cache, (feature,)) if layer_feature(feature) else DIFFUSIBLE),
         )
     check_shape(feature, tuple(spec.shape))
     if spec.codec == "int4":
         raise UserError(
             f"{feature} is stored as int4, whose rounding the model would learn to draw",
-            remedy="Store what is to be diffused as fp16, bf16 or int8: featcache build --tokens-codec (class tokens: "
-            "--cls-codec).",
+            remedy=f"Remove it and store it as fp16, bf16 or int8:\n  featcache rm {typed(cache.path)} --features {feature}\n  "
+            f"{_build_into(cache, (feature,))} --tokens-codec int8",
         )
     embed = config.embed if config.embed != "auto" else "own" if is_class_token(feature) else "merged"
     if embed == "merged" and len(spec.shape) == 1:
@@ -217,11 +216,11 @@ def sample_keys(cache: featcache.Cache, indices: np.ndarray) -> list[str]:
 def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
     """The sentence with the commands that add features to a cache: `featcache build`, and `featcache derive` for what is
     derived of tokens that it then holds."""
-    wanted, held = _settle(wanted, cache), cache.manifest.features
-    derived = _derive_lines(cache.path, wanted)
+    wanted, held = _definite(_settle(wanted, cache)), cache.manifest.features
+    derived = _derive_lines(cache.path, (name for name in wanted if name not in held))
     built = _built_for(wanted)
-    needs_build = not derived or any(name not in held for name in built)
-    return f"Add what is missing:{_indented([*([_build_into(cache, built)] if needs_build else []), *derived])}"
+    lines = derived if derived and held.keys() >= set(built) else [_build_into(cache, built), *derived]
+    return f"Add what is missing:{_indented(lines)}"
 
 
 def _build_into(cache: featcache.Cache, wanted: Sequence[str]) -> str:
@@ -264,6 +263,14 @@ def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:
     return [name.replace("<texture>", str(texture)) for name in named]
 
 
+def _definite(wanted: Iterable[str]) -> list[str]:
+    """Names with the default encoder's last layer, if a part of an open one is wanted: only then a line names layers."""
+    wanted = list(wanted)
+    if not any(name.startswith(f"{LAST_LAYER}.") for name in wanted):
+        return wanted
+    return [name.replace(LAST_LAYER, f"{DEFAULT_ENCODER}@{DEFAULT_LAST}") for name in wanted]
+
+
 def build_line(
     cache: str | Path | None, wanted: Iterable[str], *, resolution: int | None = None, vae: str | None = None
 ) -> str:
@@ -272,9 +279,7 @@ def build_line(
 
     cache: None for one that is not there yet, which derive lines call CACHE.
     """
-    wanted = list(wanted)
-    if any(name.startswith("<") and "." in name for name in wanted):  # a part of a layer is typed with its number
-        wanted = [name.replace("<encoder>", DEFAULT_ENCODER).replace("<last>", str(_LAST)) for name in wanted]
+    wanted = _definite(wanted)
     line = _build(cache, _built_for(wanted), resolution=resolution, vae=vae)
     return "\n".join([line, *_derive_lines(cache or "CACHE", wanted)])
 
@@ -282,7 +287,7 @@ def build_line(
 def _derived(name: str) -> LayerFeature | None:
     """What the name of a feature that is derived of tokens says; None for any other."""
     feature = layer_feature(name)
-    return feature if feature and feature.part and not feature.is_class_token else None
+    return feature if feature and feature.is_derived else None
 
 
 def _source(feature: LayerFeature) -> str:
@@ -324,7 +329,7 @@ def _build(
             of_kind = class_tokens if feature.is_class_token else layers
             of_kind.setdefault(encoder, set()).add(feature.layer)
         elif "texture" in layer:
-            layers[encoder] |= {9, _LAST}
+            layers[encoder] |= {9, DEFAULT_LAST}
     words = ["featcache build"]
     if cache is not None:
         words.append(f"--into {typed(cache)}")

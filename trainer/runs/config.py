@@ -280,13 +280,14 @@ class RunConfig:
         return from_mapping(config_class(method), self.align.get(method) or {}, where=f"align.{method}")
 
 
-def _parts(key: str) -> list[str]:
-    """Of a dotted key; the name of a stream's feature may have dots of its own."""
+def _parts(key: str, value: object) -> list[str]:
+    """Of a dotted key; the name of a stream's feature may have dots of its own, and has options for its value."""
     first, _, rest = key.partition(".")
     if first != "streams" or not rest:
         return key.split(".")
     feature, _, option = rest.rpartition(".")
-    return [first, feature, option] if feature and option in OPTIONS else [first, rest]
+    has_options = option not in OPTIONS and (value is None or isinstance(value, Mapping))
+    return [first, rest] if has_options or not feature else [first, feature, option]
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -304,7 +305,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"--set {override!r} is not KEY=VALUE", remedy="Type for example: --set steps=1000")
-        *parents, leaf = _parts(key)
+        value = number(parse_yaml(text, f"the value of --set {override!r:.200}"))
+        *parents, leaf = _parts(key, value)
         if parents and parents[0] in method_names():
             parents.insert(0, "align")
         node: dict[str, Any] = result
@@ -316,5 +318,5 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 raise UserError(f"--set {override!r}: {parent} is a value, not a group of keys")
             node[parent] = dict(child)
             node = node[parent]
-        node[leaf] = number(parse_yaml(text, f"the value of --set {override!r:.200}"))
+        node[leaf] = value
     return result

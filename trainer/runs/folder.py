@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,11 +152,11 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
             remedy="Draw from them: trainer sample, trainer eval; or train anew under another --name.",
         )
     free = _FREE_KEYS - ({"steps"} if saved.lr_schedule == "linear" and saved.decay_until is None else set())
-    for field in dataclasses.fields(RunConfig):
-        theirs, ours = getattr(saved, field.name), getattr(config, field.name)
-        if field.name not in free and theirs != ours:
+    theirs, ours = _compared(saved), _compared(config)
+    for key in {**theirs, **ours}:
+        if key not in free and theirs.get(key) != ours.get(key):
             raise UserError(
-                f"{run} was started with {field.name} = {theirs!r:.200}, not {ours!r:.200}",
+                f"{run} was started with {key} = {theirs.get(key)!r:.200}, not {ours.get(key)!r:.200}",
                 remedy="Resume with the same settings, or start another run with --name.",
             )
     again = f"Pass the cache it was started with: --cache {seen.get('path')}"
@@ -172,6 +172,18 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
             raise CacheError(
                 f"{name} in {cache.path} is not what {run} was trained on: it was made in another way", remedy=again
             )
+
+
+def _compared(config: RunConfig) -> dict[str, object]:
+    """Settings by key. Of streams also each option, wherever statistics came from, and the order that the weights go by."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    options = {
+        f"streams.{feature}.{option}": value
+        for feature, given in config.streams.items()
+        for option, value in (given or {}).items()
+        if option != "statistics"
+    }
+    return values | {"streams": list(config.streams)} | options
 
 
 def check_same_bytes(run: Path, cache: Cache) -> str | None:
@@ -242,9 +254,18 @@ def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str]
     return truncate_log(run, start)
 
 
-def clear_leftovers(run: Path) -> None:
-    """Removes what a killed process left of files it was writing. The caller holds the run (`claim`)."""
-    files.remove_parts(run, of=("config.yaml", "cache.json", "log.jsonl", "diverged.json", STATISTICS))
+def stream_statistics(feature: str) -> str:
+    """File of what a stream is normalised by, in the run's folder."""
+    return f"normalization-{feature.replace('/', '-')}.safetensors"
+
+
+def clear_leftovers(run: Path, streams: Iterable[str]) -> None:
+    """Removes what a killed process left of files it was writing. The caller holds the run (`claim`).
+
+    streams: features that the run diffuses beside the latents.
+    """
+    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", STATISTICS)
+    files.remove_parts(run, of=(*own, *map(stream_statistics, streams)))
     samples = files.inside(run, "samples")
     if samples.is_dir():
         files.remove_parts(samples)
@@ -292,9 +313,11 @@ def load_config(run: Path) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys and values", remedy=RESTORE)
     values.setdefault("normalization", "scalar")  # runs from before there was a choice
-    values.pop("statistics", None)  # where they came from; the run has a copy, and the file may be gone or another
     try:
         config = from_mapping(RunConfig, values)
+        # Where they came from: the run has a copy, and the file may be gone or another.
+        streams = {feature: {**(options or {}), "statistics": None} for feature, options in config.streams.items()}
+        config = dataclasses.replace(config, statistics=None, streams=streams)
         align = {method: {**EARLIER.get(method, {}), **(config.align.get(method) or {})} for method in config.methods}
         return dataclasses.replace(config, align=align).settled()
     except UserError as error:

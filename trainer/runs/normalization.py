@@ -109,15 +109,11 @@ def settle_streams(
             feature=feature,
             over=stream.normalization,
             given=stream.statistics,
-            file=_stream_file(feature),
+            file=runs.stream_statistics(feature),
             flags=flags,
         )
         found[feature] = _settle(wanted, cache, run, main, watcher)
     return found
-
-
-def _stream_file(feature: str) -> str:
-    return f"normalization-{feature.replace('/', '-')}.safetensors"
 
 
 def _settle(wanted: _Wanted, cache: Cache, run: Path, main: bool, watcher: Progress) -> Statistics:
@@ -141,7 +137,7 @@ def keep(statistics: Statistics | None, run: Path, of_streams: Mapping[str, Stat
     if statistics is not None:
         save(statistics, files.inside(run, FILE))
     for feature, found in (of_streams or {}).items():
-        save(found, files.inside(run, _stream_file(feature)))
+        save(found, files.inside(run, runs.stream_statistics(feature)))
 
 
 def streams_of_run(run: Path, config: RunConfig) -> dict[str, Statistics]:
@@ -151,7 +147,7 @@ def streams_of_run(run: Path, config: RunConfig) -> dict[str, Statistics]:
         UserError: a copy is missing or damaged.
     """
     normalised = [f for f, options in config.streams.items() if stream_config(f, options).normalization != "none"]
-    return {feature: _kept(run, _stream_file(feature)) for feature in normalised}
+    return {feature: _kept(run, runs.stream_statistics(feature)) for feature in normalised}
 
 
 def of_tokens(statistics: Statistics) -> Normalization:

@@ -31,6 +31,10 @@ class StreamConfig:
     dropout: Share = 0.0
 
 
+DIFFUSIBLE = (
+    "What can be: an encoder's tokens (dinov2-b@11), what is derived of them (dinov2-b@11.pca8), or a class token "
+    "(dinov2-b@11.cls)."
+)
 OPTIONS = tuple(field.name for field in dataclasses.fields(StreamConfig))
 
 
@@ -48,11 +52,8 @@ def check_shape(feature: str, shape: tuple[int, ...]) -> None:
     """Raises `UserError` for a shape that is no stream's."""
     square = len(shape) == 2 and math.isqrt(shape[0]) ** 2 == shape[0]
     if not square and not (len(shape) == 1 and is_class_token(feature)):
-        raise UserError(
-            f"{feature} of shape {' x '.join(map(str, shape)) or 'of a number'} cannot be diffused beside the latents",
-            remedy="What can: an encoder's tokens (dinov2-b@11), what is derived of them (dinov2-b@11.pca8), or a class "
-            "token (dinov2-b@11.cls).",
-        )
+        text = f"of shape {' x '.join(map(str, shape))}" if shape else "a number"
+        raise UserError(f"{feature}, {text}, cannot be diffused beside the latents", remedy=DIFFUSIBLE)
 
 
 def stream_shapes(

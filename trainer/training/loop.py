@@ -105,7 +105,7 @@ def _train(
         parts = assemble(config, cache, device, world, statistics=statistics, stream_statistics=of_streams, begun=begun)
         start, trained_s = _restore(parts, run, config)
         if world.is_main:
-            runs.clear_leftovers(run)
+            runs.clear_leftovers(run, config.streams)
             checkpoint.tidy(run, keep=config.keep_checkpoints)
         job = Job(
             config=config, cache=cache, run=run, parts=parts, world=world, device=device, share=share, watcher=watcher
