@@ -27,6 +27,8 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "ahpa": {"ahpa": {"router_width": 16, "time_width": 8}},
     "sra": {"sra": {"head_ratio": 1.0}},
     "sra2": {"sra2": {"head_width": 24}},
+    "reg": {"reg": {"head_width": 24}},
+    "redi": {},
 }
 
 
