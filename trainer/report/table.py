@@ -136,14 +136,26 @@ def _run_rows(runs: Sequence[RunData]) -> list[Row]:
     ]
 
 
+def loss_titles(runs: Sequence[RunData]) -> dict[str, str]:
+    """What the loss and its weighted terms are called, by key of the log."""
+    given = [run.config.get("streams") for run in runs]
+    streams = dict.fromkeys(str(feature) for named in given if isinstance(named, Mapping) for feature in named)
+    titles = {"loss": "Loss", "denoise": "Denoising loss of the latents" if streams else "Denoising term"}
+    for key in dict.fromkeys(k for run in runs for k in run.log):
+        kind, _, term = key.partition("/")
+        if kind == "denoise" and term:
+            of = next((f for f in streams if term == f or term.startswith(f"{f}/")), None)
+            part = term if of is None else term[len(of) :].removeprefix("/")
+            titles[key] = f"Denoising: {part}" if of is None else f"Denoising loss of {of}{f': {part}' if part else ''}"
+        elif kind == "align":
+            titles[key] = f"Alignment: {term}"
+    return titles
+
+
 def _training_rows(runs: Sequence[RunData]) -> list[Row]:
-    labels = {"loss": "Loss", "denoise": "Denoising term"}
-    logged = dict.fromkeys(k for run in runs for k in run.log)
-    for part, title in (("denoise/", "Denoising"), ("align/", "Alignment")):
-        labels |= {k: f"{title}: {k.removeprefix(part)}" for k in logged if k.startswith(part)}
     return [
         Row(label=label, cells=_cells(measure, [_level(run.log.get(key)) for run in runs]))
-        for key, label in labels.items()
+        for key, label in loss_titles(runs).items()
     ]
 
 
