@@ -417,3 +417,4 @@ def test_losses_of_streams_are_called_by_what_is_denoised(tmp_path: Path) -> Non
         titles = [own, f"{own}: cosine" if "loss" in own else f"{own}/cosine", "Denoising: cosine", first]
         for title in titles:
             assert page.count(title) >= 2, title  # a chart, and a row of the table
+        assert ("Diffused beside the latents" in page) == isinstance(streams, dict)
