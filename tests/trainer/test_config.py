@@ -135,3 +135,11 @@ def test_missing_xformers_is_explained() -> None:
         build_model(cfg)
     assert error.value.remedy is not None and "pip install xformers" in error.value.remedy
     assert "sdpa" in error.value.remedy
+
+
+def test_options_of_streams_are_named_by_feature_and_option() -> None:
+    overrides = ["streams.tiny@5.cls.weight=0.1", "streams.tiny@5.cls.dropout=0.2", "streams.tiny@5={}"]
+    assert apply_overrides({}, overrides) == {"streams": {"tiny@5.cls": {"weight": 0.1, "dropout": 0.2}, "tiny@5": {}}}
+    with pytest.raises(UserError, match="wieght is no option") as error:
+        apply_overrides({}, ["streams.tiny@5.cls.wieght=2"])
+    assert "Did you mean 'weight'" in str(error.value)

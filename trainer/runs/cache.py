@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import featcache
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
-from featcache.feature_names import is_class_token, layer_feature
+from featcache.feature_names import LayerFeature, is_class_token, layer_feature
 from featcache.keys import key_text, printable
 from featcache.paths import typed
 from featcache.settings import suggest, to_mapping
@@ -206,8 +206,32 @@ def sample_keys(cache: featcache.Cache, indices: np.ndarray) -> list[str]:
 
 
 def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
-    """The sentence with the `featcache build` line that adds features to a cache."""
+    """The sentence with the lines that add features to a cache: `featcache build`, and `featcache derive` of what is derived."""
     wanted = _settle(wanted, cache)
+    sources = {
+        name: str(dataclasses.replace(f, part="")) for name in wanted if (f := layer_feature(name)) and _is_derived(f)
+    }
+    encoded = [name for name in wanted if name not in sources]
+    encoded += [source for source in sources.values() if source not in cache.manifest.features]
+    lines = [_encoding(cache, encoded)] if encoded or not sources else []
+    held = cache.manifest.features
+    lines += [_derivation(cache, name, source) for name, source in sources.items() if name not in held]
+    return "".join(["Add what is missing:", *(f"\n  {line}" for line in lines)])
+
+
+def _is_derived(feature: LayerFeature) -> bool:
+    return not (feature.is_tokens or feature.is_class_token)
+
+
+def _derivation(cache: featcache.Cache, name: str, source: str) -> str:
+    """The line that derives a feature of the tokens `source`."""
+    components = name.removeprefix(f"{source}.pca")
+    number = components if components.isascii() and components.isdigit() else f"8 --name {shlex.quote(name)}"
+    return f"featcache derive {typed(cache.path)} --feature {shlex.quote(source)} --pca {number}"
+
+
+def _encoding(cache: featcache.Cache, wanted: Sequence[str]) -> str:
+    """The line that adds what encoders give."""
     dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
     words = [build_line(cache.path, wanted)]
     if dataset.vae is not None and any(name.startswith("vae/") for name in wanted):
@@ -222,10 +246,10 @@ def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
             words.append(f"--random-weights {feature.provenance['seed']}")
             break
     if dataset.source.startswith("shapes "):  # drawn anew, so many as there were
-        return f"Add what is missing:\n  {' '.join(words)}"
+        return " ".join(words)
     kind, _, name = dataset.source.partition(" ")
     data = shlex.quote(f"/path/to/{name}" if kind == "folder" else "/path/to/the/same/images")
-    return f"Add what is missing:\n  {' '.join(words)} --data {data}"
+    return f"{' '.join(words)} --data {data}"
 
 
 def _settle(wanted: Iterable[str], cache: featcache.Cache) -> list[str]:

@@ -26,6 +26,7 @@ from featcache.settings import (
     from_mapping,
     number,
     settings,
+    suggest,
     to_mapping,
 )
 from trainer.align import config_class, method_names, split_methods
@@ -102,7 +103,7 @@ class RunConfig:
     streams: Annotated[
         Mapping[str, Mapping[str, Any] | None],
         Option(
-            "Features to diffuse beside the latents, joined by commas: dinov2-b@11.cls,...",
+            "Features to diffuse beside the latents (docs/roles.md), e.g. dinov2-b@11.cls; several with commas.",
             typed=str,
             parse=stream_names,
         ),
@@ -316,5 +317,12 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 raise UserError(f"--set {override!r}: {parent} is a value, not a group of keys")
             node[parent] = dict(child)
             node = node[parent]
-        node[leaf] = number(parse_yaml(text, f"the value of --set {override!r:.200}"))
+        value = number(parse_yaml(text, f"the value of --set {override!r:.200}"))
+        if parents == ["streams"] and value is not None and not isinstance(value, Mapping):
+            option = leaf.rpartition(".")[2]
+            raise UserError(
+                f"--set {override!r}: {option} is no option of what is diffused beside the latents",
+                remedy=f"{suggest(option, OPTIONS)}Type --set streams.FEATURE.OPTION=VALUE; options are {', '.join(OPTIONS)}.",
+            )
+        node[leaf] = value
     return result
