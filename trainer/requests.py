@@ -52,11 +52,15 @@ class SampleSettings:
     ] = None
     stream_guidance: Annotated[
         NotNegative | None,
-        Option("Scale for what is diffused beside the latents (REG). [default: the recipe's, else not guided]"),
+        Option(
+            "With --guidance: the scale for features diffused beside the latents. [default: the recipe's, else they are not guided]"
+        ),
     ] = None
     representation_guidance: Annotated[
         NotNegative | None,
-        Option("Scale of guidance by the streams themselves (ReDi). [default: the recipe's, else 1: none]"),
+        Option(
+            "Instead of --guidance: scale of guidance by the features diffused beside the latents (ReDi). [default: the recipe's, else 1: none]"
+        ),
     ] = None
     classes: Annotated[
         ParsedClasses | None,
@@ -101,10 +105,15 @@ class SampleRequest(SampleSettings):
     guided_channels: Annotated[Count | None, Option("Guide only the first so many channels. [default: all]")] = None
     stream_guidance: Annotated[
         NotNegative | None,
-        Option("Scale for what is diffused beside the latents (REG's class token). [default: not guided]"),
+        Option(
+            "With --guidance: the scale for features diffused beside the latents (REG's class token). [default: they are not guided]"
+        ),
     ] = None
     representation_guidance: Annotated[
-        NotNegative, Option("Scale of guidance by the streams themselves (ReDi), instead of --guidance; 1 is none.")
+        NotNegative,
+        Option(
+            "Instead of --guidance: scale of guidance by the features diffused beside the latents (ReDi); 1 is none."
+        ),
     ] = 1.0
     classes: Annotated[
         ParsedClasses, Option("balanced, random, or a list such as 207,360,387.", typed=str, parse=Classes.parse)

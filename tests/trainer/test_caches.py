@@ -107,6 +107,17 @@ def test_the_newest_fitting_cache_is_found(shapes_cache: Path, tmp_path: Path, m
     assert build_words(error.value)[2:4] == ["--into", "caches/new"]
 
 
+def test_what_is_derived_of_tokens_is_added_by_derive(shapes_cache: Path) -> None:
+    cache = featcache.open(shapes_cache)
+    lines = build_command(cache, ["tiny@5", "tiny@5.pca4", "<encoder>@<last>.pca8"]).splitlines()
+    derive = f"featcache derive {shapes_cache} --feature tiny@5 --pca"
+    assert [line.strip() for line in lines[1:]] == [f"{derive} 4", f"{derive} 8"]
+    assert build_command(cache, ["tiny@5.pca4"]).splitlines()[1:] == [f"  {derive} 4"], "its tokens are there"
+    lines = build_command(cache, ["tiny@1.rest", "tiny@5.cls"]).splitlines()
+    assert lines[1].strip() == f"featcache build --into {shapes_cache} --encoder tiny@1,5.cls"
+    assert lines[2].strip() == f"featcache derive {shapes_cache} --feature tiny@1 --pca 8 --name tiny@1.rest"
+
+
 def test_build_lines_name_encoders_with_their_layers_once() -> None:
     wanted = ["dinov2-b@9", "dinov2-b@11", "vae/G4", "vae/G3", "clip-l@23"]
     assert build_line("caches/x", wanted) == (

@@ -399,3 +399,22 @@ def test_chromium_shows_samples_and_curves(tmp_path: Path, runs: list[RunData], 
     assert share(tile) > 0.002  # type: ignore[arg-type]
     # Nothing reaches over the right edge: the margin is paper from top to bottom.
     assert (np.abs(shown[:, -4:].astype(int) - (252, 252, 251)) <= 6).all()
+
+
+def test_losses_of_streams_are_called_by_what_is_denoised(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", points=20)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    more = {"denoise/tiny@5.cls": 0.03, "denoise/tiny@5.cls/cosine": 0.01, "denoise/cosine": 0.2}
+    (run / "log.jsonl").write_text("".join(json.dumps({**entry, **more}) + "\n" for entry in log))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for streams, own in (
+        ({"tiny@5.cls": {"weight": 0.03}}, "Denoising loss of tiny@5.cls"),
+        (["no", 1], "Denoising: tiny@5.cls"),
+    ):
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "streams": streams}))
+        page = write_report(tmp_path / "report.html", [load_run(run)], title="Streams").read_text()
+        first = "Denoising loss of the latents" if own.startswith("Denoising loss") else "Denoising term"
+        titles = [own, f"{own}: cosine" if "loss" in own else f"{own}/cosine", "Denoising: cosine", first]
+        for title in titles:
+            assert page.count(title) >= 2, title  # a chart, and a row of the table
+        assert ("Diffused beside the latents" in page) == isinstance(streams, dict)

@@ -217,6 +217,16 @@ def test_the_direction_s_term_is_logged_and_shown(trained: Path) -> None:
     assert "Denoising: cosine" in page
 
 
+def test_a_run_says_what_it_diffuses_beside_the_latents(shapes_cache: Path, tmp_path: Path, nano_module: None) -> None:
+    heard = Listener()
+    config = settings(shapes_cache, streams={"tiny@5": {"weight": 0.5, "normalization": "none"}}, steps=1)
+    folder = train(config, resume=False, watcher=heard, root=tmp_path)
+    told = "diffused beside the latents: tiny@5 (merged into their channels, weight 0.5, normalization none)"
+    assert told in heard.warnings
+    titles = [title for _, title, _ in _log_keys([read_run(folder)])]
+    assert titles[:3] == ["Loss", "Denoising loss of the latents", "Denoising loss of tiny@5"]
+
+
 def test_a_run_without_the_keys_is_of_before_them(trained: Path, tmp_path: Path) -> None:
     kept = keep_only(trained, 4, tmp_path / "run")
     values = yaml.safe_load((kept / "config.yaml").read_text())

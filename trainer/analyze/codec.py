@@ -170,10 +170,10 @@ def measure(subject: Subject, ways: Mapping[str, Mapping[str, FeatureSpec]]) -> 
     """
     options = subject.options
     names = [*subject.token_features, *subject.levels]
-    own = [n for n in (subject.alignment.reads if subject.alignment is not None else ()) if n in names]
+    own = _own_reads(subject)
     depths = subject.alignment.taps if subject.alignment is not None else ()
     heads = fit_heads(subject, names)
-    losses = {name: head_loss(subject.block, *head) for name, head in heads.items()}
+    losses = {name: head_loss(subject, *head) for name, head in heads.items()}
     found: dict[tuple[str, str], list[list[Tensor]]] = {}
     exact_everywhere = True
     for rows in subject.chunks(min(split(subject).measured, MOST_SAMPLES)):
@@ -185,15 +185,15 @@ def measure(subject: Subject, ways: Mapping[str, Mapping[str, FeatureSpec]]) -> 
         if exact is not None:
             stored[AS_CACHED] = cached
         for index in range(options.bins):
-            state = subject.state(rows, subject.times_in_bin(rows, index, options.bins), taps(subject))
+            t = subject.times_in_bin(rows, index, options.bins)
+            state = subject.state(rows, t, taps(subject), targets=True)
 
             def gradients(name: str, features: Mapping[str, Tensor], state: AlignInputs = state) -> Tensor:
                 if name == OWN:
-                    return _flat(
-                        hidden_gradients(own_loss(subject), _pick(state, depths), _own(subject, state, own, features))
-                    )
+                    sample = _own(subject, state, own, features)
+                    return _flat(hidden_gradients(own_loss(subject), subject.tokens(state, depths), sample))
                 target = _target(subject, name, features[name])
-                return _flat(hidden_gradients(losses[name], _pick(state, (subject.block,)), target))
+                return _flat(hidden_gradients(losses[name], subject.tokens(state, (subject.block,)), target))
 
             for name in [*names, *([OWN] if own else [])]:
                 before = gradients(name, reference)
@@ -202,10 +202,6 @@ def measure(subject: Subject, ways: Mapping[str, Mapping[str, FeatureSpec]]) -> 
                         cells = found.setdefault((name, label), [[] for _ in range(options.bins)])
                         cells[index].append(gradient_cosines(before, gradients(name, features)))
     return {key: [torch.cat(parts) for parts in bins] for key, bins in found.items()}, exact_everywhere
-
-
-def _pick(state: AlignInputs, depths: tuple[int, ...]) -> dict[int, Tensor]:
-    return {depth: state.hidden[depth] for depth in depths}
 
 
 def _flat(by_depth: Mapping[int, Tensor]) -> Tensor:
@@ -217,7 +213,9 @@ def _target(subject: Subject, name: str, feature: Tensor) -> Tensor:
 
 
 def _own(subject: Subject, state: AlignInputs, reads: list[str], features: Mapping[str, Tensor]) -> OwnSample:
-    return own_sample(subject, dataclasses.replace(state, targets={name: features[name] for name in reads}))
+    """What the method reads beside `reads` (REG's class token) is as the cache holds it."""
+    targets = {**state.targets, **{name: features[name] for name in reads}}
+    return own_sample(subject, dataclasses.replace(state, targets=targets))
 
 
 def run(subject: Subject) -> Result:

@@ -93,7 +93,8 @@ def gsnr(moments: GradientMoments | Moments, estimator: GsnrEstimator = "plugin"
 
 S = TypeVar("S")
 Loss = Callable[[Mapping[int, Tensor], S], Tensor]
-"""Of one sample: (depth -> hidden state [N, D], pytree of that sample's other tensors) -> scalar."""
+"""Of one sample: (depth -> tokens after that block, those of streams first, [T + N, D]; pytree of that sample's other
+tensors) -> scalar."""
 
 
 def hidden_gradients(loss: Loss[S], hidden: Mapping[int, Tensor], sample: S) -> dict[int, Tensor]:
@@ -101,11 +102,11 @@ def hidden_gradients(loss: Loss[S], hidden: Mapping[int, Tensor], sample: S) -> 
 
     Args:
         loss: see `Loss`.
-        hidden: depth -> [B, N, D].
+        hidden: depth -> [B, T + N, D], see `Loss`.
         sample: pytree of tensors with B in front.
 
     Returns:
-        depth -> [B, N, D].
+        depth -> [B, T + N, D].
     """
     with _plain_attention():
         found: dict[int, Tensor] = vmap(grad(loss))(dict(hidden), sample)
@@ -118,8 +119,8 @@ def block_gradients(
     """Per-sample gradients of `loss` with respect to one block's parameters, through that block's output alone.
 
     Args:
-        block: called as block(x [1, N, D], c [1, D]); depth: where its output stands in `hidden`.
-        x, c: the block's inputs [B, N, D] and [B, D].
+        block: called as block(x [1, T + N, D], c [1, D]); depth: where its output stands in `hidden`.
+        x, c: the block's inputs [B, T + N, D] and [B, D].
 
     Returns:
         [B, P], parameters flattened in the order of `named_parameters`.

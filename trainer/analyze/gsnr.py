@@ -23,12 +23,12 @@ MOST_VALUES = 1 << 28  # of per-sample gradients at once: 1 GiB
 def measure(subject: Subject) -> dict[str, list[Moments]]:
     """Target -> moments of the per-sample gradients in each timestep bin.
 
-    Gradients are with respect to the hidden state after the tapped block(s), or with `wrt="block"` to the parameters
+    Gradients are with respect to the hidden state after the tapped block(s), of all tokens, or with `wrt="block"` to the parameters
     of block `subject.block` through its output. Every bin sees the same samples and the same noise.
     """
     options, targets = subject.options, subject.target_names()
     heads = fit_heads(subject, targets)
-    losses: dict[str, Loss[Any]] = {name: head_loss(subject.block, *head) for name, head in heads.items()}
+    losses: dict[str, Loss[Any]] = {name: head_loss(subject, *head) for name, head in heads.items()}
     if subject.alignment is not None:
         losses[OWN] = own_loss(subject)
     found_moments: dict[str, list[Moments]] = {name: [] for name in losses}
@@ -42,18 +42,19 @@ def measure(subject: Subject) -> dict[str, list[Moments]]:
         for rows in subject.chunks(split(subject).measured, size=size):
             t = subject.times_in_bin(rows, index, options.bins)
             state = subject.state(rows, t, taps(subject), targets=True)
+            tokens = subject.tokens(state, taps(subject))
             x, c = subject.block_input(rows, t) if by_block else (None, None)
             for name, loss in losses.items():
                 sample = own_sample(subject, state) if name == OWN else subject.target(name, rows, state)
                 if by_block:
                     assert x is not None and c is not None
                     block = subject.model.blocks[subject.block - 1]
-                    found = block_gradients(loss, block, subject.block, x, c, state.hidden, sample)
+                    found = block_gradients(loss, block, subject.block, x, c, tokens, sample)
                 else:
                     depths = (
                         subject.alignment.taps if name == OWN and subject.alignment is not None else (subject.block,)
                     )
-                    by_depth = hidden_gradients(loss, {d: state.hidden[d] for d in depths}, sample)
+                    by_depth = hidden_gradients(loss, {d: tokens[d] for d in depths}, sample)
                     found = _flat(by_depth)
                 moments[name].add(found)
         for name, each in moments.items():

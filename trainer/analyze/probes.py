@@ -74,11 +74,13 @@ def taps(subject: Subject) -> tuple[int, ...]:
     return tuple(sorted({subject.block, *own}))
 
 
-def head_loss(depth: int, weight: Tensor, offset: Tensor) -> Loss[Tensor]:
-    """Negative mean patch cosine of the fitted head's output: (depth -> [N, D], target [N, C]) -> scalar."""
+def head_loss(subject: Subject, weight: Tensor, offset: Tensor) -> Loss[Tensor]:
+    """Negative mean patch cosine of the fitted head's output: (block -> [T + N, D], target [N, C]) -> scalar. The tokens of
+    streams have no target."""
+    depth, before = subject.block, subject.cfg.stream_tokens
 
-    def loss(hidden: Mapping[int, Tensor], target: Tensor) -> Tensor:
-        return -cosine_per_token(hidden[depth] @ weight + offset, target).mean()
+    def loss(tokens: Mapping[int, Tensor], target: Tensor) -> Tensor:
+        return -cosine_per_token(tokens[depth][before:] @ weight + offset, target).mean()
 
     return loss
 
@@ -106,14 +108,15 @@ def own_sample(subject: Subject, state: AlignInputs) -> OwnSample:
 
 
 def own_loss(subject: Subject) -> Loss[OwnSample]:
-    """The run's alignment loss of one sample: (depth -> [N, D], one row of `own_sample`) -> scalar."""
+    """The run's alignment loss of one sample: (depth -> [T + N, D], one row of `own_sample`) -> scalar."""
     alignment = subject.alignment
     assert alignment is not None, "the run has no alignment"
 
-    def loss(hidden: Mapping[int, Tensor], sample: OwnSample) -> Tensor:
+    def loss(tokens: Mapping[int, Tensor], sample: OwnSample) -> Tensor:
+        hidden, of_streams = subject.split_tokens({depth: h[None] for depth, h in tokens.items()})
         answers = iter(sample["teacher"])
         inputs = AlignInputs(
-            hidden={depth: h[None] for depth, h in hidden.items()},
+            hidden=hidden,
             t=sample["t"][None],
             targets={name: y[None] for name, y in sample["targets"].items()},
             time_embedding=sample["time_embedding"][None],
@@ -121,6 +124,7 @@ def own_loss(subject: Subject) -> Loss[OwnSample]:
             uniform=sample["uniform"][None],
             # The teacher's part has no gradient and was computed before, for all samples at once.
             teacher=(lambda t, depth: next(answers)[None]) if sample["teacher"] else None,
+            stream_hidden=of_streams,
         )
         return torch.stack(list(alignment.terms(inputs).values())).sum()
 

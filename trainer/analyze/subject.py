@@ -252,6 +252,22 @@ class Subject:
             stream_hidden=self._layout.hidden(output),
         )
 
+    def tokens(self, state: AlignInputs, depths: Sequence[int]) -> dict[int, Tensor]:
+        """What the blocks `depths` gave, depth -> the tokens of all streams, then the image's: [b, T + N, D]."""
+        before = [state.stream_hidden[stream.name] for stream in self.cfg.own_streams]
+        return {d: torch.cat([*(hidden[d] for hidden in before), state.hidden[d]], dim=1) for d in depths}
+
+    def split_tokens(self, tokens: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], dict[str, dict[int, Tensor]]]:
+        """The inverse of `tokens`: `hidden` and `stream_hidden` of `AlignInputs`."""
+        own = self.cfg.own_streams
+        hidden: dict[int, Tensor] = {}
+        of_streams: dict[str, dict[int, Tensor]] = {stream.name: {} for stream in own}
+        for depth, whole in tokens.items():
+            *before, hidden[depth] = whole.split([*(stream.tokens for stream in own), self.cfg.tokens], dim=1)
+            for stream, part in zip(own, before):
+                of_streams[stream.name][depth] = part
+        return hidden, of_streams
+
     def _teach(self, data: tuple[list[Tensor], list[Tensor]], labels: Tensor) -> Callable[[Tensor, int], Tensor] | None:
         if self.alignment is None or not self.alignment.needs_teacher:
             return None

@@ -22,6 +22,7 @@ from trainer.report.table import (
     PublishedFigure,
     flatten,
     latest,
+    loss_titles,
     metric_names,
     metrics_of,
     numbers,
@@ -159,11 +160,12 @@ def _judged_sentences(runs: Sequence[RunData]) -> list[str]:
 def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     """(log key, title, axis label) in reading order, of what any run logged."""
     keys = dict.fromkeys(k for run in runs for k in run.log if not is_detail(k))
-    chosen = [("loss", "Loss", "loss")]
+    titles = loss_titles(runs)
+    chosen = [("loss", titles["loss"], "loss")]
     if any(_differs(run.log.get("loss"), run.log.get("denoise")) for run in runs):
-        chosen.append(("denoise", "Denoising term", "loss"))
-    chosen += [(k, f"Denoising: {k.removeprefix('denoise/')}", "loss term") for k in keys if k.startswith("denoise/")]
-    chosen += [(k, f"Alignment: {k.removeprefix('align/')}", "loss term") for k in keys if k.startswith("align/")]
+        chosen.append(("denoise", titles["denoise"], "loss"))
+    for part in ("denoise/", "align/"):
+        chosen += [(k, titles[k], "loss term, weighted") for k in keys if k.startswith(part)]
     chosen += [(k, k.removeprefix("metric/"), k.removeprefix("metric/")) for k in keys if k.startswith("metric/")]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
     return [entry for entry in chosen if entry[0] in keys]

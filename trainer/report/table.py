@@ -127,8 +127,10 @@ def _run_rows(runs: Sequence[RunData]) -> list[Row]:
 
     speeds = [run.log.get("images_per_s") for run in runs]
     medians = [float(np.nanmedian(c.values)) if c is not None else None for c in speeds]
+    beside = [", ".join(streams_of(run)) or None for run in runs]
     return [
         row("Method", "method"),
+        *([Row(label="Diffused beside the latents", cells=_cells(str, beside))] if any(beside) else []),
         row("Model", "model"),
         row("Seed", "seed"),
         Row(label="Steps", cells=_cells(number, [run.steps for run in runs])),
@@ -136,14 +138,31 @@ def _run_rows(runs: Sequence[RunData]) -> list[Row]:
     ]
 
 
+def streams_of(run: RunData) -> list[str]:
+    """The features that a run diffused beside the latents; none where its configuration says nothing of the kind."""
+    given = run.config.get("streams")
+    return [str(feature) for feature in given] if isinstance(given, Mapping) else []
+
+
+def loss_titles(runs: Sequence[RunData]) -> dict[str, str]:
+    """What the loss and its weighted terms are called, by key of the log."""
+    streams = dict.fromkeys(feature for run in runs for feature in streams_of(run))
+    titles = {"loss": "Loss", "denoise": "Denoising loss of the latents" if streams else "Denoising term"}
+    for key in dict.fromkeys(k for run in runs for k in run.log):
+        kind, _, term = key.partition("/")
+        if kind == "denoise" and term:
+            of = next((f for f in streams if term == f or term.startswith(f"{f}/")), None)
+            part = term if of is None else term[len(of) :].removeprefix("/")
+            titles[key] = f"Denoising: {part}" if of is None else f"Denoising loss of {of}{f': {part}' if part else ''}"
+        elif kind == "align":
+            titles[key] = f"Alignment: {term}"
+    return titles
+
+
 def _training_rows(runs: Sequence[RunData]) -> list[Row]:
-    labels = {"loss": "Loss", "denoise": "Denoising term"}
-    logged = dict.fromkeys(k for run in runs for k in run.log)
-    for part, title in (("denoise/", "Denoising"), ("align/", "Alignment")):
-        labels |= {k: f"{title}: {k.removeprefix(part)}" for k in logged if k.startswith(part)}
     return [
         Row(label=label, cells=_cells(measure, [_level(run.log.get(key)) for run in runs]))
-        for key, label in labels.items()
+        for key, label in loss_titles(runs).items()
     ]
 
 

@@ -177,7 +177,8 @@ def _kept(run: Path, file: str) -> Statistics:
     if not path.is_file():
         raise UserError(
             f"{path} is missing, and what the run trains on was normalised by it",
-            remedy="Bring it back: without it the run can be neither continued nor sampled from.",
+            remedy="Bring it back: without it the run can be neither continued nor "
+            f"{'sampled from' if file == FILE else 'analysed'}.",
         )
     return load(path)
 

@@ -102,10 +102,11 @@ def _check_streams(guidance: Guidance, loaded: LoadedRun) -> None:
             )
     if guidance.representation == 1:
         return
-    if not all(stream_config(name, options).dropout for name, options in config.streams.items()):
+    always = [name for name, options in config.streams.items() if not stream_config(name, options).dropout]
+    if always:
         raise UserError(
             f"{config.name} was never trained without what it diffuses beside the latents, so nothing can be guided by that",
-            remedy="Train with dropout (redi: --set redi.dropout=0.2), or leave --representation-guidance out.",
+            remedy=f"Train with dropout (--set streams.{always[0]}.dropout=0.2), or leave --representation-guidance out.",
         )
     if config.prediction != "velocity":
         raise UserError(

@@ -33,6 +33,7 @@ from trainer.runs.cache import find_cache, random_features, sample_keys, with_st
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
+from trainer.runs.streams import StreamConfig, stream_config
 from trainer.training.data import Batches, Share, stream_indices
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
@@ -424,6 +425,9 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
         job.watcher.note(
             f"{', '.join(random)} in {job.cache.path} were made with random encoder weights: good for trying out only"
         )
+    if config.streams:
+        beside = (f"{name} ({_as_diffused(stream_config(name, given))})" for name, given in config.streams.items())
+        job.watcher.note(f"diffused beside the latents: {', '.join(beside)}")
     unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
     if unused and not is_remote(job.cache.path):
         job.watcher.note(
@@ -435,6 +439,11 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
         name = f"training {config.method} on {config.model}"
         job.watcher.begin(name, config.steps, done=start, unit="steps")
         job.watcher.note(f"the run's folder is {job.run}")
+
+
+def _as_diffused(stream: StreamConfig) -> str:
+    place = "tokens of its own" if stream.embed == "own" else "merged into their channels"
+    return f"{place}, weight {stream.weight:g}, normalization {stream.normalization}"
 
 
 @contextmanager
