@@ -90,6 +90,8 @@ def test_the_rate_stays_after_it_has_fallen_and_is_constant_by_default() -> None
     [
         ("ahpa", {}, 2e-4, 2.0),
         ("ahpa+sra", {}, 2e-4, 2.0),
+        ("redi", {}, 1e-4, float("inf")),
+        ("redi+ahpa", {}, 2e-4, float("inf")),
         ("none", {}, 1e-4, 1.0),
         ("repa", {}, 1e-4, 1.0),
         ("ahpa", {"lr": 1e-4, "clip": 1.0}, 1e-4, 1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -34,6 +35,9 @@ class DiffusesFeatures(Protocol):
 
     def streams(self, available: Mapping[str, FeatureInfo]) -> Mapping[str, Mapping[str, object]]: ...
 
+
+# Settings of a run that a method's authors launch with and its tables do not show: the defaults under that method.
+LAUNCHED: dict[str, dict[str, float]] = {"ahpa": {"lr": 2e-4, "clip": 2.0}, "redi": {"clip": math.inf}}
 
 # Options that runs did not write down before they had another default, or were there at all: what those runs had.
 EARLIER: dict[str, dict[str, object]] = {"sra": {"head_ratio": 1.0}}
@@ -79,6 +83,12 @@ def config_class(name: str) -> type[MethodConfig]:
     """
     (name,) = split_methods(name)
     return _classes(name)[0]
+
+
+def launched(methods: Sequence[str], setting: str, otherwise: float) -> float:
+    """What `setting` is where a run leaves it out: as the first of its methods that says something about it has it."""
+    said = (LAUNCHED[name][setting] for name in methods if setting in LAUNCHED.get(name, {}))
+    return next(said, otherwise)
 
 
 def required_features(name: str, config: MethodConfig) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from featcache.settings import (
     settings,
     to_mapping,
 )
-from trainer.align import config_class, method_names, split_methods
+from trainer.align import config_class, launched, method_names, split_methods
 from trainer.models import model_config
 from trainer.models.config import Attention
 from trainer.runs.published import parse_published
@@ -65,7 +65,7 @@ class RunConfig:
         batch_size: global, over all ranks and accumulation steps. lr: after `warmup_steps` from zero;
         None takes the method's (2e-4 for AHPA, else 1e-4). lr_schedule: `constant`, or `linear`: held for `hold_steps` after the warm-up, then falling to `lr_end`, which it reaches in step
         `decay_until` (None: the last of `steps`) and keeps. clip: maximal gradient norm; None takes the
-        method's (2.0 for AHPA, else 1.0), `.inf` is no clipping. ema_decay: of the weights' average, reached after a short warm-up if
+        method's (2.0 for AHPA, none for ReDi, else 1.0), `.inf` is no clipping. ema_decay: of the weights' average, reached after a short warm-up if
         ema_warmup (min(decay, (1 + step) / (10 + step))).
     Machine:
         precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
@@ -243,11 +243,10 @@ class RunConfig:
     def settled(self) -> RunConfig:
         """With nothing left to the method, and all of its options: as a run's `config.yaml` has it, so that a later
         version's defaults change nothing of it."""
-        ahpa = "ahpa" in self.methods  # its authors' launch command; its table does not show the rate
         return dataclasses.replace(
             self,
-            lr=self.lr if self.lr is not None else 2e-4 if ahpa else 1e-4,
-            clip=self.clip if self.clip is not None else 2.0 if ahpa else 1.0,
+            lr=self.lr if self.lr is not None else launched(self.methods, "lr", 1e-4),
+            clip=self.clip if self.clip is not None else launched(self.methods, "clip", 1.0),
             align={method: to_mapping(self.method_config(method)) for method in self.methods},
         )
 
