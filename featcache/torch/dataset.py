@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ class Dataset(torch.utils.data.Dataset[dict[str, Any]]):
     Args:
         cache: an open one, or its folder or URL.
         features: names; default all but `content`.
-        dtype: of decoded features.
+        dtype: of decoded features. None: stored arrays by their names.
         view: of a cache of mirrored images: 0 as they are, 1 mirrored, `random` a fair coin of torch's generator for
             each sample (`DataLoader` seeds it in each worker).
 
@@ -38,13 +38,13 @@ class Dataset(torch.utils.data.Dataset[dict[str, Any]]):
         cache: Cache | str | os.PathLike[str],
         features: Sequence[str] | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         view: Literal[0, 1, "random"] = 0,
     ) -> None:
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
         self.features = tuple(n for n in self.cache.features if n != "content") if features is None else tuple(features)
         self.cache.require(self.features)
-        if not dtype.is_floating_point:
+        if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"features cannot be decoded to {dtype}", remedy="Type for example dtype=torch.bfloat16.")
         if view not in (0, 1, "random"):
             raise UserError(f"there is no view {view!r}", remedy="Views are 0, 1 and 'random'.")
@@ -72,7 +72,12 @@ class Dataset(torch.utils.data.Dataset[dict[str, Any]]):
             if self._process != os.getpid():  # a child's: connections and locks were its parent's
                 self.cache, self._process = self.cache.reopened(), os.getpid()
             self._decoder = self._open()
-        batch = self._decoder.read(indices, self.dtype, views=self._views(len(indices)))
+        views = self._views(len(indices))
+        batch: Mapping[str, Any]
+        if self.dtype is None:
+            batch = {name: torch.from_numpy(rows) for name, rows in self._decoder.stored(indices, views).items()}
+        else:
+            batch = self._decoder.read(indices, self.dtype, views=views)
         return [{name: values[row] for name, values in batch.items()} for row in range(len(indices))]
 
     def _views(self, count: int) -> np.ndarray | None:

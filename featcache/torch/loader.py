@@ -12,6 +12,7 @@ from torch import Tensor
 
 from featcache.codecs import FeatureCodec
 from featcache.errors import CacheError, UserError
+from featcache.read.decoded import decode_in_pieces
 from featcache.read.open import open_cache
 from featcache.read.order import Order, epoch_order, sequential_order, stream_indices
 from featcache.read.reader import Cache
@@ -131,11 +132,12 @@ class Loader:
             feed.close()
 
     def _decoded(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        held = {values.data_ptr() for values in stored.values()}
-        decoded = {
-            name: codec.decode(stored, dtype) for name, codec in self._codecs.items() if codec.arrays[0] in stored
-        }
+        codecs = {name: codec for name, codec in self._codecs.items() if codec.arrays[0] in stored}
+        if self._device.type == "cpu":
+            return {name: decode_in_pieces(codec, stored, dtype) for name, codec in codecs.items()}
+        decoded = {name: codec.decode(stored, dtype) for name, codec in codecs.items()}
         # What is stored as it is asked for would be the buffer, which later batches overwrite.
+        held = {values.data_ptr() for values in stored.values()}
         return {name: x.clone() if x.data_ptr() in held else x for name, x in decoded.items()}
 
     def state_dict(self) -> dict[str, Any]:
