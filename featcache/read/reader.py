@@ -343,12 +343,14 @@ class Reader:
         self.close()
 
     def close(self) -> None:
+        """Ends the reading threads."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
     @property
     def bytes_per_sample(self) -> int:
+        """Stored bytes that `read` moves for each sample."""
         return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
 
     def allocate(self, batch: int) -> dict[str, np.ndarray]:

@@ -48,11 +48,14 @@ class Loader:
         seed: of the order, and of the views of mirrored images (a fair coin for each position).
         shuffle: `global`; `windows`: shards in random order, shuffled in windows of eight (for remote caches larger than
             the local store, and for disks that must seek); `none`: as stored.
-        rank, world_size: this process's share of every batch; default those of `torch.distributed`, if it is initialised.
+        rank: this process's, of `world_size`, among which every batch is shared out; default `torch.distributed`'s.
+        world_size: how many processes; default `torch.distributed`'s if it is initialised, else 1.
         micro_batches: deliver a step's rows in so many batches, one after another, for accumulating gradients.
-        start, stop: first step, and the one to stop before.
+        start: first step.
+        stop: the step to stop before.
         device: where batches go.
-        extra, wanted: names to read only at the steps for which `wanted(step)` is true.
+        extra: names to read only at the steps for which `wanted` says so.
+        wanted: whether to read them, by the step.
 
     Raises:
         CacheError: no cache, an empty one, a feature that it lacks. UserError: a batch that cannot be shared out.

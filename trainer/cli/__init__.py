@@ -284,6 +284,17 @@ def recipes(
         console.print(safe(line))
 
 
+@app.command()
+def settings(
+    text: Annotated[str, typer.Argument(help="A method (ahpa), streams, or a part of a setting's name.")] = "",
+) -> None:
+    """List all settings of runs and methods: what recipes hold and --set takes. [dim]Example: trainer settings ahpa[/dim]"""
+    from trainer.runs.setting_pages import page
+
+    for line in page(text, width=min(console.width, 120)):
+        console.print(safe(line))
+
+
 commands.register(app)
 
 
