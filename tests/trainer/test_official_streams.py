@@ -6,6 +6,8 @@ import argparse
 import copy
 import json
 import math
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,18 @@ import yaml
 from golden import position_table
 from tiny_runs import Listener, settings
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from featcache.build.derive import DeriveRequest, derive
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
+from featcache.cli import app as featcache_app
 from featcache.encoders import EncoderChoice
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
+from featcache.share.manage import remove_features
+from trainer.analyze.config import AnalyzeConfig
+from trainer.analyze.subject import Subject
 from trainer.diffusion.guidance import Guidance
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.config import StreamShape
@@ -469,3 +476,34 @@ def test_a_public_file_takes_the_feature_of_the_cache_that_fits(streams_cache: P
     beside = import_checkpoint(tmp_path / "b.pt", name="beside", cache=str(streams_cache), root=tmp_path, **COMMON)
     assert [list(load_config(run).streams) for run in (alone, beside)] == [["unknown@0.cls"], ["tiny@5.cls"]]
     assert load_run(alone).model.cfg.streams[0].channels == load_run(beside).model.cfg.streams[0].channels
+
+
+@pytest.mark.usefixtures("nano")
+def test_an_imported_run_whose_cache_lacks_the_stream_is_not_analysed(
+    streams_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is drawn from, as without a cache; what the error says to type makes it fit for diagnostics, too."""
+    monkeypatch.chdir(tmp_path)
+    less = tmp_path / "less"
+    shutil.copytree(streams_cache, less)
+    remove_features(less, ["tiny@5.cls"])
+    config = replace(settings(streams_cache, steps=1), method="reg", align={"reg": {"head_width": 24}})
+    run = train(config, resume=False, watcher=Listener(), root=tmp_path)
+    file = export_checkpoint(run, tmp_path / "a.pt", convention=None, step=None)
+    back = import_checkpoint(file, name="back", cache=str(less), root=tmp_path, **COMMON)
+    assert load_run(back).model.cfg.streams[0].name == "tiny@5.cls"
+    options = AnalyzeConfig(device="cpu", weights="ema")
+    with pytest.raises(CacheError, match=r"less does not hold tiny@5\.cls, which is diffused") as error:
+        Subject(back, options, device="cpu", gradients=False)
+    (line,) = str(error.value.remedy).splitlines()[1:]
+    result = CliRunner().invoke(featcache_app, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.exception
+    assert Subject(back, options, device="cpu", gradients=False).stream_noise(slice(0, 2)).keys() == {"tiny@5.cls"}
+
+    content = torch.load(file, weights_only=True)
+    torch.save({"ema": content["ema"]}, tmp_path / "b.pt")  # nor does it name its feature
+    remove_features(less, ["tiny@5.cls"])
+    nameless = import_checkpoint(tmp_path / "b.pt", name="nameless", cache=str(less), root=tmp_path, **COMMON)
+    with pytest.raises(CacheError, match=r"does not hold unknown@0\.cls") as error:
+        Subject(nameless, options, device="cpu", gradients=False)
+    assert "Import the checkpoint again with --cache" in str(error.value.remedy)
