@@ -360,6 +360,7 @@ def test_guidance_that_contradicts_itself_is_refused() -> None:
         ({"streams": 2.0}, "no effect without --guidance", "--guidance"),
         ({"streams": 2.0, "representation": 1.5}, "no effect without --guidance", "--stream-guidance"),
         ({"scale": 2.0, "channels": 0}, "channels", "at least 1"),
+        ({"representation": 1.5, "channels": 3}, "guides all channels", "--guided-channels"),
     ):
         with pytest.raises(UserError, match=said) as error:
             Guidance(**options)  # type: ignore[arg-type]
