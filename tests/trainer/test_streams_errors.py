@@ -281,6 +281,29 @@ def test_a_mistyped_option_is_named_with_its_nearest(key: str) -> None:
 
 
 @pytest.mark.usefixtures("nano")
+def test_a_run_says_where_options_of_a_stream_go_before_the_method_s(
+    streams_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a run's configuration is another's recipe: all options of its streams stand in it."""
+    monkeypatch.chdir(tmp_path)
+
+    def told(config: RunConfig) -> list[str]:
+        listener = Listener()
+        train(config, resume=False, watcher=listener, root=tmp_path / "runs")
+        return [note for note in listener.warnings if "goes before" in note]
+
+    assert not told(settings(streams_cache, "reg", steps=1, name="plain"))
+    assert not told(settings(streams_cache, "reg", steps=1, name="same", streams={CLS: {"weight": 0.03}}))
+    streams = {CLS: {"weight": 0.1, "normalization": "channel"}}
+    first, second = told(settings(streams_cache, "reg", steps=1, name="typed", streams=streams))
+    assert first == f"streams.{CLS}.weight = 0.1 goes before reg's 0.03"
+    assert second == f"streams.{CLS}.normalization = channel goes before reg's none"
+    words = ["run", "--recipe", "runs/plain/config.yaml", "--name", "again", "--set", "reg.class_weight=0.5"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and f"streams.{CLS}.weight = 0.03 goes before reg's 0.5" in result.output
+
+
+@pytest.mark.usefixtures("nano")
 def test_streams_on_the_command_line(streams_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--streams a,b` and `--set`, then `--resume` with nothing and with another weight."""
     monkeypatch.chdir(tmp_path)
