@@ -25,6 +25,7 @@ from trainer.classes import Classes
 from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run
 from trainer.interval import Interval
 from trainer.models import build_model
+from trainer.models.config import forward_flops
 from trainer.report import data
 from trainer.report.run import router_charts, write_run_report
 from trainer.requests import EvalRequest, SampleSettings
@@ -230,6 +231,8 @@ def test_images_of_any_code_can_be_judged(root: Path, tmp_path: Path) -> None:
                 "--classes random",
                 "--pixels round",  # the default, but typed
                 "--guided-channels 3",
+                "--stream-guidance 2",
+                "--representation-guidance 1.5",
                 "--step 4",
                 "--precision fp32",
                 "--compile",
@@ -339,6 +342,19 @@ def test_the_recipe_says_how_streams_are_guided(root: Path, tmp_path: Path) -> N
     assert as_asked(redi) == as_asked(redi, representation_guidance=1.1) == (1.0, None, 1.1, None, "0,0.5")
     assert as_asked(redi, representation_guidance=1.4) == (1.0, None, 1.4, None, "0,1")
     assert as_asked(redi, guidance=2.0) == (2.0, None, 1.0, None, "0,1")
+
+
+def test_guidance_of_either_kind_counts_as_two_passes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = root / "runs/a"
+    config = runs.load_config(run)
+    passes = forward_flops(run_model_config(run, config)) * 32
+    monkeypatch.setattr("trainer.evaluate.run.CPU_BUDGET_FLOPS", 100 * passes)
+
+    def affordable(**asked: Any) -> int:
+        return _with_defaults(SampleSettings(**asked), run, config, "cpu", Quiet()).num
+
+    assert affordable() == 100
+    assert affordable(guidance=2.0) == affordable(representation_guidance=2.0) == 50
 
 
 def test_samples_are_drawn_as_a_figure_was_and_say_so(root: Path, tmp_path: Path) -> None:
