@@ -37,7 +37,7 @@ class Guidance:
             same label, and everything is guided. 1 is none.
 
     Raises:
-        UserError: no channel, or both kinds of guidance at once.
+        UserError: no channel, both kinds of guidance at once, or what has no effect on the one.
     """
 
     scale: float = 1.0
@@ -50,6 +50,11 @@ class Guidance:
         if self.channels is not None and self.channels < 1:
             raise UserError(
                 f"{self.channels} guided channels were asked for.", remedy="Use at least 1, or none for all."
+            )
+        if self.representation != 1 and self.channels is not None:
+            raise UserError(
+                "representation guidance guides all channels, and some were asked for",
+                remedy="Leave --guided-channels out.",
             )
         if self.representation != 1 and self.scale != 1:
             raise UserError(

@@ -26,13 +26,13 @@ from featcache.store.remote import is_remote
 from featcache.store.signing import require_digest
 from featcache.torch.feed import Share
 from featcache.torch.loader import Loader
-from trainer import distributed
+from trainer import align, distributed
 from trainer.align.base import Alignment
 from trainer.diffusion.streams import Layout
 from trainer.distributed import World
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
-from trainer.runs.cache import find_cache, random_features, sample_keys, with_streams
+from trainer.runs.cache import available_features, find_cache, random_features, sample_keys, with_streams
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
@@ -431,6 +431,12 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
     if config.streams:
         beside = (f"{name} ({_as_diffused(stream_config(name, given))})" for name, given in config.streams.items())
         job.watcher.note(f"diffused beside the latents: {', '.join(beside)}")
+    for method in config.methods:
+        asked = align.data_streams(method, config.method_config(method), available_features(job.cache))
+        for name, options in asked.items():
+            for key, value in options.items():
+                if (chosen := (config.streams[name] or {})[key]) != value:
+                    job.watcher.note(f"streams.{name}.{key} = {chosen} goes before {method}'s {value}")
     unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
     if unused and not is_remote(job.cache.path):
         job.watcher.note(
