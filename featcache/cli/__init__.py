@@ -30,7 +30,8 @@ CachePath = Annotated[str, typer.Argument(help="Folder of the cache, or its URL.
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Image folder (one folder per class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+        help="Image folder (one folder per class), or 'shapes' for the embedded set. "
+        "\\[default: $FEATCACHE_DATA, else ./data/imagenet]"
     ),
 ]
 
@@ -89,7 +90,11 @@ def derive(
     cache: Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False, callback=on_this_machine)],
     feature: Annotated[str, typer.Option(help="Tokens to derive of, such as dinov2-b@11.")],
     pca: Annotated[
-        int | None, typer.Option(help="How many principal components of its standardised channels.", min=1)
+        int | None,
+        typer.Option(
+            help="How many principal components of its standardised channels. \\[default: as many as --like or --map has]",
+            min=1,
+        ),
     ] = None,
     images: Annotated[
         str | None, typer.Option(help="How many images they are found in, or all. \\[default: 10000]")
@@ -98,15 +103,19 @@ def derive(
         int | None, typer.Option(help="Seed of the images' choice. \\[default: 0]", min=0, max=(1 << 63) - 1)
     ] = None,
     like: Annotated[
-        str | None, typer.Option(help="Another cache (folder or URL) of whose feature to take the map.")
+        str | None,
+        typer.Option(help="Another cache (folder or URL) of whose feature to take the map. \\[default: found anew]"),
     ] = None,
     map: Annotated[
-        Path | None, typer.Option(help="File with the map: of --save-map, or ReDi's dino_pca_model.pth.")
+        Path | None,
+        typer.Option(help="File with the map: of --save-map, or ReDi's dino_pca_model.pth. \\[default: found anew]"),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the new feature. \\[default: <feature>.pca<number>]")
     ] = None,
-    save_map: Annotated[Path | None, typer.Option(help="File to write the map to, .safetensors.")] = None,
+    save_map: Annotated[
+        Path | None, typer.Option(help="File to write the map to, .safetensors. \\[default: none]")
+    ] = None,
 ) -> None:
     """Make a smaller feature of a cache's tokens: its principal components, as ReDi diffuses them.
 

@@ -31,14 +31,21 @@ if TYPE_CHECKING:
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False, callback=on_this_machine)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. \\[default: all]")]
 Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
-Expect = Annotated[str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it.")]
-SignedBy = Annotated[
-    Path | None, typer.Option(help="Public key or allowed-signers file (OpenSSH) of whoever must have signed it.")
+Expect = Annotated[
+    str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it. \\[default: any]")
 ]
-Data = Annotated[str | None, typer.Option(help="Image folder, to encode again. Default as for build.")]
-WeightsDir = Annotated[Path | None, typer.Option(help="Pretrained weights, to encode again.")]
+SignedBy = Annotated[
+    Path | None,
+    typer.Option(
+        help="Public key or allowed-signers file (OpenSSH) of whoever must have signed it. \\[default: anybody or nobody]"
+    ),
+]
+Data = Annotated[str | None, typer.Option(help="Image folder, to encode again. \\[default: as for build]")]
+WeightsDir = Annotated[Path | None, typer.Option(help="Pretrained weights, to encode again. \\[default: the hub]")]
 Device = Annotated[str, typer.Option(help="For encoding again.")]
-Captions = Annotated[Path | None, typer.Option(help="Table of captions, to encode text features again.")]
+Captions = Annotated[
+    Path | None, typer.Option(help="Table of captions, to encode text features again. \\[default: the source's own]")
+]
 
 
 def _local(path: Path | None) -> Path | None:
@@ -122,7 +129,10 @@ def verify(
         int | None, typer.Option(help="Seed of --sample. \\[default: a fresh one]", min=0, max=(1 << 64) - 1)
     ] = None,
     since_last: Annotated[
-        bool, typer.Option("--since-last", help="Only shards that no earlier verification found as they are now.")
+        bool,
+        typer.Option(
+            "--since-last", help="Only shards that no earlier verification found as they are now. \\[default: off]"
+        ),
     ] = False,
     record: Annotated[
         bool | None,
@@ -132,7 +142,9 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Encode damaged shards again from the images.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Encode damaged shards again from the images. \\[default: off]")
+    ] = False,
     data: Data = None,
     weights_dir: WeightsDir = None,
     device: Device = "auto",
@@ -311,7 +323,10 @@ def repair(
     cache: CachePath,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="Another copy (URL or folder): only what is damaged here is fetched from it."),
+        typer.Option(
+            "--from",
+            help="Another copy (URL or folder): only what is damaged here is fetched from it. \\[default: encode again]",
+        ),
     ] = None,
     features: Features = None,
     threads: Threads = 8,
@@ -365,9 +380,11 @@ def _confirmed(question: str) -> bool:
 
 def remove(
     cache: CachePath,
-    features: Annotated[str | None, typer.Option(help="Features to remove; without it the whole cache.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    now: Annotated[bool, typer.Option("--now", help="Delete for good instead of moving to the trash.")] = False,
+    features: Annotated[str | None, typer.Option(help="Features to remove. \\[default: the whole cache]")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask. \\[default: off]")] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="Delete for good instead of moving to the trash. \\[default: off]")
+    ] = False,
 ) -> None:
     """Remove features of a cache, or (without --features) the whole cache. featcache restore undoes it."""
     from featcache.share import manage, trash
@@ -410,10 +427,10 @@ def collect_garbage(
         Path,
         typer.Argument(help="Folder of the cache, or of several caches.", show_default=False, callback=on_this_machine),
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go. \\[default: off]")] = False,
     older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
     only_trash: Annotated[
-        bool, typer.Option("--trash", help="Only empty the trash; leave what dead builds left.")
+        bool, typer.Option("--trash", help="Only empty the trash; leave what dead builds left. \\[default: off]")
     ] = False,
 ) -> None:
     """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
@@ -435,7 +452,9 @@ def catalogue(
     place: Annotated[
         str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")
     ] = "caches",
-    html: Annotated[Path | None, typer.Option(help="Page to write: one file, for a browser.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write: one file, for a browser. \\[default: none, a table here]")
+    ] = None,
 ) -> None:
     """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
     from featcache.share import catalogue
@@ -462,7 +481,10 @@ def push(
     features: Features = None,
     threads: Threads = 8,
     replace_unfinished: Annotated[
-        bool, typer.Option("--replace-unfinished", help="Send over what a push of other bytes left unfinished there.")
+        bool,
+        typer.Option(
+            "--replace-unfinished", help="Send over what a push of other bytes left unfinished there. \\[default: off]"
+        ),
     ] = False,
 ) -> None:
     """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
@@ -488,7 +510,9 @@ def pull(
     ],
     folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False, callback=on_this_machine)],
     features: Features = None,
-    samples: Annotated[int | None, typer.Option(help="Only the first so many samples (whole shards).", min=1)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Only the first so many samples (whole shards). \\[default: all]", min=1)
+    ] = None,
     threads: Threads = 8,
     expect: Expect = None,
     signed_by: SignedBy = None,
@@ -519,7 +543,9 @@ def convert(
     ],
     to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
     features: Features = None,
-    shard_size: Annotated[int | None, typer.Option(help="Samples per shard of the new cache.", min=1)] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(help="Samples per shard of the new cache. \\[default: as it was]", min=1)
+    ] = None,
     compressor: Annotated[str | None, typer.Option(help="zstd or blosc, for zarr. \\[default: none]")] = None,
 ) -> None:
     """Copy a cache into the other format, bit for bit."""
@@ -547,7 +573,7 @@ def import_latents(
         Path | None,
         typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]", callback=_local),
     ] = None,
-    vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
+    vae: Annotated[str | None, typer.Option(help="VAE that made them. \\[default: the layout's usual one]")] = None,
 ) -> None:
     """Turn latents that you already have into a cache."""
     from featcache.share import importers
@@ -571,7 +597,10 @@ def plan(
     steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.", min=0, max=1e6)] = 2.0,
     batch: Annotated[int, typer.Option(help="Training batch to plan reading for.", min=1, max=2**31 - 1)] = 256,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Encode a few real images: rates, error of each precision and codec.")
+        bool,
+        typer.Option(
+            "--measure", help="Encode a few real images: rates, error of each precision and codec. \\[default: off]"
+        ),
     ] = False,
     images: Annotated[int, typer.Option(help="How many images --measure encodes.", min=1)] = 8,
 ) -> None:

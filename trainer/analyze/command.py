@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from featcache.console import time_text
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.progress import Progress
@@ -147,4 +148,4 @@ def _measured(subject: Subject, result: Result, elapsed_s: float) -> str:
     every = None if result.what == "router" else len(subject.indices)
     samples = result.settings.get("samples", result.settings.get("samples measured", every))
     seen = f"{samples} samples, " if samples else ""
-    return f"Step {subject.step}, block {subject.block} of {subject.depth}, {seen}{subject.device}, {elapsed_s:.1f} s."
+    return f"Step {subject.step}, block {subject.block} of {subject.depth}, {seen}{subject.device}, {time_text(elapsed_s)}."

@@ -76,7 +76,10 @@ class AnalyzeConfig:
         None
     )
     weights_dir: Annotated[
-        str | None, Option("Folder with pretrained weights, searched before the hub.", typed=Path, parse=str)
+        str | None,
+        Option(
+            "Folder with pretrained weights, searched before the hub. [default: the hub alone]", typed=Path, parse=str
+        ),
     ] = None
 
     def __post_init__(self) -> None:
