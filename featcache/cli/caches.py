@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,9 +17,9 @@ from featcache.build.request import BuildRequest
 from featcache.cli.build import request_of
 from featcache.console import console, plain, safe, size_text
 from featcache.console_progress import RichProgress
-from featcache.errors import CacheError, UserError
+from featcache.errors import CacheError, UserError, first_line
 from featcache.feature_names import layer_feature
-from featcache.paths import PAGES, check_output, on_this_machine
+from featcache.paths import PAGES, check_output, on_this_machine, typed
 from featcache.redact import redact
 from featcache.settings import Given, takes
 
@@ -117,7 +117,9 @@ def _counted(problems: Sequence[object]) -> str:
 
 
 def verify(
-    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
+    cache: Annotated[
+        str, typer.Argument(help="Folder of the cache, or of several caches; or a cache's URL.", show_default=False)
+    ],
     features: Features = None,
     threads: Annotated[int | None, typer.Option(help="\\[default: one per core; 8 for a URL]", min=1)] = None,
     expect: Expect = None,
@@ -150,8 +152,9 @@ def verify(
     device: Device = "auto",
     captions: Captions = None,
 ) -> None:
-    """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
-    from featcache.share import transfer, verify
+    """Check every byte of a cache against its recorded checksums, and its labels and keys; of a folder of caches each of
+    them. Exit code 1 if one is damaged."""
+    from featcache.share import manage, transfer, verify
     from featcache.store.remote import is_remote
 
     names, remote = _split(features), is_remote(cache)
@@ -159,9 +162,7 @@ def verify(
     _check_options(cache, fraction, seed, repair=repair, since_last=since_last, remote=remote)
     keep = not remote if record is None else record
 
-    authentic = _require_authentic(cache, expect, signed_by)
-
-    def checked() -> Report:
+    def checked(cache: str) -> Report:
         with RichProgress() as progress:
             if remote:
                 return transfer.verify_remote(
@@ -178,7 +179,12 @@ def verify(
                 progress=progress,
             )
 
-    report = checked()
+    if not remote and manage.holds_caches(Path(cache)):
+        _refuse_for_many(cache, {"--expect": expect, "--signed-by": signed_by, "--repair": repair or None})
+        _verify_all(Path(cache), checked, names, keep=keep)
+        return
+    authentic = _require_authentic(cache, expect, signed_by)
+    report = checked(cache)
     if authentic is not None and report.digest not in (None, authentic):
         raise CacheError(
             f"{cache} is not the cache that was asked for any more: it was exchanged after its digest "
@@ -196,6 +202,49 @@ def verify(
         raise typer.Exit(1)
     _encode_again(Path(cache), report.damaged, data, weights_dir, device, captions)
     _check_again(Path(cache), features, threads)
+
+
+def _refuse_for_many(place: str, given: Mapping[str, object]) -> None:
+    """Raises `UserError` for options that are about one cache."""
+    for flag, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"{flag} is about one cache, and {place} is a folder of several",
+                remedy=f"Name one of them (featcache ls {typed(place)} lists them), or leave {flag} out.",
+            )
+
+
+def _verify_all(place: Path, check: Callable[[str], Report], features: list[str] | None, *, keep: bool) -> None:
+    """Checks each cache in a folder and prints a table of them. Exit code 1 unless all that are complete are sound."""
+    from featcache.share import manage
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("cache", "", "files", "read"):
+        table.add_column(title, justify="right" if title in ("files", "read") else "left", no_wrap=True)
+    bad = 0
+    for info in manage.list_caches(place):
+        if info.problem is None and info.manifest is None:
+            table.add_row(safe(info.path), "[yellow]unfinished: nothing to check yet[/yellow]", "-", "-")
+            continue
+        try:
+            if info.problem is not None:
+                raise CacheError(info.problem)
+            console.print(f"[bold]{safe(info.path)}[/bold]")
+            report = check(str(info.path))
+        except UserError as error:
+            bad += 1
+            table.add_row(safe(info.path), f"[red]not checked: {safe(first_line(error))}[/red]", "-", "-")
+            continue
+        _show_problems(report, "damaged")
+        if keep:
+            _record(str(info.path), report, features)
+        bad += not report.ok
+        found = "sound" if report.ok else f"[red]{_counted(report.problems)}[/red]"
+        table.add_row(safe(info.path), found, f"{report.n_files:,}", size_text(report.n_bytes))
+    console.print_table(table)
+    if bad:
+        console.print(f"{bad} of {table.row_count} caches are not sound; featcache repair CACHE mends a damaged one")
+        raise typer.Exit(1)
 
 
 def _advice(cache: str, report: Report, *, remote: bool) -> str:
