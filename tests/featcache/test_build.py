@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import featcache
 from featcache.build.prepare import derived_name
@@ -262,8 +262,57 @@ def test_contact_sheet_shows_every_layer(cache_path: Path) -> None:
     cache = featcache.open(cache_path)
     sheet = contact_sheet(cache, count=2)
     layers = 15 + len([f for f in cache.manifest.features if "@" in f])
-    assert sheet.width > (layers + 1) * 128
+    assert layers * 64 < sheet.width < 1600, "tiles of the images' 64 pixels"
     assert np.asarray(sheet).std() > 10
+
+
+def test_wide_sheets_go_on_below(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = featcache.open(cache_path)
+    whole = contact_sheet(cache, count=2)
+    monkeypatch.setattr("featcache.inspect.WIDEST", 700)
+    folded = contact_sheet(cache, count=2)
+    assert folded.width < 800 and folded.height == 3 * whole.height
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("goldfish", "goldfish"), ("ж-птицы", "ж-птицы"), ("\ue000\ue001", "class 3"), ("a" * 900, "aaa")],
+)
+def test_class_names_are_drawn_in_letters_or_by_number(
+    cache_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shown: str
+) -> None:
+    """Letters that no font has were empty boxes."""
+    drawn: list[str] = []
+    cache = featcache.open(cache_path)
+    names = tuple(name for _ in cache.manifest.dataset.class_names)
+    cache.manifest = replace(cache.manifest, dataset=replace(cache.manifest.dataset, class_names=names))
+    real = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda s, at, text, **kw: (drawn.append(text), real(s, at, text, **kw))
+    )
+    contact_sheet(cache, count=1)
+    expected = f"class {cache.labels()[0]}" if shown.startswith("class") else shown
+    assert any(text.startswith(expected) for text in drawn)
+    assert all(len(text) < 40 for text in drawn)
+    assert "\ue000" not in "".join(drawn)
+
+
+def test_noise_is_not_decoded(cache_path: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of random weights, and no images at hand: the layers alone are drawn, and why is said."""
+    folder = tmp_path / "photographs" / "a"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    words = ("--vae", "sd-ft-ema", "--vae-levels", "G1", "--random-weights", "0", "--resolution", "64")
+    monkeypatch.delenv("FEATCACHE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    built = cli("featcache", "build", "--data", "photographs", "--out", "c", *words)
+    assert built.returncode == 0 and "images: 4 of 1 class from folder photographs" in built.stdout, built.stderr
+    looked = cli("featcache", "inspect", "c")
+    assert looked.returncode == 0 and "to noise" in looked.stdout and "decoding" not in looked.stdout, looked.stderr
+    assert (tmp_path / "home/featcache/pictures/c.png").exists() and not list(tmp_path.glob("*.png"))
+    seen = cli("featcache", "inspect", "c", "--data", "photographs")
+    assert "reading images" in seen.stdout and "to noise" not in seen.stdout
 
 
 def test_inspect_prints_what_each_layer_is_worth(cache_path: Path, tmp_path: Path, cli: Cli) -> None:

@@ -72,9 +72,12 @@ class AnalyzeConfig:
     patch: Index | None = None
 
     device: Annotated[str, Option("cpu, cuda, cuda:N or auto.")] = "auto"
-    data: Annotated[str | None, Option("Where the cache's images lie, for pictures. [default: decode the latents]")] = (
-        None
-    )
+    data: Annotated[
+        str | None,
+        Option(
+            "Where the cache's images lie, for pictures. [default: $FEATCACHE_DATA, ./data/imagenet, else decode latents]"
+        ),
+    ] = None
     weights_dir: Annotated[
         str | None,
         Option(
