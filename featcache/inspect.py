@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage
+from featcache.sources.remembered import recall
 from featcache.sources.shapes import recorded_shapes
 from featcache.store import files
 
@@ -55,13 +57,15 @@ def source_of(cache: Cache, data: str | None) -> Source | None:
 
 
 def find_source(cache: Cache, data: str | None) -> Source | None:
-    """As `source_of`; without `data` also $FEATCACHE_DATA or ./data/imagenet, where it holds the cache's images."""
+    """As `source_of`; without `data` also $FEATCACHE_DATA, ./data/imagenet or where they lay when the cache was built, if
+    the cache's images are there."""
     if data is not None or recorded_shapes(cache.manifest.dataset.source) is not None:
         return source_of(cache, data)
-    try:
-        return source_of(cache, find_data(None))
-    except UserError:
-        return None
+    for place in (find_data, lambda _: recall(cache.manifest.dataset.fingerprint)):
+        with contextlib.suppress(UserError):
+            if (source := source_of(cache, place(None))) is not None:
+                return source
+    return None
 
 
 def images_of(cache: Cache, data: str | None, indices: Sequence[int]) -> np.ndarray:

@@ -33,6 +33,14 @@ def build(
             help="Print each stage's rate, and how far a fast --decode is from the exact one. \\[default: off]",
         ),
     ] = False,
+    remember: Annotated[
+        bool,
+        typer.Option(
+            "--remember/--no-remember",
+            help="Note in ~/.cache/featcache, for inspect and analyze, where the images lie. \\[default: --remember]",
+            show_default=False,
+        ),
+    ] = True,
 ) -> None:
     """Encode images into a cache, continue a build, or add features (--into).
 
@@ -51,6 +59,10 @@ def build(
             _say_difference(request.data, result.path, request.decode)
     if not result.first:
         return
+    if remember:
+        from featcache.sources import remembered
+
+        remembered.remember(featcache.open(result.path).manifest.dataset.fingerprint, request.data)
     if not result.encoded:
         console.print(f"{safe(result.path)} is complete already: nothing to encode")
     if result.skipped:
