@@ -22,7 +22,7 @@ _MAX_BYTES = 1 << 16
 def remember(fingerprint: str, data: str) -> None:
     """Notes what was typed as `--data` for the images of a fingerprint; not where a URL has secrets in it, nor where the
     note cannot be written."""
-    place = data if is_remote(data) else os.path.abspath(data)  # noqa: PTH100: also of patterns
+    place = data if is_remote(data) else str(Path(data).absolute())  # also of a pattern
     if redact(place) != place or data.partition(":")[0] == "shapes":
         return
     with contextlib.suppress(UserError, OSError):
