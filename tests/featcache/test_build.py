@@ -290,13 +290,16 @@ def test_class_names_are_drawn_in_letters_or_by_number(
     names = tuple(name for _ in cache.manifest.dataset.class_names)
     cache.manifest = replace(cache.manifest, dataset=replace(cache.manifest.dataset, class_names=names))
     real = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda s, at, text, **kw: (drawn.append(text), real(s, at, text, **kw))
-    )
+
+    def text(self: Any, at: Any, shown: str, **how: Any) -> None:
+        drawn.append(shown)
+        real(self, at, shown, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     contact_sheet(cache, count=1)
     expected = f"class {cache.labels()[0]}" if shown.startswith("class") else shown
-    assert any(text.startswith(expected) for text in drawn)
-    assert all(len(text) < 40 for text in drawn)
+    assert any(line.startswith(expected) for line in drawn)
+    assert all(len(line) < 40 for line in drawn)
     assert "\ue000" not in "".join(drawn)
 
 

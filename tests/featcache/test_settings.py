@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import typer
@@ -173,7 +173,7 @@ class Several:
 @pytest.mark.parametrize(
     ("field", "value"), [("names", "dinov2-b@11"), ("names", "dinov2-b@9,11"), ("sizes", 4), ("times", 0.3)]
 )
-def test_a_single_value_is_a_list_of_one(field: str, value: object) -> None:
+def test_a_single_value_is_a_list_of_one(field: str, value: Any) -> None:
     assert getattr(Several(**{field: value}), field) == (value,)
     assert getattr(from_mapping(Several, {field: value}), field) == (value,)
     assert getattr(from_mapping(Several, {field: [value]}), field) == (value,)
@@ -181,25 +181,25 @@ def test_a_single_value_is_a_list_of_one(field: str, value: object) -> None:
 
 def test_a_single_wrong_value_says_what_it_must_be() -> None:
     with pytest.raises(UserError, match="it must be a number"):
-        Several(times="late")
+        Several(times="late")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="at least 1"):
-        Several(sizes=0)
+        Several(sizes=0)  # type: ignore[arg-type]
     assert Several(sizes=None).sizes is None
 
 
-def _commands() -> list[tuple[str, typer.core.TyperCommand]]:
+def _commands() -> list[tuple[str, Any]]:
     from featcache.cli import app as featcache_app
     from trainer.cli import app as trainer_app
 
-    return [
-        (f"{name} {command}", found)
-        for name, app in (("featcache", featcache_app), ("trainer", trainer_app))
-        for command, found in typer.main.get_command(app).commands.items()
-    ]
+    groups: dict[str, Any] = {
+        "featcache": typer.main.get_command(featcache_app),
+        "trainer": typer.main.get_command(trainer_app),
+    }
+    return [(f"{name} {command}", found) for name, group in groups.items() for command, found in group.commands.items()]
 
 
 @pytest.mark.parametrize(("name", "command"), _commands())
-def test_the_help_shows_the_default_of_every_option(name: str, command: typer.core.TyperCommand) -> None:
+def test_the_help_shows_the_default_of_every_option(name: str, command: Any) -> None:
     for option in command.params:
         if option.required or option.name == "help":
             continue
