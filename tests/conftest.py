@@ -23,6 +23,15 @@ from featcache.progress import Quiet
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What builds note of where images lie goes nowhere near the user's own notes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATCACHE_PLACES", str(tmp_path_factory.mktemp("places")))
+        yield
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

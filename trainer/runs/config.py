@@ -104,10 +104,10 @@ class RunConfig:
     align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     align_until: Index | None = None
     model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1.")] = "SiT-B/2"
-    cache: Annotated[str | None, Option("Feature cache. Default: the newest fitting one below ./caches.")] = None
+    cache: Annotated[str | None, Option("Feature cache. [default: the newest fitting one below ./caches]")] = None
     resolution: Count | None = None
     vae: str | None = None
-    name: Annotated[str | None, Option("Folder below ./runs. Default: from method and model.")] = None
+    name: Annotated[str | None, Option("Folder below ./runs. [default: from method and model]")] = None
 
     normalization: Annotated[
         Literal["auto", "scalar", "channel", "position"],
@@ -116,7 +116,7 @@ class RunConfig:
     statistics: Annotated[
         str | None,
         Option(
-            "File of mean and std. Default: imported with the latents, else computed from the cache.",
+            "File of mean and std. [default: imported with the latents, else computed from the cache]",
             typed=Path,
             parse=str,
         ),
@@ -124,7 +124,7 @@ class RunConfig:
     streams: Annotated[
         Mapping[str, Mapping[str, Any] | None],
         Option(
-            "Features to diffuse beside the latents, joined by commas: dinov2-b@11.cls,...",
+            "Features to diffuse beside the latents, joined by commas: dinov2-b@11.cls,... [default: those of the method]",
             typed=str,
             parse=stream_names,
         ),
@@ -160,11 +160,14 @@ class RunConfig:
     seed: Annotated[Index, Option("Seed of everything random.")] = 0
     device: Annotated[str, Option("cpu, cuda or auto.")] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Option("auto, fp32, bf16 or fp16.")] = "auto"
-    attention: Annotated[Attention, Option("sdpa (torch's own, the default) or xformers.")] = "sdpa"
+    attention: Annotated[Attention, Option("sdpa (torch's own) or xformers.")] = "sdpa"
     compile: bool | None = None
     shard: bool = False
     weights_dir: Annotated[
-        str | None, Option("Folder with pretrained weights, searched before the hub.", typed=Path, parse=str)
+        str | None,
+        Option(
+            "Folder with pretrained weights, searched before the hub. [default: the hub alone]", typed=Path, parse=str
+        ),
     ] = None
     stream_dir: str | None = None
     stream_gib: Annotated[float, Field(gt=0, le=2**31 - 1, allow_inf_nan=False)] | None = None
