@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import EncoderChoice
 from featcache.progress import Quiet
 

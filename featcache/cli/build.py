@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 import featcache
-from featcache.build.request import BuildRequest
+from featcache.builder.request import BuildRequest
 from featcache.console import amount_text, console, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError
@@ -18,7 +18,7 @@ from featcache.paths import on_this_machine, typed
 from featcache.settings import Given, flag_of, from_typed, takes
 
 if TYPE_CHECKING:
-    from featcache.build.pipeline import Stage
+    from featcache.builder.pipeline import Stage
 
 # Imports inside the command: the rooms that it calls load numpy or torch, which `featcache --help` does without.
 
@@ -48,7 +48,7 @@ def build(
     """
     request = request_of(given)
     _refuse_other_layout(given)
-    from featcache.build import pipeline, run
+    from featcache.builder import pipeline, run
 
     meter = pipeline.Meter()
     with RichProgress() as progress:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 import featcache
-from featcache.build.request import BuildRequest
+from featcache.builder.request import BuildRequest
 from featcache.cli.build import request_of
 from featcache.console import console, plain, safe, size_text
 from featcache.console_progress import RichProgress
@@ -308,7 +308,7 @@ def _encode_again(
     captions: Path | None,
 ) -> None:
     """Metadata from the manifest, damaged shards (feature -> numbers) from the images."""
-    from featcache.build.repair import repair_shards
+    from featcache.builder.repair import repair_shards
     from featcache.share.verify import repair_metadata
 
     for name in repair_metadata(folder):
@@ -656,7 +656,7 @@ def plan(
     """What a build will cost: bytes, reading speed needed, encoding time, disk; with --measure also what precisions
     and codecs lose."""
     request = request_of(given)
-    from featcache.build.estimate import estimate, print_estimate
+    from featcache.builder.estimate import estimate, print_estimate
 
     planned = estimate(request, measure=images if measure else 0)
     random = not measure or request.random_weights is not None

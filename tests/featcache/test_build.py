@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 import featcache
-from featcache.build.prepare import derived_name
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.prepare import derived_name
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.cli import app
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.base import WeightsSource

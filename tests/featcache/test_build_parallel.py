@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import featcache
-from featcache.build import ranks as workers
-from featcache.build.lead import lead
-from featcache.build.pipeline import Meter, Stage, run_shards
-from featcache.build.prepare import prepare
-from featcache.build.ranks import Ranks
-from featcache.build.request import BuildRequest
-from featcache.build.run import _Shared, build, prepare_together
+from featcache.builder import ranks as workers
+from featcache.builder.lead import lead
+from featcache.builder.pipeline import Meter, Stage, run_shards
+from featcache.builder.prepare import prepare
+from featcache.builder.ranks import Ranks
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import _Shared, build, prepare_together
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet

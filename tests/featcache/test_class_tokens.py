@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import featcache
-from featcache.build.estimate import estimate
-from featcache.build.prepare import derived_name
-from featcache.build.repair import repair_shards
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.estimate import estimate
+from featcache.builder.prepare import derived_name
+from featcache.builder.repair import repair_shards
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.cli import app
 from featcache.console import run_app
 from featcache.encoders import EncoderChoice, parse_encoders

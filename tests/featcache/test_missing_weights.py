@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from featcache.build.prepare import prepare
-from featcache.build.request import BuildRequest
+from featcache.builder.prepare import prepare
+from featcache.builder.request import BuildRequest
 from featcache.encoders import EncoderChoice, hub
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.missing import require_weights

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import featcache
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.codecs import decode
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 from typer.testing import CliRunner
 
-from featcache.build.request import BuildRequest
+from featcache.builder.request import BuildRequest
 from featcache.errors import UserError
 from featcache.settings import (
     Count,

@@ -20,8 +20,8 @@ from PIL import Image
 from web_server import serve
 
 import featcache
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.errors import UserError
 from featcache.progress import Quiet
 from featcache.sources.archives import _expanded, index_folder

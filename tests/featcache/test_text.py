@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders.base import Compute, WeightsSource, upload
 from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
@@ -516,7 +516,7 @@ def test_bad_images_have_no_captions_and_only_so_many_are_kept(tmp_path: Path) -
 
 
 def test_damaged_text_shards_are_made_again(tmp_path: Path) -> None:
-    from featcache.build.repair import repair_shards
+    from featcache.builder.repair import repair_shards
     from featcache.share.verify import verify
 
     path = tmp_path / "c"

@@ -117,8 +117,8 @@ def test_a_batch_is_not_overwritten_while_it_is_in_use(shapes_cache: Path) -> No
 
 
 def test_mirrored_views_follow_the_coins(tmp_path: Path) -> None:
-    from featcache.build.request import BuildRequest
-    from featcache.build.run import build
+    from featcache.builder.request import BuildRequest
+    from featcache.builder.run import build
     from featcache.encoders import EncoderChoice
 
     request = BuildRequest(

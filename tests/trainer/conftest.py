@@ -10,9 +10,9 @@ import torch
 from tiny_runs import add_nano
 
 import featcache
-from featcache.build.derive import DeriveRequest, derive
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.derive import DeriveRequest, derive
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import parse_encoders
 from featcache.progress import Quiet
 from featcache.read.normalization import OVER, compute, save

@@ -20,8 +20,8 @@ from markupsafe import escape
 from PIL import Image
 from tiny_runs import Listener, add_nano, settings
 
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet

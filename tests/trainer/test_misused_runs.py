@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny_runs import add_nano, settings
 
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.console import run_app
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from featcache.build.request import BuildRequest
+from featcache.builder.request import BuildRequest
 from featcache.describe import Setting, described
 from featcache.errors import UserError
 from featcache.settings import Count, Names, Option, settings

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import featcache
-from featcache.build.pipeline import Stage
-from featcache.build.prepare import Plan, check_disk, package_versions
+from featcache.builder.pipeline import Stage
+from featcache.builder.prepare import Plan, check_disk, package_versions
 from featcache.paths import typed
 from featcache.progress import Progress
 from featcache.read.reader import Cache

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from featcache.build.fidelity import distance, fidelity
-from featcache.build.prepare import check_request, free_bytes, prepare, room_for
-from featcache.build.request import CLASS_TOKEN_CODECS, BuildRequest
+from featcache.builder.fidelity import distance, fidelity
+from featcache.builder.prepare import check_request, free_bytes, prepare, room_for
+from featcache.builder.request import CLASS_TOKEN_CODECS, BuildRequest
 from featcache.codecs import FeatureCodec
 from featcache.console import amount_text, console, safe, size_text, time_text
 from featcache.encoders.base import Network, in_precision, synchronise
@@ -35,8 +35,8 @@ class Estimate:
     """One planned build.
 
     specs: features to be made. count: images. free_bytes: on the disk that the cache would lie on. rates: stage ->
-    images/s on this machine, measured. fidelity: feature -> codec -> figures of `featcache.build.fidelity.fidelity`.
-    precision: feature -> precision -> figures of `featcache.build.fidelity.distance` from fp32. precision_rates: encoder
+    images/s on this machine, measured. fidelity: feature -> codec -> figures of `featcache.builder.fidelity.fidelity`.
+    precision: feature -> precision -> figures of `featcache.builder.fidelity.distance` from fp32. precision_rates: encoder
     -> precision -> images/s.
     """
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import featcache
-from featcache.build.pipeline import Work
-from featcache.build.request import BuildRequest
+from featcache.builder.pipeline import Work
+from featcache.builder.request import BuildRequest
 from featcache.console import size_text
 from featcache.encoders import TINY
 from featcache.encoders.base import Compute, Encoder, WeightsSource, remedy_for_other_weights
