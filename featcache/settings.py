@@ -160,6 +160,35 @@ def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "")
         raise
 
 
+def given_of(cls: type[DataclassInstance], options: Mapping[str, Any]) -> Given:
+    """Options by their names (`vae_levels` for `--vae-levels`), as if their values had been typed; None is not given.
+
+    A list will do where several are typed, or where they are typed with commas.
+
+    Raises `UserError` for a name that is no option's.
+    """
+    names = {flag_of(cls, name).removeprefix("--").replace("-", "_"): name for name in options_of(cls)}
+    given = {}
+    for name, value in options.items():
+        if name not in names:
+            raise UserError(
+                f"there is no option {name!r:.80}", remedy=f"{suggest(name, names)}Options: {', '.join(sorted(names))}"
+            )
+        option = options_of(cls)[names[name]]
+        if value is not None:
+            given[names[name]] = option.parse(_as_typed(option, value)) if option.parse else value
+    return given
+
+
+def _as_typed(option: Option, value: Any) -> Any:
+    several = isinstance(value, list | tuple)
+    if option.typed == list[str]:
+        return [str(entry) for entry in value] if several else [str(value)]
+    if option.typed is str:
+        return ",".join(map(str, value)) if several else str(value)
+    return value
+
+
 def from_typed(cls: type[S], given: Given, **others: object) -> S:
     """Settings from what was typed (and `others`, which were not); errors name the options.
 

@@ -10,12 +10,12 @@ import typer
 from rich.table import Table
 
 import featcache
+from featcache.builder.asked import refuse_other_layout, request_of
 from featcache.builder.request import BuildRequest
 from featcache.console import amount_text, console, safe
 from featcache.console_progress import RichProgress
-from featcache.errors import UserError
-from featcache.paths import on_this_machine, typed
-from featcache.settings import Given, flag_of, from_typed, takes
+from featcache.paths import typed
+from featcache.settings import Given, takes
 
 if TYPE_CHECKING:
     from featcache.builder.pipeline import Stage
@@ -47,7 +47,7 @@ def build(
     [dim]Example: featcache build --encoder dinov2-b --vae-levels G3,G4[/dim]
     """
     request = request_of(given)
-    _refuse_other_layout(given)
+    refuse_other_layout(given)
     from featcache.builder import pipeline, run
 
     meter = pipeline.Meter()
@@ -99,34 +99,3 @@ def _say_difference(data: str, path: Path, decoder: str) -> None:
         f"--decode {safe(decoder)} against pil on {found.images} images: {found.mean:.3g} grey levels on average, "
         f"{found.largest} at most, {found.psnr_db:.1f} dB"
     )
-
-
-def _refuse_other_layout(given: Given) -> None:
-    """Raises `UserError` for an option that says how the cache is laid out which `into` names, and differs from it."""
-    if "into" not in given:
-        return
-    manifest = featcache.open(given["into"]).manifest
-    has = {
-        "seed": manifest.dataset.order_seed,
-        "flip": manifest.dataset.flip,
-        "shard_size": manifest.shard_size,
-        "format": manifest.format,
-        "compressor": manifest.compressor,
-    }
-    for name, value in has.items():
-        if name in given and given[name] != value:
-            flag = flag_of(BuildRequest, name)
-            raise UserError(
-                f"{flag} cannot be chosen when features are added: {given['into']} has {value}, not {given[name]}",
-                remedy=f"Leave {flag} out, or make a new cache with --out.",
-            )
-
-
-def request_of(given: Given) -> BuildRequest:
-    """What was typed, with the images found by convention where none are named."""
-    from featcache.sources.open import find_data
-
-    data, into = given.get("data"), given.get("into")
-    if into is not None:
-        on_this_machine(into)
-    return from_typed(BuildRequest, {**given, "data": find_data(data, into=into)})

@@ -13,8 +13,8 @@ import typer
 from rich.table import Table
 
 import featcache
+from featcache.builder.asked import request_of
 from featcache.builder.request import BuildRequest
-from featcache.cli.build import request_of
 from featcache.console import console, plain, safe, size_text
 from featcache.console_progress import RichProgress
 from featcache.errors import CacheError, UserError, first_line
