@@ -16,6 +16,7 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
@@ -24,7 +25,8 @@ from featcache.errors import UserError, first_line
 
 # PIL's blocks are 16 MB otherwise: malloc takes such from a heap of each thread's own, and keeps them there when they
 # are freed, which adds up. Larger ones go back to the system.
-Image.core.set_block_size(1 << 30)
+_core: Any = Image.core
+_core.set_block_size(1 << 30)
 
 CROP_NAME = "adm-center-crop"
 MAX_PIXELS = 178_000_000  # a little more than the largest sensors of cameras have; also of a crop before it is cut
