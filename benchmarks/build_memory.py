@@ -96,8 +96,8 @@ def main(
     import numpy as np
     from encode import provenance
 
-    from featcache.build.request import BuildRequest
-    from featcache.build.run import build
+    from featcache.builder.request import BuildRequest
+    from featcache.builder.run import build
     from featcache.encoders import parse_encoders
     from featcache.machine import pick_device
 

@@ -23,7 +23,7 @@ import torch
 from loader import machine
 
 import featcache
-from featcache.build.fidelity import fidelity
+from featcache.builder.fidelity import fidelity
 from featcache.errors import UserError
 from featcache.store.layout import CODECS
 

@@ -122,8 +122,8 @@ def _rate(work: Callable[[], int], device: str, *, at_least_s: float) -> Rate:
 
 def whole_build(request: Any, folder: Path) -> dict[str, Any]:
     """From the first image to the finished cache, and the stages' rates as the build saw them."""
-    from featcache.build.pipeline import Meter
-    from featcache.build.run import build
+    from featcache.builder.pipeline import Meter
+    from featcache.builder.run import build
 
     build(replace(request, out=folder / "warm", limit=min(2 * request.batch_size, 64)), _Begun())
     progress, meter = _Begun(), Meter()
@@ -139,9 +139,9 @@ def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict
     """Decoding, encoding, quantising with copying, and writing, each with nothing beside it; and encoder by encoder."""
     import torch
 
-    from featcache.build.lead import lead
-    from featcache.build.pipeline import Meter, run_shards
-    from featcache.build.prepare import prepare
+    from featcache.builder.lead import lead
+    from featcache.builder.pipeline import Meter, run_shards
+    from featcache.builder.prepare import prepare
     from featcache.codecs import FeatureCodec, numpy_view
     from featcache.machine import pick_device
 
@@ -220,7 +220,7 @@ class Plain:
     """The encoders as their libraries give them, in float32, channels first, not compiled."""
 
     def __init__(self, request: Any, folder: Path) -> None:
-        from featcache.build.prepare import prepare
+        from featcache.builder.prepare import prepare
         from featcache.encoders.base import WeightsSource
         from featcache.encoders.vae import encoder_layers, load_vae
         from featcache.machine import pick_device
@@ -320,7 +320,7 @@ def main(
     script_count: Annotated[int, typer.Option(help="Images for the extraction scripts' structure.")] = 256,
 ) -> None:
     """Measure and write benchmarks/results/encode_<name>.json."""
-    from featcache.build.request import BuildRequest
+    from featcache.builder.request import BuildRequest
     from featcache.encoders import parse_encoders, parse_levels
     from featcache.machine import pick_device
 

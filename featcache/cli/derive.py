@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from featcache.build.derive import IMAGES, DeriveRequest, DeriveResult, derive
+from featcache.builder.derive import IMAGES, DeriveRequest, DeriveResult, derive
 from featcache.console import console, safe, size_text
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError

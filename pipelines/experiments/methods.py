@@ -303,8 +303,8 @@ def _open_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
 
 
 def _build_caches(settings: Settings, out: Path, photographs: Path | None) -> Data:
-    from featcache.build.request import BuildRequest
-    from featcache.build.run import build
+    from featcache.builder.request import BuildRequest
+    from featcache.builder.run import build
     from featcache.encoders import parse_encoders
 
     part = PARTS[settings.part]

@@ -37,8 +37,8 @@ def library() -> Any:
 _STORE = (
     *(
         "featcache.cli",
-        "featcache.build.run",
-        "featcache.build.repair",
+        "featcache.builder.run",
+        "featcache.builder.repair",
         "featcache.share.convert",
         "featcache.share.transfer",
         "obstore.store",
@@ -47,7 +47,7 @@ _STORE = (
         "featcache.share.importers",
         "featcache.read.stream",
         "featcache.cli.info",
-        "featcache.build.ranks",
+        "featcache.builder.ranks",
         "featcache.share.manage",
     ),
     *("featcache.encoders.vae", "featcache.encoders.vision", "featcache.console_progress", "store_helpers"),

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import featcache
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.cli.info import print_info
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError

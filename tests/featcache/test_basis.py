@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featcache
-from featcache.build.lead import remarks
-from featcache.build.prepare import prepare
-from featcache.build.repair import repair_shards
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.lead import remarks
+from featcache.builder.prepare import prepare
+from featcache.builder.repair import repair_shards
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.codecs import FeatureCodec
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
@@ -292,8 +292,8 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 
 
 def test_another_number_of_components_of_a_begun_build_is_refused(tmp_path: Path) -> None:
-    from featcache.build.bases import settle_bases
-    from featcache.build.lead import lead
+    from featcache.builder.bases import settle_bases
+    from featcache.builder.lead import lead
 
     with lead(settle_bases(prepare(request(tmp_path / "c"), device="cpu"), Quiet())):
         pass

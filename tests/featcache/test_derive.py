@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import featcache
-from featcache.build import derive as room
-from featcache.build.derive import DeriveRequest, derive
-from featcache.build.repair import repair_shards
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder import derive as room
+from featcache.builder.derive import DeriveRequest, derive
+from featcache.builder.repair import repair_shards
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.cli import app
 from featcache.codecs import FeatureCodec
 from featcache.console import run_app

@@ -26,8 +26,8 @@ import pytest
 from PIL import Image
 
 import featcache
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.errors import UserError
 from featcache.keys import from_printable, key_bytes, key_text, printable
 from featcache.progress import Quiet

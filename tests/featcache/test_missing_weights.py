@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from featcache.build.prepare import prepare
-from featcache.build.request import BuildRequest
+from featcache.builder.prepare import prepare
+from featcache.builder.request import BuildRequest
 from featcache.encoders import EncoderChoice, hub
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.missing import require_weights
@@ -45,3 +45,4 @@ def test_a_build_names_them_all(tmp_path: Path) -> None:
     with pytest.raises(WeightsUnavailable) as caught:
         prepare(request, device="cpu")
     assert all(name in caught.value.what for name in ("'sd-ft-ema'", "'dinov2-b'", "'mocov3-b'"))
+    assert "--weights-dir" in (caught.value.remedy or "") and "--random-weights 0" in (caught.value.remedy or "")

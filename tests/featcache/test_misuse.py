@@ -19,8 +19,8 @@ from store_helpers import base_features, build, tokens, tree
 
 import featcache
 from featcache import cli
-from featcache.build import prepare as building
-from featcache.build.request import BuildRequest, parse_names, parse_resolution
+from featcache.builder import prepare as building
+from featcache.builder.request import BuildRequest, parse_names, parse_resolution
 from featcache.console import run_app
 from featcache.encoders import parse_encoders, parse_levels
 from featcache.errors import CacheError, UserError

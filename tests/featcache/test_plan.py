@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build.estimate import estimate
-from featcache.build.fidelity import fidelity
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.estimate import estimate
+from featcache.builder.fidelity import fidelity
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.cli import app
 from featcache.console import run_app
 from featcache.encoders import EncoderChoice
@@ -82,7 +82,7 @@ def test_rates_begin_when_the_device_is_idle_and_batches_are_of_one_size(monkeyp
         return real(self, pixels)
 
     monkeypatch.setattr(VisionEncoder, "__call__", watched)
-    monkeypatch.setattr("featcache.build.estimate.synchronise", lambda device: events.append(f"synchronise {device}"))
+    monkeypatch.setattr("featcache.builder.estimate.synchronise", lambda device: events.append(f"synchronise {device}"))
     choice = (EncoderChoice(name="tiny", layers=(5,)),)
     ask = BuildRequest(data="shapes", vae="tiny", encoders=choice, resolution=32, batch_size=2, device="cpu")
     planned = estimate(ask, measure=3)
@@ -104,7 +104,7 @@ def test_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["featcache", "plan", "--data", "shapes", "--encoder", "tiny", "--text", "tiny", "--limit", "8"]
     typed(*words, "--resolution", "32", "--measure", "--images", "2")
     text = capsys.readouterr().out
-    for expected in ("vae/moments", "GB/s", "free on its disk", "mean cosine", "images in about", "decode (1 thread)"):
+    for expected in ("vae/moments", "B/s", "free on its disk", "mean cosine", "images in about", "decode (1 thread)"):
         assert expected in text
     for expected in ("tiny@5 against fp32", "text/tiny.pooled against fp32", "--precision bf16", "encode text tiny"):
         assert expected in text

@@ -15,9 +15,9 @@ from PIL import Image
 from store_helpers import base_features, dataset, tokens
 
 import featcache
-from featcache.build.repair import _passes, repair_shards
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.repair import _passes, repair_shards
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders.base import Compute, WeightsSource, upload
 from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
@@ -179,7 +179,6 @@ def test_offline_errors_name_what_is_missing(
     with pytest.raises(UserError, match="weights" if missing.startswith("model") else missing) as caught:
         TextEncoder("clip-l", WeightsSource(weights_dir=folder.parent), captions=1)
     assert "--weights-dir" in str(caught.value)
-    assert "--random-weights" in str(caught.value)
     random = TextEncoder("clip-l", WeightsSource(random_seed=3), captions=1)
     assert random.provenance["text/clip-l"]["weights"] == "random"
     assert random.provenance["text/clip-l"]["tokenizer"] == "bytes, without merges"
@@ -517,7 +516,7 @@ def test_bad_images_have_no_captions_and_only_so_many_are_kept(tmp_path: Path) -
 
 
 def test_damaged_text_shards_are_made_again(tmp_path: Path) -> None:
-    from featcache.build.repair import repair_shards
+    from featcache.builder.repair import repair_shards
     from featcache.share.verify import verify
 
     path = tmp_path / "c"

@@ -20,9 +20,9 @@ import torch
 import typer
 import yaml
 
-from featcache.build.derive import DeriveRequest, derive
-from featcache.build.request import BuildRequest, parse_resolution
-from featcache.build.run import build
+from featcache.builder.derive import DeriveRequest, derive
+from featcache.builder.request import BuildRequest, parse_resolution
+from featcache.builder.run import build
 from featcache.cli import app as featcache_app
 from featcache.encoders import parse_encoders, parse_levels
 from featcache.encoders.table import ENCODERS, VAES

@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny_runs import Listener, add_nano, settings
 
-from featcache.build.derive import DeriveRequest, derive
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.derive import DeriveRequest, derive
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import EncoderChoice
 from featcache.progress import Quiet
 from trainer.analyze import DIAGNOSTICS

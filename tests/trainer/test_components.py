@@ -9,8 +9,8 @@ import torch
 from tiny_runs import Listener, losses, settings
 from torch._dynamo.utils import counters
 
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import EncoderChoice
 from featcache.progress import Quiet
 from trainer.training.loop import train

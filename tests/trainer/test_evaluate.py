@@ -401,8 +401,8 @@ def test_dinov2_with_random_weights(shapes: np.ndarray) -> None:
 
 def build_cache(path: Path, data: str, **options: object) -> Path:
     """A small cache of the tiny VAE's moments."""
-    from featcache.build.request import BuildRequest
-    from featcache.build.run import build
+    from featcache.builder.request import BuildRequest
+    from featcache.builder.run import build
 
     request = BuildRequest(data=data, vae="tiny", resolution=SIDE, device="cpu", out=path, **options)  # type: ignore[arg-type]
     return build(request, Quiet()).path

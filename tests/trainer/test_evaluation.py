@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.progress import Quiet

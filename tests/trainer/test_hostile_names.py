@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from tiny_runs import Listener, settings
 
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import EncoderChoice
 from featcache.progress import Quiet
 from trainer.training.loop import train

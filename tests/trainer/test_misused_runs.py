@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny_runs import add_nano, settings
 
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.console import run_app
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
@@ -34,8 +34,8 @@ from trainer.training import loop
 
 
 def remarks(told: Told) -> list[str]:
-    """What a build mentions beside the features that it writes."""
-    return [note for note in told.notes if not note.startswith("features: ")]
+    """What a build mentions beside the images and the features that it writes."""
+    return [note for note in told.notes if not note.startswith(("images: ", "features: "))]
 
 
 def built(tmp_path: Path, pictures: dict[str, bool], *, skip: bool = False) -> tuple[Path, Told]:

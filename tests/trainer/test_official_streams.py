@@ -21,9 +21,9 @@ from tiny_runs import Listener, settings
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from featcache.build.derive import DeriveRequest, derive
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.derive import DeriveRequest, derive
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.cli import app as featcache_app
 from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
@@ -263,8 +263,8 @@ def test_a_redi_file_runs_time_the_other_way(tmp_path: Path, named: bool) -> Non
 def test_a_redi_file_with_a_head_of_repa_s_is_redi_s_too(tmp_path: Path) -> None:
     """`--repa-loss` of its code: the head is called otherwise than REPA's and REG's."""
     module = official(channels=12, repa_loss=True)
-    said: tuple[dict[str, Any], ...] = ({}, {"pca_rank": 8, "repa_loss": True})
-    for args in said:
+    cases: list[dict[str, Any]] = [{}, {"pca_rank": 8, "repa_loss": True}]
+    for args in cases:
         imported = import_official(save(tmp_path / "a.pt", module, **args), heads=HEADS)
         assert (imported.convention, imported.config) == ("redi", replace(CONFIG, streams=(COMPONENTS,)))
         assert len(imported.heads) == 6 and all(key.startswith("projector.") for key in imported.heads)

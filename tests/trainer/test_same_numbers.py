@@ -166,8 +166,8 @@ def record_all() -> None:
 
     from tiny_runs import add_nano
 
-    from featcache.build.request import BuildRequest
-    from featcache.build.run import build
+    from featcache.builder.request import BuildRequest
+    from featcache.builder.run import build
     from featcache.encoders import EncoderChoice
 
     torch.set_num_threads(1)

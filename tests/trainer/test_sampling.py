@@ -22,8 +22,8 @@ import pytest
 import torch
 from PIL import Image
 
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.progress import Quiet

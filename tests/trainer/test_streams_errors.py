@@ -15,8 +15,8 @@ from tiny_runs import Listener, keep_only, losses, settings
 from typer.testing import CliRunner
 
 import featcache
-from featcache.build.request import BuildRequest
-from featcache.build.run import build
+from featcache.builder.request import BuildRequest
+from featcache.builder.run import build
 from featcache.cli import app as featcache_app
 from featcache.encoders import parse_encoders
 from featcache.errors import CacheError, UserError

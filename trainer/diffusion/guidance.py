@@ -68,6 +68,7 @@ class Guidance:
             )
 
     def active(self, t: float) -> bool:
+        """Whether it changes anything at this time."""
         return (self.scale != 1 or self.representation != 1) and t in self.interval
 
     def spans(self, layout: Layout) -> Spans:

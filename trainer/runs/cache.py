@@ -122,6 +122,11 @@ def cache_of_run(run: Path) -> featcache.Cache:
     """
     summary = cache_summary(run)
     path = runs.cache_path(run, summary)
+    if not path:
+        raise CacheError(
+            f"{run} was imported without a cache, and this looks at one",
+            remedy="Import the checkpoint again with a cache of its VAE and classes: trainer import FILE --cache CACHE --name NAME",
+        )
     try:
         cache = featcache.open(path)
     except UserError as error:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import featcache
-from featcache.build.derive import DerivingWriter, repair_derived
-from featcache.build.pipeline import Meter, run_shards
-from featcache.build.prepare import prepare
-from featcache.build.request import BuildRequest
+from featcache.builder.derive import DerivingWriter, repair_derived
+from featcache.builder.pipeline import Meter, run_shards
+from featcache.builder.prepare import prepare
+from featcache.builder.request import BuildRequest
 from featcache.encoders import EncoderChoice
 from featcache.encoders.vae import recorded_resampling
 from featcache.errors import CacheError

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import featcache
-from featcache.build.prepare import check_disk
+from featcache.builder.prepare import check_disk
 from featcache.codecs import FeatureCodec
 from featcache.errors import CacheError, UserError
 from featcache.feature_names import CLASS_TOKEN

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from featcache.build.pipeline import Meter, run_shards
-from featcache.build.prepare import Plan
+from featcache.builder.pipeline import Meter, run_shards
+from featcache.builder.prepare import Plan
 from featcache.progress import Progress
 from featcache.read.components import Components
 from featcache.store.basis import Basis

@@ -1,7 +1,7 @@
 """One pass over the images: read, crop, encode, quantise, write; resumable by shard, divided among workers.
 
-What is built is planned by `featcache.build.prepare`, alike in every worker; `featcache.build.pipeline` does it and
-`featcache.build.ranks` and `featcache.build.ray` divide it. The bytes of a cache do not depend on how often the build
+What is built is planned by `featcache.builder.prepare`, alike in every worker; `featcache.builder.pipeline` does it and
+`featcache.builder.ranks` and `featcache.builder.ray` divide it. The bytes of a cache do not depend on how often the build
 was interrupted nor on how many workers shared it.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from featcache.build.bases import adopt_bases, settle_bases
-from featcache.build.lead import BuildResult, announce, finish, lead, warn_of_bare_images
-from featcache.build.pipeline import Meter, run_shards
-from featcache.build.prepare import Plan, check_request, prepare
-from featcache.build.ranks import Ranks
-from featcache.build.ray import build_on_ray
-from featcache.build.request import BuildRequest
+from featcache.builder.bases import adopt_bases, settle_bases
+from featcache.builder.lead import BuildResult, announce, finish, lead, warn_of_bare_images
+from featcache.builder.pipeline import Meter, run_shards
+from featcache.builder.prepare import Plan, check_request, prepare
+from featcache.builder.ranks import Ranks
+from featcache.builder.ray import build_on_ray
+from featcache.builder.request import BuildRequest
 from featcache.machine import pick_device
 from featcache.progress import Progress
 from featcache.store.writers import join_writer

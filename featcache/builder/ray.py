@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.build.bases import adopt_bases, settle_bases
-from featcache.build.lead import BuildResult, announce, finish, lead, warn_of_bare_images
-from featcache.build.pipeline import Meter, Stage, run_shards
-from featcache.build.prepare import Plan, prepare
+from featcache.builder.bases import adopt_bases, settle_bases
+from featcache.builder.lead import BuildResult, announce, finish, lead, warn_of_bare_images
+from featcache.builder.pipeline import Meter, Stage, run_shards
+from featcache.builder.prepare import Plan, prepare
 from featcache.errors import UserError, first_line
 from featcache.progress import Progress, Quiet
 from featcache.store.writers import join_writer
 
 if TYPE_CHECKING:
-    from featcache.build.request import BuildRequest
+    from featcache.builder.request import BuildRequest
 
 
 SHARDS_A_CALL = 8
@@ -74,7 +74,7 @@ class _Actor:
 
 
 def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> BuildResult:
-    """As `featcache.build.run.build`, on the Ray cluster at `$RAY_ADDRESS`, or a local one.
+    """As `featcache.builder.run.build`, on the Ray cluster at `$RAY_ADDRESS`, or a local one.
 
     One actor per GPU of the cluster (`ray_workers` of them; by default as many as it has now, or one per core without
     GPUs). A call whose actor dies is tried again on a new one; a cluster may grow meanwhile.
