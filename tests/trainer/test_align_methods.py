@@ -187,6 +187,20 @@ def test_the_weight_scales_the_loss(case):
     torch.testing.assert_close(total(twice.terms(inputs)), 2 * total(once.terms(inputs)))
 
 
+def test_reg_s_loss_is_of_all_tokens_alike_and_its_metrics_tell_them_apart():
+    module = make("reg", {"head_width": 10})
+    inputs = inputs_for(module)
+    tokens, class_token = module.reads
+    found = module.metrics(inputs)
+    of_tokens, of_class_token = found[f"similarity/{tokens}"], found[f"similarity/{class_token}"]
+    N = inputs.targets[tokens].shape[1]
+    torch.testing.assert_close(module.terms(inputs)["cosine"], -0.5 * (N * of_tokens + of_class_token) / (N + 1))
+    opposite = {**inputs.targets, class_token: -inputs.targets[class_token]}
+    turned = module.metrics(dataclasses.replace(inputs, targets=opposite))
+    torch.testing.assert_close(turned[f"similarity/{class_token}"], -of_class_token)
+    assert torch.equal(turned[f"similarity/{tokens}"], of_tokens)
+
+
 def test_none_is_nothing():
     module = make("none")
     assert (module.reads, module.taps, module.needs_teacher, module.adversary) == ((), (), False, None)

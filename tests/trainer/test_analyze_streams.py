@@ -160,6 +160,18 @@ def test_pictures_and_means_are_of_the_images_tokens(runs_root: Path, method: st
     assert at.token_features == ["tiny@5"], "neither a class token nor components are drawn on the image's grid"
 
 
+@pytest.mark.parametrize("method", ["reg", "redi"])
+def test_streams_have_noise_of_their_own(runs_root: Path, method: str) -> None:
+    """A function of the sample, as the latents' is, and another one."""
+    at = subject(runs_root / method)
+    (noise,) = at.stream_noise(slice(1, 4)).values()
+    (later,) = at.stream_noise(slice(2, 4)).values()
+    assert torch.equal(noise[1:], later)
+    ours, theirs = noise.flatten(1), at.noise(slice(1, 4)).flatten(1)
+    shared = min(ours.shape[1], theirs.shape[1])
+    assert not (ours[:, :shared] == theirs[:, :shared]).any()
+
+
 @pytest.mark.parametrize("method", ["reg", "redi+repa"])
 def test_the_angle_is_of_the_denoising_loss_of_latents_and_streams(runs_root: Path, method: str) -> None:
     at = subject(runs_root / method, batch_size=6)

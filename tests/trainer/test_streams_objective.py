@@ -285,7 +285,8 @@ def test_the_teacher_sees_the_streams_of_the_same_sample(streams_cache: Path, tm
     assert kept is not None
     with torch.no_grad():
         case.parts.objective.measure(kept, case.batch, case.draws)
-    student, teacher = seen[:2]
+    student, teacher, measured = seen
+    assert all(torch.equal(measured[key], teacher[key]) for key in teacher), "what is measured is what was trained on"
     lead = student["t"] - teacher["t"]
     there = lead > 0.02
     assert there.any()
@@ -311,7 +312,8 @@ def test_grids_grow_bilinearly_and_shrink_by_averages() -> None:
 def test_statistics_of_tokens_are_the_same_in_a_file_s_shape(streams_cache: Path, over: Any, shape: Any) -> None:
     """`[C, 1, 1]` and RAE's `[C, h, w]` beside our own, as values `[B, C, T]` take them."""
     ours = compute(featcache.open(streams_cache), PCA, over)  # [C], or [T, C]
-    theirs = Statistics(mean=ours.mean.T.reshape(shape), std=ours.std.T.reshape(shape))
+    by_channel = (ours.mean, ours.std) if over == "channel" else (ours.mean.mT, ours.std.mT)
+    theirs = Statistics(mean=by_channel[0].reshape(shape), std=by_channel[1].reshape(shape))
     for found in (of_tokens(ours), of_tokens(theirs)):
         assert torch.equal(torch.as_tensor(found.shift).expand(4, 16), ours.mean.expand(16, 4).T)
         assert torch.equal(torch.as_tensor(found.scale).expand(4, 16), 1 / ours.std.expand(16, 4).T)
