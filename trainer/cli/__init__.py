@@ -141,7 +141,7 @@ def sample(
         typer.Option(help="Draw as the samples of this recipe's published figures, at its step; options here win."),
     ] = None,
 ) -> None:
-    """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
+    """Draw images of a run: an npz in ADM's layout, and a picture of them by class."""
     from trainer import distributed
     from trainer.sampling.run import sample_run
 
