@@ -265,7 +265,8 @@ def report(
     """Write the report of one run; of several, the same page as compare."""
     from trainer.report.run import write_run_report
 
-    console.print(f"report: [bold]{safe(write_run_report(runs, out))}[/bold]")
+    written = write_run_report(runs, out) if len(runs) == 1 else commands.compare_runs(runs, out)
+    console.print(f"report: [bold]{safe(written)}[/bold]")
 
 
 @app.command()

@@ -28,11 +28,13 @@ class JudgedSamples:
     """Pictures by class.
 
     rows: class name -> column -> a strip of images, uint8 [R, n R, 3]; a column without images of the class is left out.
-    note: which samples they are, and how those of several runs are related.
+    note: which samples they are, and how those of several runs are related. same_noise: of all runs, and the same place
+    in each starts from the same noise.
     """
 
     rows: Mapping[str, Mapping[str, np.ndarray]]
     note: str
+    same_noise: bool = False
 
 
 def judged_samples(data: Sequence[RunData], class_names: Sequence[str], real: RealImages) -> JudgedSamples | None:
@@ -57,7 +59,9 @@ def judged_samples(data: Sequence[RunData], class_names: Sequence[str], real: Re
         }
         for label, name in zip(classes, shown)
     }
-    return JudgedSamples(rows=rows, note=_note([run for run in data if run.name in labels]))
+    judged = [run for run in data if run.name in labels]
+    alike = all(_drawing(run) == _drawing(judged[0]) for run in judged)
+    return JudgedSamples(rows=rows, note=_note(len(judged), alike), same_noise=alike and len(judged) == len(data))
 
 
 def _first(images: NpzImages, labels: np.ndarray, classes: Sequence[int], count: int) -> dict[int, np.ndarray]:
@@ -70,11 +74,11 @@ def _first(images: NpzImages, labels: np.ndarray, classes: Sequence[int], count:
     return {label: np.stack([kept[int(i)] for i in found]) for label, found in wanted.items()}
 
 
-def _note(judged: Sequence[RunData]) -> str:
+def _note(runs: int, alike: bool) -> str:
     note = "The first samples of each class, in the order they were drawn."
-    if len(judged) < 2:
+    if runs < 2:
         return note
-    if all(_drawing(run) == _drawing(judged[0]) for run in judged):
+    if alike:
         return f"{note} The same place in every run starts from the same noise."
     return f"{note} The runs' samples were drawn with different settings: they do not start from the same noise."
 

@@ -23,7 +23,8 @@ from trainer.plots import Chart
 from trainer.report.data import RunData, load_run
 from trainer.report.judged import judged_samples
 from trainer.report.page import Figure
-from trainer.report.report import router_chart, write_comparison, write_report
+from trainer.report.report import common_steps, router_chart, write_comparison, write_report
+from trainer.report.same_noise import SameNoise
 from trainer.report.table import PublishedFigure
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
@@ -40,11 +41,17 @@ REFERENCE_ROWS = 10  # of real images
 
 
 def write_run_report(
-    folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = ""
+    folders: Sequence[Path],
+    out: Path | None = None,
+    *,
+    title: str | None = None,
+    lead: str = "",
+    same_noise: SameNoise | None = None,
 ) -> Path:
     """The report of one run (by default its `report.html`), or one page that compares several.
 
-    The comparison goes to `comparison.html` in the first run's folder where `out` is None.
+    The comparison goes to `comparison.html` in the first run's folder where `out` is None. Samples of its runs from the same
+    noise are those of training or of judging; where there are none, `same_noise` draws some.
 
     Raises:
         UserError: a folder is not a run, or is named twice; `out` is no name for a page.
@@ -67,7 +74,10 @@ def write_run_report(
     }
     if len(folders) == 1:
         return write_report(out or folders[0] / "report.html", data, **given)
-    return write_comparison(out or folders[0] / "comparison.html", data, **given)
+    judged, drawn = given["judged_samples"], None
+    if same_noise is not None and not common_steps(data) and not (judged is not None and judged.same_noise):
+        drawn = same_noise.draw(folders, [run.name for run in data])
+    return write_comparison(out or folders[0] / "comparison.html", data, **given, drawn=drawn)
 
 
 def _below_root(folder: Path) -> str:
