@@ -65,7 +65,7 @@ class Chart:
     x_label: str
     y_label: str
     series: Sequence[Series]
-    marks: Sequence[Mark] = ()
+    marks: tuple[Mark, ...] = ()
     note: str = ""
     log_y: bool = False
     kind: Literal["chart"] = "chart"

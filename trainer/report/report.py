@@ -329,7 +329,7 @@ def _marked(chart: Chart, ends: Mapping[str, float]) -> Chart:
     reached = [line for line in chart.series if line.label in ends and line.x[-1] > ends[line.label]]
     if not reached:
         return chart
-    marks = [Mark(x=ends[line.label], colour=line.colour) for line in reached]
+    marks = tuple(Mark(x=ends[line.label], colour=line.colour) for line in reached)
     return replace(
         chart, marks=marks, note=f"Dotted: alignment of {' and '.join(line.label for line in reached)} ends."
     )
