@@ -136,7 +136,7 @@ def _above_one(rows: Sequence[Row], estimator: str, samples: int) -> str:
     if not any(isinstance(value, float) and value > 1 for value in values):
         return ""
     return (
-        f" Values above 1 mean no more than 1: the {estimator} estimator divides by two estimates over other pairs of samples, so "
+        f" A value above 1 says no more than 1 would: the {estimator} estimator divides by two estimates over other pairs of samples, so "
         f"nothing bounds it where samples are as few as {samples}. Take more (--samples), or --set cknna=paper, which never "
         "exceeds 1."
     )
