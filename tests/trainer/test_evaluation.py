@@ -26,6 +26,7 @@ from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evalu
 from trainer.interval import Interval
 from trainer.models import build_model
 from trainer.report import data
+from trainer.report import run as report
 from trainer.report.run import router_charts, write_run_report
 from trainer.report.same_noise import SameNoise
 from trainer.requests import EvalRequest, SampleSettings
@@ -459,6 +460,21 @@ def test_nothing_is_drawn_where_there_are_samples_or_none_in_common(root: Path, 
     (other / "cache.json").write_text(json.dumps(summary))
     assert "Same noise" not in write_run_report([judged[0], other], same_noise=drawing).read_text()
     assert told.notes == ["no samples from the same noise are drawn: the runs' classes differ"] and not told.tasks
+
+
+def test_other_images_than_the_cache_s_are_left_out_of_a_report(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("not the images that the cache was made from")
+
+    run = without_samples(root, tmp_path / "a")
+    assert "Real images." in write_run_report([run]).read_text()
+    monkeypatch.setattr(report, "images_of", refuse)
+    assert "Real images." not in write_run_report([run]).read_text()
+    evaluate_run(run, ASK, Quiet())
+    page = write_run_report([run]).read_text()
+    assert "Judged samples" in page and "real images" not in page
 
 
 def test_as_typed(root: Path, cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def test_classes_share_lines_of_a_picture_and_long_names_are_cut() -> None:
     for label in range(5):
         y, x = (LINE + 40) + (label // 4) * (LINE + 96 + GAP), (label % 4) * 2 * (96 + GAP) + 40
         assert (picture[y, x] == 10 * label).all()
-    dark = (picture[:LINE] < 128).all(-1).any(0)
+    dark = np.asarray((picture[:LINE] < 128).all(axis=-1).any(axis=0))
     assert dark[200:240].any(), "Cyrillic letters"
     assert not dark[595:600].any(), "a cut name keeps off the next"
     assert font().getmask("щ").getbbox() and bytes(font().getmask("щ")) != bytes(font().getmask("\uffff"))

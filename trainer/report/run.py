@@ -91,8 +91,11 @@ def _pictures(folder: Path, data: Sequence[RunData]) -> dict[str, Any]:
     def real(classes: Sequence[int], count: int) -> Mapping[int, np.ndarray]:
         if cache is None:
             return {}
-        labels = cache.labels()
-        return _real_images(cache, source, {c: np.flatnonzero(labels == c)[:count] for c in classes})
+        try:
+            labels = cache.labels()
+            return _real_images(cache, source, {c: np.flatnonzero(labels == c)[:count] for c in classes})
+        except (CacheError, UserError):
+            return {}
 
     judged = judged_samples(data, names, real)
     figures = []
@@ -119,14 +122,15 @@ def _cache_of(folder: Path) -> tuple[tuple[str, ...], Cache | None, str | None]:
 
 
 def _real_images(cache: Cache, data: str | None, of: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Class -> its images at some positions, uint8 [n, R, R, 3]; empty where the images are not those of the cache."""
+    """Class -> its images at some positions, uint8 [n, R, R, 3]; classes without a position are left out.
+
+    Raises:
+        UserError: the images are not those of the cache, or not here.
+    """
     positions = [int(i) for found in of.values() for i in found]
     if not positions:
         return {}
-    try:
-        pixels = images_of(cache, data, positions)
-    except (CacheError, UserError):
-        return {}
+    pixels = images_of(cache, data, positions)
     ends = np.cumsum([len(found) for found in of.values()])
     return {label: part for label, part in zip(of, np.split(pixels, ends[:-1])) if len(part)}
 
