@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format eval clean
+.PHONY: help install demo test test-slow lint docs format eval clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ lint: install  ## ruff, import-linter and mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
 
+docs: install  ## the documentation as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: install  ## let ruff put the code in order
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -43,5 +46,5 @@ eval: install  ## judge the newest run (or RUN=runs/name) and write its report
 	@$(BIN)/trainer eval $(RUN) $(ARGS)
 
 clean:  ## remove the demo's runs and caches and the tools' leftovers; data, caches and runs of yours stay
-	rm -rf runs/demo caches/demo build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf runs/demo caches/demo build dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
 	find featcache trainer pipelines tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

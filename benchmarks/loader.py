@@ -10,6 +10,9 @@ one-file-per-image stores a sample as a single blob, which suits it best. Rounds
 machine does hits all alike; the figure is the median of the rounds. The raw memory limit copies the same
 records from one array in memory, row by row, with as many threads as our reader.
 
+A second table has whole loaders, as a training loop iterates over them: our `featcache.torch.Loader` and `Dataset`, and
+the peers in a DataLoader with two workers each.
+
 `--cold` evicts the files from the page cache before each pass (posix_fadvise; no root needed). `--write`
 compares the cache writer (hashing, fsync and rename included) with writing the same bytes to plain files
 (fsync included).
@@ -46,6 +49,7 @@ BATCH = 64
 SAMPLES_A_FILE = 128
 RESULTS = Path(__file__).parent / "results"
 COLLATED = ", collated"
+WORKERS = 2
 
 Batches = Iterator[np.ndarray]
 
@@ -374,6 +378,87 @@ def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> d
     }
 
 
+def of_dataloader(dataset: Any, **options: Any) -> Iterator[Any]:
+    """Batches of a DataLoader with two workers, epoch after epoch."""
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(dataset, batch_size=BATCH, num_workers=WORKERS, persistent_workers=True, **options)
+    while True:
+        yield from loader
+
+
+class SafetensorsDataset:
+    """Samples of many in a file, as people write it."""
+
+    def __init__(self, folder: Path, records: Records) -> None:
+        self._sample, self._count = safetensors_slices(folder, records), len(records.blobs)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._sample(index)
+
+
+def of_webdataset(folder: Path) -> Iterator[Any]:
+    import webdataset
+
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    stream = webdataset.WebDataset(urls, shardshuffle=len(urls), nodesplitter=None, seed=0).shuffle(256).decode()
+    loader = webdataset.WebLoader(stream, batch_size=BATCH, num_workers=WORKERS, persistent_workers=True)
+    while True:
+        for batch in loader:
+            if len(batch["__key__"]) == BATCH:  # each worker's last is short
+                yield batch
+
+
+def of_mds(folder: Path) -> Iterator[Any]:
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+    return of_dataloader(StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH))
+
+
+def in_training(work: Path, records: Records) -> dict[str, Callable[[], Iterator[Any]]]:
+    """What a training loop iterates over: batches of tensors in the training process, in shuffled order."""
+    import torch
+
+    from featcache.torch import Dataset, Loader
+
+    cache, names = work / "cache", [spec.name for spec in records.specs]
+    ways: dict[str, Callable[[], Iterator[Any]]] = {
+        "featcache Loader, stored": lambda: iter(Loader(cache, names, batch_size=BATCH, dtype=None)),
+        "featcache Loader, decoded": lambda: iter(Loader(cache, names, batch_size=BATCH, dtype=torch.float16)),
+        "featcache Dataset, stored": lambda: of_dataloader(Dataset(cache, names, dtype=None), shuffle=True),
+        "featcache Dataset, decoded": lambda: of_dataloader(Dataset(cache, names, dtype=torch.float16), shuffle=True),
+        "safetensors": lambda: of_dataloader(SafetensorsDataset(work / "safetensors", records), shuffle=True),
+        "webdataset": lambda: of_webdataset(work / "webdataset"),
+    }
+    if (work / "mds").is_dir():
+        ways["MosaicML streaming"] = lambda: of_mds(work / "mds")
+    return ways
+
+
+def measure_training(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
+    """Images per second of whole loaders, started anew in each round; their first batches are not counted."""
+    rates: dict[str, list[float]] = {}
+    for _ in range(args.rounds):
+        for name, make in in_training(work, records).items():
+            batches, count = make(), 0
+            for _ in range(2 * WORKERS):
+                next(batches)
+            start = time.perf_counter()
+            while time.perf_counter() - start < args.limit_s:
+                next(batches)
+                count += BATCH
+            rates.setdefault(name, []).append(count / (time.perf_counter() - start))
+            batches.close()  # type: ignore[attr-defined]
+            del batches
+            gc.collect()
+    return {name: {"median": statistics.median(values), "rounds": values} for name, values in rates.items()}
+
+
 def write_plainly(folder: Path, records: Records, shard_size: int) -> None:
     folder.mkdir()
     for i, first in enumerate(range(0, len(records.blobs), shard_size)):
@@ -458,6 +543,7 @@ def main() -> None:
     records = make_records(args.records, args.samples or (2048 if args.records == "repa" else 512))
     with tempfile.TemporaryDirectory(dir=args.out, prefix="loader-") as folder:
         reading = measure_reading(args, records, Path(folder))
+        training = measure_training(args, records, Path(folder))
     writing = None
     if args.write:
         # More than one commit's worth, so that the fixed cost of finishing a cache does not decide.
@@ -471,6 +557,7 @@ def main() -> None:
         "machine": machine(),
         "records": {"kind": args.records, "samples": len(records.blobs), "bytes": records.blobs.shape[1]},
         "images_per_s": reading,
+        "images_per_s_in_training": training,
         "summary": summary,
         "writing": writing,
     }
@@ -482,6 +569,9 @@ def main() -> None:
         print(f"{name:30}" + "".join(cells))
     for name, value in summary.items():
         print(f"{name}: {value:.2f}")
+    print(f"\nimages/s of whole loaders, DataLoaders with {WORKERS} workers")
+    for name, found in training.items():
+        print(f"{name:30}{found['median']:>18,.0f}")
     if writing is not None:
         for name, values in writing["bytes_per_s"].items():
             print(f"{name}: {values['median'] / 1e9:.2f} GB/s")

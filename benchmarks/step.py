@@ -133,8 +133,8 @@ class Bench:
 
         import featcache
         from featcache.progress import Quiet
+        from featcache.torch.feed import Share
         from trainer.distributed import World
-        from trainer.training.data import Share
         from trainer.training.loop import Job
         from trainer.training.meters import FirstBadStep, RunningMeans
         from trainer.training.state import assemble, backbone_config
@@ -176,21 +176,9 @@ class Bench:
     def stream(self, method: str, source: str) -> Iterator[Any]:
         """Batches for a method's next steps."""
         if (method, source) not in self.streams:
-            from trainer.training.data import Batches
-            from trainer.training.loop import is_aligned
+            from trainer.training.loop import loader
 
-            job = self.jobs[method]
-            alignment = job.parts.alignment
-            feed = Batches(
-                job.cache,
-                [*job.parts.data, "label"],
-                extra=[name for name in job.parts.reads if name not in (*job.parts.data, "label")],
-                wanted=(lambda step: True) if source == "memory" else (lambda s: is_aligned(job.config, alignment, s)),
-                share=job.share,
-                seed=0,
-                device=self.device,
-                steps=range(1 if source == "memory" else 1 << 30),
-            )
+            feed = loader(self.jobs[method], 0, everything=source == "memory")
             if source == "memory":
                 batch = {name: value.clone() for name, value in next(iter(feed)).items()}
                 feed.close()
@@ -228,8 +216,8 @@ class Bench:
         """Median milliseconds of each part alone, alignment on."""
         import torch
 
+        from featcache.read.order import stream_indices
         from trainer.diffusion.streams import Layout
-        from trainer.training.data import stream_indices
         from trainer.training.loop import optimizer_step
         from trainer.training.objective import draw, update_ema
 

@@ -159,13 +159,18 @@ class FeatureCodec(nn.Module):
         self.basis = None if spec.basis is None else LinearBasis(spec.basis, spec.shape)
         self._shape, self._suffixes = tuple(spec.shape), tuple(spec.stored)
 
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the stored arrays."""
+        return tuple(self.name + suffix for suffix in self._suffixes)
+
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Features `[B, *shape]` => stored tensors by suffix, as `encode`."""
         return encode(self.codec, x if self.basis is None else self.basis.project(x))
 
     def decode(self, batch: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored arrays of a batch, by the arrays' names => `[B, *shape]` in `dtype` (raw ones as they are)."""
-        stored = {suffix: batch[self.name + suffix] for suffix in self._suffixes}
+        stored = {suffix: batch[name] for suffix, name in zip(self._suffixes, self.arrays)}
         if self.basis is None:
             return decode(self.codec, stored, self._shape, dtype)
         coefficients = decode(self.codec, stored, (self._shape[-2], self.basis.rank))

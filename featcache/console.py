@@ -297,7 +297,28 @@ def _interrupted() -> int:
     return EXIT_INTERRUPTED
 
 
+def amount_text(count: float) -> str:
+    """A count or a rate: `1,200`, `12.3`."""
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
+
+
+def time_text(seconds: float) -> str:
+    """How long something takes, in the two largest units that matter: `45 s`, `1 min`, `2 h 5 min`, `3 d 4 h`."""
+    left = max(0, round(seconds))
+    if left >= 3600:
+        left = 60 * round(left / 60)
+    if left >= 86400:
+        left = 3600 * round(left / 3600)
+    parts = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count:,} {unit}")
+    return " ".join(parts) or "0 s"
+
+
 def size_text(count_bytes: float) -> str:
+    """`8 B`, `1.5 MB`; with `/s` behind it a rate."""
     for unit in ("B", "KB", "MB", "GB"):
         if count_bytes < 999.5:  # 999.7 would be shown as 1e+03
             return f"{count_bytes:.3g} {unit}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Self
 
 from rich.console import Group, RenderableType
@@ -15,7 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from featcache.console import console, plain, safe, size_text
+from featcache.console import amount_text, console, plain, safe, size_text, time_text
 
 PLAIN_EVERY_S = 10.0
 
@@ -39,7 +38,7 @@ class _Task:
         self.began_s = self.moved_s = time.monotonic()
 
     def numbers(self) -> str:
-        """`60/100 images, 12.3 images/s, 0:00:03 left`; the time spent where nothing tells how much is left."""
+        """`60/100 images, 12.3 images/s, 3 s left`; the time spent where nothing tells how much is left."""
         spent_s, moving_s = time.monotonic() - self.began_s, max(self.moved_s - self.began_s, 1e-9)
         rate = (self.done - self.before) / moving_s
         unit = "" if self.unit == "bytes" else f" {self.unit}"
@@ -47,19 +46,13 @@ class _Task:
         if rate:
             parts.append(f"{self._amount(rate)}{unit}/s")
         if rate and self.total is not None and self.done < self.total:
-            parts.append(f"{_clock((self.total - self.done) / rate + moving_s - spent_s)} left")
+            parts.append(f"{time_text((self.total - self.done) / rate + moving_s - spent_s)} left")
         else:
-            parts.append(_clock(spent_s))
+            parts.append(time_text(spent_s))
         return ", ".join(parts)
 
     def _amount(self, count: float) -> str:
-        if self.unit == "bytes":
-            return size_text(count)
-        return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=max(0, round(seconds))))
+        return size_text(count) if self.unit == "bytes" else amount_text(count)
 
 
 class RichProgress:

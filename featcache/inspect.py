@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,20 +10,27 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from featcache.console import plain
 from featcache.encoders.vae import LatentDecoder, load_recorded_vae
 from featcache.errors import UserError
 from featcache.feature_names import layer_feature
+from featcache.fonts import font_of, has_letters
+from featcache.progress import QUIET, Progress
 from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage
+from featcache.sources.remembered import recall
 from featcache.sources.shapes import recorded_shapes
 from featcache.store import files
 
-THUMB = 128
-MARGIN = 6
-HEADER = 34
+TILES = (64, 128)  # pixels of a tile's side, from and to
+WIDEST = 1500  # pixels of a sheet, about: a screen shows it with legible letters; more columns go below
+HEADING, SMALL, LINE = 15, 13, 19  # sizes of letters, height of a line, in pixels
+MARGIN = 8
+MAX_LETTERS = 200  # of a name that are looked at
+LABEL = 128  # width of a class name, at least
 MAX_CHANNELS = 1 << 14
 
 
@@ -48,23 +56,31 @@ def source_of(cache: Cache, data: str | None) -> Source | None:
     return source
 
 
-def images_at_hand(cache: Cache) -> str | None:
-    """$FEATCACHE_DATA or ./data/imagenet, where it holds the images that the cache was made from; else None."""
-    try:
-        found = find_data(None)
-        source_of(cache, found)
-    except UserError:
-        return None
-    return found
+def find_source(cache: Cache, data: str | None) -> Source | None:
+    """As `source_of`; without `data` also $FEATCACHE_DATA, ./data/imagenet or where they lay when the cache was built, if
+    the cache's images are there."""
+    if data is not None or recorded_shapes(cache.manifest.dataset.source) is not None:
+        return source_of(cache, data)
+    for place in (find_data, lambda _: recall(cache.manifest.dataset.fingerprint)):
+        with contextlib.suppress(UserError):
+            if (source := source_of(cache, place(None))) is not None:
+                return source
+    return None
 
 
 def images_of(cache: Cache, data: str | None, indices: Sequence[int]) -> np.ndarray:
-    """Pixels uint8 [n, R, R, 3] of some samples: the originals where they are to be had, else decoded latents.
+    """`pixels_of` with the images that `source_of` finds; raises as both."""
+    return pixels_of(cache, source_of(cache, data), indices)
+
+
+def pixels_of(
+    cache: Cache, source: Source | None, indices: Sequence[int], *, weights_dir: Path | None = None
+) -> np.ndarray:
+    """Pixels uint8 [n, R, R, 3] of some samples: the originals, else (no source) decoded latents.
 
     Raises `UserError` if neither the images nor the VAE's weights are here.
     """
     dataset = cache.manifest.dataset
-    source = source_of(cache, data)
     if source is not None:
         order = sample_order(len(source), seed=dataset.order_seed)
         slots = cache.slots(np.asarray(indices))
@@ -72,17 +88,17 @@ def images_of(cache: Cache, data: str | None, indices: Sequence[int]) -> np.ndar
             return np.stack([source.load(int(order[s]), dataset.resolution)[0] for s in slots])
         except BadImage as error:
             raise UserError(f"{error.what}") from error
-    return _decoded(cache, indices)
+    return _decoded(cache, indices, weights_dir)
 
 
-def _decoded(cache: Cache, indices: Sequence[int]) -> np.ndarray:
+def _decoded(cache: Cache, indices: Sequence[int], weights_dir: Path | None) -> np.ndarray:
     cache.require(["vae/moments"])
     dataset, spec = cache.manifest.dataset, cache.manifest.features["vae/moments"]
     if dataset.vae is None:
         raise UserError(
             f"{cache.path} does not say of which VAE its latents are", remedy="Pass the images with --data."
         )
-    vae = load_recorded_vae(dataset.vae, spec.provenance)
+    vae = load_recorded_vae(dataset.vae, spec.provenance, weights_dir)
     moments = read_feature(cache, "vae/moments", indices)
     mean = torch.from_numpy(moments[:, : dataset.vae["latent_channels"]])
     pixels: torch.Tensor = LatentDecoder(vae, dataset.vae, scale=1.0, shift=0.0)(mean)
@@ -130,51 +146,135 @@ def layer_names(cache: Cache, name: str) -> list[str]:
 
 
 def contact_sheet(cache: Cache, *, data: str | None = None, count: int = 6) -> Image.Image:
-    """Rows: samples; columns: the image, then PCA-RGB of each cached layer (levels layer by layer, then tokens)."""
+    """`draw_sheet` with the images that `source_of` finds; raises as both."""
+    return draw_sheet(cache, source_of(cache, data), count=count)
+
+
+def has_random_latents(cache: Cache) -> bool:
+    """Whether the latents come from a VAE with random weights, so that decoding them would show noise."""
+    moments = cache.manifest.features.get("vae/moments")
+    return moments is not None and moments.provenance.get("weights") == "random"
+
+
+def draw_sheet(
+    cache: Cache, source: Source | None, *, count: int = 6, weights_dir: Path | None = None, progress: Progress = QUIET
+) -> Image.Image:
+    """Rows: samples; columns: the image, then PCA-RGB of each cached layer (levels layer by layer, then tokens).
+
+    Tiles are as large as the images, within `TILES`, and whole pixels for each token; columns that are too many for one
+    line go below the others, again beside the images. Without a source the first column
+    shows decoded latents, or nothing but the classes' names where those are noise (`has_random_latents`).
+
+    Raises `UserError` for an empty cache, and as `pixels_of`.
+    """
     indices = list(range(min(count, len(cache))))
     if not indices:
         raise UserError(f"{cache.path} holds no images")
     cache.require(["label"])
-    title = "image" if source_of(cache, data) is not None else "decoded latent"
-    columns: list[tuple[str, np.ndarray]] = [(title, images_of(cache, data, indices))]
-    for name, spec in cache.manifest.features.items():
-        if not has_tokens(name, spec.shape):
-            continue
+    columns = [_first_column(cache, source, indices, weights_dir, progress)]
+    shown = [name for name, spec in cache.manifest.features.items() if has_tokens(name, spec.shape)]
+    progress.begin("reading layers", len(shown), unit="features")
+    for name in shown:
+        features = read_feature(cache, name, indices)
         if name.startswith("vae/G"):
-            features = read_feature(cache, name, indices)
-            columns += [
-                (f"{name[4:]} {layer}", pca_rgb(features[:, i])) for i, layer in enumerate(layer_names(cache, name))
-            ]
+            layers = layer_names(cache, name)
+            columns += [([name[4:], *layer.split(".")], pca_rgb(features[:, i])) for i, layer in enumerate(layers)]
         else:
-            columns.append((name, pca_rgb(read_feature(cache, name, indices))))
-    labels = cache.labels()[: len(indices)]
+            columns.append((name.split("."), pca_rgb(features)))
+        progress.update(1)
     names = cache.manifest.dataset.class_names
-    width = len(columns) * (THUMB + MARGIN) + MARGIN
-    sheet = Image.new("RGB", (width, HEADER + len(indices) * (THUMB + MARGIN + 14)), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=11)
-    for c, (title, pictures) in enumerate(columns):
-        x = MARGIN + c * (THUMB + MARGIN)
-        group, _, layer = title.partition(" ")
-        draw.text((x, 4), group, fill="black", font=font)
-        draw.text((x, 18), layer, fill="#555", font=font)
-        for r, pixels in enumerate(pictures):
-            y = HEADER + r * (THUMB + MARGIN + 14)
-            smooth = Image.Resampling.LANCZOS if c == 0 else Image.Resampling.NEAREST
-            sheet.paste(Image.fromarray(pixels).resize((THUMB, THUMB), smooth), (x, y))
-            if c == 0:
-                draw.text(
-                    (x, y + THUMB),
-                    (names[labels[r]] if 0 <= labels[r] < len(names) else str(labels[r]))[:20],
-                    fill="#333",
-                    font=font,
-                )
+    labels = [int(label) for label in cache.labels()[: len(indices)]]
+    labels_or_keys = (
+        [names[label] if 0 <= label < len(names) else str(label) for label in labels],
+        [f"class {label}" for label in labels],
+    )
+    side = min(max(cache.manifest.dataset.resolution, TILES[0]), TILES[1])
+    first, *rest = columns
+    bands = max(1, -(-len(rest) // max(1, (WIDEST - LABEL) // (side + MARGIN))))
+    each = max(1, -(-len(rest) // bands))
+    return _stacked(
+        [_drawn([first, *rest[i : i + each]], *labels_or_keys, side=side) for i in range(0, len(rest) or 1, each)]
+    )
+
+
+def _stacked(bands: Sequence[Image.Image]) -> Image.Image:
+    sheet = Image.new("RGB", (max(band.width for band in bands), sum(band.height for band in bands)), "white")
+    y = 0
+    for band in bands:
+        sheet.paste(band, (0, y))
+        y += band.height
     return sheet
 
 
-def save_sheet(cache: Cache, out: Path, *, data: str | None = None, count: int = 6) -> None:
-    """`contact_sheet` into a picture file, whole or not at all; folders are made as needed."""
-    sheet = contact_sheet(cache, data=data, count=count)
+Column = tuple[Sequence[str], np.ndarray | None]
+"""Lines of its heading, and uint8 [n, h, w, 3]."""
+
+
+def _first_column(
+    cache: Cache, source: Source | None, indices: Sequence[int], weights_dir: Path | None, progress: Progress
+) -> Column:
+    if source is None and has_random_latents(cache):
+        return ["class"], None
+    title, task = (["image"], "reading images") if source is not None else (["decoded", "latent"], "decoding latents")
+    progress.begin(task, len(indices))
+    tiles = []
+    for index in indices:
+        tiles.append(pixels_of(cache, source, [index], weights_dir=weights_dir))
+        progress.update(1)
+    return title, np.concatenate(tiles)
+
+
+def _drawn(columns: Sequence[Column], labels: Sequence[str], keys: Sequence[str], *, side: int) -> Image.Image:
+    """The sheet: tiles of `side` pixels, `labels` below those of the first column, or `keys` where no font has a label's
+    letters."""
+    heading, small = font_of("", HEADING), font_of("", SMALL)
+    headed = [([_cut(text, heading, LABEL) for text in heads], pictures) for heads, pictures in columns]
+    lines = max(len(heads) for heads, _ in headed)
+    widths = [
+        max([side, *(round((small if i else heading).getlength(text)) for i, text in enumerate(heads))])
+        for heads, _ in headed
+    ]
+    widths[0] = max(widths[0], LABEL)
+    above, below = MARGIN + lines * LINE, LINE + MARGIN
+    width, height = sum(widths) + MARGIN * (len(widths) + 1), above + len(labels) * (side + below)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    x = MARGIN
+    for (heads, pictures), wide in zip(headed, widths):
+        for i, text in enumerate(heads):
+            draw.text((x, MARGIN + i * LINE), text, fill="#555" if i else "black", font=small if i else heading)
+        for r, pixels in enumerate(() if pictures is None else pictures):
+            sheet.paste(_tile(pixels, side), (x, above + r * (side + below)))
+        x += wide + MARGIN
+    for r, (label, key) in enumerate(zip(labels, keys)):
+        label = label[:MAX_LETTERS]
+        font = font_of(plain(label), SMALL)
+        text = label if has_letters(font, plain(label)) else key
+        draw.text((MARGIN, above + r * (side + below) + side), _cut(text, font, widths[0]), fill="#333", font=font)
+    return sheet
+
+
+def _tile(pixels: np.ndarray, side: int) -> Image.Image:
+    """A picture in a tile: images are made smaller smoothly, tokens enlarged by a whole number, so that each is a square."""
+    h, _, _ = pixels.shape
+    if h > side:
+        return Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+    whole = side // h * h
+    return Image.fromarray(np.ascontiguousarray(pixels)).resize((whole, whole), Image.Resampling.NEAREST)
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """`text`, or as much of its beginning as fits, with dots behind it."""
+    text = " ".join(plain(text[:MAX_LETTERS]).split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def save_sheet(sheet: Image.Image, out: Path) -> None:
+    """A sheet into a picture file, whole or not at all; folders are made as needed."""
     files.make_directory(out.parent)
     with files.atomic_file(out, durable=False) as file:
         sheet.save(file, Image.registered_extensions()[out.suffix.lower()])

@@ -10,7 +10,8 @@
         request = from_typed(BuildRequest, given)
 
 Values are checked alike wherever they come from (Python, YAML, the command line), and strictly: True is not a number,
-nor is "5". A list will do for a tuple and a string for a path, since YAML has neither.
+nor is "5". A list will do for a tuple and a string for a path, since YAML has neither; where any number of values may
+stand, a single one is a list of one.
 """
 
 from __future__ import annotations
@@ -121,12 +122,20 @@ def _settings(cls: type[T], *, where: str) -> type[T]:
     @functools.wraps(validate)
     def __init__(self: object, **values: object) -> None:
         try:
-            validate(self, **values)
+            validate(self, **{name: _listed(type(self), name, value) for name, value in values.items()})
         except pydantic.ValidationError as error:
             raise _explain(error, type(self), lambda name: where + name) from error
 
     made.__init__ = __init__  # type: ignore[method-assign]  # what pydantic made, wrapped
     return typing.cast("type[T]", made)
+
+
+def _listed(cls: type, field: str, value: object) -> object:
+    """A single value as a tuple of one where the field takes any number of them: `--set repa.features=dinov2-b@11`."""
+    if not isinstance(value, str | int | float | Path) or field not in _hints(cls):
+        return value
+    bare = _bare(_hint(cls, field))
+    return (value,) if typing.get_origin(bare) is tuple and typing.get_args(bare)[1:] == (...,) else value
 
 
 def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "") -> T:
@@ -276,6 +285,11 @@ def _choices(hint: object) -> tuple[object, ...]:
     return typing.get_args(bare) if typing.get_origin(bare) is Literal else ()
 
 
+def choices_of(cls: type, name: str) -> tuple[object, ...]:
+    """What a field of few values may be; empty for any other."""
+    return _choices(_hint(cls, name))
+
+
 def options_of(cls: type[DataclassInstance]) -> dict[str, Option]:
     """Field -> option of a class of settings, in the order of declaration."""
     found = {}
@@ -346,17 +360,11 @@ def _flag(name: str, option: Option) -> str:
 
 
 def _shown_default(field: dataclasses.Field[Any], text: str) -> str:
+    """What the help says of the default beside its own text, which tells what None and an empty list mean."""
     default = field.default
-    if (
-        "[default" in text
-        or "Default" in text
-        or default is None
-        or default is False
-        or default == ()
-        or default is dataclasses.MISSING
-    ):
+    if "[default" in text or default is None or default == () or default is dataclasses.MISSING:
         return ""
-    return f" [default: {default}]"
+    return f" [default: {'off' if default is False else default}]"
 
 
 def is_number(text: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.console import console, safe
+from featcache.console import console, safe, time_text
 from featcache.errors import UserError
 
 CACHE = Path("caches/demo")
@@ -137,7 +137,7 @@ def main() -> int:
     def timed(name: str, commands: list[str]) -> None:
         before = time.monotonic()
         run_all(commands)
-        stages.append(f"{name} {time.monotonic() - before:.0f} s")
+        stages.append(f"{name} {time_text(time.monotonic() - before)}")
 
     try:
         timed("cache", [BUILD])
@@ -159,7 +159,7 @@ def main() -> int:
         f"early block with a routed mixture of VAE levels from the cache, at the paper's settings. {scores()}",
     )
     draw_picture(RUNS / "samples.jpg")
-    console.print(f"{', '.join(stages)}; {time.monotonic() - started:.0f} s in all")
+    console.print(f"{', '.join(stages)}; {time_text(time.monotonic() - started)} in all")
     console.print(f"report: [bold]{safe(report.resolve())}[/bold]   (open it in a browser)")
     return 0
 

@@ -14,9 +14,23 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
+from featcache.encoders import EncoderChoice
+from featcache.progress import Quiet
+
 # How long an example takes depends on what else the machine does: it is no property of the code.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What builds note of where images lie goes nowhere near the user's own notes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATCACHE_PLACES", str(tmp_path_factory.mktemp("places")))
+        yield
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -99,3 +113,16 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two dozen embedded images with moments, all VAE groups and three layers of the tiny encoder."""
+    path = tmp_path_factory.mktemp("caches") / "shapes"
+    build(
+        BuildRequest(
+            data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=24, batch_size=8, shard_size=8, out=path
+        ),
+        Quiet(),
+    )
+    return path

@@ -79,7 +79,10 @@ class SampleSettings:
     batch_size: Annotated[Count, Option("Images at once.")] = 64
     device: Annotated[str, Option("cpu, cuda, cuda:N or auto.")] = "auto"
     weights_dir: Annotated[
-        str | None, Option("Folder with pretrained weights, searched before the hub.", typed=Path, parse=str)
+        str | None,
+        Option(
+            "Folder with pretrained weights, searched before the hub. [default: the hub alone]", typed=Path, parse=str
+        ),
     ] = None
     precision: Annotated[
         str, Option("fp32, tf32 or bf16 (autocast of the backbone); auto is tf32 on a GPU, else fp32.")
@@ -94,7 +97,7 @@ class SampleRequest(SampleSettings):
 
     num: Annotated[Count, Option("How many images.")] = 64
     sampler: Annotated[
-        str | None, Option("SiT, LightningDiT: sde (default), ode, heun, dopri5. DiT: ddpm (default), ddim.")
+        str | None, Option("SiT, LightningDiT: sde, ode, heun, dopri5. DiT: ddpm, ddim. [default: sde; of DiT ddpm]")
     ] = None
     steps: Annotated[Count, Option("Sampling steps.")] = 250
     shift: Annotated[Positive, Option("Shift of the times, above 1 towards noise; 1 is none.")] = 1.0

@@ -17,7 +17,7 @@ from featcache.build.fidelity import distance, fidelity
 from featcache.build.prepare import check_request, free_bytes, prepare, room_for
 from featcache.build.request import CLASS_TOKEN_CODECS, BuildRequest
 from featcache.codecs import FeatureCodec
-from featcache.console import console, safe, size_text
+from featcache.console import amount_text, console, safe, size_text, time_text
 from featcache.encoders.base import Network, in_precision, synchronise
 from featcache.encoders.text import Tokens
 from featcache.errors import UserError
@@ -204,24 +204,23 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     views = max(spec.views for spec in plan.specs)
     read = sum(spec.bytes_per_sample // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
     console.print(
-        f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {read * steps_per_s * batch / 1e9:.3g} GB/s"
+        f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {size_text(read * steps_per_s * batch)}/s"
         + (" (one of the two views)" if views > 1 else "")
     )
     fits = "fits" if room_for(total) <= plan.free_bytes else "[red]does not fit[/red]"
     console.print(f"{safe(plan.path)}: {size_text(plan.free_bytes)} free on its disk, {fits}")
     rates = table("stage", "images/s")
     for stage, rate in plan.rates.items():
-        rates.add_row(safe(stage), f"{rate:.3g}")
+        rates.add_row(safe(stage), amount_text(rate))
     console.print_table(rates)
-    hours, minutes = divmod(round(plan.seconds / 60), 60)
     console.print(
-        f"{plan.count} images in about {hours} h {minutes} min on this machine's device"
+        f"{plan.count:,} images in about {time_text(plan.seconds)} on this machine's device"
         + (" (timed with random weights)" if random else "")
     )
     for encoder, by_precision in plan.precision_rates.items():
         speeds = table(f"encode {safe(encoder)}", "images/s")
         for kind, rate in by_precision.items():
-            speeds.add_row(f"--precision {kind}", f"{rate:.3g}")
+            speeds.add_row(f"--precision {kind}", amount_text(rate))
         console.print_table(speeds)
     for name, kinds in plan.precision.items():
         errors = table(f"{safe(name)} against fp32", "mean cosine", "worst cosine", "relative error")

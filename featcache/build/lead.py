@@ -14,6 +14,7 @@ from featcache.paths import typed
 from featcache.progress import Progress
 from featcache.read.reader import Cache
 from featcache.store import CacheWriter
+from featcache.store.differences import difference
 from featcache.store.manifest import FeatureSpec
 from featcache.store.writers import create_writer, open_writer
 
@@ -77,7 +78,7 @@ def _kept(existing: Cache, spec: FeatureSpec, path: Path) -> str | None:
         if key not in ("versions", "captions")
     ]
     pairs += [("components", have.basis and have.basis.rank, spec.basis and spec.basis.rank)]
-    differences = [f"{key} {found!s:.40}, not {asked!s:.40}" for key, found, asked in pairs if found != asked]
+    differences = [difference(key, found, asked) for key, found, asked in pairs if found != asked]
     if not differences:
         return None
     return (
@@ -91,9 +92,18 @@ def announce(plan: Plan, left: int, progress: Progress, workers: str) -> None:
     total = len(plan.work.order)
     features = ", ".join(name for name in plan.work.specs if name not in ("key", "content"))
     progress.begin("encoding", total, done=total - left)
+    progress.note(f"images: {_images(plan)}")
     progress.note(f"features: {features}{workers}")
     for remark in remarks(plan):
         progress.note(remark)
+
+
+def _images(plan: Plan) -> str:
+    """How many of how many classes, and where they are from."""
+    dataset, total = plan.dataset, len(plan.work.source)
+    of = "" if dataset.count == total else f" of {total:,}"
+    classes = len(dataset.class_names)
+    return f"{dataset.count:,}{of} of {classes:,} class{'es' * (classes != 1)} from {dataset.source}"
 
 
 def warn_of_bare_images(plan: Plan, progress: Progress) -> None:

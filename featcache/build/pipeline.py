@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from featcache.codecs import FeatureCodec
+from featcache.console import amount_text
 from featcache.encoders.base import Encoder
 from featcache.encoders.text import TextEncoder, Tokens
 from featcache.errors import CacheError, UserError
@@ -129,7 +130,7 @@ class Meter:
         rates = sorted((stage.images_per_s, name) for name, stage in list(self.stages.items()))
         if not rates:
             return ""
-        every = ", ".join(f"{name} {rate:.3g}" for rate, name in rates)
+        every = ", ".join(f"{name} {amount_text(rate)}" for rate, name in rates)
         return f"bottleneck: {rates[0][1]}\nimages/s of each stage: {every}"
 
 

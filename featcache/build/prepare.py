@@ -24,13 +24,14 @@ from featcache.encoders.table import ENCODERS, TEXTS, Resampling
 from featcache.encoders.text import TextEncoder
 from featcache.encoders.vae import LEVELS, VaeEncoder, recorded_resampling
 from featcache.encoders.vision import VisionEncoder, without_class_token
-from featcache.errors import CacheError, UserError
+from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.feature_names import is_class_token, layer_feature
 from featcache.keys import from_printable, key_bytes
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.captions import Captions, open_captions
 from featcache.sources.decoders import check_decoder
+from featcache.sources.folder import refuse_splits
 from featcache.sources.open import open_source
 from featcache.sources.pixels import CROP_NAME
 from featcache.sources.shapes import recorded_shapes
@@ -66,10 +67,25 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
 
     Raises `UserError` for bad input of any kind.
     """
+    try:
+        return _prepare(request, device=device, again=again)
+    except WeightsUnavailable as error:
+        if again:  # which must come from the weights that they came from
+            raise
+        raise WeightsUnavailable(
+            error.what,
+            remedy=f"{error.remedy}\nOr pass --random-weights 0 to try things out with random weights (the cache is marked "
+            "accordingly).",
+        ) from error
+
+
+def _prepare(request: BuildRequest, *, device: str, again: Collection[str]) -> Plan:
     existing = featcache.open(request.into) if request.into is not None else None
     resolution = _resolution(request, existing)
     decoder = _decoder(request, existing)
     source = open_source(request.data, resolution=resolution, limit=_source_limit(request, existing))
+    if existing is None:
+        refuse_splits(source)
     order = sample_order(
         len(source), seed=existing.manifest.dataset.order_seed if existing is not None else request.seed
     )

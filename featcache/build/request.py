@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.table import Resampling
@@ -11,11 +11,12 @@ from featcache.errors import UserError
 from featcache.settings import Count, FilePath, Index, Names, Option, is_number, settings
 
 Codec = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
-CLASS_TOKEN_CODECS = ("fp32", "fp16", "bf16")
+ClassTokenCodec = Literal["fp32", "fp16", "bf16"]
+CLASS_TOKEN_CODECS = get_args(ClassTokenCodec)
 _CODECS = "fp32, fp16, bf16, int8, fp8 or int4."
 _DATA = (
     "Images: a folder (one folder per class), a .tar or .zip, webdataset shards, parquet files, s3:// or hf:// shards, "
-    "or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+    "or 'shapes' for the embedded set. [default: $FEATCACHE_DATA, else ./data/imagenet]"
 )
 
 
@@ -48,7 +49,7 @@ class BuildRequest:
         tuple[EncoderChoice, ...],
         Option(
             "Encoder, with layers after @ (9.cls: that layer's class token): dinov2-b, dinov2-b@9,11, dinov2-b@11,11.cls, "
-            "tiny, my.py:name. Repeatable.",
+            "tiny, my.py:name. Repeatable. [default: none, the VAE alone]",
             flag="--encoder",
             typed=list[str],
             parse=parse_encoders,
@@ -57,7 +58,12 @@ class BuildRequest:
     vae: Annotated[str | None, Option("VAE or folder of one. [default: sd-ft-ema; tiny with --encoder tiny]")] = None
     levels: Annotated[
         tuple[str, ...],
-        Option("VAE encoder groups to keep, e.g. G3,G4 for AHPA.", flag="--vae-levels", typed=str, parse=parse_levels),
+        Option(
+            "VAE encoder groups to keep, e.g. G3,G4 for AHPA. [default: none; all with --encoder tiny and --vae tiny]",
+            flag="--vae-levels",
+            typed=str,
+            parse=parse_levels,
+        ),
     ] = ()
     vae_resampling: Annotated[
         Resampling | None,
@@ -68,7 +74,7 @@ class BuildRequest:
     texts: Annotated[
         Names,
         Option(
-            "Text encoder over captions: clip-l, tiny (docs/encoders.md). Repeatable.",
+            "Text encoder over captions: clip-l, tiny (docs/encoders.md). Repeatable. [default: none]",
             flag="--text",
             typed=list[str],
             parse=parse_names,
@@ -88,11 +94,13 @@ class BuildRequest:
         int | None,
         Option("Side of the square crop in pixels. [default: 256; 64 for shapes]", typed=str, parse=parse_resolution),
     ] = None
-    limit: Annotated[Count | None, Option("Encode only so many images, a seeded random choice.")] = None
+    limit: Annotated[
+        Count | None, Option("Encode only so many images, a seeded random choice. [default: all; of shapes 2,000]")
+    ] = None
     out: Annotated[
         FilePath | None, Option("Folder of the new cache. [default: ./caches/<name from what is built>]")
     ] = None
-    into: Annotated[FilePath | None, Option("Existing cache to add features to.")] = None
+    into: Annotated[FilePath | None, Option("Existing cache to add features to. [default: none, a new cache]")] = None
     batch_size: Annotated[Count, Option("Images an encoder sees at once.")] = 16
     device: Annotated[str, Option("cpu, cuda, cuda:N or auto.")] = "auto"
     precision: Annotated[
@@ -100,9 +108,12 @@ class BuildRequest:
         Option("fp32, tf32 or bf16; auto is fp32 on the CPU and tf32 on a GPU."),
     ] = "auto"
     compile: Annotated[bool | None, Option("Compile the encoders. [default: on a GPU]")] = None
-    weights_dir: Annotated[FilePath | None, Option("Folder with pretrained weights, searched before the hub.")] = None
+    weights_dir: Annotated[
+        FilePath | None, Option("Folder with pretrained weights, searched before the hub. [default: the hub alone]")
+    ] = None
     random_weights: Annotated[
-        Index | None, Option("Seed of random encoder weights, to try things out without pretrained ones.")
+        Index | None,
+        Option("Seed of random encoder weights, to try things out without pretrained ones. [default: pretrained]"),
     ] = None
     on_bad_image: Annotated[Literal["fail", "skip"], Option("fail, or skip (recorded in the manifest).")] = "fail"
     final_norm: Annotated[
@@ -112,15 +123,21 @@ class BuildRequest:
     moments_codec: Annotated[Literal["fp32", "fp16"], Option("fp32 or fp16.")] = "fp16"
     levels_codec: Annotated[Codec, Option(_CODECS)] = "int8"
     tokens_codec: Annotated[Codec, Option(_CODECS)] = "int8"
-    cls_codec: Annotated[Codec, Option("Of class tokens: fp32, fp16 or bf16.")] = "fp16"
+    cls_codec: Annotated[
+        ClassTokenCodec, Option("Of class tokens, which are diffused and so not quantised: fp32, fp16 or bf16.")
+    ] = "fp16"
     levels_basis: Annotated[
         Count | None,
         Option(
-            "Store each VAE group's tokens as so many principal components of all its layers together (docs/codecs.md)."
+            "Store each VAE group's tokens as so many principal components of all its layers together (docs/codecs.md). "
+            "[default: all channels]"
         ),
     ] = None
     tokens_basis: Annotated[
-        Count | None, Option("Store each encoder token as so many of its principal components (docs/codecs.md).")
+        Count | None,
+        Option(
+            "Store each encoder token as so many of its principal components (docs/codecs.md). [default: all channels]"
+        ),
     ] = None
     text_codec: Annotated[Codec, Option(_CODECS)] = "fp16"
     flip: Annotated[bool, Option("Also cache mirrored copies, as a second view.")] = False
@@ -129,7 +146,9 @@ class BuildRequest:
     compressor: Annotated[Literal["zstd", "blosc"] | None, Option("zstd or blosc, for zarr. [default: none]")] = None
     seed: Annotated[Index, Option("Seed of the samples' order.")] = 0
     workers: Annotated[Count | None, Option("Decoding threads. [default: one per core]")] = None
-    decode: Annotated[str | None, Option("pil (exact, default) or turbo (faster; docs/sources.md).")] = None
+    decode: Annotated[
+        str | None, Option("pil (exact) or turbo (faster; docs/sources.md). [default: pil; with --into, the cache's]")
+    ] = None
     engine: Annotated[Literal["local", "ray"], Option("local (also under torchrun), or ray (docs/clusters.md).")] = (
         "local"
     )
@@ -145,11 +164,6 @@ class BuildRequest:
         if self.into is not None and self.out is not None:
             raise UserError(
                 "--into and --out exclude each other", remedy="--into adds to a cache, --out makes a new one."
-            )
-        if self.cls_codec not in CLASS_TOKEN_CODECS:
-            raise UserError(
-                f"--cls-codec {self.cls_codec}: class tokens are diffused, so their values are kept, not quantised",
-                remedy=f"Type one of: {', '.join(CLASS_TOKEN_CODECS)}. They are small: 768 channels in fp16 take 1.5 KB.",
             )
 
     @property

@@ -11,8 +11,8 @@ import typer
 import featcache
 from featcache.cli import caches as commands
 from featcache.cli.build import build
-from featcache.console import console, run_app, safe
-from featcache.paths import PICTURES, check_output, last_name, on_this_machine
+from featcache.console import run_app
+from featcache.paths import PICTURES, check_output, last_name, on_this_machine, user_cache
 
 # Imports inside the commands: the rooms that they call load numpy or torch, which `featcache --help` does without.
 
@@ -30,7 +30,8 @@ CachePath = Annotated[str, typer.Argument(help="Folder of the cache, or its URL.
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Image folder (one folder per class), or 'shapes' for the embedded set. Default: $FEATCACHE_DATA, else ./data/imagenet."
+        help="Image folder (one folder per class), or 'shapes' for the embedded set. "
+        "\\[default: $FEATCACHE_DATA, else ./data/imagenet]"
     ),
 ]
 
@@ -49,23 +50,23 @@ def info(cache: CachePath) -> None:
 @app.command()
 def inspect(
     cache: CachePath,
-    out: Annotated[Path | None, typer.Option(help="PNG to write. \\[default: <cache name>.png]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write. \\[default: ~/.cache/featcache/pictures/<cache name>.png]")
+    ] = None,
     data: Data = None,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=64)] = 6,
+    weights_dir: Annotated[
+        Path | None,
+        typer.Option(help="Pretrained VAE, to decode latents where images are not at hand. \\[default: the hub]"),
+    ] = None,
 ) -> None:
     """Draw samples of a cache: the image, and PCA-RGB of each cached layer; print what each layer is worth."""
-    from featcache.cli.info import print_layers
-    from featcache.inspect import images_at_hand, save_sheet, source_of
+    from featcache.cli.info import print_layers, save_picture
 
-    if out is not None:
-        check_output(out, PICTURES, example="cache.png")
+    target = out or user_cache("XDG_CACHE_HOME") / "pictures" / f"{last_name(cache)}.png"
+    check_output(target, PICTURES, example="cache.png")
     opened = featcache.open(cache)
-    data = data or images_at_hand(opened)
-    if source_of(opened, data) is None:
-        console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
-    target = out or Path(f"{last_name(cache)}.png")
-    save_sheet(opened, target, data=data, count=count)
-    console.print(f"picture: [bold]{safe(target)}[/bold]")
+    save_picture(opened, target, data=data, count=count, weights_dir=weights_dir)
     print_layers(opened)
 
 
@@ -89,7 +90,11 @@ def derive(
     cache: Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False, callback=on_this_machine)],
     feature: Annotated[str, typer.Option(help="Tokens to derive of, such as dinov2-b@11.")],
     pca: Annotated[
-        int | None, typer.Option(help="How many principal components of its standardised channels.", min=1)
+        int | None,
+        typer.Option(
+            help="How many principal components of its standardised channels. \\[default: as many as --like or --map has]",
+            min=1,
+        ),
     ] = None,
     images: Annotated[
         str | None, typer.Option(help="How many images they are found in, or all. \\[default: 10000]")
@@ -98,15 +103,19 @@ def derive(
         int | None, typer.Option(help="Seed of the images' choice. \\[default: 0]", min=0, max=(1 << 63) - 1)
     ] = None,
     like: Annotated[
-        str | None, typer.Option(help="Another cache (folder or URL) of whose feature to take the map.")
+        str | None,
+        typer.Option(help="Another cache (folder or URL) of whose feature to take the map. \\[default: found anew]"),
     ] = None,
     map: Annotated[
-        Path | None, typer.Option(help="File with the map: of --save-map, or ReDi's dino_pca_model.pth.")
+        Path | None,
+        typer.Option(help="File with the map: of --save-map, or ReDi's dino_pca_model.pth. \\[default: found anew]"),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the new feature. \\[default: <feature>.pca<number>]")
     ] = None,
-    save_map: Annotated[Path | None, typer.Option(help="File to write the map to, .safetensors.")] = None,
+    save_map: Annotated[
+        Path | None, typer.Option(help="File to write the map to, .safetensors. \\[default: none]")
+    ] = None,
 ) -> None:
     """Make a smaller feature of a cache's tokens: its principal components, as ReDi diffuses them.
 

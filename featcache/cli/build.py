@@ -11,7 +11,7 @@ from rich.table import Table
 
 import featcache
 from featcache.build.request import BuildRequest
-from featcache.console import console, safe
+from featcache.console import amount_text, console, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError
 from featcache.paths import on_this_machine, typed
@@ -28,8 +28,19 @@ def build(
     given: Given,
     profile: Annotated[
         bool,
-        typer.Option("--profile", help="Print each stage's rate, and how far a fast --decode is from the exact one."),
+        typer.Option(
+            "--profile",
+            help="Print each stage's rate, and how far a fast --decode is from the exact one. \\[default: off]",
+        ),
     ] = False,
+    remember: Annotated[
+        bool,
+        typer.Option(
+            "--remember/--no-remember",
+            help="Note in ~/.cache/featcache, for inspect and analyze, where the images lie. \\[default: --remember]",
+            show_default=False,
+        ),
+    ] = True,
 ) -> None:
     """Encode images into a cache, continue a build, or add features (--into).
 
@@ -48,6 +59,10 @@ def build(
             _say_difference(request.data, result.path, request.decode)
     if not result.first:
         return
+    if remember:
+        from featcache.sources import remembered
+
+        remembered.remember(featcache.open(result.path).manifest.dataset.fingerprint, request.data)
     if not result.encoded:
         console.print(f"{safe(result.path)} is complete already: nothing to encode")
     if result.skipped:
@@ -65,7 +80,9 @@ def _stage_table(stages: Mapping[str, Stage]) -> Table:
         table.add_column(title, justify="left" if title == "stage" else "right")
     for name, stage in sorted(stages.items(), key=lambda item: item[1].images_per_s):
         milliseconds = 1000 * stage.busy_s / max(1, stage.images)
-        table.add_row(name, f"{stage.images_per_s:.4g}", f"{milliseconds:.4g}", str(stage.lanes), str(stage.images))
+        table.add_row(
+            name, amount_text(stage.images_per_s), f"{milliseconds:.3g}", str(stage.lanes), f"{stage.images:,}"
+        )
     return table
 
 

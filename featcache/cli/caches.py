@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,9 +17,9 @@ from featcache.build.request import BuildRequest
 from featcache.cli.build import request_of
 from featcache.console import console, plain, safe, size_text
 from featcache.console_progress import RichProgress
-from featcache.errors import CacheError, UserError
+from featcache.errors import CacheError, UserError, first_line
 from featcache.feature_names import layer_feature
-from featcache.paths import PAGES, check_output, on_this_machine
+from featcache.paths import PAGES, check_output, on_this_machine, typed
 from featcache.redact import redact
 from featcache.settings import Given, takes
 
@@ -31,14 +31,21 @@ if TYPE_CHECKING:
 CachePath = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False, callback=on_this_machine)]
 Features = Annotated[str | None, typer.Option(help="Only these features, separated by commas. \\[default: all]")]
 Threads = Annotated[int, typer.Option(help="Files at once.", min=1)]
-Expect = Annotated[str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it.")]
-SignedBy = Annotated[
-    Path | None, typer.Option(help="Public key or allowed-signers file (OpenSSH) of whoever must have signed it.")
+Expect = Annotated[
+    str | None, typer.Option(help="Digest that the cache must have, as featcache info prints it. \\[default: any]")
 ]
-Data = Annotated[str | None, typer.Option(help="Image folder, to encode again. Default as for build.")]
-WeightsDir = Annotated[Path | None, typer.Option(help="Pretrained weights, to encode again.")]
+SignedBy = Annotated[
+    Path | None,
+    typer.Option(
+        help="Public key or allowed-signers file (OpenSSH) of whoever must have signed it. \\[default: anybody or nobody]"
+    ),
+]
+Data = Annotated[str | None, typer.Option(help="Image folder, to encode again. \\[default: as for build]")]
+WeightsDir = Annotated[Path | None, typer.Option(help="Pretrained weights, to encode again. \\[default: the hub]")]
 Device = Annotated[str, typer.Option(help="For encoding again.")]
-Captions = Annotated[Path | None, typer.Option(help="Table of captions, to encode text features again.")]
+Captions = Annotated[
+    Path | None, typer.Option(help="Table of captions, to encode text features again. \\[default: the source's own]")
+]
 
 
 def _local(path: Path | None) -> Path | None:
@@ -110,7 +117,9 @@ def _counted(problems: Sequence[object]) -> str:
 
 
 def verify(
-    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
+    cache: Annotated[
+        str, typer.Argument(help="Folder of the cache, or of several caches; or a cache's URL.", show_default=False)
+    ],
     features: Features = None,
     threads: Annotated[int | None, typer.Option(help="\\[default: one per core; 8 for a URL]", min=1)] = None,
     expect: Expect = None,
@@ -122,7 +131,10 @@ def verify(
         int | None, typer.Option(help="Seed of --sample. \\[default: a fresh one]", min=0, max=(1 << 64) - 1)
     ] = None,
     since_last: Annotated[
-        bool, typer.Option("--since-last", help="Only shards that no earlier verification found as they are now.")
+        bool,
+        typer.Option(
+            "--since-last", help="Only shards that no earlier verification found as they are now. \\[default: off]"
+        ),
     ] = False,
     record: Annotated[
         bool | None,
@@ -132,14 +144,17 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Encode damaged shards again from the images.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Encode damaged shards again from the images. \\[default: off]")
+    ] = False,
     data: Data = None,
     weights_dir: WeightsDir = None,
     device: Device = "auto",
     captions: Captions = None,
 ) -> None:
-    """Check every byte of a cache against its recorded checksums, and its labels and keys. Exit code 1 if damaged."""
-    from featcache.share import transfer, verify
+    """Check every byte of a cache against its recorded checksums, and its labels and keys; of a folder of caches each of
+    them. Exit code 1 if one is damaged."""
+    from featcache.share import manage, transfer, verify
     from featcache.store.remote import is_remote
 
     names, remote = _split(features), is_remote(cache)
@@ -147,9 +162,7 @@ def verify(
     _check_options(cache, fraction, seed, repair=repair, since_last=since_last, remote=remote)
     keep = not remote if record is None else record
 
-    authentic = _require_authentic(cache, expect, signed_by)
-
-    def checked() -> Report:
+    def checked(cache: str) -> Report:
         with RichProgress() as progress:
             if remote:
                 return transfer.verify_remote(
@@ -166,7 +179,12 @@ def verify(
                 progress=progress,
             )
 
-    report = checked()
+    if not remote and manage.holds_caches(Path(cache)):
+        _refuse_for_many(cache, {"--expect": expect, "--signed-by": signed_by, "--repair": repair or None})
+        _verify_all(Path(cache), checked, names, keep=keep)
+        return
+    authentic = _require_authentic(cache, expect, signed_by)
+    report = checked(cache)
     if authentic is not None and report.digest not in (None, authentic):
         raise CacheError(
             f"{cache} is not the cache that was asked for any more: it was exchanged after its digest "
@@ -184,6 +202,49 @@ def verify(
         raise typer.Exit(1)
     _encode_again(Path(cache), report.damaged, data, weights_dir, device, captions)
     _check_again(Path(cache), features, threads)
+
+
+def _refuse_for_many(place: str, given: Mapping[str, object]) -> None:
+    """Raises `UserError` for options that are about one cache."""
+    for flag, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"{flag} is about one cache, and {place} is a folder of several",
+                remedy=f"Name one of them (featcache ls {typed(place)} lists them), or leave {flag} out.",
+            )
+
+
+def _verify_all(place: Path, check: Callable[[str], Report], features: list[str] | None, *, keep: bool) -> None:
+    """Checks each cache in a folder and prints a table of them. Exit code 1 unless all that are complete are sound."""
+    from featcache.share import manage
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("cache", "", "files", "read"):
+        table.add_column(title, justify="right" if title in ("files", "read") else "left", no_wrap=True)
+    bad = 0
+    for info in manage.list_caches(place):
+        if info.problem is None and info.manifest is None:
+            table.add_row(safe(info.path), "[yellow]unfinished: nothing to check yet[/yellow]", "-", "-")
+            continue
+        try:
+            if info.problem is not None:
+                raise CacheError(info.problem)
+            console.print(f"[bold]{safe(info.path)}[/bold]")
+            report = check(str(info.path))
+        except UserError as error:
+            bad += 1
+            table.add_row(safe(info.path), f"[red]not checked: {safe(first_line(error))}[/red]", "-", "-")
+            continue
+        _show_problems(report, "damaged")
+        if keep:
+            _record(str(info.path), report, features)
+        bad += not report.ok
+        found = "sound" if report.ok else f"[red]{_counted(report.problems)}[/red]"
+        table.add_row(safe(info.path), found, f"{report.n_files:,}", size_text(report.n_bytes))
+    console.print_table(table)
+    if bad:
+        console.print(f"{bad} of {table.row_count} caches are not sound; featcache repair CACHE mends a damaged one")
+        raise typer.Exit(1)
 
 
 def _advice(cache: str, report: Report, *, remote: bool) -> str:
@@ -311,7 +372,10 @@ def repair(
     cache: CachePath,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="Another copy (URL or folder): only what is damaged here is fetched from it."),
+        typer.Option(
+            "--from",
+            help="Another copy (URL or folder): only what is damaged here is fetched from it. \\[default: encode again]",
+        ),
     ] = None,
     features: Features = None,
     threads: Threads = 8,
@@ -365,9 +429,11 @@ def _confirmed(question: str) -> bool:
 
 def remove(
     cache: CachePath,
-    features: Annotated[str | None, typer.Option(help="Features to remove; without it the whole cache.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    now: Annotated[bool, typer.Option("--now", help="Delete for good instead of moving to the trash.")] = False,
+    features: Annotated[str | None, typer.Option(help="Features to remove. \\[default: the whole cache]")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask. \\[default: off]")] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="Delete for good instead of moving to the trash. \\[default: off]")
+    ] = False,
 ) -> None:
     """Remove features of a cache, or (without --features) the whole cache. featcache restore undoes it."""
     from featcache.share import manage, trash
@@ -410,10 +476,10 @@ def collect_garbage(
         Path,
         typer.Argument(help="Folder of the cache, or of several caches.", show_default=False, callback=on_this_machine),
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go. \\[default: off]")] = False,
     older_than: Annotated[str, typer.Option(help="Age from which the trash is emptied: 0d, 36h, 2w.")] = "7d",
     only_trash: Annotated[
-        bool, typer.Option("--trash", help="Only empty the trash; leave what dead builds left.")
+        bool, typer.Option("--trash", help="Only empty the trash; leave what dead builds left. \\[default: off]")
     ] = False,
 ) -> None:
     """Remove what dead builds left behind (they can then no longer be continued), and empty the trash by age."""
@@ -435,7 +501,9 @@ def catalogue(
     place: Annotated[
         str, typer.Argument(help="Folder of caches, a cache, or a URL (s3://, gs://, hf://, http://).")
     ] = "caches",
-    html: Annotated[Path | None, typer.Option(help="Page to write: one file, for a browser.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write: one file, for a browser. \\[default: none, a table here]")
+    ] = None,
 ) -> None:
     """What the caches at a place hold, what made them, when they changed and were verified, and how to get them."""
     from featcache.share import catalogue
@@ -462,7 +530,10 @@ def push(
     features: Features = None,
     threads: Threads = 8,
     replace_unfinished: Annotated[
-        bool, typer.Option("--replace-unfinished", help="Send over what a push of other bytes left unfinished there.")
+        bool,
+        typer.Option(
+            "--replace-unfinished", help="Send over what a push of other bytes left unfinished there. \\[default: off]"
+        ),
     ] = False,
 ) -> None:
     """Copy a cache to a place that others read; resumable, verified, visible only when complete."""
@@ -488,7 +559,9 @@ def pull(
     ],
     folder: Annotated[Path, typer.Argument(help="Folder to copy it to.", show_default=False, callback=on_this_machine)],
     features: Features = None,
-    samples: Annotated[int | None, typer.Option(help="Only the first so many samples (whole shards).", min=1)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Only the first so many samples (whole shards). \\[default: all]", min=1)
+    ] = None,
     threads: Threads = 8,
     expect: Expect = None,
     signed_by: SignedBy = None,
@@ -519,7 +592,9 @@ def convert(
     ],
     to: Annotated[str, typer.Option(help="zarr or wds (webdataset).")],
     features: Features = None,
-    shard_size: Annotated[int | None, typer.Option(help="Samples per shard of the new cache.", min=1)] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(help="Samples per shard of the new cache. \\[default: as it was]", min=1)
+    ] = None,
     compressor: Annotated[str | None, typer.Option(help="zstd or blosc, for zarr. \\[default: none]")] = None,
 ) -> None:
     """Copy a cache into the other format, bit for bit."""
@@ -547,7 +622,7 @@ def import_latents(
         Path | None,
         typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]", callback=_local),
     ] = None,
-    vae: Annotated[str | None, typer.Option(help="VAE that made them, if not the layout's usual one.")] = None,
+    vae: Annotated[str | None, typer.Option(help="VAE that made them. \\[default: the layout's usual one]")] = None,
 ) -> None:
     """Turn latents that you already have into a cache."""
     from featcache.share import importers
@@ -571,7 +646,10 @@ def plan(
     steps_per_s: Annotated[float, typer.Option(help="Training speed to plan reading for.", min=0, max=1e6)] = 2.0,
     batch: Annotated[int, typer.Option(help="Training batch to plan reading for.", min=1, max=2**31 - 1)] = 256,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Encode a few real images: rates, error of each precision and codec.")
+        bool,
+        typer.Option(
+            "--measure", help="Encode a few real images: rates, error of each precision and codec. \\[default: off]"
+        ),
     ] = False,
     images: Annotated[int, typer.Option(help="How many images --measure encodes.", min=1)] = 8,
 ) -> None:

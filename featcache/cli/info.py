@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
 from featcache.console import console, safe, size_text
+from featcache.console_progress import RichProgress
 from featcache.errors import UserError
 from featcache.read.reader import Cache
 from featcache.share import records as verified
@@ -69,6 +71,24 @@ def print_info(cache: Cache, place: str | None = None) -> None:
     console.print_table(table)
     for entry in manifest.skipped:
         console.print(f"[yellow]skipped[/yellow] {safe(entry.key)}: {safe(entry.reason)}")
+
+
+def save_picture(cache: Cache, out: Path, *, data: str | None, count: int, weights_dir: Path | None) -> None:
+    """Draws the picture of `featcache inspect` and says where it is, and what its first column shows."""
+    from featcache.inspect import draw_sheet, find_source, has_random_latents, save_sheet  # late: they load torch
+
+    source = find_source(cache, data)
+    if source is None and has_random_latents(cache):
+        console.print(
+            "the images are not at hand (--data, $FEATCACHE_DATA), and the latents are of a VAE with random weights, which "
+            "would decode them to noise: no images are drawn"
+        )
+    elif source is None:
+        console.print("the images are not at hand (--data, $FEATCACHE_DATA): latents are decoded instead")
+    with RichProgress() as progress:
+        sheet = draw_sheet(cache, source, count=count, weights_dir=weights_dir, progress=progress)
+    save_sheet(sheet, out)
+    console.print(f"picture: [bold]{safe(out)}[/bold]")
 
 
 # Beyond these a layer teaches little: a copy of the one before, a handful of directions, one constant vector.

@@ -148,18 +148,15 @@ def remedy_for_other_weights(origin: object) -> str:
 
 
 def unavailable(name: str, hub_id: str | None, tried: str, page: str = "") -> WeightsUnavailable:
-    """The one offline error: names both ways out. `page` says where weights are that no hub has."""
+    """The one offline error. `page` says where weights are that no hub has."""
     if hub_id is None:
         what = f"weights of {name!r} are not on this machine, and no hub has them"
         bring = f"get {page}, name it {name}.pth"
     else:
         what = f"weights of {name!r} ({hub_id}) are not on this machine and could not be downloaded ({tried})"
         bring = f"download {hub_id} on a machine with internet"
-    return WeightsUnavailable(
-        what,
-        remedy=f"Either {bring} and pass --weights-dir DIR (see docs/encoders.md),\n"
-        "or pass --random-weights 0 to try things out with random weights (the cache is marked accordingly).",
-    )
+    bring = bring[0].upper() + bring[1:]
+    return WeightsUnavailable(what, remedy=f"{bring} and pass --weights-dir DIR (see docs/encoders.md).")
 
 
 def load_file(path: Path) -> dict[str, Tensor]:

@@ -32,8 +32,7 @@ def require_weights(
         lines = "".join(f"\n  {error.what}" for error in errors)
         raise WeightsUnavailable(
             f"{len(errors)} files of pretrained weights are missing:{lines}",
-            remedy="Either bring them all and pass --weights-dir DIR (see docs/encoders.md),\n"
-            "or pass --random-weights 0 to try things out with random weights (the cache is marked accordingly).",
+            remedy="Bring them all and pass --weights-dir DIR (see docs/encoders.md).",
         )
 
 

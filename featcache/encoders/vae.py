@@ -118,9 +118,7 @@ def _from_folder(folder: Path, weights: WeightsSource) -> tuple[nn.Module, dict[
         return vae, {"weights": "random", "seed": weights.random_seed}
     found = next((folder / name for name in DIFFUSERS_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise UserError(
-            f"{folder} holds no {DIFFUSERS_FILES[0]}", remedy="Bring the weights, or pass --random-weights 0."
-        )
+        raise UserError(f"{folder} holds no {DIFFUSERS_FILES[0]}", remedy="Bring the weights.")
     return _filled(build_vae(model_class, config), load_file(found), str(found)), {"weights": "folder"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -37,4 +38,5 @@ def open_cache(
     manifest = read_root(directory)
     if expect is not None:
         require_digest(manifest, expect, str(directory))
-    return Cache(str(directory), manifest, open_backend(directory, manifest))
+    reopen = functools.partial(open_cache, str(directory.absolute()), expect=expect)
+    return Cache(str(directory), manifest, open_backend(directory, manifest), reopen=reopen)

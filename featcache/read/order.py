@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -155,3 +155,31 @@ def sequential_order(seed: int, epoch: int, count: int, shard_size: int, *, wind
     shard once per epoch. Memory: 16 bytes per shard.
     """
     return WindowedOrder(count, shard_size, window, seed, epoch)
+
+
+def stream_indices(
+    start: int, stop: int, *, count: int, seed: int, order: Callable[[int, int, int], Order] = epoch_order
+) -> np.ndarray:
+    """Sample indices at positions `start..stop` of the infinite stream over `count` samples, int64: the epochs' orders
+    one after another.
+
+    order: (seed, epoch, count) -> the order of an epoch.
+    """
+    pieces = []
+    while start < stop:
+        epoch, offset = divmod(start, count)
+        end = min(count, offset + stop - start)
+        pieces.append(order(seed, epoch, count)[offset:end])
+        start += end - offset
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+
+def stream_views(start: int, stop: int, *, seed: int) -> np.ndarray:
+    """Which of two cached views (0 as is, 1 mirrored) each position of the stream takes: a fair coin, int64."""
+    block, views = 4096, []
+    for number in range(start // block, -(-stop // block)):
+        coins = np.random.Generator(np.random.Philox(key=[seed, 0xF11B], counter=[0, 0, 0, number])).integers(
+            0, 2, block
+        )
+        views.append(coins[max(0, start - number * block) : stop - number * block])
+    return np.concatenate(views) if views else np.empty(0, np.int64)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -24,12 +25,16 @@ from featcache.keys import key_text
 from featcache.read.order import epoch_order, sequential_order
 from featcache.store.backends import Backend, ShardFile, StridedShard
 from featcache.store.layout import sample_bytes
-from featcache.store.manifest import Manifest
+from featcache.store.manifest import FeatureSpec, Manifest
+
+if TYPE_CHECKING:
+    from featcache.read.decoded import Decoder
 
 __all__ = ["Cache", "Reader", "epoch_order", "sequential_order"]
 
 _MAX_IOV = 512  # Linux takes 1024 buffers per call
 _PIECE = 1 << 18
+_TOGETHER = 32  # samples that an iteration reads at a time
 _SMALL_BYTES = 16 << 10
 _PAGE_BYTES = 4096
 _LABEL, _KEY = "label", "key"
@@ -82,12 +87,24 @@ class _OpenShards:
 
 
 class Cache:
-    """An open cache: manifest, labels, keys, readers. Samples are numbered without the skipped slots."""
+    """An open cache: a sequence of samples, with their labels, keys and what is known of them.
 
-    def __init__(self, path: str, manifest: Manifest, backend: Backend) -> None:
+    `cache[i]` is one sample, `cache[i:j]` or `cache[[i, j, ...]]` several: a dictionary of numpy arrays by the feature's
+    name, decoded (`read` takes other dtypes and fewer features). Samples are numbered without the skipped slots. It can be
+    pickled, and used in processes that are forked or spawned.
+
+    Args:
+        reopen: what opens this cache in another process.
+    """
+
+    def __init__(
+        self, path: str, manifest: Manifest, backend: Backend, *, reopen: Callable[[], Cache] | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.backend = backend
+        self._reopen = reopen
+        self._decoders: dict[tuple[object, ...], Decoder] = {}
         self._skipped = np.array([entry.slot for entry in manifest.skipped], np.int64)
         # Number of samples before each skipped slot: sample i lies after k skipped slots if k of these are <= i.
         self._before = self._skipped - np.arange(len(self._skipped))
@@ -97,6 +114,92 @@ class Cache:
 
     def __repr__(self) -> str:
         return f"Cache({self.path!r}, {len(self)} samples, {sorted(self.manifest.features)})"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        from featcache.read.table import as_html
+
+        return as_html(self)
+
+    def __reduce__(self) -> tuple[Callable[[], Cache], tuple[()]]:
+        return self.reopened, ()
+
+    @property
+    def reopened(self) -> Callable[[], Cache]:
+        """Opens the same cache anew: in a process that was forked or spawned, say."""
+        if self._reopen is None:
+            raise CacheError(f"{self.path} cannot be opened in another process", remedy="Open it by featcache.open.")
+        return self._reopen
+
+    @property
+    def features(self) -> Mapping[str, FeatureSpec]:
+        """What is stored for each sample, by name: shapes, codecs, where it comes from."""
+        return self.manifest.features
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes: `classes[label]`."""
+        return self.manifest.dataset.class_names
+
+    @overload
+    def __getitem__(self, key: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, key: slice | Sequence[int] | np.ndarray) -> dict[str, Any]: ...
+
+    def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray) -> dict[str, Any]:
+        if isinstance(key, slice):
+            return self.read(range(*key.indices(len(self))))
+        if not isinstance(key, (int, np.integer)):
+            return self.read(key)
+        index = operator.index(key)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} is outside the cache's {len(self)} samples")
+        sample = self.read([index % len(self)])
+        return {name: values[0] for name, values in sample.items()}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), _TOGETHER):
+            samples = self[start : start + _TOGETHER]
+            yield from (dict(zip(samples, row)) for row in zip(*samples.values()))
+
+    def read(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        features: Sequence[str] | None = None,
+        *,
+        dtype: Any = np.float32,
+        view: int = 0,
+    ) -> dict[str, Any]:
+        """Samples by their indices: feature -> `[len(indices), *shape]`, in the order asked for.
+
+        For a training loop use `featcache.torch.Loader` or `featcache.torch.Dataset`, which are made for it.
+
+        Args:
+            indices: sample indices, or a mask (bool `[len(cache)]`).
+            features: names; default all but `content`, the images' hashes.
+            dtype: a floating dtype of numpy, or of torch, which returns tensors; integers stay what they are, and
+                keys become `str`. None: numpy arrays of the bytes that are stored, by the arrays' names.
+            view: 1 takes the mirrored images of a cache that holds them.
+
+        Raises:
+            CacheError: an index outside the cache, a feature that it lacks, a damaged shard. UserError: another dtype.
+        """
+        from featcache.read.decoded import Decoder, read_samples
+
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if chosen.shape != (len(self),):
+                raise CacheError(f"the mask is {chosen.shape}, but the cache has {len(self)} samples")
+            chosen = np.flatnonzero(chosen)
+        if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
+            raise CacheError("samples are chosen by a list of whole numbers, or by a mask")
+        names = tuple(name for name in self.features if name != "content") if features is None else tuple(features)
+        # In a forked process another's threads are gone, so its decoders are of no use.
+        of = (os.getpid(), *names)
+        if of not in self._decoders:
+            self._decoders[of] = Decoder(self, names)
+        return read_samples(self._decoders[of], chosen, dtype, view)
 
     @property
     def fingerprint(self) -> str:
@@ -240,12 +343,14 @@ class Reader:
         self.close()
 
     def close(self) -> None:
+        """Ends the reading threads."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
     @property
     def bytes_per_sample(self) -> int:
+        """Stored bytes that `read` moves for each sample."""
         return sum(sample_bytes(dtype, shape) for dtype, shape in self.arrays.values())
 
     def allocate(self, batch: int) -> dict[str, np.ndarray]:

@@ -12,12 +12,14 @@ fetches a block for every sample, which costs bandwidth: pull such a cache, or r
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
 import struct
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -319,13 +321,18 @@ def open_remote(
             f"{manifest.format} makes a copy that has them."
         )
     base = default_cache_directory() if cache_dir is None else Path(cache_dir)
-    return remote_cache(place, manifest, base, cache_bytes)
+    again = functools.partial(
+        open_remote, url, cache_dir=cache_dir, cache_bytes=cache_bytes, expect=expect, signed_by=signed_by
+    )
+    return remote_cache(place, manifest, base, cache_bytes, reopen=again)
 
 
-def remote_cache(place: Location, manifest: Manifest, base: Path, cache_bytes: int) -> Cache:
+def remote_cache(
+    place: Location, manifest: Manifest, base: Path, cache_bytes: int, *, reopen: Callable[[], Cache] | None = None
+) -> Cache:
     """The cache at a place with the manifest that was read there, through a directory below `base`."""
     # By content: a cache that changes at its place never meets blocks of its former self. 'checked': nor blocks that
     # an earlier version of this program kept without checking them.
     name = hashlib.sha256(b"checked " + place.address.encode() + root_bytes(manifest)).hexdigest()[:16]
     blocks = BlockCache(place, base / name, cache_bytes)
-    return Cache(place.url, manifest, RemoteBackend(place, manifest, blocks))
+    return Cache(place.url, manifest, RemoteBackend(place, manifest, blocks), reopen=reopen)

@@ -117,6 +117,14 @@ def list_caches(directory: str | Path) -> list[CacheInfo]:
     return [info for path in found if (info := _entry_info(path)) is not None]
 
 
+def holds_caches(path: Path) -> bool:
+    """Whether `path` is no cache, but a folder with readable caches in it."""
+    try:
+        return path.is_dir() and not is_cache(path) and any(info.problem is None for info in list_caches(path))
+    except (UserError, OSError):
+        return False
+
+
 def _entry_info(path: Path) -> CacheInfo | None:
     """One entry of a folder of caches, None if it has nothing to do with them."""
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from featcache.errors import UserError
 from featcache.keys import printable
+from featcache.paths import typed
 from featcache.sources.base import EXTENSIONS, EncodedSource
 from featcache.sources.opening import Unreadable, file_size, raise_unreadable, read_file
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
@@ -107,6 +108,33 @@ def open_folder(root: Path) -> FolderSource:
         files=files,
         labels=[index[f.split("/")[0]] for f in files],
         bare=len(found) - len(files),
+    )
+
+
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
+
+def refuse_splits(source: object) -> None:
+    """Raises `UserError` for a folder of splits, each with class folders of its own, that would make classes called `train`
+    and `val`: a cache is made of one of them."""
+    if not isinstance(source, FolderSource) or len(source.class_names) < 2:
+        return
+    if any(name.lower() not in _SPLITS for name in source.class_names):
+        return
+    classes: dict[str, set[str]] = {}
+    for file in source.files:
+        split, *between, _ = file.split("/")
+        if between:
+            classes.setdefault(split, set()).add(between[0])
+    if not classes:
+        return
+    lines = "".join(
+        f"\n  featcache build --data {typed(source.root / split)} ...   ({len(names)} classes)"
+        for split, names in classes.items()
+    )
+    raise UserError(
+        f"{str(source.root)!r} holds {' and '.join(source.class_names)}, which look like parts of a data set and not like classes",
+        remedy=f"Make a cache of one of them:{lines}",
     )
 
 

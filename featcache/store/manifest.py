@@ -131,6 +131,7 @@ class FeatureSpec:
         return self.codec if self.basis is None else f"{self.codec}, {self.basis.rank} components"
 
     def to_json(self) -> dict[str, Json]:
+        """As the manifest has it."""
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -183,6 +184,7 @@ class DatasetSpec:
         return int(self.preprocessing["resolution"])
 
     def to_json(self) -> dict[str, Json]:
+        """As the manifest has it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["class_names"] = list(self.class_names)
         return values
@@ -254,6 +256,7 @@ class Manifest:
         return 2 if self.blocks else 1
 
     def to_json(self) -> dict[str, Json]:
+        """As the manifest has it."""
         return {
             "format_version": self._version,
             "dataset": self.dataset.to_json(),

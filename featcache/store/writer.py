@@ -29,7 +29,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from featcache.errors import CacheError
 from featcache.store import files, locks
 from featcache.store.blocks import ShardBlocks, blocks_bytes, blocks_from_json, blocks_path
 from featcache.store.contents import checksums_path, checksums_text, require_recorded, shard_names, vouched_for
+from featcache.store.differences import dataset_differences, feature_differences
 from featcache.store.layout import (
     BLOCKS,
     CHECKSUMS,
@@ -625,49 +626,26 @@ def publish(path: Path, manifest: Manifest, features: set[str], group: files.Gro
 
 def require_same_dataset(existing: Manifest, wanted: Manifest, path: Path) -> None:
     """Raises `CacheError` naming every difference if `wanted` is not what the cache at `path` was made of."""
-    have, want = existing.dataset.to_json(), wanted.dataset.to_json()
-    # Where the images lie and what the set is called do not change them.
-    differences = [
-        f"{key}: the cache has {have[key]!r:.200}, this build {want[key]!r:.200}"
-        for key in have
-        if key not in ("source", "name") and have[key] != want[key]
-    ]
-    for key in ("shard_size", "compressor", "format"):
-        if getattr(existing, key) != getattr(wanted, key):
-            differences.append(f"{key}: the cache has {getattr(existing, key)}, this build {getattr(wanted, key)}")
-    if differences:
+    found = dataset_differences(existing, wanted)
+    if found:
         raise CacheError(
-            f"{path} holds a cache of other images or preprocessing:\n  " + "\n  ".join(differences),
+            f"{path} holds a cache already, of other images or settings:\n  " + "\n  ".join(found),
             remedy="use the same images and options as that cache, or choose another folder",
         )
 
 
 def _require_same_feature(have: FeatureSpec, want: FeatureSpec, path: Path, *, begun: bool = False) -> None:
     """Raise `CacheError` naming a difference. begun: `have` is of an unfinished build."""
-    difference = _first_difference(have.to_json(), want.to_json())
-    if difference is not None:
-        key, there, here = difference
+    found = feature_differences(have, want)
+    if found:
         cache = shlex.quote(str(path))
         remedy = f"featcache rm {cache} --features {have.name} removes it"
         if begun:
             remedy = f"featcache gc {cache} clears unfinished builds away"
         raise CacheError(
-            f"{path} holds {have.name!r} already ({'begun' if begun else 'complete'}), with another {key}: "
-            f"{there!r:.300} there, {here!r:.300} here",
+            f"{path} holds {have.name!r} already ({'begun' if begun else 'complete'}), made otherwise: {'; '.join(found)}",
             remedy=f"{remedy}; or choose another folder",
         )
-
-
-def _first_difference(have: Mapping[str, Any], want: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """(key, value in `have`, value in `want`), None if there is none; `a.b` is key b of the mapping at a."""
-    for key in {**have, **want}:
-        there, here = have.get(key), want.get(key)
-        if (key in have) == (key in want) and there == here:
-            continue
-        if isinstance(there, dict) and isinstance(here, dict) and (inner := _first_difference(there, here)):
-            return f"{key}.{inner[0]}", *inner[1:]
-        return key, there, here
-    return None
 
 
 @dataclass

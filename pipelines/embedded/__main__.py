@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from featcache.console import print_error
+from featcache.console import print_error, time_text
 from featcache.encoders import tiny
 from featcache.errors import UserError
 from pipelines.embedded import classifiers, measure, vae
@@ -202,7 +202,7 @@ def run_parts(job: Job, parts: list[Part]) -> None:
     began = time.monotonic()
     material = job.material()
     held_out = measure.HeldOut(data=job.data, large=job.large, quick=job.quick)
-    say(parts[0].value, f"images are in memory after {time.monotonic() - began:.0f} s")
+    say(parts[0].value, f"images are in memory after {time_text(time.monotonic() - began)}")
     for part in open_parts:
         figures = TRAIN[part](job, material, held_out)
         partial = job.out / f"{part.value}-figures.partial"

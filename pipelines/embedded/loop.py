@@ -7,13 +7,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from featcache.console import time_text
 from featcache.errors import UserError
 
 SAY_EVERY_S = 30.0
@@ -107,7 +107,7 @@ def run(
         now, done = time.monotonic(), step + 1
         if now - said >= SAY_EVERY_S or done == steps:
             speed = (done - first) / (now - began)
-            left = timedelta(seconds=round((steps - done) / speed))
+            left = time_text((steps - done) / speed)
             seen = f"; {measure(parts.average)}" if measure is not None else ""
             shown = ", ".join(f"{kind} {value.item():.3f}" for kind, value in terms.items())
             say(name, f"{done:,}/{steps:,}, {speed:.2f} steps/s, {left} left; {shown}{seen}")

@@ -41,7 +41,7 @@ def readers(lab: Lab, only: list[str] | None = None) -> dict[str, Scene]:
         "ls": ("featcache", "ls", "."),
         "verify": ("featcache", "verify", "c"),
         "gc dry": ("featcache", "gc", "c", "--dry-run"),
-        "inspect": ("featcache", "inspect", "c", "--count", "2"),
+        "inspect": ("featcache", "inspect", "c", "--count", "2", "--out", "c.png"),
         "convert": ("featcache", "convert", "c", "copy", "--to", "wds"),
         "pull from": ("featcache", "pull", "c", "copy"),
         "push from": ("featcache", "push", "c", "{folder}/place"),

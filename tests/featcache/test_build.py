@@ -18,23 +18,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
 
 import featcache
 from featcache.build.prepare import derived_name
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
+from featcache.cli import app
 from featcache.encoders import EncoderChoice, parse_encoders, parse_levels
 from featcache.encoders.base import WeightsSource
 from featcache.encoders.tiny import load_tiny_vae
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import CacheError, UserError
-from featcache.inspect import contact_sheet, images_of, pca_rgb, read_feature
+from featcache.inspect import contact_sheet, find_source, images_of, pca_rgb, read_feature
 from featcache.progress import Quiet
 from featcache.read.statistics import layer_statistics
 from featcache.sources.base import sample_order
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import center_crop
+from featcache.sources.remembered import recall, remember
 from tests.featcache.store_helpers import tree_digest
 from tests.told import Told
 
@@ -262,8 +265,86 @@ def test_contact_sheet_shows_every_layer(cache_path: Path) -> None:
     cache = featcache.open(cache_path)
     sheet = contact_sheet(cache, count=2)
     layers = 15 + len([f for f in cache.manifest.features if "@" in f])
-    assert sheet.width > (layers + 1) * 128
+    assert layers * 64 < sheet.width < 1600, "tiles of the images' 64 pixels"
     assert np.asarray(sheet).std() > 10
+
+
+def test_wide_sheets_go_on_below(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = featcache.open(cache_path)
+    whole = contact_sheet(cache, count=2)
+    monkeypatch.setattr("featcache.inspect.WIDEST", 700)
+    folded = contact_sheet(cache, count=2)
+    assert folded.width < 800 and folded.height == 3 * whole.height
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("goldfish", "goldfish"), ("ж-птицы", "ж-птицы"), ("\ue000\ue001", "class 3"), ("a" * 900, "aaa")],
+)
+def test_class_names_are_drawn_in_letters_or_by_number(
+    cache_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shown: str
+) -> None:
+    """Letters that no font has were empty boxes."""
+    drawn: list[str] = []
+    cache = featcache.open(cache_path)
+    names = tuple(name for _ in cache.manifest.dataset.class_names)
+    cache.manifest = replace(cache.manifest, dataset=replace(cache.manifest.dataset, class_names=names))
+    real = ImageDraw.ImageDraw.text
+
+    def text(self: Any, at: Any, shown: str, **how: Any) -> None:
+        drawn.append(shown)
+        real(self, at, shown, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    contact_sheet(cache, count=1)
+    expected = f"class {cache.labels()[0]}" if shown.startswith("class") else shown
+    assert any(line.startswith(expected) for line in drawn)
+    assert all(len(line) < 40 for line in drawn)
+    assert "\ue000" not in "".join(drawn)
+
+
+def test_noise_is_not_decoded(cache_path: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of random weights, and no images at hand: the layers alone are drawn, and why is said."""
+    folder = tmp_path / "photographs" / "a"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    words = ("--vae", "sd-ft-ema", "--vae-levels", "G1", "--random-weights", "0", "--resolution", "64")
+    monkeypatch.delenv("FEATCACHE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    built = cli("featcache", "build", "--data", "photographs", "--out", "c", "--no-remember", *words)
+    assert built.returncode == 0 and "images: 4 of 1 class from folder photographs" in built.stdout, built.stderr
+    looked = cli("featcache", "inspect", "c")
+    assert looked.returncode == 0 and "to noise" in looked.stdout and "decoding" not in looked.stdout, looked.stderr
+    assert (tmp_path / "home/featcache/pictures/c.png").exists() and not list(tmp_path.glob("*.png"))
+    seen = cli("featcache", "inspect", "c", "--data", "photographs")
+    assert "reading images" in seen.stdout and "to noise" not in seen.stdout
+
+
+@pytest.mark.parametrize("data", ["https://me:secret@host/x.tar", "s3://bucket/x.tar?X-Amz-Signature=abc", "shapes"])
+def test_secrets_are_not_remembered(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATCACHE_PLACES", str(tmp_path))
+    remember("ab" * 32, data)
+    assert recall("ab" * 32) is None and not list(tmp_path.rglob("*"))
+
+
+def test_where_images_lay_is_remembered_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEATCACHE_DATA", raising=False)
+    monkeypatch.setenv("FEATCACHE_PLACES", str(tmp_path / "places"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs/a").mkdir(parents=True)
+    Image.new("RGB", (64, 64), (60, 0, 0)).save(tmp_path / "photographs/a/1.png")
+    words = ["build", "--data", "photographs", "--encoder", "tiny", "--vae", "tiny", "--resolution", "64", "--out", "c"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    cache = featcache.open(tmp_path / "c")
+    assert "photographs/" not in (tmp_path / "c/zarr.json").read_text(), "the cache itself does not say"
+    monkeypatch.chdir("/")
+    assert recall(cache.manifest.dataset.fingerprint) == str(tmp_path / "photographs")
+    assert find_source(cache, None) is not None
+    Image.effect_noise((64, 64), 50).save(tmp_path / "photographs/a/1.png")
+    assert find_source(cache, None) is None, "they are others now"
+    remember("../escape", "/somewhere")
+    assert not (tmp_path / "escape").exists() and recall("../escape") is None
 
 
 def test_inspect_prints_what_each_layer_is_worth(cache_path: Path, tmp_path: Path, cli: Cli) -> None:

@@ -45,3 +45,4 @@ def test_a_build_names_them_all(tmp_path: Path) -> None:
     with pytest.raises(WeightsUnavailable) as caught:
         prepare(request, device="cpu")
     assert all(name in caught.value.what for name in ("'sd-ft-ema'", "'dinov2-b'", "'mocov3-b'"))
+    assert "--weights-dir" in (caught.value.remedy or "") and "--random-weights 0" in (caught.value.remedy or "")

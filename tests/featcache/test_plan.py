@@ -104,7 +104,7 @@ def test_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["featcache", "plan", "--data", "shapes", "--encoder", "tiny", "--text", "tiny", "--limit", "8"]
     typed(*words, "--resolution", "32", "--measure", "--images", "2")
     text = capsys.readouterr().out
-    for expected in ("vae/moments", "GB/s", "free on its disk", "mean cosine", "images in about", "decode (1 thread)"):
+    for expected in ("vae/moments", "B/s", "free on its disk", "mean cosine", "images in about", "decode (1 thread)"):
         assert expected in text
     for expected in ("tiny@5 against fp32", "text/tiny.pooled against fp32", "--precision bf16", "encode text tiny"):
         assert expected in text

@@ -1,8 +1,9 @@
 """Settings: declared once, checked alike from Python, YAML and the command line."""
 
 import math
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import typer
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from pydantic import Field
 from typer.testing import CliRunner
 
+from featcache.build.request import BuildRequest
 from featcache.errors import UserError
 from featcache.settings import (
     Count,
+    Counts,
     FilePath,
     Given,
     Names,
@@ -21,12 +24,17 @@ from featcache.settings import (
     Option,
     Positive,
     Share,
+    choices_of,
     from_mapping,
     from_typed,
+    options_of,
     settings,
     takes,
     to_mapping,
 )
+from trainer.analyze.config import AnalyzeConfig
+from trainer.requests import EvalRequest, SampleRequest, SampleSettings
+from trainer.runs.config import RunConfig
 
 
 @settings
@@ -72,7 +80,8 @@ def run(*words: str) -> tuple[int, dict]:
         ({"share": 1.5}, r"[0, 1]"),
         ({"share": -0.5}, "not be negative"),
         ({"kind": "wsd"}, "Did you mean 'wds'?"),
-        ({"names": "ab"}, "names = 'ab'"),
+        ({"names": {"a": 1}}, "names = {'a': 1} is not valid: it must be a list"),
+        ({"betas": 0.9}, "betas = 0.9 is not valid: it must be a list"),
         ({"names": ["a", 1]}, "names"),
         ({"flip": 1}, "flip = 1"),
         ({"cuont": 3}, "Did you mean count?"),
@@ -149,3 +158,71 @@ def test_help_shows_defaults_once() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     assert "Does it." in shown and "[default: 4]" in shown and "--rate" not in shown
     assert shown.count("[default: on a GPU]") == 1 and "[default: None]" not in shown
+
+
+@settings
+class Several:
+    """One field for each kind of tuple that settings have."""
+
+    names: Names = ()
+    sizes: Counts | None = None
+    times: Annotated[tuple[float, ...], Field(strict=False)] = (0.5,)
+    pair: tuple[float, float] = (0.9, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("names", "dinov2-b@11"), ("names", "dinov2-b@9,11"), ("sizes", 4), ("times", 0.3)]
+)
+def test_a_single_value_is_a_list_of_one(field: str, value: Any) -> None:
+    assert getattr(Several(**{field: value}), field) == (value,)
+    assert getattr(from_mapping(Several, {field: value}), field) == (value,)
+    assert getattr(from_mapping(Several, {field: [value]}), field) == (value,)
+
+
+def test_a_single_wrong_value_says_what_it_must_be() -> None:
+    with pytest.raises(UserError, match="it must be a number"):
+        Several(times="late")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least 1"):
+        Several(sizes=0)  # type: ignore[arg-type]
+    assert Several(sizes=None).sizes is None
+
+
+def _commands() -> list[tuple[str, Any]]:
+    from featcache.cli import app as featcache_app
+    from trainer.cli import app as trainer_app
+
+    groups: dict[str, Any] = {
+        "featcache": typer.main.get_command(featcache_app),
+        "trainer": typer.main.get_command(trainer_app),
+    }
+    return [(f"{name} {command}", found) for name, group in groups.items() for command, found in group.commands.items()]
+
+
+@pytest.mark.parametrize(("name", "command"), _commands())
+def test_the_help_shows_the_default_of_every_option(name: str, command: Any) -> None:
+    for option in command.params:
+        if option.required or option.name == "help":
+            continue
+        shown = option.show_default and option.default not in (None, False)
+        assert shown or "[default: " in option.help, f"{name} {option.opts}: {option.help}"
+
+
+@pytest.mark.parametrize("cls", [BuildRequest, RunConfig, SampleSettings, SampleRequest, EvalRequest, AnalyzeConfig])
+def test_the_help_offers_what_is_accepted(cls: type) -> None:
+    for name, option in options_of(cls).items():
+        for choice in choices_of(cls, name):
+            assert re.search(rf"\b{re.escape(str(choice))}\b", option.help), (name, choice)
+
+
+@pytest.mark.parametrize(
+    "option", ["--moments-codec", "--levels-codec", "--tokens-codec", "--cls-codec", "--text-codec"]
+)
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8", "fp8", "int4"])
+def test_codecs_are_taken_if_they_are_offered(option: str, codec: str) -> None:
+    name = option[2:].replace("-", "_")
+    offered = re.search(rf"\b{codec}\b", options_of(BuildRequest)[name].help)
+    if offered:
+        assert getattr(from_typed(BuildRequest, {name: codec}, data="shapes"), name) == codec
+    else:
+        with pytest.raises(UserError, match=f"{option} = '{codec}' is not known"):
+            from_typed(BuildRequest, {name: codec}, data="shapes")

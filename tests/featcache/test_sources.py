@@ -26,6 +26,7 @@ from featcache.errors import UserError
 from featcache.progress import Quiet
 from featcache.sources.archives import _expanded, index_folder
 from featcache.sources.base import Source, fingerprint
+from featcache.sources.folder import open_folder, refuse_splits
 from featcache.sources.open import open_source
 from featcache.sources.pixels import BadImage
 
@@ -461,3 +462,33 @@ def test_profile_prints_stages_and_the_decoders_difference(
     assert featcache.open(tmp_path / "c").manifest.dataset.preprocessing["decode"] == "turbo"
     monkeypatch.setattr("sys.argv", [*words, "--decode", "pil", "--into", str(tmp_path / "c"), "--encoder", "tiny"])
     assert run_app(app) == 2
+
+
+def _split_folder(root: Path, splits: dict[str, tuple[str, ...]]) -> Path:
+    for split, classes in splits.items():
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (40, 40), "red").save(folder / "a.png")
+    return root
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "test", "validation")])
+def test_folders_of_splits_are_no_classes(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    source = open_folder(_split_folder(tmp_path / "my photos", dict.fromkeys(splits, ("cat", "dog"))))
+    with pytest.raises(UserError, match="parts of a data set") as caught:
+        refuse_splits(source)
+    for split in splits:
+        assert f"featcache build --data '{tmp_path}/my photos/{split}' ...   (2 classes)" in (caught.value.remedy or "")
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"train": ("",), "val": ("",)},  # images without class folders below: these are the only labels there are
+        {"train": ("cat", "dog")},
+        {"train": ("steam", "cargo"), "bicycle": ("",)},
+    ],
+)
+def test_classes_that_are_called_like_splits_stay(tmp_path: Path, splits: dict[str, tuple[str, ...]]) -> None:
+    refuse_splits(open_folder(_split_folder(tmp_path, splits)))

@@ -121,17 +121,45 @@ def test_a_complete_build_run_again_changes_nothing(tmp_path: Path, options) -> 
     assert tree(path) == before
 
 
+VAE = {
+    "name": "sd-ft-ema",
+    "sha256": "a" * 64,
+    "scaling_factor": 0.18215,
+    "shift_factor": 0.0,
+    "downsampling": 8,
+    "latent_channels": 4,
+}
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"fingerprint": "1" * 64}, {"preprocessing": {"resolution": 128}}, {"order_seed": 1}, {"count": 51}],
+    ("change", "words"),
+    [
+        ({"fingerprint": "1" * 64}, "images: others (50 of 3 classes in both)"),
+        ({"preprocessing": {**dataset().preprocessing, "resolution": 128}}, "resolution: 64 there, 128 here"),
+        ({"order_seed": 1}, "seed of the order: 0 there, 1 here"),
+        ({"count": 51}, "images: 50 of 3 classes there, 51 of 3 classes here"),
+        ({"grid": 8}, "grid: 4 there, 8 here"),
+        ({"vae": VAE}, "VAE: none there, sd-ft-ema here"),
+    ],
 )
-def test_other_images_or_preprocessing_are_refused(tmp_path: Path, options, change) -> None:
+def test_other_images_or_settings_are_refused_in_words(tmp_path: Path, options, change, words: str) -> None:
     path = build(tmp_path / "cache", **options)
     other = dataset(**change)
-    with pytest.raises(CacheError, match=f"other images or preprocessing:\n  {next(iter(change))}"):
-        create_writer(path, other, shard_size=SHARD_SIZE, **options)
-    with pytest.raises(CacheError, match=next(iter(change))):
-        open_writer(path, dataset=other)
+    for refused in (
+        lambda: create_writer(path, other, shard_size=SHARD_SIZE, **options),
+        lambda: open_writer(path, dataset=other),
+    ):
+        with pytest.raises(CacheError) as caught:
+            refused()
+        first, *lines = caught.value.what.splitlines()
+        assert first.endswith("holds a cache already, of other images or settings:") and lines == [f"  {words}"]
+
+
+def test_other_weights_of_one_name_are_said_without_hashes(tmp_path: Path) -> None:
+    create_writer(tmp_path / "cache", dataset(vae=VAE), shard_size=SHARD_SIZE)
+    with pytest.raises(CacheError) as caught:
+        create_writer(tmp_path / "cache", dataset(vae={**VAE, "sha256": "b" * 64}), shard_size=SHARD_SIZE)
+    assert caught.value.what.endswith("\n  weights: others of the same name") and "aaaa" not in caught.value.what
 
 
 def test_moved_images_are_the_same_images(zarr_cache: Path) -> None:
@@ -139,9 +167,9 @@ def test_moved_images_are_the_same_images(zarr_cache: Path) -> None:
 
 
 def test_other_shard_size_or_format_is_refused(zarr_cache: Path) -> None:
-    with pytest.raises(CacheError, match="shard_size: the cache has 16, this build 32"):
+    with pytest.raises(CacheError, match="samples per shard: 16 there, 32 here"):
         create_writer(zarr_cache, dataset(), shard_size=32)
-    with pytest.raises(CacheError, match="format: the cache has zarr, this build wds"):
+    with pytest.raises(CacheError, match="format: zarr there, wds here"):
         create_writer(zarr_cache, dataset(), shard_size=SHARD_SIZE, format="wds")
 
 
@@ -291,7 +319,9 @@ def test_other_provenance_is_refused(zarr_cache: Path) -> None:
     changed = tokens(provenance={"encoder": "tiny@5", "weights": "1" * 64})
     with (
         open_writer(zarr_cache) as writer,
-        pytest.raises(CacheError, match=r"'tiny@5' already \(complete\).*provenance.weights: '000.*'111") as found,
+        pytest.raises(
+            CacheError, match=r"'tiny@5' already \(complete\).*made otherwise: weights: 0000.* there, 1111.* here"
+        ) as found,
     ):
         writer.begin([changed])
     assert found.value.remedy == f"featcache rm {zarr_cache} --features tiny@5 removes it; or choose another folder"

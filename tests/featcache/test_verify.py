@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from store_helpers import add, base_features, build, corrupt, dataset, tokens, tree, write_all
+from typer.testing import CliRunner
 
 from featcache.errors import CacheError, UserError
 from featcache.share import manage
@@ -635,3 +636,45 @@ def test_a_seed_that_cannot_be_recorded_is_refused(tmp_path: Path, cli) -> None:
     assert cli("featcache", "verify", "x", "--sample", "1%", "--seed", str((1 << 64) - 1)).returncode == 0
     entries, _ = verified.read(LocalLocation(path))
     assert [entry.mode for entry in entries] == ["whole", "sample"]
+
+
+# A folder of caches
+
+
+def typed_verify(*words: str) -> tuple[int, str]:
+    from featcache.cli import app
+
+    result = CliRunner().invoke(app, ["verify", *words])
+    return result.exit_code, result.output if result.exception is None else f"{result.output}{result.exception}"
+
+
+def test_all_caches_of_a_folder_are_checked(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build(tmp_path / name, count=6, shard_size=4)
+    begun = create_writer(tmp_path / "c", dataset(count=6), shard_size=4)
+    begun.begin(base_features())
+    (tmp_path / "photographs").mkdir()
+    code, text = typed_verify(str(tmp_path))
+    assert code == 0, text
+    rows = {line.split()[0].rpartition("/")[2]: line for line in text.splitlines() if line.startswith(str(tmp_path))}
+    assert "sound" in rows["a"] and "sound" in rows["b"] and "unfinished" in rows["c"] and "photographs" not in text
+    assert last(str(tmp_path / "a")) is not None, "each is recorded"
+
+    corrupt(next((tmp_path / "b").rglob("c.*")), lambda data: data.__setitem__(0, data[0] ^ 1))
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    code, text = typed_verify(str(tmp_path), "--no-record")
+    assert code == 1 and "damaged" in text and "1 problem" in text and "a link to nothing" in text
+    assert "2 of 4 caches are not sound" in text
+
+
+@pytest.mark.parametrize("words", [("--repair",), ("--expect", "0" * 64), ("--signed-by", "key.pub")])
+def test_what_is_about_one_cache_is_refused_for_several(tmp_path: Path, words: tuple[str, ...]) -> None:
+    build(tmp_path / "a", count=6, shard_size=4)
+    code, text = typed_verify(str(tmp_path), *words)
+    assert code == 1 and f"{words[0]} is about one cache" in text  # the exit code 2 of errors is run_app's
+
+
+def test_a_cache_that_lost_its_root_is_no_folder_of_caches(tmp_path: Path) -> None:
+    path = build(tmp_path / "a", count=6, shard_size=4)
+    (path / "zarr.json").unlink()
+    assert not manage.holds_caches(path) and not manage.holds_caches(tmp_path / "nothing")

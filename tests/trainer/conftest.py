@@ -13,23 +13,10 @@ import featcache
 from featcache.build.derive import DeriveRequest, derive
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
-from featcache.encoders import EncoderChoice, parse_encoders
+from featcache.encoders import parse_encoders
 from featcache.progress import Quiet
 from featcache.read.normalization import OVER, compute, save
 from trainer.models.config import SIZES
-
-
-@pytest.fixture(scope="session")
-def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two dozen embedded images with moments, all VAE groups and three layers of the tiny encoder."""
-    path = tmp_path_factory.mktemp("caches") / "shapes"
-    build(
-        BuildRequest(
-            data="shapes", encoders=(EncoderChoice(name="tiny"),), limit=24, batch_size=8, shard_size=8, out=path
-        ),
-        Quiet(),
-    )
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,14 @@ from markupsafe import escape
 from PIL import Image
 from tiny_runs import Listener, add_nano, settings
 
+from featcache.build.request import BuildRequest
+from featcache.build.run import build
+from featcache.encoders import EncoderChoice
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
 from tests.told import Told
 from trainer.align.base import cosine_per_token
-from trainer.analyze import DIAGNOSTICS
+from trainer.analyze import DIAGNOSTICS, diagnostic
 from trainer.analyze.angle import shared_gradients
 from trainer.analyze.cknna import _above_one
 from trainer.analyze.config import AnalyzeConfig
@@ -445,3 +448,82 @@ def test_values_above_one_and_distances_from_uniform_are_explained(runs_root: Pa
     analyze_runs([run], ["router"], options(), Quiet())
     finding = json.loads((run / "analysis/router.json").read_text())["finding"]
     assert "each of the 2 groups 50.0 %" in finding and "percentage points away" in finding
+
+
+# What a user sees of it
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen images, two in each of eight classes."""
+    root = tmp_path_factory.mktemp("images") / "photographs"
+    generator = np.random.default_rng(0)
+    for i in range(16):
+        folder = root / f"class{i % 8}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run_of_photographs(photographs: Path, runs_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("caches") / "photographs"
+    encoders = (EncoderChoice(name="tiny", layers=(5,)),)
+    build(BuildRequest(data=str(photographs), encoders=encoders, vae="tiny", resolution=64, out=cache), Quiet())
+    config = settings(cache, "repa", name="photographs", steps=1)
+    return train(config, resume=False, watcher=Listener(), root=runs_root)
+
+
+@pytest.mark.parametrize(("known", "title"), [(True, "image"), (False, "decoded latent")])
+def test_the_images_are_found_and_what_is_shown_is_named(
+    run_of_photographs: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch, known: bool, title: str
+) -> None:
+    monkeypatch.delenv("FEATCACHE_DATA", raising=False)
+    if known:
+        monkeypatch.setenv("FEATCACHE_DATA", str(photographs))
+    monkeypatch.chdir(photographs)
+    analyze_runs([run_of_photographs], ["pca", "selfsim"], options(), Quiet())
+    for what in ("pca", "selfsim"):
+        document = json.loads((run_of_photographs / "analysis" / f"{what}.json").read_text())
+        assert {plot["drawing"]["columns"][0] for plot in document["drawings"]} == {title}
+
+
+def test_other_images_are_not_taken_for_the_caches(
+    run_of_photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a" / "1.png")
+    monkeypatch.setenv("FEATCACHE_DATA", str(tmp_path))
+    assert subject(run_of_photographs).source is None
+    with pytest.raises(UserError, match="does not hold the images"):
+        _ = subject(run_of_photographs, data=str(tmp_path)).source
+
+
+@pytest.mark.parametrize(
+    ("samples", "cached", "remedy"),
+    [(10, 16, "--samples 16"), (None, 12, "It would take a cache of 16 images or more")],
+)
+def test_a_probe_of_single_images_is_refused_before_any_work(
+    run_of_photographs: Path, monkeypatch: pytest.MonkeyPatch, samples: int | None, cached: int, remedy: str
+) -> None:
+    """It took twenty minutes to find an accuracy of zero."""
+    at = subject(run_of_photographs, gradients=False, samples=samples)
+    monkeypatch.setattr(at, "indices", at.indices[: min(len(at.indices), cached)])
+    monkeypatch.setattr(at, "labels", torch.arange(len(at.indices)) % 8)
+    monkeypatch.setattr(type(at.cache), "__len__", lambda _: cached)
+    monkeypatch.setattr(at, "pooled", lambda *_: pytest.fail("it computed"))
+    with pytest.raises(NotApplicable, match=r"of 8 classes: 1\.[25] of each, where it takes at least two") as refused:
+        diagnostic("probe")(at)
+    assert remedy in (refused.value.remedy or "")
+
+
+def test_each_diagnostic_says_how_far_it_is(run_of_photographs: Path) -> None:
+    told = Told()
+    asked = ["gsnr", "router", "probe", "pca"]
+    analyze_runs([run_of_photographs], asked, options(samples=16), told)
+    assert [name for name, *_ in told.tasks] == [
+        f"photographs: {what} ({i} of {len(asked)})" for i, what in enumerate(asked, start=1)
+    ]
+    assert sum(told.counts) >= 6 * 2 + 16 * 2  # gsnr: six samples in two bins; probe: all samples at both times
+    assert "probing the blocks at t = 0.3" in told.texts and "probing tiny@5" in told.texts
+    assert any(note.startswith("router is left out: ") for note in told.notes)

@@ -23,7 +23,8 @@ import featcache
 from featcache.cli import app as featcache_app
 from featcache.errors import CacheError
 from featcache.share.manage import remove_features
-from trainer.runs.cache import build_command, build_line, find_cache, sample_keys
+from trainer.runs.cache import build_command, build_line, find_cache, missing_features, sample_keys
+from trainer.runs.config import RunConfig
 from trainer.training.loop import train
 
 
@@ -169,40 +170,6 @@ def test_lines_for_what_is_derived_and_for_class_tokens() -> None:
     ]
 
 
-@pytest.mark.usefixtures("nano")
-def test_what_redi_lacks_is_added_as_typed(shapes_cache: Path, tmp_path: Path) -> None:
-    """Components of tokens that are there are derived; tokens that are not are built first."""
-    cache = without(shapes_cache, tmp_path / "a cache", "tiny@2", "tiny@4")
-    run = replace(settings(cache, steps=1), method="redi")
-    with pytest.raises(CacheError, match="redi diffuses principal components") as error:
-        train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
-    assert error.value.remedy == (f"Add what is missing:\n  featcache derive '{cache}' --feature tiny@5 --pca 8")
-    assert not (tmp_path / "runs" / "run").exists()
-    named = replace(run, align={"redi": {"feature": "tiny@4.pca4"}})
-    with pytest.raises(CacheError, match=r"redi reads tiny@4\.pca4") as error:
-        train(named, resume=False, watcher=Listener(), root=tmp_path / "runs")
-    lines = (error.value.remedy or "").splitlines()[1:]
-    assert [shlex.split(line)[:3] for line in lines] == [
-        ["featcache", "build", "--into"],
-        ["featcache", "derive", str(cache)],
-    ]
-    for line in lines:
-        type_in(shlex.split(line))
-    train(named, resume=False, watcher=Listener(), root=tmp_path / "runs")
-
-
-@pytest.mark.usefixtures("nano")
-def test_what_reg_lacks_is_added_as_typed(shapes_cache: Path, tmp_path: Path) -> None:
-    cache = without(shapes_cache, tmp_path / "less", "tiny@2", "tiny@4")
-    run = replace(settings(cache, steps=1), method="reg", align={"reg": {"head_width": 24}})
-    with pytest.raises(CacheError, match=r"reg reads tiny@5\.cls") as error:
-        train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
-    words = build_words(error.value)
-    assert words == ["featcache", "build", "--into", str(cache), "--encoder", "tiny@5,5.cls"]
-    type_in(words)
-    train(run, resume=False, watcher=Listener(), root=tmp_path / "runs")
-
-
 def test_no_cache_at_all_gets_both_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = replace(settings("none named", model="SiT-Ti/2"), cache=None, method="redi+repa")
@@ -216,6 +183,35 @@ def test_no_cache_at_all_gets_both_lines(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CacheError) as error:
         find_cache(replace(config, method="reg"))
     assert (error.value.remedy or "").splitlines()[1:] == ["  featcache build --encoder dinov2-b@11,11.cls"]
+
+
+def test_streams_of_one_s_own_are_among_what_is_to_be_built(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether there is no cache, or one that lacks them, found or named; together with what the method reads."""
+    monkeypatch.chdir(tmp_path)
+    streams: dict[str, Any] = {"tiny@5.cls": {}, "tiny@2.pca4": {}}
+    config = replace(settings("none named", "ahpa", model="SiT-Ti/2", streams=streams), cache=None)
+
+    def lines(config: RunConfig) -> list[str]:
+        with pytest.raises(CacheError) as error:
+            missing_features(config, find_cache(config))
+        return [line.strip() for line in (error.value.remedy or "").splitlines()[1:]]
+
+    derive = "featcache derive {} --feature tiny@2 --pca 4"
+    assert lines(config) == ["featcache build --encoder tiny@2,5.cls --vae-levels G3,G4", derive.format("CACHE")]
+    Path("caches").mkdir()
+    without(shapes_cache, Path("caches/one"), "vae/G4", "tiny@2")
+    both = "featcache build --into caches/one --encoder tiny@2,5.cls --vae-levels G3,G4 --vae tiny"
+    assert lines(config) == lines(replace(config, cache="caches/one")) == [both, derive.format("caches/one")]
+    alone = replace(config, method="none", align={})
+    assert lines(alone) == ["featcache build --into caches/one --encoder tiny@2,5.cls", derive.format("caches/one")]
+    for line in lines(config):
+        type_in(shlex.split(line))
+    assert find_cache(config).path == "caches/one"
+    with pytest.raises(CacheError, match="does not hold nothing") as error:
+        find_cache(replace(alone, streams={"nothing": {}}))
+    assert "What can be" in str(error.value.remedy) and "featcache build" not in str(error.value.remedy)
 
 
 def test_the_newest_cache_without_components_gets_the_derive_line(

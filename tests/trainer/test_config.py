@@ -135,8 +135,3 @@ def test_missing_xformers_is_explained() -> None:
         build_model(cfg)
     assert error.value.remedy is not None and "pip install xformers" in error.value.remedy
     assert "sdpa" in error.value.remedy
-
-
-def test_options_of_streams_are_named_by_feature_and_option() -> None:
-    overrides = ["streams.tiny@5.cls.weight=0.1", "streams.tiny@5.cls.dropout=0.2", "streams.tiny@5={}"]
-    assert apply_overrides({}, overrides) == {"streams": {"tiny@5.cls": {"weight": 0.1, "dropout": 0.2}, "tiny@5": {}}}

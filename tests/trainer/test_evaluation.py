@@ -25,6 +25,7 @@ from trainer.classes import Classes
 from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run
 from trainer.interval import Interval
 from trainer.models import build_model
+from trainer.models.config import forward_flops
 from trainer.report import data
 from trainer.report import run as report
 from trainer.report.run import router_charts, write_run_report
@@ -232,6 +233,8 @@ def test_images_of_any_code_can_be_judged(root: Path, tmp_path: Path) -> None:
                 "--classes random",
                 "--pixels round",  # the default, but typed
                 "--guided-channels 3",
+                "--stream-guidance 2",
+                "--representation-guidance 1.5",
                 "--step 4",
                 "--precision fp32",
                 "--compile",
@@ -320,6 +323,42 @@ def test_the_recipe_says_which_channels_labels_pixels_and_times(root: Path, tmp_
             replace(config, published={**PUBLISHED, "sampling": drawn | wrong})
 
 
+def test_the_recipe_says_how_streams_are_guided(root: Path, tmp_path: Path) -> None:
+    """REG's and ReDi's. What belongs to one kind of guidance is not taken over by the other that is typed."""
+    run = with_recipe(root, tmp_path / "runs/a", PUBLISHED)
+
+    def as_asked(sampling: dict[str, Any], **asked: Any) -> tuple[object, ...]:
+        config = replace(runs.load_config(run), published={**PUBLISHED, "sampling": sampling})
+        found = _with_defaults(SampleSettings(**asked), run, config, "cuda", Quiet())
+        beside = found.stream_guidance, found.representation_guidance
+        return found.guidance, *beside, found.guided_channels, str(found.interval)
+
+    reg: dict[str, Any] = {"guidance": 2.3, "stream_guidance": 2.2, "interval": [0, 0.85], "channels": 3}
+    assert as_asked(reg) == as_asked(reg, representation_guidance=1.0) == (2.3, 2.2, 1.0, 3, "0,0.85")
+    assert as_asked(reg, stream_guidance=1.5) == (2.3, 1.5, 1.0, 3, "0,0.85")
+    assert as_asked(reg, guidance=2.0) == (2.0, None, 1.0, None, "0,1")
+    unknown = {**reg, "guidance": None}
+    for recipe in (reg, unknown):
+        assert as_asked(recipe, representation_guidance=1.5) == (1.0, None, 1.5, None, "0,1")
+    redi = {"representation_guidance": 1.1, "interval": [0, 0.5]}
+    assert as_asked(redi) == as_asked(redi, representation_guidance=1.1) == (1.0, None, 1.1, None, "0,0.5")
+    assert as_asked(redi, representation_guidance=1.4) == (1.0, None, 1.4, None, "0,1")
+    assert as_asked(redi, guidance=2.0) == (2.0, None, 1.0, None, "0,1")
+
+
+def test_guidance_of_either_kind_counts_as_two_passes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = root / "runs/a"
+    config = runs.load_config(run)
+    passes = forward_flops(run_model_config(run, config)) * 32
+    monkeypatch.setattr("trainer.evaluate.run.CPU_BUDGET_FLOPS", 100 * passes)
+
+    def affordable(**asked: Any) -> int:
+        return _with_defaults(SampleSettings(**asked), run, config, "cpu", Quiet()).num
+
+    assert affordable() == 100
+    assert affordable(guidance=2.0) == affordable(representation_guidance=2.0) == 50
+
+
 def test_samples_are_drawn_as_a_figure_was_and_say_so(root: Path, tmp_path: Path) -> None:
     """`trainer sample --figure`, from what is typed to what stands beside the images."""
     from typer.testing import CliRunner
@@ -369,6 +408,8 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
             assert str(drawn.interval) == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
             assert (str(drawn.classes), drawn.pixels) == (sampling.classes, sampling.pixels), recipe.name
             assert (drawn.guided_channels, drawn.shift) == (sampling.channels, sampling.shift), recipe.name
+            beside = sampling.stream_guidance, sampling.representation_guidance
+            assert (drawn.stream_guidance, drawn.representation_guidance) == beside, recipe.name
         assert any("scale its paper does not give" in note for note in told.notes) == (sampling.guidance is None)
         assert any(f"not trained as {recipe.training} says" in note for note in told.notes), "it is a tiny run"
     typed = EvalRequest(settings=SampleSettings(sampler="heun", steps=7, guidance=2.0, checkpoint=5))

@@ -24,13 +24,13 @@ from tiny_runs import (
 from torch._dynamo.utils import counters
 
 import featcache
+from featcache.read.order import stream_indices
 from trainer.align.dya import dropped
 from trainer.distributed import StopSignal
 from trainer.report.run import write_run_report
 from trainer.runs import checkpoint
 from trainer.runs.config import RunConfig
 from trainer.runs.folder import load_config
-from trainer.training.data import stream_indices
 from trainer.training.loop import Diverged, train
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 

@@ -34,8 +34,8 @@ from trainer.training import loop
 
 
 def remarks(told: Told) -> list[str]:
-    """What a build mentions beside the features that it writes."""
-    return [note for note in told.notes if not note.startswith("features: ")]
+    """What a build mentions beside the images and the features that it writes."""
+    return [note for note in told.notes if not note.startswith(("images: ", "features: "))]
 
 
 def built(tmp_path: Path, pictures: dict[str, bool], *, skip: bool = False) -> tuple[Path, Told]:

@@ -6,6 +6,8 @@ import argparse
 import copy
 import json
 import math
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,20 @@ import yaml
 from golden import position_table
 from tiny_runs import Listener, settings
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from featcache.build.derive import DeriveRequest, derive
 from featcache.build.request import BuildRequest
 from featcache.build.run import build
+from featcache.cli import app as featcache_app
 from featcache.encoders import EncoderChoice
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
+from featcache.share.manage import remove_features
+from trainer.analyze.config import AnalyzeConfig
+from trainer.analyze.subject import Subject
 from trainer.diffusion.guidance import Guidance
-from trainer.models import ModelConfig, Transformer, build_model, load_weights, model_config
+from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.config import StreamShape
 from trainer.runs.exchange import export_checkpoint, import_checkpoint
 from trainer.runs.folder import load_config
@@ -56,11 +63,19 @@ class Layer(nn.Module):
         return x + m[5] * self.mlp["fc2"](F.gelu(inner, approximate="tanh"))
 
 
+def head(channels: int) -> nn.Sequential:
+    """REPA's."""
+    layers = [nn.Linear(WIDTH, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(), nn.Linear(2048, channels)]
+    return nn.Sequential(*layers)
+
+
 class Official(nn.Module):
     """SiT as REG (`class_channels`) and ReDi (`channels` 12) have it, by their names: velocities of the image and, for REG,
     of the class token, which stands first, has a zero position and shares the final norm and its modulation."""
 
-    def __init__(self, channels: int, class_channels: int | None = None, projectors: int | None = None) -> None:
+    def __init__(
+        self, channels: int, class_channels: int | None = None, projectors: int | None = None, repa_loss: bool = False
+    ) -> None:
         super().__init__()
         own = class_channels is not None
         self.pos_embed = nn.Parameter(torch.zeros(1, GRID**2 + own, WIDTH), requires_grad=False)
@@ -77,8 +92,9 @@ class Official(nn.Module):
             self.cls_projectors2 = nn.Linear(class_channels, WIDTH)
             self.wg_norm = nn.LayerNorm(WIDTH, eps=1e-6)
         if projectors is not None:
-            head = [nn.Linear(WIDTH, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(), nn.Linear(2048, projectors)]
-            self.projectors = nn.ModuleList([nn.Sequential(*head)])
+            self.projectors = nn.ModuleList([head(projectors)])
+        if repa_loss:  # as ReDi's code calls it
+            self.projector = head(768)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, token: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         h = self.x_embedder["proj"](x).flatten(2).mT
@@ -222,12 +238,6 @@ def test_the_width_of_the_class_token_names_it(tmp_path: Path) -> None:
         assert (stream.name, stream.channels) == (name, channels)
 
 
-def test_reg_has_the_published_number_of_parameters() -> None:
-    cfg = model_config("SiT-XL/2", latent_channels=4, latent_size=32, num_classes=1000, streams=(CLASS_TOKEN,))
-    with torch.device("meta"):
-        assert sum(p.numel() for p in Transformer(cfg).parameters()) == 676_589_968
-
-
 # ReDi
 
 
@@ -248,6 +258,24 @@ def test_a_redi_file_runs_time_the_other_way(tmp_path: Path, named: bool) -> Non
     torch.testing.assert_close(found, -theirs, rtol=1e-4, atol=1e-5)
     at_t, _ = exact(module)(x, t, y)
     assert (found + at_t).abs().max() > 0.1
+
+
+def test_a_redi_file_with_a_head_of_repa_s_is_redi_s_too(tmp_path: Path) -> None:
+    """`--repa-loss` of its code: the head is called otherwise than REPA's and REG's."""
+    module = official(channels=12, repa_loss=True)
+    for args in ({}, {"pca_rank": 8, "repa_loss": True}):
+        imported = import_official(save(tmp_path / "a.pt", module, **args), heads=HEADS)
+        assert (imported.convention, imported.config) == ("redi", replace(CONFIG, streams=(COMPONENTS,)))
+        assert len(imported.heads) == 6 and all(key.startswith("projector.") for key in imported.heads)
+        alone = import_official(save(tmp_path / "b.pt", official(channels=12)), heads=HEADS)
+        assert imported.state.keys() == alone.state.keys()
+
+
+@pytest.mark.parametrize("said", [5.0, -0.1, float("nan"), "often", pytest.param(10**400, id="huge")])
+def test_a_share_of_dropped_components_that_is_none_is_refused(tmp_path: Path, said: Any) -> None:
+    file = save(tmp_path / "a.pt", official(channels=12), pca_rank=8, dino_drop_prob=said)
+    with pytest.raises(UserError, match=r"a\.pt says that its dino_drop_prob is no share"):
+        import_official(file, heads=HEADS)
 
 
 @torch.no_grad()
@@ -448,3 +476,34 @@ def test_a_public_file_takes_the_feature_of_the_cache_that_fits(streams_cache: P
     beside = import_checkpoint(tmp_path / "b.pt", name="beside", cache=str(streams_cache), root=tmp_path, **COMMON)
     assert [list(load_config(run).streams) for run in (alone, beside)] == [["unknown@0.cls"], ["tiny@5.cls"]]
     assert load_run(alone).model.cfg.streams[0].channels == load_run(beside).model.cfg.streams[0].channels
+
+
+@pytest.mark.usefixtures("nano")
+def test_an_imported_run_whose_cache_lacks_the_stream_is_not_analysed(
+    streams_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is drawn from, as without a cache; what the error says to type makes it fit for diagnostics, too."""
+    monkeypatch.chdir(tmp_path)
+    less = tmp_path / "less"
+    shutil.copytree(streams_cache, less)
+    remove_features(less, ["tiny@5.cls"])
+    config = replace(settings(streams_cache, steps=1), method="reg", align={"reg": {"head_width": 24}})
+    run = train(config, resume=False, watcher=Listener(), root=tmp_path)
+    file = export_checkpoint(run, tmp_path / "a.pt", convention=None, step=None)
+    back = import_checkpoint(file, name="back", cache=str(less), root=tmp_path, **COMMON)
+    assert load_run(back).model.cfg.streams[0].name == "tiny@5.cls"
+    options = AnalyzeConfig(device="cpu", weights="ema")
+    with pytest.raises(CacheError, match=r"less does not hold tiny@5\.cls, which is diffused") as error:
+        Subject(back, options, device="cpu", gradients=False)
+    (line,) = str(error.value.remedy).splitlines()[1:]
+    result = CliRunner().invoke(featcache_app, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.exception
+    assert Subject(back, options, device="cpu", gradients=False).stream_noise(slice(0, 2)).keys() == {"tiny@5.cls"}
+
+    content = torch.load(file, weights_only=True)
+    torch.save({"ema": content["ema"]}, tmp_path / "b.pt")  # nor does it name its feature
+    remove_features(less, ["tiny@5.cls"])
+    nameless = import_checkpoint(tmp_path / "b.pt", name="nameless", cache=str(less), root=tmp_path, **COMMON)
+    with pytest.raises(CacheError, match=r"does not hold unknown@0\.cls") as error:
+        Subject(nameless, options, device="cpu", gradients=False)
+    assert "Import the checkpoint again with --cache" in str(error.value.remedy)

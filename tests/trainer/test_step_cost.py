@@ -14,8 +14,7 @@ from tiny_runs import Listener, settings
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import trainer.training.data
-import trainer.training.loop
+import featcache.torch.feed
 from trainer.align.dya import dropped
 from trainer.training.loop import train
 
@@ -116,14 +115,14 @@ def test_after_the_stop_a_step_is_vanilla_s(
 ) -> None:
     """To the last operation, discriminator's turns and teacher included, and without reading a target."""
     read: list[set[str]] = []
-    real = trainer.training.data.Batches._read
+    real = featcache.torch.feed.Feed._read
 
     def watched(self: Any, reader: Any, step: int, micro: int, into: Any) -> None:
         read.append(set(reader.arrays))
         real(self, reader, step, micro, into)
 
     vanilla = counted(settings(shapes_cache, "none", steps=8, log_every=100), tmp_path / "none")
-    monkeypatch.setattr(trainer.training.data.Batches, "_read", watched)
+    monkeypatch.setattr(featcache.torch.feed.Feed, "_read", watched)
     stopped = settings(shapes_cache, method, steps=8, log_every=100, align_until=3, seed=4)
     steps = counted(stopped, tmp_path / "stopped")
     assert steps[3:-1] == vanilla[3:-1]  # the last saves, heads and all

@@ -26,7 +26,7 @@ from trainer.cli import app
 from trainer.distributed import World
 from trainer.requests import SampleRequest
 from trainer.runs import folder as runs
-from trainer.runs.cache import build_line, with_streams
+from trainer.runs.cache import with_streams
 from trainer.runs.config import RunConfig, apply_overrides
 from trainer.runs.normalization import streams_of_run
 from trainer.sampling.draw import load_run
@@ -128,17 +128,6 @@ def test_a_feature_that_is_missing_comes_with_the_commands_that_add_it(
         result = CliRunner().invoke(featcache_app, shlex.split(line)[1:])
         assert result.exit_code == 0, (line, result.output, result.exception)
     run(settings(copy, method, steps=1, **changes), tmp_path)
-
-
-def test_open_names_of_reg_and_redi_become_the_default_encoders() -> None:
-    assert build_line(None, ("<encoder>@<last>", "<encoder>@<last>.cls")) == (
-        "featcache build --encoder dinov2-b@11,11.cls"
-    )
-    assert build_line(None, ("<encoder>@<last>.pca8",)).splitlines() == [
-        "featcache build --encoder dinov2-b@11",
-        "featcache derive CACHE --feature dinov2-b@11 --pca 8",
-    ]
-    assert build_line(None, ("<encoder>@<last>",)) == "featcache build --encoder dinov2-b"
 
 
 @pytest.mark.usefixtures("nano")
@@ -272,6 +261,7 @@ def test_configurations_from_before_there_were_streams(streams_cache: Path, tmp_
         (["streams.tiny@5.cls.weight=1e-2", "streams.tiny@5.cls.embed=own"], {CLS: {"weight": 0.01, "embed": "own"}}),
         (["streams.tiny@5.pca4.dropout=0.2", "streams.tiny@5.cls.weight=2"], {PCA: {"dropout": 0.2}, CLS: {"weight": 2}}),
         (["streams.tiny@5={weight: 0.5}"], {"tiny@5": {"weight": 0.5}}),
+        (["streams.tiny@5={}"], {"tiny@5": {}}),
         (["streams.tiny@5.cls=null"], {CLS: None}),
         (["streams.tiny@5.weight=0.5"], {"tiny@5": {"weight": 0.5}}),
         (["streams.tiny@5.cls.statistics=null"], {CLS: {"statistics": None}}),
@@ -288,6 +278,29 @@ def test_a_mistyped_option_is_named_with_its_nearest(key: str) -> None:
     with pytest.raises(UserError, match=rf"unknown key streams\.{re.escape(key)}") as error:
         RunConfig(**apply_overrides({}, [f"streams.{key}=0.1"]))
     assert error.value.remedy == f"Did you mean streams.{key.replace('wieght', 'weight')}?"
+
+
+@pytest.mark.usefixtures("nano")
+def test_a_run_says_where_options_of_a_stream_go_before_the_method_s(
+    streams_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a run's configuration is another's recipe: all options of its streams stand in it."""
+    monkeypatch.chdir(tmp_path)
+
+    def told(config: RunConfig) -> list[str]:
+        listener = Listener()
+        train(config, resume=False, watcher=listener, root=tmp_path / "runs")
+        return [note for note in listener.warnings if "goes before" in note]
+
+    assert not told(settings(streams_cache, "reg", steps=1, name="plain"))
+    assert not told(settings(streams_cache, "reg", steps=1, name="same", streams={CLS: {"weight": 0.03}}))
+    streams = {CLS: {"weight": 0.1, "normalization": "channel"}}
+    first, second = told(settings(streams_cache, "reg", steps=1, name="typed", streams=streams))
+    assert first == f"streams.{CLS}.weight = 0.1 goes before reg's 0.03"
+    assert second == f"streams.{CLS}.normalization = channel goes before reg's none"
+    words = ["run", "--recipe", "runs/plain/config.yaml", "--name", "again", "--set", "reg.class_weight=0.5"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and f"streams.{CLS}.weight = 0.03 goes before reg's 0.5" in result.output
 
 
 @pytest.mark.usefixtures("nano")

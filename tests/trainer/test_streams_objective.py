@@ -16,11 +16,12 @@ from torch import Tensor
 
 import featcache
 from featcache.inspect import read_feature
+from featcache.read.normalization import Statistics, compute
 from trainer.diffusion.ddpm import linear_schedule
 from trainer.diffusion.streams import Layout, on_grid
 from trainer.distributed import World
 from trainer.runs.cache import with_streams
-from trainer.runs.normalization import settle_streams
+from trainer.runs.normalization import of_tokens, settle_streams
 from trainer.training.objective import Draws, draw
 from trainer.training.state import Parts, assemble
 
@@ -304,6 +305,16 @@ def test_grids_grow_bilinearly_and_shrink_by_averages() -> None:
         wanted = np.stack([enlarged(image, side) for image in images.numpy()])
         torch.testing.assert_close(on_grid(tokens, 4, to=side), torch.from_numpy(wanted))
     torch.testing.assert_close(on_grid(tokens, 4, to=2), images.reshape(2, 3, 2, 2, 2, 2).mean((3, 5)))
+
+
+@pytest.mark.parametrize(("over", "shape"), [("channel", (4, 1, 1)), ("position", (4, 4, 4))])
+def test_statistics_of_tokens_are_the_same_in_a_file_s_shape(streams_cache: Path, over: Any, shape: Any) -> None:
+    """`[C, 1, 1]` and RAE's `[C, h, w]` beside our own, as values `[B, C, T]` take them."""
+    ours = compute(featcache.open(streams_cache), PCA, over)  # [C], or [T, C]
+    theirs = Statistics(mean=ours.mean.T.reshape(shape), std=ours.std.T.reshape(shape))
+    for found in (of_tokens(ours), of_tokens(theirs)):
+        assert torch.equal(torch.as_tensor(found.shift).expand(4, 16), ours.mean.expand(16, 4).T)
+        assert torch.equal(torch.as_tensor(found.scale).expand(4, 16), 1 / ours.std.expand(16, 4).T)
 
 
 def test_the_noise_of_streams_leaves_all_other_draws_as_they_are() -> None:

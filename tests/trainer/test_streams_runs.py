@@ -204,16 +204,16 @@ def test_nothing_is_read_back_but_at_logging_steps(
 def test_after_the_stop_reg_reads_the_class_token_alone(
     streams_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.training.data
+    import featcache.torch.feed
 
     read: list[set[str]] = []
-    real = trainer.training.data.Batches._read
+    real = featcache.torch.feed.Feed._read
 
     def watched(self: Any, reader: Any, *args: Any) -> None:
         read.append(set(reader.arrays))
         real(self, reader, *args)
 
-    monkeypatch.setattr(trainer.training.data.Batches, "_read", watched)
+    monkeypatch.setattr(featcache.torch.feed.Feed, "_read", watched)
     path = run(settings(streams_cache, "reg", steps=4, align_until=2), tmp_path)
     assert all(any(name.startswith("tiny@5/") for name in names) or "tiny@5" in names for names in read[:2]), read
     assert all(not any(n.split("/")[0] == "tiny@5" for n in names) for names in read[2:]), read

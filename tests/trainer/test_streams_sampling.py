@@ -20,7 +20,10 @@ from trainer.diffusion.transport import Flow
 from trainer.interval import Interval
 from trainer.models import ModelOutput, Transformer, build_model
 from trainer.models.config import ModelConfig, StreamShape
+from trainer.requests import SampleRequest
 from trainer.sampling.draw import SampleConfig, draw_latents, draw_streams
+from trainer.sampling.inference import Arithmetic
+from trainer.sampling.run import folder_name
 from trainer.seeds import derive_seed
 
 COUNT = 4000
@@ -360,8 +363,31 @@ def test_guidance_that_contradicts_itself_is_refused() -> None:
         ({"streams": 2.0}, "no effect without --guidance", "--guidance"),
         ({"streams": 2.0, "representation": 1.5}, "no effect without --guidance", "--stream-guidance"),
         ({"scale": 2.0, "channels": 0}, "channels", "at least 1"),
+        ({"representation": 1.5, "channels": 3}, "guides all channels", "--guided-channels"),
     ):
         with pytest.raises(UserError, match=said) as error:
             Guidance(**options)  # type: ignore[arg-type]
         assert typed in str(error.value.remedy)
     assert Guidance(scale=2.0).record() == {"scale": 2.0, "low": 0.0, "high": 1.0, "channels": None}
+
+
+def test_each_way_to_guide_has_a_folder_and_a_record_of_its_own() -> None:
+    ways: list[dict[str, Any]] = [
+        *({}, {"guidance": 2.0}, {"guidance": 2.0, "stream_guidance": 2.0}, {"guidance": 2.0, "stream_guidance": 1.5}),
+        *({"guidance": 2.0, "guided_channels": 3}, {"guidance": 2.0, "guided_channels": 3, "stream_guidance": 2.0}),
+        *({"representation_guidance": 2.0}, {"representation_guidance": 1.5}),
+        {"representation_guidance": 2.0, "interval": Interval(0, 0.5)},
+    ]
+    folders, records = set(), set()
+    for way in ways:
+        request = SampleRequest(**way)
+        folders.add(folder_name(request, 1, "ode", Arithmetic()))
+        guidance = Guidance(
+            scale=request.guidance,
+            interval=request.interval,
+            channels=request.guided_channels,
+            streams=request.stream_guidance,
+            representation=request.representation_guidance,
+        )
+        records.add(str(guidance.record()))
+    assert len(folders) == len(records) == len(ways), folders

@@ -41,6 +41,7 @@ class BackboneInfo:
 
     @property
     def grid(self) -> int:
+        """Tokens per side."""
         return self.latent_size // self.patch_size
 
     @property

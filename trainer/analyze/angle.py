@@ -114,7 +114,9 @@ def measure_angles(subject: Subject, count: int) -> _Angles:
     for s, step in enumerate(chosen):
         at = subject
         if step != subject.step:
-            at = Subject(subject.run, options, device=subject.device, gradients=True, step=step)
+            at = Subject(
+                subject.run, options, device=subject.device, gradients=True, step=step, progress=subject.progress
+            )
         at.model.requires_grad_(True)
         for index in range(options.bins):
             denoise, align, shared = shared_gradients(at, index, options.bins, count)

@@ -21,7 +21,6 @@ from featcache.encoders.base import WeightsSource
 from featcache.encoders.vae import VaeEncoder, recorded_resampling
 from featcache.encoders.vision import VisionEncoder
 from featcache.errors import UserError
-from featcache.inspect import source_of
 from featcache.read.components import Components
 from featcache.store.basis import token_width
 from featcache.store.layout import CODECS
@@ -31,7 +30,7 @@ from trainer.align.heads import to_grid
 from trainer.analyze.gradients import degrees, hidden_gradients
 from trainer.analyze.probes import OWN, OwnSample, fit_heads, head_loss, own_loss, own_sample, split, taps
 from trainer.analyze.result import NotApplicable, Result, Row
-from trainer.analyze.subject import Subject, pixels_of
+from trainer.analyze.subject import Subject, pictures_of
 from trainer.plots import Chart, Matrix, Plot, Series
 from trainer.typeset import measure as shown_number
 
@@ -121,10 +120,11 @@ def recompute(subject: Subject, names: list[str], rows: slice) -> dict[str, Tens
     Raises:
         UserError: `data` holds other images than the cache was built from.
     """
-    options, features = subject.options, subject.cache.manifest.features
-    if source_of(subject.cache, options.data) is None:
+    features = subject.cache.manifest.features
+    if subject.source is None:
         return None
-    pixels = torch.from_numpy(pixels_of(subject, rows)).to(subject.device).permute(0, 3, 1, 2)
+    _, pictures = pictures_of(subject, rows)
+    pixels = torch.from_numpy(pictures).to(subject.device).permute(0, 3, 1, 2)
     out: dict[str, Tensor] = {}
     for name in names:
         if name in out:

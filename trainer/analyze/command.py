@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from featcache.console import time_text
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.progress import Progress
@@ -59,13 +60,11 @@ def measure_runs(paths: Sequence[Path], what: Sequence[str], options: AnalyzeCon
     compared: list[str] = []
     by_run: dict[str, list[Result]] = {}
     unfit: list[NotApplicable] = []
-    progress.begin("analysing", len(paths) * len(what), unit="diagnostics")
     for path, name in zip(paths, names):
         try:
             by_run[name], step = _measure(path, what, options, progress)
         except NotApplicable as error:
             unfit.append(error)
-            progress.update(len(what))
             continue
         done.append(path)
         compared.append(f"{path} {step}")
@@ -85,11 +84,12 @@ def _measure(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: 
     subjects: dict[str, Subject] = {}
     results: list[Result] = []
     left_out: dict[str, str] = {}
-    for name in what:
+    for i, name in enumerate(what, start=1):
         started = time.monotonic()
+        progress.begin(f"{runs.display_name(path)}: {name} ({i} of {len(what)})", None, unit="samples")
         kind, _ = DIAGNOSTICS[name]
         if kind not in subjects:
-            subjects[kind] = Subject(path, options, device=device, gradients=kind == "gradients")
+            subjects[kind] = Subject(path, options, device=device, gradients=kind == "gradients", progress=progress)
         subject = subjects[kind]
         try:
             with _fitting_threads(subject):
@@ -100,7 +100,7 @@ def _measure(path: Path, what: Sequence[str], options: AnalyzeConfig, progress: 
             if len(what) == 1:
                 raise
             left_out[name] = error.what
-        progress.update(1)
+            progress.note(f"{name} is left out: {error}")
     subject = next(iter(subjects.values()))
     with writing(path) as folder:
         for result in results:
@@ -147,4 +147,4 @@ def _measured(subject: Subject, result: Result, elapsed_s: float) -> str:
     every = None if result.what == "router" else len(subject.indices)
     samples = result.settings.get("samples", result.settings.get("samples measured", every))
     seen = f"{samples} samples, " if samples else ""
-    return f"Step {subject.step}, block {subject.block} of {subject.depth}, {seen}{subject.device}, {elapsed_s:.1f} s."
+    return f"Step {subject.step}, block {subject.block} of {subject.depth}, {seen}{subject.device}, {time_text(elapsed_s)}."

@@ -72,11 +72,17 @@ class AnalyzeConfig:
     patch: Index | None = None
 
     device: Annotated[str, Option("cpu, cuda, cuda:N or auto.")] = "auto"
-    data: Annotated[str | None, Option("Where the cache's images lie, for pictures. [default: decode the latents]")] = (
-        None
-    )
+    data: Annotated[
+        str | None,
+        Option(
+            "Where the cache's images lie, for pictures. [default: $FEATCACHE_DATA, ./data/imagenet, else decode latents]"
+        ),
+    ] = None
     weights_dir: Annotated[
-        str | None, Option("Folder with pretrained weights, searched before the hub.", typed=Path, parse=str)
+        str | None,
+        Option(
+            "Folder with pretrained weights, searched before the hub. [default: the hub alone]", typed=Path, parse=str
+        ),
     ] = None
 
     def __post_init__(self) -> None:

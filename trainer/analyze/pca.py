@@ -9,7 +9,7 @@ import numpy as np
 from featcache.inspect import pca_rgb
 from trainer.analyze.pictures import enlarge
 from trainer.analyze.result import Result, Row
-from trainer.analyze.subject import Subject, pixels_of
+from trainer.analyze.subject import Subject, pictures_of
 from trainer.plots import Plot, Strips
 
 FIT = 64  # images over which components are fitted
@@ -101,7 +101,7 @@ def _finding(subject: Subject, rows: list[Row]) -> str:
 def _plots(subject: Subject, found: _Coloured) -> list[Plot]:
     """One strip per image."""
     count, times = min(subject.options.images, len(subject.indices)), subject.options.times
-    images = pixels_of(subject, slice(0, count))
+    title, images = pictures_of(subject, slice(0, count))
     plots = []
     for i in range(count):
         first = [enlarge(images[i], smooth=True)]
@@ -120,7 +120,7 @@ def _plots(subject: Subject, found: _Coloured) -> list[Plot]:
                 name=f"pca_{i}",
                 drawing=Strips(
                     title=f"Sample {int(subject.indices[i])}: {label}",
-                    columns=["image", *(f"block {d}" for d in found.blocks), *found.targets],
+                    columns=[title, *(f"block {d}" for d in found.blocks), *found.targets],
                     rows=[f"t = {t:g}" for t in times],
                     cells=cells,
                     note="Look for the object's shape appearing earlier (further left) and at more noise (further "

@@ -134,6 +134,7 @@ def run(subject: Subject) -> Result:
         raise NotApplicable(
             "the samples belong to one class: there is nothing to tell apart", remedy="Use more samples."
         )
+    _require_pairs(subject, len(present))
     folds = options.probe_folds or (4 if len(subject.indices) < 2000 else 1)
     found = measure(subject, folds)
     chance = 100 * counts.max() / counts.sum()
@@ -155,6 +156,26 @@ def run(subject: Subject) -> Result:
             else "the model gets the true label, which gives the class away",
             "weights": subject.weights,
         },
+    )
+
+
+def _require_pairs(subject: Subject, present: int) -> None:
+    """Refuses samples of which most are alone in their class: whichever is held out, its class was never seen.
+
+    Raises:
+        NotApplicable: there are fewer than two of each class.
+    """
+    samples, cached = len(subject.indices), len(subject.cache)
+    if samples >= 2 * present:
+        return
+    needed = 2 * len(subject.class_names)
+    remedy = f"Look at {needed:,} or more: --samples {needed}"
+    if cached < needed:
+        remedy = f"It would take a cache of {needed:,} images or more, and {subject.cache.path} holds {cached:,}."
+    raise NotApplicable(
+        f"a probe learns from some images of a class and is tested on others, and the {samples:,} samples are of {present:,} "
+        f"classes: {samples / present:.1f} of each, where it takes at least two",
+        remedy=remedy,
     )
 
 
@@ -188,10 +209,20 @@ def measure(subject: Subject, folds: int) -> _Accuracies:
             )
         return [100 * value for value in found]
 
+    def told(what: str, features: Tensor) -> Tensor:
+        subject.progress.update(0, f"probing {what}")
+        return features
+
     depths = range(1, subject.depth + 1)
-    blocks = np.array([record([(f"block{d}:{t:g}", d, t) for d in depths], subject.pooled(t)) for t in options.times])
+    blocks = np.array(
+        [
+            record([(f"block{d}:{t:g}", d, t) for d in depths], told(f"the blocks at t = {t:g}", subject.pooled(t)))
+            for t in options.times
+        ]
+    )
     references = {
-        name: record([(name, "", "")], subject.pooled_feature(name)[None])[0] for name in _references(subject)
+        name: record([(name, "", "")], told(name, subject.pooled_feature(name)[None]))[0]
+        for name in _references(subject)
     }
     return _Accuracies(blocks=blocks, references=references, rows=rows, tested=tested, largest_error=max(errors))
 

@@ -13,7 +13,7 @@ from featcache.feature_names import is_tokens
 from trainer.analyze.pictures import enlarge, heat, mark, over
 from trainer.analyze.result import Result, Row
 from trainer.analyze.spectra import self_similarity
-from trainer.analyze.subject import Subject, pixels_of
+from trainer.analyze.subject import Subject, pictures_of
 from trainer.plots import Plot, Strips
 
 
@@ -121,14 +121,15 @@ def _plot(subject: Subject, found: _Maps) -> Plot:
     """One row per image: the image, then the maps over it."""
     grid, rows = subject.info.grid, slice(0, len(found.maps))
     cells: list[list[np.ndarray | None]] = []
-    for image, maps, patch in zip(pixels_of(subject, rows), found.maps, found.patches):
+    title, images = pictures_of(subject, rows)
+    for image, maps, patch in zip(images, found.maps, found.patches):
         pictures = [enlarge(image, smooth=True), *(over(heat(m.reshape(grid, grid)), image) for m in maps.values())]
         cells.append([mark(picture, patch, grid) for picture in pictures])
     return Plot(
         name="selfsim",
         drawing=Strips(
             title="Cosine of the marked patch with every patch (purple 0 or less, yellow 1), over the image",
-            columns=["image", *found.maps[0]],
+            columns=[title, *found.maps[0]],
             rows=[subject.class_names[int(label)] for label in subject.labels[rows]],
             cells=cells,
             note="Look for yellow that fills the object of the marked patch and stops at its edge: SARA Fig. 2a "

@@ -6,6 +6,7 @@ cache) alone, so diagnostics, checkpoints and runs see the same noisy images.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from featcache.codecs import FeatureCodec
 from featcache.errors import UserError
-from featcache.inspect import images_of, read_feature
+from featcache.inspect import find_source, pixels_of, read_feature
+from featcache.progress import QUIET, Progress
+from featcache.sources.base import Source
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import AlignInputs, Alignment
 from trainer.align.combined import Combined
@@ -51,12 +54,21 @@ class Subject:
 
     gradients: for diagnostics of gradients: the trained weights and the true labels, as in a training step without
         label dropout. Otherwise `options.weights` and `options.labels`.
+    progress: is told of each sample that is looked at.
     """
 
     def __init__(
-        self, run: Path, options: AnalyzeConfig, *, device: str, gradients: bool, step: int | None = None
+        self,
+        run: Path,
+        options: AnalyzeConfig,
+        *,
+        device: str,
+        gradients: bool,
+        step: int | None = None,
+        progress: Progress = QUIET,
     ) -> None:
         config = runs.load_config(run)
+        self.cache, self.progress = cache_of_run(run), progress
         at, _ = checkpoint.find_checkpoint(run, step if step is not None else options.step)
         weights = "model" if gradients else options.weights
         if weights == "auto":
@@ -66,7 +78,6 @@ class Subject:
         self.device, self.weights = device, weights
         self.model = loaded.model
         self.cfg = loaded.model.cfg
-        self.cache = cache_of_run(run)
         if len(self.cache) < FEWEST_SAMPLES:
             raise UserError(
                 f"{self.cache.path} holds {len(self.cache)} images, and diagnostics need at least {FEWEST_SAMPLES}",
@@ -117,6 +128,15 @@ class Subject:
             return self.alignment.parts
         return {} if self.alignment is None else {self.config.method: self.alignment}
 
+    @functools.cached_property
+    def source(self) -> Source | None:
+        """The cache's images; None where they are not at hand.
+
+        Raises:
+            UserError: `options.data` holds other images.
+        """
+        return find_source(self.cache, self.options.data)
+
     @property
     def depth(self) -> int:
         return self.cfg.depth
@@ -147,7 +167,9 @@ class Subject:
         stop = len(self.indices) if count is None else min(start + count, len(self.indices))
         size = size or self.options.batch_size
         for first in range(start, stop, size):
-            yield slice(first, min(first + size, stop))
+            rows = slice(first, min(first + size, stop))
+            yield rows
+            self.progress.update(rows.stop - rows.start)
 
     def read(self, name: str, rows: slice) -> Tensor:
         """One cached feature, decoded: float32 [b, *shape]; of one layer of a VAE group (`layers`): [b, N, C]."""
@@ -397,6 +419,8 @@ def choose(total: int, count: int, *, seed: int) -> np.ndarray:
     return generator.permutation(total)[: min(count, total)].astype(np.int64)
 
 
-def pixels_of(subject: Subject, rows: slice) -> np.ndarray:
-    """The samples' images, uint8 [b, R, R, 3]."""
-    return images_of(subject.cache, subject.options.data, subject.indices[rows].tolist())
+def pictures_of(subject: Subject, rows: slice) -> tuple[str, np.ndarray]:
+    """What the samples look like, uint8 [b, R, R, 3], behind what it is: "image", or "decoded latent" where the images are
+    not at hand."""
+    pixels = pixels_of(subject.cache, subject.source, subject.indices[rows].tolist())
+    return "image" if subject.source is not None else "decoded latent", pixels

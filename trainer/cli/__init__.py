@@ -43,15 +43,19 @@ app = typer.Typer(
 @takes(RunConfig)
 def run(
     given: Given,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options here win over it.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; options here win over it. \\[default: none]")
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE for any other setting; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE for any other setting; repeatable. \\[default: none]"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run of that name from its latest checkpoint.")
+        bool,
+        typer.Option("--resume", help="Continue the run of that name from its latest checkpoint. \\[default: off]"),
     ] = False,
     expect: Annotated[
-        str | None, typer.Option(help="Digest that the cache must have (featcache info prints it).")
+        str | None, typer.Option(help="Digest that the cache must have (featcache info prints it). \\[default: any]")
     ] = None,
 ) -> None:
     """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
@@ -138,7 +142,9 @@ def sample(
     given: Given,
     figure: Annotated[
         str | None,
-        typer.Option(help="Draw as the samples of this recipe's published figures, at its step; options here win."),
+        typer.Option(
+            help="Draw as the samples of this recipe's published figures, at its step; options here win. \\[default: none]"
+        ),
     ] = None,
 ) -> None:
     """Draw images of a run: an npz in ADM's layout, and a picture of them by class."""
@@ -194,10 +200,14 @@ def evaluate(
     given: Given,
     run: Annotated[Path | None, typer.Argument(help="Folder of the run. \\[default: the newest below ./runs]")] = None,
     samples: Annotated[
-        str | None, typer.Option(help="Judge these images (npz, tar, folder) by --reference instead of drawing some.")
+        str | None,
+        typer.Option(
+            help="Judge these images (npz, tar, folder) by --reference instead of drawing some. \\[default: draw]"
+        ),
     ] = None,
     require_labels: Annotated[
-        bool, typer.Option("--require-labels", help="With --samples: refuse images without class labels.")
+        bool,
+        typer.Option("--require-labels", help="With --samples: refuse images without class labels. \\[default: off]"),
     ] = False,
 ) -> None:
     """Sample a run, compare with reference images, write metrics.json and report.html."""
@@ -242,7 +252,10 @@ def analyze(
             help="gsnr, gradient-angle, router, cknna, probe, spectrum, selfsim, pca, codec (join with commas), or all."
         ),
     ] = "all",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for any other option; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE for any other option; repeatable. \\[default: none]"),
+    ] = None,
 ) -> None:
     """See why an alignment works: diagnostics as numbers, plots and one page. [dim]Example: trainer analyze runs/ahpa[/dim]"""
     from trainer.report.analyze import analyze_runs
@@ -280,6 +293,17 @@ def recipes(
 ) -> None:
     """List the recipes, one per row of the papers' tables, or show one. [dim]Example: trainer recipes ahpa/xl2[/dim]"""
     from trainer.runs.recipe_pages import page
+
+    for line in page(text, width=min(console.width, 120)):
+        console.print(safe(line))
+
+
+@app.command()
+def settings(
+    text: Annotated[str, typer.Argument(help="A method (ahpa), streams, or a part of a setting's name.")] = "",
+) -> None:
+    """List all settings of runs and methods: what recipes hold and --set takes. [dim]Example: trainer settings ahpa[/dim]"""
+    from trainer.runs.setting_pages import page
 
     for line in page(text, width=min(console.width, 120)):
         console.print(safe(line))

@@ -29,7 +29,9 @@ def import_(
     ] = None,
     statistics: Annotated[
         Path | None,
-        typer.Option(help="File of mean and std that its latents were normalised by, e.g. latents_stats.pt."),
+        typer.Option(
+            help="File of mean and std that its latents were normalised by, e.g. latents_stats.pt. \\[default: none, the VAE's factor]"
+        ),
     ] = None,
 ) -> None:
     """Make a run folder from an official SiT, DiT, REPA, SRA, LightningDiT, REG or ReDi checkpoint."""
@@ -75,13 +77,20 @@ def stats(
     images: Annotated[str, typer.Argument(help="Images: npz, folder, tar shards or a cache.", show_default=False)],
     out: Annotated[Path, typer.Option(help="npz file to write.")],
     extractor: Annotated[str, typer.Option(help="inception, dinov2, embedded or embedded-vit.")] = "inception",
-    resolution: Annotated[int | None, typer.Option(help="Crop a folder's images to this side.", min=1)] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Crop a folder's images to this side. \\[default: as they are]", min=1)
+    ] = None,
     features: Annotated[int, typer.Option(help="Activations kept for precision, recall and KID.", min=0)] = 10_000,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many images.", min=2)] = None,
-    data: Annotated[str | None, typer.Option(help="For a cache: where its images lie.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images. \\[default: all]", min=2)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="For a cache: where its images lie. \\[default: $FEATCACHE_DATA, else ./data/imagenet]"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
-    weights_dir: Annotated[Path | None, typer.Option(help="Folder with pretrained weights.")] = None,
+    weights_dir: Annotated[
+        Path | None, typer.Option(help="Folder with pretrained weights. \\[default: the hub alone]")
+    ] = None,
 ) -> None:
     """Make reference statistics once, to judge many runs by (trainer eval --reference FILE)."""
     from trainer.evaluate.extractors import build_extractor

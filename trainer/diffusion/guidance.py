@@ -37,7 +37,7 @@ class Guidance:
             same label, and everything is guided. 1 is none.
 
     Raises:
-        UserError: no channel, or both kinds of guidance at once.
+        UserError: no channel, both kinds of guidance at once, or what has no effect on the one.
     """
 
     scale: float = 1.0
@@ -51,6 +51,11 @@ class Guidance:
             raise UserError(
                 f"{self.channels} guided channels were asked for.", remedy="Use at least 1, or none for all."
             )
+        if self.representation != 1 and self.channels is not None:
+            raise UserError(
+                "representation guidance guides all channels, and some were asked for",
+                remedy="Leave --guided-channels out.",
+            )
         if self.representation != 1 and self.scale != 1:
             raise UserError(
                 "classifier-free guidance and representation guidance were both asked for, and each has a reference of its own",
@@ -63,6 +68,7 @@ class Guidance:
             )
 
     def active(self, t: float) -> bool:
+        """Whether it changes anything at this time."""
         return (self.scale != 1 or self.representation != 1) and t in self.interval
 
     def spans(self, layout: Layout) -> Spans:

@@ -67,7 +67,8 @@ def interpolate(kind: str, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor,
     """Noisy latent and velocity target (SiT, Eq. 4 and 7).
 
     Args:
-        z, noise: [B, ...] clean latent and standard normal noise.
+        z: [B, ...] clean latent.
+        noise: [B, ...] standard normal.
         t: [B] in [0, 1].
 
     Returns:

@@ -190,11 +190,8 @@ def _with_defaults(
     if num is None and on_gpu:
         num = GPU_SAMPLES
     elif num is None:
-        cost = (
-            forward_flops(model)
-            * steps
-            * (1 if chosen["guidance"] == chosen.get("representation_guidance", 1) == 1 else 2)
-        )
+        unguided = chosen["guidance"] == chosen["representation_guidance"] == 1
+        cost = forward_flops(model) * steps * (1 if unguided else 2)
         num = int(max(8, min(CPU_SAMPLES, CPU_BUDGET_FLOPS // cost)))
         progress.note(
             f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}"

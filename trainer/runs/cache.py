@@ -19,6 +19,7 @@ from featcache.feature_names import LayerFeature, is_class_token, layer_feature
 from featcache.keys import key_text, printable
 from featcache.paths import typed
 from featcache.settings import suggest, to_mapping
+from featcache.store.manifest import UNKNOWN, FeatureSpec
 from featcache.store.root import find_root
 from trainer import align
 from trainer.align.base import FeatureInfo
@@ -54,12 +55,9 @@ def check_made_with(config: RunConfig, cache: featcache.Cache) -> None:
     found = {"resolution": dataset.preprocessing.get("resolution"), "vae": (dataset.vae or {}).get("name")}
     for key, value in asked.items():
         if value is not None and value != found[key]:
-            methods = ((method, config.method_config(method)) for method in config.methods)
-            wanted = [name for method, options in methods for name in align.required_features(method, options)]
-            lines = build_line(None, wanted, resolution=config.resolution, vae=config.vae).splitlines()
             raise WrongCache(
                 f"{cache.path} was made with {key} {found[key]}, and the run asks for {value}",
-                remedy=f"Build one that fits:{_indented(lines)}\nor train on what there is: --set {key}=null",
+                remedy=f"Build one that fits:{_build_all(config)}\nor train on what there is: --set {key}=null",
             )
 
 
@@ -74,28 +72,34 @@ def find_cache(config: RunConfig) -> featcache.Cache:
         named = featcache.open(config.cache, cache_dir=config.stream_dir, cache_bytes=limit)
         check_made_with(config, named)
         return named
-    found = _newest_first()
-    wanted = [
-        name for method in config.methods for name in align.required_features(method, config.method_config(method))
-    ]
-    unfit: list[tuple[Path, featcache.Cache | None, CacheError]] = []
-    for path in found:
-        cache = None
+    unfit: list[tuple[Path, CacheError]] = []
+    for path in _newest_first():
         try:
             cache = featcache.open(path)
             missing_features(config, cache)
             return cache
         except CacheError as error:
-            unfit.append((path, cache, error))
+            unfit.append((path, error))
     if not unfit:
-        lines = build_line(None, wanted, resolution=config.resolution, vae=config.vae).splitlines()
-        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:{_indented(lines)}")
-    path, newest, reason = unfit[0]
+        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:{_build_all(config)}")
+    path, reason = unfit[0]
+    asked = f"--method {config.method}" + (f" with --streams {','.join(config.streams)}" if config.streams else "")
     raise CacheError(
-        f"none of the {len(unfit)} caches below ./{ROOT} fits --method {config.method}; the newest, {path}: "
-        f"{reason.what}",
-        remedy=reason.remedy if newest is None or isinstance(reason, WrongCache) else build_command(newest, wanted),
+        f"none of the {len(unfit)} caches below ./{ROOT} fits {asked}; the newest, {path}: {reason.what}",
+        remedy=reason.remedy,
     )
+
+
+def wanted_features(config: RunConfig) -> list[str]:
+    """What the methods read and what is diffused beside the latents; open names in angle brackets."""
+    methods = (align.required_features(method, config.method_config(method)) for method in config.methods)
+    return [*(name for names in methods for name in names), *filter(layer_feature, config.streams)]
+
+
+def _build_all(config: RunConfig) -> str:
+    """The lines that build a cache which is not there yet."""
+    lines = build_line(None, wanted_features(config), resolution=config.resolution, vae=config.vae)
+    return _indented(lines.splitlines())
 
 
 def _newest_first() -> list[Path]:
@@ -118,6 +122,11 @@ def cache_of_run(run: Path) -> featcache.Cache:
     """
     summary = cache_summary(run)
     path = runs.cache_path(run, summary)
+    if not path:
+        raise CacheError(
+            f"{run} was imported without a cache, and this looks at one",
+            remedy="Import the checkpoint again with a cache of its VAE and classes: trainer import FILE --cache CACHE --name NAME",
+        )
     try:
         cache = featcache.open(path)
     except UserError as error:
@@ -140,13 +149,16 @@ def missing_features(config: RunConfig, cache: featcache.Cache) -> None:
     """Refuses a cache that the configuration cannot be trained on.
 
     Raises:
-        CacheError: it is of the wrong kind or lacks what the methods read.
+        CacheError: it is of the wrong kind, or lacks what the methods read or what is diffused; then the remedy adds all.
     """
     check_made_with(config, cache)
-    cache.require(["vae/moments", "label"])
     available = available_features(cache)
-    for method in config.methods:
-        align.resolve(method, config.method_config(method), available)
+    try:
+        cache.require(["vae/moments", "label"])
+        for method in config.methods:
+            align.resolve(method, config.method_config(method), available)
+    except CacheError as error:
+        raise CacheError(error.what, remedy=build_command(cache, wanted_features(config))) from error
     with_streams(config, cache)
 
 
@@ -164,26 +176,38 @@ def with_streams(config: RunConfig, cache: featcache.Cache) -> RunConfig:
         try:
             streams = align.data_streams(method, chosen, available)
         except CacheError as error:
-            command = build_command(cache, align.required_features(method, chosen))
+            command = build_command(cache, wanted_features(config))
             raise CacheError(f"{cache.path}: {error.what}", remedy=command) from error
         for feature, options in streams.items():
             asked[feature] = {**asked.get(feature, {}), **options}
     for feature, given in config.streams.items():
         asked[feature] = {**asked.get(feature, {}), **(given or {})}
+    wanted = wanted_features(config)
     return dataclasses.replace(
-        config, streams={name: _settled_stream(name, options, cache) for name, options in asked.items()}
+        config, streams={name: _settled_stream(name, options, cache, wanted) for name, options in asked.items()}
     )
 
 
-def _settled_stream(feature: str, options: Mapping[str, Any], cache: featcache.Cache) -> dict[str, Any]:
-    config = stream_config(feature, options)
-    spec = cache.manifest.features.get(feature)
-    if spec is None:
-        near = suggest(feature, cache.manifest.features)
-        raise CacheError(
-            f"{cache.path} does not hold {feature}, which is to be diffused",
-            remedy=near + (build_command(cache, (feature,)) if layer_feature(feature) else DIFFUSIBLE),
-        )
+def stream_spec(feature: str, cache: featcache.Cache, wanted: Sequence[str]) -> FeatureSpec:
+    """How a feature that is diffused is stored.
+
+    Raises:
+        CacheError: it is not there; the remedy adds all of `wanted`.
+    """
+    spec, parts = cache.manifest.features.get(feature), layer_feature(feature)
+    if spec is not None:
+        return spec
+    near = suggest(feature, cache.manifest.features)
+    remedy = build_command(cache, wanted) if parts else DIFFUSIBLE
+    if parts and parts.encoder == UNKNOWN:
+        remedy = "Import the checkpoint again with --cache of one that holds what it diffuses."
+    raise CacheError(f"{cache.path} does not hold {feature}, which is diffused", remedy=near + remedy)
+
+
+def _settled_stream(
+    feature: str, options: Mapping[str, Any], cache: featcache.Cache, wanted: Sequence[str]
+) -> dict[str, Any]:
+    config, spec = stream_config(feature, options), stream_spec(feature, cache, wanted)
     check_shape(feature, tuple(spec.shape))
     if spec.codec == "int4":
         raise UserError(

@@ -48,44 +48,66 @@ class RunConfig:
 
     What to train:
         method: `none`, or alignment methods joined by `+` (`ahpa`, `repa`, `ahpa+sra`).
-        align: options of each method by its name, e.g. `{"ahpa": {"router": "lookup"}}`.
+        align: options of each method by its name, e.g. `{"ahpa": {"router": "table"}}`.
         align_until: step from which alignment is switched off (HASTE); None: never.
-        model: backbone, e.g. `SiT-XL/2`, `LightningDiT-XL/1`. cache: path or URL of the feature cache. name: folder below `runs`.
+        model: backbone, e.g. `SiT-XL/2`, `LightningDiT-XL/1`.
+        cache: path or URL of the feature cache.
+        name: folder below `runs`.
         resolution, vae: side in pixels and VAE (`sd-ft-ema`) that the cache must have been made with; None: any.
     Objective:
         normalization: of the latents: `scalar`, by the VAE's scaling factor; by the mean and standard deviation of each
-        `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents. Results under different ones are not comparable: it decides at which times
-        which detail is noise. statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's,
-        RAE's); None takes those imported with the latents, else computes them from the cache. A run keeps a copy. streams: features diffused beside the latents, each with options of
-        `trainer.runs.streams.StreamConfig`; some methods bring their own. label_dropout: share of null labels.
-        Of SiT and LightningDiT, see `trainer.diffusion.transport.Flow`: path: interpolant. time_sampling, time_mean, time_std, time_shift:
-        how t is drawn. prediction: what the backbone says of x_t; the loss is the velocity's in each case. time_floor:
-        smallest divisor where the velocity follows from x or the noise. cosine_weight: of the velocity's direction.
+            `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents.
+            Results under different ones are not comparable: it decides at which times which detail is noise.
+        statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's, RAE's); None takes
+            those imported with the latents, else computes them from the cache. A run keeps a copy.
+        streams: features diffused beside the latents, each with options of `trainer.runs.streams.StreamConfig`; some
+            methods bring their own.
+        path: interpolant of SiT and LightningDiT, see `trainer.diffusion.transport.Flow`.
+        time_sampling, time_mean, time_std, time_shift: how t is drawn.
+        prediction: what the backbone says of x_t; the loss is the velocity's in each case.
+        time_floor: smallest divisor where the velocity follows from x or the noise.
+        cosine_weight: of the velocity's direction.
+        label_dropout: share of null labels.
+        qk_norm: normalise queries and keys.
     Optimisation (AdamW):
-        batch_size: global, over all ranks and accumulation steps. lr: after `warmup_steps` from zero;
-        None takes the method's (2e-4 for AHPA, else 1e-4). lr_schedule: `constant`, or `linear`: held for `hold_steps` after the warm-up, then falling to `lr_end`, which it reaches in step
-        `decay_until` (None: the last of `steps`) and keeps. clip: maximal gradient norm; None takes the
-        method's (2.0 for AHPA, none for ReDi, else 1.0), `.inf` is no clipping. ema_decay: of the weights' average, reached after a short warm-up if
-        ema_warmup (min(decay, (1 + step) / (10 + step))).
+        steps: of the optimiser, from the run's beginning.
+        batch_size: global, over all ranks and accumulation steps.
+        accumulate: micro-batches per step, for batches that do not fit at once.
+        lr: after the warm-up; None takes the method's (2e-4 for AHPA, else 1e-4).
+        lr_schedule: `constant`, or `linear`: held for `hold_steps` after the warm-up, then falling to `lr_end`.
+        warmup_steps: in which the rate rises from zero.
+        hold_steps, decay_until, lr_end: of `linear`: steps at the full rate, the step that ends the fall (None: the
+            last), and the rate that stays.
+        betas, weight_decay: AdamW's.
+        clip: maximal gradient norm; None takes the method's (2.0 for AHPA, none for ReDi, else 1.0), `.inf` is no
+            clipping.
+        ema_decay: of the weights' average.
+        ema_warmup: begin with a smaller one, min(decay, (1 + step) / (10 + step)).
     Machine:
-        precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU. compile: None compiles on a GPU only.
-        accumulate: micro-batches per step, for batches that do not fit at once. shard: split weights, average and
-        optimiser state over the ranks (FSDP2) instead of keeping a copy on each (DDP); a single rank has nothing to
-        split. None of these three changes more than rounding. stream_dir, stream_gib: where blocks of a remote cache
-        are kept, and how many GiB of them each process keeps at most; None: `$FEATCACHE_STREAM_DIR` and 10 GiB.
+        seed: of everything random.
+        device: `cpu`, `cuda` or `auto`.
+        precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU.
+        attention: `sdpa` is torch's own, `xformers` needs a GPU.
+        compile: the training step; None compiles on a GPU only.
+        shard: split weights, average and optimiser state over the ranks (FSDP2) instead of keeping a copy on each
+            (DDP); a single rank has nothing to split. Like compile and accumulate it changes no more than rounding.
+        weights_dir: folder with pretrained weights, searched before the hub.
+        stream_dir, stream_gib: where blocks of a remote cache are kept, and how many GiB of them each process keeps at
+            most; None: `$FEATCACHE_STREAM_DIR` and 10 GiB.
     Bookkeeping:
-        log_every, sample_every, checkpoint_every in steps; sample_every 0 draws no grids. keep_checkpoints: how many of
-        the latest stay. published: figures of the paper's row, for the report.
+        log_every, sample_every, checkpoint_every: in steps; 0 draws no grids of samples.
+        keep_checkpoints: how many of the latest stay.
+        published: figures of the paper's row, for the report.
     """
 
     method: Annotated[str, Option("none, repa, ahpa, ...; join several with +.")] = "none"
     align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     align_until: Index | None = None
     model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1.")] = "SiT-B/2"
-    cache: Annotated[str | None, Option("Feature cache. Default: the newest fitting one below ./caches.")] = None
+    cache: Annotated[str | None, Option("Feature cache. [default: the newest fitting one below ./caches]")] = None
     resolution: Count | None = None
     vae: str | None = None
-    name: Annotated[str | None, Option("Folder below ./runs. Default: from method and model.")] = None
+    name: Annotated[str | None, Option("Folder below ./runs. [default: from method and model]")] = None
 
     normalization: Annotated[
         Literal["auto", "scalar", "channel", "position"],
@@ -94,7 +116,7 @@ class RunConfig:
     statistics: Annotated[
         str | None,
         Option(
-            "File of mean and std. Default: imported with the latents, else computed from the cache.",
+            "File of mean and std. [default: imported with the latents, else computed from the cache]",
             typed=Path,
             parse=str,
         ),
@@ -102,7 +124,7 @@ class RunConfig:
     streams: Annotated[
         Mapping[str, Mapping[str, Any] | None],
         Option(
-            "Features to diffuse beside the latents, joined by commas: dinov2-b@11.cls,...",
+            "Features to diffuse beside the latents, joined by commas: dinov2-b@11.cls,... [default: those of the method]",
             typed=str,
             parse=stream_names,
         ),
@@ -138,11 +160,14 @@ class RunConfig:
     seed: Annotated[Index, Option("Seed of everything random.")] = 0
     device: Annotated[str, Option("cpu, cuda or auto.")] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Option("auto, fp32, bf16 or fp16.")] = "auto"
-    attention: Annotated[Attention, Option("sdpa (torch's own, the default) or xformers.")] = "sdpa"
+    attention: Annotated[Attention, Option("sdpa (torch's own) or xformers.")] = "sdpa"
     compile: bool | None = None
     shard: bool = False
     weights_dir: Annotated[
-        str | None, Option("Folder with pretrained weights, searched before the hub.", typed=Path, parse=str)
+        str | None,
+        Option(
+            "Folder with pretrained weights, searched before the hub. [default: the hub alone]", typed=Path, parse=str
+        ),
     ] = None
     stream_dir: str | None = None
     stream_gib: Annotated[float, Field(gt=0, le=2**31 - 1, allow_inf_nan=False)] | None = None

@@ -87,18 +87,17 @@ class Sampling:
     def settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """These, by the names of `trainer.requests.SampleSettings`, where `asked` has none; without sampler and steps.
 
-        Interval and channels belong to the guidance scale: with another one they are not these. So does the shift to a
-        sampler that takes one. An unknown scale is none at all, or whichever is asked for.
+        Interval, channels and the streams' scale belong to the guidance scale: with another one they are not these. So does
+        the shift to a sampler that takes one. An unknown scale is none at all, or whichever is asked for.
         """
         found = {name: value for name, value in asked.items() if value is not None}
         unguided = self.guidance is None or found.get("representation_guidance", 1) != 1
         scale = found.setdefault("guidance", 1.0 if unguided else self.guidance)
-        if self.guidance in (None, scale):
+        by_streams = found.setdefault("representation_guidance", self.representation_guidance if scale == 1 else 1.0)
+        if self.guidance in (None, scale) and by_streams == self.representation_guidance:
             found.setdefault("interval", self.interval)
             found.setdefault("guided_channels", self.channels)
             found.setdefault("stream_guidance", self.stream_guidance)
-        if scale == 1:
-            found.setdefault("representation_guidance", self.representation_guidance)
         if found.get("sampler", self.sampler) in (None, *SHIFTED):
             found.setdefault("shift", self.shift)
         if self.classes is not None:

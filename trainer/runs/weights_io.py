@@ -8,7 +8,8 @@ What differs from ours, by convention:
 - `lightningdit`: time as in `sit`, C channels out; carries the tables of the rotary positions, which are ours too.
 - `dit`: nothing (DDPM steps 0..999, noise and variance values).
 - `reg`: as `repa`, with a class token of its own: the layers of that stream have other names.
-- `redi`: time as in `sit`, C + K channels in and out, of which the last K are a feature's components: a merged stream.
+- `redi`: time as in `sit`, C + K channels in and out, of which the last K are a feature's components: a merged stream;
+  carries `projector.*` where REPA's loss was added.
 
 Time and sign are converted in the weights themselves, so an imported model is like any other. Also carried
 by all is `pos_embed`, which training averages into the EMA, where it drifts by rounding: it is kept and
@@ -72,7 +73,7 @@ _REDI_LATENT, _REDI_COMPONENTS, _REDI_ENCODER = 4, 8, "dinov2-b-reg@11"
 _PLAIN_NAME = re.compile(r"[\w.-]{1,80}@[0-9]{1,3}\.[\w-]{1,80}", re.ASCII)
 
 # What an official repository stores beside the backbone: heads of the alignment, dropped at inference.
-_HEAD_PREFIXES = ("projectors.", "ap_head.")
+_HEAD_PREFIXES = ("projectors.", "ap_head.", "projector.")
 # What tells a backbone's shape, with the number of axes.
 _NEEDED = {
     "pos_embed": 3,
@@ -154,7 +155,7 @@ def import_official(
         plain = config.backbone == "SiT" and "use_rmsnorm" not in options  # which only LightningDiT's code says
         if config.own_streams:
             convention = "reg"
-        elif plain and not extra and not doubled and _is_redi(config, options):
+        elif plain and not doubled and _is_redi(config, extra, options):
             convention = "redi"
         else:
             convention = _infer_convention(extra, options, path, doubled) if plain else "lightningdit"
@@ -187,7 +188,7 @@ def import_official(
         state={key: value.contiguous() for key, value in state.items()},
         heads=extra,
         step=step if isinstance(step, int) else None,
-        dropout=_number(options.get("dino_drop_prob")) if convention == "redi" else 0.0,
+        dropout=_dropout(options, path) if convention == "redi" else 0.0,
     )
 
 
@@ -541,9 +542,11 @@ def _fitting(config: ModelConfig) -> list[Convention]:
     return ["reg"] if first.tokens == 1 else []
 
 
-def _is_redi(config: ModelConfig, options: Mapping[str, Any]) -> bool:
+def _is_redi(config: ModelConfig, extra: Mapping[str, Tensor], options: Mapping[str, Any]) -> bool:
     """Whether the channels are those of latents and components, by what the file says of its training, or by ReDi's
-    published number, which no VAE has."""
+    published number, which no VAE has; with no heads but its own."""
+    if not all(key.startswith("projector.") for key in extra):
+        return False
     components = options.get("pca_rank", _REDI_COMPONENTS)
     return isinstance(components, int) and config.latent_channels == _REDI_LATENT + components
 
@@ -576,8 +579,12 @@ def _with_stream(config: ModelConfig, options: Mapping[str, Any], path: Path) ->
     return replace(config, latent_channels=_REDI_LATENT, streams=(stream,))
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+def _dropout(options: Mapping[str, Any], path: Path) -> float:
+    """Share of the steps that ReDi's code trained without components."""
+    said = options.get("dino_drop_prob", 0.0)
+    if not isinstance(said, int | float) or not 0 <= said <= 1:
+        raise UserError(f"{path} says that its dino_drop_prob is no share between 0 and 1.", remedy=_OTHER_FILE)
+    return float(said)
 
 
 def _rename(state: Mapping[str, Tensor], layers: Mapping[str, str]) -> dict[str, Tensor]:

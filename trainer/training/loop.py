@@ -20,21 +20,23 @@ from torch import Tensor
 from featcache.errors import AGAIN, CacheError, UserError, os_error
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
+from featcache.read.order import stream_indices
 from featcache.redact import is_redacted, redact
 from featcache.store.remote import is_remote
 from featcache.store.signing import require_digest
-from trainer import distributed
+from featcache.torch.feed import Share
+from featcache.torch.loader import Loader
+from trainer import align, distributed
 from trainer.align.base import Alignment
 from trainer.diffusion.streams import Layout
 from trainer.distributed import World
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
-from trainer.runs.cache import find_cache, random_features, sample_keys, with_streams
+from trainer.runs.cache import available_features, find_cache, random_features, sample_keys, with_streams
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.runs.streams import StreamConfig, stream_config
-from trainer.training.data import Batches, Share, stream_indices
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
@@ -92,7 +94,9 @@ def _train(
     expect: str | None,
 ) -> Path:
     _prepare_device(device)
-    share = _share(config, world)
+    share = Share(
+        global_batch=config.batch_size, rank=world.rank, world_size=world.size, micro_batches=config.accumulate
+    )
     cache = find_cache(config)
     if expect is not None:
         require_digest(cache.manifest, expect, str(cache.path))
@@ -126,20 +130,11 @@ def _train(
 
 def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, trained_s: float) -> None:
     """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
-    config, alignment = job.config, job.parts.alignment
+    config = job.config
     means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
     grids = GridMaker(config, job.cache, job.run, job.watcher.note)
     signals = distributed.StopSignal()
-    batches = Batches(
-        job.cache,
-        [*job.parts.data, "label"],
-        extra=[name for name in alignment.reads if name not in job.parts.data] if alignment is not None else [],
-        wanted=lambda step: is_aligned(config, alignment, step),
-        share=job.share,
-        seed=config.seed,
-        device=job.device,
-        steps=range(start, config.steps),
-    )
+    batches = loader(job, start)
     stream = iter(batches)
     try:
         for step in range(start, config.steps):
@@ -173,6 +168,26 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
     finally:
         batches.close()
         signals.wait()
+
+
+def loader(job: Job, start: int, *, everything: bool = False) -> Loader:
+    """Batches as they are stored, of what each of the run's steps from `start` on reads, or of all that any reads."""
+    config, alignment = job.config, job.parts.alignment
+    return Loader(
+        job.cache,
+        [*job.parts.data, "label"],
+        extra=[name for name in alignment.reads if name not in job.parts.data] if alignment is not None else [],
+        wanted=lambda step: everything or is_aligned(config, alignment, step),
+        batch_size=config.batch_size,
+        rank=job.share.rank,
+        world_size=job.share.world_size,
+        micro_batches=job.share.micro_batches,
+        seed=config.seed,
+        device=job.device,
+        dtype=None,
+        start=start,
+        stop=config.steps,
+    )
 
 
 def train_step(
@@ -352,18 +367,6 @@ def _prepare_device(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def _share(config: RunConfig, world: World) -> Share:
-    if config.batch_size % (world.size * config.accumulate):
-        raise UserError(
-            f"batch_size {config.batch_size} cannot be shared by {world.size} ranks x {config.accumulate} "
-            "accumulation steps",
-            remedy="Choose a batch size that is a multiple of both together.",
-        )
-    return Share(
-        global_batch=config.batch_size, rank=world.rank, world_size=world.size, micro_batches=config.accumulate
-    )
-
-
 def _resolve(
     config: RunConfig, cache: Cache, device: torch.device, root: Path, claimed: Path | None
 ) -> tuple[Path, RunConfig]:
@@ -428,6 +431,12 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
     if config.streams:
         beside = (f"{name} ({_as_diffused(stream_config(name, given))})" for name, given in config.streams.items())
         job.watcher.note(f"diffused beside the latents: {', '.join(beside)}")
+    for method in config.methods:
+        asked = align.data_streams(method, config.method_config(method), available_features(job.cache))
+        for name, options in asked.items():
+            for key, value in options.items():
+                if (chosen := (config.streams[name] or {})[key]) != value:
+                    job.watcher.note(f"streams.{name}.{key} = {chosen} goes before {method}'s {value}")
     unused = [name for name in ("stream_dir", "stream_gib") if getattr(config, name) is not None]
     if unused and not is_remote(job.cache.path):
         job.watcher.note(

@@ -24,7 +24,7 @@ from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import token_positions
 from trainer.runs import checkpoint
-from trainer.runs.cache import available_features, build_command, with_streams
+from trainer.runs.cache import available_features, build_command, stream_spec, with_streams
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import from_statistics, of_tokens, scalar
 from trainer.runs.streams import stream_config
@@ -239,6 +239,7 @@ def build_streams(
     """What is diffused beside the latents.
 
     Raises:
+        CacheError: the cache lacks one.
         UserError: one is to be normalised, and its statistics are not given.
     """
     found = []
@@ -251,7 +252,7 @@ def build_streams(
                 f"{stream.normalization} --out stats.safetensors",
             )
         normalization = None if stream.normalization == "none" else of_tokens(statistics[shape.name])
-        codec = FeatureCodec(cache.manifest.features[shape.name])
+        codec = FeatureCodec(stream_spec(shape.name, cache, (shape.name,)))
         size = model_cfg.latent_size
         found.append(Stream(shape, codec, stream, normalization=normalization, latent_size=size))
     return found

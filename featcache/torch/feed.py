@@ -1,9 +1,4 @@
-"""Cache => device: stored bytes of the right samples, read and copied ahead of the step that uses them.
-
-The order of samples is one infinite stream, the epochs' permutations one after another; batch `k` of the run is
-positions `k * B .. (k + 1) * B` of it. So the position is a function of the step alone: nothing to save, any number
-of ranks reads the same global batches, and no sample is dropped at the end of an epoch.
-"""
+"""Cache => device: stored bytes of the right samples, read and copied ahead of the step that uses them."""
 
 from __future__ import annotations
 
@@ -17,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.read.order import epoch_order
+from featcache.errors import UserError
+from featcache.read.order import stream_views
 
 if TYPE_CHECKING:
-    from featcache import Cache, Reader
+    from featcache.read.reader import Cache, Reader
 
 RING = 3  # device buffers: one in use, one ready, one being filled
 STAGING = 2  # pinned host buffers: one being copied to the GPU, one being read into
@@ -28,39 +24,34 @@ STAGING = 2  # pinned host buffers: one being copied to the GPU, one being read 
 Stored = dict[str, Tensor]
 
 
-def stream_indices(start: int, stop: int, *, count: int, seed: int) -> np.ndarray:
-    """Sample indices at positions `start..stop` of the infinite stream over `count` samples, int64."""
-    pieces = []
-    while start < stop:
-        epoch, offset = divmod(start, count)
-        end = min(count, offset + stop - start)
-        pieces.append(np.asarray(epoch_order(seed, epoch, count)[offset:end], dtype=np.int64))
-        start += end - offset
-    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-
-
-def stream_views(start: int, stop: int, *, seed: int) -> np.ndarray:
-    """Which of two cached views (0 as is, 1 mirrored) each position of the stream takes: a fair coin, int64."""
-    block, views = 4096, []
-    for number in range(start // block, -(-stop // block)):
-        coins = np.random.Generator(np.random.Philox(key=[seed, 0xF11B], counter=[0, 0, 0, number])).integers(
-            0, 2, block
-        )
-        views.append(coins[max(0, start - number * block) : stop - number * block])
-    return np.concatenate(views) if views else np.empty(0, np.int64)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """Which rows of every global batch one rank takes, micro-batch by micro-batch.
 
     The ranks' parts lie inside each micro-batch, so the micro-batches are the same for any number of ranks.
+
+    Raises:
+        UserError: they cannot be shared out evenly.
     """
 
     global_batch: int
     rank: int = 0
     world_size: int = 1
     micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.global_batch, self.world_size, self.micro_batches) < 1 or not 0 <= self.rank < self.world_size:
+            raise UserError(
+                f"there is no share of rank {self.rank} of {self.world_size} in {self.micro_batches} micro-batches of a batch "
+                f"of {self.global_batch}",
+                remedy="Numbers are at least 1, and the rank is below the number of ranks.",
+            )
+        if self.global_batch % (self.world_size * self.micro_batches):
+            raise UserError(
+                f"batch_size {self.global_batch} cannot be shared by {self.world_size} ranks x {self.micro_batches} "
+                "accumulation steps",
+                remedy="Choose a batch size that is a multiple of both together.",
+            )
 
     @property
     def rows(self) -> int:
@@ -73,7 +64,7 @@ class Share:
         return slice(first, first + self.rows)
 
 
-class Batches:
+class Feed:
     """Iterates over batches of stored arrays on the device, one micro-batch after another, from a given step on.
 
     A thread reads ahead. On a GPU it reads into pinned memory and queues the copy on a stream of its own; the
@@ -83,7 +74,9 @@ class Batches:
     Args:
         cache: an open one.
         features: names to read at every step.
-        extra: names to read only at the steps for which `wanted` says so (a method's targets).
+        indices: samples at positions `start..stop` of the stream, int64.
+        seed: of the views of mirrored images.
+        extra: names to read only at the steps for which `wanted` says so.
         steps: range of steps to deliver.
     """
 
@@ -93,13 +86,14 @@ class Batches:
         features: Sequence[str],
         *,
         share: Share,
+        indices: Callable[[int, int], np.ndarray],
         seed: int,
         device: torch.device,
         steps: range,
         extra: Sequence[str] = (),
         wanted: Callable[[int], bool] = lambda step: True,
     ) -> None:
-        self._cache, self._share, self._seed, self._steps, self._wanted = cache, share, seed, steps, wanted
+        self._share, self._indices, self._seed, self._steps, self._wanted = share, indices, seed, steps, wanted
         self._flipped = cache.manifest.dataset.flip
         self._device, self._cuda = device, device.type == "cuda"
         base = list(dict.fromkeys(features))
@@ -159,9 +153,8 @@ class Batches:
     def _read(self, reader: Reader, step: int, micro: int, into: Stored) -> None:
         rows = self._share.slice(micro)
         first, stop = step * self._share.global_batch + rows.start, step * self._share.global_batch + rows.stop
-        indices = stream_indices(first, stop, count=len(self._cache), seed=self._seed)
         views = stream_views(first, stop, seed=self._seed) if self._flipped else None
-        reader.read(indices, {name: into[name].numpy() for name in reader.arrays}, views=views)
+        reader.read(self._indices(first, stop), {name: into[name].numpy() for name in reader.arrays}, views=views)
 
     def __iter__(self) -> Iterator[Stored]:
         while (item := self._full.get()) is not None:
@@ -175,9 +168,11 @@ class Batches:
             self._free.put((buffers, used))
 
     def close(self) -> None:
-        """Stops the reading thread."""
+        """Stops the reading thread, and whoever iterates."""
         self._free.queue.clear()
         self._free.put(None)
         self._thread.join(timeout=10)
+        self._full.queue.clear()
+        self._full.put(None)
         for reader in self._readers.values():
             reader.close()
