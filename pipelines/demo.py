@@ -88,7 +88,7 @@ def run_all(commands: list[str]) -> None:
 
 
 def draw_picture(out: Path, columns: int = 6) -> None:
-    """Real images and both runs' guided samples side by side, one row per class."""
+    """Real images and the first of both runs' judged samples side by side, one row per class."""
     from PIL import Image, ImageDraw, ImageFont
 
     import featcache
@@ -103,9 +103,10 @@ def draw_picture(out: Path, columns: int = 6) -> None:
     ]
     panels = {"real": np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)}
     for method in TITLES:
-        (grid,) = (RUNS / method / "samples").glob("*-cfg*/grid.png")
-        with Image.open(grid) as image:
-            panels[f"samples, {method}"] = np.asarray(image)[:, : columns * side]
+        (images,) = (RUNS / method / "samples").glob("*-cfg*/samples_*.npz")
+        with np.load(images) as drawn:
+            of_class = [drawn["arr_0"][drawn["arr_1"] == c][:columns] for c in range(len(rows))]
+        panels[f"samples, {method}"] = np.concatenate([np.concatenate(list(row), axis=1) for row in of_class], axis=0)
     width, height = columns * side, panels["real"].shape[0]
     sheet = Image.new("RGB", (len(panels) * (width + 12) - 12, height + 22), "white")
     for i, (title, pixels) in enumerate(panels.items()):

@@ -50,6 +50,14 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A dotted upright line at `x`, which the chart's note explains. colour: as of a series."""
+
+    x: float
+    colour: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chart:
     """Several lines on one pair of axes; labels carry the units."""
 
@@ -57,6 +65,7 @@ class Chart:
     x_label: str
     y_label: str
     series: Sequence[Series]
+    marks: tuple[Mark, ...] = ()
     note: str = ""
     log_y: bool = False
     kind: Literal["chart"] = "chart"

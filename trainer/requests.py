@@ -124,6 +124,9 @@ class SampleRequest(SampleSettings):
     pixels: Annotated[Literal["round", "truncate"], Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = (
         "round"
     )
+    weights: Annotated[
+        Literal["ema", "raw"], Option("Which to draw with: ema (averaged) or raw (as the optimiser left them).")
+    ] = "ema"
     format: Annotated[Literal["npz", "wds", "png"], Option("npz (ADM's layout), wds (a WebDataset shard) or png.")] = (
         "npz"
     )

@@ -73,6 +73,18 @@ def align(a: np.ndarray, b: np.ndarray, k: int, estimator: str) -> float:
     return (hsic_biased if estimator == "biased" else hsic_unbiased)(m * a, m * b)
 
 
+def test_cknna_of_few_samples_may_exceed_one_but_the_papers_does_not() -> None:
+    found: dict[str, list[float]] = {"unbiased": [], "biased": [], "paper": []}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(16, 32, generator=generator) + torch.randn(1, 32, generator=generator)
+        y = x + 0.2 * torch.randn(16, 32, generator=generator)
+        for estimator, values in found.items():
+            values.append(kernels.cknna(x, y, k=10, estimator=estimator))  # type: ignore[arg-type]
+    assert 1 < max(found["unbiased"]) < 1.25 and 1 < max(found["biased"]) < 1.25
+    assert max(found["paper"]) < 1
+
+
 @pytest.mark.parametrize("estimator", ["unbiased", "biased", "paper"])
 @pytest.mark.parametrize("k", [2, K, N - 1])
 def test_cknna_is_its_definition(estimator: str, k: int) -> None:

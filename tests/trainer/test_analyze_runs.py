@@ -29,6 +29,7 @@ from tests.told import Told
 from trainer.align.base import cosine_per_token
 from trainer.analyze import DIAGNOSTICS, diagnostic
 from trainer.analyze.angle import shared_gradients
+from trainer.analyze.cknna import _above_one
 from trainer.analyze.config import AnalyzeConfig
 from trainer.analyze.gradients import cosine, gsnr
 from trainer.analyze.gsnr import measure
@@ -437,6 +438,16 @@ def test_command(cli: Callable[..., subprocess.CompletedProcess[str]], shapes_ca
     wrong = cli("trainer", "analyze", "runs/typed", "--what", "spectra")
     assert wrong.returncode == 2
     assert "no diagnostic 'spectra'" in wrong.stderr + wrong.stdout and "Traceback" not in wrong.stderr
+
+
+def test_values_above_one_and_distances_from_uniform_are_explained(runs_root: Path, tmp_path: Path) -> None:
+    assert _above_one([{"cknna": 0.99}, {"cknna": float("nan")}], "unbiased", 20) == ""
+    said = _above_one([{"cknna": 1.01}], "unbiased", 20)
+    assert "above 1" in said and "as few as 20" in said and "--set cknna=paper" in said
+    run = shutil.copytree(runs_root / "ahpa", tmp_path / "ahpa")
+    analyze_runs([run], ["router"], options(), Quiet())
+    finding = json.loads((run / "analysis/router.json").read_text())["finding"]
+    assert "each of the 2 groups 50.0 %" in finding and "percentage points away" in finding
 
 
 # What a user sees of it

@@ -27,7 +27,9 @@ from trainer.interval import Interval
 from trainer.models import build_model
 from trainer.models.config import forward_flops
 from trainer.report import data
+from trainer.report import run as report
 from trainer.report.run import router_charts, write_run_report
+from trainer.report.same_noise import SameNoise
 from trainer.requests import EvalRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
@@ -456,6 +458,64 @@ def test_several_runs_are_always_the_comparison_page(root: Path, tmp_path: Path)
         assert expected in text
     with pytest.raises(UserError, match="twice"):
         write_run_report([one, one])
+
+
+def without_samples(root: Path, path: Path) -> Path:
+    """A copy of the run without what training drew."""
+    run = with_recipe(root, path, {})
+    shutil.rmtree(run / "samples")
+    return run
+
+
+def test_samples_from_the_same_noise_are_drawn_once_for_runs_without_any(root: Path, tmp_path: Path) -> None:
+    both = [without_samples(root, tmp_path / name) for name in "ab"]
+    drawing = SameNoise(num=3, device="cpu", progress=(told := Told()))
+    first = write_run_report(both, same_noise=drawing).read_text()
+    assert "all images of a column start from the same noise" in first
+    assert [task[:2] for task in told.tasks] == [("sampling", 3)] * 2
+    (one,), (two,) = (list((run / "samples").glob("*/samples_3.npz")) for run in both)
+    with np.load(one) as a, np.load(two) as b:
+        assert np.array_equal(a["arr_0"], b["arr_0"]), "equal weights, noise and classes"
+        names = load_run(both[0]).class_names
+        assert a["arr_1"].tolist() == [0, round((len(names) - 1) / 2), len(names) - 1]
+    for row in ("a, step 3", "b, step 3"):
+        assert first.count(f'alt="{names[0]}, {row}"') == 1
+    assert write_run_report(both, same_noise=drawing).read_text() == first
+    assert len(told.tasks) == 2 and not told.notes, "they are there"
+    assert "Same noise" not in write_run_report(both).read_text(), "nothing is drawn unasked"
+
+
+def test_nothing_is_drawn_where_there_are_samples_or_none_in_common(root: Path, tmp_path: Path) -> None:
+    drawing = SameNoise(num=2, device="cpu", progress=(told := Told()))
+    trained = [with_recipe(root, tmp_path / name, {}) for name in "ab"]
+    assert "One column per training step" in write_run_report(trained, same_noise=drawing).read_text()
+    judged = [without_samples(root, tmp_path / name) for name in "cd"]
+    for run in judged:
+        evaluate_run(run, ASK, Quiet())
+    page = write_run_report(judged, same_noise=drawing).read_text()
+    assert "The same place in every run starts from the same noise" in page
+    assert not told.tasks
+    other = without_samples(root, tmp_path / "other")
+    summary = json.loads((other / "cache.json").read_text())
+    summary["dataset"]["class_names"][0] = "another"
+    (other / "cache.json").write_text(json.dumps(summary))
+    assert "Same noise" not in write_run_report([judged[0], other], same_noise=drawing).read_text()
+    assert told.notes == ["no samples from the same noise are drawn: the runs' classes differ"] and not told.tasks
+
+
+def test_other_images_than_the_cache_s_are_left_out_of_a_report(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("not the images that the cache was made from")
+
+    run = without_samples(root, tmp_path / "a")
+    assert "Real images." in write_run_report([run]).read_text()
+    monkeypatch.setattr(report, "images_of", refuse)
+    assert "Real images." not in write_run_report([run]).read_text()
+    evaluate_run(run, ASK, Quiet())
+    page = write_run_report([run]).read_text()
+    assert "Judged samples" in page and "real images" not in page
 
 
 def test_as_typed(root: Path, cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:

@@ -65,14 +65,13 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
             yield np.broadcast_to(part[:, None, None, None] + np.uint8(seed), (len(part), 4, 4, 3))
 
     monkeypatch.setattr(sampling, "draw_units", draw_units)
-    monkeypatch.setattr(sampling, "class_grid", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
     monkeypatch.setattr(draw, "load_decoder", lambda *_: torch.nn.Identity())
     loaded: dict[tuple[Path, int | None], Any] = {}
     load = draw.load_run
 
-    def load_once(run: Path, *, step: int | None, device: str) -> Any:
+    def load_once(run: Path, *, step: int | None, device: str, weights: str) -> Any:
         key = (run, step)
-        loaded[key] = loaded[key] if key in loaded else load(run, step=step, device=device)
+        loaded[key] = loaded[key] if key in loaded else load(run, step=step, device=device, weights=weights)
         return loaded[key]
 
     monkeypatch.setattr(sampling, "load_run", load_once)
@@ -187,7 +186,7 @@ def test_sampling_that_is_killed_is_completed(run: Path, format: Any, every: int
 
     images = act()
     whole = tree(folder)
-    assert sorted(p.name for p in images.parent.iterdir()) == sorted(["grid.png", "settings.json", images.name])
+    assert sorted(p.name for p in images.parent.iterdir()) == sorted(["grid_6.png", "settings.json", images.name])
     for number in killed(folder, reset, act, every=every):
         assert act() == images
         assert {n: d for n, d in tree(folder).items() if not n.endswith(".lock")} == whole, number
@@ -219,9 +218,9 @@ def test_images_of_a_killed_call_are_not_passed_off_as_others(run: Path, tmp_pat
 def test_samples_that_are_there_need_no_lock_and_a_grid_that_is_gone_is_drawn(run: Path) -> None:
     images = sample_run(run, request(), Quiet()).images
     before = images.stat().st_mtime_ns
-    (images.parent / "grid.png").unlink()
+    (images.parent / "grid_6.png").unlink()
     sample_run(run, request(), Quiet())
-    assert (images.parent / "grid.png").is_file()
+    assert (images.parent / "grid_6.png").is_file()
     assert images.stat().st_mtime_ns == before and not (images.parent / "blocks").exists()
 
 
@@ -342,7 +341,7 @@ def test_nothing_is_written_or_read_through_a_link_in_a_run(run: Path, tmp_path:
     outside.mkdir()
     images = sample_run(run, request(), Quiet()).images
     named = images.parent
-    for place in (run / "samples", named, named / "blocks", images, named / "grid.png"):
+    for place in (run / "samples", named, named / "blocks", images, named / "grid_6.png"):
         kept = place.with_name("kept")
         if place.exists():
             place.rename(kept)
@@ -385,7 +384,7 @@ def test_a_pipe_in_place_of_tensors_holds_nobody_up(run: Path, name: str) -> Non
 
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
-    "place", ["", "named", "named/samples_6.npz", "named/grid.png", "named/settings.json", "named/blocks"]
+    "place", ["", "named", "named/samples_6.npz", "named/grid_6.png", "named/settings.json", "named/blocks"]
 )
 def test_a_file_for_a_folder_or_a_folder_for_a_file_is_explained(run: Path, place: str) -> None:
     named = sample_run(run, request(), Quiet()).images.parent
@@ -398,7 +397,7 @@ def test_a_file_for_a_folder_or_a_folder_for_a_file_is_explained(run: Path, plac
     else:
         path.write_text("mine")
     if place == "named/blocks":  # nothing is left to do, so nobody looks
-        (named / "grid.png").unlink()
+        (named / "grid_6.png").unlink()
     with pytest.raises(UserError) as error:
         sample_run(run, request(), Quiet())
     assert path.name in error.value.what and "\n" not in error.value.what
@@ -408,7 +407,7 @@ def test_a_file_for_a_folder_or_a_folder_for_a_file_is_explained(run: Path, plac
 @pytest.mark.usefixtures("quickly")
 def test_a_user_s_file_among_the_blocks_stays(run: Path) -> None:
     named = sample_run(run, request(), Quiet()).images.parent
-    (named / "grid.png").unlink()
+    (named / "grid_6.png").unlink()
     (named / "blocks").mkdir()
     (named / "blocks" / "notes.txt").write_text("mine")
     for _ in range(2):

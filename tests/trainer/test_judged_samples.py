@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from featcache.errors import CacheError
 from trainer.report.data import RunData
 from trainer.report.judged import judged_samples
 from trainer.report.report import incomparable, write_comparison
 
-SIDE, CLASSES = 4, (0, 1, 2)
+SIDE, COUNT = 4, 90
 SAMPLER = {"sampler": "ode", "steps": 25, "seed": 0}
 
 
@@ -25,57 +25,95 @@ def run(root: Path, name: str, **judged: Any) -> RunData:
         place = root / name / "samples" / folder
         place.mkdir(parents=True)
         (place / "settings.json").write_text(json.dumps({"run": name, "step": 8, **SAMPLER, "seed": seed}))
-        rows = np.repeat(grey + np.arange(3, dtype=np.uint8), SIDE)
-        Image.fromarray(np.tile(rows[:, None, None], (1, 8 * SIDE, 3))).save(place / "grid.png")
-    entry = {"step": 8, "sampler": {**SAMPLER, **judged}, "metrics": {"embedded-FID": 1.0}}
+        labels = np.arange(COUNT) % 3
+        pixels = np.broadcast_to((grey + labels).astype(np.uint8)[:, None, None, None], (COUNT, SIDE, SIDE, 3))
+        np.savez(place / f"samples_{COUNT}.npz", arr_0=pixels, arr_1=labels)
+    settings = {"sample_count": COUNT}
+    entry = {"step": 8, "sampler": {**SAMPLER, **judged}, "settings": settings, "metrics": {"embedded-FID": 1.0}}
     dataset = {"preprocessing": {"resolution": SIDE}, "class_names": ["x", "y", "z"]}
     return RunData(name=name, path=root / name, evaluations=[{"step": 4}, entry], cache={"dataset": dataset})
 
 
-def test_the_grid_is_that_of_the_latest_judgement(tmp_path: Path) -> None:
-    found = judged_samples([run(tmp_path, "r", seed=1)], CLASSES, ("x", "y", "z"), {})
-    assert found is not None and found.names == ("r",) and list(found.rows) == ["x", "y", "z"]
-    for label, (strip,) in enumerate(found.rows.values()):
-        assert strip is not None and strip.shape[0] == SIDE and (strip == 200 + label).all()
+def no_images(classes: Sequence[int], count: int) -> dict[int, np.ndarray]:
+    return {}
 
 
-def test_real_images_stand_first_and_classes_without_one_stay_empty(tmp_path: Path) -> None:
-    real = {label: np.full((8, SIDE, SIDE, 3), label, np.uint8) for label in (0, 2)}
+def test_the_samples_are_those_of_the_latest_judgement(tmp_path: Path) -> None:
+    found = judged_samples([run(tmp_path, "r", seed=1)], ("x", "y", "z"), no_images)
+    assert found is not None and list(found.rows) == ["x", "y", "z"]
+    for label, strips in enumerate(found.rows.values()):
+        assert list(strips) == ["r"]
+        assert strips["r"].shape == (SIDE, 8 * SIDE, 3) and (strips["r"] == 200 + label).all()
+
+
+def test_real_images_stand_first_and_classes_without_one_have_none(tmp_path: Path) -> None:
+    def real(classes: Sequence[int], count: int) -> dict[int, np.ndarray]:
+        assert list(classes) == [0, 1, 2]
+        return {label: np.full((count, SIDE, SIDE, 3), label, np.uint8) for label in (0, 2)}
+
     runs = [run(tmp_path, "r"), run(tmp_path, "s")]
-    found = judged_samples(runs, CLASSES, ("same", "same", "z"), real)
-    assert found is not None and found.names == ("real images", "r", "s")
-    assert list(found.rows) == ["same", "same (1)", "z"]
-    first, second, third = (strips[0] for strips in found.rows.values())
-    assert second is None and first is not None and third is not None and (third == 2).all()
-    assert first.shape == (SIDE, 5 * SIDE, 3) == found.rows["z"][1].shape  # type: ignore[union-attr]
+    found = judged_samples(runs, ("same", "same", "z"), real)
+    assert found is not None and found.same_noise
+    assert list(found.rows) == ["same (0)", "same (1)", "z"]
+    first, second, third = found.rows.values()
+    assert list(first) == ["real images", "r", "s"] and list(second) == ["r", "s"]
+    assert (third["real images"] == 2).all() and third["real images"].shape == (SIDE, 5 * SIDE, 3) == third["s"].shape
     assert "in every run starts from the same noise" in found.note
     page = write_comparison(tmp_path / "p.html", runs, judged_samples=found).read_text()
     assert page.index("Judged samples") < page.index("Numbers")
-    assert page.count('class="judged"') == 1 and page.count("s, same (1)") == 1
+    assert page.count('class="judged"') == 1 and page.count('alt="s, same (1)"') == 1
 
 
-def test_other_seeds_are_said(tmp_path: Path) -> None:
-    found = judged_samples([run(tmp_path, "r"), run(tmp_path, "s", seed=1)], CLASSES, ("x", "y", "z"), {})
-    assert found is not None and "different seeds" in found.note
+def test_classes_of_few_samples_are_shown_in_greater_number(tmp_path: Path) -> None:
+    data = run(tmp_path, "r")
+    assert data.path is not None
+    labels = np.arange(COUNT)  # one of each class
+    pixels = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (COUNT, SIDE, SIDE, 3))
+    np.savez(data.path / "samples/a" / f"samples_{COUNT}.npz", arr_0=pixels, arr_1=labels)
+    found = judged_samples([data], (), no_images)
+    assert found is not None and len(found.rows) == 80
+    for name, strips in found.rows.items():
+        assert strips["r"].shape == (SIDE, SIDE, 3) and (strips["r"] == int(name)).all()
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"sampler": "sde"}])
+def test_samples_that_were_drawn_otherwise_are_said_to_be(tmp_path: Path, other: dict[str, Any]) -> None:
+    second = run(tmp_path, "s", **other)
+    if "sampler" in other:
+        (tmp_path / "s/samples/a/settings.json").write_text(json.dumps({"step": 8, **SAMPLER, **other}))
+    found = judged_samples([run(tmp_path, "r"), second], ("x", "y", "z"), no_images)
+    assert found is not None and "different settings" in found.note and not found.same_noise
+
+
+def test_samples_of_raw_weights_do_not_pass_for_those_judged(tmp_path: Path) -> None:
+    data = run(tmp_path, "r")
+    path = tmp_path / "r/samples/a/settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "raw"}))
+    assert judged_samples([data], ("x", "y", "z"), no_images) is None
+
+
+def test_a_run_nobody_judged_keeps_the_others_from_being_called_alike(tmp_path: Path) -> None:
+    found = judged_samples([run(tmp_path, "r"), RunData(name="s")], ("x", "y", "z"), no_images)
+    assert found is not None and not found.same_noise
 
 
 @pytest.mark.parametrize("judged", [{"seed": 7}, {"steps": 50}])
 def test_samples_that_are_gone_are_not_replaced_by_others(tmp_path: Path, judged: dict[str, int]) -> None:
-    assert judged_samples([run(tmp_path, "r", **judged)], CLASSES, ("x", "y", "z"), {}) is None
+    assert judged_samples([run(tmp_path, "r", **judged)], ("x", "y", "z"), no_images) is None
 
 
 def test_a_run_that_nobody_judged_shows_none(tmp_path: Path) -> None:
-    assert judged_samples([RunData(name="r", path=tmp_path)], CLASSES, ("x", "y", "z"), {}) is None
+    assert judged_samples([RunData(name="r", path=tmp_path)], ("x", "y", "z"), no_images) is None
 
 
-@pytest.mark.parametrize("linked", ["samples/a/grid.png", "samples/a/settings.json", "samples/a", "samples"])
+@pytest.mark.parametrize("linked", ["samples/a/samples_90.npz", "samples/a/settings.json", "samples/a", "samples"])
 def test_a_link_in_a_received_run_is_not_followed(tmp_path: Path, linked: str) -> None:
     data = run(tmp_path, "r")
     path = tmp_path / "r" / linked
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CacheError, match="link"):
-        judged_samples([data], CLASSES, ("x", "y", "z"), {})
+        judged_samples([data], ("x", "y", "z"), no_images)
 
 
 def test_runs_judged_by_other_weights_are_told_apart(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from trainer.report import (
 )
 from trainer.report.charts import render_svg, smooth, smoothed_series
 from trainer.report.data import read_columns
-from trainer.report.report import _evaluated
+from trainer.report.report import _evaluated, _step_charts, _time_charts
+from trainer.report.table import measure_words
 from trainer.typeset import measure, number
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -259,7 +260,10 @@ def test_better_values_are_marked(tmp_path: Path, runs: list[RunData]) -> None:
 def test_comparison_shows_equal_steps_equal_time_and_strips(tmp_path: Path, runs: list[RunData]) -> None:
     page, text = read(write_comparison(tmp_path / "compare.html", runs))
     assert "At equal steps" in text and "At equal time" in text
-    assert text.count("training time (min)") == text.count("training step") - 1 > 3  # the strips' hint says step too
+    by_step, by_time = text[text.index("At equal steps") :].split("At equal time")
+    assert by_step.count("training step") == 6
+    assert by_time.count("training time (min)") == 2  # the denoising loss and FID
+    assert "Denoising term" in by_time and "embedded-FID (lower is better)" in by_time
     assert "from the same noise" in text
     strips = [p for p in page.pictures if p["width"] == "32"]
     assert len(strips) == 3 * 2 * 4  # tiles, runs, steps
@@ -323,14 +327,92 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
         write_report(tmp_path / "r.html", [load_run(path)], title="t")
 
 
-def test_smoothing_is_the_exponential_mean_without_start_up_bias() -> None:
-    values = np.random.default_rng(0).normal(size=40)
-    decay = 1 - 2 / 11
-    out = smooth(values, span=10)
-    for n in (1, 2, 17, 40):
-        weights = decay ** np.arange(n)[::-1]
-        assert out[n - 1] == pytest.approx((weights * values[:n]).sum() / weights.sum())
+def test_smoothing_is_neither_early_nor_late() -> None:
+    line = np.linspace(3.0, 1.0, 41)
+    assert smooth(line, span=11)[:36] == pytest.approx(line[:36])
     assert smooth(np.full(9, 3.0), span=5) == pytest.approx(np.full(9, 3.0))
+    noisy = np.random.default_rng(0).normal(size=400)
+    assert smooth(noisy, span=21)[200] == pytest.approx(noisy[190:211].mean())
+    assert smooth(noisy, span=21)[-1] == pytest.approx(noisy[-21:].mean())
+    assert len(smooth(np.empty(0), span=5)) == 0
+
+
+def test_values_before_a_jump_are_not_averaged_with_those_after_it() -> None:
+    x = np.arange(2.0, 202, 2)
+    y = np.where(x <= 80, 0.0, 1.0)
+    blurred = smoothed_series("a", x, y, colour=0)
+    cut = smoothed_series("a", x, y, colour=0, breaks=[80])
+    assert ((np.asarray(blurred.y) > 0) & (np.asarray(blurred.y) < 1)).any()
+    assert np.array_equal(cut.y, y)
+
+
+def test_the_step_where_alignment_ends_is_marked(tmp_path: Path) -> None:
+    ended, whole, none = (make_run(tmp_path / name, method=m) for name, m in zip("abc", ("ahpa", "ahpa", "none")))
+    for run, until in ((ended, 1000), (whole, 2000), (none, 1000)):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        method = "none" if run == none else "ahpa"
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "method": method, "align_until": until}))
+    lines = [json.loads(line) for line in (ended / "log.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in e.items() if not k.startswith("align/") or e["step"] <= 1000} for e in lines]
+    (ended / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in kept))
+    data = [load_run(run) for run in (ended, whole, none)]
+    charts = {chart.title: chart for chart in _step_charts(data)}
+    assert [(m.x, m.colour) for m in charts["Loss"].marks] == [(1000, 0)]
+    assert charts["Loss"].note == "Dotted: alignment of a ends."
+    assert not charts["Alignment: cosine"].marks, "nothing goes on beyond"
+    (mark,) = _time_charts(data)[0].marks
+    assert mark.x == pytest.approx(1000 * 0.5 / 60)
+    unmarked = replace(charts["Loss"], marks=())
+    assert render_svg(charts["Loss"]).count("stroke-dasharray") == render_svg(unmarked).count("stroke-dasharray") + 1
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("metric/similarity", "Similarity of hidden states and targets"),
+        ("metric/similarity/dinov2-b@11", "Similarity of hidden states and targets dinov2-b@11"),
+        ("metric/router/G3", "Router: weight of the group G3"),
+        ("metric/ahpa/router/G3", "Router: weight of the group G3 (ahpa)"),
+        ("metric/unheard/of", "unheard/of"),
+    ],
+)
+def test_measures_of_methods_are_said_in_words(key: str, words: str) -> None:
+    assert measure_words(key)[0] == words
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((500, 500), "They rank the runs on this page"),
+        ((64, 64), "64 samples are too few to rank the runs by"),
+        ((500, 1000), "different numbers of samples"),
+        ((500,), ""),
+    ],
+)
+def test_runs_are_ranked_by_enough_samples_only(
+    tmp_path: Path, runs: list[RunData], counts: tuple[int, ...], said: str
+) -> None:
+    judged = []
+    for run, count in zip(runs, counts):
+        entry = {**run.evaluations[-1], "settings": {"sample_count": count}}
+        judged.append(replace(run, evaluations=[entry]))
+    page = write_comparison(tmp_path / "c.html", judged)
+    _, text = read(page)
+    assert "they are not FID" in text and said in text
+    assert ("rank" in text) == bool(said)
+    assert ('class="best"' in page.read_text()) == (len(counts) == 2 and min(counts) >= 256)
+
+
+def test_a_chart_of_nothing_but_zeros_is_not_drawn(tmp_path: Path, runs: list[RunData]) -> None:
+    def chart(value: float) -> Chart:
+        level = Series(label="chance", x=[0, 1], y=[8, 8], dashed=True)
+        lines = [Series(label="probe", x=[0, 1], y=[0, value]), level]
+        return Chart(title="Accuracy", x_label="t", y_label="%", series=lines)
+
+    pages = [write_report(tmp_path / f"{v}.html", runs[:1], title="t", charts=[chart(v)]) for v in (0, 1)]
+    without, drawn = (read(page)[1] for page in pages)
+    assert "Accuracy Not drawn: every value is 0." in without and "Not drawn" not in drawn
+    assert pages[0].read_text().count("<svg") == pages[1].read_text().count("<svg") - 1
 
 
 def test_charts_keep_spikes_and_leave_out_what_is_not_finite() -> None:

@@ -47,6 +47,7 @@ from trainer.sampling.draw import (
     sampling_times,
     to_uint8,
 )
+from trainer.sampling.grid import GAP, LINE, class_picture, first_of_classes, fitted, font
 from trainer.sampling.inference import Arithmetic
 from trainer.sampling.run import folder_name, sample_run
 from trainer.training.loop import train
@@ -217,8 +218,8 @@ def test_dopri5_depends_on_no_number_of_samples(runs_root: Path, tmp_path: Path)
 def test_grids_hold_a_class_a_row_and_the_same_noise_down_a_column(runs_root: Path) -> None:
     loaded = load_run(runs_root / "sit")
     vae = load_decoder(loaded.summary["dataset"]["vae"], loaded.summary["features"]["vae/moments"], None)
-    config = SampleConfig(sampler="ode", steps=2, seed=5)
-    grid = class_grid(loaded.model, vae, columns=3, config=config, unit=8)
+    config = SampleConfig(sampler="ode", steps=32, seed=5)
+    grid = class_grid(loaded.model, vae, columns=3, seed=5)
     assert grid.shape == (10 * 32, 3 * 32, 3)
     (lone,) = draw_units(loaded.model, vae, np.array([7]), [2], config, unit=1)
     tile = grid[7 * 32 : 8 * 32, 2 * 32 :]
@@ -247,6 +248,84 @@ def test_formats_hold_the_same_pixels(runs_root: Path, tmp_path: Path) -> None:
         with Image.open(made["png"].images / f"{i:04d}" / f"{i:06d}.png") as image:
             assert np.array_equal(np.asarray(image), pixels)
     assert all(result.grid.is_file() for result in made.values())
+
+
+def test_the_grid_is_made_of_the_samples_asked_for_and_no_other_is_drawn(
+    runs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def counted(*args: Any, **kw: Any) -> Any:
+        drawn.extend(args[3])
+        return draw_units(*args, **kw)
+
+    monkeypatch.setattr(sampling, "draw_units", counted)
+    asked = request(num=12, classes=Classes.parse("1,7"), out=tmp_path)
+    result = sample_run(runs_root / "sit", asked, Quiet())
+    assert sorted(set(drawn)) == list(range(16))  # units of eight
+    with np.load(result.images) as arrays:
+        pixels, labels = arrays["arr_0"], arrays["arr_1"]
+    picture = np.asarray(Image.open(result.grid))
+    names = load_run(runs_root / "sit").class_names
+    assert np.array_equal(picture, class_picture({c: pixels[labels == c] for c in (1, 7)}, names))
+    assert picture.shape == (2 * (LINE + 96 + GAP) - GAP, 6 * (96 + GAP) - GAP, 3)
+    few = sample_run(runs_root / "sit", replace(asked, num=3), Quiet())
+    assert few.grid != result.grid, "each has its own"
+    before = result.grid.read_bytes()
+    result.grid.unlink()
+    drawn.clear()
+    assert sample_run(runs_root / "sit", asked, Quiet()).grid.read_bytes() == before
+
+
+def test_a_picture_of_finished_samples_by_an_earlier_version_stays_theirs(runs_root: Path, tmp_path: Path) -> None:
+    result = sample_run(runs_root / "sit", request(num=4, out=tmp_path), Quiet())
+    earlier = result.grid.rename(tmp_path / "grid.png")
+    assert sample_run(runs_root / "sit", request(num=4, out=tmp_path), Quiet()).grid == earlier
+    assert sample_run(runs_root / "sit", request(num=2, out=tmp_path), Quiet()).grid.name == "grid_2.png"
+
+
+def test_raw_weights_draw_other_images_into_a_folder_of_their_own(runs_root: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs_root / "sit", tmp_path / "run")
+    checkpoint = max((run / "checkpoints").iterdir())
+    averaged, raw = (sample_run(run, request(num=2, weights=w), Quiet()) for w in ("ema", "raw"))
+    assert averaged.images.parent.name + "-raw" == raw.images.parent.name
+    assert "weights" not in averaged.settings and raw.settings["weights"] == "raw"
+    (checkpoint / "ema.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    same = sample_run(run, request(num=2, out=tmp_path / "same"), Quiet())
+    pixels = [np.load(found.images)["arr_0"] for found in (averaged, raw, same)]
+    assert not np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[1], pixels[2])
+    with pytest.raises(UserError, match="weights ema, not raw"):
+        sample_run(run, request(num=2, weights="raw", out=tmp_path / "same"), Quiet())
+    (checkpoint / "model.safetensors").unlink()  # as in an imported run
+    with pytest.raises(UserError, match="holds no raw weights") as error:
+        sample_run(run, request(num=2, weights="raw", out=tmp_path / "none"), Quiet())
+    assert "--weights ema" in str(error.value.remedy)
+
+
+def test_what_is_shown_of_many_samples() -> None:
+    one_each = first_of_classes(np.arange(1000), columns=8, rows=2)
+    assert len(one_each) == 16 and (min(one_each), max(one_each)) == (0, 999)
+    assert all(len(found) == 1 for found in one_each.values())
+    balanced = first_of_classes(np.arange(100) % 20, columns=8, rows=16)  # five each do not fit twice into a row
+    assert len(balanced) == 16 and all(len(found) == 5 for found in balanced.values())
+    assert [len(f) for f in first_of_classes(np.arange(64) % 2, columns=8, rows=16).values()] == [32, 32]
+    assert [f.tolist() for f in first_of_classes(np.array([7, 1, 7]), columns=8, rows=1).values()] == [[1], [0, 2]]
+
+
+def test_classes_share_lines_of_a_picture_and_long_names_are_cut() -> None:
+    tiles = {label: np.full((2, 96, 96, 3), 10 * label, np.uint8) for label in range(5)}
+    picture = class_picture(tiles, ["a", "щука", "c" * 200, "", "e"])
+    assert picture.shape == (2 * (LINE + 96 + GAP) - GAP, 8 * (96 + GAP) - GAP, 3)  # four classes, then one
+    for label in range(5):
+        y, x = (LINE + 40) + (label // 4) * (LINE + 96 + GAP), (label % 4) * 2 * (96 + GAP) + 40
+        assert (picture[y, x] == 10 * label).all()
+    dark = np.asarray((picture[:LINE] < 128).all(axis=-1).any(axis=0))
+    assert dark[200:240].any(), "Cyrillic letters"
+    assert not dark[595:600].any(), "a cut name keeps off the next"
+    assert font().getmask("щ").getbbox() and bytes(font().getmask("щ")) != bytes(font().getmask("\uffff"))
+    assert fitted("short name", 300) == "short name" and fitted("c" * 200, 100).endswith("c…")
+    long = class_picture({0: np.zeros((17, 96, 96, 3), np.uint8)}, ["a"])
+    assert long.shape[0] == LINE + 3 * (96 + GAP) - GAP
 
 
 def test_dit_samples_with_ddpm_and_ddim_and_refuses_an_ode(runs_root: Path, tmp_path: Path) -> None:

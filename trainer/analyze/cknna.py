@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -113,7 +114,8 @@ def run(subject: Subject) -> Result:
         question="How alike are the geometry of the model's hidden states and that of the cached features?",
         finding=f"CKNNA with {main} peaks at {found['cknna'][(*best, j)]:.3f}, after block {best[1] + 1} at "
         f"t = {times[best[0]]:g}{aligned}; mutual k-NN is {found['mutual_knn'][(*best, j)]:.3f} there, "
-        f"{measure.k / (len(subject.indices) - 1):.3f} would be chance.",
+        f"{measure.k / (len(subject.indices) - 1):.3f} would be chance."
+        + _above_one(rows, options.cknna, len(subject.indices)),
         plots=plots,
         rows=rows,
         settings={
@@ -125,6 +127,18 @@ def run(subject: Subject) -> Result:
             "normalisation": options.normalize,
             "weights": subject.weights,
         },
+    )
+
+
+def _above_one(rows: Sequence[Row], estimator: str, samples: int) -> str:
+    """What to make of values above 1, where there are any."""
+    values = [row["cknna"] for row in rows]
+    if not any(isinstance(value, float) and value > 1 for value in values):
+        return ""
+    return (
+        f" A value above 1 says no more than 1 would: the {estimator} estimator divides by two estimates over other pairs of samples, so "
+        f"nothing bounds it where samples are as few as {samples}. Take more (--samples), or --set cknna=paper, which never "
+        "exceeds 1."
     )
 
 

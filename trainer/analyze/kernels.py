@@ -11,6 +11,10 @@ Two estimators of CKA and two of CKNNA exist in public code, and the paper's for
 - `biased`: `tr(K H L H)`, a sample counts as its own neighbour. The public default for CKA.
 - `paper` (CKNNA only): REPA, Eq. 23, literally: kernels centred by row over all samples, then masked.
 
+Above 1: `paper` never is (it sums products over pairs that are neighbours under both kernels, and its denominator the
+squares over all neighbours under each: Cauchy-Schwarz). The other two of CKNNA correct these sums by means over rows and
+columns, which is no scalar product any more: near copies among few samples may reach 1.2 (16 samples with k = 10), as in the public code.
+
 Because the mask is not symmetrised, `unbiased` and `biased` CKNNA change a little when x and y trade places.
 
 The public code adds 1e-6 to the denominator, which matters where features are small; here it is left out, so the result

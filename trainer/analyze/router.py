@@ -128,8 +128,9 @@ def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list[Row], fi
     deep, low, high = names[-1], between[names[-1]][0], between[names[-1]][-1]
     moved = max(float(abs(w - uniform).max()) for w in between.values())
     findings.append(
-        f"The deep group {deep} gets {low:.3f} of the weight at t = 0 and {high:.3f} at t = 1 "
-        f"(largest distance from uniform between groups: {moved:.3f})."
+        f"The deep group {deep} gets {100 * low:.1f} % of the weight at t = 0 and {100 * high:.1f} % at t = 1. A uniform router "
+        f"gives each of the {len(names)} groups {100 * uniform:.1f} %; this one is at most {100 * moved:.1f} percentage points "
+        "away from that."
     )
 
 

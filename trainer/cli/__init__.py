@@ -147,7 +147,7 @@ def sample(
         ),
     ] = None,
 ) -> None:
-    """Draw images from a run's averaged weights: an npz in ADM's layout and a grid PNG."""
+    """Draw images of a run: an npz in ADM's layout, and a picture of them by class."""
     from trainer import distributed
     from trainer.sampling.run import sample_run
 
@@ -278,7 +278,8 @@ def report(
     """Write the report of one run; of several, the same page as compare."""
     from trainer.report.run import write_run_report
 
-    console.print(f"report: [bold]{safe(write_run_report(runs, out))}[/bold]")
+    written = write_run_report(runs, out) if len(runs) == 1 else commands.compare_runs(runs, out)
+    console.print(f"report: [bold]{safe(written)}[/bold]")
 
 
 @app.command()

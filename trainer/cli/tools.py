@@ -117,13 +117,25 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="HTML file to write. \\[default: comparison.html in the first run]")
     ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Same-noise samples to draw of each run where there are none yet; 0 draws none.", min=0)
+    ] = 8,
+    device: Annotated[str, typer.Option(help="To draw on: cpu, cuda, cuda:N or auto.")] = "auto",
 ) -> None:
-    """Put runs side by side in one page: curves at equal steps and equal time, same-noise sample strips."""
-    from trainer.report.run import write_run_report
-
+    """Put runs side by side in one page: samples from the same noise, curves at equal steps and equal time."""
     if len(runs) < 2:
         raise UserError("compare needs at least two runs", remedy="For one run: trainer report RUN")
-    console.print(f"page: [bold]{safe(write_run_report(runs, out))}[/bold]")
+    console.print(f"page: [bold]{safe(compare_runs(runs, out, samples=samples, device=device))}[/bold]")
+
+
+def compare_runs(runs: list[Path], out: Path | None, *, samples: int = 8, device: str = "auto") -> Path:
+    """The page that compares runs, with what has to be drawn for it."""
+    from trainer.report.run import write_run_report
+    from trainer.report.same_noise import SameNoise
+
+    with RichProgress() as progress:
+        drawing = SameNoise(num=samples, device=pick_device(device), progress=progress) if samples else None
+        return write_run_report(runs, out, same_noise=drawing)
 
 
 def register(app: typer.Typer) -> None:

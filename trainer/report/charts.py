@@ -39,27 +39,39 @@ _PLACEHOLDERS = tuple(f"#0300{index:02x}" for index in range(len(COLOURS)))
 
 
 def smooth(values: np.ndarray, *, span: int) -> np.ndarray:
-    """Exponential moving average over about `span` values, without the bias of a zero start."""
-    decay = 1 - 2 / (span + 1)
-    out = np.empty(len(values))
-    total = weight = 0.0
-    for index, value in enumerate(values):
-        total = decay * total + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        out[index] = total / weight
-    return out
+    """Mean over about `span` values around each: neither early nor late where the values rise or fall steadily.
+
+    Towards the start the window narrows, so that its centre stays; at the end it stays as wide and goes no further, so that
+    the last value is a mean, too.
+    """
+    n = len(values)
+    index = np.arange(n)
+    half = np.minimum(index, span // 2)
+    last = np.minimum(index + half, n - 1)
+    first = np.maximum(last - 2 * half, 0)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means: np.ndarray = (sums[last + 1] - sums[first]) / (last + 1 - first)
+    return means
 
 
-def smoothed_series(label: str, x: np.ndarray, y: np.ndarray, *, colour: int) -> Series:
+def smoothed_series(label: str, x: np.ndarray, y: np.ndarray, *, colour: int, breaks: Sequence[float] = ()) -> Series:
     """A line of logged values: smoothed over 4 % of the points, the raw values behind it; raw alone if they are few.
 
-    Values that are not finite are left out.
+    Values that are not finite are left out. At `breaks` of x (one ends a part) the values may jump: none is averaged with
+    those beyond.
     """
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = np.asarray(x)[keep], np.asarray(y)[keep]
     if len(y) < FEWEST_TO_SMOOTH:
         return Series(label=label, x=x, y=y, colour=colour, markers=len(y) == 1)
-    return Series(label=label, x=x, y=smooth(y, span=max(5, len(y) // 25)), raw=y, colour=colour)
+    parts = np.split(y, np.searchsorted(x, sorted(breaks), side="right"))
+    smoothed = np.concatenate([smooth(part, span=smoothing_span(len(y))) for part in parts])
+    return Series(label=label, x=x, y=smoothed, raw=y, colour=colour)
+
+
+def smoothing_span(points: int) -> int:
+    """Over how many of so many points a curve is averaged."""
+    return max(5, points // 25)
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,6 +155,8 @@ def _draw_chart(axes: Axes, chart: Chart, colours: Sequence[str], ink: str, grid
             markersize=3.5,
             solid_capstyle="round",
         )
+    for mark in chart.marks:
+        axes.axvline(mark.x, color=colours[mark.colour % len(colours)], linewidth=1.2, linestyle=":")
     _limit(axes, chart)
     axes.set_xlabel(literal(chart.x_label), color=ink)
     axes.set_ylabel(literal(chart.y_label), color=ink)

@@ -18,6 +18,7 @@ from featcache.console import plain
 from featcache.errors import UserError
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
 from featcache.store import files
+from trainer.plots import Chart
 from trainer.report.charts import render_svg
 from trainer.runs import folder as runs
 from trainer.typeset import measure, number, setting
@@ -73,9 +74,15 @@ def _environment() -> Environment:
         "setting": setting,
         "svg": lambda chart: Markup(render_svg(chart)),
         "picture": picture,
+        "is_flat": is_flat,
     }
     environment.filters |= filters
     return environment
+
+
+def is_flat(chart: Chart) -> bool:
+    """Whether a chart would show nothing: all that was measured (levels to compare with are dashed) is zero."""
+    return not any(np.any(line.y) for line in chart.series if not line.dashed)
 
 
 def picture(image: Path | np.ndarray) -> dict[str, object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -12,20 +14,23 @@ import numpy as np
 
 from featcache.store import files
 from trainer.evaluate.table import higher_is_better
-from trainer.plots import Chart, Series
+from trainer.plots import Chart, Mark, Series, Strips
 from trainer.report.analysis import in_brief
 from trainer.report.charts import smoothed_series
 from trainer.report.data import Column, RunData
 from trainer.report.judged import JudgedSamples
 from trainer.report.page import Figure, read_picture, write_page
 from trainer.report.table import (
+    FEWEST_TO_RANK,
     PublishedFigure,
     flatten,
     latest,
     loss_titles,
+    measure_words,
     metric_names,
     metrics_of,
     numbers,
+    sample_count,
     settings,
 )
 from trainer.runs.log import is_detail
@@ -78,17 +83,20 @@ def write_comparison(
     charts: Sequence[Chart] = (),
     published: Sequence[PublishedFigure] = (),
     judged_samples: JudgedSamples | None = None,
+    drawn: Strips | None = None,
 ) -> Path:
     """Write one self-contained page that puts runs side by side.
 
-    Every curve stands twice: over steps and over time. Samples are compared as strips: one row per run, one
+    Curves stand over steps; the denoising loss and FID over time, too. Samples are compared as strips: one row per run, one
     column per step that all runs have, always the same tiles of the grids, which come from the same noise.
+    Where they have none, `drawn` takes their place.
 
-    Arguments, return value and errors as `write_report`.
+    Other arguments, return value and errors as `write_report`.
     """
     values = _values(Path(out_html), runs, title, lead, images, published)
     values["judged_samples"] = judged_samples
-    values |= {"at_steps": _step_charts(runs), "at_time": _time_charts(runs), "charts": charts, "strips": _strips(runs)}
+    values |= {"at_steps": _step_charts(runs), "at_time": _time_charts(runs), "charts": charts}
+    values |= {"strips": _strips(runs), "drawn": drawn}
     return write_page(Path(out_html), "comparison.html", **values)
 
 
@@ -113,7 +121,7 @@ def _values(
         "samples": [*(f for f in images if f.section == "samples"), *_run_samples(runs)],
         "features": [f for f in images if f.section != "samples"],
         "numbers": numbers(runs, published),
-        "judged": _judged_sentences(runs),
+        "judged": [*_substitutes(runs), *_judged_sentences(runs)],
         "settings": {"Sampler": settings(runs, "sampler"), "Evaluation": settings(runs, "settings")},
         "runs": runs,
         "diagnostics": in_brief(runs[0]) if len(runs) == 1 else [],
@@ -146,6 +154,26 @@ def _run_samples(runs: Sequence[RunData]) -> list[Figure]:
     return figures
 
 
+def _substitutes(runs: Sequence[RunData]) -> list[str]:
+    """What may be made of figures by a network other than the one in the literature."""
+    names = [name for name in metric_names(runs) if name.startswith(("embedded-", "random-"))]
+    if not names:
+        return []
+    said = (
+        f"{', '.join(names)}: measured with a network other than the one in the literature: they are not FID and cannot be "
+        "compared with published numbers."
+    )
+    counts = [sample_count(latest(run)) for run in runs if metrics_of(latest(run))]
+    if len(counts) < 2:
+        return [said]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts) or len(set(known)) > 1:
+        return [f"{said} The runs were judged by different numbers of samples, so the figures do not rank them."]
+    if known[0] < FEWEST_TO_RANK:
+        return [f"{said} {number(known[0])} samples are too few to rank the runs by: judge {FEWEST_TO_RANK} or more."]
+    return [f"{said} They rank the runs on this page against each other."]
+
+
 def _judged_sentences(runs: Sequence[RunData]) -> list[str]:
     """How the judged samples were drawn, once for all runs that did it alike. The grids have settings of their own."""
     names: dict[str, list[str]] = {}
@@ -166,7 +194,7 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
         chosen.append(("denoise", titles["denoise"], "loss"))
     for part in ("denoise/", "align/"):
         chosen += [(k, titles[k], "loss term, weighted") for k in keys if k.startswith(part)]
-    chosen += [(k, k.removeprefix("metric/"), k.removeprefix("metric/")) for k in keys if k.startswith("metric/")]
+    chosen += [(k, *measure_words(k)) for k in keys if k.startswith("metric/")]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
     return [entry for entry in chosen if entry[0] in keys]
 
@@ -244,18 +272,34 @@ def _time_at(run: RunData, steps: np.ndarray) -> np.ndarray:
     return times
 
 
-def _charts(runs: Sequence[RunData], x_label: str, x_of: Callable[[Column], np.ndarray]) -> list[Chart]:
+X = Callable[[Column], np.ndarray]  # where a column's values stand on the axis
+
+
+def _charts(runs: Sequence[RunData], x_label: str, x_of: X, keys: Sequence[tuple[str, str, str]]) -> list[Chart]:
+    """Charts of what was logged, and of each metric measured at several checkpoints."""
+    ends = {run.name: x for run in runs if (x := _alignment_end(run, x_of)) is not None}
     charts = []
-    for key, title, label in _log_keys(runs):
+    for key, title, label in keys:
         series = [
-            smoothed_series(run.name, x_of(run.log[key]), run.log[key].values, colour=i)
+            smoothed_series(
+                run.name,
+                x_of(run.log[key]),
+                run.log[key].values,
+                colour=i,
+                breaks=[ends[run.name]] if run.name in ends else (),
+            )
             for i, run in enumerate(runs)
             if key in run.log
         ]
         series = [s for s in series if len(s.y)]
         if series:
-            charts.append(Chart(title=title, x_label=x_label, y_label=label, series=series))
-    for metric in metric_names(runs):
+            charts.append(_marked(Chart(title=title, x_label=x_label, y_label=label, series=series), ends))
+    return charts
+
+
+def _metric_charts(runs: Sequence[RunData], x_label: str, x_of: X, metrics: Sequence[str]) -> list[Chart]:
+    charts = []
+    for metric in metrics:
         series = []
         for i, run in enumerate(runs):
             column = _evaluated(run, metric)
@@ -270,14 +314,44 @@ def _charts(runs: Sequence[RunData], x_label: str, x_of: Callable[[Column], np.n
     return charts
 
 
+def _alignment_end(run: RunData, x_of: X) -> float | None:
+    """Where on the axis the step lies from which a run was not aligned any more."""
+    until = run.config.get("align_until")
+    if not isinstance(until, int) or not 0 < until < (run.steps or 0) or run.config.get("method") == "none":
+        return None
+    steps = np.array([float(until)])
+    (x,) = x_of(Column(steps=steps, time_s=_time_at(run, steps), values=steps))
+    return float(x) if np.isfinite(x) else None
+
+
+def _marked(chart: Chart, ends: Mapping[str, float]) -> Chart:
+    """With marks where alignment ends in runs whose lines go on beyond."""
+    reached = [line for line in chart.series if line.label in ends and line.x[-1] > ends[line.label]]
+    if not reached:
+        return chart
+    marks = tuple(Mark(x=ends[line.label], colour=line.colour) for line in reached)
+    return replace(
+        chart, marks=marks, note=f"Dotted: alignment of {' and '.join(line.label for line in reached)} ends."
+    )
+
+
 def _step_charts(runs: Sequence[RunData]) -> list[Chart]:
-    return _charts(runs, "training step", lambda column: column.steps)
+    label, steps = "training step", attrgetter("steps")
+    return _charts(runs, label, steps, _log_keys(runs)) + _metric_charts(runs, label, steps, metric_names(runs))
 
 
 def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """What is worth the time: the denoising loss, which all runs have, and FID."""
     longest = max((float(np.nanmax(c.time_s, initial=0)) for run in runs for c in run.log.values()), default=0.0)
     unit, seconds = ("h", 3600) if longest >= 7200 else ("min", 60) if longest >= 120 else ("s", 1)
-    return _charts(runs, f"training time ({unit})", lambda column: column.time_s / seconds)
+
+    def times(column: Column) -> np.ndarray:
+        return column.time_s / seconds
+
+    label = f"training time ({unit})"
+    denoising = [("denoise", loss_titles(runs)["denoise"], "loss")]
+    distances = [metric for metric in metric_names(runs) if metric.endswith("FID")]
+    return _charts(runs, label, times, denoising) + _metric_charts(runs, label, times, distances)
 
 
 def _diagnostics_pages(out_html: Path, runs: Sequence[RunData]) -> list[tuple[str, str]]:
@@ -303,9 +377,14 @@ def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
     return [pixels[top : top + side, :side] for top in range(0, H, side)]
 
 
+def common_steps(runs: Sequence[RunData]) -> list[int]:
+    """Steps at which samples of all runs were drawn during training."""
+    return sorted(set.intersection(*({step for step, _ in run.samples} for run in runs))) if runs else []
+
+
 def _strips(runs: Sequence[RunData]) -> dict[str, Any] | None:
     """A column per step that all runs have; a block of rows, one per run, for each of a few tiles of the grids."""
-    common = sorted(set.intersection(*({s for s, _ in run.samples} for run in runs))) if runs else []
+    common = common_steps(runs)
     if not common:
         return None
     if len(common) > MAX_STRIP_STEPS:

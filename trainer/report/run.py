@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,25 +23,35 @@ from trainer.plots import Chart
 from trainer.report.data import RunData, load_run
 from trainer.report.judged import judged_samples
 from trainer.report.page import Figure
-from trainer.report.report import router_chart, write_comparison, write_report
+from trainer.report.report import common_steps, router_chart, write_comparison, write_report
+from trainer.report.same_noise import SameNoise
 from trainer.report.table import PublishedFigure
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.published import parse_published
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
-from trainer.sampling.draw import grid_classes
+from trainer.sampling.grid import class_picture, first_of_classes
 from trainer.training.state import backbone_info
 
-REFERENCE_TILES = (4, 8)  # rows, columns
+if TYPE_CHECKING:
+    from featcache.read.reader import Cache
+
+REFERENCE_ROWS = 10  # of real images
 
 
 def write_run_report(
-    folders: Sequence[Path], out: Path | None = None, *, title: str | None = None, lead: str = ""
+    folders: Sequence[Path],
+    out: Path | None = None,
+    *,
+    title: str | None = None,
+    lead: str = "",
+    same_noise: SameNoise | None = None,
 ) -> Path:
     """The report of one run (by default its `report.html`), or one page that compares several.
 
-    The comparison goes to `comparison.html` in the first run's folder where `out` is None.
+    The comparison goes to `comparison.html` in the first run's folder where `out` is None. Samples of its runs from the same
+    noise are those of training or of judging; where there are none, `same_noise` draws some.
 
     Raises:
         UserError: a folder is not a run, or is named twice; `out` is no name for a page.
@@ -63,7 +74,10 @@ def write_run_report(
     }
     if len(folders) == 1:
         return write_report(out or folders[0] / "report.html", data, **given)
-    return write_comparison(out or folders[0] / "comparison.html", data, **given)
+    judged, drawn = given["judged_samples"], None
+    if same_noise is not None and not common_steps(data) and not (judged is not None and judged.same_noise):
+        drawn = same_noise.draw(folders, [run.name for run in data])
+    return write_comparison(out or folders[0] / "comparison.html", data, **given, drawn=drawn)
 
 
 def _below_root(folder: Path) -> str:
@@ -71,58 +85,75 @@ def _below_root(folder: Path) -> str:
 
 
 def _pictures(folder: Path, data: Sequence[RunData]) -> dict[str, Any]:
-    """Judged samples beside real images, or real images in the order of the sample grid; and what is cached."""
-    real, class_names, figures = _real_images(folder)
-    classes = grid_classes(len(class_names)) if class_names else []
-    judged = judged_samples(data, classes, class_names, real) if classes else None
-    if judged is None and real:
-        figures.insert(0, _real_figure(list(real.values())))
+    """Judged samples beside real images, or real images alone; and what is cached."""
+    names, cache, source = _cache_of(folder)
+
+    def real(classes: Sequence[int], count: int) -> Mapping[int, np.ndarray]:
+        if cache is None:
+            return {}
+        try:
+            labels = cache.labels()
+            return _real_images(cache, source, {c: np.flatnonzero(labels == c)[:count] for c in classes})
+        except (CacheError, UserError):
+            return {}
+
+    judged = judged_samples(data, names, real)
+    figures = []
+    if cache is not None:
+        with contextlib.suppress(CacheError, UserError):
+            if judged is None:
+                shown = first_of_classes(cache.labels(), rows=REFERENCE_ROWS)
+                figures.append(_real_figure(_real_images(cache, source, shown), names))
+            figures.append(_sheet(cache, source))
     return {"images": figures, "judged_samples": judged}
 
 
-def _real_images(folder: Path) -> tuple[dict[int, np.ndarray], tuple[str, ...], list[Figure]]:
-    """Real images of the run's cache by class, all class names, and the PCA picture of what is cached."""
+def _cache_of(folder: Path) -> tuple[tuple[str, ...], Cache | None, str | None]:
+    """Names of a run's classes, its cache, and where that one's images lie; None where they are elsewhere: the report shows
+    what the run itself holds."""
     names: tuple[str, ...] = ()
     try:
         summary = cache_summary(folder)
         names = tuple(summary["dataset"]["class_names"])
         cache = featcache.open(runs.cache_path(folder, summary))
-        data = None
-        if not summary["dataset"]["source"].startswith("shapes "):
-            data = data_folder(summary, None)
-        labels = cache.labels()
-        real = {}
-        for label in grid_classes(len(names)):
-            chosen = np.flatnonzero(labels == label)[: REFERENCE_TILES[1]]
-            if len(chosen):
-                real[label] = images_of(cache, data, chosen.tolist())
-        sheet = np.asarray(contact_sheet(cache, data=data))
+        return names, cache, data_folder(summary, None)
     except (CacheError, UserError):
-        return {}, names, []  # the cache or its images are elsewhere: the report shows what the run itself holds
-    figures = [
-        Figure(
-            image=sheet,
-            title="What the cache holds",
-            caption="PCA of each cached layer as colours: the first three principal components over all tokens shown. "
-            "Look for object outlines that get coarser and more uniform inside objects with depth.",
-            alt="Principal components of cached VAE levels and encoder tokens beside their images",
-            section="features",
-            wide=True,
-        ),
-    ]
-    return real, names, figures
+        return names, None, None
 
 
-def _real_figure(rows: Sequence[np.ndarray]) -> Figure:
-    width = max(len(row) for row in rows)
-    blank = np.full((1, *rows[0].shape[1:]), 255, np.uint8)
-    padded = [np.concatenate([row, blank.repeat(width - len(row), axis=0)]) for row in rows]
+def _real_images(cache: Cache, data: str | None, of: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Class -> its images at some positions, uint8 [n, R, R, 3]; classes without a position are left out.
+
+    Raises:
+        UserError: the images are not those of the cache, or not here.
+    """
+    positions = [int(i) for found in of.values() for i in found]
+    if not positions:
+        return {}
+    pixels = images_of(cache, data, positions)
+    ends = np.cumsum([len(found) for found in of.values()])
+    return {label: part for label, part in zip(of, np.split(pixels, ends[:-1])) if len(part)}
+
+
+def _real_figure(images: Mapping[int, np.ndarray], names: Sequence[str]) -> Figure:
     return Figure(
-        image=np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0),
+        image=class_picture(images, names),
         title="Real images",
-        caption="From the training set, one row per class, the same rows as in the sample grids.",
-        alt="Grid of training images, one row per class",
+        caption="From the training set, by class.",
+        alt="Training images under the names of their classes",
         section="samples",
+    )
+
+
+def _sheet(cache: Cache, data: str | None) -> Figure:
+    return Figure(
+        image=np.asarray(contact_sheet(cache, data=data)),
+        title="What the cache holds",
+        caption="PCA of each cached layer as colours: the first three principal components over all tokens shown. "
+        "Look for object outlines that get coarser and more uniform inside objects with depth.",
+        alt="Principal components of cached VAE levels and encoder tokens beside their images",
+        section="features",
+        wide=True,
     )
 
 

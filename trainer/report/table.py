@@ -9,11 +9,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trainer.evaluate.table import higher_is_better
-from trainer.report.charts import smooth
+from trainer.report.charts import smooth, smoothing_span
 from trainer.report.data import Column, RunData
 from trainer.typeset import measure, number, setting
 
 T = TypeVar("T")
+
+# Of two runs judged by fewer samples, none is said to be better: twice the features of the embedded judge, whose covariance
+# is singular below half of this.
+FEWEST_TO_RANK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +64,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under headings. columns: heads of the runs' columns, then that of the published figures if there are any.
-
-    substitutes: metrics measured with a network other than the one in the literature.
-    """
+    """Rows under headings. columns: heads of the runs' columns, then that of the published figures if there are any."""
 
     columns: Sequence[Cell]
     groups: Mapping[str, Sequence[Row]]
     has_published: bool = False
-    substitutes: Sequence[str] = ()
 
 
 def metric_names(runs: Sequence[RunData]) -> list[str]:
@@ -80,6 +80,13 @@ def metrics_of(evaluation: Mapping[str, Any]) -> Mapping[str, float]:
     """`metrics` of one entry of metrics.json."""
     metrics = evaluation.get("metrics")
     return metrics if isinstance(metrics, Mapping) else {}
+
+
+def sample_count(evaluation: Mapping[str, Any]) -> int | None:
+    """How many samples an evaluation judged, where it says so."""
+    judged = evaluation.get("settings")
+    count = judged.get("sample_count") if isinstance(judged, Mapping) else None
+    return count if isinstance(count, int) else None
 
 
 def latest(run: RunData) -> Mapping[str, Any]:
@@ -107,7 +114,6 @@ def numbers(runs: Sequence[RunData], published: Sequence[PublishedFigure]) -> Ta
         columns=[*(Cell(run.name) for run in runs), *extra],
         groups={heading: rows for heading, rows in known.items() if rows},
         has_published=bool(published),
-        substitutes=[name for name in names if name.startswith(("embedded-", "random-"))],
     )
 
 
@@ -159,6 +165,31 @@ def loss_titles(runs: Sequence[RunData]) -> dict[str, str]:
     return titles
 
 
+MEASURES = {
+    "similarity": ("Similarity of hidden states and targets", "mean cosine"),
+    "router": ("Router: weight of the group", "weight, mean over the batch"),
+    "xi": ("DyA: weight of the target that time modulates", "xi(t), mean over the batch"),
+    "structure_gap": ("Structure of hidden states against that of targets", "mean difference of similarities"),
+    "real_probability": ("Discriminator: targets taken for targets", "mean probability"),
+    "fake_probability": ("Discriminator: hidden states taken for targets", "mean probability"),
+}
+
+
+def measure_words(key: str) -> tuple[str, str]:
+    """What a method's measure `metric/<name>` is called, and the label of its axis; its own name where none is known.
+
+    `metric/router/G3` is of a part, `metric/sra/similarity` of one of several methods.
+    """
+    name = key.removeprefix("metric/")
+    words = name.split("/")
+    at = next((i for i, word in enumerate(words) if word in MEASURES), None)
+    if at is None:
+        return name, name
+    title, axis = MEASURES[words[at]]
+    method, part = " ".join(words[:at]), "/".join(words[at + 1 :])
+    return f"{title}{f' {part}' if part else ''}{f' ({method})' if method else ''}", axis
+
+
 def _training_rows(runs: Sequence[RunData]) -> list[Row]:
     return [
         Row(label=label, cells=_cells(measure, [_level(run.log.get(key)) for run in runs]))
@@ -172,7 +203,8 @@ def _metric_row(
     found = [_latest_metric(run, metric) for run in runs]
     known = [(f[0], i) for i, f in enumerate(found) if f is not None]
     best = None
-    if len({measure(value) for value, _ in known}) > 1:  # a lead that does not show is none
+    few = any((sample_count(latest(run)) or FEWEST_TO_RANK) < FEWEST_TO_RANK for run in runs)
+    if not few and len({measure(value) for value, _ in known}) > 1:  # a lead that does not show is none
         best = (max if higher_is_better(metric) else min)(known)[1]
     figures = []
     for p in published:
@@ -208,7 +240,7 @@ def _level(column: Column | None) -> float | None:
     if column is None:
         return None
     values = column.values[np.isfinite(column.values)]
-    return float(smooth(values, span=max(5, len(values) // 25))[-1]) if len(values) else None
+    return float(smooth(values, span=smoothing_span(len(values)))[-1]) if len(values) else None
 
 
 def _latest_metric(run: RunData, metric: str) -> tuple[float, Sequence[float] | None] | None:

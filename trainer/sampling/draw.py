@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -31,6 +32,7 @@ from trainer.runs.normalization import Normalization, of_run
 from trainer.runs.published import SHIFTED
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
+from trainer.sampling.grid import spread
 from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 # Family -> its samplers, the default first; and the one that draws grids, in GRID_STEPS steps.
 SAMPLERS = {"sit": ("sde", "ode", "heun", "dopri5"), "dit": ("ddpm", "ddim")}
-GRID_SAMPLERS, GRID_STEPS = {"sit": "ode", "dit": "ddpm"}, 32
+GRID_SAMPLERS, GRID_STEPS, GRID_ROWS = {"sit": "ode", "dit": "ddpm"}, 32, 10
 
 # Images decoded at once: enough to fill a GPU at 256 pixels, and 1 GiB for the SD-VAE's largest activation there.
 DECODED_IMAGES = 16
@@ -130,7 +132,7 @@ def load_decoder(
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
-    """A checkpoint's averaged weights in a model ready to sample from."""
+    """A checkpoint's weights in a model ready to sample from."""
 
     path: Path
     step: int
@@ -162,14 +164,22 @@ class LoadedRun:
 def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
     """The model of a run at `step` (None: the latest checkpoint).
 
+    Args:
+        weights: `ema`, the averaged ones, or `model`, as the optimiser left them.
+
     Raises:
-        UserError: no such run or checkpoint, or one of another run.
+        UserError: no such run or checkpoint, or one of another run; or it does not hold these weights.
     """
     config = runs.load_config(run)
     summary = cache_summary(run)
     at, path = checkpoint.find_checkpoint(run, step)
     checkpoint.require_own(path, method=config.method, model=config.model)
     model = build_model(run_model_config(run, config), device=device).eval().requires_grad_(False)
+    if weights == "model" and not os.path.lexists(path / "model.safetensors"):
+        raise UserError(
+            f"{path} holds no raw weights: of an imported checkpoint one set of weights is kept, the averaged ones by default",
+            remedy="Take those: --weights ema. For the raw ones, import the file again: trainer import FILE --weights model --name NAME",
+        )
     load_weights(model, checkpoint.load_tensors(path, weights, device=device), source=str(path))
     return LoadedRun(path=run, step=at, config=config, summary=summary, model=model)
 
@@ -330,11 +340,6 @@ def _fetched(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
         yield waiting[0].numpy()
 
 
-def grid_classes(num_classes: int, rows: int = 10) -> list[int]:
-    """Up to `rows` classes spread evenly over all of them."""
-    return [int(c) for c in np.linspace(0, num_classes - 1, min(rows, num_classes)).round()]
-
-
 def class_grid(
     model: Transformer | Network,
     vae: LatentDecoder,
@@ -342,15 +347,13 @@ def class_grid(
     transport: Transport | None = None,
     seed: int = 0,
     columns: int = 8,
-    config: SampleConfig | None = None,
-    unit: int | None = None,
 ) -> np.ndarray:
-    """One row per class, the same noise down every column: uint8 [rows * R, columns * R, 3]. `unit` images at once."""
-    config = config or SampleConfig(sampler=GRID_SAMPLERS[model.cfg.family], steps=GRID_STEPS, seed=seed)
-    classes = grid_classes(model.cfg.num_classes)
+    """One row per class, the same noise down every column: uint8 [rows * R, columns * R, 3]."""
+    config = SampleConfig(sampler=GRID_SAMPLERS[model.cfg.family], steps=GRID_STEPS, seed=seed)
+    classes = spread(model.cfg.num_classes, GRID_ROWS)
     indices = list(range(columns)) * len(classes)
     labels = np.repeat(classes, columns)
-    units = draw_units(model, vae, labels, indices, config, transport=transport, unit=unit or columns)
+    units = draw_units(model, vae, labels, indices, config, transport=transport, unit=columns)
     tiles = np.concatenate(list(units))
     _, R, _, _ = tiles.shape
     grid = tiles.reshape(len(classes), columns, R, R, 3).transpose(0, 2, 1, 3, 4)  # [rows, R, columns, R, 3]

@@ -43,18 +43,19 @@ from trainer.sampling.draw import (
     LoadedRun,
     SampleConfig,
     check_sampler,
-    class_grid,
     draw_units,
     load_run,
     sampling_times,
     save_png,
 )
+from trainer.sampling.grid import class_picture, first_of_classes
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
 
 if TYPE_CHECKING:
     from trainer.diffusion.transport import Transport
 
 GROUP = 8  # samples of one arithmetic unit on the CPU
+STEMS = {"ema": "ema", "raw": "model"}  # --weights -> name of the tensors in a checkpoint
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
 
 
@@ -120,6 +121,11 @@ def file_name(request: SampleRequest) -> str:
     return f"samples_{request.num}" + {"npz": ".npz", "wds": ".tar", "png": ""}[request.format]
 
 
+def grid_name(num: int) -> str:
+    """Of the picture of `num` samples, in their folder."""
+    return f"grid_{num}.png"
+
+
 def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic) -> str:
     """What the samples of checkpoint `step` depend on, one name for equal settings: defaults are left out, and so are
     an interval and channels of guidance where the scale is 1.
@@ -137,6 +143,7 @@ def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Ari
         parts.append(f"rg{plain(request.representation_guidance)}{interval}")
     parts += [_short(str(request.classes).replace(",", "_"))] if request.classes != Classes() else []
     parts += [request.pixels] if request.pixels != "round" else []
+    parts += [request.weights] if request.weights != "ema" else []
     parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
     parts += ["compiled"] if arithmetic.compile else []
     return "-".join(parts)
@@ -152,7 +159,7 @@ class SampleResult:
     """What was written, and of which run.
 
     images: an npz (`arr_0` uint8 [n, R, R, 3], `arr_1` int64 [n] labels: ADM's layout), a WebDataset tar (`png`,
-    `cls`) or a folder of PNGs by class. grid: one row per class.
+    `cls`) or a folder of PNGs by class. grid: a picture of them (of some, where they are many) by class.
     """
 
     images: Path
@@ -167,17 +174,19 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleR
     Under torchrun all ranks call it together and draw a share each.
 
     Raises:
-        UserError: no such run or checkpoint, unknown settings, or a folder that holds samples of other settings.
+        UserError: no such run or checkpoint, raw weights that it does not hold, unknown settings, or a folder that holds
+            samples of other settings.
         WeightsUnavailable: the VAE's weights are not to be had.
     """
     device_name = pick_device(request.device)
     arithmetic = choose_arithmetic(device_name, request.precision, request.compile)
     with distributed.joined(device_name) as world:
         device = world.device(device_name)
-        loaded = load_run(run, step=request.checkpoint, device=str(device))
+        loaded = load_run(run, step=request.checkpoint, device=str(device), weights=STEMS[request.weights])
         config = sample_config(request, loaded)
         vae = loaded.decoder(request.weights_dir).to(device)
-        settings = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
+        settings: Record = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
+        settings |= {} if request.weights == "ema" else {"weights": request.weights}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
         named = files.inside(run, f"samples/{folder_name(request, loaded.step, config.sampler, arithmetic)}")
         folder = request.out or _find_folder(named, record, file_name(request))
@@ -185,61 +194,67 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleR
         _check_folder(folder, record, images)
         whole_blocks = -(-request.num // BLOCK) * BLOCK
         labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
-        with _held(folder, images, world) as wanted:
+        grid = _grid_path(folder, request.num, images)
+        with _held(grid, images, world) as wanted:
             if not wanted:
-                return _result(images, folder, loaded, settings, request)
+                return _result(images, grid, loaded, settings, request)
             draw = _Draw(
                 network=Network(loaded.model, arithmetic),
                 vae=vae,
                 config=config,
                 transport=loaded.transport,
                 labels=labels,
+                class_names=loaded.class_names,
                 num=request.num,
                 unit=_unit(device, request.batch_size),
             )
             with applied(arithmetic):
-                _draw_to(folder, images, record, draw, world, progress)
-        return _result(images, folder, loaded, settings, request)
+                _draw_to(images, grid, record, draw, world, progress)
+        return _result(images, grid, loaded, settings, request)
 
 
-def _result(images: Path, folder: Path, loaded: LoadedRun, settings: Record, request: SampleRequest) -> SampleResult:
-    return SampleResult(
-        images=images, grid=folder / "grid.png", loaded=loaded, settings={**settings, "num": request.num}
-    )
+def _result(images: Path, grid: Path, loaded: LoadedRun, settings: Record, request: SampleRequest) -> SampleResult:
+    return SampleResult(images=images, grid=grid, loaded=loaded, settings={**settings, "num": request.num})
+
+
+def _grid_path(folder: Path, num: int, images: Path) -> Path:
+    """Where the picture of the samples is, or is to be. Beside finished samples of earlier versions lies one of others."""
+    own, earlier = files.inside(folder, grid_name(num)), files.inside(folder, "grid.png")
+    return earlier if earlier.is_file() and _is_there(images) and not own.exists() else own
 
 
 @contextmanager
-def _held(folder: Path, images: Path, world: distributed.World) -> Iterator[bool]:
+def _held(grid: Path, images: Path, world: distributed.World) -> Iterator[bool]:
     """Holds the folder (on the main rank) while anything is to be done in it; whether there is, alike on all ranks.
 
     Raises:
         UserError: another process draws into it.
     """
-    if distributed.from_main(world.is_main and _is_complete(folder, images)):
+    if distributed.from_main(world.is_main and _is_complete(grid, images)):
         yield False
         return
     remedy = (
         "Wait until it has ended: what it has drawn by then is used. Or draw to another folder: trainer sample --out."
     )
-    with locks.hold(folder, "sampling", remedy=remedy) if world.is_main else nullcontext():
+    with locks.hold(images.parent, "sampling", remedy=remedy) if world.is_main else nullcontext():
         # It may have become so before we held it.
-        yield not distributed.from_main(world.is_main and _is_complete(folder, images))
+        yield not distributed.from_main(world.is_main and _is_complete(grid, images))
 
 
-def _is_complete(folder: Path, images: Path) -> bool:
+def _is_complete(grid: Path, images: Path) -> bool:
     """Whether nothing is left to do: a process may have been killed after the images were there."""
-    others = [files.inside(folder, name).is_file() for name in ("grid.png", "settings.json")]
-    return _is_there(images) and all(others) and not _is_pending(folder, images)
+    settings = files.inside(images.parent, "settings.json")
+    return _is_there(images) and grid.is_file() and settings.is_file() and not _is_pending(images)
 
 
 def _is_there(images: Path) -> bool:
     return images.is_file() if images.suffix else images.is_dir()
 
 
-def _is_pending(folder: Path, images: Path) -> bool:
+def _is_pending(images: Path) -> bool:
     """Whether blocks for these images are still there, or their folder. They may be for others, of a larger number,
     that were cut off."""
-    record = files.inside(folder, "blocks/settings.json")
+    record = files.inside(images.parent, "blocks/settings.json")
     made_for = runs.read_json(record, {}).get("file")
     return bool(made_for == images.name) or (record.parent.is_dir() and not files.names_in(record.parent))
 
@@ -253,8 +268,14 @@ class _Draw:
     config: SampleConfig
     transport: Transport
     labels: np.ndarray
+    class_names: Sequence[str]
     num: int
     unit: int
+
+    @property
+    def shown(self) -> dict[int, np.ndarray]:
+        """Class -> indices of the samples of it that the grid shows."""
+        return first_of_classes(self.labels[: self.num])
 
 
 def _unit(device: torch.device, batch_size: int) -> int:
@@ -265,16 +286,19 @@ def _unit(device: torch.device, batch_size: int) -> int:
 
 
 def _draw_to(
-    folder: Path, images: Path, record: Record, draw: _Draw, world: distributed.World, progress: Progress
+    images: Path, grid: Path, record: Record, draw: _Draw, world: distributed.World, progress: Progress
 ) -> None:
     """This rank's share of the blocks; then, on the main rank, the files made of all of them."""
+    folder = images.parent
     blocks = files.inside(folder, "blocks")
     missing: list[int] = []
     if world.is_main:
-        files.remove_parts(folder, of=[images.name, "grid.png", "settings.json"])
+        files.remove_parts(folder, of=[images.name, grid.name, "settings.json"])
         _prepare(blocks, record, images.name)
-        if not _is_there(images):
-            missing = [k for k in range(-(-draw.num // BLOCK)) if not _is_whole(blocks, draw.num, k)]
+        wanted = set(range(-(-draw.num // BLOCK)))
+        if _is_there(images):  # what is missing is the grid alone
+            wanted = set() if grid.is_file() else {int(i) // BLOCK for of in draw.shown.values() for i in of}
+        missing = [k for k in sorted(wanted) if not _is_whole(blocks, draw.num, k)]
         left = sum(_block_count(draw.num, k) for k in missing)
         progress.begin("sampling", draw.num, done=draw.num - left)
     missing = distributed.from_main(missing)  # one list for all: another rank may be done with a block before we look
@@ -287,16 +311,11 @@ def _draw_to(
         if not _is_there(images):
             write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
             write(blocks, images, draw.labels[: draw.num])
-        if not (folder / "grid.png").is_file():
-            save_png(_grid(draw), folder / "grid.png")
+        if not grid.is_file():
+            tiles = {label: np.stack([_sample(blocks, i) for i in of]) for label, of in draw.shown.items()}
+            save_png(class_picture(tiles, draw.class_names), grid)
         _remove_blocks(blocks)  # last: what tells that the folder is not complete
     distributed.barrier()
-
-
-def _grid(draw: _Draw) -> np.ndarray:
-    return class_grid(
-        draw.network, draw.vae, transport=draw.transport, seed=draw.config.seed, config=draw.config, unit=draw.unit
-    )
 
 
 def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], progress: Progress, ranks: int) -> None:
@@ -349,7 +368,7 @@ def _same(saved: Record, record: Record) -> bool:
 
 def _told(record: Record) -> Record:
     """A record with what it leaves out because there was, or is, nothing to say of it."""
-    return {"shift": 1.0, **record} if record else {}
+    return {"shift": 1.0, "weights": "ema", **record} if record else {}
 
 
 def _find_folder(named: Path, record: Record, file: str) -> Path:
@@ -415,6 +434,11 @@ def _block_images(blocks: Path, num: int) -> Iterator[np.ndarray]:
     """The first `num` images, uint8 [b, R, R, 3] per block."""
     for k in range(-(-num // BLOCK)):
         yield np.load(_block_path(blocks, k), mmap_mode="r", allow_pickle=False)[: _block_count(num, k)]
+
+
+def _sample(blocks: Path, index: int) -> np.ndarray:
+    image: np.ndarray = np.load(_block_path(blocks, index // BLOCK), mmap_mode="r", allow_pickle=False)[index % BLOCK]
+    return image
 
 
 def _write_npz(blocks: Path, npz: Path, labels: np.ndarray) -> None:
