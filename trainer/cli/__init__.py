@@ -119,6 +119,8 @@ def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
 
     name = apply_overrides(values, overrides).get("name")
     run = ROOT / checked_name(str(name)) if name else newest_run()
+    if not name:
+        console.print(f"continuing {safe(run)}, the newest run")
     saved = to_mapping(load_config(run))
     methods = split_methods(str(values.get("method", saved["method"])))
     typed_options = values.get("align") or {}
@@ -229,7 +231,9 @@ def evaluate(
     request = from_typed(EvalRequest, judging, settings=from_typed(SampleSettings, drawing))
     with RichProgress() as progress:
         if samples is None:
-            run = run or newest_run()
+            if run is None:
+                run = newest_run()
+                progress.note(f"judging {run}, the newest run")
             result = evaluate_run(run, request, progress)
         else:
             result = evaluate_images(samples, request, require_labels=require_labels, progress=progress)

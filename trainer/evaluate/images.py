@@ -21,7 +21,7 @@ import numpy as np
 
 import featcache
 from featcache.errors import UserError
-from featcache.inspect import source_of
+from featcache.inspect import find_source
 from featcache.sources.base import EXTENSIONS, sample_order
 from featcache.sources.decoders import decode_pil
 from featcache.sources.opening import Unreadable, explained, read_file
@@ -369,7 +369,7 @@ class CacheImages:
             UserError: the images are not here; other than for `featcache inspect`, decoded latents will not do.
         """
         dataset = self.cache.manifest.dataset
-        source = source_of(self.cache, self.data)
+        source = find_source(self.cache, self.data)
         if source is None:
             raise UserError(
                 f"the images of the cache {self.cache.path} are needed, and it was built from a folder",

@@ -14,6 +14,7 @@ import torch
 from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
+from featcache.redact import redact
 from featcache.sources.open import find_data
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
@@ -70,6 +71,9 @@ def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalRes
         return None
     extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
     reference, data = _reference(run, request)
+    if request.reference is None:
+        beside = f", which are in {data}" if data is not None else ""
+        progress.note(redact(f"compared with the images of {reference}{beside}"))
     _check_before_drawing(run, request, extractor, reference, data)
     drawn = sample_run(run, settings, progress)
     result = _judge(drawn.images, reference, extractor, replace(request, settings=settings, data=data), progress)

@@ -98,6 +98,8 @@ def _train(
         global_batch=config.batch_size, rank=world.rank, world_size=world.size, micro_batches=config.accumulate
     )
     cache = find_cache(config)
+    if config.cache is None and world.is_main:
+        watcher.note(f"the cache is {cache.path}, the newest that fits (--cache names another)")
     if expect is not None:
         require_digest(cache.manifest, expect, str(cache.path))
     with runs.claim(config, root) if world.is_main else nullcontext() as claimed:
