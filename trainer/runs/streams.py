@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
 from featcache.feature_names import is_class_token
 from featcache.settings import NotNegative, Share, from_mapping, settings
 from trainer.models.config import StreamShape
@@ -39,13 +39,33 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(StreamConfig))
 
 
 def stream_config(feature: str, options: Mapping[str, Any] | None) -> StreamConfig:
-    """Validated; raises `UserError`."""
+    """Validated; raises `UserError`.
+
+    So is the name, which may come from anybody's `config.yaml`: it becomes part of a file's name, and is printed.
+    """
+    from featcache.store.manifest import check_feature_name  # brings numpy
+
+    try:
+        check_feature_name(feature)
+    except CacheError as error:
+        raise UserError(f"streams: {error.what}", remedy=DIFFUSIBLE) from error
     return from_mapping(StreamConfig, options or {}, where=f"streams.{feature}")
 
 
 def stream_names(text: str) -> dict[str, Any]:
     """`a@1.cls,b@2.pca8` as a configuration has it: feature -> options."""
     return {name.strip(): {} for name in text.split(",") if name.strip()}
+
+
+def check_learned(feature: str, stream: StreamConfig) -> None:
+    """Raises `UserError` for a stream that training never takes out of its noise: sampling draws it all the same, and the
+    latents with it."""
+    for option, value, never, instead in (("weight", stream.weight, 0, 1), ("dropout", stream.dropout, 1, 0.2)):
+        if value == never:
+            raise UserError(
+                f"{feature} would never be learned: its {option} is {never}. Samples are drawn with it, so they would be wrong",
+                remedy=f"Give another value, for example --set streams.{feature}.{option}={instead}, or leave the stream out.",
+            )
 
 
 def check_shape(feature: str, shape: tuple[int, ...]) -> None:

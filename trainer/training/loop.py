@@ -36,11 +36,20 @@ from trainer.runs.cache import available_features, find_cache, random_features, 
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
-from trainer.runs.streams import StreamConfig, stream_config
+from trainer.runs.streams import StreamConfig, check_learned, stream_config
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
-from trainer.training.state import RATE_FACTOR, Parts, assemble, load_parts, precision_of, save_parts, whole_ema
+from trainer.training.state import (
+    RATE_FACTOR,
+    Parts,
+    assemble,
+    backbone_config,
+    load_parts,
+    precision_of,
+    save_parts,
+    whole_ema,
+)
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -104,6 +113,10 @@ def _train(
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
+        backbone_config(config, cache)  # what does not fit is said before statistics take a pass over the cache
+        if not runs.is_run(run):
+            for feature, options in config.streams.items():
+                check_learned(feature, stream_config(feature, options))
         statistics = settle(config, cache, run, main=world.is_main, watcher=watcher)
         of_streams = settle_streams(config, cache, run, main=world.is_main, watcher=watcher)
         begun = bool(checkpoint.list_checkpoints(run))
