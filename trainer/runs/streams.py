@@ -57,15 +57,16 @@ def stream_names(text: str) -> dict[str, Any]:
     return {name.strip(): {} for name in text.split(",") if name.strip()}
 
 
-def check_learned(feature: str, stream: StreamConfig) -> None:
-    """Raises `UserError` for a stream that training never takes out of its noise: sampling draws it all the same, and the
-    latents with it."""
-    for option, value, never, instead in (("weight", stream.weight, 0, 1), ("dropout", stream.dropout, 1, 0.2)):
+def never_learned(feature: str, stream: StreamConfig) -> str | None:
+    """A remark on a stream that training never takes out of its noise: sampling draws it all the same, and the latents see
+    it. None for any other."""
+    for option, value, never in (("weight", stream.weight, 0), ("dropout", stream.dropout, 1)):
         if value == never:
-            raise UserError(
-                f"{feature} would never be learned: its {option} is {never}. Samples are drawn with it, so they would be wrong",
-                remedy=f"Give another value, for example --set streams.{feature}.{option}={instead}, or leave the stream out.",
+            return (
+                f"{feature} is never learned (its {option} is {never}), and samples are drawn together with it: they are of "
+                f"no use; for those, type --set streams.{feature}.{option}={1 - never or 0.2:g} or another value"
             )
+    return None
 
 
 def check_shape(feature: str, shape: tuple[int, ...]) -> None:
