@@ -209,5 +209,6 @@ def _check(statistics: Statistics, where: str) -> None:
     if not finite or not bool((std > DEAD * std.max()).all()):
         raise UserError(
             f"{where}: a mean is not finite, or a standard deviation is zero beside the others, so nothing can be divided by it",
-            remedy="Look at the cache: featcache inspect CACHE. A channel that never changes cannot be normalised.",
+            remedy="Look at the cache: featcache inspect CACHE. A channel that never changes cannot be normalised; a feature "
+            "diffused beside the latents can be taken as it is: --set streams.FEATURE.normalization=none",
         )

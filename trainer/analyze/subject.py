@@ -52,8 +52,8 @@ _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnost
 class Subject:
     """See the module.
 
-    gradients: for diagnostics of gradients: the trained weights and the true labels, as in a training step without
-        label dropout. Otherwise `options.weights` and `options.labels`.
+    gradients: for diagnostics of gradients: the trained weights (of an imported run its average) and the true labels, as in
+        a training step without label dropout. Otherwise `options.weights` and `options.labels`.
     progress: is told of each sample that is looked at.
     """
 
@@ -69,9 +69,11 @@ class Subject:
     ) -> None:
         config = runs.load_config(run)
         self.cache, self.progress = cache_of_run(run), progress
-        at, _ = checkpoint.find_checkpoint(run, step if step is not None else options.step)
+        at, folder = checkpoint.find_checkpoint(run, step if step is not None else options.step)
         weights = "model" if gradients else options.weights
-        if weights == "auto":
+        if checkpoint.is_imported(folder):
+            weights = "ema"  # there are no others
+        elif weights == "auto":
             weights = "ema" if initial_share(config, at) < 0.1 else "model"
         loaded = sample.load_run(run, step=at, device=device, weights=weights)
         self.run, self.step, self.config, self.options = run, loaded.step, loaded.config, options

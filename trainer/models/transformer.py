@@ -224,7 +224,8 @@ def check_fit(model: Transformer, state: Mapping[str, Tensor], *, source: str = 
         raise UserError(
             f"{source} does not fit the model ({model.cfg.backbone or model.cfg.family}, depth {model.cfg.depth}, "
             f"width {model.cfg.width}): {shown}.",
-            remedy="Name the model, resolution and number of classes that the weights were trained with.",
+            remedy="Name the model, resolution, number of classes and features beside the latents that the weights were trained "
+            "with.",
         )
 
 

@@ -32,6 +32,7 @@ _MAX_STATE_BYTES = 1 << 20
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 REAL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _REMEDY = "Remove this checkpoint's folder to go on from the one before."
+DRAW_OR_TRAIN = "Draw from them: trainer sample, trainer eval; or train anew under another --name."
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -164,6 +165,13 @@ def load_tensors(checkpoint: Path, stem: str, *, device: str = "cpu") -> dict[st
         os.close(files.open_to_read(path))  # neither a link nor a pipe
         return safetensors.torch.load_file(path, device=device)
     except (OSError, UserError, SafetensorError) as error:
+        imported = False
+        with contextlib.suppress(UserError):
+            imported = is_imported(checkpoint)
+        if imported and not os.path.lexists(path):
+            raise UserError(
+                f"{checkpoint} holds imported weights, averaged ones alone: no {path.name}", remedy=DRAW_OR_TRAIN
+            ) from error
         raise UserError(f"cannot read {path}: {_reason(error).what:.300}", remedy=_REMEDY) from error
     except (AttributeError, KeyError, ValueError) as error:  # types of numbers that torch or safetensors do not know
         raise UserError(f"cannot read {path}: it holds numbers of an unknown type", remedy=_REMEDY) from error
@@ -185,6 +193,14 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     if name is not None and int(name[1]) != state["step"]:
         raise UserError(f"{path} is of step {state['step']}, unlike its folder", remedy=_REMEDY)
     return dict(state)
+
+
+def is_imported(checkpoint: Path) -> bool:
+    """Whether it was made of somebody's file (`trainer import`): averaged weights and nothing to train on from.
+
+    Raises as `load_state`.
+    """
+    return "imported" in load_state(checkpoint)
 
 
 def require_own(checkpoint: Path, *, method: str, model: str) -> dict[str, Any]:

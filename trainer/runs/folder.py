@@ -146,10 +146,13 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
             f"{run} has no cache.json, so it cannot be told what it was trained on",
             remedy="Restore the file, or start another run with --name.",
         )
-    if not seen["fingerprint"]:
+    from trainer.runs import checkpoint  # brings torch
+
+    imported = any(checkpoint.is_imported(folder) for _, folder in checkpoint.list_checkpoints(run)[-1:])
+    if imported or not seen["fingerprint"]:
         raise UserError(
             f"{run} holds imported weights: averaged ones without an optimiser's state, which cannot be trained on",
-            remedy="Draw from them: trainer sample, trainer eval; or train anew under another --name.",
+            remedy=checkpoint.DRAW_OR_TRAIN,
         )
     free = _FREE_KEYS - ({"steps"} if saved.lr_schedule == "linear" and saved.decay_until is None else set())
     theirs, ours = _compared(saved), _compared(config)
@@ -175,7 +178,8 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
 
 
 def _compared(config: RunConfig) -> dict[str, object]:
-    """Settings by key. Of streams also each option, wherever statistics came from, and the order that the weights go by."""
+    """Settings by key, of methods each option. Of streams also each option, wherever statistics came from, and the order
+    that the weights go by."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options = {
         f"streams.{feature}.{option}": value
@@ -183,7 +187,13 @@ def _compared(config: RunConfig) -> dict[str, object]:
         for option, value in (given or {}).items()
         if option != "statistics"
     }
-    return values | {"streams": list(config.streams)} | options
+    del values["align"]
+    aligned = {
+        f"align.{method}.{option}": value
+        for method, given in config.align.items()
+        for option, value in (given or {}).items()
+    }
+    return values | aligned | {"streams": list(config.streams)} | options
 
 
 def check_same_bytes(run: Path, cache: Cache) -> str | None:
@@ -255,8 +265,8 @@ def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str]
 
 
 def stream_statistics(feature: str) -> str:
-    """File of what a stream is normalised by, in the run's folder."""
-    return f"normalization-{feature.replace('/', '-')}.safetensors"
+    """File of what a stream is normalised by, in the run's folder; no feature has a + in its name."""
+    return f"normalization-{feature.replace('/', '+')}.safetensors"
 
 
 def clear_leftovers(run: Path, streams: Iterable[str]) -> None:

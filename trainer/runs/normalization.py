@@ -20,7 +20,8 @@ from trainer.distributed import from_main
 from trainer.runs import folder as runs
 from trainer.runs.cache import build_command
 from trainer.runs.config import RunConfig
-from trainer.runs.streams import stream_config
+from trainer.runs.records import cache_summary
+from trainer.runs.streams import StreamConfig, stream_config
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -55,11 +56,18 @@ def resolve(config: RunConfig, cache: Cache) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    """Statistics that a run needs. given: file that the user named. flags: how they are typed, over and file."""
+    """Statistics that a run needs.
+
+    shape: of the feature. path, fingerprint: of the cache; '' of imported runs without one. given: file that the user
+    named. file: the run's copy. flags: how they are typed, over and file.
+    """
 
     feature: str
     over: Over
-    given: str | None
+    shape: tuple[int, ...]
+    path: str
+    fingerprint: str
+    given: str | None = None
     file: str
     flags: tuple[str, str] = ("--normalization", "--statistics")
 
@@ -85,9 +93,7 @@ def settle(
         return None
     if MOMENTS not in cache.manifest.features:
         raise CacheError(f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, (MOMENTS,)))
-    over: Over = "position" if config.normalization == "position" else "channel"
-    wanted = _Wanted(feature=MOMENTS, over=over, given=config.statistics, file=FILE)
-    return _settle(wanted, cache, run, main, watcher)
+    return _settle(_of_latents(config, _Origin.of(cache)), cache, run, main, watcher)
 
 
 def settle_streams(
@@ -104,24 +110,70 @@ def settle_streams(
                     remedy=f"Type --set streams.{feature}.normalization=channel, or leave the statistics out.",
                 )
             continue
-        flags = (f"streams.{feature}.normalization", f"streams.{feature}.statistics")
-        wanted = _Wanted(
-            feature=feature,
-            over=stream.normalization,
-            given=stream.statistics,
-            file=runs.stream_statistics(feature),
-            flags=flags,
-        )
-        found[feature] = _settle(wanted, cache, run, main, watcher)
+        found[feature] = _settle(_of_stream(feature, stream, _Origin.of(cache)), cache, run, main, watcher)
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What statistics were computed from: the cache itself, or what a run has recorded of it."""
+
+    path: str
+    fingerprint: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, cache: Cache) -> _Origin:
+        shapes = {name: tuple(feature.shape) for name, feature in cache.manifest.features.items()}
+        return cls(path=str(cache.path), fingerprint=cache.fingerprint, shapes=shapes)
+
+    @classmethod
+    def recorded(cls, run: Path) -> _Origin:
+        summary = cache_summary(run)
+        shapes = {name: tuple(feature["shape"]) for name, feature in summary["features"].items()}
+        return cls(path=summary["path"], fingerprint=summary["fingerprint"], shapes=shapes)
+
+    def shape(self, feature: str) -> tuple[int, ...]:
+        if feature not in self.shapes:
+            raise UserError(
+                f"{feature} is normalised, and the run's cache.json does not say its shape",
+                remedy="Bring the file back.",
+            )
+        return self.shapes[feature]
+
+
+def _of_latents(config: RunConfig, origin: _Origin) -> _Wanted:
+    return _Wanted(
+        feature=MOMENTS,
+        over="position" if config.normalization == "position" else "channel",
+        shape=origin.shape(MOMENTS),
+        path=origin.path,
+        fingerprint=origin.fingerprint,
+        given=config.statistics,
+        file=FILE,
+    )
+
+
+def _of_stream(feature: str, stream: StreamConfig, origin: _Origin) -> _Wanted:
+    assert stream.normalization != "none", "what is not normalised has no statistics"
+    return _Wanted(
+        feature=feature,
+        over=stream.normalization,
+        shape=origin.shape(feature),
+        path=origin.path,
+        fingerprint=origin.fingerprint,
+        given=stream.statistics,
+        file=runs.stream_statistics(feature),
+        flags=(f"streams.{feature}.normalization", f"streams.{feature}.statistics"),
+    )
 
 
 def _settle(wanted: _Wanted, cache: Cache, run: Path, main: bool, watcher: Progress) -> Statistics:
     # What the user names may be a link, as in the Hugging Face hub's folders; what lies in a run may not.
-    given = None if wanted.given is None else _fitting(load(Path(wanted.given).resolve()), wanted, cache)
+    given = None if wanted.given is None else _fitting(load(Path(wanted.given).resolve()), wanted)
     if not runs.is_run(run):  # what a start that was cut short left there is no run's
-        return given or _fitting(_imported(wanted, cache) or _computed(wanted, cache, main, watcher), wanted, cache)
-    kept = _fitting(_kept(run, wanted.file), wanted, cache)
+        return given or _fitting(_imported(wanted, cache) or _computed(wanted, cache, main, watcher), wanted)
+    kept = _kept(run, wanted)
     if given is not None and not (torch.equal(given.mean, kept.mean) and torch.equal(given.std, kept.std)):
         raise UserError(
             f"{run} was started with other statistics than {wanted.given}",
@@ -144,10 +196,14 @@ def streams_of_run(run: Path, config: RunConfig) -> dict[str, Statistics]:
     """What a run's streams were normalised by.
 
     Raises:
-        UserError: a copy is missing or damaged.
+        UserError: a copy is missing or damaged, or is not of the feature and the cache that the run was trained on.
     """
-    normalised = [f for f, options in config.streams.items() if stream_config(f, options).normalization != "none"]
-    return {feature: _kept(run, runs.stream_statistics(feature)) for feature in normalised}
+    streams = {feature: stream_config(feature, options) for feature, options in config.streams.items()}
+    normalised = {feature: stream for feature, stream in streams.items() if stream.normalization != "none"}
+    if not normalised:
+        return {}
+    origin = _Origin.recorded(run)
+    return {feature: _kept(run, _of_stream(feature, stream, origin)) for feature, stream in normalised.items()}
 
 
 def of_tokens(statistics: Statistics) -> Normalization:
@@ -165,22 +221,22 @@ def of_run(run: Path, config: RunConfig, vae: Mapping[str, Any]) -> Normalizatio
     """What a run was trained with; None for `scalar` where the run's record of the VAE does not say.
 
     Raises:
-        UserError: its copy is missing or damaged.
+        UserError: its copy is missing or damaged, or is not of the latents and the cache that the run was trained on.
     """
     if config.normalization == "scalar":
         return scalar(vae) if "scaling_factor" in vae and "shift_factor" in vae else None
-    return from_statistics(_kept(run, FILE))
+    return from_statistics(_kept(run, _of_latents(config, _Origin.recorded(run))))
 
 
-def _kept(run: Path, file: str) -> Statistics:
-    path = files.inside(run, file)
+def _kept(run: Path, wanted: _Wanted) -> Statistics:
+    path = files.inside(run, wanted.file)
     if not path.is_file():
         raise UserError(
             f"{path} is missing, and what the run trains on was normalised by it",
             remedy="Bring it back: without it the run can be neither continued nor "
-            f"{'sampled from' if file == FILE else 'analysed'}.",
+            f"{'sampled from' if wanted.file == FILE else 'analysed'}.",
         )
-    return load(path)
+    return _fitting(load(path), wanted, copy=path)
 
 
 def _imported(wanted: _Wanted, cache: Cache) -> Statistics | None:
@@ -208,16 +264,16 @@ def _computed(wanted: _Wanted, cache: Cache, main: bool, watcher: Progress) -> S
     return found
 
 
-def _compute(wanted: _Wanted, cache: Cache) -> str:
+def _compute(wanted: _Wanted) -> str:
     """What to type for statistics that fit."""
     feature = "" if wanted.feature == MOMENTS else f" --feature {wanted.feature}"
-    command = f"featcache stats {typed(str(cache.path))}{feature} --over {wanted.over} --out stats.safetensors"
+    command = f"featcache stats {typed(wanted.path)}{feature} --over {wanted.over} --out stats.safetensors"
     return f"Leave {wanted.flags[1]} out, and the run computes them; or once for many runs: {command}"
 
 
-def _shapes(wanted: _Wanted, cache: Cache) -> tuple[tuple[int, ...], ...]:
+def _shapes(wanted: _Wanted) -> tuple[tuple[int, ...], ...]:
     """That the statistics may have: as they are computed here, and as files hold them."""
-    shape = tuple(cache.manifest.features[wanted.feature].shape)
+    shape = wanted.shape
     if wanted.feature == MOMENTS:
         latent = (shape[0] // 2, *shape[1:])
         return ((latent[0], 1, 1),) if wanted.over == "channel" else (latent,)
@@ -228,23 +284,26 @@ def _shapes(wanted: _Wanted, cache: Cache) -> tuple[tuple[int, ...], ...]:
     return shape, (channels, side, side)
 
 
-def _fitting(statistics: Statistics, wanted: _Wanted, cache: Cache) -> Statistics:
+def _fitting(statistics: Statistics, wanted: _Wanted, *, copy: Path | None = None) -> Statistics:
+    """copy: the run's own, which nothing that is typed replaces."""
+    where, back = (f"{copy}: ", "Bring the run's own file back.") if copy is not None else ("", None)
     if statistics.feature not in (None, wanted.feature):
         raise UserError(
-            f"the statistics are of {statistics.feature}, not of {wanted.feature}",
-            remedy=_compute(wanted, cache),
+            f"{where}the statistics are of {statistics.feature!s:.200}, not of {wanted.feature}",
+            remedy=back or _compute(wanted),
         )
-    if statistics.fingerprint not in (None, cache.fingerprint):
+    if wanted.fingerprint and statistics.fingerprint not in (None, wanted.fingerprint):
         raise CacheError(
-            f"the statistics were computed from a cache with fingerprint {str(statistics.fingerprint)[:12]}, and "
-            f"{cache.path} has {cache.fingerprint[:12]}",
-            remedy=_compute(wanted, cache),
+            f"{where}the statistics were computed from a cache with fingerprint {statistics.fingerprint!s:.12}, and "
+            f"{wanted.path} has {wanted.fingerprint[:12]}",
+            remedy=back or _compute(wanted),
         )
-    shapes = _shapes(wanted, cache)
+    shapes = _shapes(wanted)
     if tuple(statistics.mean.shape) not in shapes:
         raise UserError(
-            f"the statistics have the shape {list(statistics.mean.shape)}, and {wanted.flags[0]} {wanted.over} needs "
+            f"{where}the statistics have the shape {list(statistics.mean.shape)}, and {wanted.flags[0]} {wanted.over} needs "
             f"{list(shapes[0])}",
-            remedy=f"Give {wanted.flags[0]} channel or position as they were computed, or compute others with featcache stats.",
+            remedy=back
+            or f"Give {wanted.flags[0]} channel or position as they were computed, or compute others with featcache stats.",
         )
     return statistics

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
 from featcache.feature_names import is_class_token
 from featcache.settings import NotNegative, Share, from_mapping, settings
 from trainer.models.config import StreamShape
@@ -39,13 +39,34 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(StreamConfig))
 
 
 def stream_config(feature: str, options: Mapping[str, Any] | None) -> StreamConfig:
-    """Validated; raises `UserError`."""
+    """Validated; raises `UserError`.
+
+    So is the name, which may come from anybody's `config.yaml`: it becomes part of a file's name, and is printed.
+    """
+    from featcache.store.manifest import check_feature_name  # brings numpy
+
+    try:
+        check_feature_name(feature)
+    except CacheError as error:
+        raise UserError(f"streams: {error.what}", remedy=DIFFUSIBLE) from error
     return from_mapping(StreamConfig, options or {}, where=f"streams.{feature}")
 
 
 def stream_names(text: str) -> dict[str, Any]:
     """`a@1.cls,b@2.pca8` as a configuration has it: feature -> options."""
     return {name.strip(): {} for name in text.split(",") if name.strip()}
+
+
+def never_learned(feature: str, stream: StreamConfig) -> str | None:
+    """A remark on a stream that training never takes out of its noise: sampling draws it all the same, and the latents see
+    it. None for any other."""
+    for option, value, never in (("weight", stream.weight, 0), ("dropout", stream.dropout, 1)):
+        if value == never:
+            return (
+                f"{feature} is never learned (its {option} is {never}), and samples are drawn together with it: they are of "
+                f"no use; for those, type --set streams.{feature}.{option}={1 - never or 0.2:g} or another value"
+            )
+    return None
 
 
 def check_shape(feature: str, shape: tuple[int, ...]) -> None:

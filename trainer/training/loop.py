@@ -36,11 +36,20 @@ from trainer.runs.cache import available_features, find_cache, random_features, 
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
-from trainer.runs.streams import StreamConfig, stream_config
+from trainer.runs.streams import StreamConfig, never_learned, stream_config
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
-from trainer.training.state import RATE_FACTOR, Parts, assemble, load_parts, precision_of, save_parts, whole_ema
+from trainer.training.state import (
+    RATE_FACTOR,
+    Parts,
+    assemble,
+    backbone_config,
+    load_parts,
+    precision_of,
+    save_parts,
+    whole_ema,
+)
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -106,6 +115,7 @@ def _train(
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
+        backbone_config(config, cache)  # what does not fit is said before statistics take a pass over the cache
         statistics = settle(config, cache, run, main=world.is_main, watcher=watcher)
         of_streams = settle_streams(config, cache, run, main=world.is_main, watcher=watcher)
         begun = bool(checkpoint.list_checkpoints(run))
@@ -433,6 +443,9 @@ def _announce(job: Job, start: int, remark: str | None) -> None:
     if config.streams:
         beside = (f"{name} ({_as_diffused(stream_config(name, given))})" for name, given in config.streams.items())
         job.watcher.note(f"diffused beside the latents: {', '.join(beside)}")
+        for name, given in config.streams.items():
+            if (useless := never_learned(name, stream_config(name, given))) is not None:
+                job.watcher.note(useless)
     for method in config.methods:
         asked = align.data_streams(method, config.method_config(method), available_features(job.cache))
         for name, options in asked.items():
