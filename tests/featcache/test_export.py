@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from store_helpers import base_features, build, dataset, moments, tokens, tree
 
 import featcache
+from featcache.cli import app
+from featcache.console import run_app
 from featcache.errors import CacheError, UserError
 from featcache.keys import key_bytes
 from featcache.share import exporters, layouts, parquet
@@ -370,14 +372,19 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
 
 
-def test_the_command(tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def typed(line: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", line.split())
+        status = run_app(app)
+        return status, " ".join("".join(capsys.readouterr()).split())
+
+    monkeypatch.chdir(tmp_path)
     cache_of(tmp_path / "cache", latents(5))
-    done = cli("featcache", "export", "cache", "--to", "repa", "--out", "data/vae-sd")
-    assert done.returncode == 0, done.stderr
-    assert "data/vae-sd: 5 samples in the layout of repa" in done.stdout
+    status, said = typed("featcache export cache --to repa --out data/vae-sd")
+    assert status == 0 and "data/vae-sd: 5 samples in the layout of repa" in said
     assert (tmp_path / "data/vae-sd/dataset.json").is_file()
-    refused = cli("featcache", "export", "cache", "--to", "lightningdit", "--out", "data/vae-sd", "--view", "0")
-    assert refused.returncode == 2 and "rm -r" in refused.stderr and "Traceback" not in refused.stderr
+    status, said = typed("featcache export cache --to lightningdit --out data/vae-sd --view 0")
+    assert status == 2 and "rm -r" in said and "Traceback" not in said
 
 
 def test_a_complete_export_is_left_alone(tmp_path: Path) -> None:
