@@ -634,6 +634,49 @@ def import_latents(
     console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
 
 
+def export(
+    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Whose layout: repa, edm2, lightningdit, or hf (parquet, for datasets).")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder to write; for REPA one that is called vae-sd.", callback=_local),
+    ],
+    features: Annotated[str | None, typer.Option(help="Of --to hf: only these. \\[default: all]")] = None,
+    view: Annotated[
+        int | None,
+        typer.Option(
+            help="0: the images as they are, 1: mirrored. \\[default: what the layout has places for]", min=0, max=1
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of --to hf: float32 or float16. \\[default: the smaller that loses nothing]")
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(help="Of the samples that --to lightningdit draws of the posterior.", min=0, max=(1 << 63) - 1),
+    ] = 0,
+) -> None:
+    """Write a cache in the layout that another trainer reads. Resumable.
+
+    [dim]Example: featcache export caches/NAME --to repa --out data/vae-sd[/dim]
+    """
+    from featcache.share import exporters
+
+    names = _split(features)
+    with RichProgress() as progress:
+        request = exporters.ExportRequest(
+            cache=cache,
+            out=out,
+            layout=to,
+            features=None if names is None else tuple(names),
+            view=view,
+            seed=seed,
+            dtype=dtype,
+        )
+        count = exporters.export(request, progress)
+    console.print(f"{safe(out)}: {count} samples in the layout of {to}")
+
+
 @takes(
     BuildRequest,
     but=[
@@ -678,3 +721,4 @@ def register(app: typer.Typer) -> None:
     app.command()(pull)
     app.command()(convert)
     app.command(name="import")(import_latents)
+    app.command()(export)

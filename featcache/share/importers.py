@@ -14,6 +14,8 @@ Three layouts (METHODS of the public code; each states what its numbers are):
 What a cache stores is mean and log-variance. A standard deviation converts exactly (up to the codec); a
 sample has lost its posterior and is stored as a mean with log-variance -30, so that drawing from it gives
 the sample back.
+
+An export of `featcache.share.exporters` brings its keys, class names and VAE along (`featcache.share.exported`).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from featcache.errors import UserError, first_line
 from featcache.keys import key_bytes, printable
 from featcache.progress import QUIET, Progress
 from featcache.read.order import epoch_order
+from featcache.share.exported import MARKER, Exported, read_exported
 from featcache.sources.opening import Unreadable, explained, file_size, read_file
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import UNKNOWN, DatasetSpec, FeatureSpec, Manifest
@@ -62,6 +65,7 @@ class Latents(Protocol):
     views: int
     vae: dict[str, Any]
     provenance: dict[str, Any]
+    exported: Exported | None
 
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
@@ -142,6 +146,11 @@ class _Files:
         except Unreadable as error:
             raise self._unreadable(name, str(error)) from error
 
+    def __contains__(self, name: str) -> bool:
+        if self.archive is not None:
+            return name in self.archive.NameToInfo
+        return os.path.lexists(self.path / name)
+
     def read(self, name: str, limit_bytes: int) -> bytes:
         """The bytes of a file. Raises `UserError` if it is missing, no file, damaged, or larger than `limit_bytes`."""
         if self.size(name) > limit_bytes:
@@ -203,8 +212,9 @@ class _NpyLatents:
             raise UserError(f"{path}: {self._names[0]} has shape {first.shape}, not [2C, h, w]")
         self._shape = first.shape
         C = len(first)
+        self.exported = _exported(self._files, path, layout, len(self._names))
         pixel_range = [0, 1] if layout == "edm2" else [-1, 1]
-        self.vae = {
+        self.vae = _described(self.exported, vae_name) or {
             "name": vae_name or "sd-ft-mse",
             "latent_channels": C // 2,
             "scaling_factor": 0.18215,
@@ -217,7 +227,7 @@ class _NpyLatents:
             "imported_from": layout,
             "stored_as": "mean and standard deviation, float32",
             "converted_to": "mean and log-variance, clamped to [-30, 20]",
-            "pixel_range": pixel_range,
+            "pixel_range": self.vae.get("pixel_range") or [-1, 1],
             "encoder": self.vae["name"],
             "weights": "unknown (not recorded by the source)",
         }
@@ -226,7 +236,7 @@ class _NpyLatents:
         return len(self._names)
 
     def key(self, index: int) -> str:
-        return self._names[index]
+        return self._names[index] if self.exported is None else self.exported.keys[index]
 
     def signature(self, index: int) -> str:
         return str(self._files.size(self._names[index]))
@@ -289,7 +299,8 @@ class _SafetensorsLatents:
             self._starts.append(self._starts[-1] + len(labels[-1]))
         self.labels = np.concatenate(labels)
         mean, std = self._channel_statistics(path)
-        self.vae = {
+        self.exported = _exported(_Files(path), path, layout, len(self.labels))
+        self.vae = _described(self.exported, vae_name) or {
             "name": vae_name or UNKNOWN,
             "latent_channels": self._shape[0],
             # One number for all channels (root mean square of the channels' std): the exact ones are beside it.
@@ -298,15 +309,14 @@ class _SafetensorsLatents:
             "downsampling": 16,
             "sha256": UNKNOWN,
             "pixel_range": [-1, 1],
-            "channel_mean": [float(x) for x in mean],
-            "channel_std": [float(x) for x in std],
         }
+        self.vae |= {"channel_mean": [float(x) for x in mean], "channel_std": [float(x) for x in std]}
         self.provenance = {
             "imported_from": layout,
             "stored_as": "one sample of the posterior, unscaled; view 1 = of the mirrored image",
             "converted_to": "mean = the sample, log-variance = -30: the posterior is lost",
             "sampled": True,
-            "pixel_range": [-1, 1],
+            "pixel_range": self.vae.get("pixel_range") or [-1, 1],
             "encoder": self.vae["name"],
             "weights": "unknown (not recorded by the source)",
         }
@@ -319,6 +329,8 @@ class _SafetensorsLatents:
         return self._paths[file], index - self._starts[file]
 
     def key(self, index: int) -> str:
+        if self.exported is not None:
+            return self.exported.keys[index]
         path, row = self._place(index)
         return f"{path.name}:{row}"
 
@@ -362,6 +374,16 @@ class _SafetensorsLatents:
                 remedy="Make the latents again.",
             )
         return values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
+
+
+def _exported(found: _Files, path: Path, layout: str, count: int) -> Exported | None:
+    """What an export of ours says of itself; None for files that are somebody else's. Raises `UserError`."""
+    return read_exported(found.read, path, layout, count) if MARKER in found else None
+
+
+def _described(exported: Exported | None, vae_name: str | None) -> dict[str, Any] | None:
+    """The VAE of an export, by its own name or another one."""
+    return None if exported is None else exported.vae | ({"name": vae_name} if vae_name else {})
 
 
 def _open_safetensors(path: Path) -> safe_open:
@@ -430,14 +452,15 @@ def import_latents(request: ImportRequest, progress: Progress = QUIET) -> Manife
     sample = latents.read(0)
     _, channels, h, w = sample.shape
     n_classes = int(latents.labels.max()) + 1
-    class_names = request.class_names or tuple(str(i) for i in range(n_classes))
+    exported = latents.exported
+    class_names = request.class_names or (exported and exported.class_names) or tuple(str(i) for i in range(n_classes))
     if len(class_names) < n_classes:
         raise UserError(f"there are {n_classes} classes, but only {len(class_names)} names")
     digest = hashlib.sha256(request.layout.encode())
     for i in range(n):
         digest.update(key_bytes(f"{latents.key(i)}\0{latents.labels[i]}\0{latents.signature(i)}\n"))
     dataset = DatasetSpec(
-        name=printable(request.name or Path(request.source).name),
+        name=printable(request.name or (exported.name if exported else Path(request.source).name)),
         count=n,
         class_names=class_names,
         fingerprint=digest.hexdigest(),
@@ -455,7 +478,7 @@ def import_latents(request: ImportRequest, progress: Progress = QUIET) -> Manife
         grid=max(1, h * latents.vae["downsampling"] // 16),
     )
     longest = max(len(key_bytes(latents.key(i))) for i in range(n))
-    provenance = {"imported_from": request.layout}
+    provenance = {"imported_from": request.layout} | ({"cache": exported.fingerprint} if exported else {})
     specs = [
         FeatureSpec(name="label", shape=(), codec="raw", dtype="int64", provenance=provenance),
         FeatureSpec(name="key", shape=(longest,), codec="raw", dtype="uint8", provenance=provenance),
@@ -464,7 +487,7 @@ def import_latents(request: ImportRequest, progress: Progress = QUIET) -> Manife
             shape=(channels, h, w),
             codec=request.codec,
             views=views,
-            provenance=latents.provenance,
+            provenance=latents.provenance | provenance,
         ),
     ]
     shard_size = request.shard_size or min(n, recommended_shard_size(specs[2].bytes_per_sample))

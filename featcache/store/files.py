@@ -401,6 +401,23 @@ def _discard(entries: Sequence[_Entry]) -> None:
             _unlink(entry.part)
 
 
+def write_new(path: Path, buffers: Sequence[Buffer]) -> None:
+    """Write a file that is not there yet, neither at once nor durably: into a folder of `atomic_directory`, and for
+    `sync_all`. Raises `CacheError`."""
+    with explained(path, "written"):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            for buffer in buffers:
+                write_all(fd, _bytes_view(buffer))
+        finally:
+            os.close(fd)
+
+
+def sync_all() -> None:
+    """All that was written before is on its disk then: for so many small files that an fsync of each takes hours."""
+    os.sync()
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file for other libraries to write to and seek in; it takes the name `path` when the block ends without an exception.
@@ -448,6 +465,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def rename_directory(path: Path, target: Path) -> None:
+    """Give a directory another name on the same disk, durably: one that is free, or an empty directory's. Raises
+    `CacheError`."""
+    with explained(target, "written"):
+        _rename(path, target)
+        fsync_directory(target.parent)
 
 
 def remove_file(path: Path) -> None:
