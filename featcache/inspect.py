@@ -51,7 +51,7 @@ def source_of(cache: Cache, data: str | None) -> Source | None:
     if fingerprint(source, order) != dataset.fingerprint:
         raise UserError(
             f"{data} does not hold the images that {cache.path} was made from",
-            remedy="Pass the folder it was built from.",
+            remedy="Pass those it was built from: --data DIR.",
         )
     return source
 
@@ -59,13 +59,23 @@ def source_of(cache: Cache, data: str | None) -> Source | None:
 def find_source(cache: Cache, data: str | None) -> Source | None:
     """As `source_of`; without `data` also $FEATCACHE_DATA, ./data/imagenet or where they lay when the cache was built, if
     the cache's images are there."""
-    if data is not None or recorded_shapes(cache.manifest.dataset.source) is not None:
-        return source_of(cache, data)
-    for place in (find_data, lambda _: recall(cache.manifest.dataset.fingerprint)):
-        with contextlib.suppress(UserError):
-            if (source := source_of(cache, place(None))) is not None:
-                return source
-    return None
+    found = find_images(cache, data)
+    return None if found is None else found[1]
+
+
+def find_images(cache: Cache, data: str | None) -> tuple[str | None, Source] | None:
+    """What `find_source` finds, and where: the place may be passed as `data` again. The embedded set needs none."""
+    if recorded_shapes(cache.manifest.dataset.source) is not None:
+        data = None
+    elif data is None:
+        for place in (find_data, lambda _: recall(cache.manifest.dataset.fingerprint)):
+            with contextlib.suppress(UserError):
+                where = place(None)
+                if (source := source_of(cache, where)) is not None:
+                    return where, source
+        return None
+    source = source_of(cache, data)
+    return None if source is None else (data, source)
 
 
 def images_of(cache: Cache, data: str | None, indices: Sequence[int]) -> np.ndarray:

@@ -162,7 +162,10 @@ class EvalRequest:
     ] = ()
     bootstrap: Annotated[Index, Option("Replicates behind 95 % intervals; 0 is none.")] = 0
     data: Annotated[
-        str | None, Option("Where the cache's images lie. [default: $FEATCACHE_DATA, else ./data/imagenet]")
+        str | None,
+        Option(
+            "Where the cache's images lie. [default: $FEATCACHE_DATA, ./data/imagenet, or where they lay when the cache was built]"
+        ),
     ] = None
 
     def __post_init__(self) -> None:

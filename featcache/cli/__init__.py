@@ -31,7 +31,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         help="Image folder (one folder per class), or 'shapes' for the embedded set. "
-        "\\[default: $FEATCACHE_DATA, else ./data/imagenet]"
+        "\\[default: $FEATCACHE_DATA, ./data/imagenet, or where they lay when the cache was built]"
     ),
 ]
 

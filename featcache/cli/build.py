@@ -37,7 +37,7 @@ def build(
         bool,
         typer.Option(
             "--remember/--no-remember",
-            help="Note in ~/.cache/featcache, for inspect and analyze, where the images lie. \\[default: --remember]",
+            help="Note in ~/.cache/featcache, for inspect, eval and analyze, where the images lie. \\[default: --remember]",
             show_default=False,
         ),
     ] = True,

@@ -511,7 +511,7 @@ def test_other_images_than_the_cache_s_are_left_out_of_a_report(
 
     run = without_samples(root, tmp_path / "a")
     assert "Real images." in write_run_report([run]).read_text()
-    monkeypatch.setattr(report, "images_of", refuse)
+    monkeypatch.setattr(report, "pixels_of", refuse)
     assert "Real images." not in write_run_report([run]).read_text()
     evaluate_run(run, ASK, Quiet())
     page = write_run_report([run]).read_text()

@@ -75,7 +75,7 @@ class AnalyzeConfig:
     data: Annotated[
         str | None,
         Option(
-            "Where the cache's images lie, for pictures. [default: $FEATCACHE_DATA, ./data/imagenet, else decode latents]"
+            "Where the cache's images lie, for pictures. [default: $FEATCACHE_DATA, ./data/imagenet, or where they lay when the cache was built; else latents are decoded]"
         ),
     ] = None
     weights_dir: Annotated[

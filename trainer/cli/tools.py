@@ -84,7 +84,9 @@ def stats(
     limit: Annotated[int | None, typer.Option(help="Only the first so many images. \\[default: all]", min=2)] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="For a cache: where its images lie. \\[default: $FEATCACHE_DATA, else ./data/imagenet]"),
+        typer.Option(
+            help="For a cache: where its images lie. \\[default: $FEATCACHE_DATA, ./data/imagenet, or where they lay when the cache was built]"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",

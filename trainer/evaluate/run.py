@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from featcache.errors import CacheError, UserError, WeightsUnavailable
+from featcache.inspect import find_images
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
 from featcache.redact import redact
-from featcache.sources.open import find_data
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
 from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
@@ -33,7 +33,6 @@ from trainer.sampling.run import sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
-    from trainer.runs.schemas import Summary
 
 GPU_SAMPLES, GPU_STEPS = 50_000, 250  # the papers' protocol, with the family's default sampler
 CPU_SAMPLES, CPU_STEPS = 512, 32
@@ -229,27 +228,20 @@ def _reference(run: Path, request: EvalRequest) -> tuple[str, str | None]:
             remedy="Pass --reference with an npz, a folder of images or a cache.",
         )
     try:
-        cache_of_run(run)
+        opened = cache_of_run(run)
     except CacheError as error:
         raise CacheError(
             f"{error.what}: so there are no images to compare with",
             remedy="Bring the cache back, or pass --reference with an npz, a folder of images or a cache.",
         ) from error
-    return cache, data_folder(summary, request.data)
-
-
-def data_folder(summary: Summary, data: str | None) -> str | None:
-    if summary["dataset"]["source"].startswith("shapes "):
-        return None
-
-    try:
-        return find_data(data)
-    except UserError as error:
+    found = find_images(opened, request.data)
+    if found is None:
         raise UserError(
-            "no images to compare with: the cache holds features, and its images were not found "
-            "(--data was not given, $FEATCACHE_DATA is not set and ./data/imagenet does not exist)",
+            "no images to compare with: the cache holds features, and the images it was made from were not found (looked "
+            "for in --data, $FEATCACHE_DATA, ./data/imagenet, and where they lay when it was built)",
             remedy="Type: trainer eval --data /path/to/images   (the ones the cache was built from), or pass --reference",
-        ) from error
+        )
+    return cache, found[0]
 
 
 def _append_metrics(run: Path, entry: dict[str, Any]) -> None:

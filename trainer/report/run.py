@@ -13,12 +13,12 @@ import torch
 
 import featcache
 from featcache.errors import CacheError, UserError
-from featcache.inspect import contact_sheet, images_of
+from featcache.inspect import draw_sheet, find_source, pixels_of
 from featcache.paths import PAGES, check_output
+from featcache.sources.base import Source
 from trainer import align
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import FeatureInfo
-from trainer.evaluate.run import data_folder
 from trainer.plots import Chart
 from trainer.report.data import RunData, load_run
 from trainer.report.judged import judged_samples
@@ -108,29 +108,30 @@ def _pictures(folder: Path, data: Sequence[RunData]) -> dict[str, Any]:
     return {"images": figures, "judged_samples": judged}
 
 
-def _cache_of(folder: Path) -> tuple[tuple[str, ...], Cache | None, str | None]:
-    """Names of a run's classes, its cache, and where that one's images lie; None where they are elsewhere: the report shows
-    what the run itself holds."""
+def _cache_of(folder: Path) -> tuple[tuple[str, ...], Cache | None, Source | None]:
+    """Names of a run's classes, its cache and that one's images; None for both where one is missing: the report shows what
+    the run itself holds."""
     names: tuple[str, ...] = ()
     try:
         summary = cache_summary(folder)
         names = tuple(summary["dataset"]["class_names"])
         cache = featcache.open(runs.cache_path(folder, summary))
-        return names, cache, data_folder(summary, None)
+        source = find_source(cache, None)
+        return names, cache if source is not None else None, source
     except (CacheError, UserError):
         return names, None, None
 
 
-def _real_images(cache: Cache, data: str | None, of: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+def _real_images(cache: Cache, source: Source | None, of: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
     """Class -> its images at some positions, uint8 [n, R, R, 3]; classes without a position are left out.
 
     Raises:
-        UserError: the images are not those of the cache, or not here.
+        UserError: an image cannot be read.
     """
     positions = [int(i) for found in of.values() for i in found]
     if not positions:
         return {}
-    pixels = images_of(cache, data, positions)
+    pixels = pixels_of(cache, source, positions)
     ends = np.cumsum([len(found) for found in of.values()])
     return {label: part for label, part in zip(of, np.split(pixels, ends[:-1])) if len(part)}
 
@@ -145,9 +146,9 @@ def _real_figure(images: Mapping[int, np.ndarray], names: Sequence[str]) -> Figu
     )
 
 
-def _sheet(cache: Cache, data: str | None) -> Figure:
+def _sheet(cache: Cache, source: Source | None) -> Figure:
     return Figure(
-        image=np.asarray(contact_sheet(cache, data=data)),
+        image=np.asarray(draw_sheet(cache, source)),
         title="What the cache holds",
         caption="PCA of each cached layer as colours: the first three principal components over all tokens shown. "
         "Look for object outlines that get coarser and more uniform inside objects with depth.",
