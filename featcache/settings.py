@@ -175,6 +175,8 @@ def given_of(cls: type[DataclassInstance], options: Mapping[str, Any]) -> Given:
                 f"there is no option {name!r:.80}", remedy=f"{suggest(name, names)}Options: {', '.join(sorted(names))}"
             )
         option = options_of(cls)[names[name]]
+        if isinstance(value, Path) and _bare(_hint(cls, names[name])) is str:
+            value = str(value)
         if value is not None:
             given[names[name]] = option.parse(_as_typed(option, value)) if option.parse else value
     return given

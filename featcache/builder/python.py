@@ -11,15 +11,17 @@ from featcache.builder.run import build as run
 from featcache.progress import QUIET, Progress
 from featcache.read.reader import Cache
 from featcache.settings import given_of
+from featcache.sources import remembered
 
 
-def build(*, progress: Progress = QUIET, **settings: Any) -> Cache:
+def build(*, progress: Progress = QUIET, remember: bool = True, **settings: Any) -> Cache:
     """Encode images into a cache, continue a build, or add features to one (`into`); returns the open cache.
 
         featcache.build(data="photographs", encoder="dinov2-b@11", vae_levels=["G3", "G4"], out="caches/photographs")
 
     Args:
         progress: who is told how far it is, e.g. `featcache.console_progress.RichProgress()`, as a context manager.
+        remember: note in `~/.cache/featcache`, for inspect, eval and analyze, where the images lie.
         settings: the options of `featcache build`, by their names with `_` for `-`, valued as they are typed; lists will
             do where several are typed.
 
@@ -29,4 +31,7 @@ def build(*, progress: Progress = QUIET, **settings: Any) -> Cache:
     given = given_of(BuildRequest, settings)
     request = request_of(given)
     refuse_other_layout(given)
-    return featcache.open(run(request, progress).path)
+    cache = featcache.open(run(request, progress).path)
+    if remember:
+        remembered.remember(cache.manifest.dataset.fingerprint, request.data)
+    return cache

@@ -119,11 +119,11 @@ def print_layers(cache: Cache) -> None:
             marks = (False, share > MOSTLY_MEAN, few, cosine >= ALIKE)
             poor = poor or any(marks)
             figures = (f"{rms:.3g}", f"{share:.2f}", f"{rank:.1f}", "" if math.isnan(cosine) else f"{cosine:.4f}")
-            cells: Sequence[str] = [f"[yellow]{f}[/yellow]" if mark else f for f, mark in zip(figures, marks)]
+            cells: Sequence[str] = [f"[yellow]{f}[/yellow] *" if mark else f for f, mark in zip(figures, marks)]
             table.add_row(safe(name + layer), str(found.mean.shape[-1]), *cells)
     console.print_table(table)
     if poor:
         console.print(
-            "[yellow]marked[/yellow]: most of the tokens is one constant vector, or few directions are used, or a layer repeats "
+            "[yellow]*[/yellow] most of the tokens is one constant vector, or few directions are used, or a layer repeats "
             "the one before. AHPA has little to align with there; try --set ahpa.normalize=whiten (docs/methods.md)."
         )

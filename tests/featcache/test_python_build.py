@@ -7,10 +7,12 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from PIL import Image
 
 import featcache
 from featcache.errors import UserError
 from featcache.progress import Quiet
+from featcache.sources.remembered import recall
 
 
 class Seen(Quiet):
@@ -64,3 +66,16 @@ def test_bad_options_are_refused(options: dict[str, object], said: str, tmp_path
     import re
 
     assert re.search(said, str(error.value) + str(error.value.remedy), re.DOTALL)
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_where_the_images_lie_is_noted_as_the_command_does(
+    remember: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEATCACHE_PLACES", str(tmp_path / "places"))
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "a" / "1.png")
+    cache = featcache.build(
+        data=tmp_path / "photos", encoder="tiny", vae="tiny", resolution=32, out=tmp_path / "c", remember=remember
+    )
+    assert recall(cache.manifest.dataset.fingerprint) == (str(tmp_path / "photos") if remember else None)
