@@ -173,7 +173,7 @@ def test_features_added_later_have_a_basis_of_their_own(stored: Path, tmp_path: 
     assert grown["vae/G3"].basis is not None and grown["vae/G3"].basis != grown["vae/G4"].basis
     assert grown["vae/G4"] == featcache.open(stored).manifest.features["vae/G4"]
     again = prepare(request(None, into=path, levels=("G3",), levels_basis=12, encoders=()), device="cpu")
-    assert any("components 24, not 12" in remark for remark in remarks(again))
+    assert any("components: 24 there, 12 here" in remark for remark in remarks(again))
 
 
 def test_a_damaged_shard_is_made_again_to_the_same_bytes(stored: Path, tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_what_cannot_be_chosen_when_features_are_added(run: Typed, tmp_path: Pat
     assert tree(tmp_path / "c") == before
     # What is there already stays, and is said to be otherwise than it was asked for.
     code, out, _ = run(*into, "--seed", "0", "--tokens-codec", "fp16")
-    assert code == 0 and "tiny@2 is there already" in out and "codec int8, not fp16" in out
+    assert code == 0 and "tiny@2 is there already" in out and "codec: int8 there, fp16 here" in out
     assert "tiny@5 is there" not in out
     assert featcache.open(path).manifest.features["tiny@5"].codec == "fp16"
     code, out, _ = run(*into, "--tokens-codec", "int8")
