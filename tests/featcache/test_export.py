@@ -189,7 +189,7 @@ def test_lightningdit_holds_samples_of_the_posterior(
     monkeypatch.setattr(layouts, "_SHARD", 16)
     values = latents(40, views)
     cache = cache_of(tmp_path / "cache", values)
-    options = {} if views == 2 else {"view": 0}
+    options: dict[str, Any] = {} if views == 2 else {"view": 0}
     export(ExportRequest(cache=str(cache), out=tmp_path / "a", layout="lightningdit", **options))
     assert sorted(p.name for p in (tmp_path / "a").glob("*.safetensors")) == [
         f"latents_rank00_shard{i:03d}.safetensors" for i in range(3)
