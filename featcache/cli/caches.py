@@ -616,20 +616,26 @@ def convert(
 
 
 def import_latents(
-    source: Annotated[Path, typer.Argument(help="Folder of latents.", show_default=False)],
-    layout: Annotated[str, typer.Option("--from", help="Who made them: repa, edm2 or lightningdit.")],
+    source: Annotated[Path, typer.Argument(help="Folder of latents, .zip or .h5.", show_default=False)],
+    layout: Annotated[str, typer.Option("--from", help="Who made them: repa, edm2, lightningdit, irepa or repae.")],
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the new cache. \\[default: ./caches/<folder>-<layout>]", callback=_local),
     ] = None,
     vae: Annotated[str | None, typer.Option(help="VAE that made them. \\[default: the layout's usual one]")] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of irepa and repae: the VAE's ...-latents-stats.pt. \\[default: found beside, else computed]"
+        ),
+    ] = None,
 ) -> None:
     """Turn latents that you already have into a cache."""
     from featcache.share import importers
 
     target = out or Path("caches") / f"{source.resolve().name}-{layout}"
     with RichProgress() as progress:
-        request = importers.ImportRequest(source=source, out=target, layout=layout, vae=vae)
+        request = importers.ImportRequest(source=source, out=target, layout=layout, vae=vae, statistics=statistics)
         manifest = importers.import_latents(request, progress)
     console.print(f"cache: [bold]{safe(target)}[/bold]   ({manifest.dataset.count} samples)")
 

@@ -18,7 +18,7 @@ from featcache.read.decoded import Decoder
 from featcache.read.order import epoch_order
 from featcache.read.reader import Cache
 from featcache.share.exported import KEYS, keys_json
-from featcache.share.importers import LOG_VARIANCE_RANGE
+from featcache.share.latents import LOG_VARIANCE_RANGE
 from featcache.store import files
 
 MOMENTS = "vae/moments"

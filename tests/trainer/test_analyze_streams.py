@@ -74,6 +74,7 @@ def subject(run: Path, *, gradients: bool = True, **kw: Any) -> Subject:
     return Subject(run, options(**kw), device="cpu", gradients=gradients)
 
 
+@pytest.mark.slow
 def test_all_of_a_run(runs_root: Path) -> None:
     (page,) = analyze_runs([runs_root / "reg+ahpa"], list(DIAGNOSTICS), options(times=(0.5,)), Quiet())
     assert "is left out" not in page.read_text()

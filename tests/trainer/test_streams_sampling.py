@@ -161,7 +161,12 @@ def test_a_model_of_the_data_draws_it_too(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps", "variance"), [("ddpm", 1000, -1.0), ("ddpm", 1000, 1.0), ("ddim", 250, 0.0)]
+    ("sampler", "steps", "variance"),
+    [
+        ("ddpm", 1000, -1.0),
+        pytest.param("ddpm", 1000, 1.0, marks=pytest.mark.slow),
+        ("ddim", 250, 0.0),
+    ],
 )
 def test_ddpm_samplers_draw_the_joint_distribution(
     sampler: str, steps: int, variance: float, monkeypatch: pytest.MonkeyPatch
