@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py --records repa --cold --write   # 212 KB per image: moments and DINOv2-B tokens
     python benchmarks/loader.py --records ahpa --write          # 1.06 MB: moments and eight VAE layers
+    python benchmarks/loader.py --records repa --whole
 
 Every loader holds the same values and copies whole batches into preallocated, page-aligned buffers, in one
 process. The peers appear a second time as their users meet them, a DataLoader's `default_collate` stacking
@@ -10,8 +11,8 @@ one-file-per-image stores a sample as a single blob, which suits it best. Rounds
 machine does hits all alike; the figure is the median of the rounds. The raw memory limit copies the same
 records from one array in memory, row by row, with as many threads as our reader.
 
-A second table has whole loaders, as a training loop iterates over them: our `featcache.torch.Loader` and `Dataset`, and
-the peers in a DataLoader with two workers each.
+`--whole` has whole loaders instead, as a training loop iterates over them: our `featcache.torch.Loader` and `Dataset`, and the
+peers in a DataLoader with two workers each.
 
 `--cold` evicts the files from the page cache before each pass (posix_fadvise; no root needed). `--write`
 compares the cache writer (hashing, fsync and rename included) with writing the same bytes to plain files
@@ -324,12 +325,20 @@ def evict(folder: Path) -> None:
             os.close(fd)
 
 
-def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
-    n, threads = len(records.blobs), args.threads
+def write_all(work: Path, records: Records) -> None:
+    """The same records as each loader wants them."""
     write_cache(work / "cache", records, SAMPLES_A_FILE)
     write_npy(work / "npy", records)
     write_safetensors(work / "safetensors", records)
     write_webdataset(work / "webdataset", records)
+    try:
+        write_mds(work / "mds", records)
+    except ImportError as error:
+        print(f"without MosaicML streaming: {error}", file=sys.stderr)
+
+
+def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> dict[str, Any]:
+    n, threads = len(records.blobs), args.threads
     loaders: dict[str, tuple[Path | None, Callable[[], Reader]]] = {
         "raw memory x1": (None, lambda: raw_memory(records, 1)),
         f"raw memory x{threads}": (None, lambda: raw_memory(records, threads)),
@@ -343,11 +352,8 @@ def measure_reading(args: argparse.Namespace, records: Records, work: Path) -> d
         "one .npy per image": (work / "npy", npy_per_image),
         "webdataset": (work / "webdataset", webdataset_tar),
     }
-    try:
-        write_mds(work / "mds", records)
+    if (work / "mds").is_dir():
         peers["MosaicML streaming"] = (work / "mds", mosaicml_mds)
-    except ImportError as error:
-        print(f"without MosaicML streaming: {error}", file=sys.stderr)
     for name, (place, open_peer) in peers.items():
         loaders[name] = (place, lambda f=place, o=open_peer: into_buffers(o(f, records), records))  # type: ignore[misc]
         loaders[f"{name}{COLLATED}"] = (place, lambda f=place, o=open_peer: collated(o(f, records)))  # type: ignore[misc]
@@ -420,7 +426,19 @@ def of_mds(folder: Path) -> Iterator[Any]:
     return of_dataloader(StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH))
 
 
-def in_training(work: Path, records: Records) -> dict[str, Callable[[], Iterator[Any]]]:
+def of_reader(cache: Path, names: list[str], threads: int) -> Iterator[Any]:
+    """Our reader in the training process, without a thread that reads ahead: what a loader is compared with."""
+    opened = featcache.open(cache)
+    reader = opened.reader(names, threads=threads)
+    out = reader.allocate(BATCH)
+    for epoch in itertools.count():
+        order = featcache.epoch_order(0, epoch, len(opened))
+        for start in range(0, len(opened) - BATCH + 1, BATCH):
+            reader.read(np.asarray(order[start : start + BATCH]), out)
+            yield out
+
+
+def in_training(work: Path, records: Records, threads: int) -> dict[str, Callable[[], Iterator[Any]]]:
     """What a training loop iterates over: batches of tensors in the training process, in shuffled order."""
     import torch
 
@@ -428,6 +446,7 @@ def in_training(work: Path, records: Records) -> dict[str, Callable[[], Iterator
 
     cache, names = work / "cache", [spec.name for spec in records.specs]
     ways: dict[str, Callable[[], Iterator[Any]]] = {
+        "featcache Reader, stored": lambda: of_reader(cache, names, threads),
         "featcache Loader, stored": lambda: iter(Loader(cache, names, batch_size=BATCH, dtype=None)),
         "featcache Loader, decoded": lambda: iter(Loader(cache, names, batch_size=BATCH, dtype=torch.float16)),
         "featcache Dataset, stored": lambda: of_dataloader(Dataset(cache, names, dtype=None), shuffle=True),
@@ -444,7 +463,7 @@ def measure_training(args: argparse.Namespace, records: Records, work: Path) -> 
     """Images per second of whole loaders, started anew in each round; their first batches are not counted."""
     rates: dict[str, list[float]] = {}
     for _ in range(args.rounds):
-        for name, make in in_training(work, records).items():
+        for name, make in in_training(work, records, args.threads).items():
             batches, count = make(), 0
             for _ in range(2 * WORKERS):
                 next(batches)
@@ -527,6 +546,29 @@ def summarise(reading: dict[str, Any], threads: int) -> dict[str, float]:
     return {**found, "raw memory / best of them, copied into our buffers": limit / straight}
 
 
+def described(args: argparse.Namespace, records: Records) -> dict[str, Any]:
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "records": {"kind": args.records, "samples": len(records.blobs), "bytes": records.blobs.shape[1]},
+    }
+
+
+def save(result: dict[str, Any], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"saved {target}")
+
+
+def report_training(args: argparse.Namespace, records: Records, found: dict[str, Any]) -> None:
+    print(f"images/s of whole loaders, {records.blobs.shape[1]:,} bytes per record, DataLoaders with {WORKERS} workers")
+    for name, rates in found.items():
+        print(f"{name:30}{rates['median']:>18,.0f}")
+    result = {**described(args, records), "workers": WORKERS, "images_per_s": found}
+    save(result, args.json or RESULTS / f"loader-whole-{args.records}.json")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", choices=("repa", "ahpa"), default="repa")
@@ -534,16 +576,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--limit-s", type=float, default=1.0, help="longest pass of a slow loader")
+    parser.add_argument("--whole", action="store_true", help="measure whole loaders instead, and nothing else")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--write-samples", type=int, help="default four times --samples")
     parser.add_argument("--out", type=Path, help="where the files go (default: a temporary directory)")
-    parser.add_argument("--json", type=Path, help="default benchmarks/results/loader-<records>.json")
+    parser.add_argument("--json", type=Path, help="default benchmarks/results/loader-<records>.json, loader-whole-...")
     args = parser.parse_args()
     records = make_records(args.records, args.samples or (2048 if args.records == "repa" else 512))
     with tempfile.TemporaryDirectory(dir=args.out, prefix="loader-") as folder:
+        write_all(Path(folder), records)
+        if args.whole:
+            report_training(args, records, measure_training(args, records, Path(folder)))
+            return
         reading = measure_reading(args, records, Path(folder))
-        training = measure_training(args, records, Path(folder))
     writing = None
     if args.write:
         # More than one commit's worth, so that the fixed cost of finishing a cache does not decide.
@@ -552,12 +598,8 @@ def main() -> None:
             writing = measure_writing(args, larger, Path(folder))
     summary = summarise(reading, args.threads)
     result = {
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "records": {"kind": args.records, "samples": len(records.blobs), "bytes": records.blobs.shape[1]},
+        **described(args, records),
         "images_per_s": reading,
-        "images_per_s_in_training": training,
         "summary": summary,
         "writing": writing,
     }
@@ -569,17 +611,11 @@ def main() -> None:
         print(f"{name:30}" + "".join(cells))
     for name, value in summary.items():
         print(f"{name}: {value:.2f}")
-    print(f"\nimages/s of whole loaders, DataLoaders with {WORKERS} workers")
-    for name, found in training.items():
-        print(f"{name:30}{found['median']:>18,.0f}")
     if writing is not None:
         for name, values in writing["bytes_per_s"].items():
             print(f"{name}: {values['median'] / 1e9:.2f} GB/s")
         print(f"writing, ours / plain: {writing['ratio']:.2f}")
-    target = args.json or RESULTS / f"loader-{args.records}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"saved {target}")
+    save(result, args.json or RESULTS / f"loader-{args.records}.json")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_the_help_shows_the_default_of_every_option(name: str, command: Any) -> 
     for option in command.params:
         if option.required or option.name == "help":
             continue
-        shown = option.show_default and option.default not in (None, False)
+        shown = option.show_default and option.default is not None and option.default is not False
         assert shown or "[default: " in option.help, f"{name} {option.opts}: {option.help}"
 
 
