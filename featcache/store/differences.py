@@ -15,6 +15,8 @@ _WORDS = {
     "flip": "mirrored copies",
     "vae.name": "VAE",
     "shard_size": "samples per shard",
+    "guidance.scale": "guidance scale",
+    "guidance.interval": "guidance interval",
 }
 # What of a manifest says which images they are.
 _IMAGES = ("count", "class_names", "fingerprint", "preprocessing.available")
@@ -25,7 +27,7 @@ _SHOWN = 40
 
 def dataset_differences(have: Manifest, want: Manifest) -> list[str]:
     """A line for each setting in which a cache differs from what is asked for; empty if it is the same cache."""
-    there, here = (_flat(m.dataset.to_json()) | _layout(m) for m in (have, want))
+    there, here = (flat(m.dataset.to_json()) | _layout(m) for m in (have, want))
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     lines = []
     if any(key in _IMAGES for key in differing):
@@ -41,7 +43,7 @@ def dataset_differences(have: Manifest, want: Manifest) -> list[str]:
 
 def feature_differences(have: FeatureSpec, want: FeatureSpec) -> list[str]:
     """As `dataset_differences`, of one feature; versions of packages are told only where nothing else differs."""
-    there, here = _flat(have.to_json()), _flat(want.to_json())
+    there, here = flat(have.to_json()), flat(want.to_json())
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     telling = [key for key in differing if not key.startswith("provenance.versions.")] or differing
     return [difference(key, there.get(key), here.get(key)) for key in telling]
@@ -51,13 +53,13 @@ def _layout(manifest: Manifest) -> dict[str, Any]:
     return {key: getattr(manifest, key) for key in ("shard_size", "compressor", "format")}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` => `{"a.b": 1}`."""
 
     def items() -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
             if isinstance(value, Mapping) and value:
-                yield from _flat(value, f"{prefix}{key}.").items()
+                yield from flat(value, f"{prefix}{key}.").items()
             else:
                 yield f"{prefix}{key}", value
 

@@ -252,7 +252,7 @@ def test_the_grid_s_shift_is_recorded_and_changes_the_samples(trained: Path) -> 
     assert records[3.0]["shift"] == 3 and "shift" not in records[1.0]
     assert "shift3" in drawn[3.0].images.parent.name and "shift" not in drawn[1.0].images.parent.name
     for shift, other in ((1.0, 3.0), (3.0, 1.0)):
-        with pytest.raises(UserError, match=rf"other settings \(shift {other}, not {shift}\)"):
+        with pytest.raises(UserError, match=rf"other settings \(shift: {other} there, {shift} here\)"):
             sample_run(trained, SampleRequest(**ask, shift=shift, out=drawn[other].images.parent), Quiet())
 
 

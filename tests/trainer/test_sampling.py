@@ -193,9 +193,9 @@ def test_samples_of_other_settings_are_not_passed_off_as_those_asked_for(runs_ro
         sample_run(runs_root / "sit", request(num=3, out=tmp_path / "x"), Quiet()).images.stat().st_mtime_ns == before
     )
     for change in ({"seed": 1}, {"guidance": 2.0}, {"precision": "bf16"}, {"classes": Classes("random")}):
-        with pytest.raises(UserError, match="other settings"):
+        with pytest.raises(UserError, match=r"other settings \([^{]+: .+ there, .+ here\)"):
             sample_run(runs_root / "sit", request(num=3, out=tmp_path / "x", **change), Quiet())
-    with pytest.raises(UserError, match="run sit, not dit"):
+    with pytest.raises(UserError, match="run: sit there, dit here"):
         sample_run(runs_root / "dit", request(num=3, sampler=None, out=tmp_path / "x"), Quiet())
 
 

@@ -31,6 +31,7 @@ from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
 from featcache.store import files
+from featcache.store.differences import difference, flat
 from trainer import distributed
 from trainer.classes import Classes
 from trainer.diffusion.guidance import Guidance
@@ -397,7 +398,8 @@ def _check_folder(folder: Path, record: Record, images: Path) -> None:
         saved = runs.read_json(files.inside(folder, "blocks/settings.json"), {})
     if not _same(saved, record):
         now, then = _told(runs.as_json(record)), _told(saved)
-        differing = [f"{k} {then[k]}, not {now[k]}" for k in now if k in then and then[k] != now[k]]
+        there, here = flat({key: value for key, value in then.items() if key in now}), flat(now)
+        differing = [difference(k, there.get(k), here.get(k)) for k in there | here if there.get(k) != here.get(k)]
         raise UserError(
             f"{folder} holds samples of other settings ({'; '.join(differing)})",
             remedy="Pass another folder with --out, or remove this one.",
