@@ -294,7 +294,7 @@ def test_raw_weights_draw_other_images_into_a_folder_of_their_own(runs_root: Pat
     same = sample_run(run, request(num=2, out=tmp_path / "same"), Quiet())
     pixels = [np.load(found.images)["arr_0"] for found in (averaged, raw, same)]
     assert not np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[1], pixels[2])
-    with pytest.raises(UserError, match="weights ema, not raw"):
+    with pytest.raises(UserError, match="weights: ema there, raw here"):
         sample_run(run, request(num=2, weights="raw", out=tmp_path / "same"), Quiet())
     (checkpoint / "model.safetensors").unlink()  # as in an imported run
     with pytest.raises(UserError, match="holds no raw weights") as error:
