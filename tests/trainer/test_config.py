@@ -135,3 +135,10 @@ def test_missing_xformers_is_explained() -> None:
         build_model(cfg)
     assert error.value.remedy is not None and "pip install xformers" in error.value.remedy
     assert "sdpa" in error.value.remedy
+
+
+def test_a_setting_of_the_run_typed_as_one_of_a_method_is_refused_with_what_to_type() -> None:
+    with pytest.raises(UserError, match="align_until is a setting of the run, not of ahpa") as error:
+        apply_overrides({}, ["ahpa.align_until=30"])
+    assert error.value.remedy == "Type --set align_until=30"
+    assert apply_overrides({}, ["ahpa.bins=30"]) == {"align": {"ahpa": {"bins": 30}}}

@@ -70,8 +70,9 @@ class AhpaConfig:
     router: `mlp`; `static` uniform weights; `linear` schedule; lookup `table`; `attention`; `content`-adaptive.
     time_embedding: of the router's t, for `mlp`, `attention` and `content`.
     router_depth, router_width, time_width: hidden layers and widths of the router's MLP.
-    bins: rows of the lookup table. prototypes: size of the attention router's bank. fourier_scale: std of the
-        Fourier frequencies. All three are ours: the paper's values are not legible in our copy.
+    bins: rows of the lookup table; ours, as the paper's value is not legible in our copy.
+    prototypes: size of the attention router's bank; ours for the same reason.
+    fourier_scale: std of the Fourier frequencies; ours for the same reason.
     head: `conv<k>` (k 3x3 convolutions), `linear`, `mlp<k>` (Table D.13).
     head_width: inner width of deeper heads; None: 2048 for MLPs, the target's width for convolutions (ours).
     loss: `cosine` (Eq. 5), `l1` or `smooth-l1` (beta 1, ours). The last two take the target's tokens at root mean

@@ -53,7 +53,8 @@ class RunConfig:
         model: backbone, e.g. `SiT-XL/2`, `LightningDiT-XL/1`.
         cache: path or URL of the feature cache.
         name: folder below `runs`.
-        resolution, vae: side in pixels and VAE (`sd-ft-ema`) that the cache must have been made with; None: any.
+        resolution: side in pixels that the cache must have; None: any.
+        vae: the one that the cache must have been made with, e.g. `sd-ft-ema`; None: any.
     Objective:
         normalization: of the latents: `scalar`, by the VAE's scaling factor; by the mean and standard deviation of each
             `channel`, or of each `position` too; `auto` is `channel` where statistics were imported with the latents.
@@ -63,7 +64,9 @@ class RunConfig:
         streams: features diffused beside the latents, each with options of `trainer.runs.streams.StreamConfig`; some
             methods bring their own.
         path: interpolant of SiT and LightningDiT, see `trainer.diffusion.transport.Flow`.
-        time_sampling, time_mean, time_std, time_shift: how t is drawn.
+        time_sampling: how t is drawn.
+        time_mean, time_std: of the normal draws where they are `lognormal`.
+        time_shift: s, which moves t to s t / (1 + (s - 1) t): above 1 towards noise.
         prediction: what the backbone says of x_t; the loss is the velocity's in each case.
         time_floor: smallest divisor where the velocity follows from x or the noise.
         cosine_weight: of the velocity's direction.
@@ -314,6 +317,16 @@ def _parts(key: str, value: object) -> list[str]:
     return [first, rest] if has_options or not feature else [first, feature, option]
 
 
+def _check_owner(method: str, key: str, text: str) -> None:
+    """Refuses what is a setting of the run's and none of the method's."""
+    own = {field.name for field in dataclasses.fields(config_class(method))}
+    if key not in own and key in {field.name for field in dataclasses.fields(RunConfig)}:
+        raise UserError(
+            f"--set {method}.{key}={text}: {key} is a setting of the run, not of {method}",
+            remedy=f"Type --set {key}={text}",
+        )
+
+
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`["steps=1000", "align.ahpa.router=lookup"]` on top of a recipe's values; values are parsed as YAML.
 
@@ -332,6 +345,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         value = number(parse_yaml(text, f"the value of --set {override!r:.200}"))
         *parents, leaf = _parts(key, value)
         if parents and parents[0] in method_names():
+            _check_owner(parents[0], leaf, text)
             parents.insert(0, "align")
         node: dict[str, Any] = result
         for parent in parents:
