@@ -1,4 +1,4 @@
-"""The tables of docs/encoders.md from the code: `python docs/make_tables.py` rewrites them in the page."""
+"""Tables of docs/encoders.md and docs/training.md from the code: `python docs/make_tables.py` rewrites them in the pages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 from featcache.encoders.table import CLIP_MEAN, ENCODERS, HALF, IMAGENET_MEAN, TEXTS, VAES, VisionEntry
+from featcache.store.manifest import FeatureSpec
+from trainer.align import config_class, data_streams, method_names, resolve
+from trainer.align.base import FeatureInfo
 
 _CONSTANTS = {IMAGENET_MEAN: "ImageNet", CLIP_MEAN: "CLIP", HALF: "0.5"}
 
@@ -59,20 +62,62 @@ def text_table() -> str:
     return _rows(title, rows)
 
 
+# What the methods read by their defaults at 256 px, the encoder being DINOv2-B: name, decoded shape, codec.
+_READ = {
+    "vae/moments": ((8, 32, 32), "fp16"),
+    "vae/G3": ((4, 256, 512), "int8"),
+    "vae/G4": ((4, 256, 512), "int8"),
+    "dinov2-b@8": ((256, 768), "int8"),
+    "dinov2-b@11": ((256, 768), "int8"),
+    "dinov2-b@11.cls": ((768,), "fp16"),
+    "dinov2-b@11.pca8": ((256, 8), "fp16"),
+}
+_IMAGENET, _RATE = 1_281_167, 300
+
+
+def reading_table() -> str:
+    """What each method reads: bytes per image, and at so many images per second."""
+    rows = []
+    for methods, names in _readers().items():
+        specs = [FeatureSpec(name=name, shape=shape, codec=codec) for name, (shape, codec) in _READ.items()]
+        read = sum(spec.bytes_per_sample for spec in specs if spec.name in ("vae/moments", *names)) + 8  # the label
+        columns = (read / 1e3, read * _RATE / 1e6, 8 * read * _RATE / 1e9, read * _IMAGENET / 1e9)
+        features = ", ".join(f"`{name}`" for name in ("vae/moments", *names))
+        rows.append([methods, features, *(f"{value:,.{2 if value < 1 else 1 if value < 10 else 0}f}" for value in columns)])
+    title = ["method", "reads", "KB an image", "MB/s a GPU", "GB/s for eight", "GB for ImageNet"]
+    return _rows(title, rows)
+
+
+def _readers() -> dict[str, tuple[str, ...]]:
+    """Methods, joined where they read alike -> names of what they read beside the latents."""
+    available = {name: FeatureInfo(shape=shape) for name, (shape, _) in _READ.items()}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for method in method_names():
+        config = config_class(method)()
+        names = {*resolve(method, config, available), *data_streams(method, config, available)}
+        found.setdefault(tuple(name for name in _READ if name in names), []).append(f"`{method}`")
+    return {", ".join(methods): names for names, methods in found.items()}
+
+
+TABLES = {"vision": vision_table, "vae": vae_table, "text": text_table, "reading": reading_table}
+
+
 def with_tables(page: str) -> str:
     """The page with its tables put between their markers."""
-    for mark, table in (("vision", vision_table()), ("vae", vae_table()), ("text", text_table())):
+    for mark, table in TABLES.items():
         start, end = f"<!-- table: {mark} -->\n", f"<!-- end: {mark} -->"
-        before, _, rest = page.partition(start)
-        _, _, after = rest.partition(end)
-        page = f"{before}{start}{table}\n{end}{after}"
+        if start in page:
+            before, _, rest = page.partition(start)
+            _, _, after = rest.partition(end)
+            page = f"{before}{start}{table()}\n{end}{after}"
     return page
 
 
 def main() -> None:
-    """Rewrites the page given as argument, or encoders.md beside this file."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("encoders.md")
-    path.write_text(with_tables(path.read_text("utf-8")), "utf-8")
+    """Rewrites the page given as argument, or those beside this file."""
+    for path in [Path(sys.argv[1])] if len(sys.argv) > 1 else sorted(Path(__file__).parent.glob("*.md")):
+        if (page := with_tables(path.read_text("utf-8"))) != path.read_text("utf-8"):
+            path.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":
