@@ -83,7 +83,9 @@ def reading_table() -> str:
         read = sum(spec.bytes_per_sample for spec in specs if spec.name in ("vae/moments", *names)) + 8  # the label
         columns = (read / 1e3, read * _RATE / 1e6, 8 * read * _RATE / 1e9, read * _IMAGENET / 1e9)
         features = ", ".join(f"`{name}`" for name in ("vae/moments", *names))
-        rows.append([methods, features, *(f"{value:,.{2 if value < 1 else 1 if value < 10 else 0}f}" for value in columns)])
+        rows.append(
+            [methods, features, *(f"{value:,.{2 if value < 1 else 1 if value < 10 else 0}f}" for value in columns)]
+        )
     title = ["method", "reads", "KB an image", "MB/s a GPU", "GB/s for eight", "GB for ImageNet"]
     return _rows(title, rows)
 

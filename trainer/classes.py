@@ -43,7 +43,9 @@ class Classes:
             chosen = tuple(int(part) for part in text.split(","))
         except ValueError:
             raise UserError(
-                f"--classes {text!r:.200} is not a list of classes", remedy="Type balanced, random, or e.g. 207,360,387"
+                f"--classes {text!r:.200} is not a list of classes",
+                remedy="Classes go by their numbers, from 0 in the cache's order: type "
+                "balanced, random, or e.g. 207,360,387",
             ) from None
         return cls("chosen", chosen)
 

@@ -271,6 +271,15 @@ def test_comparison_shows_equal_steps_equal_time_and_strips(tmp_path: Path, runs
     assert "different seeds" in read(write_comparison(tmp_path / "seeds.html", [runs[0], other]))[1]
 
 
+def test_a_comparison_says_which_run_was_not_judged(tmp_path: Path, runs: list[RunData]) -> None:
+    def row(shown: list[RunData]) -> str:
+        _, text = read(write_comparison(tmp_path / "c.html", shown))
+        return text.partition("Evaluated at step")[2][:60]
+
+    assert "not judged" in row([runs[0], replace(runs[1], evaluations=[])])
+    assert "not judged" not in row(runs)
+
+
 def test_texts_are_escaped(tmp_path: Path) -> None:
     nasty = "<script>alert('x')</script>&"
     run = RunData(

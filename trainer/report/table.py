@@ -100,8 +100,9 @@ def numbers(runs: Sequence[RunData], published: Sequence[PublishedFigure]) -> Ta
     sources = {p.source for p in published}
     evaluated = [_metric_row(runs, name, published, with_source=len(sources) > 1) for name in names]
     if names:
+        at = _cells(number, [latest(run).get("step") for run in runs])
         evaluated.append(
-            Row(label="Evaluated at step", cells=_cells(number, [latest(run).get("step") for run in runs]))
+            Row(label="Evaluated at step", cells=[cell or Cell("not judged") for cell in at] if any(at) else at)
         )
     groups = {
         "Run": _run_rows(runs),
