@@ -150,9 +150,7 @@ def assemble(
         ema=ema,
         alignment=alignment,
         objective=objective,
-        forward=_wrapped(
-            objective, world, device, sharded=sharded, compiled=compiled, cuda_graphs=config.cuda_graphs
-        ),
+        forward=_wrapped(objective, world, device, sharded=sharded, compiled=compiled, cuda_graphs=config.cuda_graphs),
         groups=groups,
         names=names,
         optimizer=torch.optim.AdamW(
