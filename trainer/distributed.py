@@ -7,18 +7,19 @@ signals, barriers) never touches a GPU.
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from featcache import launch
@@ -198,16 +199,54 @@ class StopSignal:
         return int(flag)
 
 
-def shard(model: Transformer, world: World, device: torch.device) -> None:
+def shard(model: Transformer, world: World, device: torch.device, *, autocast: torch.dtype | None = None) -> None:
     """FSDP2 in place: every block's parameters, and the rest's, are split over the ranks and gathered when needed.
 
     Nothing stays gathered after a forward pass, so that between steps `model.parameters()` are always the shards (an
     EMA teacher has no backward pass that would free them).
+
+    Args:
+        autocast: dtype of the autocast that the model runs in, or None. What it would cast after gathering is gathered in
+            it: the same numbers, half the bytes. Shards stay in float32, and gradients are added up in it.
     """
     mesh = init_device_mesh(device.type, (world.size,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    low = model.autocast_parameters() if autocast is not None else set()
+    for module in (*model.blocks, model):  # the model's own: what its blocks have not taken
+        own = [p for p in module.parameters() if not isinstance(p, DTensor)]
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=_gathered_as(own, low, autocast))
+
+
+def _gathered_as(
+    parameters: Sequence[nn.Parameter], low: Set[nn.Parameter], dtype: torch.dtype | None
+) -> MixedPrecisionPolicy:
+    """Policy that gathers those of `parameters` that are in `low` in `dtype`, and casts nothing else.
+
+    Before PyTorch 2.15 a group has one dtype: one with others beside them, norms with weights for example, stays whole.
+    """
+    chosen: dict[str, Any] = {}
+    if any(p not in low for p in parameters):
+        if "param_dtype_override_fn" not in inspect.signature(MixedPrecisionPolicy).parameters:
+            return MixedPrecisionPolicy(cast_forward_inputs=False)
+        chosen["param_dtype_override_fn"] = lambda p: None if p in low else p.dtype
+    if not any(p in low for p in parameters):
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False, **chosen)
+
+
+@contextmanager
+def exchange_gradients(forward: object, model: nn.Module, *, now: bool) -> Iterator[None]:
+    """A micro-batch after whose backward pass the ranks reduce the gradients gathered so far, or (not `now`) do not yet.
+
+    Waiting costs a sharded model memory: until then each rank holds the gradients of all weights, whole.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+        model.set_is_last_backward(now)
+    if now or not isinstance(forward, nn.parallel.DistributedDataParallel):
+        yield
+        return
+    with forward.no_sync():
+        yield
 
 
 def local(tensor: Tensor) -> Tensor:

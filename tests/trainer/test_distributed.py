@@ -44,6 +44,10 @@ def changes(name: str, cache: Path) -> dict[str, Any]:
         values |= {"compile": True, "align_until": STEPS - 2, "log_every": 2}
     if "-fp16" in name:
         values["precision"] = "fp16"
+    if "-bf16" in name:
+        values["precision"] = "bf16"
+    if "-recomputed" in name:
+        values["recompute"] = "blocks"
     if "-whitened" in name:
         values |= {"align": {"ahpa": {"normalize": "whiten"}}, "normalization": "channel"}
         values["statistics"] = str(cache.with_name("channel.safetensors"))

@@ -267,10 +267,13 @@ def test_training_learns(shapes_cache: Path, tmp_path: Path) -> None:
     [
         ("none", {}, 1),
         ("sara", {"accumulate": 2}, 2),
-        ("dya", {}, 2),
+        ("dya", {"recompute": "blocks", "lr_schedule": "cosine"}, 2),
         *(
             pytest.param(method, changes, graphs, marks=pytest.mark.slow)
             for method, changes, graphs in (
+                ("dya", {}, 2),
+                ("sara", {"recompute": "blocks", "accumulate": 2, "precision": "bf16"}, 2),
+                ("sra", {"recompute": "blocks", "lr_schedule": "inverse-sqrt", "hold_steps": 2}, 2),
                 ("repa", {"precision": "bf16"}, 2),
                 ("ahpa", {"precision": "fp16"}, 2),
                 ("ahpa", {"align": {"ahpa": {"router": "content", "depths": [1, 3]}}}, 2),

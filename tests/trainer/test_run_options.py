@@ -85,6 +85,73 @@ def test_the_rate_stays_after_it_has_fallen_and_is_constant_by_default() -> None
     assert [learning_rate(plain, step) for step in (0, 3, 10**6)] == [3e-4 * 0.25, 3e-4, 3e-4]
 
 
+def test_a_cosine_falls_as_torch_s_does() -> None:
+    """Warm-up 5, hold 3, then half a period of a cosine from step 8 to 40, and the end's rate from there on."""
+    config = RunConfig(
+        lr=3e-4, lr_schedule="cosine", warmup_steps=5, hold_steps=3, decay_until=40, lr_end=1e-5, steps=60
+    )
+    rates = [learning_rate(config, step) for step in range(60)]
+    assert rates[:8] == pytest.approx([6e-5, 1.2e-4, 1.8e-4, 2.4e-4, *[3e-4] * 4])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=32, eta_min=1e-5)
+    expected = []
+    for _ in range(32):
+        optimizer.step()
+        theirs.step()
+        expected.append(theirs.get_last_lr()[0])
+    assert rates[8:40] == pytest.approx(expected, rel=1e-9)
+    assert rates[39:] == pytest.approx([1e-5] * 21, rel=1e-12)
+    assert rates[23] == pytest.approx((3e-4 + 1e-5) / 2), "half-way"
+
+
+def test_the_inverse_square_root_is_edm2_s() -> None:
+    """Of its code: ref_lr / sqrt(max(nimg / (ref_batches * batch), 1)) * min(nimg / rampup, 1), with our warm-up as its
+    ramp, warm-up and hold as its ref_batches, and nimg counted with the step that is taken."""
+    config = RunConfig(lr=1e-2, lr_schedule="inverse-sqrt", warmup_steps=10, hold_steps=60, steps=1000)
+    batch = config.batch_size
+    for step in (0, 4, 9, 30, 69, 70, 139, 279, 999):
+        images = (step + 1) * batch
+        theirs = 1e-2 / np.sqrt(max(images / (70 * batch), 1)) * min(images / (10 * batch), 1)
+        assert learning_rate(config, step) == pytest.approx(theirs, rel=1e-12)
+    assert learning_rate(config, 279) == pytest.approx(0.5e-2)
+
+
+def test_a_linear_rate_is_what_it_was_to_the_bit() -> None:
+    """The formula of before there were others, typed out."""
+    config = RunConfig(lr=2e-4, lr_schedule="linear", warmup_steps=7, hold_steps=11, lr_end=3e-6, steps=97)
+    for step in range(120):
+        lr = 2e-4 * min(1.0, (step + 1) / 7)
+        fallen = min(max((step + 1 - 18) / (97 - 18), 0.0), 1.0)
+        assert learning_rate(config, step) == lr + fallen * (3e-6 - lr)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "free"),
+    [
+        ({"lr_schedule": "cosine"}, False),
+        ({"lr_schedule": "cosine", "decay_until": 5}, True),
+        ({"lr_schedule": "inverse-sqrt", "hold_steps": 2}, True),
+    ],
+)
+def test_schedules_resume_to_the_bit(
+    shapes_cache: Path, tmp_path: Path, nano_module: None, schedule: dict[str, Any], free: bool
+) -> None:
+    """Steps may be added where the rate does not depend on their number."""
+    common: dict[str, Any] = {"checkpoint_every": 1, "keep_checkpoints": 6, **schedule}
+    whole = run(settings(shapes_cache, steps=6, **common), tmp_path / "whole")
+    rates = [record["lr"] for record in log_of(whole)]
+    assert rates == [learning_rate(load_config(whole), step) for step in range(6)] and len(set(rates)) > 3
+    kept = keep_only(whole, 3, tmp_path / "kept" / "run")
+    assert_identical(whole, run(load_config(kept), kept.parent, resume=True), 6)
+    short = keep_only(whole, 3, tmp_path / "short" / "run")
+    longer = dataclasses.replace(load_config(short), steps=7)
+    if free:
+        assert len(log_of(run(longer, short.parent, resume=True))) == 7
+    else:
+        with pytest.raises(UserError, match="started with steps = 6, not 7"):
+            run(longer, short.parent, resume=True)
+
+
 @pytest.mark.parametrize(
     ("method", "given", "lr", "clip"),
     [
@@ -271,7 +338,14 @@ def test_the_grid_s_shift_is_recorded_and_changes_the_samples(trained: Path) -> 
         ({"lr_end": 1e-5}, "no effect while lr_schedule is constant"),
         ({"lr_schedule": "linear", "steps": 10, "warmup_steps": 4, "hold_steps": 6}, "fall until step 10"),
         ({"lr_schedule": "linear", "hold_steps": 6, "decay_until": 6}, "fall until step 6"),
-        ({"lr_schedule": "cosine"}, "lr_schedule"),
+        ({"lr_schedule": "cosine", "hold_steps": 6, "decay_until": 6}, "fall until step 6"),
+        ({"lr_schedule": "inverse-sqrt"}, "both are 0 steps"),
+        (
+            {"lr_schedule": "inverse-sqrt", "hold_steps": 5, "lr_end": 1e-5},
+            "no effect while lr_schedule is inverse-sqrt",
+        ),
+        ({"lr_schedule": "inverse-sqrt", "hold_steps": 5, "decay_until": 9}, "no effect while lr_schedule is inverse"),
+        ({"lr_schedule": "polynomial"}, "lr_schedule"),
         ({"time_shift": 0.0}, "time_shift"),
         ({"time_std": 0.0, "time_sampling": "lognormal"}, "time_std"),
         ({"time_mean": float("nan"), "time_sampling": "lognormal"}, "time_mean"),

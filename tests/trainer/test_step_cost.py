@@ -95,6 +95,9 @@ def counted(config: Any, root: Path) -> list[Counter[str]]:
         ("dya", {"precision": "fp16"}),
         ("none", {"model": "DiT-Nano/2", "warmup_steps": 5}),
         ("ahpa", {"time_sampling": "lognormal", "path": "cosine"}),
+        ("ahpa+sra", {"recompute": "blocks", "lr_schedule": "cosine", "hold_steps": 2}),
+        ("sara", {"recompute": "blocks", "precision": "bf16", "accumulate": 2, "weight_decay": 0.1}),
+        ("none", {"lr_schedule": "inverse-sqrt", "warmup_steps": 2, "clip": 0.1}),
     ],
 )
 def test_nothing_is_read_back_but_at_logging_steps(

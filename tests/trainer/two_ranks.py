@@ -1,6 +1,7 @@
 """What the ranks of test_distributed.py do: several runs, one after another, in one process group.
 
 Arguments: a JSON file with a list of {"name", "settings", ...}, a folder for the runs, a folder for what each rank saw.
+With "watch" a job also reports its steps' collectives; each reports its compiled graphs and what broke them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from collectives import Collectives
 from tiny_runs import Listener, add_nano
+from torch._dynamo.utils import counters
 
 import trainer.training.loop
 from featcache.errors import UserError
@@ -37,13 +41,21 @@ def signalling(step: int) -> Any:
 
 def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
     real = trainer.training.loop.train_step
+    collectives = Collectives()
     if job.get("signal_rank") == rank:
         trainer.training.loop.train_step = signalling(job["signal_step"])
+    if job.get("watch"):
+        trainer.training.loop.train_step = collectives.stepwise(real)
     listener = Listener()
+    torch.compiler.reset()
+    counters.clear()
     try:
         config = from_mapping(RunConfig, job["settings"])
-        folder = trainer.training.loop.train(config, resume=job.get("resume", False), watcher=listener, root=root)
-        return {"folder": str(folder), "told": listener.done}
+        with collectives if job.get("watch") else nullcontext():
+            folder = trainer.training.loop.train(config, resume=job.get("resume", False), watcher=listener, root=root)
+        graphs, breaks = counters["stats"]["unique_graphs"], list(counters["graph_break"])
+        seen = {"steps": collectives.steps[1:], "graphs": graphs, "breaks": breaks}
+        return {"folder": str(folder), "told": listener.done, **seen}
     except SystemExit as leaving:
         return {"exit": leaving.code, "told": listener.done}
     except UserError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from featcache.errors import UserError
 from trainer.models.config import TIME_FREQUENCIES, FeedForward, ModelConfig, Norm
@@ -250,7 +251,13 @@ class SwiGlu(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT, Sec. 3.2): x [B, N, D], c [B, D] -> [B, N, D]."""
+    """Transformer block with adaLN-Zero conditioning (DiT, Sec. 3.2): x [B, N, D], c [B, D] -> [B, N, D].
+
+    recompute: keep only the inputs for the backward pass, which then runs the block anew. The block is cut out in here, so
+    that whatever surrounds it (FSDP's gathering, a compiled region) sees one block forward and one backward.
+    """
+
+    recompute: bool = False
 
     def __init__(
         self,
@@ -272,6 +279,13 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._forward(x, c)
+        # Nothing in a block is random, so there is no random state to put back.
+        out: Tensor = checkpoint(self._forward, x, c, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+    def _forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         out: Tensor = x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))

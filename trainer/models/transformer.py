@@ -80,6 +80,20 @@ class Transformer(nn.Module):
         self.final_layer = FinalLayer(cfg.width, cfg.patch_size, cfg.out_channels, norm=cfg.norm, streams=channels)
         self.stream_embedders = nn.ModuleList(StreamEmbed(c, cfg.width) for c in channels)
 
+    def set_recompute(self, on: bool) -> None:
+        """Whether backward passes run each block anew instead of keeping what it computed: the same numbers, to the bit."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = on
+
+    def autocast_parameters(self) -> set[nn.Parameter]:
+        """Those that autocast casts wherever they are used: of linear layers and the patch embedding.
+
+        Not time's, which are used outside autocast, nor those of norms and of the label table, which stay as they are.
+        """
+        layers = [module for module in self.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        return {p for layer in layers for p in layer.parameters()} - set(self.t_embedder.parameters())
+
     def embed(self, x: Tensor, streams: Sequence[Tensor] = ()) -> Tensor:
         """Tokens of all streams, then the image's, with their positions: [B, T + N, D]. Arguments as of `forward`."""
         h: Tensor = self.x_embedder(x)

@@ -77,10 +77,12 @@ class RunConfig:
         batch_size: global, over all ranks and accumulation steps.
         accumulate: micro-batches per step, for batches that do not fit at once.
         lr: after the warm-up; None takes the method's (2e-4 for AHPA, else 1e-4).
-        lr_schedule: `constant`, or `linear`: held for `hold_steps` after the warm-up, then falling to `lr_end`.
+        lr_schedule: `constant`, or what follows warm-up and hold: `linear` or `cosine`, down to `lr_end`, or
+            `inverse-sqrt`, lr * sqrt(K / step) after their K steps (EDM2).
         warmup_steps: in which the rate rises from zero.
-        hold_steps, decay_until, lr_end: of `linear`: steps at the full rate, the step that ends the fall (None: the
-            last), and the rate that stays.
+        hold_steps: at the full rate after the warm-up, before it falls.
+        decay_until, lr_end: of `linear` and `cosine`: the step that ends the fall (None: the last), and the rate that
+            stays.
         betas, weight_decay: AdamW's.
         clip: maximal gradient norm; None takes the method's (2.0 for AHPA, none for ReDi, else 1.0), `.inf` is no
             clipping.
@@ -92,6 +94,10 @@ class RunConfig:
         precision: `auto` is bf16 autocast on a GPU and fp32 on the CPU.
         attention: `sdpa` is torch's own, `xformers` needs a GPU.
         compile: the training step; None compiles on a GPU only.
+        recompute: `blocks` keeps of each block of the backbone only its input, and runs it again in the backward pass: a
+            third more computation for a fraction of the memory, and the same numbers.
+        cuda_graphs: replay the compiled step's kernels as CUDA graphs, which saves their launches: where a small model or
+            batch leaves the GPU waiting for the host. One GPU, and a batch in one piece.
         shard: split weights, average and optimiser state over the ranks (FSDP2) instead of keeping a copy on each
             (DDP); a single rank has nothing to split. Like compile and accumulate it changes no more than rounding.
         weights_dir: folder with pretrained weights, searched before the hub.
@@ -149,7 +155,7 @@ class RunConfig:
     lr: Annotated[
         Positive | None, Option("Learning rate of AdamW. [default: the method's, 2e-4 for AHPA, else 1e-4]")
     ] = None
-    lr_schedule: Literal["constant", "linear"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "constant"
     warmup_steps: Index = 0
     hold_steps: Index = 0
     decay_until: Count | None = None
@@ -165,6 +171,8 @@ class RunConfig:
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Option("auto, fp32, bf16 or fp16.")] = "auto"
     attention: Annotated[Attention, Option("sdpa (torch's own) or xformers.")] = "sdpa"
     compile: bool | None = None
+    recompute: Literal["none", "blocks"] = "none"
+    cuda_graphs: bool = False
     shard: bool = False
     weights_dir: Annotated[
         str | None,
@@ -192,6 +200,7 @@ class RunConfig:
                 "shard does not go with precision fp16: loss scaling does not cover sharded beside whole gradients",
                 remedy="Type --precision bf16.",
             )
+        self._check_cuda_graphs()
         self._check_model()
         self._check_unused()
         self._check_schedule()
@@ -210,6 +219,20 @@ class RunConfig:
                     remedy=f"Leave {key} out, or train {self.model.replace('DiT', 'SiT')}.",
                 )
 
+    def _check_cuda_graphs(self) -> None:
+        """Whether what a GPU is to replay is one compiled region whose gradients are used before it runs again."""
+        for key, clashes, why in (
+            ("compile", self.compile is False, "they are made of the compiled step"),
+            ("accumulate", self.accumulate > 1, "the next micro-batch would overwrite the gradients of the one before"),
+            ("shard", self.shard, "the gathering between blocks is not part of a compiled region"),
+            ("device", self.device == "cpu", "they need a GPU"),
+        ):
+            if self.cuda_graphs and clashes:
+                raise UserError(
+                    f"cuda_graphs does not go with {key} {str(getattr(self, key)).lower()}: {why}",
+                    remedy=f"Leave out cuda_graphs or {key}.",
+                )
+
     def _is_changed(self, key: str) -> bool:
         default = next(field.default for field in dataclasses.fields(self) if field.name == key)
         return bool(getattr(self, key) != default)
@@ -220,9 +243,12 @@ class RunConfig:
             ("time_mean", "time_sampling", "uniform", "lognormal"),
             ("time_std", "time_sampling", "uniform", "lognormal"),
             ("time_floor", "prediction", "velocity", "x or noise"),
-            ("hold_steps", "lr_schedule", "constant", "linear"),
-            ("decay_until", "lr_schedule", "constant", "linear"),
-            ("lr_end", "lr_schedule", "constant", "linear"),
+            ("hold_steps", "lr_schedule", "constant", "linear, cosine or inverse-sqrt"),
+            *(
+                (key, "lr_schedule", schedule, "linear or cosine")
+                for key in ("decay_until", "lr_end")
+                for schedule in ("constant", "inverse-sqrt")
+            ),
         ):
             if getattr(self, other) == value and self._is_changed(key):
                 raise UserError(
@@ -232,7 +258,12 @@ class RunConfig:
 
     def _check_schedule(self) -> None:
         held, end = self.warmup_steps + self.hold_steps, self.decay_until or self.steps
-        if self.lr_schedule == "linear" and held >= end:
+        if self.lr_schedule == "inverse-sqrt" and not held:
+            raise UserError(
+                "lr_schedule inverse-sqrt falls from the end of warm-up and hold on, and both are 0 steps",
+                remedy="Say how long the rate stays: --set hold_steps=70000 (EDM2 on ImageNet-512).",
+            )
+        if self.lr_schedule in ("linear", "cosine") and held >= end:
             raise UserError(
                 f"the learning rate is to fall until step {end}, and warm-up and hold last until step {held}",
                 remedy="Take fewer warmup_steps or hold_steps.",
@@ -262,6 +293,11 @@ class RunConfig:
             "time_floor": self.time_floor,
             "cosine_weight": self.cosine_weight,
         }
+
+    @property
+    def falls_until_the_end(self) -> bool:
+        """Whether the learning rate depends on the number of steps."""
+        return self.lr_schedule in ("linear", "cosine") and self.decay_until is None
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -121,6 +121,7 @@ def _in_use(config: RunConfig, folder: Path) -> str:
 # where the learning rate falls until then.)
 _FREE_KEYS = frozenset({
     *("steps", "cache", "name", "device", "compile", "attention", "accumulate", "shard", "weights_dir", "published"),
+    *("recompute", "cuda_graphs"),
     *("statistics", "stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
 })  # fmt: skip
 
@@ -154,7 +155,7 @@ def check_resumable(run: Path, config: RunConfig, cache: Cache, *, resume: bool)
             f"{run} holds imported weights: averaged ones without an optimiser's state, which cannot be trained on",
             remedy=checkpoint.DRAW_OR_TRAIN,
         )
-    free = _FREE_KEYS - ({"steps"} if saved.lr_schedule == "linear" and saved.decay_until is None else set())
+    free = _FREE_KEYS - ({"steps"} if saved.falls_until_the_end else set())
     theirs, ours = _compared(saved), _compared(config)
     for key in {**theirs, **ours}:
         if key not in free and theirs.get(key) != ours.get(key):

@@ -40,6 +40,7 @@ from trainer.runs.streams import StreamConfig, never_learned, stream_config
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
+from trainer.training.schedule import learning_rate
 from trainer.training.state import (
     RATE_FACTOR,
     Parts,
@@ -227,6 +228,8 @@ def train_step(
         device=job.device,
         streams=dict(zip(parts.data[1:], Layout(cfg=parts.model.cfg).shapes[1:])),
     )
+    if config.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # nothing that graphs have given is used any more
     for micro in range(config.accumulate):
         terms, measured = forward_backward(
             parts,
@@ -272,10 +275,10 @@ def forward_backward(
     Args:
         share: weight of this micro-batch in the step. last: ranks exchange gradients only after the last one.
     """
-    quiet = nullcontext() if last or not hasattr(parts.forward, "no_sync") else parts.forward.no_sync()
-    with quiet:
+    with distributed.exchange_gradients(parts.forward, parts.model, now=last):
         terms, kept = parts.forward(batch, draws, aligned=aligned)
-        loss = torch.stack(list(terms.values())).sum()
+        each = torch.stack(list(terms.values()))
+        loss = each.sum()
         scaled = loss * share
         (scaled if parts.scaler is None else parts.scaler.scale(scaled)).backward()
     measured: dict[str, Tensor] = {}
@@ -287,7 +290,8 @@ def forward_backward(
         adversary_loss = parts.objective.adversary_loss(kept, batch)
         (adversary_loss * share).backward()
         measured["align/adversary"] = adversary_loss
-    return {"loss": loss, **terms}, measured
+    # Copies: a CUDA graph's own outputs are overwritten when it runs again.
+    return {"loss": loss, **dict(zip(terms, each.detach().unbind()))}, measured
 
 
 def optimizer_step(parts: Parts, config: RunConfig) -> Tensor:
@@ -321,17 +325,6 @@ def set_learning_rate(parts: Parts, config: RunConfig, step: int) -> None:
     for optimizer in (parts.optimizer, parts.adversary_optimizer):
         for group in optimizer.param_groups if optimizer is not None else ():
             group["lr"] = lr * group.get(RATE_FACTOR, 1.0)
-
-
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Of step 0, 1, ...: linear warm-up over `warmup_steps`, then as `config.lr_schedule` says."""
-    assert config.lr is not None
-    lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    if config.lr_schedule == "constant":
-        return lr
-    held, end = config.warmup_steps + config.hold_steps, config.decay_until or config.steps
-    fallen = min(max((step + 1 - held) / (end - held), 0.0), 1.0)
-    return lr + fallen * (config.lr_end - lr)
 
 
 def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMeans, done: int, norm: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,14 @@ def sample_posterior(moments: Tensor, noise: Tensor, *, scale: float | Tensor, s
     return (mean + std * noise - shift) * scale
 
 
+class Region(nn.Module):
+    """A function that is compiled as modules are."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = function
+
+
 class Objective(nn.Module):
     """Backbone + alignment: stored bytes => loss terms.
 
@@ -137,6 +145,8 @@ class Objective(nn.Module):
         self._transport = transport
         # In a list: not a submodule, so neither saved, trained nor synchronised with this one.
         self._teacher = [teacher]
+        self._before: Callable[..., Any] = self._prepared
+        self._after: Callable[..., Any] = self._losses
 
     def forward(
         self, batch: Mapping[str, Tensor], draws: Draws, *, aligned: bool = True
@@ -149,16 +159,46 @@ class Objective(nn.Module):
         variants, with and without alignment.
         """
         alignment = self.alignment if aligned else None
+        clean, t, noisy = self._before(batch, draws)
+        times, labels = self._transport.model_time(t), self._labels(batch, draws)
+        x, own = self._layout.inputs(noisy)
+        with self._autocast():
+            output = self.model(x, times, labels, **own, taps=alignment.taps if alignment is not None else ())
+        return self._after(output, clean, t, noisy, batch, draws, aligned=aligned)
+
+    def compile_around_the_model(self) -> None:
+        """Compiles what comes before the model and after it, each as one region: for a model that cannot be part of one.
+
+        After it only where no teacher is asked, which is a model of the same kind.
+        """
+        self._before = before = Region(self._prepared)
+        before.compile(dynamic=False)
+        if self.alignment is None or not self.alignment.needs_teacher:
+            self._after = after = Region(self._losses)
+            after.compile(dynamic=False)
+
+    def _prepared(self, batch: Mapping[str, Tensor], draws: Draws) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """The latent and each stream without noise, the times [B], and both with noise."""
         moments = self._features["vae/moments"].decode(batch, torch.float32)
         norm = self._normalize
         latent = sample_posterior(moments, draws.posterior, scale=norm.scale, shift=norm.shift)
         clean = [latent, *self._clean(batch, draws)]
         t = self._transport.times(draws.time)
-        noisy = self._noisy(clean, draws, t)
-        times, labels = self._transport.model_time(t), self._labels(batch, draws)
-        x, own = self._layout.inputs(noisy)
-        with self._autocast():
-            output = self.model(x, times, labels, **own, taps=alignment.taps if alignment is not None else ())
+        return clean, t, self._noisy(clean, draws, t)
+
+    def _losses(
+        self,
+        output: ModelOutput,
+        clean: Sequence[Tensor],
+        t: Tensor,
+        noisy: Sequence[Tensor],
+        batch: Mapping[str, Tensor],
+        draws: Draws,
+        *,
+        aligned: bool,
+    ) -> tuple[dict[str, Tensor], AlignInputs | None]:
+        """What `forward` gives, from what the model said."""
+        alignment, latent = self.alignment if aligned else None, clean[0]
         predicted, *others = self._layout.outputs(output)
         terms = self._transport.loss(predicted, latent, draws.noise, noisy[0], t)
         for stream, out, x0, x_t in zip(self.streams, others, clean[1:], noisy[1:]):

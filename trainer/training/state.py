@@ -116,12 +116,15 @@ def assemble(
         backbone = model, copy.deepcopy(model).eval().requires_grad_(False)
     model, ema = backbone
     alignment = build_alignment(config, cache, model_cfg, calibrate=not begun)
+    model.set_recompute(config.recompute == "blocks")
+    autocast = DTYPES[precision_of(config, device)]
+    if config.cuda_graphs:
+        _check_cuda_graphs(device, world, compiled=compiled)
     if sharded:
         for module in (model, ema):
             if compiled:
-                for block in module.blocks:
-                    block.compile()  # the gathering between blocks cannot be part of a compiled region
-            distributed.shard(module, world, device)
+                _compile_between_gatherings(module)
+            distributed.shard(module, world, device, autocast=autocast)
     if alignment is not None:
         alignment.to(device)
         distributed.like_main(alignment)  # pretrained weights may be there on one machine and not on another
@@ -134,7 +137,7 @@ def assemble(
         normalization=scalar(dataset.vae) if statistics is None else from_statistics(statistics),
         transport=build_transport(model_cfg.family, device=next(model.parameters()).device, **config.flow),
         label_dropout=config.label_dropout,
-        autocast=DTYPES[precision_of(config, device)],
+        autocast=autocast,
         teacher=ema,
     ).to(device)
     adversary = (
@@ -147,7 +150,7 @@ def assemble(
         ema=ema,
         alignment=alignment,
         objective=objective,
-        forward=_wrapped(objective, world, device, sharded=sharded, compiled=compiled),
+        forward=_wrapped(objective, world, device, sharded=sharded, compiled=compiled, cuda_graphs=config.cuda_graphs),
         groups=groups,
         names=names,
         optimizer=torch.optim.AdamW(
@@ -176,12 +179,47 @@ def _trained(
     return names, (list(model.parameters()), *groups.values()), (1.0, *groups)
 
 
-def _wrapped(objective: Objective, world: World, device: torch.device, *, sharded: bool, compiled: bool) -> nn.Module:
+def _check_cuda_graphs(device: torch.device, world: World, *, compiled: bool) -> None:
+    """Refuses what the settings alone do not show to be impossible."""
+    if device.type != "cuda" or not compiled:
+        raise UserError(
+            f"cuda_graphs was asked for, and this run is on {device.type}, {'' if compiled else 'not '}compiled",
+            remedy="Leave out cuda_graphs.",
+        )
+    if world.size > 1:
+        raise UserError(
+            f"cuda_graphs was asked for with {world.size} ranks: where gradients are exchanged the step is cut, "
+            "and what is exchanged is no part of a graph",
+            remedy="Leave out cuda_graphs, or train on one GPU.",
+        )
+
+
+def _compile_between_gatherings(model: Transformer) -> None:
+    """Compiles a model that is to be sharded piece by piece: gathering weights cannot be part of a compiled region. All
+    blocks share one graph."""
+    for module in (*model.blocks, model.x_embedder, model.t_embedder, model.y_embedder, model.final_layer):
+        module.compile(dynamic=False)
+
+
+def _wrapped(
+    objective: Objective,
+    world: World,
+    device: torch.device,
+    *,
+    sharded: bool,
+    compiled: bool,
+    cuda_graphs: bool = False,
+) -> nn.Module:
     """`objective` for several ranks and compiled as one region; sharded models look after themselves."""
     if sharded:
+        if compiled:
+            objective.compile_around_the_model()
         return objective
     if compiled:
-        objective.compile(dynamic=False)  # in place and inside DDP, which cuts it where gradients are exchanged
+        # In place and inside DDP, which cuts it where gradients are exchanged. reduce-overhead captures forward and
+        # backward pass as CUDA graphs and copies whatever moves (batch, draws) to fixed places; weights and average stay
+        # where they are. The optimiser and the average are a handful of launches already.
+        objective.compile(dynamic=False, **({"mode": "reduce-overhead"} if cuda_graphs else {}))
     forward: nn.Module = objective
     if world.size > 1:
         # DDP averages the backbone's gradients alone: what does not require gradients now is left to us. Steps without
