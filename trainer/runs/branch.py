@@ -98,9 +98,12 @@ def _split(text: str, root: Path) -> tuple[Path, int | None]:
 
 
 def inherited(origin: Origin) -> dict[str, Any]:
-    """The origin's settings, as far as a branch takes them over: all but its name."""
+    """The origin's settings, as far as a branch takes them over: all but its name. Of an imported run the cache that it was
+    imported with, if there was one."""
     values = to_mapping(origin.config)
     del values["name"]
+    if values["cache"] is None:
+        values["cache"] = cache_summary(origin.run)["path"] or None
     return values
 
 
