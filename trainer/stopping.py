@@ -85,12 +85,14 @@ class Stop:
         self._first_s = 0.0
 
     def take(self, number: int) -> bool:
-        """Takes note of one; whether it asks to end at once: a Ctrl-C that a person typed after another signal."""
+        """Takes note of one; whether it asks to end at once: a Ctrl-C that a person typed after another signal. torchrun
+        passes a first Ctrl-C on as it is, and a second one as SIGTERM."""
         now = time.monotonic()
         if not self.number:
             self.number, self._first_s = number, now
             return False
-        return number == signal.SIGINT and now - self._first_s > APART_S
+        passed_on = number == signal.SIGTERM and self.number == signal.SIGINT and "TORCHELASTIC_RUN_ID" in os.environ
+        return (number == signal.SIGINT or passed_on) and now - self._first_s > APART_S
 
 
 @contextmanager

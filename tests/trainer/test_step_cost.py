@@ -94,6 +94,9 @@ def counted(config: Any, root: Path) -> list[Counter[str]]:
         ("sara", {"precision": "fp16", "accumulate": 2}),
         ("dya", {"precision": "fp16"}),
         ("none", {"model": "DiT-Nano/2", "warmup_steps": 5}),
+        ("sara", {"skip_nonfinite": 3, "accumulate": 2}),
+        ("ahpa+sra", {"skip_nonfinite": 3, "ema_warmup": True}),
+        ("sara", {"skip_nonfinite": 3, "precision": "fp16"}),
         ("ahpa", {"time_sampling": "lognormal", "path": "cosine"}),
     ],
 )

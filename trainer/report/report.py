@@ -34,11 +34,11 @@ from trainer.report.table import (
     settings,
 )
 from trainer.runs.log import is_detail
+from trainer.training.spikes import COLUMN as SPIKE
 from trainer.typeset import number
 
 MAX_STRIP_STEPS, MAX_STRIP_TILES = 6, 3
 MAX_MARKS = 200  # of a kind on a chart
-SPIKE = "spike"  # column of the log, see trainer.training.spikes
 
 
 def write_report(
