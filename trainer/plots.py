@@ -51,10 +51,12 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A dotted upright line at `x`, which the chart's note explains. colour: as of a series."""
+    """Something that happened at `x`, which the chart's note explains: a dotted upright line, or a small triangle above.
+    colour: as of a series."""
 
     x: float
     colour: Annotated[int, Field(ge=0)] = 0
+    kind: Literal["line", "triangle"] = "line"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import Listener, add_nano, checkpoint_files, log_of, losses, settings
+from two_ranks import spoiling
 
+import trainer.training.loop
 from featcache.errors import UserError
 from featcache.settings import to_mapping
 from trainer.distributed import World, join
@@ -62,6 +64,7 @@ def changes(name: str, cache: Path) -> dict[str, Any]:
 
 
 JOBS = (*METHODS, "ahpa-sharded", "sra-sharded", "repa-sharded-streams")
+SKIPPING = ("sara", "repa-sharded", "none-sharded-streams")
 MORE_JOBS = (
     *("sara-accumulated", "none-sharded", "sara-sharded", "dya-sharded-accumulated", "repa-sharded-drawn"),
     *(
@@ -115,6 +118,11 @@ def two_ranks(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> O
         {"name": "stopped", "settings": {**stopped, "steps": 50}, "signal_rank": 1, "signal_step": 3},
         {"name": "stopped-again", "settings": stopped, "resume": True},
     ]
+    for name in SKIPPING:
+        bad = plain(shapes_cache, name, name=f"skipping-{name}", skip_nonfinite=1, log_every=2, accumulate=2)
+        bad |= {"checkpoint_every": 1, "keep_checkpoints": 3, "steps": 4}
+        jobs.append({"name": f"skipping-{name}", "settings": bad, "bad_steps": [2]})
+    jobs.append({"name": "beyond", "settings": {**bad, "name": "beyond", "checkpoint_every": 9}, "bad_steps": [1, 2]})
     return Outcome(folder / "runs", shapes_cache, launch(jobs, folder / "runs", folder / "seen"))
 
 
@@ -133,6 +141,26 @@ def alone(outcome: Outcome, name: str, root: Path, **kw: Any) -> Path:
         outcome.cache, name.split("-")[0], **{**changes(name, outcome.cache), "name": name, "compile": False, **kw}
     )
     return train(config, resume=False, watcher=Listener(), root=root)
+
+
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize("name", SKIPPING)
+def test_all_ranks_leave_out_the_same_step(
+    two_ranks: Outcome, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank alone meets the bad sample, in one of its two micro-batches. Nothing of any rank's changes."""
+    path = two_ranks.root / f"skipping-{name}"
+    before, after = checkpoint_files(path, 2), checkpoint_files(path, 3)
+    for stem, tensors in before.items():
+        assert all(torch.equal(value, after[stem][key]) for key, value in tensors.items()), stem
+    monkeypatch.setattr(trainer.training.loop, "draw", spoiling([2]))
+    one = log_of(alone(two_ranks, name, tmp_path, skip_nonfinite=1, log_every=2, accumulate=2, steps=4))
+    two = log_of(path)
+    assert [line["skipped"] for line in two] == [line["skipped"] for line in one] == [0, 0, 1]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=2e-4)
+    for rank in two_ranks.ranks:
+        assert "in step 2, after 1 others" in rank["beyond"]["error"]
+    assert json.loads((two_ranks.root / "beyond" / "diverged.json").read_text())["step"] == 2
 
 
 @pytest.mark.usefixtures("nano")

@@ -7,10 +7,11 @@ With "watch" a job also reports its steps' collectives; each reports its compile
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,23 @@ def signalling(step: int) -> Any:
     return train_step
 
 
+def spoiling(steps: Collection[int]) -> Any:
+    """Draws with a NaN in the last sample of the global batch, which the last rank trains on, in some steps."""
+    real = trainer.training.loop.draw
+
+    def draw(**kw: Any) -> Any:
+        draws = real(**kw)
+        if kw["step"] in steps:
+            draws.noise[-1, 0, 0, 0] = math.nan
+        return draws
+
+    return draw
+
+
 def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
-    real = trainer.training.loop.train_step
+    real, real_draw = trainer.training.loop.train_step, trainer.training.loop.draw
     collectives = Collectives()
+    trainer.training.loop.draw = spoiling(job.get("bad_steps", ()))
     if job.get("signal_rank") == rank:
         trainer.training.loop.train_step = signalling(job["signal_step"])
     if job.get("watch"):
@@ -61,7 +76,7 @@ def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
     except UserError as error:
         return {"error": error.what}
     finally:
-        trainer.training.loop.train_step = real
+        trainer.training.loop.train_step, trainer.training.loop.draw = real, real_draw
 
 
 def flags(rank: int) -> list[int]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,12 +21,16 @@ from featcache.machine import usable_cores
 from featcache.paths import typed
 from featcache.redact import is_redacted
 from featcache.settings import Given, flag_of, from_mapping, from_typed, options_of, takes, to_mapping
+from trainer import stopping
 from trainer.align import split_methods
 from trainer.analyze import DIAGNOSTICS
 from trainer.analyze.config import AnalyzeConfig, parse_what
 from trainer.cli import tools as commands
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs.config import RunConfig, apply_overrides
+
+if TYPE_CHECKING:
+    from trainer.runs.branch import Origin
 
 app = typer.Typer(
     name="trainer",
@@ -54,18 +58,32 @@ def run(
         bool,
         typer.Option("--resume", help="Continue the run of that name from its latest checkpoint. \\[default: off]"),
     ] = False,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN[@STEP]",
+            help="Begin a new run from a checkpoint of another, by folder or name; its settings hold unless typed. \\[default: none]",
+        ),
+    ] = None,
     expect: Annotated[
         str | None, typer.Option(help="Digest that the cache must have (featcache info prints it). \\[default: any]")
     ] = None,
 ) -> None:
     """Train one model. [dim]Example: trainer run --method ahpa --model SiT-XL/2[/dim]"""
     with _one_voice() as main:
-        config = _run_config(recipe, given, set_ or [], resume=resume)
+        if resume and from_ is not None:
+            raise UserError(
+                "--from begins a new run, and --resume continues one",
+                remedy="Leave one of them out; a branch that has begun needs --resume alone.",
+            )
+        origin = None if from_ is None else _origin(from_, recipe, given, set_ or [])
+        config = _run_config(recipe, given, set_ or [], resume=resume, origin=origin)
         from trainer.training.loop import train
 
         _leave_a_core()
         with RichProgress() as progress:
-            folder = train(config, resume=resume, watcher=progress, expect=expect)
+            folder = train(config, resume=resume, watcher=progress, expect=expect, origin=origin)
         if main:
             console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
 
@@ -103,13 +121,33 @@ def _leave_a_core() -> None:
         torch.set_num_threads(max(1, usable_cores() - 1))
 
 
-def _run_config(recipe: Path | None, given: Given, overrides: list[str], *, resume: bool) -> RunConfig:
-    """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top."""
+def _typed_values(recipe: Path | None, given: Given) -> dict[str, Any]:
+    """A recipe's settings, with the options on top."""
     from trainer.runs.recipes import load_recipe
 
-    values = (load_recipe(recipe) if recipe is not None else {}) | given
+    return (load_recipe(recipe) if recipe is not None else {}) | given
+
+
+def _origin(text: str, recipe: Path | None, given: Given, overrides: list[str]) -> Origin:
+    """What `--from` names, beside the cache that was typed, if one was."""
+    from trainer.runs.branch import find_origin
+
+    typed_cache = apply_overrides(_typed_values(recipe, given), overrides).get("cache")
+    return find_origin(text, any_cache=typed_cache is not None)
+
+
+def _run_config(
+    recipe: Path | None, given: Given, overrides: list[str], *, resume: bool, origin: Origin | None = None
+) -> RunConfig:
+    """The settings of a run: a recipe's, with what was typed on top; to continue one, its own with the same on top; of a
+    branch, its origin's."""
+    values = _typed_values(recipe, given)
     if resume:
         return _resumed_config(values, overrides)
+    if origin is not None:
+        from trainer.runs.branch import inherited
+
+        return _on_top(inherited(origin), values, overrides, origin.run, "--from RUN@STEP")
     return from_mapping(RunConfig, apply_overrides(values, overrides))
 
 
@@ -121,8 +159,12 @@ def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
     run = ROOT / checked_name(str(name)) if name else newest_run()
     if not name:
         console.print(f"continuing {safe(run)}, the newest run")
-    saved = to_mapping(load_config(run))
-    methods = split_methods(str(values.get("method", saved["method"])))
+    return _on_top(to_mapping(load_config(run)), values, overrides, run, "--resume")
+
+
+def _on_top(saved: dict[str, Any], values: Given, overrides: list[str], run: Path, how: str) -> RunConfig:
+    """The settings of `run` with what was typed on top; of methods that are not trained any more no options are left."""
+    methods = split_methods(str(apply_overrides(dict(values), overrides).get("method", saved["method"])))
     typed_options = values.get("align") or {}
     align = {
         m: {**saved["align"].get(m, {}), **(typed_options.get(m) or {})} for m in {**saved["align"], **typed_options}
@@ -132,7 +174,7 @@ def _resumed_config(values: Given, overrides: list[str]) -> RunConfig:
     if config.cache is not None and is_redacted(config.cache):
         raise UserError(
             f"the cache of {run}, {config.cache}, needs a password or token, and none is ever stored",
-            remedy="Pass its whole URL again: trainer run --resume --cache URL, or keep the secret in the environment.",
+            remedy=f"Pass its whole URL again: trainer run {how} --cache URL, or keep the secret in the environment.",
         )
     return config
 
@@ -318,4 +360,6 @@ commands.register(app)
 
 def main() -> None:
     """Entry point of the `trainer` command."""
-    sys.exit(run_app(app))
+    with stopping.prompt():
+        code = run_app(app)
+    sys.exit(code)

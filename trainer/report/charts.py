@@ -156,7 +156,12 @@ def _draw_chart(axes: Axes, chart: Chart, colours: Sequence[str], ink: str, grid
             solid_capstyle="round",
         )
     for mark in chart.marks:
-        axes.axvline(mark.x, color=colours[mark.colour % len(colours)], linewidth=1.2, linestyle=":")
+        colour = colours[mark.colour % len(colours)]
+        if mark.kind == "line":
+            axes.axvline(mark.x, color=colour, linewidth=1.2, linestyle=":")
+        else:
+            above = axes.get_xaxis_transform()
+            axes.plot([mark.x], [0.97], marker="v", markersize=4, color=colour, linestyle="", transform=above)
     _limit(axes, chart)
     axes.set_xlabel(literal(chart.x_label), color=ink)
     axes.set_ylabel(literal(chart.y_label), color=ink)

@@ -16,7 +16,9 @@ from featcache.settings import is_number
 from featcache.store import files
 from trainer.analyze.result import Result, read_results
 from trainer.plots import LARGEST
+from trainer.runs import branch
 from trainer.runs import folder as runs
+from trainer.runs.schemas import OriginEntry
 from trainer.runs.yaml_text import MAX_BYTES, read_yaml
 
 
@@ -44,6 +46,8 @@ class RunData:
             `intervals`, `settings` and `warnings`; `step` and `sampler` where the caller added them.
         samples: (step, PNG path), oldest first.
         diagnostics: what `trainer analyze` found.
+        origins: of a branch, the runs it came from and the steps where it left them, the oldest first; `log` begins
+            with theirs.
     """
 
     name: str
@@ -55,6 +59,7 @@ class RunData:
     evaluations: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[tuple[int, Path]] = ()
     diagnostics: Sequence[Result] = ()
+    origins: Sequence[OriginEntry] = ()
 
     def last(self, key: str) -> float | None:
         """Last logged value of `key`, or None."""
@@ -67,8 +72,8 @@ class RunData:
         return max((int(c.steps[-1]) for c in self.log.values()), default=None)
 
 
-def read_columns(path: Path) -> dict[str, Column]:
-    """`log.jsonl` => quantities by key.
+def read_columns(*paths: Path) -> dict[str, Column]:
+    """`log.jsonl`, or several that follow each other => quantities by key.
 
     A last line without its end (the run is still writing, or was killed) is left out. After a resume the log
     may hold a step twice: the later entry counts. Values that are not finite numbers are left out, too.
@@ -77,10 +82,10 @@ def read_columns(path: Path) -> dict[str, Column]:
         UserError: any other line that is not a JSON object with a step.
     """
     rows: dict[int, dict[str, Any]] = {}
-    lines = list(runs.log_lines(path))
-    for number, line, entry in lines:
+    lines = [(path, *line) for path in paths for line in runs.log_lines(path)]
+    for path, number, line, entry in lines:
         if entry is None:
-            if number == lines[-1][0]:
+            if (path, number) == lines[-1][:2]:
                 break
             raise UserError(
                 f"line {number} of {path} is not a JSON object with a step: {line[:60].decode('utf-8', 'replace')!r}",
@@ -139,10 +144,11 @@ def load_run(run_dir: Path | str) -> RunData:
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
         cache=_shown(runs.read_json(path / "cache.json", {}, remedy=runs.RESTORE)),
-        log=read_columns(path / "log.jsonl"),
+        log=read_columns(files.inside(path, branch.LOG), path / "log.jsonl"),
         evaluations=runs.read_metrics(path),
         samples=samples,
         diagnostics=read_results(files.inside(path, "analysis")),
+        origins=branch.read_origins(path),
     )
 
 

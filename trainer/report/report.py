@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -34,9 +34,11 @@ from trainer.report.table import (
     settings,
 )
 from trainer.runs.log import is_detail
+from trainer.training.spikes import COLUMN as SPIKE
 from trainer.typeset import number
 
 MAX_STRIP_STEPS, MAX_STRIP_TILES = 6, 3
+MAX_MARKS = 200  # of a kind on a chart
 
 
 def write_report(
@@ -118,6 +120,7 @@ def _values(
                 *(str(w) for run in runs for w in latest(run).get("warnings", ())),
             ]
         ),
+        "came_from": _came_from(runs),
         "samples": [*(f for f in images if f.section == "samples"), *_run_samples(runs)],
         "features": [f for f in images if f.section != "samples"],
         "numbers": numbers(runs, published),
@@ -278,6 +281,8 @@ X = Callable[[Column], np.ndarray]  # where a column's values stand on the axis
 def _charts(runs: Sequence[RunData], x_label: str, x_of: X, keys: Sequence[tuple[str, str, str]]) -> list[Chart]:
     """Charts of what was logged, and of each metric measured at several checkpoints."""
     ends = {run.name: x for run in runs if (x := _alignment_end(run, x_of)) is not None}
+    begins = {run.name: x for run in runs if (x := _beginnings(run, x_of))}
+    spikes = {run.name: x_of(run.log[SPIKE]) for run in runs if SPIKE in run.log}
     charts = []
     for key, title, label in keys:
         series = [
@@ -293,7 +298,11 @@ def _charts(runs: Sequence[RunData], x_label: str, x_of: X, keys: Sequence[tuple
         ]
         series = [s for s in series if len(s.y)]
         if series:
-            charts.append(_marked(Chart(title=title, x_label=x_label, y_label=label, series=series), ends))
+            chart = _marked(Chart(title=title, x_label=x_label, y_label=label, series=series), ends)
+            chart = _with_marks(chart, begins, "line", "begins as a branch")
+            if key in ("loss", "denoise"):
+                chart = _with_marks(chart, spikes, "triangle", "has spikes of its denoising loss")
+            charts.append(chart)
     return charts
 
 
@@ -333,6 +342,43 @@ def _marked(chart: Chart, ends: Mapping[str, float]) -> Chart:
     return replace(
         chart, marks=marks, note=f"Dotted: alignment of {' and '.join(line.label for line in reached)} ends."
     )
+
+
+def _beginnings(run: RunData, x_of: X) -> list[float]:
+    """Where on the axis the run, and each of its origins that is a branch, begins."""
+    steps = np.array([float(origin["step"]) for origin in run.origins])
+    places = x_of(Column(steps=steps, time_s=_time_at(run, steps), values=steps))
+    return [float(x) for x in places if np.isfinite(x)]
+
+
+def _with_marks(
+    chart: Chart, places: Mapping[str, Sequence[float] | np.ndarray], kind: Literal["line", "triangle"], what: str
+) -> Chart:
+    """With a mark at each place of the runs that the chart shows."""
+    shown = {line.label: line.colour for line in chart.series}
+    marks = [
+        Mark(x=float(x), colour=shown[name], kind=kind)
+        for name, found in places.items()
+        if name in shown
+        for x in found
+    ]
+    if not marks:
+        return chart
+    names = " and ".join(name for name in places if name in shown)
+    note = f"{'Dotted' if kind == 'line' else '▾'}: {names} {what}."
+    return replace(chart, marks=(*chart.marks, *marks[:MAX_MARKS]), note=f"{chart.note} {note}".strip())
+
+
+def _came_from(runs: Sequence[RunData]) -> list[str]:
+    """Of each branch, where it came from."""
+    found = []
+    for run in runs:
+        if run.origins:
+            chain = ", which is ".join(
+                f"a branch of {o['name']} at step {number(o['step'])}" for o in reversed(run.origins)
+            )
+            found.append(f"{run.name} is {chain}.")
+    return found
 
 
 def _step_charts(runs: Sequence[RunData]) -> list[Chart]:

@@ -225,9 +225,8 @@ def load_module(module: torch.nn.Module, checkpoint: Path, stem: str) -> None:
     Raises:
         UserError: missing, damaged, or of another module.
     """
-    saved, own = load_tensors(checkpoint, stem), module.state_dict()
-    wrong = [name for name in own if name not in saved or not _fits(saved[name], own[name])]
-    wrong += [name for name in saved if name not in own]
+    saved = load_tensors(checkpoint, stem)
+    wrong = misfits(module, saved)
     if wrong:
         raise UserError(
             f"{checkpoint / stem}.safetensors does not fit this run: {wrong[0]!r:.100} "
@@ -235,6 +234,13 @@ def load_module(module: torch.nn.Module, checkpoint: Path, stem: str) -> None:
             remedy=_REMEDY,
         )
     module.load_state_dict(saved)
+
+
+def misfits(module: torch.nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
+    """Keys that keep a state dict from being loaded: missing, unexpected, of another shape or type."""
+    own = module.state_dict()
+    wrong = [name for name in own if name not in saved or not _fits(saved[name], own[name])]
+    return wrong + [name for name in saved if name not in own]
 
 
 def _fits(saved: Tensor, own: Tensor) -> bool:

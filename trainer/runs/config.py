@@ -84,6 +84,8 @@ class RunConfig:
         decay_until, lr_end: of `linear` and `cosine`: the step that ends the fall (None: the last), and the rate that
             stays.
         betas, weight_decay: AdamW's.
+        skip_nonfinite: how many steps of the run may be left out because their loss or gradient is not finite, before it
+            stops; 0 stops at the first one.
         clip: maximal gradient norm; None takes the method's (2.0 for AHPA, none for ReDi, else 1.0), `.inf` is no
             clipping.
         ema_decay: of the weights' average.
@@ -163,6 +165,7 @@ class RunConfig:
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     weight_decay: NotNegative = 0.0
     clip: Limit | None = None
+    skip_nonfinite: Annotated[Index, Field(le=1000)] = 0
     ema_decay: Share = 0.9999
     ema_warmup: bool = False
 

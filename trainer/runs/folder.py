@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 ROOT = Path("runs")
 STATISTICS = "normalization.safetensors"
+SKIPPED = "skipped.jsonl"  # the steps that were left out
+RECORDS = ("origin.json", "origin.jsonl", SKIPPED)
 MAX_JSON_BYTES = 256 << 20
 MAX_JSON_DEPTH = 32
 MAX_LOG_BYTES = 1 << 30
@@ -123,6 +126,7 @@ _FREE_KEYS = frozenset({
     *("steps", "cache", "name", "device", "compile", "attention", "accumulate", "shard", "weights_dir", "published"),
     *("recompute", "cuda_graphs"),
     *("statistics", "stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
+    "skip_nonfinite",
 })  # fmt: skip
 
 
@@ -262,6 +266,8 @@ def open_folder(run: Path, config: RunConfig, cache: Cache, reads: Sequence[str]
         return 0
     write_text(run / "cache.json", json.dumps(summary_of(cache, reads), indent=1))
     save_config(run, config)
+    if os.path.lexists(run / SKIPPED):
+        truncate_log(run, start - 1, SKIPPED)  # these count from 0
     return truncate_log(run, start)
 
 
@@ -275,7 +281,7 @@ def clear_leftovers(run: Path, streams: Iterable[str]) -> None:
 
     streams: features that the run diffuses beside the latents.
     """
-    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", STATISTICS)
+    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", STATISTICS, *RECORDS)
     files.remove_parts(run, of=(*own, *map(stream_statistics, streams)))
     samples = files.inside(run, "samples")
     if samples.is_dir():
@@ -384,6 +390,20 @@ def write_page(path: Path, text: str) -> None:
         files.atomic_write(path, [text.encode("utf-8", "backslashreplace")], durable=False)
 
 
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Adds lines to a small file of a run; they are on the disk when this returns.
+
+    Raises:
+        UserError: the disk refuses, or the file is a link or has another name as well.
+    """
+    if lines:
+        descriptor = files.open_to_write(path, os.O_APPEND)
+        with os.fdopen(descriptor, "ab") as file:
+            file.write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+
+
 _REMAKE = "Remove it and run the command again."
 
 
@@ -486,12 +506,12 @@ def read_log(run: Path) -> Iterator[dict[str, Any]]:
     return (record for _, _, record in log_lines(run / "log.jsonl") if record is not None)
 
 
-def truncate_log(run: Path, step: int) -> int:
+def truncate_log(run: Path, step: int, name: str = "log.jsonl") -> int:
     """Drops records after `step` (a resumed run writes them again) and damaged lines.
 
     Returns how many damaged lines there were beside a torn last one.
     """
-    path = run / "log.jsonl"
+    path = run / name
     lines = list(log_lines(path))
     kept = [json.dumps(record) for _, _, record in lines if record is not None and record["step"] <= step]
     write_text(path, "".join(line + "\n" for line in kept))

@@ -71,10 +71,26 @@ class Evaluation(TypedDict):
     figure: NotRequired[Any]
 
 
+class OriginEntry(TypedDict):
+    """A run that a branch came from, and the step of its checkpoint."""
+
+    run: _Text
+    name: _Text
+    step: _Whole
+    config_sha256: _Text
+
+
+class Origins(TypedDict):
+    """`origin.json`: the oldest origin first."""
+
+    origins: Annotated[list[OriginEntry], Field(min_length=1, max_length=1 << 10)]
+
+
 class CheckpointState(TypedDict):
-    """`state.json` of a checkpoint."""
+    """`state.json` of a checkpoint. skipped: the steps that were left out so far."""
 
     step: _Whole
+    skipped: NotRequired[Annotated[list[_Whole], Field(max_length=1 << 16)]]
     time_s: NotRequired[Annotated[float, Field(strict=True, ge=0, le=1e12)]]
     scaler: NotRequired[dict[_Text, _Finite]]
 

@@ -14,6 +14,7 @@ from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog
 from trainer.runs.normalization import of_run
 from trainer.sampling.draw import class_grid, load_decoder, save_png
+from trainer.stopping import Stop
 
 if TYPE_CHECKING:
     from featcache.read.reader import Cache
@@ -31,8 +32,9 @@ class GridMaker:
         self._broken = False
         self._decoder: LatentDecoder | None = None
 
-    def draw(self, ema: Transformer, step: int, log: RunLog) -> None:
-        """One row per class to `samples/step_N.png` and TensorBoard. The decoder leaves the GPU again afterwards."""
+    def draw(self, ema: Transformer, step: int, log: RunLog, told: Stop) -> None:
+        """One row per class to `samples/step_N.png` and TensorBoard. The decoder leaves the GPU again afterwards. Given up
+        when the run is `told` to stop."""
         if self._broken:
             return
         try:
@@ -43,6 +45,7 @@ class GridMaker:
             return
         device = next(ema.parameters()).device
         transport = build_transport(ema.cfg.family, device=device, **self._config.flow)
+        watched = ema.register_forward_pre_hook(lambda *_: _give_up(told))
         try:
             pixels = class_grid(ema, self._decoder.to(device), transport=transport, seed=self._config.seed)
             save_png(pixels, files.inside(self._run, "samples") / f"step_{step:07d}.png")
@@ -50,6 +53,7 @@ class GridMaker:
             self._warn(f"no sample grid at step {step}: {_what(error)}")
             return
         finally:
+            watched.remove()
             self._decoder.to("cpu")
         log.image("samples", pixels, step)
 
@@ -58,6 +62,11 @@ class GridMaker:
         assert dataset.vae is not None, "a run trains on latents"
         normalization = of_run(self._run, self._config, dataset.vae)
         return load_decoder(dataset.vae, moments.provenance, self._config.weights_dir, normalization)
+
+
+def _give_up(told: Stop) -> None:
+    if told.number:
+        raise UserError("the run was told to stop")
 
 
 def _what(error: Exception) -> str:

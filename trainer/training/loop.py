@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import signal
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from featcache.errors import AGAIN, CacheError, UserError, os_error
 from featcache.machine import pick_device
+from featcache.paths import typed
 from featcache.progress import QUIET, Progress
 from featcache.read.order import stream_indices
 from featcache.redact import is_redacted, redact
@@ -26,21 +24,25 @@ from featcache.store.remote import is_remote
 from featcache.store.signing import require_digest
 from featcache.torch.feed import Share
 from featcache.torch.loader import Loader
-from trainer import align, distributed
+from trainer import align, distributed, stopping
 from trainer.align.base import Alignment
 from trainer.diffusion.streams import Layout
 from trainer.distributed import World
-from trainer.runs import checkpoint
+from trainer.runs import branch, checkpoint
 from trainer.runs import folder as runs
+from trainer.runs.branch import Origin
 from trainer.runs.cache import available_features, find_cache, random_features, sample_keys, with_streams
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.runs.streams import StreamConfig, never_learned, stream_config
+from trainer.training.branching import take_over
 from trainer.training.grids import GridMaker
-from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
+from trainer.training.meters import FirstBadStep, Pace, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
 from trainer.training.schedule import learning_rate
+from trainer.training.skipping import SkippedSteps, spoil_gradient, step_unless
+from trainer.training.spikes import COLUMN, Spikes
 from trainer.training.state import (
     RATE_FACTOR,
     Parts,
@@ -75,22 +77,28 @@ class Job:
 
 
 def train(
-    config: RunConfig, *, resume: bool, watcher: Progress, root: Path = runs.ROOT, expect: str | None = None
+    config: RunConfig,
+    *,
+    resume: bool,
+    watcher: Progress,
+    root: Path = runs.ROOT,
+    expect: str | None = None,
+    origin: Origin | None = None,
 ) -> Path:
     """Runs (or continues) one training run and returns its folder, which is held against other processes meanwhile.
 
     Args:
-        expect: digest that the cache must have; None takes any.
+        expect: digest that the cache must have; None takes any. origin: where a new run begins instead of at step 0.
 
     Raises:
-        UserError: bad input, a cache that does not fit, a folder in use, or a disk that refuses.
+        UserError: bad input, an origin or a cache that does not fit, a folder in use, or a disk that refuses.
         Diverged: a loss or gradient that is not finite (the step and the batch's keys are saved in `diverged.json`).
         SystemExit: SIGTERM or Ctrl-C, after saving; 128 + the signal's number.
     """
     device_name = pick_device(config.device)
     with distributed.joined(device_name) as world:
         return _train(
-            config, resume, watcher if world.is_main else QUIET, root, world, world.device(device_name), expect
+            config, resume, watcher if world.is_main else QUIET, root, world, world.device(device_name), expect, origin
         )
 
 
@@ -102,8 +110,11 @@ def _train(
     world: World,
     device: torch.device,
     expect: str | None,
+    origin: Origin | None,
 ) -> Path:
     _prepare_device(device)
+    if origin is not None:
+        branch.check(origin, config, root)
     share = Share(
         global_batch=config.batch_size, rank=world.rank, world_size=world.size, micro_batches=config.accumulate
     )
@@ -113,15 +124,24 @@ def _train(
     if expect is not None:
         require_digest(cache.manifest, expect, str(cache.path))
     with runs.claim(config, root) if world.is_main else nullcontext() as claimed:
+        if origin is not None:
+            config = branch.with_statistics(config, origin, cache)
         run, config = _resolve(config, cache, device, root, claimed)
         runs.check_resumable(run, config, cache, resume=resume)
         remark = runs.check_same_bytes(run, cache)
-        backbone_config(config, cache)  # what does not fit is said before statistics take a pass over the cache
+        model = backbone_config(config, cache)  # what does not fit is said before statistics take a pass over the cache
+        if origin is not None:
+            remark = branch.check_fits(origin, config, cache, model) or remark
         statistics = settle(config, cache, run, main=world.is_main, watcher=watcher)
         of_streams = settle_streams(config, cache, run, main=world.is_main, watcher=watcher)
         begun = bool(checkpoint.list_checkpoints(run))
+        if resume and not begun and runs.is_run(run):
+            origin = branch.recorded_origin(run)
         parts = assemble(config, cache, device, world, statistics=statistics, stream_statistics=of_streams, begun=begun)
-        start, trained_s = _restore(parts, run, config)
+        if origin is None:
+            start, state = _restore(parts, run, config)
+        else:
+            start, state = take_over(parts, origin, config, watcher.note)
         if world.is_main:
             runs.clear_leftovers(run, config.streams)
             checkpoint.tidy(run, keep=config.keep_checkpoints)
@@ -133,20 +153,49 @@ def _train(
             with _told_how_to_go_on(job):
                 if world.is_main:
                     keep(statistics, run, of_streams)  # before config.yaml makes it a run
+                    if not runs.is_run(run):
+                        branch.record(run, origin)
                 lost = runs.open_folder(run, config, cache, parts.reads, start, main=world.is_main)
                 if lost:
                     watcher.note(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
-                with _stop_on_signals() as caught, _logging(job, start) as log:
-                    _loop(job, log, caught, start=start, trained_s=trained_s)
+                pace = Pace()
+                with _stop_on_signals(job, pace) as told, _logging(job, start) as log:
+                    if origin is not None:  # so that the branch needs its origin no more
+                        with pace.doing("saving"):
+                            save_parts(parts, run, start, config, world, state=_saved_state(state))
+                    _loop(job, log, told, pace, start=start, state=state)
         return run
 
 
-def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, trained_s: float) -> None:
+def _saved_state(state: Mapping[str, Any]) -> dict[str, object]:
+    """What a checkpoint holds beside tensors."""
+    found: dict[str, object] = {"time_s": float(state.get("time_s", 0.0))}
+    if skipped := state.get("skipped", []):
+        found["skipped"] = skipped
+    return found
+
+
+def _loop(
+    job: Job, log: RunLog | None, told: stopping.Stop, pace: Pace, *, start: int, state: Mapping[str, Any]
+) -> None:
     """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
     config = job.config
-    means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
+    means, clock = RunningMeans(), TrainingClock(float(state.get("time_s", 0.0)))
+    bad: FirstBadStep | SkippedSteps = FirstBadStep(job.device)
+    if config.skip_nonfinite:
+        bad = SkippedSteps(config.skip_nonfinite, job.device, state.get("skipped", []))
+    skipped: list[int] = list(state.get("skipped", []))
+    spikes = Spikes(branch.lines_before(job.run) if log is not None else ())
     grids = GridMaker(config, job.cache, job.run, job.watcher.note)
     signals = distributed.StopSignal()
+
+    def save(done: int) -> None:
+        if log is not None:
+            log.sync()
+        now = _saved_state({"time_s": clock.trained_s, "skipped": skipped})
+        with pace.doing("saving"):
+            save_parts(job.parts, job.run, done, config, job.world, state=now)
+
     batches = loader(job, start)
     stream = iter(batches)
     try:
@@ -154,27 +203,34 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
             done = step + 1
             logs = step == 0 or done % config.log_every == 0 or done == config.steps
             set_learning_rate(job.parts, config, step)
-            norm = train_step(job, stream, step, means, bad, measures=logs)
+            with pace.doing("this step"):
+                norm = train_step(job, stream, step, means, bad, measures=logs)
 
-            stop = signals.agree(caught[0] if caught else 0)
+            stop = signals.agree(told.number)
             saves = done % config.checkpoint_every == 0 or done == config.steps or stop != 0
             # A trial shorter than the interval draws no closing grid: with a large model on a CPU it takes many minutes.
             final = done == config.steps and config.steps >= config.sample_every
             draws = config.sample_every > 0 and (done % config.sample_every == 0 or final)
             if logs or saves:
-                _check_finite(job, bad.read())
+                skipped += _check_finite(job, log, bad)
             if logs:
-                _record(job, log, clock, means, done, norm)
+                left_out = {"skipped": len(skipped)} if config.skip_nonfinite else {}
+                _record(job, log, clock, means, done, norm, spikes, left_out)
             else:
                 job.watcher.update(1)
             with clock.paused() if saves or draws else nullcontext():
                 if saves:
-                    if log is not None:
-                        log.sync()
-                    state = {"time_s": clock.trained_s}
-                    save_parts(job.parts, job.run, done, config, job.world, state=state)
+                    save(done)
                 if draws and (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
-                    grids.draw(ema, done, log)
+                    with pace.doing("drawing samples"):
+                        grids.draw(ema, done, log, told)
+                if (
+                    draws and not stop and job.world.size == 1 and told.number
+                ):  # meanwhile; another step may take minutes
+                    stop = told.number
+                    if not saves:
+                        skipped += _check_finite(job, log, bad)
+                        save(done)
             if stop and done < config.steps:
                 job.watcher.note(f"stopped at step {done}, saved; continue with the same command and --resume")
                 raise SystemExit(128 + stop)
@@ -208,7 +264,7 @@ def train_step(
     stream: Iterator[Mapping[str, Tensor]],
     step: int,
     means: RunningMeans,
-    bad: FirstBadStep,
+    bad: FirstBadStep | SkippedSteps,
     *,
     measures: bool,
 ) -> Tensor:
@@ -217,6 +273,7 @@ def train_step(
     Returns the gradient's norm before clipping. Nothing here waits for the device.
     """
     config, parts = job.config, job.parts
+    skipping = bad if isinstance(bad, SkippedSteps) else None
     aligned = is_aligned(config, parts.alignment, step)
     adversarial = aligned and parts.adversary_steps(step)
     draws = draw(
@@ -230,6 +287,7 @@ def train_step(
     )
     if config.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()  # nothing that graphs have given is used any more
+    readings: list[dict[str, Tensor]] = []
     for micro in range(config.accumulate):
         terms, measured = forward_backward(
             parts,
@@ -242,13 +300,20 @@ def train_step(
             last=micro == config.accumulate - 1,
         )
         bad.watch(terms["loss"], step)
-        means.add(terms | measured)
-    norm = optimizer_step(parts, config)
-    if parts.scaler is None:  # with loss scaling an overflow is expected now and then, and that step is left out
+        if adversarial and skipping is not None:
+            bad.watch(measured["align/adversary"], step)
+        readings.append({name: value.detach() for name, value in (terms | measured).items()})
+    if adversarial and skipping is not None and parts.adversary is not None:
+        skipping.watch_gradients(parts.adversary.parameters(), step)
+    norm, left_out = optimizer_step(parts, config, skipping, step)
+    if parts.scaler is None and skipping is None:  # with loss scaling, overflows are expected and left out now and then
         bad.watch(norm, step)
-    update_ema(parts.ema, parts.model, ema_decay_at(step, config.ema_decay, warmup=config.ema_warmup))
+    for reading in readings:
+        means.add(reading, left_out)
+    decay = ema_decay_at(step, config.ema_decay, warmup=config.ema_warmup)
+    update_ema(parts.ema, parts.model, decay, left_out=left_out)
     if adversarial:
-        adversary_step(parts)
+        adversary_step(parts, left_out)
     return norm
 
 
@@ -294,11 +359,21 @@ def forward_backward(
     return {"loss": loss, **dict(zip(terms, each.detach().unbind()))}, measured
 
 
-def optimizer_step(parts: Parts, config: RunConfig) -> Tensor:
-    """Clips, steps, clears; returns the gradient's norm before clipping."""
+def optimizer_step(
+    parts: Parts, config: RunConfig, skipping: SkippedSteps | None = None, step: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Clips, steps, clears; returns the gradient's norm before clipping and, with `skipping`, 1 on the device if the
+    step was left out, else 0.
+
+    An overflow of scaled gradients is the loss scaling's own affair, which leaves such steps out in any case.
+    """
+    left_out = None
     # The backbone averages its gradients itself, replicated or sharded; the heads beside it do not.
     distributed.average_gradients(p for group in parts.groups[1:] for p in group)
     if parts.scaler is not None:
+        if skipping is not None:
+            left_out = skipping.decide(step)
+            spoil_gradient(parts, left_out)
         parts.scaler.unscale_(parts.optimizer)
     assert config.clip is not None
     norm = clip_gradients(parts.groups, config.clip)
@@ -306,16 +381,19 @@ def optimizer_step(parts: Parts, config: RunConfig) -> Tensor:
         parts.scaler.step(parts.optimizer)  # the fused optimiser decides on the device whether to skip
         parts.scaler.update()
     else:
-        parts.optimizer.step()
+        if skipping is not None:
+            skipping.watch(norm, step)
+            left_out = skipping.decide(step)
+        step_unless(parts.optimizer, left_out)
     parts.optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, left_out
 
 
-def adversary_step(parts: Parts) -> None:
+def adversary_step(parts: Parts, left_out: Tensor | None = None) -> None:
     """One step of the discriminator on the gradients gathered in this step's micro-batches."""
     assert parts.adversary is not None and parts.adversary_optimizer is not None
     distributed.average_gradients(parts.adversary.parameters())
-    parts.adversary_optimizer.step()
+    step_unless(parts.adversary_optimizer, left_out)
     parts.adversary_optimizer.zero_grad(set_to_none=True)
 
 
@@ -327,40 +405,90 @@ def set_learning_rate(parts: Parts, config: RunConfig, step: int) -> None:
             group["lr"] = lr * group.get(RATE_FACTOR, 1.0)
 
 
-def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMeans, done: int, norm: Tensor) -> None:
-    """One line of the log: averages since the last line, on every rank alike."""
+def _record(
+    job: Job,
+    log: RunLog | None,
+    clock: TrainingClock,
+    means: RunningMeans,
+    done: int,
+    norm: Tensor,
+    spikes: Spikes,
+    beside: Mapping[str, float],
+) -> None:
+    """One line of the log: averages since the last line, on every rank alike. beside: what else it holds."""
     shown = means.take()
     rate = clock.steps_per_s(done)
     speed = {} if rate is None else {"images_per_s": rate * job.config.batch_size}
     lr = job.parts.optimizer.param_groups[0]["lr"]
-    record = {"step": done, "time_s": round(clock.trained_s, 3), **speed, "lr": lr, "grad_norm": float(norm), **shown}
+    record = {
+        "step": done,
+        "time_s": round(clock.trained_s, 3),
+        **speed,
+        "lr": lr,
+        "grad_norm": float(norm),
+        **beside,
+        **shown,
+    }
     if log is not None:
+        ratio, lasts = spikes.see(shown.get("denoise")), spikes.lasts
+        spikes.lasts = ratio is not None
+        if ratio is not None:
+            record[COLUMN] = round(ratio, 4)
+            if not lasts:
+                job.watcher.note(f"the denoising loss at step {done} is {ratio:.2f} times its recent median")
         log.record(record)
     brief = {name: value for name, value in (shown | speed).items() if not is_detail(name)}
     job.watcher.update(1, "  ".join(f"{name} {value:.4g}" for name, value in brief.items()))
 
 
-def _check_finite(job: Job, step: int | None) -> None:
-    """Ends the run after a bad step and says on which images it happened."""
+def _check_finite(job: Job, log: RunLog | None, bad: FirstBadStep | SkippedSteps) -> list[int]:
+    """Ends the run after a bad step, or one too many, and says on which images it happened; else the steps left out since
+    the last call, whose images it notes."""
+    if isinstance(bad, SkippedSteps):
+        found = bad.read()
+        step = bad.first_too_many if found else None
+        counted = f", after {bad.bound} others were left out (skip_nonfinite {bad.bound})"
+    else:
+        first = bad.read()
+        found, step, counted = [], first, ""
+    if found and log is not None:
+        runs.append_lines(job.run / runs.SKIPPED, [json.dumps(_batch_of(job, at)) for at in found if at != step])
+        job.watcher.note(
+            f"left out, because the loss or its gradient was not finite: step {', '.join(map(str, found))}"
+        )
     if step is None:
-        return
-    config, path = job.config, job.run / "diverged.json"
-    first = step * config.batch_size
-    indices = stream_indices(first, first + config.batch_size, count=len(job.cache), seed=config.seed)
+        return found
+    path = job.run / "diverged.json"
     if job.world.is_main:
-        report = {
-            "step": step,
-            "seed": config.seed,
-            "indices": indices.tolist(),
-            "keys": sample_keys(job.cache, indices),
-        }
-        runs.write_text(path, json.dumps(report, indent=1))
+        runs.write_text(path, json.dumps(_batch_of(job, step), indent=1))
     distributed.barrier()
     raise Diverged(
-        f"the loss or its gradient was not finite in step {step}; the step and its batch's keys are in {path}",
-        remedy="Lower --lr, clip harder (--set clip=0.5) or use --precision bf16, in another run (--name); "
-        "checkpoints from before that step are intact.",
+        f"the loss or its gradient was not finite in step {step}{counted}; the step and its batch's keys are in {path}",
+        remedy=_way_round(job, step),
     )
+
+
+def _batch_of(job: Job, step: int) -> dict[str, Any]:
+    """What a step trained on."""
+    config = job.config
+    first = step * config.batch_size
+    indices = stream_indices(first, first + config.batch_size, count=len(job.cache), seed=config.seed)
+    keys = sample_keys(job.cache, indices)
+    return {"step": step, "seed": config.seed, "indices": indices.tolist(), "keys": keys}
+
+
+def _way_round(job: Job, step: int) -> str:
+    """How to get past a bad step, where a checkpoint from before it is there as a branch, else in a run of its own."""
+    before = [at for at, _ in checkpoint.list_checkpoints(job.run) if at <= step]
+    milder = "lower --lr, clip harder (--set clip=0.5) or use --precision bf16"
+    if not before:
+        return f"Nothing was saved before that step: {milder}, in another run (--name)."
+    config = job.config
+    words = ["trainer run", f"--from {typed(job.run)}@{before[-1]}", f"--seed {config.seed + 1}"]
+    words.append(f"--name {shlex.quote(f'{config.name}-seed-{config.seed + 1}')}")
+    if is_redacted(str(config.cache)):
+        words.append("--cache URL")
+    return f"Go on from before it with other data and draws: {' '.join(words)}   Or, with --from too, {milder}."
 
 
 def _prepare_device(device: torch.device) -> None:
@@ -387,14 +515,14 @@ def _resolve(
     )
 
 
-def _restore(parts: Parts, run: Path, config: RunConfig) -> tuple[int, float]:
-    """Loads the latest checkpoint if there is one: steps done and seconds trained."""
+def _restore(parts: Parts, run: Path, config: RunConfig) -> tuple[int, dict[str, Any]]:
+    """Loads the latest checkpoint if there is one: steps done and its `state.json`."""
     if not checkpoint.list_checkpoints(run):
-        return 0, 0.0
+        return 0, {}
     step, path = checkpoint.find_checkpoint(run)
     state = checkpoint.require_own(path, method=config.method, model=config.model)
     load_parts(parts, path, state)
-    return step, float(state.get("time_s", 0.0))
+    return step, state
 
 
 @contextmanager
@@ -476,33 +604,28 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
         log.close()
 
 
-@contextmanager
-def _stop_on_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM, SIGINT and SIGHUP (the terminal is gone) instead of dying, so that the loop can save and leave.
-    What is ignored already (`nohup`) stays so.
+def _stop_on_signals(job: Job, pace: Pace) -> AbstractContextManager[stopping.Stop]:
+    """Signals are collected for the loop, and answered at once on the terminal."""
 
-    They often come twice (a scheduler signals every process, and torchrun passes its own on), so only a second Ctrl-C
-    that a person must have typed, a second or more after the first, ends the process at once.
-    """
-    caught: list[int] = []
-    first_s = 0.0
+    def saved() -> str:
+        steps = [step for step, _ in checkpoint.list_checkpoints(job.run)]
+        return f"the last checkpoint is step {steps[-1]}" if steps else "nothing is saved yet"
 
-    def catch(number: int, _frame: FrameType | None) -> None:
-        nonlocal first_s
-        if not caught:
-            first_s = time.monotonic()
-            caught.append(number)
-        elif number == signal.SIGINT and time.monotonic() - first_s > 1:
-            raise KeyboardInterrupt
+    def say() -> None:
+        after = "this step" if job.world.size == 1 else "the next step"
+        left = "" if (text := pace.left()) is None else f" ({text})"
+        job.watcher.note(
+            f"stopping after {after}, then saving{left}; press Ctrl-C again to stop now ({_or_unknown(saved)})"
+        )
 
+    def farewell() -> str:
+        return f"stopped in the middle of {pace.name}; {_or_unknown(saved)}" if job.world.is_main else ""
+
+    return stopping.collected(say, farewell)
+
+
+def _or_unknown(saved: Callable[[], str]) -> str:
     try:
-        wanted = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-        former = {number: signal.signal(number, catch) for number in wanted}
-    except ValueError:  # not the main thread: signals go elsewhere
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        return saved()
+    except (OSError, UserError):
+        return "what was saved is kept"

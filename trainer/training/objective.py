@@ -331,9 +331,18 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) ->
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """`ema = decay * ema + (1 - decay) * model` over parameters, in a few fused kernels; buffers are left alone."""
-    torch._foreach_lerp_([local(p) for p in ema.parameters()], [local(p) for p in model.parameters()], 1.0 - decay)
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, *, left_out: Tensor | None = None) -> None:
+    """`ema = decay * ema + (1 - decay) * model` over parameters, in a few fused kernels; buffers are left alone.
+
+    left_out: 1 on the device if the average is to stay as it is, else 0 (to the same bits as without; a kernel for each
+    parameter).
+    """
+    averages, weights = [local(p) for p in ema.parameters()], [local(p) for p in model.parameters()]
+    if left_out is None:
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+    else:
+        share = torch.where(left_out > 0, 0.0, 1.0 - decay).to(torch.float32)
+        torch._foreach_lerp_(averages, weights, [share] * len(averages))
 
 
 def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:

@@ -346,7 +346,7 @@ def save_parts(
     if parts.alignment is not None:
         files["alignment"] = parts.alignment.state_dict()
     if parts.adversary_optimizer is not None:
-        files["adversary"] = checkpoint.optimizer_tensors(parts.adversary_optimizer, _adversary_names(parts))
+        files["adversary"] = checkpoint.optimizer_tensors(parts.adversary_optimizer, adversary_names(parts))
     whole = {stem: distributed.gather(tensors, keep=world.is_main) for stem, tensors in files.items()}
     if world.is_main:
         described: dict[str, object] = {"model": config.model, "method": config.method, **state}
@@ -363,24 +363,30 @@ def load_parts(parts: Parts, path: Path, state: Mapping[str, Any]) -> None:
         UserError: a file is missing, damaged or of another model.
     """
     for model, stem in ((parts.model, "model"), (parts.ema, "ema")):
-        own = {**model.state_dict(), "pos_embed": model.pos_embed}
-        saved = checkpoint.load_tensors(path, stem)
-        load_weights(
-            model,
-            {k: distributed.like(v, own[k]) if k in own else v for k, v in saved.items()},
-            source=str(path / stem),
-        )
+        load_backbone(model, path, stem)
     if parts.alignment is not None:
         checkpoint.load_module(parts.alignment, path, "alignment")
     checkpoint.load_optimizer(parts.optimizer, checkpoint.load_tensors(path, "optimizer"), parts.names)
     if parts.adversary_optimizer is not None:
         moments = checkpoint.load_tensors(path, "adversary")
-        checkpoint.load_optimizer(parts.adversary_optimizer, moments, _adversary_names(parts))
+        checkpoint.load_optimizer(parts.adversary_optimizer, moments, adversary_names(parts))
     if parts.scaler is not None:
-        _load_scaler(parts.scaler, path, state.get("scaler"))
+        load_scaler(parts.scaler, path, state.get("scaler"))
 
 
-def _load_scaler(scaler: torch.amp.GradScaler, path: Path, saved: Mapping[str, float] | None) -> None:
+def load_backbone(model: Transformer, path: Path, stem: str) -> None:
+    """One file of a checkpoint into a model, whole or sharded.
+
+    Raises:
+        UserError: as `load_parts`.
+    """
+    own = {**model.state_dict(), "pos_embed": model.pos_embed}
+    saved = checkpoint.load_tensors(path, stem)
+    whole = {k: distributed.like(v, own[k]) if k in own else v for k, v in saved.items()}
+    load_weights(model, whole, source=str(path / stem))
+
+
+def load_scaler(scaler: torch.amp.GradScaler, path: Path, saved: Mapping[str, float] | None) -> None:
     if saved is None or saved.keys() != scaler.state_dict().keys() or not saved["scale"] > 0:
         raise UserError(
             f"{path / 'state.json'} holds no loss scale, which precision fp16 needs",
@@ -410,6 +416,6 @@ def whole_ema(parts: Parts, world: World) -> Transformer | None:
     return model.to(next(parts.objective.buffers()).device)
 
 
-def _adversary_names(parts: Parts) -> dict[Tensor, str]:
+def adversary_names(parts: Parts) -> dict[Tensor, str]:
     assert parts.adversary is not None
     return {p: n for n, p in parts.adversary.named_parameters()}
