@@ -6,10 +6,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,10 @@ from trainer.analyze.config import AnalyzeConfig, parse_what
 from trainer.cli import tools as commands
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs.config import RunConfig, apply_overrides
+
+if TYPE_CHECKING:
+    from featcache.read.reader import Cache
+    from trainer.training.judging import Judge
 
 app = typer.Typer(
     name="trainer",
@@ -65,9 +69,16 @@ def run(
 
         _leave_a_core()
         with RichProgress() as progress:
-            folder = train(config, resume=resume, watcher=progress, expect=expect)
+            folder = train(config, resume=resume, watcher=progress, expect=expect, make_judge=_small_judge)
         if main:
             console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
+
+
+def _small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str], None]) -> Judge:
+    """As `trainer.evaluate.during.small_judge`, imported where a run is judged while it goes on."""
+    from trainer.evaluate.during import small_judge
+
+    return small_judge(config, cache, run, note)
 
 
 @contextmanager
@@ -178,6 +189,7 @@ DRAWING = (
         "representation_guidance",
         "classes",
         "pixels",
+        "weights",
         "checkpoint",
     ),
     *("precision", "compile"),

@@ -260,7 +260,10 @@ def _conditions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What moves the numbers of an evaluation, but for the checkpoint."""
     settings = evaluation.get("settings") or {}
     named = ("extractor", "sample_count", "resolution", "reference", "reference_count", "reference_features")
-    return {"sampler": evaluation.get("sampler"), **{name: settings.get(name) for name in named}}
+    sampler = evaluation.get("sampler")
+    if isinstance(sampler, Mapping):  # the latest checkpoint ends the curve of the snapshots, which may be rounded
+        sampler = {key: value for key, value in sampler.items() if key != "stored"}
+    return {"sampler": sampler, **{name: settings.get(name) for name in named}}
 
 
 def _time_at(run: RunData, steps: np.ndarray) -> np.ndarray:

@@ -122,6 +122,7 @@ def _in_use(config: RunConfig, folder: Path) -> str:
 _FREE_KEYS = frozenset({
     *("steps", "cache", "name", "device", "compile", "attention", "accumulate", "shard", "weights_dir", "published"),
     *("statistics", "stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
+    *("snapshot_every", "snapshot_dtype", "eval_every", "eval_num", "eval_extractor", "eval_reference"),
 })  # fmt: skip
 
 

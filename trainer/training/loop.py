@@ -30,14 +30,16 @@ from trainer import align, distributed
 from trainer.align.base import Alignment
 from trainer.diffusion.streams import Layout
 from trainer.distributed import World
-from trainer.runs import checkpoint
+from trainer.runs import checkpoint, snapshots
 from trainer.runs import folder as runs
+from trainer.runs.budget import require_room
 from trainer.runs.cache import available_features, find_cache, random_features, sample_keys, with_streams
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.runs.streams import StreamConfig, never_learned, stream_config
 from trainer.training.grids import GridMaker
+from trainer.training.judging import MakeJudge, SmallEvaluations
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
 from trainer.training.state import (
@@ -47,6 +49,7 @@ from trainer.training.state import (
     backbone_config,
     load_parts,
     precision_of,
+    save_averages,
     save_parts,
     whole_ema,
 )
@@ -71,15 +74,23 @@ class Job:
     device: torch.device
     share: Share
     watcher: Progress
+    make_judge: MakeJudge | None = None
 
 
 def train(
-    config: RunConfig, *, resume: bool, watcher: Progress, root: Path = runs.ROOT, expect: str | None = None
+    config: RunConfig,
+    *,
+    resume: bool,
+    watcher: Progress,
+    root: Path = runs.ROOT,
+    expect: str | None = None,
+    make_judge: MakeJudge | None = None,
 ) -> Path:
     """Runs (or continues) one training run and returns its folder, which is held against other processes meanwhile.
 
     Args:
         expect: digest that the cache must have; None takes any.
+        make_judge: of samples during training (`eval_every`), see `trainer.evaluate.during`.
 
     Raises:
         UserError: bad input, a cache that does not fit, a folder in use, or a disk that refuses.
@@ -89,7 +100,14 @@ def train(
     device_name = pick_device(config.device)
     with distributed.joined(device_name) as world:
         return _train(
-            config, resume, watcher if world.is_main else QUIET, root, world, world.device(device_name), expect
+            config,
+            resume,
+            watcher if world.is_main else QUIET,
+            root,
+            world,
+            world.device(device_name),
+            expect,
+            make_judge,
         )
 
 
@@ -101,6 +119,7 @@ def _train(
     world: World,
     device: torch.device,
     expect: str | None,
+    make_judge: MakeJudge | None,
 ) -> Path:
     _prepare_device(device)
     share = Share(
@@ -124,9 +143,20 @@ def _train(
         if world.is_main:
             runs.clear_leftovers(run, config.streams)
             checkpoint.tidy(run, keep=config.keep_checkpoints)
+            snapshots.tidy(run)
         job = Job(
-            config=config, cache=cache, run=run, parts=parts, world=world, device=device, share=share, watcher=watcher
+            config=config,
+            cache=cache,
+            run=run,
+            parts=parts,
+            world=world,
+            device=device,
+            share=share,
+            watcher=watcher,
+            make_judge=make_judge,
         )
+        if world.is_main and (told := require_room(run, config, parts.sizes, start)) is not None:
+            watcher.note(told)
         _announce(job, start, remark)
         if start < config.steps:
             with _told_how_to_go_on(job):
@@ -145,6 +175,7 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
     config = job.config
     means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
     grids = GridMaker(config, job.cache, job.run, job.watcher.note)
+    evaluations = SmallEvaluations(job.make_judge, config, job.cache, job.run, job.watcher.note)
     signals = distributed.StopSignal()
     batches = loader(job, start)
     stream = iter(batches)
@@ -160,13 +191,21 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
             # A trial shorter than the interval draws no closing grid: with a large model on a CPU it takes many minutes.
             final = done == config.steps and config.steps >= config.sample_every
             draws = config.sample_every > 0 and (done % config.sample_every == 0 or final)
-            if logs or saves:
+            keeps, judges = due(config.snapshot_every, done), due(config.eval_every, done)
+            if logs or saves or keeps:
                 _check_finite(job, bad.read())
             if logs:
                 _record(job, log, clock, means, done, norm)
             else:
                 job.watcher.update(1)
-            with clock.paused() if saves or draws else nullcontext():
+            with clock.paused() if saves or draws or keeps or judges else nullcontext():
+                # Both before the checkpoint: a run that is killed in between comes by them again.
+                if keeps:
+                    save_averages(job.parts, job.run, done, config, job.world)
+                if judges:
+                    if (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
+                        evaluations.judge(ema, done, log, clock.trained_s)
+                    distributed.barrier()  # of the hosts: judging may take longer than a GPU's exchange may
                 if saves:
                     if log is not None:
                         log.sync()
@@ -180,6 +219,11 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
     finally:
         batches.close()
         signals.wait()
+
+
+def due(every: int, done: int) -> bool:
+    """Whether something that comes every so many steps (0: never) is to be done after `done` of them."""
+    return every > 0 and done % every == 0
 
 
 def loader(job: Job, start: int, *, everything: bool = False) -> Loader:
@@ -244,6 +288,7 @@ def train_step(
     if parts.scaler is None:  # with loss scaling an overflow is expected now and then, and that step is left out
         bad.watch(norm, step)
     update_ema(parts.ema, parts.model, ema_decay_at(step, config.ema_decay, warmup=config.ema_warmup))
+    parts.averages.update(parts.model, step, warmup=config.ema_warmup)
     if adversarial:
         adversary_step(parts)
     return norm
