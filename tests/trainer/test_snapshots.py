@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -85,8 +86,8 @@ def by_quadrature(stored: list[tuple[int, float]], wanted: tuple[int, float]) ->
     """The combination from profiles on a fine grid, without a formula for their products: coefficients and error."""
     nodes, along = np.polynomial.legendre.leggauss(64)
     edges = sorted({0, *(step for step, _ in stored), wanted[0]})
-    t = np.concatenate([a + (b - a) * (nodes + 1) / 2 for a, b in zip(edges, edges[1:])])
-    w = np.concatenate([along * (b - a) / 2 for a, b in zip(edges, edges[1:])])
+    t = np.concatenate([a + (b - a) * (nodes + 1) / 2 for a, b in itertools.pairwise(edges)])
+    w = np.concatenate([along * (b - a) / 2 for a, b in itertools.pairwise(edges)])
 
     def profile(step: int, width: float) -> np.ndarray:
         gamma = gamma_of(width)

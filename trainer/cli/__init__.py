@@ -223,9 +223,15 @@ def evaluate(
         bool,
         typer.Option("--require-labels", help="With --samples: refuse images without class labels. \\[default: off]"),
     ] = False,
+    all_: Annotated[
+        bool,
+        typer.Option("--all", help="Judge every snapshot and the latest checkpoint: a curve. \\[default: off]"),
+    ] = False,
 ) -> None:
     """Sample a run, compare with reference images, write metrics.json and report.html."""
+    from trainer.evaluate.curve import evaluate_all
     from trainer.evaluate.run import evaluate_images, evaluate_run
+    from trainer.report.curve import write_curve
     from trainer.report.run import write_run_report
     from trainer.runs.folder import newest_run
 
@@ -238,6 +244,10 @@ def evaluate(
             "--require-labels says what to accept of --samples, which were not given",
             remedy="Leave --require-labels out.",
         )
+    if all_:
+        _refuse(given, ("checkpoint", "figure"), "names one step, and --all judges every one")
+        if samples is not None:
+            raise UserError("--all is of a run's steps, and --samples are drawn already", remedy="Leave --all out.")
     drawing = {name: value for name, value in given.items() if name in options_of(SampleSettings)}
     judging = {name: value for name, value in given.items() if name not in drawing}
     request = from_typed(EvalRequest, judging, settings=from_typed(SampleSettings, drawing))
@@ -246,9 +256,17 @@ def evaluate(
             if run is None:
                 run = newest_run()
                 progress.note(f"judging {run}, the newest run")
-            result = evaluate_run(run, request, progress)
+            curve = evaluate_all(run, request, progress) if all_ else None
+            result = None if all_ else evaluate_run(run, request, progress)
         else:
             result = evaluate_images(samples, request, require_labels=require_labels, progress=progress)
+            curve = None
+    if curve is not None and run is not None:
+        for point in curve.points:
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in point.metrics.items())
+            console.print(f"{point.step:>24,}  {safe(numbers)}")
+        console.print(f"curve: [bold]{safe(write_curve(run, curve))}[/bold]")
+        console.print(f"report: [bold]{safe(write_run_report([run]))}[/bold]")
     if result is None:  # the main rank judges
         return
     for name, value in result.metrics.items():

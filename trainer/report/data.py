@@ -44,6 +44,7 @@ class RunData:
             `intervals`, `settings` and `warnings`; `step` and `sampler` where the caller added them.
         samples: (step, PNG path), oldest first.
         diagnostics: what `trainer analyze` found.
+        published: by metric the (step, value) that the paper gives for this training, drawn as these samples.
     """
 
     name: str
@@ -55,6 +56,7 @@ class RunData:
     evaluations: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[tuple[int, Path]] = ()
     diagnostics: Sequence[Result] = ()
+    published: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def last(self, key: str) -> float | None:
         """Last logged value of `key`, or None."""
