@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import Listener, add_nano, settings
+from typer.testing import CliRunner
 
 from featcache.errors import UserError
 from tests.told import Told
+from trainer.cli import app
 from trainer.evaluate import curve as curves
 from trainer.evaluate.curve import evaluate_all
 from trainer.evaluate.run import evaluate_run
@@ -141,18 +142,19 @@ def test_runs_without_anything_to_judge_say_so(run: Path, tmp_path: Path) -> Non
     assert not list_snapshots(bare)
 
 
-def test_as_typed(run: Path, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Words that contradict each other; the size Nano is not known there, so nothing is judged."""
-    for words, said in (
-        (("--all", "--step", "3"), "--step names one step, and --all judges every one"),
-        (("--all", "--figure", "ahpa/b2"), "--figure names one step"),
-    ):
-        done = cli("trainer", "eval", str(run), *words)
-        assert done.returncode == 2 and said in " ".join(done.stderr.split() + done.stdout.split())
-    done = cli("trainer", "eval", "--all", "--samples", "x.npz", "--reference", "y.npz")
-    assert done.returncode == 2 and "--all is of a run's steps" in " ".join((done.stdout + done.stderr).split())
-    done = cli("trainer", "eval", "--samples", "x.npz", "--reference", "y.npz", "--weights", "raw")
-    assert done.returncode == 2 and "--weights says how to draw" in " ".join((done.stdout + done.stderr).split())
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("RUN --all --step 3", "--step names one step, and --all judges every one"),
+        ("RUN --all --figure ahpa/b2", "--figure names one step, and --all judges every one"),
+        ("--all --samples x.npz --reference y.npz", "--all is of a run's steps, and --samples are drawn already"),
+        ("--samples x.npz --reference y.npz --weights raw", "--weights says how to draw images"),
+        ("RUN --weights best", "--weights 'best' names no average"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(words: str, said: str) -> None:
+    done = CliRunner().invoke(app, ["eval", *words.split()])
+    assert isinstance(done.exception, UserError) and done.exception.what.startswith(said)
 
 
 def test_the_paper_s_points_stand_beside_the_curve(shapes_cache: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from trainer.models import build_model
 from trainer.runs import budget, checkpoint, snapshots
 from trainer.runs.budget import disk_budget, require_room
 from trainer.runs.config import RunConfig
+from trainer.runs.exchange import export_checkpoint
 from trainer.runs.records import run_model_config
 from trainer.sampling.draw import load_run
 from trainer.training.averages import FurtherAverages
@@ -360,6 +361,11 @@ def test_an_average_is_made_of_a_run_s_snapshots(
         moved = max(moved, float((went[-1][name] - went[0][name]).abs().max()))
     assert apart < 2e-3 * moved
     assert len(dict(model.named_parameters())) == len(list(loaded.model.named_parameters()))
+    listener = Listener()
+    out = export_checkpoint(
+        path, tmp_path / "power.pt", convention=None, step=4, weights="power:0.2", progress=listener
+    )
+    assert len(listener.warnings) == 1 and torch.load(out, weights_only=True)["steps"] == 4
     told = load_run(path, step=2, weights="power:0.2").notes
     assert len(told) == 1 and "2 stored averages" in told[0] and "% off" in told[0]
 

@@ -95,6 +95,7 @@ def counted(config: Any, root: Path) -> list[Counter[str]]:
         ("dya", {"precision": "fp16"}),
         ("none", {"model": "DiT-Nano/2", "warmup_steps": 5}),
         ("ahpa", {"time_sampling": "lognormal", "path": "cosine"}),
+        ("repa", {"ema_decays": [0.99, 0.999], "posthoc": True}),
     ],
 )
 def test_nothing_is_read_back_but_at_logging_steps(

@@ -20,6 +20,7 @@ import trainer.training.loop
 from featcache.errors import UserError
 from featcache.settings import from_mapping
 from trainer.distributed import StopSignal, average_gradients, from_main, join, leave
+from trainer.evaluate.during import small_judge
 from trainer.runs.config import RunConfig
 
 
@@ -42,7 +43,8 @@ def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
     listener = Listener()
     try:
         config = from_mapping(RunConfig, job["settings"])
-        folder = trainer.training.loop.train(config, resume=job.get("resume", False), watcher=listener, root=root)
+        resume = job.get("resume", False)
+        folder = trainer.training.loop.train(config, resume=resume, watcher=listener, root=root, make_judge=small_judge)
         return {"folder": str(folder), "told": listener.done}
     except SystemExit as leaving:
         return {"exit": leaving.code, "told": listener.done}
