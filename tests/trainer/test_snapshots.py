@@ -137,6 +137,17 @@ def test_an_average_made_afterwards_is_that_of_the_whole_trajectory(width: float
     assert made.error < 30 * within, "as the profile says"
 
 
+def test_profiles_are_met_as_the_page_says() -> None:
+    """docs/evaluation.md: how far off the profile of an average made afterwards is."""
+
+    def error(snapshots: int, width: float) -> float:
+        return combine([(step, w) for step in range(1, snapshots + 1) for w in (0.05, 0.1)], (snapshots, width)).error
+
+    assert max(error(40, width) for width in np.linspace(0.05, 0.15, 41)) == pytest.approx(0.0015, rel=0.05)
+    assert error(40, 0.2) == pytest.approx(0.004, rel=0.1)
+    assert max(error(4, width) for width in np.linspace(0.05, 0.1, 21)) == pytest.approx(0.03, rel=0.2)
+
+
 def test_what_is_stored_is_given_back_exactly() -> None:
     stored = [(step, w) for step in range(10, 401, 10) for w in (0.05, 0.1)]
     for wanted in (stored[-1], stored[20], stored[3]):
@@ -411,6 +422,17 @@ def test_the_budget_is_what_the_files_hold(
     assert len(made) == expected.snapshots
     assert {counted(folder)[0] for _, folder in made} == {expected.snapshot_bytes}
     assert expected.total_bytes == expected.checkpoints_bytes + expected.snapshots_bytes
+
+
+def test_the_page_says_what_the_code_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import disk_budget as benchmark
+
+    rows = benchmark.rows()
+    assert benchmark.table(rows) in (root / "docs" / "evaluation.md").read_text()
+    assert json.loads((root / "benchmarks/results/disk-budget.json").read_text())["rows"] == rows
+    assert [row["snapshots"] for row in rows] == [40] * 4
 
 
 def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
