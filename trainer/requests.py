@@ -9,10 +9,17 @@ from pydantic import PlainValidator
 
 from featcache.errors import UserError
 from featcache.settings import Count, FilePath, Index, Names, NotNegative, Option, Positive, settings
+from trainer.averages import Weights
 from trainer.classes import Classes
 from trainer.interval import Interval, ParsedInterval
 
 ParsedClasses = Annotated[Classes, PlainValidator(Classes.parse)]
+
+
+WEIGHTS = (
+    "ema (averaged), raw (as the optimiser left them), ema:DECAY (of the run's ema_decays) or power:SIGMA_REL (of its posthoc, "
+    "or made of them). [default: ema]"
+)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -23,7 +30,8 @@ def _names(text: str) -> tuple[str, ...]:
 class SampleSettings:
     """How samples are to be drawn. What is None is left to who draws.
 
-    sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest.
+    sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest
+    checkpoint. weights: see `trainer.averages.Average`.
     precision, compile: see `trainer.sampling.inference.choose_arithmetic`.
     """
 
@@ -74,8 +82,11 @@ class SampleSettings:
         Literal["round", "truncate"] | None,
         Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits. [default: the recipe's, else round]"),
     ] = None
+    weights: Annotated[Weights | None, Option(WEIGHTS, typed=str)] = None
     seed: Annotated[Index, Option("With its index it fixes a sample's noise.")] = 0
-    checkpoint: Annotated[Index | None, Option("Checkpoint. [default: the latest]", flag="--step")] = None
+    checkpoint: Annotated[
+        Index | None, Option("Checkpoint or snapshot. [default: the latest checkpoint]", flag="--step")
+    ] = None
     batch_size: Annotated[Count, Option("Images at once.")] = 64
     device: Annotated[str, Option("cpu, cuda, cuda:N or auto.")] = "auto"
     weights_dir: Annotated[
@@ -124,9 +135,7 @@ class SampleRequest(SampleSettings):
     pixels: Annotated[Literal["round", "truncate"], Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits.")] = (
         "round"
     )
-    weights: Annotated[
-        Literal["ema", "raw"], Option("Which to draw with: ema (averaged) or raw (as the optimiser left them).")
-    ] = "ema"
+    weights: Annotated[Weights, Option(WEIGHTS, typed=str)] = "ema"
     format: Annotated[Literal["npz", "wds", "png"], Option("npz (ADM's layout), wds (a WebDataset shard) or png.")] = (
         "npz"
     )

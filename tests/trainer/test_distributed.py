@@ -20,6 +20,7 @@ import trainer.training.loop
 from featcache.errors import UserError
 from featcache.settings import to_mapping
 from trainer.distributed import World, join
+from trainer.runs.snapshots import list_snapshots, load_snapshot
 from trainer.training.loop import train
 
 METHODS = ("none", "ahpa", "dya", "sara", "sra")
@@ -63,6 +64,11 @@ def changes(name: str, cache: Path) -> dict[str, Any]:
     return values
 
 
+# Snapshots of several averages, and an evaluation in between.
+KEPT: dict[str, Any] = {
+    **{"ema_decays": [0.5], "posthoc": True, "snapshot_every": 2},
+    **{"eval_every": 3, "eval_num": 8, "eval_extractor": "embedded"},
+}
 JOBS = (*METHODS, "ahpa-sharded", "sra-sharded", "repa-sharded-streams")
 SKIPPING = ("sara", "repa-sharded", "none-sharded-streams")
 MORE_JOBS = (
@@ -117,6 +123,7 @@ def two_ranks(shapes_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> O
         {"name": "diverged", "settings": plain(shapes_cache, "none", name="diverged", lr=1e30, log_every=3)},
         {"name": "stopped", "settings": {**stopped, "steps": 50}, "signal_rank": 1, "signal_step": 3},
         {"name": "stopped-again", "settings": stopped, "resume": True},
+        {"name": "kept", "settings": plain(shapes_cache, "none-sharded", name="kept", **KEPT)},
     ]
     for name in SKIPPING:
         bad = plain(shapes_cache, name, name=f"skipping-{name}", skip_nonfinite=1, log_every=2, accumulate=2)
@@ -204,6 +211,27 @@ def test_a_sharded_run_goes_on_alone(two_ranks: Outcome, tmp_path: Path) -> None
     train(config, resume=True, watcher=Listener(), root=tmp_path)
     expected = losses(alone(two_ranks, "ahpa", tmp_path, steps=STEPS + 3))
     assert losses(tmp_path / "ahpa-sharded") == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.usefixtures("nano")
+def test_snapshots_of_a_sharded_run_are_whole(two_ranks: Outcome, tmp_path: Path) -> None:
+    """Bit by bit what its checkpoint holds, and to rounding those of one rank. The main rank evaluates for all."""
+    sharded, one = two_ranks.root / "kept", alone(two_ranks, "none", tmp_path, **KEPT)
+    assert [step for step, _ in list_snapshots(sharded)] == [2, 4, 6]
+    saved = checkpoint_files(sharded, STEPS)
+    for stem in ("ema", "ema-0.5", "power-0.05", "power-0.1"):
+        for step in (2, 4, 6):
+            found, expected = (load_snapshot(run / "snapshots" / f"step_{step:07d}", stem) for run in (sharded, one))
+            assert all(torch.allclose(value, expected[name], atol=2e-3) for name, value in found.items())
+        assert found.keys() == saved[stem].keys()
+        assert all(torch.equal(value, saved[stem][name]) for name, value in found.items())
+    judged = [record["step"] for record in log_of(sharded) if "eval/embedded-FID" in record]
+    assert judged == [3, 6]
+    assert losses_but_evaluations(sharded) == pytest.approx(losses_but_evaluations(one), rel=2e-4)
+
+
+def losses_but_evaluations(run: Path) -> list[float]:
+    return [record["loss"] for record in log_of(run) if "loss" in record]
 
 
 @pytest.mark.usefixtures("nano")

@@ -22,7 +22,7 @@ from featcache.errors import UserError
 from featcache.progress import Quiet
 from tests.told import Told
 from trainer.classes import Classes
-from trainer.evaluate.run import _beside, _with_defaults, evaluate_images, evaluate_run
+from trainer.evaluate.run import _beside, evaluate_images, evaluate_run, with_defaults
 from trainer.interval import Interval
 from trainer.models import build_model
 from trainer.models.config import forward_flops
@@ -270,7 +270,7 @@ def with_recipe(root: Path, copy: Path, published: dict[str, object]) -> Path:
 def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
     run = with_recipe(root, tmp_path / "runs/a", PUBLISHED)
     config = runs.load_config(run)
-    on_gpu = _with_defaults(SampleSettings(), run, config, "cuda", Quiet())
+    on_gpu = with_defaults(SampleSettings(), run, config, "cuda", Quiet())
     assert (on_gpu.sampler, on_gpu.steps, on_gpu.guidance, on_gpu.interval, on_gpu.num) == (
         "heun",
         40,
@@ -278,15 +278,15 @@ def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
         Interval(0, 0.7),
         50_000,
     )
-    asked = _with_defaults(SampleSettings(sampler="ode", steps=9, guidance=3.0), run, config, "cuda", Quiet())
+    asked = with_defaults(SampleSettings(sampler="ode", steps=9, guidance=3.0), run, config, "cuda", Quiet())
     assert (asked.sampler, asked.steps, asked.guidance, asked.interval) == ("ode", 9, 3.0, Interval())
-    same_scale = _with_defaults(SampleSettings(guidance=1.8), run, config, "cuda", Quiet())
+    same_scale = with_defaults(SampleSettings(guidance=1.8), run, config, "cuda", Quiet())
     assert (same_scale.guidance, same_scale.interval) == (1.8, Interval(0, 0.7))
-    on_cpu = _with_defaults(SampleSettings(), run, config, "cpu", Quiet())
+    on_cpu = with_defaults(SampleSettings(), run, config, "cpu", Quiet())
     assert (on_cpu.sampler, on_cpu.steps, on_cpu.guidance) == ("ode", 32, 1.8)
     told = Told()
     vague = {**PUBLISHED, "sampling": {"sampler": "sde", "steps": 250, "guidance": None}}
-    unknown = _with_defaults(SampleSettings(), run, replace(config, published=vague), "cuda", told)
+    unknown = with_defaults(SampleSettings(), run, replace(config, published=vague), "cuda", told)
     assert unknown.guidance == 1.0 and any("scale" in note for note in told.notes)
     page = write_run_report([run]).read_text()
     assert "REPA, Table 4: heun 40, guidance 1.8 in [0, 0.7]" in page
@@ -302,7 +302,7 @@ def test_the_recipe_says_which_channels_labels_pixels_and_times(root: Path, tmp_
     config = runs.load_config(run)
 
     def as_asked(**asked: Any) -> tuple[object, ...]:
-        found = _with_defaults(SampleSettings(**asked), run, config, "cuda", Quiet())
+        found = with_defaults(SampleSettings(**asked), run, config, "cuda", Quiet())
         return found.shift, found.guided_channels, str(found.classes), found.pixels
 
     assert as_asked() == (3.333, 3, "balanced", "truncate")
@@ -311,7 +311,7 @@ def test_the_recipe_says_which_channels_labels_pixels_and_times(root: Path, tmp_
     assert as_asked(sampler="dopri5")[0] == 1.0, "which takes steps of its own"
     assert "times shifted by 3.333, guidance 6.7 in [0, 0.875] of 3 channels" in write_run_report([run]).read_text()
     old = replace(config, published={**PUBLISHED, "sampling": drawn})
-    earlier = _with_defaults(SampleSettings(), run, old, "cuda", Quiet())
+    earlier = with_defaults(SampleSettings(), run, old, "cuda", Quiet())
     assert (earlier.shift, earlier.guided_channels, str(earlier.classes), earlier.pixels) == (
         1.0,
         None,
@@ -329,7 +329,7 @@ def test_the_recipe_says_how_streams_are_guided(root: Path, tmp_path: Path) -> N
 
     def as_asked(sampling: dict[str, Any], **asked: Any) -> tuple[object, ...]:
         config = replace(runs.load_config(run), published={**PUBLISHED, "sampling": sampling})
-        found = _with_defaults(SampleSettings(**asked), run, config, "cuda", Quiet())
+        found = with_defaults(SampleSettings(**asked), run, config, "cuda", Quiet())
         beside = found.stream_guidance, found.representation_guidance
         return found.guidance, *beside, found.guided_channels, str(found.interval)
 
@@ -353,7 +353,7 @@ def test_guidance_of_either_kind_counts_as_two_passes(root: Path, monkeypatch: p
     monkeypatch.setattr("trainer.evaluate.run.CPU_BUDGET_FLOPS", 100 * passes)
 
     def affordable(**asked: Any) -> int:
-        return _with_defaults(SampleSettings(**asked), run, config, "cpu", Quiet()).num
+        return with_defaults(SampleSettings(**asked), run, config, "cpu", Quiet()).num
 
     assert affordable() == 100
     assert affordable(guidance=2.0) == affordable(representation_guidance=2.0) == 50
@@ -402,7 +402,7 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
         asked, as_if = _beside(recipe.name, EvalRequest(), config, told)
         low, high = sampling.interval.low, sampling.interval.high
         for device, sampler, steps in (("cuda", None, 250), ("cpu", "ode", 32)):
-            drawn = _with_defaults(asked.settings, run, as_if, device, told)
+            drawn = with_defaults(asked.settings, run, as_if, device, told)
             assert (drawn.sampler, drawn.steps) == (sampling.sampler or sampler, sampling.steps or steps), recipe.name
             assert drawn.guidance == (1.0 if sampling.guidance is None else sampling.guidance), recipe.name
             assert str(drawn.interval) == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
@@ -414,7 +414,7 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
         assert any(f"not trained as {recipe.training} says" in note for note in told.notes), "it is a tiny run"
     typed = EvalRequest(settings=SampleSettings(sampler="heun", steps=7, guidance=2.0, checkpoint=5))
     asked, as_if = _beside("repa/xl2-4m-interval", typed, config, Quiet())
-    drawn = _with_defaults(asked.settings, run, as_if, "cuda", Quiet())
+    drawn = with_defaults(asked.settings, run, as_if, "cuda", Quiet())
     assert (drawn.sampler, drawn.steps, drawn.guidance, str(drawn.interval), drawn.checkpoint) == (
         "heun",
         7,

@@ -283,6 +283,7 @@ def test_training_learns(shapes_cache: Path, tmp_path: Path) -> None:
                 ("ahpa+sra", {}, 2),
                 ("none", {"model": "DiT-Nano/2"}, 1),
                 ("ahpa", {"model": "DiT-Nano/2", "warmup_steps": 3}, 2),
+                ("repa", {"ema_decays": [0.99], "posthoc": True, "snapshot_every": 2}, 2),
             )
         ),
     ],

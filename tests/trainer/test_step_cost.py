@@ -101,6 +101,7 @@ def counted(config: Any, root: Path) -> list[Counter[str]]:
         ("ahpa+sra", {"recompute": "blocks", "lr_schedule": "cosine", "hold_steps": 2}),
         ("sara", {"recompute": "blocks", "precision": "bf16", "accumulate": 2, "weight_decay": 0.1}),
         ("none", {"lr_schedule": "inverse-sqrt", "warmup_steps": 2, "clip": 0.1}),
+        ("repa", {"ema_decays": [0.99, 0.999], "posthoc": True}),
     ],
 )
 def test_nothing_is_read_back_but_at_logging_steps(

@@ -25,6 +25,7 @@ import trainer.training.loop
 from featcache.errors import UserError
 from featcache.settings import from_mapping
 from trainer.distributed import StopSignal, average_gradients, from_main, join, leave
+from trainer.evaluate.during import small_judge
 from trainer.runs.config import RunConfig
 
 
@@ -66,8 +67,11 @@ def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
     counters.clear()
     try:
         config = from_mapping(RunConfig, job["settings"])
+        resume = job.get("resume", False)
         with collectives if job.get("watch") else nullcontext():
-            folder = trainer.training.loop.train(config, resume=job.get("resume", False), watcher=listener, root=root)
+            folder = trainer.training.loop.train(
+                config, resume=resume, watcher=listener, root=root, make_judge=small_judge
+            )
         graphs, breaks = counters["stats"]["unique_graphs"], list(counters["graph_break"])
         seen = {"steps": collectives.steps[1:], "graphs": graphs, "breaks": breaks}
         return {"folder": str(folder), "told": listener.done, **seen}

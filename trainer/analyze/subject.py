@@ -75,7 +75,7 @@ class Subject:
             weights = "ema"  # there are no others
         elif weights == "auto":
             weights = "ema" if initial_share(config, at) < 0.1 else "model"
-        loaded = sample.load_run(run, step=at, device=device, weights=weights)
+        loaded = sample.load_run(run, step=at, device=device, weights=weights, snapshots=False)
         self.run, self.step, self.config, self.options = run, loaded.step, loaded.config, options
         self.device, self.weights = device, weights
         self.model = loaded.model

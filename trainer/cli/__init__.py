@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +30,9 @@ from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs.config import RunConfig, apply_overrides
 
 if TYPE_CHECKING:
+    from featcache.read.reader import Cache
     from trainer.runs.branch import Origin
+    from trainer.training.judging import Judge
 
 app = typer.Typer(
     name="trainer",
@@ -83,9 +85,18 @@ def run(
 
         _leave_a_core()
         with RichProgress() as progress:
-            folder = train(config, resume=resume, watcher=progress, expect=expect, origin=origin)
+            folder = train(
+                config, resume=resume, watcher=progress, expect=expect, origin=origin, make_judge=_small_judge
+            )
         if main:
             console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
+
+
+def _small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str], None]) -> Judge:
+    """As `trainer.evaluate.during.small_judge`, imported where a run is judged while it goes on."""
+    from trainer.evaluate.during import small_judge
+
+    return small_judge(config, cache, run, note)
 
 
 @contextmanager
@@ -220,6 +231,7 @@ DRAWING = (
         "representation_guidance",
         "classes",
         "pixels",
+        "weights",
         "checkpoint",
     ),
     *("precision", "compile"),
@@ -253,9 +265,15 @@ def evaluate(
         bool,
         typer.Option("--require-labels", help="With --samples: refuse images without class labels. \\[default: off]"),
     ] = False,
+    all_: Annotated[
+        bool,
+        typer.Option("--all", help="Judge every snapshot and the latest checkpoint: a curve. \\[default: off]"),
+    ] = False,
 ) -> None:
     """Sample a run, compare with reference images, write metrics.json and report.html."""
+    from trainer.evaluate.curve import evaluate_all
     from trainer.evaluate.run import evaluate_images, evaluate_run
+    from trainer.report.curve import write_curve
     from trainer.report.run import write_run_report
     from trainer.runs.folder import newest_run
 
@@ -268,6 +286,10 @@ def evaluate(
             "--require-labels says what to accept of --samples, which were not given",
             remedy="Leave --require-labels out.",
         )
+    if all_:
+        _refuse(given, ("checkpoint", "figure"), "names one step, and --all judges every one")
+        if samples is not None:
+            raise UserError("--all is of a run's steps, and --samples are drawn already", remedy="Leave --all out.")
     drawing = {name: value for name, value in given.items() if name in options_of(SampleSettings)}
     judging = {name: value for name, value in given.items() if name not in drawing}
     request = from_typed(EvalRequest, judging, settings=from_typed(SampleSettings, drawing))
@@ -276,9 +298,17 @@ def evaluate(
             if run is None:
                 run = newest_run()
                 progress.note(f"judging {run}, the newest run")
-            result = evaluate_run(run, request, progress)
+            curve = evaluate_all(run, request, progress) if all_ else None
+            result = None if all_ else evaluate_run(run, request, progress)
         else:
             result = evaluate_images(samples, request, require_labels=require_labels, progress=progress)
+            curve = None
+    if curve is not None and run is not None:
+        for point in curve.points:
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in point.metrics.items())
+            console.print(f"{point.step:>24,}  {safe(numbers)}")
+        console.print(f"curve: [bold]{safe(write_curve(run, curve))}[/bold]")
+        console.print(f"report: [bold]{safe(write_run_report([run]))}[/bold]")
     if result is None:  # the main rank judges
         return
     for name, value in result.metrics.items():

@@ -51,13 +51,16 @@ def export(
             "\\[default: repa, or the model's own]"
         ),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint. \\[default: the latest]")] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint or snapshot. \\[default: the latest checkpoint]")] = None,
+    weights: Annotated[str, typer.Option(help="Average: ema, ema:DECAY or power:SIGMA_REL, as for sample.")] = "ema",
 ) -> None:
     """Write a run's averaged weights as a checkpoint that the public code loads."""
     from trainer.runs.exchange import export_checkpoint
     from trainer.runs.folder import STATISTICS, load_config, read_summary
 
-    console.print(f"checkpoint: [bold]{safe(export_checkpoint(run, out, convention=to, step=step))}[/bold]")
+    with RichProgress() as progress:
+        written = export_checkpoint(run, out, convention=to, step=step, weights=weights, progress=progress)
+    console.print(f"checkpoint: [bold]{safe(written)}[/bold]")
     statistics = ""
     if (normalization := load_config(run).normalization) != "scalar":
         console.print(

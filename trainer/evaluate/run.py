@@ -16,10 +16,11 @@ from featcache.inspect import find_images
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
 from featcache.redact import redact
+from featcache.settings import to_mapping
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
 from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
-from trainer.evaluate.references import open_reference
+from trainer.evaluate.references import Statistics, open_reference
 from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
@@ -48,10 +49,30 @@ class EvalResult:
     file: Path
 
 
-def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalResult | None:
+@dataclass(frozen=True, kw_only=True)
+class Standard:
+    """What samples of a run are judged by, made once for any number of judgements.
+
+    reference: where it is, or `known`, its statistics. data: of a cache, the folder of its images. stamp: what tells that a
+    file under the same name is another one.
+    """
+
+    extractor: Extractor
+    reference: str
+    data: str | None
+    known: Statistics | None = None
+    stamp: object = None
+
+
+def evaluate_run(
+    run: Path, request: EvalRequest, progress: Progress, *, standard: Standard | None = None
+) -> EvalResult | None:
     """Samples a run's averaged weights, compares with the reference and adds the numbers to the run's `metrics.json`.
 
     Under torchrun all ranks draw; the main one judges, the others return None.
+
+    Args:
+        standard: what to judge by, instead of what the request says.
 
     Raises:
         UserError: no such run, figure or checkpoint, no reference images, settings that do not fit.
@@ -64,28 +85,62 @@ def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalRes
         progress = QUIET
     if request.figure is not None:
         request, config = _beside(request.figure, request, config, progress)
-    settings = _with_defaults(request.settings, run, config, device, progress)
+    settings = with_defaults(request.settings, run, config, device, progress)
     if not distributed.is_main():
         sample_run(run, settings, progress)
         return None
+    standard = standard or standard_of(run, request, settings, device, progress)
+    drawn = sample_run(run, settings, progress)
+    given = replace(request, settings=settings, data=standard.data)
+    result = _judge(drawn.images, standard.known or standard.reference, standard.extractor, given, progress)
+    sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
+    entry = {
+        "step": drawn.loaded.step,
+        "sampler": sampler,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "asked": asked(settings, request, standard, device),
+        **({} if request.figure is None else {"figure": config.published}),
+        **result,
+    }
+    _append_metrics(run, entry)
+    return EvalResult(metrics=result["metrics"], file=run / "metrics.json")
+
+
+def standard_of(run: Path, request: EvalRequest, settings: SampleRequest, device: str, progress: Progress) -> Standard:
+    """What a request judges by; what would fail after drawing fails now."""
     extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
     reference, data = _reference(run, request)
     if request.reference is None:
         beside = f", which are in {data}" if data is not None else ""
         progress.note(redact(f"compared with the images of {reference}{beside}"))
     _check_before_drawing(run, request, extractor, reference, data)
-    drawn = sample_run(run, settings, progress)
-    result = _judge(drawn.images, reference, extractor, replace(request, settings=settings, data=data), progress)
-    sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
-    entry = {
-        "step": drawn.loaded.step,
-        "sampler": sampler,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **({} if request.figure is None else {"figure": config.published}),
-        **result,
-    }
-    _append_metrics(run, entry)
-    return EvalResult(metrics=result["metrics"], file=run / "metrics.json")
+    stamp: object = cache_summary(run)["fingerprint"] if request.reference is None else None
+    path = Path(reference)
+    if request.reference is not None and path.is_file():
+        stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    return Standard(extractor=extractor, reference=reference, data=data, stamp=stamp)
+
+
+# Of a request, what moves no number, or is the point of the curve.
+_UNASKED = ("checkpoint", "out", "format", "weights_dir", "device")
+
+
+def asked(settings: SampleRequest, request: EvalRequest, standard: Standard, device: str) -> dict[str, Any]:
+    """Everything that decides the numbers but the checkpoint: equal for judgements that make one curve."""
+    drawn = {key: value for key, value in to_mapping(settings).items() if key not in _UNASKED}
+    return dict(
+        runs.as_json(
+            {
+                **drawn,
+                "device": device.partition(":")[0],
+                "extractor": dict(standard.extractor.provenance),
+                "metrics": chosen_metrics(request.metrics or None, standard.extractor),
+                "bootstrap": request.bootstrap,
+                "reference": redact(standard.reference),
+                "stamp": standard.stamp,
+            }
+        )
+    )
 
 
 def _check_before_drawing(
@@ -122,7 +177,7 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
 
 def _judge(
     samples: str | Path,
-    reference: str,
+    reference: str | Statistics,
     extractor: Extractor,
     request: EvalRequest,
     progress: Progress,
@@ -177,7 +232,7 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Prog
     return replace(request, settings=settings), replace(config, published=recipe.values["published"])
 
 
-def _with_defaults(
+def with_defaults(
     asked: SampleSettings, run: Path, config: RunConfig, device: str, progress: Progress
 ) -> SampleRequest:
     """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""

@@ -48,6 +48,7 @@ class RunData:
         diagnostics: what `trainer analyze` found.
         origins: of a branch, the runs it came from and the steps where it left them, the oldest first; `log` begins
             with theirs.
+        published: by metric the (step, value) that the paper gives for this training, drawn as these samples.
     """
 
     name: str
@@ -60,6 +61,7 @@ class RunData:
     samples: Sequence[tuple[int, Path]] = ()
     diagnostics: Sequence[Result] = ()
     origins: Sequence[OriginEntry] = ()
+    published: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def last(self, key: str) -> float | None:
         """Last logged value of `key`, or None."""

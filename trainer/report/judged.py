@@ -107,5 +107,5 @@ def _images(run: RunData) -> NpzImages | None:
 
 def _same(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     """Whether a folder's samples were drawn as an evaluation says."""
-    saved, judged = ({"weights": "ema", **of} for of in (settings, entry["sampler"]))
+    saved, judged = ({"weights": "ema", "stored": None, **of} for of in (settings, entry["sampler"]))
     return saved.get("step") == entry.get("step") and all(saved.get(key) == judged[key] for key in judged)

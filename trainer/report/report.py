@@ -39,6 +39,7 @@ from trainer.typeset import number
 
 MAX_STRIP_STEPS, MAX_STRIP_TILES = 6, 3
 MAX_MARKS = 200  # of a kind on a chart
+STEPS = "training step"
 
 
 def write_report(
@@ -198,6 +199,11 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     for part in ("denoise/", "align/"):
         chosen += [(k, titles[k], "loss term, weighted") for k in keys if k.startswith(part)]
     chosen += [(k, *measure_words(k)) for k in keys if k.startswith("metric/")]
+    chosen += [
+        (k, f"{k.removeprefix('eval/')} of few samples, during training", k.removeprefix("eval/"))
+        for k in keys
+        if k.startswith("eval/")
+    ]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
     return [entry for entry in chosen if entry[0] in keys]
 
@@ -263,7 +269,10 @@ def _conditions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What moves the numbers of an evaluation, but for the checkpoint."""
     settings = evaluation.get("settings") or {}
     named = ("extractor", "sample_count", "resolution", "reference", "reference_count", "reference_features")
-    return {"sampler": evaluation.get("sampler"), **{name: settings.get(name) for name in named}}
+    sampler = evaluation.get("sampler")
+    if isinstance(sampler, Mapping):  # the latest checkpoint ends the curve of the snapshots, which may be rounded
+        sampler = {key: value for key, value in sampler.items() if key != "stored"}
+    return {"sampler": sampler, **{name: settings.get(name) for name in named}}
 
 
 def _time_at(run: RunData, steps: np.ndarray) -> np.ndarray:
@@ -316,11 +325,25 @@ def _metric_charts(runs: Sequence[RunData], x_label: str, x_of: X, metrics: Sequ
             keep = np.isfinite(x) & np.isfinite(column.values)
             if keep.any():
                 series.append(Series(label=run.name, x=x[keep], y=column.values[keep], colour=i, markers=True))
+                series += _of_papers(run, metric, i) if x_label == STEPS else []
         # A single checkpoint is a number, not a curve: the table has it.
-        if any(len(s.x) > 1 for s in series):
+        if any(len(s.x) > 1 and not s.dashed for s in series):
             arrow = "higher is better" if higher_is_better(metric) else "lower is better"
             charts.append(Chart(title=f"{metric} ({arrow})", x_label=x_label, y_label=metric, series=series))
     return charts
+
+
+def _of_papers(run: RunData, metric: str, colour: int) -> list[Series]:
+    """What the paper gives for the run's training, as far as the run has got or a little further."""
+    points = [(step, value) for step, value in run.published.get(metric, ()) if step <= 1.25 * (run.steps or 0)]
+    if not points:
+        return []
+    x, y = zip(*sorted(points))
+    return [
+        Series(
+            label=f"{run.name}, in the paper", x=np.array(x), y=np.array(y), colour=colour, dashed=True, markers=True
+        )
+    ]
 
 
 def _alignment_end(run: RunData, x_of: X) -> float | None:
@@ -382,7 +405,7 @@ def _came_from(runs: Sequence[RunData]) -> list[str]:
 
 
 def _step_charts(runs: Sequence[RunData]) -> list[Chart]:
-    label, steps = "training step", attrgetter("steps")
+    label, steps = STEPS, attrgetter("steps")
     return _charts(runs, label, steps, _log_keys(runs)) + _metric_charts(runs, label, steps, metric_names(runs))
 
 

@@ -17,6 +17,7 @@ from featcache.inspect import draw_sheet, find_source, pixels_of
 from featcache.paths import PAGES, check_output
 from featcache.sources.base import Source
 from trainer import align
+from trainer.align import split_methods
 from trainer.align.ahpa import Ahpa
 from trainer.align.base import FeatureInfo
 from trainer.plots import Chart
@@ -29,6 +30,7 @@ from trainer.report.table import PublishedFigure
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.published import parse_published
+from trainer.runs.recipes import figures_of, list_recipes
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
 from trainer.sampling.grid import class_picture, first_of_classes
@@ -63,6 +65,7 @@ def write_run_report(
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice", remedy="Name each run once.")
     data = [load_run(folder) for folder in folders]
+    data = [replace(run, published=_published_curve(folder)) for folder, run in zip(folders, data)]
     if len({run.name for run in data}) < len(data):
         data = [replace(run, name=str(folder)) for run, folder in zip(data, folders)]
     given: dict[str, Any] = {
@@ -202,6 +205,27 @@ def features_layers(summary: Summary, feature: str, count: int) -> list[str]:
     recorded = summary["features"].get(feature)
     named = recorded.get("layers", []) if recorded is not None else []
     return list(named) if len(named) == count else [f"layer {i + 1}" for i in range(count)]
+
+
+def _published_curve(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What the paper gives for a run's training at any step, of samples drawn as its own figures were."""
+    config = runs.load_config(folder)
+    if not config.published:
+        return {}
+    own, points = parse_published(config.published), dict[str, list[tuple[int, float]]]()
+    for row in list_recipes():
+        if (
+            row.published != own
+            or row.model != config.model
+            or split_methods(row.method) != split_methods(config.method)
+        ):
+            continue
+        for figure in figures_of(row):
+            if figure.published is not None and figure.published.sampling == own.sampling:
+                for metric, value in figure.published.metrics.items():
+                    points.setdefault(metric, []).append((figure.steps, float(value)))
+        break
+    return points
 
 
 def _published(folder: Path, name: str) -> list[PublishedFigure]:

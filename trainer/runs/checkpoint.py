@@ -8,6 +8,7 @@ name is complete. No random state is saved: all randomness derives from (seed, s
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -45,7 +46,11 @@ def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     Raises:
         UserError: their folder is a link, which would have those of another run removed as old ones.
     """
-    folder = files.inside(run, "checkpoints")
+    return list_steps(files.inside(run, "checkpoints"))
+
+
+def list_steps(folder: Path) -> list[tuple[int, Path]]:
+    """The complete folders `step_N` in a folder, by rising step."""
     try:
         found = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))] if folder.is_dir() else []
         return sorted((int(m[1]), p) for m, p in found if (files.inside(folder, p.name) / "state.json").is_file())
@@ -86,22 +91,47 @@ def save_checkpoint(
     files.inside(run, "checkpoints")
     if (final / "state.json").is_file():
         return final
-    partial = final.with_name(f".{final.name}.partial")
+    write_whole(final, tensors, {"step": step, **state}, what="checkpoint")
+    _remove_old(run, keep)
+    return final
+
+
+def write_whole(
+    final: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    what: str,
+    digests: bool = False,
+) -> None:
+    """Writes a folder `step_N` under a temporary name, syncs it, gives it its name. What is complete under that name stays
+    there until then.
+
+    Args:
+        what: `checkpoint` or another word for it. digests: puts the files' SHA-256 into `state.json`, as `sha256`.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    partial, former = (final.with_name(f".{final.name}.{suffix}") for suffix in ("partial", "removed"))
     try:
         files.make_directory(final.parent)
-        _clear(final)
-        _write(partial, tensors, {"step": step, **state})
+        there = (final / "state.json").is_file() and not final.is_symlink()
+        (clear_leftovers if there else _clear)(final.parent if there else final)
+        _write(partial, tensors, state, digests=digests)
+        if there:
+            final.rename(former)
         partial.rename(final)
         _sync(final.parent)
+        if there:
+            shutil.rmtree(former, ignore_errors=True)
     except (OSError, SafetensorError, CacheError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = _reason(error)
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {final}: {reason.what}",
+            f"the {what} of step {state['step']} could not be written to {final}: {reason.what}",
             remedy=reason.remedy or "Free some space or check the disk.",
         ) from error
-    _remove_old(run, keep)
-    return final
 
 
 def _reason(error: Exception) -> UserError:
@@ -113,12 +143,13 @@ def _reason(error: Exception) -> UserError:
 
 def _clear(final: Path) -> None:
     """Makes way for a checkpoint: away with what killed processes left; what else has its name is set aside."""
-    _clear_leftovers(final.parent)
+    clear_leftovers(final.parent)
     if final.exists() or final.is_symlink():
         final.rename(final.with_name(f"{final.name}.incomplete-{secrets.token_hex(4)}"))
 
 
-def _clear_leftovers(folder: Path) -> None:
+def clear_leftovers(folder: Path) -> None:
+    """Removes what killed processes left of folders that they were writing or removing."""
     for leftover in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.removed")):
         shutil.rmtree(leftover)
 
@@ -129,18 +160,28 @@ def tidy(run: Path, *, keep: int) -> None:
     A disk that refuses is no reason to stop: it has the next checkpoint's saving refused aloud.
     """
     with contextlib.suppress(OSError, UserError):
-        _clear_leftovers(files.inside(run, "checkpoints"))
+        clear_leftovers(files.inside(run, "checkpoints"))
     _remove_old(run, keep)
 
 
-def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object]) -> None:
+def _write(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object], *, digests: bool
+) -> None:
     """A new folder with everything in it, on the disk when this returns."""
     folder.mkdir()
     for stem, values in tensors.items():
         safetensors.torch.save_file({k: v.contiguous() for k, v in values.items()}, folder / f"{stem}.safetensors")
+    if digests:
+        state = {**state, "sha256": {stem: digest(folder / f"{stem}.safetensors") for stem in tensors}}
     (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
     for path in [*folder.iterdir(), folder]:
         _sync(path)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_old(run: Path, keep: int) -> None:

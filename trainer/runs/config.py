@@ -11,11 +11,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from featcache.errors import UserError
 from featcache.settings import (
     Count,
+    Distinct,
     Finite,
     Index,
     Limit,
@@ -29,6 +30,7 @@ from featcache.settings import (
     to_mapping,
 )
 from trainer.align import config_class, launched, method_names, split_methods
+from trainer.averages import Average, Width, widths
 from trainer.models import model_config
 from trainer.models.config import Attention
 from trainer.runs.published import parse_published
@@ -90,6 +92,10 @@ class RunConfig:
             clipping.
         ema_decay: of the weights' average.
         ema_warmup: begin with a smaller one, min(decay, (1 + step) / (10 + step)).
+        ema_decays: of further averages, e.g. `[0.999, 0.99995]`, kept in checkpoints and snapshots beside the first; each
+            takes as much memory as the weights.
+        posthoc: widths sigma_rel of EDM2's power-function averages, from which snapshots let an average of any width be made
+            after the run; `true` is `[0.05, 0.1]`. Each takes as much memory as the weights.
     Machine:
         seed: of everything random.
         device: `cpu`, `cuda` or `auto`.
@@ -108,6 +114,13 @@ class RunConfig:
     Bookkeeping:
         log_every, sample_every, checkpoint_every: in steps; 0 draws no grids of samples.
         keep_checkpoints: how many of the latest stay.
+        snapshot_every: steps from one snapshot to the next, the averaged weights alone, which all stay; 0 keeps none.
+        snapshot_dtype: in which they are stored; `bf16` is half as large, and rounded.
+        eval_every: steps from one small evaluation during training to the next, 0: none. It changes nothing of the training
+            and is no published protocol.
+        eval_num, eval_extractor: samples it draws, always from the same noise, and who judges them (as `trainer eval
+            --extractor`).
+        eval_reference: what it compares with, as `trainer eval --reference`; None: up to 10,000 of the cache's own images.
         published: figures of the paper's row, for the report.
     """
 
@@ -168,6 +181,8 @@ class RunConfig:
     skip_nonfinite: Annotated[Index, Field(le=1000)] = 0
     ema_decay: Share = 0.9999
     ema_warmup: bool = False
+    ema_decays: Annotated[tuple[Share, ...], Field(strict=False), Distinct] = ()
+    posthoc: Annotated[tuple[Width, ...], Field(strict=False), Distinct, BeforeValidator(widths)] = ()
 
     seed: Annotated[Index, Option("Seed of everything random.")] = 0
     device: Annotated[str, Option("cpu, cuda or auto.")] = "auto"
@@ -190,6 +205,12 @@ class RunConfig:
     sample_every: Index = 10_000
     checkpoint_every: Count = 10_000
     keep_checkpoints: Count = 2
+    snapshot_every: Index = 0
+    snapshot_dtype: Literal["bf16", "fp32"] = "fp32"
+    eval_every: Index = 0
+    eval_num: Annotated[int, Field(ge=2, le=2**31 - 1)] = 256
+    eval_extractor: str = "auto"
+    eval_reference: str | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -208,6 +229,7 @@ class RunConfig:
         self._check_unused()
         self._check_schedule()
         self._check_methods()
+        self._check_averages()
         for feature, options in self.streams.items():
             stream_config(feature, options)
         if self.published:
@@ -272,6 +294,13 @@ class RunConfig:
                 remedy="Take fewer warmup_steps or hold_steps.",
             )
 
+    def _check_averages(self) -> None:
+        if self.ema_decay in self.ema_decays:
+            raise UserError(
+                f"ema_decays names {self.ema_decay:g}, which is the first average's (ema_decay)",
+                remedy="Leave it out of ema_decays.",
+            )
+
     def _check_methods(self) -> None:
         split_methods(self.method)  # unknown, repeated and contradicting names are errors here
         stray = sorted(set(self.align) - set(self.methods))
@@ -301,6 +330,12 @@ class RunConfig:
     def falls_until_the_end(self) -> bool:
         """Whether the learning rate depends on the number of steps."""
         return self.lr_schedule in ("linear", "cosine") and self.decay_until is None
+
+    @property
+    def averages(self) -> tuple[Average, ...]:
+        """Those of the weights that training keeps: the first, then the further ones."""
+        further = [Average("ema", decay) for decay in self.ema_decays]
+        return (Average(), *further, *(Average("power", width) for width in self.posthoc))
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -11,17 +11,20 @@ import featcache
 from featcache.errors import UserError
 from featcache.feature_names import layer_feature
 from featcache.paths import CHECKPOINTS, check_output
+from featcache.progress import QUIET, Progress
 from featcache.read.normalization import Statistics, load
 from featcache.settings import to_mapping
 from featcache.store import files
 from featcache.store.manifest import UNKNOWN
 from trainer.align.redi import RediConfig
 from trainer.align.reg import RegConfig
+from trainer.averages import Average
 from trainer.models.config import StreamShape
 from trainer.runs import checkpoint, locks, normalization
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import run_model_config
+from trainer.runs.snapshots import find_weights
 from trainer.runs.streams import StreamConfig, stream_config
 from trainer.runs.weights_io import CONVENTIONS, Imported, export_official, import_official
 
@@ -203,8 +206,13 @@ def _statistics_of(imported: Imported, summary: Mapping[str, Any], given: Path |
     return found
 
 
-def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int | None) -> Path:
-    """Writes a run's averaged weights (and its raw ones) as a file that the public code loads.
+def export_checkpoint(
+    run: Path, out: Path, *, convention: str | None, step: int | None, weights: str = "ema", progress: Progress = QUIET
+) -> Path:
+    """Writes a run's averaged weights (and its raw ones, where they are kept) as a file that the public code loads.
+
+    Args:
+        weights: which average, see `trainer.averages.Average`.
 
     Raises:
         UserError: no such run, an unknown convention, a model the convention has no place for, or `out` is no name
@@ -219,11 +227,18 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
             f"{run} predicts {config.prediction}, and the public code takes what a SiT says for a velocity",
             remedy="Draw from it here: trainer sample, trainer eval.",
         )
-    at, folder = checkpoint.find_checkpoint(run, step)
+    average = Average.parse(weights)
+    if average.kind == "raw":
+        raise UserError("raw weights are no average", remedy="Leave --weights out: the file holds both.")
+    # A checkpoint has the raw ones, too.
+    saved = average in config.averages and step in dict(checkpoint.list_checkpoints(run))
+    found = find_weights(run, config, step, average, snapshots=not saved)
+    for text in found.notes:
+        progress.note(text)
+    folder = found.path
     raw = checkpoint.load_tensors(folder, "model") if (folder / "model.safetensors").exists() else None
     options: dict[str, Any] = {"convention": convention} if convention else {}
-    checkpoint.require_own(folder, method=config.method, model=config.model)
-    ema = checkpoint.load_tensors(folder, "ema")
+    ema = found.load("cpu")
     cfg = run_model_config(run, config)
     streams = {name: stream_config(name, given) for name, given in config.streams.items()}
     for name, stream in streams.items():
@@ -235,4 +250,4 @@ def export_checkpoint(run: Path, out: Path, *, convention: str | None, step: int
             )
         options["dropout"] = stream.dropout
     options |= {"interpolant": config.path, "normalization": config.normalization}
-    return export_official(out, cfg, ema=ema, model=raw, step=at, **options)
+    return export_official(out, cfg, ema=ema, model=raw, step=found.step, **options)

@@ -69,6 +69,7 @@ class Evaluation(TypedDict):
     sampler: NotRequired[dict[str, Any] | None]
     settings: NotRequired[dict[str, Any] | None]
     figure: NotRequired[Any]
+    asked: NotRequired[Any]
 
 
 class OriginEntry(TypedDict):
@@ -93,6 +94,8 @@ class CheckpointState(TypedDict):
     skipped: NotRequired[Annotated[list[_Whole], Field(max_length=1 << 16)]]
     time_s: NotRequired[Annotated[float, Field(strict=True, ge=0, le=1e12)]]
     scaler: NotRequired[dict[_Text, _Finite]]
+    dtype: NotRequired[_Text]  # of a snapshot
+    sha256: NotRequired[dict[_Text, _Text]]
 
 
 _Stem = Annotated[str, Strict(), Field(max_length=200, pattern=r"^[^/\x00]+$")]  # of a file beside

@@ -19,19 +19,20 @@ from torch import Tensor
 from featcache.encoders.vae import LatentDecoder, load_recorded_vae
 from featcache.errors import UserError
 from featcache.store import files
+from trainer.averages import Average
 from trainer.diffusion import ddpm, samplers
 from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.noise import noise_stream, sample_noise
 from trainer.diffusion.streams import Layout
 from trainer.diffusion.transport import Flow, Transport, build_transport
 from trainer.models import ModelOutput, Transformer, build_model, load_weights
-from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import Normalization, of_run
 from trainer.runs.published import SHIFTED
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
+from trainer.runs.snapshots import find_weights
 from trainer.sampling.grid import spread
 from trainer.seeds import derive_seed
 
@@ -139,6 +140,8 @@ class LoadedRun:
     config: RunConfig
     summary: Summary  # cache.json
     model: Transformer
+    stored: str | None = None  # the dtype of a snapshot that rounded them
+    notes: Sequence[str] = ()
 
     @property
     def transport(self) -> Transport:
@@ -161,27 +164,32 @@ class LoadedRun:
         return int(self.summary["dataset"]["preprocessing"]["resolution"])
 
 
-def load_run(run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema") -> LoadedRun:
+def load_run(
+    run: Path, *, step: int | None = None, device: str = "cpu", weights: str = "ema", snapshots: bool = True
+) -> LoadedRun:
     """The model of a run at `step` (None: the latest checkpoint).
 
     Args:
-        weights: `ema`, the averaged ones, or `model`, as the optimiser left them.
+        weights: as `trainer.averages.Average` names them; `model` is `raw`. snapshots: whether to look there, too.
 
     Raises:
-        UserError: no such run or checkpoint, or one of another run; or it does not hold these weights.
+        UserError: no such run, checkpoint or snapshot, or one of another run; or it does not hold these weights.
     """
     config = runs.load_config(run)
     summary = cache_summary(run)
-    at, path = checkpoint.find_checkpoint(run, step)
-    checkpoint.require_own(path, method=config.method, model=config.model)
+    average = Average.parse("raw" if weights == "model" else weights)
+    found = find_weights(run, config, step, average, snapshots=snapshots)
     model = build_model(run_model_config(run, config), device=device).eval().requires_grad_(False)
-    if weights == "model" and not os.path.lexists(path / "model.safetensors"):
+    path = found.path
+    if average.kind == "raw" and not os.path.lexists(path / "model.safetensors"):
         raise UserError(
             f"{path} holds no raw weights: of an imported checkpoint one set of weights is kept, the averaged ones by default",
             remedy="Take those: --weights ema. For the raw ones, import the file again: trainer import FILE --weights model --name NAME",
         )
-    load_weights(model, checkpoint.load_tensors(path, weights, device=device), source=str(path))
-    return LoadedRun(path=run, step=at, config=config, summary=summary, model=model)
+    load_weights(model, found.load(device), source=str(path))
+    return LoadedRun(
+        path=run, step=found.step, config=config, summary=summary, model=model, stored=found.stored, notes=found.notes
+    )
 
 
 @torch.inference_mode()

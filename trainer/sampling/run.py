@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from trainer.diffusion.transport import Transport
 
 GROUP = 8  # samples of one arithmetic unit on the CPU
-STEMS = {"ema": "ema", "raw": "model"}  # --weights -> name of the tensors in a checkpoint
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
 
 
@@ -127,8 +126,10 @@ def grid_name(num: int) -> str:
     return f"grid_{num}.png"
 
 
-def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic) -> str:
-    """What the samples of checkpoint `step` depend on, one name for equal settings: defaults are left out, and so are
+def folder_name(
+    request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic, stored: str | None = None
+) -> str:
+    """What the samples of checkpoint `step` (a snapshot that is `stored` rounded) depend on, one name for equal settings: defaults are left out, and so are
     an interval and channels of guidance where the scale is 1.
     """
     parts = [f"step_{step:07d}", f"{sampler}{request.steps}", f"seed{request.seed}"]
@@ -144,7 +145,8 @@ def folder_name(request: SampleRequest, step: int, sampler: str, arithmetic: Ari
         parts.append(f"rg{plain(request.representation_guidance)}{interval}")
     parts += [_short(str(request.classes).replace(",", "_"))] if request.classes != Classes() else []
     parts += [request.pixels] if request.pixels != "round" else []
-    parts += [request.weights] if request.weights != "ema" else []
+    parts += [request.weights.replace(":", "-")] if request.weights != "ema" else []
+    parts += [f"{stored}-weights"] if stored is not None else []
     parts += [arithmetic.precision] if arithmetic.precision != "fp32" else []
     parts += ["compiled"] if arithmetic.compile else []
     return "-".join(parts)
@@ -183,13 +185,17 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleR
     arithmetic = choose_arithmetic(device_name, request.precision, request.compile)
     with distributed.joined(device_name) as world:
         device = world.device(device_name)
-        loaded = load_run(run, step=request.checkpoint, device=str(device), weights=STEMS[request.weights])
+        loaded = load_run(run, step=request.checkpoint, device=str(device), weights=request.weights)
+        for note in loaded.notes if world.is_main else ():
+            progress.note(note)
         config = sample_config(request, loaded)
         vae = loaded.decoder(request.weights_dir).to(device)
         settings: Record = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
         settings |= {} if request.weights == "ema" else {"weights": request.weights}
+        settings |= {} if loaded.stored is None else {"stored": loaded.stored}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
-        named = files.inside(run, f"samples/{folder_name(request, loaded.step, config.sampler, arithmetic)}")
+        name = folder_name(request, loaded.step, config.sampler, arithmetic, loaded.stored)
+        named = files.inside(run, f"samples/{name}")
         folder = request.out or _find_folder(named, record, file_name(request))
         images = files.inside(folder, file_name(request))
         _check_folder(folder, record, images)
@@ -369,7 +375,7 @@ def _same(saved: Record, record: Record) -> bool:
 
 def _told(record: Record) -> Record:
     """A record with what it leaves out because there was, or is, nothing to say of it."""
-    return {"shift": 1.0, "weights": "ema", **record} if record else {}
+    return {"shift": 1.0, "weights": "ema", "stored": None, **record} if record else {}
 
 
 def _find_folder(named: Path, record: Record, file: str) -> Path:

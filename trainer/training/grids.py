@@ -41,7 +41,7 @@ class GridMaker:
             self._decoder = self._decoder or self._load()
         except Exception as error:
             self._broken = True
-            self._warn(f"no sample grids: {_what(error)}")
+            self._warn(f"no sample grids: {what_happened(error)}")
             return
         device = next(ema.parameters()).device
         transport = build_transport(ema.cfg.family, device=device, **self._config.flow)
@@ -50,7 +50,7 @@ class GridMaker:
             pixels = class_grid(ema, self._decoder.to(device), transport=transport, seed=self._config.seed)
             save_png(pixels, files.inside(self._run, "samples") / f"step_{step:07d}.png")
         except Exception as error:  # memory, say; a disk that is full the log will find, too
-            self._warn(f"no sample grid at step {step}: {_what(error)}")
+            self._warn(f"no sample grid at step {step}: {what_happened(error)}")
             return
         finally:
             watched.remove()
@@ -58,10 +58,7 @@ class GridMaker:
         log.image("samples", pixels, step)
 
     def _load(self) -> LatentDecoder:
-        dataset, moments = self._cache.manifest.dataset, self._cache.manifest.features["vae/moments"]
-        assert dataset.vae is not None, "a run trains on latents"
-        normalization = of_run(self._run, self._config, dataset.vae)
-        return load_decoder(dataset.vae, moments.provenance, self._config.weights_dir, normalization)
+        return decoder_of(self._run, self._config, self._cache)
 
 
 def _give_up(told: Stop) -> None:
@@ -69,5 +66,14 @@ def _give_up(told: Stop) -> None:
         raise UserError("the run was told to stop")
 
 
-def _what(error: Exception) -> str:
+def decoder_of(run: Path, config: RunConfig, cache: Cache) -> LatentDecoder:
+    """What turns the latents of a run under way into pixels, on the CPU. Raises as `load_decoder`."""
+    dataset, moments = cache.manifest.dataset, cache.manifest.features["vae/moments"]
+    assert dataset.vae is not None, "a run trains on latents"
+    normalization = of_run(run, config, dataset.vae)
+    return load_decoder(dataset.vae, moments.provenance, config.weights_dir, normalization)
+
+
+def what_happened(error: Exception) -> str:
+    """An error in one line, for what ends no run."""
     return error.what if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"

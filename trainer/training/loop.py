@@ -28,9 +28,10 @@ from trainer import align, distributed, stopping
 from trainer.align.base import Alignment
 from trainer.diffusion.streams import Layout
 from trainer.distributed import World
-from trainer.runs import branch, checkpoint
+from trainer.runs import branch, checkpoint, snapshots
 from trainer.runs import folder as runs
 from trainer.runs.branch import Origin
+from trainer.runs.budget import require_room
 from trainer.runs.cache import available_features, find_cache, random_features, sample_keys, with_streams
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog, is_detail
@@ -38,6 +39,7 @@ from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.runs.streams import StreamConfig, never_learned, stream_config
 from trainer.training.branching import take_over
 from trainer.training.grids import GridMaker
+from trainer.training.judging import MakeJudge, SmallEvaluations
 from trainer.training.meters import FirstBadStep, Pace, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
 from trainer.training.schedule import learning_rate
@@ -50,6 +52,7 @@ from trainer.training.state import (
     backbone_config,
     load_parts,
     precision_of,
+    save_averages,
     save_parts,
     whole_ema,
 )
@@ -74,6 +77,7 @@ class Job:
     device: torch.device
     share: Share
     watcher: Progress
+    make_judge: MakeJudge | None = None
 
 
 def train(
@@ -84,11 +88,13 @@ def train(
     root: Path = runs.ROOT,
     expect: str | None = None,
     origin: Origin | None = None,
+    make_judge: MakeJudge | None = None,
 ) -> Path:
     """Runs (or continues) one training run and returns its folder, which is held against other processes meanwhile.
 
     Args:
         expect: digest that the cache must have; None takes any. origin: where a new run begins instead of at step 0.
+        make_judge: of samples during training (`eval_every`), see `trainer.evaluate.during`.
 
     Raises:
         UserError: bad input, an origin or a cache that does not fit, a folder in use, or a disk that refuses.
@@ -98,7 +104,15 @@ def train(
     device_name = pick_device(config.device)
     with distributed.joined(device_name) as world:
         return _train(
-            config, resume, watcher if world.is_main else QUIET, root, world, world.device(device_name), expect, origin
+            config,
+            resume,
+            watcher if world.is_main else QUIET,
+            root,
+            world,
+            world.device(device_name),
+            expect,
+            origin,
+            make_judge,
         )
 
 
@@ -111,6 +125,7 @@ def _train(
     device: torch.device,
     expect: str | None,
     origin: Origin | None,
+    make_judge: MakeJudge | None,
 ) -> Path:
     _prepare_device(device)
     if origin is not None:
@@ -145,9 +160,20 @@ def _train(
         if world.is_main:
             runs.clear_leftovers(run, config.streams)
             checkpoint.tidy(run, keep=config.keep_checkpoints)
+            snapshots.tidy(run)
         job = Job(
-            config=config, cache=cache, run=run, parts=parts, world=world, device=device, share=share, watcher=watcher
+            config=config,
+            cache=cache,
+            run=run,
+            parts=parts,
+            world=world,
+            device=device,
+            share=share,
+            watcher=watcher,
+            make_judge=make_judge,
         )
+        if world.is_main and (told := require_room(run, config, parts.sizes, start)) is not None:
+            watcher.note(told)
         _announce(job, start, remark)
         if start < config.steps:
             with _told_how_to_go_on(job):
@@ -187,6 +213,7 @@ def _loop(
     skipped: list[int] = list(state.get("skipped", []))
     spikes = Spikes(branch.lines_before(job.run) if log is not None else ())
     grids = GridMaker(config, job.cache, job.run, job.watcher.note)
+    evaluations = SmallEvaluations(job.make_judge, config, job.cache, job.run, job.watcher.note)
     signals = distributed.StopSignal()
 
     def save(done: int) -> None:
@@ -211,23 +238,30 @@ def _loop(
             # A trial shorter than the interval draws no closing grid: with a large model on a CPU it takes many minutes.
             final = done == config.steps and config.steps >= config.sample_every
             draws = config.sample_every > 0 and (done % config.sample_every == 0 or final)
-            if logs or saves:
+            keeps, judges = due(config.snapshot_every, done), due(config.eval_every, done)
+            if logs or saves or keeps:
                 skipped += _check_finite(job, log, bad)
             if logs:
                 left_out = {"skipped": len(skipped)} if config.skip_nonfinite else {}
                 _record(job, log, clock, means, done, norm, spikes, left_out)
             else:
                 job.watcher.update(1)
-            with clock.paused() if saves or draws else nullcontext():
+            with clock.paused() if saves or draws or keeps or judges else nullcontext():
+                # Both before the checkpoint: a run that is killed in between comes by them again.
+                if keeps:
+                    save_averages(job.parts, job.run, done, config, job.world)
+                if judges:
+                    if (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
+                        with pace.doing("judging samples"):
+                            evaluations.judge(ema, done, log, clock.trained_s)
+                    distributed.barrier()  # of the hosts: judging may take longer than a GPU's exchange may
                 if saves:
                     save(done)
                 if draws and (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
                     with pace.doing("drawing samples"):
                         grids.draw(ema, done, log, told)
-                if (
-                    draws and not stop and job.world.size == 1 and told.number
-                ):  # meanwhile; another step may take minutes
-                    stop = told.number
+                if (draws or judges) and not stop and job.world.size == 1 and told.number:
+                    stop = told.number  # meanwhile; another step may take minutes
                     if not saves:
                         skipped += _check_finite(job, log, bad)
                         save(done)
@@ -237,6 +271,11 @@ def _loop(
     finally:
         batches.close()
         signals.wait()
+
+
+def due(every: int, done: int) -> bool:
+    """Whether something that comes every so many steps (0: never) is to be done after `done` of them."""
+    return every > 0 and done % every == 0
 
 
 def loader(job: Job, start: int, *, everything: bool = False) -> Loader:
@@ -312,6 +351,7 @@ def train_step(
         means.add(reading, left_out)
     decay = ema_decay_at(step, config.ema_decay, warmup=config.ema_warmup)
     update_ema(parts.ema, parts.model, decay, left_out=left_out)
+    parts.averages.update(parts.model, step, warmup=config.ema_warmup, left_out=left_out)
     if adversarial:
         adversary_step(parts, left_out)
     return norm

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -330,19 +330,24 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], max_norm: float) ->
     return total
 
 
-@torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, *, left_out: Tensor | None = None) -> None:
-    """`ema = decay * ema + (1 - decay) * model` over parameters, in a few fused kernels; buffers are left alone.
+    """`ema = decay * ema + (1 - decay) * model` over parameters; see `average`. Buffers are left alone."""
+    average(ema.parameters(), model.parameters(), decay, left_out=left_out)
+
+
+@torch.no_grad()
+def average(into: Iterable[Tensor], weights: Iterable[Tensor], decay: float, *, left_out: Tensor | None = None) -> None:
+    """`into = decay * into + (1 - decay) * weights`, in a few fused kernels.
 
     left_out: 1 on the device if the average is to stay as it is, else 0 (to the same bits as without; a kernel for each
-    parameter).
+    tensor).
     """
-    averages, weights = [local(p) for p in ema.parameters()], [local(p) for p in model.parameters()]
+    averages, values = [local(p) for p in into], [local(p) for p in weights]
     if left_out is None:
-        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+        torch._foreach_lerp_(averages, values, 1.0 - decay)
     else:
         share = torch.where(left_out > 0, 0.0, 1.0 - decay).to(torch.float32)
-        torch._foreach_lerp_(averages, weights, [share] * len(averages))
+        torch._foreach_lerp_(averages, values, [share] * len(averages))
 
 
 def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:

@@ -23,12 +23,14 @@ from trainer.diffusion.transport import build_transport
 from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import token_positions
-from trainer.runs import checkpoint
+from trainer.runs import checkpoint, snapshots
+from trainer.runs.budget import Sizes
 from trainer.runs.cache import available_features, build_command, stream_spec, with_streams
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import from_statistics, of_tokens, scalar
 from trainer.runs.streams import stream_config
 from trainer.seeds import derive_seed
+from trainer.training.averages import FurtherAverages
 from trainer.training.objective import Objective
 from trainer.training.streams import Stream
 
@@ -59,6 +61,20 @@ class Parts:
     adversary_optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler | None
     sharded: bool
+    averages: FurtherAverages
+
+    @property
+    def sizes(self) -> Sizes:
+        """What decides how large its checkpoints are."""
+        heads = {name: p for p, name in self.names.items() if name.startswith("alignment.")}
+        return Sizes(
+            weights=sum(p.numel() for p in self.model.parameters()),
+            heads=sum(p.numel() for p in heads.values()),
+            beside_bytes=sum(v.nbytes for v in self.alignment.state_dict().values())
+            if self.alignment is not None
+            else 0,
+            adversary=sum(p.numel() for p in self.adversary.parameters()) if self.adversary is not None else 0,
+        )
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -159,6 +175,7 @@ def assemble(
         adversary_optimizer=torch.optim.AdamW(adversary, **adam) if adversary else None,
         scaler=torch.amp.GradScaler(device.type) if precision_of(config, device) == "fp16" else None,
         sharded=sharded,
+        averages=FurtherAverages.begin(model, config.averages[1:]),
     )
 
 
@@ -343,6 +360,7 @@ def save_parts(
         "ema": model_tensors(parts.ema),
         "optimizer": checkpoint.optimizer_tensors(parts.optimizer, parts.names),
     }
+    files |= parts.averages.tensors(model_tensors(parts.model))
     if parts.alignment is not None:
         files["alignment"] = parts.alignment.state_dict()
     if parts.adversary_optimizer is not None:
@@ -356,6 +374,15 @@ def save_parts(
     distributed.barrier()
 
 
+def save_averages(parts: Parts, run: Path, step: int, config: RunConfig, world: World) -> None:
+    """Writes a snapshot from the main rank; every rank must call it, as `save_parts`."""
+    averages = {"ema": model_tensors(parts.ema), **parts.averages.tensors(model_tensors(parts.model))}
+    whole = {stem: distributed.gather(tensors, keep=world.is_main) for stem, tensors in averages.items()}
+    if world.is_main:
+        snapshots.save_snapshot(run, step, whole, config, dtype=config.snapshot_dtype)
+    distributed.barrier()
+
+
 def load_parts(parts: Parts, path: Path, state: Mapping[str, Any]) -> None:
     """Puts a checkpoint back, bit by bit.
 
@@ -364,6 +391,7 @@ def load_parts(parts: Parts, path: Path, state: Mapping[str, Any]) -> None:
     """
     for model, stem in ((parts.model, "model"), (parts.ema, "ema")):
         load_backbone(model, path, stem)
+    parts.averages.load(lambda stem: checkpoint.load_tensors(path, stem), source=path)
     if parts.alignment is not None:
         checkpoint.load_module(parts.alignment, path, "alignment")
     checkpoint.load_optimizer(parts.optimizer, checkpoint.load_tensors(path, "optimizer"), parts.names)

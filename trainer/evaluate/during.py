@@ -1,0 +1,102 @@
+"""The judge of small evaluations during training: few samples, few steps, always from the same noise.
+
+Its numbers show where a run is going. They are of too few samples to be compared with anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from featcache.errors import UserError
+from featcache.inspect import find_images
+from featcache.machine import pick_device
+from featcache.progress import Quiet
+from featcache.store import files
+from trainer.diffusion.transport import build_transport
+from trainer.evaluate.extractors import Extractor
+from trainer.evaluate.images import ArrayImages, CacheImages
+from trainer.evaluate.judge import evaluate
+from trainer.evaluate.references import Statistics, compute_statistics, reference_statistics, save_statistics
+from trainer.evaluate.run import choose_extractor
+from trainer.runs.config import RunConfig
+from trainer.sampling.draw import GRID_SAMPLERS, GRID_STEPS, SampleConfig, draw_units
+from trainer.training.grids import decoder_of
+from trainer.training.judging import Judge
+
+if TYPE_CHECKING:
+    from featcache.read.reader import Cache
+    from trainer.models import Transformer
+
+METRICS = ("fid", "kid")  # KID of few samples is not biased
+REFERENCE_IMAGES = 10_000  # at most, of the cache's own
+CPU_UNIT, GPU_UNIT = 8, 64  # samples drawn at once
+
+
+class _Remarks(Quiet):
+    """Shows nothing but remarks: what is under way is the training."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+
+    def note(self, text: str) -> None:
+        self._note(text)
+
+
+def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str], None]) -> Judge:
+    """Judges `config.eval_num` samples of balanced classes, drawn as the grids are, by `config.eval_extractor`.
+
+    Raises:
+        UserError: nothing to compare with, or an unknown extractor.
+        WeightsUnavailable: weights that were asked for by name, or the VAE's, are not to be had.
+    """
+    device = pick_device(config.device)
+    extractor = choose_extractor(config.eval_extractor, config.weights_dir, device, _Remarks(note))
+    reference = _reference(config, cache, run, extractor)
+    decoder = decoder_of(run, config, cache)
+    labels = np.arange(config.eval_num) % len(cache.manifest.dataset.class_names)
+    metrics = [name for name in METRICS if name in extractor.metric_names]
+
+    def judge(model: Transformer) -> Mapping[str, float]:
+        where = next(model.parameters()).device
+        drawn = SampleConfig(sampler=GRID_SAMPLERS[model.cfg.family], steps=GRID_STEPS, seed=config.seed)
+        transport = build_transport(model.cfg.family, device=where, **config.flow)
+        unit = CPU_UNIT if where.type == "cpu" else GPU_UNIT
+        try:
+            units = draw_units(
+                model,
+                decoder.to(where),
+                labels,
+                range(config.eval_num),
+                drawn,
+                transport=transport,
+                unit=unit,
+            )
+            pixels = np.concatenate(list(units))
+        finally:
+            decoder.to("cpu")
+        with torch.inference_mode():
+            found = evaluate(ArrayImages(images=pixels), reference, extractor, metrics=metrics, seed=config.seed)
+        return dict(found["metrics"])
+
+    return judge
+
+
+def _reference(config: RunConfig, cache: Cache, run: Path, extractor: Extractor) -> Statistics:
+    """What is compared with. The statistics of the cache's images are computed once and stay in the run's folder."""
+    resolution = cache.manifest.dataset.resolution
+    if config.eval_reference is not None:
+        return reference_statistics(config.eval_reference, extractor, resolution=resolution, need_features=True)
+    path = files.inside(run, f"eval/reference-{extractor.name}.npz")
+    if not path.is_file():
+        found = find_images(cache, None)
+        if found is None:
+            raise UserError("the images that the cache was made from were not found, and eval_reference names none")
+        images = CacheImages(cache=cache, data=found[0], limit=REFERENCE_IMAGES)
+        files.make_directory(path.parent)
+        save_statistics(path, compute_statistics(images, extractor, keep_features=REFERENCE_IMAGES))
+    return reference_statistics(path, extractor, resolution=resolution, need_features=True)

@@ -1,0 +1,101 @@
+"""How much disk a run takes: its checkpoints and its snapshots, known before it begins."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from featcache.console import size_text
+from featcache.errors import UserError, os_error
+from featcache.store import files
+from trainer.runs.config import RunConfig
+
+_VALUE_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of what a run trains, in numbers (of float32) but for `beside_bytes`: the method's whole state, frozen parts too.
+
+    weights: the backbone's. heads: the method's trained ones, without the discriminator's (`adversary`).
+    """
+
+    weights: int
+    heads: int = 0
+    beside_bytes: int = 0
+    adversary: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes of tensors; the files' headers add some hundred KB to each.
+
+    checkpoints: how many lie there at once while a run goes on: those kept, and the one being written.
+    """
+
+    checkpoint_bytes: int
+    checkpoints: int
+    snapshot_bytes: int
+    snapshots: int
+
+    @property
+    def checkpoints_bytes(self) -> int:
+        return self.checkpoint_bytes * self.checkpoints
+
+    @property
+    def snapshots_bytes(self) -> int:
+        return self.snapshot_bytes * self.snapshots
+
+    @property
+    def total_bytes(self) -> int:
+        return self.checkpoints_bytes + self.snapshots_bytes
+
+
+def disk_budget(config: RunConfig, sizes: Sizes, *, start: int = 0) -> Budget:
+    """What a run writes from step `start` on and leaves or has to have room for.
+
+    A checkpoint holds the weights, each average, AdamW's two moments of all that is trained, and the method's state.
+    """
+    copies, moments = 1 + len(config.averages), 2
+    numbers = copies * sizes.weights + moments * (sizes.weights + sizes.heads + sizes.adversary)
+    saved = -(-config.steps // config.checkpoint_every) - start // config.checkpoint_every
+    every = config.snapshot_every
+    return Budget(
+        checkpoint_bytes=_VALUE_BYTES["fp32"] * numbers + sizes.beside_bytes,
+        checkpoints=min(config.keep_checkpoints + 1, max(saved, 0)),
+        snapshot_bytes=_VALUE_BYTES[config.snapshot_dtype] * sizes.weights * len(config.averages),
+        snapshots=config.steps // every - start // every if every else 0,
+    )
+
+
+def require_room(run: Path, config: RunConfig, sizes: Sizes, start: int) -> str | None:
+    """Checks that the disk has room for the checkpoints; what the snapshots will need, in a sentence, where there will be
+    any.
+
+    Raises:
+        UserError: it has not.
+    """
+    budget = disk_budget(config, sizes, start=start)
+    try:
+        free = shutil.disk_usage(run).free
+        there = sum(p.stat().st_size for p in files.inside(run, "checkpoints").glob("step_*/*") if p.is_file())
+    except OSError as error:
+        raise os_error(error) from error
+    needed = budget.checkpoints_bytes - there
+    if free < needed:
+        raise UserError(
+            f"the disk of {run} has {size_text(free)} free, and the run's checkpoints need {size_text(needed)} more "
+            f"({budget.checkpoints} of {size_text(budget.checkpoint_bytes)}, with the one that is being written)",
+            remedy="Free some space, keep fewer (--set keep_checkpoints=1), or link ./runs to a larger disk.",
+        )
+    if not budget.snapshots:
+        return None
+    said = (
+        f"{budget.snapshots} snapshot{'s' if budget.snapshots > 1 else ''} of {size_text(budget.snapshot_bytes)} will take "
+        f"{size_text(budget.snapshots_bytes)} in {run / 'snapshots'}"
+    )
+    left = free - max(needed, 0)
+    if budget.snapshots_bytes > left:
+        return f"{said}, and the disk has room for {size_text(left)}: it will be full before the run is over"
+    return said

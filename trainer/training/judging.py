@@ -1,0 +1,56 @@
+"""Small evaluations while a run goes on. Who judges is handed in: measuring stands above training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.runs.config import RunConfig
+from trainer.runs.log import RunLog
+from trainer.training.grids import what_happened
+
+if TYPE_CHECKING:
+    from featcache.read.reader import Cache
+    from trainer.models import Transformer
+
+# The averaged model => numbers by the names they are reported under.
+Judge = Callable[["Transformer"], Mapping[str, float]]
+# Made of the run's settings, its cache, its folder, and where remarks go.
+MakeJudge = Callable[[RunConfig, "Cache", Path, Callable[[str], None]], Judge]
+
+
+class SmallEvaluations:
+    """Judges the averaged weights, always in the same way, and puts the numbers into the log as `eval/<metric>`.
+
+    Whatever goes wrong is said, and ends no run; where there is nobody to judge, or nothing to compare with, it gives up,
+    once and aloud. What a step draws does not depend on it: the generators of random numbers stay as they were.
+    """
+
+    def __init__(
+        self, make: MakeJudge | None, config: RunConfig, cache: Cache, run: Path, warn: Callable[[str], None]
+    ) -> None:
+        self._make, self._config, self._cache, self._run, self._warn = make, config, cache, run, warn
+        self._broken = make is None
+        self._judge: Judge | None = None
+
+    def judge(self, ema: Transformer, step: int, log: RunLog, trained_s: float) -> None:
+        """One line of the log."""
+        if self._broken or self._make is None:
+            return
+        device = next(ema.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                self._judge = self._judge or self._make(self._config, self._cache, self._run, self._warn)
+            except Exception as error:
+                self._broken = True
+                self._warn(f"no evaluation during training: {what_happened(error)}")
+                return
+            try:
+                numbers = self._judge(ema)
+            except Exception as error:  # memory, say
+                self._warn(f"no evaluation at step {step}: {what_happened(error)}")
+                return
+        log.record({"step": step, "time_s": round(trained_s, 3), **{f"eval/{k}": v for k, v in numbers.items()}})
