@@ -19,7 +19,7 @@ from torch import Tensor
 
 from featcache.errors import AGAIN, CacheError, UserError, os_error
 from featcache.machine import pick_device
-from featcache.progress import QUIET, Progress
+from featcache.progress import QUIET, RecordingProgress
 from featcache.read.order import stream_indices
 from featcache.redact import is_redacted, redact
 from featcache.store.remote import is_remote
@@ -34,12 +34,13 @@ from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.cache import available_features, find_cache, random_features, sample_keys, with_streams
 from trainer.runs.config import RunConfig
-from trainer.runs.log import RunLog, is_detail
+from trainer.runs.log import RunLog
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.runs.streams import StreamConfig, never_learned, stream_config
 from trainer.training.grids import GridMaker
 from trainer.training.meters import FirstBadStep, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
+from trainer.training.outlook import Outlook
 from trainer.training.state import (
     RATE_FACTOR,
     Parts,
@@ -50,6 +51,7 @@ from trainer.training.state import (
     save_parts,
     whole_ema,
 )
+from trainer.training.usage import Usage, in_words
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -70,11 +72,11 @@ class Job:
     world: World
     device: torch.device
     share: Share
-    watcher: Progress
+    watcher: RecordingProgress
 
 
 def train(
-    config: RunConfig, *, resume: bool, watcher: Progress, root: Path = runs.ROOT, expect: str | None = None
+    config: RunConfig, *, resume: bool, watcher: RecordingProgress, root: Path = runs.ROOT, expect: str | None = None
 ) -> Path:
     """Runs (or continues) one training run and returns its folder, which is held against other processes meanwhile.
 
@@ -96,7 +98,7 @@ def train(
 def _train(
     config: RunConfig,
     resume: bool,
-    watcher: Progress,
+    watcher: RecordingProgress,
     root: Path,
     world: World,
     device: torch.device,
@@ -118,8 +120,20 @@ def _train(
         backbone_config(config, cache)  # what does not fit is said before statistics take a pass over the cache
         statistics = settle(config, cache, run, main=world.is_main, watcher=watcher)
         of_streams = settle_streams(config, cache, run, main=world.is_main, watcher=watcher)
-        begun = bool(checkpoint.list_checkpoints(run))
-        parts = assemble(config, cache, device, world, statistics=statistics, stream_statistics=of_streams, begun=begun)
+        saved = checkpoint.list_checkpoints(run)
+        outlook = Outlook(
+            config, cache, run, world=world, device=device, start=saved[-1][0] if saved else 0, note=watcher.note
+        )
+        parts = assemble(
+            config,
+            cache,
+            device,
+            world,
+            statistics=statistics,
+            stream_statistics=of_streams,
+            begun=bool(saved),
+            planned=outlook.before,
+        )
         start, trained_s = _restore(parts, run, config)
         if world.is_main:
             runs.clear_leftovers(run, config.streams)
@@ -136,18 +150,29 @@ def _train(
                 if lost:
                     watcher.note(f"{lost} damaged lines of {run / 'log.jsonl'} were left out")
                 with _stop_on_signals() as caught, _logging(job, start) as log:
-                    _loop(job, log, caught, start=start, trained_s=trained_s)
+                    _loop(job, log, caught, outlook, start=start, trained_s=trained_s)
         return run
 
 
-def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, trained_s: float) -> None:
+def _loop(job: Job, log: RunLog | None, caught: list[int], outlook: Outlook, *, start: int, trained_s: float) -> None:
     """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
     config = job.config
+    assert config.log_every is not None and config.sample_every is not None and config.checkpoint_every is not None
     means, bad, clock = RunningMeans(), FirstBadStep(job.device), TrainingClock(trained_s)
     grids = GridMaker(config, job.cache, job.run, job.watcher.note)
     signals = distributed.StopSignal()
     batches = loader(job, start)
     stream = iter(batches)
+    usage = Usage(
+        job.parts,
+        job.cache,
+        config,
+        job.world,
+        job.device,
+        aligned=lambda step: is_aligned(config, job.parts.alignment, step),
+        start=start,
+        warn=job.watcher.note,
+    )
     try:
         for step in range(start, config.steps):
             done = step + 1
@@ -163,9 +188,10 @@ def _loop(job: Job, log: RunLog | None, caught: list[int], *, start: int, traine
             if logs or saves:
                 _check_finite(job, bad.read())
             if logs:
-                _record(job, log, clock, means, done, norm)
+                _record(job, log, clock, means, usage, done, norm, waited_s=batches.waited_s)
             else:
                 job.watcher.update(1)
+            outlook.after(done, clock.trained_s, waited=logs)
             with clock.paused() if saves or draws else nullcontext():
                 if saves:
                     if log is not None:
@@ -334,17 +360,28 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return lr + fallen * (config.lr_end - lr)
 
 
-def _record(job: Job, log: RunLog | None, clock: TrainingClock, means: RunningMeans, done: int, norm: Tensor) -> None:
+def _record(
+    job: Job,
+    log: RunLog | None,
+    clock: TrainingClock,
+    means: RunningMeans,
+    usage: Usage,
+    done: int,
+    norm: Tensor,
+    *,
+    waited_s: float,
+) -> None:
     """One line of the log: averages since the last line, on every rank alike."""
     shown = means.take()
-    rate = clock.steps_per_s(done)
+    rate, trained_s = clock.steps_per_s(done), clock.trained_s
     speed = {} if rate is None else {"images_per_s": rate * job.config.batch_size}
+    with clock.paused():  # counting operations is no training
+        used = usage.read(done, rate=rate, trained_s=trained_s, waited_s=waited_s)
     lr = job.parts.optimizer.param_groups[0]["lr"]
-    record = {"step": done, "time_s": round(clock.trained_s, 3), **speed, "lr": lr, "grad_norm": float(norm), **shown}
+    record = {"step": done, "time_s": round(trained_s, 3), **speed, **used, "lr": lr, "grad_norm": float(norm), **shown}
     if log is not None:
         log.record(record)
-    brief = {name: value for name, value in (shown | speed).items() if not is_detail(name)}
-    job.watcher.update(1, "  ".join(f"{name} {value:.4g}" for name, value in brief.items()))
+    job.watcher.record(1, *in_words(record, shown))
 
 
 def _check_finite(job: Job, step: int | None) -> None:
@@ -476,7 +513,7 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
     if not job.world.is_main:
         yield None
         return
-    log = RunLog(job.run, step=start, warn=job.watcher.note)
+    log = RunLog(job.run, step=start, warn=job.watcher.note, config=job.config)
     try:
         yield log
     finally:
