@@ -20,14 +20,15 @@ from rich.text import Text
 from featcache.console import amount_text, console, plain, safe, size_text, time_text
 
 PLAIN_EVERY_S = 10.0
+SILENT_S = 600.0  # the longest that recorded work says nothing: its next record may be hours away
 RECORDS = 20  # over so many of the latest ones the rate is taken
 LEAST_BAR, WIDEST_BAR = 10, 60
 
 
 @dataclass
 class _Task:
-    """What is under way. moved_s: when it last advanced; said: what of it was last printed; records: when the latest
-    were made, and what was done by then; recorded, more: what the last one told."""
+    """What is under way. moved_s: when it last advanced; said, said_s: what of it was last printed, and when; records: when
+    the latest were made, and what was done by then; recorded, more: what the last one told."""
 
     name: str
     total: int | None
@@ -38,13 +39,14 @@ class _Task:
     began_s: float = field(init=False)
     moved_s: float = field(init=False)
     said: tuple[int, str] = field(init=False)
+    said_s: float = field(init=False)
     records: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECORDS), init=False)
     recorded: Sequence[str] = ()
     more: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.before, self.said = self.done, (self.done, "")
-        self.began_s = self.moved_s = time.monotonic()
+        self.began_s = self.moved_s = self.said_s = time.monotonic()
 
     def numbers(self) -> str:
         """`60/100 images, 12.3 images/s, 3 s left`; the time spent where nothing tells how much is left."""
@@ -157,7 +159,9 @@ class RichProgress:
 
     def _say_regularly(self) -> None:
         while not self._over.wait(PLAIN_EVERY_S):
-            if self._task is None or not self._task.records:  # a record is a line by itself
+            task = self._task
+            # A record is a line by itself.
+            if task is None or not task.records or time.monotonic() - task.said_s >= SILENT_S:
                 self._say(always=True)
 
     def _say(self, *, always: bool = False) -> None:
@@ -165,7 +169,7 @@ class RichProgress:
         task = self._task
         if task is None or not (always or (task.done, task.text) != task.said):
             return
-        task.said = (task.done, task.text)
+        task.said, task.said_s = (task.done, task.text), time.monotonic()
         if task.records:
             parts = [*task.whereabouts(), *task.recorded]
         else:

@@ -196,6 +196,7 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
         chosen += [(k, titles[k], "loss term, weighted") for k in keys if k.startswith(part)]
     chosen += [(k, *measure_words(k)) for k in keys if k.startswith("metric/")]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
+    chosen += [("images_per_s", "Speed", "images/s"), ("data_wait", "Waiting for data", "share of the time")]
     return [entry for entry in chosen if entry[0] in keys]
 
 

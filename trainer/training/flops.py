@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Dense peak in TFLOP/s with bfloat16 (or float16) factors and with TF32 ones, from the manufacturer's data sheets, which
 # give twice these figures "with sparsity"; the first name that the device's contains counts.
 #   H100, H100 NVL: nvidia.com/en-us/data-center/h100 (SXM, NVL); the PCIe card's own data sheet of 2022
-#   H200, H200 NVL: nvidia.com/en-us/data-center/h200; GH200: its data sheet (the GPU is an H100's)
+#   H200, H200 NVL: nvidia.com/en-us/data-center/h200 (in the name of the GH200, too, whose GPU does as much)
 #   B200: data sheet of DGX B200, an eighth of it; A100: nvidia.com/en-us/data-center/a100
 #   L40S: nvidia.com/en-us/data-center/l40s; RTX 4090: NVIDIA Ada GPU architecture, appendix A
 PEAK_TFLOPS = {
@@ -32,7 +32,6 @@ PEAK_TFLOPS = {
     "H100": (989, 494),
     "H200 NVL": (835, 417),
     "H200": (989, 494),
-    "GH200": (989, 494),
     "B200": (2250, 1125),
     "A100": (312, 156),
     "L40S": (362, 183),

@@ -8,6 +8,9 @@ from trainer.models import ModelConfig
 
 # Share of what autograd would keep that a compiled step keeps: torch's partitioner computes the cheap rest anew.
 COMPILED = 0.8
+# Beside what autograd keeps: gradients of a block's activations, and what the allocator leaves between blocks. Measured on
+# the CPU, where the estimate is with it within a fifth of the process's peak (tests/trainer/test_memory.py).
+WORK = 1.25
 # Decoded features: as stored values, as normalised ones, and as what a head makes of them.
 COPIES_OF_TARGETS = 3
 
@@ -56,19 +59,19 @@ def estimate_bytes(size: Size) -> float:
         weights + average + AdamW   (4 + 4 + 8) P / R  +  12 (H + A)
         gradients                   4 P / R + 4 (H + A), G
         16-bit copies of weights    2 P under autocast, for the length of a step; one block's if it is split
-        activations                 rows * (backbone's, see `activation_bytes`, + 3 * targets * (2 or 4 bytes)), K
+        activations                 1.25 rows * (backbone's, see `activation_bytes`, + 3 * targets * (2 or 4 bytes)), K
         a gathered block            8 P / depth if it is split: two of them, for the next is gathered meanwhile
 
     Gradients arise while activations go, so the peak is the larger of G and K; their sum where gradients stay from one
     micro-batch to the next. Not in it: what the process takes before, the reader's buffers, a GPU's context and libraries'
-    work spaces, and what an allocator leaves between blocks, on GPUs often a tenth.
+    work spaces.
     """
     P, side = size.backbone / size.ranks, size.heads + size.adversary
     state = 16 * P + 12 * side
     gradients = 4 * P + 4 * side
     per_image = activation_bytes(size.cfg, low=size.low, compiled=size.compiled)
     per_image += COPIES_OF_TARGETS * size.targets * (2 if size.low else 4)
-    kept = size.rows * per_image
+    kept = WORK * size.rows * per_image
     if size.low:
         kept += 2 * (size.backbone / size.cfg.depth if size.ranks > 1 else size.backbone)
     if size.ranks > 1:
