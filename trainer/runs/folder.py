@@ -274,7 +274,7 @@ def clear_leftovers(run: Path, streams: Iterable[str]) -> None:
 
     streams: features that the run diffuses beside the latents.
     """
-    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", STATISTICS)
+    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", "wandb.json", STATISTICS)
     files.remove_parts(run, of=(*own, *map(stream_statistics, streams)))
     samples = files.inside(run, "samples")
     if samples.is_dir():
