@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from trainer.runs.config import RunConfig
 
 
+# Columns that say how fast the machine was and what it took: all others are functions of settings and data alone.
+OF_THE_MACHINE = (
+    *("time_s", "images_per_s", "data_wait", "rss_bytes", "gpu_allocated_bytes", "gpu_reserved_bytes"),
+    *("tflop_per_s", "mfu"),
+)
+
+
 def is_detail(name: str) -> bool:
     """Whether a reading is one of several by interval of t: for the log and TensorBoard, neither for the line of progress
     nor for a chart of its own."""
