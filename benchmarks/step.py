@@ -50,18 +50,6 @@ FEATURES = {
     "dinov2-b@11.cls": ((768,), "fp16"),
     "dinov2-b@11.pca8": ((256, 8), "fp16"),
 }
-# Dense bfloat16 peak in TFLOP/s, from the manufacturers' data sheets; the first name that the device's contains counts.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H200": 989,
-    "GH200": 989,
-    "B200": 2250,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-}
 
 
 def write_cache(path: Path, samples: int) -> None:
@@ -291,59 +279,19 @@ def peak_memory(options: dict[str, Any], cache: Path, method: str) -> int:
 
 
 def training_flops(options: dict[str, Any], cache_path: Path, method: str) -> float:
-    """Matrix products' floating-point operations per image of a step: forward, backward, the discriminator's share.
-
-    Counted operation by operation on tensors without data, so it takes seconds and no memory at any size. With
-    alignment on: DyA's coin and HASTE's stop lower it in proportion.
-    """
+    """Matrix products' floating-point operations per image of a step, see `trainer.training.flops`. With alignment on:
+    DyA's coin and HASTE's stop lower it in proportion. Takes no memory at any size."""
     import torch
-    from torch import nn
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
 
     import featcache
-    from trainer.diffusion.streams import Layout
     from trainer.distributed import World
-    from trainer.models import Transformer
-    from trainer.training.objective import Draws
+    from trainer.training.flops import training_flops, weightless
     from trainer.training.state import assemble, backbone_config
 
-    config, n = run_config({**options, "precision": "fp32", "compile": False}, method), 2
+    config = run_config({**options, "precision": "fp32", "compile": False}, method)
     cache = featcache.open(cache_path)
-    with torch.device("meta"):
-        model = Transformer(backbone_config(config, cache))
-    for module in model.modules():  # one number stands for all of a tensor's
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape)))
-        for name, tensor in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
-    parts = assemble(config, cache, torch.device("cpu"), World(), backbone=(model, model))
-    with cache.reader(list(parts.reads)) as reader:
-        host = {name: torch.from_numpy(array) for name, array in reader.allocate(n).items()}
-    cfg = model.cfg
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
-        batch = {name: mode.from_tensor(tensor) for name, tensor in host.items()}
-        latent = torch.zeros(n, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-        one = torch.zeros(n)
-        shapes = zip(parts.data[1:], Layout(cfg=cfg).shapes[1:])
-        noises = {name: torch.zeros(n, *shape) for name, shape in shapes}
-        draws = Draws(
-            time=one,
-            posterior=latent,
-            noise=latent,
-            drop=one,
-            align=one,
-            streams=noises,
-            drop_stream=dict.fromkeys(noises, one),
-        )
-        terms, kept = parts.objective(batch, draws)
-        torch.autograd.grad(torch.stack(list(terms.values())).sum(), list(parts.names), allow_unused=True)
-        flops = counter.get_total_flops()
-        if parts.adversary is not None and parts.alignment is not None:
-            loss = parts.objective.adversary_loss(kept, batch)
-            torch.autograd.grad(loss, list(parts.adversary.parameters()))
-            flops += (counter.get_total_flops() - flops) / parts.alignment.adversary_every
-    return float(flops / n)
+    model = weightless(backbone_config(config, cache))
+    return training_flops(assemble(config, cache, torch.device("cpu"), World(), backbone=(model, model)), cache)
 
 
 def peak_memories(options: dict[str, Any], cache: Path, name: str, methods: tuple[str, ...]) -> dict[str, int]:
@@ -485,8 +433,9 @@ def main(
         return
     described = machine(device)
     if peak_tflops is None and device == "cuda":
-        known = (peak for part, peak in PEAK_TFLOPS.items() if part in described["device"])
-        options["peak_tflops"] = next(known, None)
+        from trainer.training.flops import peak_tflops as known_peak
+
+        options["peak_tflops"] = known_peak(described["device"])
     chosen = tuple(methods.split(","))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"

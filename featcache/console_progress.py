@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -17,11 +20,15 @@ from rich.text import Text
 from featcache.console import amount_text, console, plain, safe, size_text, time_text
 
 PLAIN_EVERY_S = 10.0
+SILENT_S = 600.0  # the longest that recorded work says nothing: its next record may be hours away
+RECORDS = 20  # over so many of the latest ones the rate is taken
+LEAST_BAR, WIDEST_BAR = 10, 60
 
 
 @dataclass
 class _Task:
-    """What is under way. moved_s: when it last advanced; said: what of it was last printed."""
+    """What is under way. moved_s: when it last advanced; said, said_s: what of it was last printed, and when; records: when
+    the latest were made, and what was done by then; recorded, more: what the last one told."""
 
     name: str
     total: int | None
@@ -32,17 +39,21 @@ class _Task:
     began_s: float = field(init=False)
     moved_s: float = field(init=False)
     said: tuple[int, str] = field(init=False)
+    said_s: float = field(init=False)
+    records: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECORDS), init=False)
+    recorded: Sequence[str] = ()
+    more: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.before, self.said = self.done, (self.done, "")
-        self.began_s = self.moved_s = time.monotonic()
+        self.began_s = self.moved_s = self.said_s = time.monotonic()
 
     def numbers(self) -> str:
         """`60/100 images, 12.3 images/s, 3 s left`; the time spent where nothing tells how much is left."""
         spent_s, moving_s = time.monotonic() - self.began_s, max(self.moved_s - self.began_s, 1e-9)
         rate = (self.done - self.before) / moving_s
         unit = "" if self.unit == "bytes" else f" {self.unit}"
-        parts = ["/".join(self._amount(n) for n in (self.done, self.total) if n is not None) + unit]
+        parts = [self._far() + unit]
         if rate:
             parts.append(f"{self._amount(rate)}{unit}/s")
         if rate and self.total is not None and self.done < self.total:
@@ -50,6 +61,22 @@ class _Task:
         else:
             parts.append(time_text(spent_s))
         return ", ".join(parts)
+
+    def whereabouts(self) -> list[str]:
+        """Of recorded work: `60/100 steps`, `60.0 %`, `3 min left`, the time left as of this moment."""
+        parts = [f"{self._far()} {self.unit}"]
+        if not self.total:
+            return parts
+        # Rounded down: 100 % is the end.
+        parts.append(f"{int(1000 * self.done / self.total) / 10:.1f} %")
+        (since_s, since), left = self.records[0], self.total - self.done
+        if self.done > since and left:
+            idle_s = time.monotonic() - self.moved_s
+            parts.append(f"{time_text(left * (self.moved_s - since_s) / (self.done - since) - idle_s)} left")
+        return parts
+
+    def _far(self) -> str:
+        return "/".join(self._amount(n) for n in (self.done, self.total) if n is not None)
 
     def _amount(self, count: float) -> str:
         return size_text(count) if self.unit == "bytes" else amount_text(count)
@@ -101,6 +128,16 @@ class RichProgress:
             if text:
                 task.text = text
 
+    def record(self, count: int, numbers: Sequence[str], more: Sequence[str] = ()) -> None:
+        self.update(count)
+        task = self._task
+        assert task is not None, "a task has begun"
+        with self._lock:
+            task.records.append((task.moved_s, task.done))
+            task.recorded, task.more = [_flat(part) for part in numbers], [_flat(part) for part in more]
+        if self._live is None:
+            self._say()
+
     def note(self, text: str) -> None:
         console.print(f"[yellow]note:[/yellow] {safe(text)}")
 
@@ -108,9 +145,13 @@ class RichProgress:
         """The task's bar with its numbers, and the further lines of its text."""
         task = self._task
         assert task is not None
+        if task.records:
+            return _recorded_picture(task, console.width)
         beside, *below = plain(task.text).splitlines() or [""]
         name, numbers = Text(task.name, style="bold"), Text(", ".join(filter(None, [task.numbers(), beside])))
-        width = min(60, max(10, console.width - name.cell_len - numbers.cell_len - 2))  # the bar gets what is left
+        width = min(
+            WIDEST_BAR, max(LEAST_BAR, console.width - name.cell_len - numbers.cell_len - 2)
+        )  # the bar gets what is left
         bar = self._spinner if task.total is None else ProgressBar(task.total, task.done, width=width)
         row = Table.grid("", "", "", padding=(0, 1))
         row.add_row(name, bar, numbers)
@@ -118,13 +159,50 @@ class RichProgress:
 
     def _say_regularly(self) -> None:
         while not self._over.wait(PLAIN_EVERY_S):
-            self._say(always=True)
+            task = self._task
+            # A record is a line by itself.
+            if task is None or not task.records or time.monotonic() - task.said_s >= SILENT_S:
+                self._say(always=True)
 
     def _say(self, *, always: bool = False) -> None:
         """A line about the task, if it has got further since the last one."""
         task = self._task
         if task is None or not (always or (task.done, task.text) != task.said):
             return
-        task.said = (task.done, task.text)
-        texts = plain(task.text).splitlines()
-        console.print(Text(f"{task.name}: {', '.join([task.numbers(), *texts])}"))
+        task.said, task.said_s = (task.done, task.text), time.monotonic()
+        if task.records:
+            parts = [*task.whereabouts(), *task.recorded]
+        else:
+            parts = [task.numbers(), *plain(task.text).splitlines()]
+        console.print(Text(f"{task.name}: {', '.join(parts)}"))
+
+
+def _flat(text: str) -> str:
+    return " ".join(plain(text).split())
+
+
+def _recorded_picture(task: _Task, width: int) -> RenderableType:
+    """Two lines: how far it is, with a bar where there is room; then its numbers, and of the others as many as fit.
+
+    Where the first is too long, the bar goes, then the share, then the name; the time left stays.
+    """
+    name, (far, *rest) = task.name, task.whereabouts()
+    share, left = ", ".join([far, *rest]), ", ".join([far, *rest[1:]])
+    # A column stays free: terminals differ in what they do with the last one.
+    room = width - 1 - cell_len(name) - cell_len(share) - 2
+    if task.total and room >= LEAST_BAR:
+        first: Table | Text = Table.grid("", "", "", padding=(0, 1))
+        bar = ProgressBar(task.total, task.done, width=min(WIDEST_BAR, room))
+        first.add_row(Text(name, style="bold"), bar, Text(share))
+    else:
+        lines = [f"{name} {share}", f"{name} {left}", left]
+        line = next((line for line in lines if cell_len(line) < width), left)
+        first = Text(line)
+        if line.startswith(name):
+            first.stylize("bold", 0, len(name))
+    shown = list(task.recorded)
+    for part in task.more:
+        if cell_len(", ".join([*shown, part])) >= width:
+            break
+        shown.append(part)
+    return Group(first, Text(", ".join(shown), style="dim"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -20,6 +21,18 @@ class Progress(Protocol):
         """A remark that stays."""
 
 
+class RecordingProgress(Progress, Protocol):
+    """Progress of work that writes down where it stands again and again: of training."""
+
+    def record(self, count: int, numbers: Sequence[str], more: Sequence[str] = ()) -> None:
+        """`count` more units are done, and the work has written down where it stands, as it will again and again.
+
+        numbers: what to see of it at any width. more: what to see where there is room, the most telling first. Where lines
+        are printed, each record is one, with `numbers` alone. Rates and the time left are told from the first record on:
+        what comes before it, such as compiling, is not like what follows.
+        """
+
+
 class Quiet:
     """Says nothing: for ranks other than the main one, and for callers who do not watch."""
 
@@ -27,7 +40,10 @@ class Quiet:
 
     def update(self, count: int, text: str = "") -> None: ...
 
+    def record(self, count: int, numbers: Sequence[str], more: Sequence[str] = ()) -> None:
+        self.update(count, "  ".join(numbers))
+
     def note(self, text: str) -> None: ...
 
 
-QUIET: Progress = Quiet()
+QUIET: RecordingProgress = Quiet()

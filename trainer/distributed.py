@@ -158,6 +158,15 @@ def min_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def most_over_ranks(values: list[float]) -> list[float]:
+    """The largest of each of a few numbers of the hosts, over all ranks."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [float(value) for value in tensor]
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """All-reduces the gradients of a small module in one flat buffer; parameters without one stay without one."""
     grads = [p.grad for p in parameters if p.grad is not None]

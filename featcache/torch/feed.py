@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -102,6 +103,7 @@ class Feed:
         # Buffers that the consumer has done with, each with the GPU event that says so (None on the CPU).
         self._free: queue.Queue[tuple[Stored, torch.cuda.Event | None] | None] = queue.Queue()
         self._full: queue.Queue[tuple[Stored, Stored, torch.cuda.Event | None] | BaseException | None] = queue.Queue()
+        self.waited_s = 0.0  # that whoever iterates stood still for want of data
         for _ in range(RING):
             self._free.put((self._buffers(device), None))
         self._thread = threading.Thread(target=self._fill, name="cache-reader", daemon=True)
@@ -157,7 +159,8 @@ class Feed:
         reader.read(self._indices(first, stop), {name: into[name].numpy() for name in reader.arrays}, views=views)
 
     def __iter__(self) -> Iterator[Stored]:
-        while (item := self._full.get()) is not None:
+        used: torch.cuda.Event | None = None
+        while (item := self._waited_for(used)) is not None:
             if isinstance(item, BaseException):
                 raise item
             buffers, batch, copied = item
@@ -166,6 +169,15 @@ class Feed:
             yield batch
             used = torch.cuda.current_stream(self._device).record_event() if self._cuda else None
             self._free.put((buffers, used))
+
+    def _waited_for(self, used: torch.cuda.Event | None) -> Any:
+        """The next item, its wait counted; not where the device has work of before left (an event tells without waiting):
+        the host may be so far ahead that the reader waits for the device to be done with a buffer."""
+        began_s = time.perf_counter()
+        item = self._full.get()
+        if used is None or used.query():
+            self.waited_s += time.perf_counter() - began_s
+        return item
 
     def close(self) -> None:
         """Stops the reading thread, and whoever iterates."""

@@ -107,6 +107,12 @@ class Loader:
         """How often the samples have been seen before `step`."""
         return self.step * self.share.global_batch / len(self.cache)
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the latest iteration's consumer has waited for data: the host's; on a GPU, only while the device
+        had nothing left to do when the data came, so that reading hidden behind computation counts as none."""
+        return self._feed.waited_s if self._feed is not None else 0.0
+
     def __len__(self) -> int:
         """Batches left on this rank, if there is an end."""
         if self.stop is None:

@@ -29,6 +29,7 @@ from featcache.store.layout import STATE
 from featcache.store.remote import open_location
 from tests.attacks.campaign import differences, fingerprint
 from tests.attacks.processes import Job, Processes
+from trainer.runs.log import OF_THE_MACHINE
 
 Values = dict[str, np.ndarray]
 View = Callable[[Path], dict[str, bytes]]
@@ -36,7 +37,7 @@ View = Callable[[Path], dict[str, bytes]]
 # Where a whole cache goes when it is removed, beside it.
 TRASH = ".featcache-trash"
 # Of what is told of a finished step: what depends on the clock.
-TIMED = ("time_s", "images_per_s", "seconds", "date", "created", "took_s", "duration_s")
+TIMED = (*OF_THE_MACHINE, "seconds", "date", "created", "took_s", "duration_s")
 
 
 @dataclass(frozen=True, kw_only=True)

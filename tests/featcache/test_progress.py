@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from rich.console import Console
 from featcache import console_progress
 from featcache.console import size_text
 from featcache.console_progress import RichProgress
-from featcache.progress import Progress, Quiet
+from featcache.progress import Progress, Quiet, RecordingProgress
 
 
 class Clock:
@@ -33,10 +34,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def screen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, **options: Any) -> io.StringIO:
-    """What progress writes, to a terminal of 200 columns or elsewhere."""
+def screen(
+    monkeypatch: pytest.MonkeyPatch, *, terminal: bool, width: int = 200, height: int = 25, **options: Any
+) -> io.StringIO:
+    """What progress writes, to a terminal of so many columns or elsewhere."""
     text = io.StringIO()
-    shown = Console(file=text, force_terminal=terminal, width=200, highlight=False, soft_wrap=True, **options)
+    shown = Console(
+        file=text, force_terminal=terminal, width=width, height=height, highlight=False, soft_wrap=True, **options
+    )
     monkeypatch.setattr(console_progress, "console", shown)
     return text
 
@@ -160,6 +165,70 @@ def test_many_threads_lose_no_count(monkeypatch: pytest.MonkeyPatch, terminal: b
     assert "copying: 16,000 files" in text.getvalue()
 
 
+NUMBERS = ("1,234 images/s", "12 % waiting for data", "loss 0.8312")
+MORE = tuple(f"metric/similarity/of a rather long name {i} 0.1234" for i in range(6))
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_recorded_work_is_two_lines_that_fit(clock: Clock, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """The time left and the three numbers are there at any width; the bar, the share and further numbers where they fit."""
+    screen(monkeypatch, terminal=True, width=width)
+    with RichProgress() as progress:
+        progress.begin("training ahpa+sara+sra2 on LightningDiT-XL/1", 400_000, done=1000, unit="steps")
+        clock.now_s += 300  # of which the first step compiles
+        progress.record(1, NUMBERS, MORE)
+        clock.now_s += 100
+        progress.update(99)
+        progress.record(100, NUMBERS, MORE)
+        shown = io.StringIO()
+        Console(file=shown, force_terminal=True, width=width, color_system="standard").print(progress._picture())
+    first, second = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()).splitlines()
+    assert max(len(first), len(second)) <= width
+    assert "1,200/400,000 steps" in first and "2 d 8 h left" in first
+    assert second.startswith(", ".join(NUMBERS))
+    assert ("━" in first) == (width > 100) and ("0.3 %" in first) == (width >= 120)
+    assert ("training" in first) == (width >= 80)
+    fitting = [n for n in range(len(MORE) + 1) if len(", ".join([*NUMBERS, *MORE[:n]])) < width]
+    assert second == ", ".join([*NUMBERS, *MORE[: fitting[-1]]])
+
+
+def test_a_record_is_a_line_where_there_is_no_terminal(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = screen(monkeypatch, terminal=False)
+    monkeypatch.setattr(console_progress, "PLAIN_EVERY_S", 0.01)
+    with RichProgress() as progress:
+        progress.begin("training", 400, unit="steps")
+        wait_for(text, "training: 0/400 steps, 0 s\n")
+        clock.now_s += 60
+        progress.record(1, ("loss 1",), MORE)
+        for _ in range(3):
+            clock.now_s += 50
+            progress.update(49)
+            progress.record(50, (*NUMBERS[:2], "loss\r0.5"), MORE)
+        time.sleep(0.1)  # no line between records
+        clock.now_s += console_progress.SILENT_S
+        wait_for(text, "training: 298/400 steps, 74.5 %, 0 s left, ")
+    lines = [line for line in text.getvalue().splitlines() if not line.startswith("training: 0/400")]
+    said = r"1,234 images/s, 12 % waiting for data, loss\r0.5"
+    assert lines[:4] == [
+        "training: 1/400 steps, 0.2 %, loss 1",
+        f"training: 100/400 steps, 25.0 %, 2 min 32 s left, {said}",
+        f"training: 199/400 steps, 49.7 %, 1 min 42 s left, {said}",
+        f"training: 298/400 steps, 74.5 %, 52 s left, {said}",
+    ]
+    assert all(line == f"training: 298/400 steps, 74.5 %, 0 s left, {said}" for line in lines[4:]) and len(lines) > 4
+    assert not set("\r\x1b━") & set(text.getvalue())
+
+
+def test_the_time_left_follows_the_latest_records(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = screen(monkeypatch, terminal=False)
+    with RichProgress() as progress:
+        progress.begin("training", 10_000, unit="steps")
+        for second in [*[10] * 5, *[1] * 30]:  # the machine was busy at first
+            clock.now_s += second
+            progress.record(1, ())
+    assert text.getvalue().splitlines()[-1] == "training: 35/10,000 steps, 0.3 %, 2 h 46 min left"
+
+
 def test_unused_it_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     text = screen(monkeypatch, terminal=True)
     with RichProgress():
@@ -171,6 +240,11 @@ def test_unused_it_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_progress_is_called_alike(kind: type) -> None:
     for name in ("begin", "update", "note"):
         assert inspect.signature(getattr(kind, name)) == inspect.signature(getattr(Progress, name))
+
+
+@pytest.mark.parametrize("kind", [Quiet, RichProgress])
+def test_records_are_called_alike(kind: type) -> None:
+    assert inspect.signature(kind.record) == inspect.signature(RecordingProgress.record)
 
 
 def test_the_protocol_costs_no_start_up_time() -> None:

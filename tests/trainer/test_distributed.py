@@ -20,6 +20,7 @@ import trainer.training.loop
 from featcache.errors import UserError
 from featcache.settings import to_mapping
 from trainer.distributed import World, join
+from trainer.runs.log import OF_THE_MACHINE
 from trainer.runs.snapshots import list_snapshots, load_snapshot
 from trainer.training.loop import train
 
@@ -179,7 +180,7 @@ def test_two_ranks_follow_the_curve_of_one(
     ranks: Outcome = request.getfixturevalue(fixture)
     one, two = log_of(alone(ranks, name, tmp_path)), log_of(ranks.root / name)
     for a, b in zip(one, two, strict=True):
-        numbers = [k for k in a if k not in ("time_s", "images_per_s")]
+        numbers = [k for k in a if k not in OF_THE_MACHINE]
         relative, absolute = (2e-3, 1e-3) if "-fp16" in name else (2e-4, 2e-5)
         assert {k: b[k] for k in numbers} == pytest.approx({k: a[k] for k in numbers}, rel=relative, abs=absolute)
     assert max(r["grad_norm"] for r in one) > 0.5, "clipping must have acted"

@@ -21,6 +21,7 @@ from featcache.read.normalization import compute, load, save
 from trainer.requests import SampleRequest
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
+from trainer.runs.log import OF_THE_MACHINE
 from trainer.runs.normalization import streams_of_run
 from trainer.sampling.draw import load_run
 from trainer.sampling.run import sample_run
@@ -125,8 +126,9 @@ def test_resuming_at_every_step_changes_nothing(
         resumed = train(config, resume=True, watcher=listener, root=root)
         assert not any("computing" in note for note in listener.warnings)
         assert_identical(whole, resumed, 4)
-        timed = ("time_s", "images_per_s")
-        first, second = ([{k: v for k, v in r.items() if k not in timed} for r in log_of(x)] for x in (whole, resumed))
+        first, second = (
+            [{k: v for k, v in r.items() if k not in OF_THE_MACHINE} for r in log_of(x)] for x in (whole, resumed)
+        )
         assert first == second
     kept = streams_of_run(whole, runs.load_config(whole))
     assert set(kept) == ({CLS, PCA} if method == "none" else set())

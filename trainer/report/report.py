@@ -205,6 +205,7 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
         if k.startswith("eval/")
     ]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
+    chosen += [("images_per_s", "Speed", "images/s"), ("data_wait", "Waiting for data", "share of the time")]
     return [entry for entry in chosen if entry[0] in keys]
 
 

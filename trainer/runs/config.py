@@ -33,6 +33,7 @@ from trainer.align import config_class, launched, method_names, split_methods
 from trainer.averages import Average, Width, widths
 from trainer.models import model_config
 from trainer.models.config import Attention
+from trainer.runs import intervals
 from trainer.runs.published import parse_published
 from trainer.runs.streams import OPTIONS, stream_config, stream_names, stream_shapes
 
@@ -112,7 +113,10 @@ class RunConfig:
         stream_dir, stream_gib: where blocks of a remote cache are kept, and how many GiB of them each process keeps at
             most; None: `$FEATCACHE_STREAM_DIR` and 10 GiB.
     Bookkeeping:
-        log_every, sample_every, checkpoint_every: in steps; 0 draws no grids of samples.
+        log_every: steps between lines of the log; None takes 100, or so few that there are 50 lines.
+        sample_every: steps between grids of samples, each of which costs about as much as training on 850 images; 0
+            draws none. None takes 10,000, or four in the run, or so many as add a tenth to the training at most.
+        checkpoint_every: steps between checkpoints; None takes 10,000, or a fifth of the run, but no fewer than 100.
         keep_checkpoints: how many of the latest stay.
         snapshot_every: steps from one snapshot to the next, the averaged weights alone, which all stay; 0 keeps none.
         snapshot_dtype: in which they are stored; `bf16` is half as large, and rounded.
@@ -201,9 +205,9 @@ class RunConfig:
     stream_dir: str | None = None
     stream_gib: Annotated[float, Field(gt=0, le=2**31 - 1, allow_inf_nan=False)] | None = None
 
-    log_every: Count = 100
-    sample_every: Index = 10_000
-    checkpoint_every: Count = 10_000
+    log_every: Count | None = None
+    sample_every: Index | None = None
+    checkpoint_every: Count | None = None
     keep_checkpoints: Count = 2
     snapshot_every: Index = 0
     snapshot_dtype: Literal["bf16", "fp32"] = "fp32"
@@ -343,14 +347,23 @@ class RunConfig:
         return tuple(name for name in split_methods(self.method) if name != "none")
 
     def settled(self) -> RunConfig:
-        """With nothing left to the method, and all of its options: as a run's `config.yaml` has it, so that a later
-        version's defaults change nothing of it."""
+        """With nothing left to the method or to the length of the run, and all options of the method: as a run's
+        `config.yaml` has it, so that a later version's defaults change nothing of it."""
         return dataclasses.replace(
             self,
+            **self._intervals(),
             lr=self.lr if self.lr is not None else launched(self.methods, "lr", 1e-4),
             clip=self.clip if self.clip is not None else launched(self.methods, "clip", 1.0),
             align={method: to_mapping(self.method_config(method)) for method in self.methods},
         )
+
+    def _intervals(self) -> dict[str, Any]:
+        chosen = {
+            "log_every": intervals.log_interval(self.steps),
+            "sample_every": intervals.grid_interval(self.steps, self.batch_size),
+            "checkpoint_every": intervals.save_interval(self.steps),
+        }
+        return {name: value for name, value in chosen.items() if getattr(self, name) is None}
 
     def backbone(
         self,

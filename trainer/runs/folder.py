@@ -282,7 +282,7 @@ def clear_leftovers(run: Path, streams: Iterable[str]) -> None:
 
     streams: features that the run diffuses beside the latents.
     """
-    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", STATISTICS, *RECORDS)
+    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", "wandb.json", STATISTICS, *RECORDS)
     files.remove_parts(run, of=(*own, *map(stream_statistics, streams)))
     samples = files.inside(run, "samples")
     if samples.is_dir():

@@ -9,14 +9,24 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from featcache.errors import UserError, os_error
+from featcache.errors import os_error
 from featcache.store import files
+from trainer.runs.weights_and_biases import open_run
 
 if TYPE_CHECKING:
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
+
+    from trainer.runs.config import RunConfig
+
+
+# Columns that say how fast the machine was and what it took: all others are functions of settings and data alone.
+OF_THE_MACHINE = (
+    *("time_s", "images_per_s", "data_wait", "rss_bytes", "gpu_allocated_bytes", "gpu_reserved_bytes"),
+    *("tflop_per_s", "mfu"),
+)
 
 
 def is_detail(name: str) -> bool:
@@ -26,9 +36,10 @@ def is_detail(name: str) -> bool:
 
 
 class RunLog:
-    """Appends records to `log.jsonl` and scalars to `tensorboard/` (and wandb if `$WANDB_PROJECT` is set)."""
+    """Appends records to `log.jsonl` and scalars to `tensorboard/`; to wandb, too, where `$WANDB_PROJECT` is set and the
+    run's settings are given."""
 
-    def __init__(self, run: Path, *, step: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, run: Path, *, step: int, warn: Callable[[str], None], config: RunConfig | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = files.inside(run, "log.jsonl")
@@ -39,21 +50,7 @@ class RunLog:
         self._board: SummaryWriter | None = None
         with self._told():
             self._board = SummaryWriter(str(board), purge_step=step + 1)
-        self._wandb: Any = None
-        if project := os.environ.get("WANDB_PROJECT"):
-            try:
-                import wandb
-            except ImportError:
-                raise UserError(
-                    "$WANDB_PROJECT is set, but wandb is not installed", remedy="Type: pip install wandb   or unset it"
-                ) from None
-            try:
-                self._wandb = wandb.init(project=project, name=str(run), dir=str(run), resume="allow")
-            except Exception as error:  # its own and the network's
-                raise UserError(
-                    f"Weights & Biases could not be reached: {type(error).__name__}: {error!s:.200}",
-                    remedy="Set WANDB_MODE=offline, or unset WANDB_PROJECT.",
-                ) from error
+        self._wandb = open_run(run, config, warn) if config is not None else None
 
     def record(self, values: Mapping[str, object]) -> None:
         """One line; numbers also become scalars at `values["step"]`. NaN and infinity are null: JSON has neither."""
@@ -69,7 +66,7 @@ class RunLog:
 
         self._on_board(add)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+            self._wandb.log(scalars, int(step) if isinstance(step, int) else 0)
 
     def sync(self) -> None:
         """Waits until the disk has every line: before a checkpoint that a resumed run will not write them again for."""
@@ -77,8 +74,10 @@ class RunLog:
             os.fsync(self._file.fileno())
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """uint8 [H, W, 3] to TensorBoard."""
+        """uint8 [H, W, 3] to TensorBoard and wandb."""
         self._on_board(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+        if self._wandb is not None:
+            self._wandb.image(name, pixels, step)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

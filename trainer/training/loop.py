@@ -17,7 +17,7 @@ from torch import Tensor
 from featcache.errors import AGAIN, CacheError, UserError, os_error
 from featcache.machine import pick_device
 from featcache.paths import typed
-from featcache.progress import QUIET, Progress
+from featcache.progress import QUIET, RecordingProgress
 from featcache.read.order import stream_indices
 from featcache.redact import is_redacted, redact
 from featcache.store.remote import is_remote
@@ -34,7 +34,7 @@ from trainer.runs.branch import Origin
 from trainer.runs.budget import require_room
 from trainer.runs.cache import available_features, find_cache, random_features, sample_keys, with_streams
 from trainer.runs.config import RunConfig
-from trainer.runs.log import RunLog, is_detail
+from trainer.runs.log import RunLog
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.runs.streams import StreamConfig, never_learned, stream_config
 from trainer.training.branching import take_over
@@ -42,6 +42,7 @@ from trainer.training.grids import GridMaker
 from trainer.training.judging import MakeJudge, SmallEvaluations
 from trainer.training.meters import FirstBadStep, Pace, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
+from trainer.training.outlook import Outlook
 from trainer.training.schedule import learning_rate
 from trainer.training.skipping import SkippedSteps, spoil_gradient, step_unless
 from trainer.training.spikes import COLUMN, Spikes
@@ -56,6 +57,7 @@ from trainer.training.state import (
     save_parts,
     whole_ema,
 )
+from trainer.training.usage import Usage, in_words
 
 if TYPE_CHECKING:
     from featcache import Cache
@@ -76,7 +78,7 @@ class Job:
     world: World
     device: torch.device
     share: Share
-    watcher: Progress
+    watcher: RecordingProgress
     make_judge: MakeJudge | None = None
 
 
@@ -84,7 +86,7 @@ def train(
     config: RunConfig,
     *,
     resume: bool,
-    watcher: Progress,
+    watcher: RecordingProgress,
     root: Path = runs.ROOT,
     expect: str | None = None,
     origin: Origin | None = None,
@@ -119,7 +121,7 @@ def train(
 def _train(
     config: RunConfig,
     resume: bool,
-    watcher: Progress,
+    watcher: RecordingProgress,
     root: Path,
     world: World,
     device: torch.device,
@@ -149,10 +151,21 @@ def _train(
             remark = branch.check_fits(origin, config, cache, model) or remark
         statistics = settle(config, cache, run, main=world.is_main, watcher=watcher)
         of_streams = settle_streams(config, cache, run, main=world.is_main, watcher=watcher)
-        begun = bool(checkpoint.list_checkpoints(run))
-        if resume and not begun and runs.is_run(run):
+        saved = checkpoint.list_checkpoints(run)
+        if resume and not saved and runs.is_run(run):
             origin = branch.recorded_origin(run)
-        parts = assemble(config, cache, device, world, statistics=statistics, stream_statistics=of_streams, begun=begun)
+        begins = saved[-1][0] if saved else origin.step if origin is not None else 0
+        outlook = Outlook(config, cache, run, world=world, device=device, start=begins, note=watcher.note)
+        parts = assemble(
+            config,
+            cache,
+            device,
+            world,
+            statistics=statistics,
+            stream_statistics=of_streams,
+            begun=bool(saved),
+            planned=outlook.before,
+        )
         if origin is None:
             start, state = _restore(parts, run, config)
         else:
@@ -189,7 +202,7 @@ def _train(
                     if origin is not None:  # so that the branch needs its origin no more
                         with pace.doing("saving"):
                             save_parts(parts, run, start, config, world, state=_saved_state(state))
-                    _loop(job, log, told, pace, start=start, state=state)
+                    _loop(job, log, told, pace, outlook, start=start, state=state)
         return run
 
 
@@ -202,10 +215,18 @@ def _saved_state(state: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _loop(
-    job: Job, log: RunLog | None, told: stopping.Stop, pace: Pace, *, start: int, state: Mapping[str, Any]
+    job: Job,
+    log: RunLog | None,
+    told: stopping.Stop,
+    pace: Pace,
+    outlook: Outlook,
+    *,
+    start: int,
+    state: Mapping[str, Any],
 ) -> None:
     """Steps `start` to the end. The host waits for the device where it logs or saves, and nowhere else."""
     config = job.config
+    assert config.log_every is not None and config.sample_every is not None and config.checkpoint_every is not None
     means, clock = RunningMeans(), TrainingClock(float(state.get("time_s", 0.0)))
     bad: FirstBadStep | SkippedSteps = FirstBadStep(job.device)
     if config.skip_nonfinite:
@@ -225,6 +246,16 @@ def _loop(
 
     batches = loader(job, start)
     stream = iter(batches)
+    usage = Usage(
+        job.parts,
+        job.cache,
+        config,
+        job.world,
+        job.device,
+        aligned=lambda step: is_aligned(config, job.parts.alignment, step),
+        start=start,
+        warn=job.watcher.note,
+    )
     try:
         for step in range(start, config.steps):
             done = step + 1
@@ -243,9 +274,10 @@ def _loop(
                 skipped += _check_finite(job, log, bad)
             if logs:
                 left_out = {"skipped": len(skipped)} if config.skip_nonfinite else {}
-                _record(job, log, clock, means, done, norm, spikes, left_out)
+                _record(job, log, clock, means, usage, done, norm, spikes, left_out, waited_s=batches.waited_s)
             else:
                 job.watcher.update(1)
+            outlook.after(done, clock.trained_s, waited=logs)
             with clock.paused() if saves or draws or keeps or judges else nullcontext():
                 # Both before the checkpoint: a run that is killed in between comes by them again.
                 if keeps:
@@ -450,20 +482,26 @@ def _record(
     log: RunLog | None,
     clock: TrainingClock,
     means: RunningMeans,
+    usage: Usage,
     done: int,
     norm: Tensor,
     spikes: Spikes,
     beside: Mapping[str, float],
+    *,
+    waited_s: float,
 ) -> None:
     """One line of the log: averages since the last line, on every rank alike. beside: what else it holds."""
     shown = means.take()
-    rate = clock.steps_per_s(done)
+    rate, trained_s = clock.steps_per_s(done), clock.trained_s
     speed = {} if rate is None else {"images_per_s": rate * job.config.batch_size}
+    with clock.paused():  # counting operations is no training
+        used = usage.read(done, rate=rate, trained_s=trained_s, waited_s=waited_s)
     lr = job.parts.optimizer.param_groups[0]["lr"]
     record = {
         "step": done,
-        "time_s": round(clock.trained_s, 3),
+        "time_s": round(trained_s, 3),
         **speed,
+        **used,
         "lr": lr,
         "grad_norm": float(norm),
         **beside,
@@ -477,8 +515,7 @@ def _record(
             if not lasts:
                 job.watcher.note(f"the denoising loss at step {done} is {ratio:.2f} times its recent median")
         log.record(record)
-    brief = {name: value for name, value in (shown | speed).items() if not is_detail(name)}
-    job.watcher.update(1, "  ".join(f"{name} {value:.4g}" for name, value in brief.items()))
+    job.watcher.record(1, *in_words(record, shown))
 
 
 def _check_finite(job: Job, log: RunLog | None, bad: FirstBadStep | SkippedSteps) -> list[int]:
@@ -637,7 +674,7 @@ def _logging(job: Job, start: int) -> Iterator[RunLog | None]:
     if not job.world.is_main:
         yield None
         return
-    log = RunLog(job.run, step=start, warn=job.watcher.note)
+    log = RunLog(job.run, step=start, warn=job.watcher.note, config=job.config)
     try:
         yield log
     finally:

@@ -106,6 +106,7 @@ def assemble(
     statistics: Statistics | None = None,
     stream_statistics: Mapping[str, Statistics] | None = None,
     begun: bool = False,
+    planned: Callable[[ModelConfig, Alignment | None], None] = lambda cfg, alignment: None,
 ) -> Parts:
     """Builds everything from a configuration and a cache.
 
@@ -116,6 +117,7 @@ def assemble(
         statistics: that the latents are normalised by; None by the VAE's scaling factor. stream_statistics: of the
             streams that are normalised.
         begun: a checkpoint is about to be loaded: what the alignment takes of the cache when it starts is in it.
+        planned: called with what is going to be built, before the backbone takes time and memory.
 
     Raises:
         CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
@@ -126,12 +128,13 @@ def assemble(
     assert dataset.vae is not None, "a cache with a backbone has latents"
     sharded = config.shard and world.size > 1
     compiled = config.compile if config.compile is not None else device.type == "cuda"
+    alignment = build_alignment(config, cache, model_cfg, calibrate=not begun)
+    planned(model_cfg, alignment)
     # A model that is to be sharded never lies whole on a device: its blocks move there one by one.
     if backbone is None:
         model = build_model(model_cfg, seed=derive_seed(config.seed, "backbone"), device="cpu" if sharded else device)
         backbone = model, copy.deepcopy(model).eval().requires_grad_(False)
     model, ema = backbone
-    alignment = build_alignment(config, cache, model_cfg, calibrate=not begun)
     model.set_recompute(config.recompute == "blocks")
     autocast = DTYPES[precision_of(config, device)]
     if config.cuda_graphs:
