@@ -157,7 +157,11 @@ def sample(
         if figure is not None:
             from trainer.runs.recipes import load_figure
 
-            given = load_figure(figure).drawn_as(given, progress.note)
+            given = load_figure(figure).drawn_as(given, f"trainer sample {typed(run)} --figure {typed(figure)}")
+        else:
+            from trainer.runs.protocol import drawn_as_published
+
+            given = drawn_as_published(run, given, progress.note)
         request = from_typed(SampleRequest, given)
         result = sample_run(run, request, progress)
     if distributed.is_main():
@@ -168,6 +172,7 @@ def sample(
 DRAWING = (
     *(
         "figure",
+        "sweep",
         "sampler",
         "steps",
         "shift",
@@ -192,7 +197,7 @@ def _refuse(given: Given, names: Sequence[str], why: str) -> None:
     """
     for name in names:
         if name in given:
-            flag = flag_of(EvalRequest if name == "figure" else SampleSettings, name)
+            flag = flag_of(EvalRequest if name in ("figure", "sweep") else SampleSettings, name)
             raise UserError(f"{flag} {why}", remedy=f"Leave {flag} out.")
 
 

@@ -14,19 +14,21 @@ import torch
 from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.inspect import find_images
 from featcache.machine import pick_device
+from featcache.paths import typed
 from featcache.progress import QUIET, Progress
 from featcache.redact import redact
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
 from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
-from trainer.evaluate.references import open_reference
+from trainer.evaluate.references import Statistics, open_reference
+from trainer.evaluate.shelf import Shelf
 from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs import locks
 from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
-from trainer.runs.published import UNKNOWN_SCALE, Sampling, parse_published
+from trainer.runs.published import REFERENCES, Published, Sampling, parse_published
 from trainer.runs.recipes import load_figure
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.sampling.run import sample_run
@@ -64,18 +66,17 @@ def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalRes
         progress = QUIET
     if request.figure is not None:
         request, config = _beside(request.figure, request, config, progress)
-    settings = _with_defaults(request.settings, run, config, device, progress)
+    settings = _with_defaults(request.settings, run, config, device, progress, figure=request.figure)
     if not distributed.is_main():
         sample_run(run, settings, progress)
         return None
     extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
-    reference, data = _reference(run, request)
-    if request.reference is None:
-        beside = f", which are in {data}" if data is not None else ""
-        progress.note(redact(f"compared with the images of {reference}{beside}"))
+    reference, data = choose_reference(run, request, config, progress)
     _check_before_drawing(run, request, extractor, reference, data)
     drawn = sample_run(run, settings, progress)
-    result = _judge(drawn.images, reference, extractor, replace(request, settings=settings, data=data), progress)
+    shelf = Shelf.of_user(progress) if request.reference is None else None
+    asked = replace(request, settings=settings, data=data)
+    result = _judge(drawn.images, reference, extractor, asked, progress, shelf=shelf)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
     entry = {
         "step": drawn.loaded.step,
@@ -86,6 +87,31 @@ def evaluate_run(run: Path, request: EvalRequest, progress: Progress) -> EvalRes
     }
     _append_metrics(run, entry)
     return EvalResult(metrics=result["metrics"], file=run / "metrics.json")
+
+
+def choose_reference(run: Path, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[str, str | None]:
+    """What samples are compared with, and the folder of its images: see `EvalRequest.reference`; says so.
+
+    Raises:
+        UserError: there are no images to compare with.
+    """
+    published = recipe_sampling(config) or Sampling()
+    file, described = REFERENCES[published.reference] if published.reference is not None else (None, "")
+    if request.reference is None and file is not None:
+        found = Path(request.settings.weights_dir or ".") / file
+        if request.settings.weights_dir is not None and found.is_file():
+            progress.note(f"compared with {found}, {described}, as the recipe's figures were")
+            return str(found), request.data
+    reference, data = _reference(run, request)
+    if request.reference is None:
+        beside = f", which are in {data}" if data is not None else ""
+        progress.note(redact(f"compared with the images of {reference}{beside}"))
+        if file is not None:
+            progress.note(
+                f"the recipe's figures were compared with {described}: for numbers that may stand beside them type "
+                f"--reference {file}"
+            )
+    return reference, data
 
 
 def _check_before_drawing(
@@ -122,12 +148,13 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
 
 def _judge(
     samples: str | Path,
-    reference: str,
+    reference: Statistics | str,
     extractor: Extractor,
     request: EvalRequest,
     progress: Progress,
     *,
     require_labels: bool = False,
+    shelf: Shelf | None = None,
 ) -> dict[str, Any]:
     with torch.inference_mode():
         result = evaluate(
@@ -141,6 +168,7 @@ def _judge(
             seed=request.settings.seed,
             require_labels=require_labels,
             data=request.data,
+            shelf=shelf,
             progress=progress,
         )
     for warning in result["warnings"]:
@@ -148,9 +176,15 @@ def _judge(
     return result
 
 
+def recipe_figures(config: RunConfig) -> Published | None:
+    """What the paper reports for the recipe that a run came from; None if it came from none."""
+    return parse_published(config.published) if config.published else None
+
+
 def recipe_sampling(config: RunConfig) -> Sampling | None:
     """How the samples behind the recipe's published figures were drawn, if the run came from a recipe that says so."""
-    return parse_published(config.published).sampling if config.published else None
+    published = recipe_figures(config)
+    return published.sampling if published is not None else None
 
 
 def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[EvalRequest, RunConfig]:
@@ -178,20 +212,32 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Prog
 
 
 def _with_defaults(
-    asked: SampleSettings, run: Path, config: RunConfig, device: str, progress: Progress
+    asked: SampleSettings, run: Path, config: RunConfig, device: str, progress: Progress, *, figure: str | None = None
 ) -> SampleRequest:
-    """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""
+    """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow.
+
+    Raises:
+        UserError: the recipe's figures were drawn with guidance of a scale that its paper does not give, and none is
+            asked for.
+    """
     on_gpu = device.startswith("cuda")
     model = run_model_config(run, config)
-    paper = recipe_sampling(config) or Sampling()
+    published = recipe_figures(config)
+    paper = (published.sampling if published is not None else None) or Sampling()
     steps = asked.steps or (paper.steps or GPU_STEPS if on_gpu else CPU_STEPS)
-    if asked.guidance is None and paper.guidance is None:
-        progress.note(UNKNOWN_SCALE)
     sampler = asked.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family])
-    chosen = paper.settings({**vars(asked), "sampler": sampler, "steps": steps, "device": device})
+    given = {**vars(asked), "sampler": sampler, "steps": steps, "device": device}
+    if published is not None:
+        command = f"trainer eval {typed(run)}" + (f" --figure {typed(figure)}" if figure is not None else "")
+        chosen = published.settings(given, command)
+        if asked.guidance is None and paper.guidance is not None:
+            for other in paper.variants:
+                progress.note(f"the recipe's figures may have been drawn otherwise, {other.why}: {other.flags}")
+    else:
+        chosen = paper.settings(given)
     num = asked.num
     if num is None and on_gpu:
-        num = GPU_SAMPLES
+        num = paper.num or GPU_SAMPLES
     elif num is None:
         unguided = chosen["guidance"] == chosen["representation_guidance"] == 1
         cost = forward_flops(model) * steps * (1 if unguided else 2)
