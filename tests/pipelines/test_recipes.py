@@ -41,7 +41,7 @@ from trainer.models.config import SIZES
 from trainer.runs import recipes
 from trainer.runs.cache import build_line, find_cache
 from trainer.runs.config import RunConfig, apply_overrides
-from trainer.runs.published import MEASURES, METRICS, PAPER_TABLES, parse_published
+from trainer.runs.published import METRICS, parse_published
 from trainer.runs.recipe_pages import describe, listing, page
 from trainer.runs.recipes import Recipe, figures_of, list_recipes, load_recipe, load_recipe_file, papers, recipe_root
 from trainer.runs.streams import check_shape, stream_config
@@ -969,7 +969,8 @@ def test_a_row_is_shown_with_its_figures_and_commands() -> None:
     assert re.search(r"align\.repa\.depth +8 +repa/xl2\n", text) and re.search(r"lr +0\.0001 +repa\.yaml\n", text)
     assert (
         "repa/xl2-4m-interval: FID 1.42, " in text
-        and "guidance 1.8 in [0, 0.7], num 50,000, classes random, pixels truncate, reference adm-256); REPA, Table 4" in text
+        and "guidance 1.8 in [0, 0.7], num 50,000, classes random, pixels truncate, reference adm-256); REPA, Table 4"
+        in text
     )
     commands = [line.strip() for line in text.splitlines() if line.startswith(("  featcache ", "  trainer "))]
     assert commands[:5] == [

@@ -239,6 +239,9 @@ def evaluate(
             if run is None:
                 run = newest_run()
                 progress.note(f"judging {run}, the newest run")
+            if request.sweep is not None:
+                _sweep(run, request, progress)
+                return
             result = evaluate_run(run, request, progress)
         else:
             result = evaluate_images(samples, request, require_labels=require_labels, progress=progress)
@@ -248,6 +251,27 @@ def evaluate(
         console.print(f"{safe(name):>24}  {value:.4g}")
     written = write_run_report([run]) if run is not None else result.file
     console.print(f"report: [bold]{safe(written)}[/bold]")
+
+
+def _sweep(run: Path, request: EvalRequest, progress: RichProgress) -> None:
+    """Judges at each value, then prints the curve and where it is best."""
+    from trainer.evaluate.sweep import REMARK, sweep_run
+    from trainer.report.run import write_run_report
+
+    result = sweep_run(run, request, progress)
+    if result is None:  # the main rank judges
+        return
+    curve = result.curve
+    names = list(curve.points[0].metrics)
+    console.print("  ".join(safe(f"{name:>14}") for name in [curve.setting, *names]))
+    for point in curve.points:
+        numbers = "  ".join(f"{point.metrics.get(name, float('nan')):>14.4g}" for name in names)
+        console.print(f"{point.value:>14g}  {numbers}", soft_wrap=True)
+    best = curve.best
+    console.print(
+        f"best {safe(curve.deciding)}: {best.metrics[curve.deciding]:.4g} at {safe(curve.setting)} {best.value:g} ({REMARK})"
+    )
+    console.print(f"curve: [bold]{safe(result.file)}[/bold]   report: [bold]{safe(write_run_report([run]))}[/bold]")
 
 
 @app.command()
