@@ -197,7 +197,7 @@ def test_rows_that_train_alike_are_one_training() -> None:
     assert len({r.name for r in RECIPES}) == len({r.title for r in RECIPES}) == len(RECIPES)
 
 
-SAID_SINCE = ("channels", "classes", "pixels", "num", "reference", "variants")
+SAID_SINCE = ("channels", "classes", "pixels", "num", "reference", "also", "variants")
 CORRECTED = {
     "none/xl2-512": "the scale in REPA's caption is not SiT's",
     "none/dit-xl2-512": "the scale is DiT's, not that of REPA's caption",
@@ -340,6 +340,19 @@ def test_an_unknown_scale_is_refused_with_the_options() -> None:
     assert recipe.drawn_as({"representation_guidance": 1.5}, "")["guidance"] == 1.0
     with pytest.raises(UserError, match="G-SNR, which is measured on a model, not on samples"):
         load_recipe_file("ahpa/b2-gsnr").drawn_as({}, "")
+
+
+def test_artbench_is_judged_by_both_of_its_parts() -> None:
+    rows = [r for r in RECIPES if "artbench" in r.name]
+    assert len(rows) == 4
+    for recipe in rows:
+        lines = [line.strip() for line in describe(recipe) if line.startswith(("  featcache ", "  trainer "))]
+        run = recipe.name.replace("/", "-")
+        assert lines[0].startswith("featcache build --data data/artbench/train --encoder dinov2-b@")
+        judged = f"trainer eval runs/{run} --figure {recipe.name}"
+        assert lines[-2:] == [judged, f"{judged} --reference data/artbench/test"]
+        assert recipe.steps * recipe.config().batch_size == 512 * 50_000, "epochs of the training images"
+        assert recipe.published is not None and "FID" not in recipe.published.metrics
 
 
 @pytest.mark.parametrize(

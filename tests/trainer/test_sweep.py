@@ -301,6 +301,8 @@ def test_the_first_guided_step() -> None:
     assert first_guided(times, Guidance(scale=2.0)) == 0
     assert first_guided(times, Guidance(scale=2.0, interval=Interval(0, 0.5))) == 2
     assert first_guided(times, Guidance(scale=2.0, interval=Interval(0, 0.1))) == 4, "0 is where the last step ends"
+    published = Guidance(scale=1.8, interval=Interval(0, 0.7))
+    assert first_guided(samplers.sde_grid(250), published) == 78, "as docs/evaluation.md says"
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama"])

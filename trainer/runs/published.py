@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainValidator
 
 from featcache.errors import UserError
-from featcache.settings import Count, NotNegative, Positive, from_mapping, settings
+from featcache.settings import Count, Names, NotNegative, Positive, from_mapping, settings
 from trainer.classes import Classes
 from trainer.interval import Interval, ParsedInterval, plain
 
@@ -87,7 +87,7 @@ class Sampling:
     channels: the first so many were guided, None: all. stream_guidance, representation_guidance: see
     `trainer.diffusion.guidance.Guidance`. variants: what else it may have been, by whom. classes: `random`, or
     `balanced`, each class alike. pixels: how they became 8 bits, see `trainer.sampling.draw.SampleConfig`.
-    reference: one of `REFERENCES`.
+    reference: one of `REFERENCES`. also: further references that we judge by, as typed.
     """
 
     sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
@@ -103,6 +103,7 @@ class Sampling:
     classes: Literal["balanced", "random"] | None = None
     pixels: Literal["round", "truncate"] | None = None
     reference: Literal["adm-256", "adm-512", "train"] | None = None
+    also: Names = ()
 
     def __str__(self) -> str:
         drawn = " ".join(str(part) for part in (self.sampler, self.steps) if part is not None)

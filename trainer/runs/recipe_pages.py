@@ -133,4 +133,5 @@ def _evaluation(row: Recipe, name: str, data: str) -> list[str]:
     if sampling.guidance is None:
         tried = [f"{line} {option.flags}   # {option.why}; the paper gives no scale" for option in sampling.options]
         return [*tried, f"{line} --sweep guidance=1.0:2.5:0.1   # the curve over the scale"]
-    return [line, *(f"{line} {other.flags}   # {other.why}" for other in sampling.variants)]
+    lines = [line, *(f"{line} {other.flags}   # {other.why}" for other in sampling.variants)]
+    return [*lines, *(f"{line} --reference {shlex.quote(further)}" for further in sampling.also)]
