@@ -28,6 +28,7 @@ from tests.told import Told
 from trainer.cli import app
 from trainer.diffusion import samplers
 from trainer.diffusion.guidance import Guidance
+from trainer.evaluate import run as evaluation
 from trainer.evaluate import sweep as sweeps
 from trainer.evaluate.run import evaluate_run
 from trainer.evaluate.sweep import Curve, Point, read_curves, sweep_run
@@ -181,7 +182,7 @@ def test_a_sweep_that_was_cut_off_goes_on_and_a_wider_one_adds_points(
     assert expected is not None
     total = sum(passes)
     passes.clear()
-    judge, judged = sweeps.evaluation._judge, []
+    judge, judged = evaluation._judge, []
 
     def ends(*args: Any, **kw: Any) -> Any:
         judged.append(args[0])
@@ -189,12 +190,12 @@ def test_a_sweep_that_was_cut_off_goes_on_and_a_wider_one_adds_points(
             raise KeyboardInterrupt
         return judge(*args, **kw)
 
-    monkeypatch.setattr(sweeps.evaluation, "_judge", ends)
+    monkeypatch.setattr(evaluation, "_judge", ends)
     with pytest.raises(KeyboardInterrupt):
         sweep_run(run, swept("guidance=1,2,3"), Quiet())
     (curve,) = read_curves(run)
     assert [point.value for point in curve.points] == [2.0], "what is not guided at all comes last"
-    monkeypatch.setattr(sweeps.evaluation, "_judge", judge)
+    monkeypatch.setattr(evaluation, "_judge", judge)
     told = Told()
     result = sweep_run(run, swept("guidance=1,2,3"), told)
     assert result is not None and result.curve.points == expected.curve.points
@@ -215,14 +216,14 @@ def test_a_state_that_is_damaged_is_computed_again(run: Path, monkeypatch: pytes
     expected = sweep_run(run, swept("guidance=2,3"), Quiet())
     assert expected is not None
     shutil.rmtree(run / "sweeps")
-    judge = sweeps.evaluation._judge
+    judge = evaluation._judge
 
     def damages(images: Path, *args: Any, **kw: Any) -> Any:
         for number, state in enumerate(sorted(images.parent.parent.glob("trunk/*.npy"))):
             state.write_bytes(b"damaged" if number else state.read_bytes()[:200])
         return judge(images, *args, **kw)
 
-    monkeypatch.setattr(sweeps.evaluation, "_judge", damages)
+    monkeypatch.setattr(evaluation, "_judge", damages)
     found = sweep_run(run, swept("guidance=2,3"), Quiet())
     assert found is not None and found.curve.points == expected.curve.points
 

@@ -440,7 +440,7 @@ def reference_statistics(
             provenance=provenance,
         )
 
-    def computed(kept: int) -> Statistics:
+    def compute(kept: int) -> Statistics:
         return compute_statistics(
             images,
             extractor,
@@ -454,8 +454,8 @@ def reference_statistics(
     if shelf is not None and isinstance(images, CacheImages):
         # Kept with activations also where these metrics need none: other metrics of the same images will.
         key = images_key(images, extractor, batch_size)
-        return shelf.get(key, lambda: computed(DEFAULT_KEPT_FEATURES), progress)
-    return computed(DEFAULT_KEPT_FEATURES if need_features else 0)
+        return shelf.get(key, lambda: compute(DEFAULT_KEPT_FEATURES), progress)
+    return compute(DEFAULT_KEPT_FEATURES if need_features else 0)
 
 
 def images_key(images: CacheImages, extractor: Extractor, batch_size: int) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _digest(statistics: Statistics) -> str:
     for array in arrays:
         digest.update(b"none" if array is None else f"{array.shape} {array.dtype.str}".encode())
         if array is not None:
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ def sweep_charts(folder: Path) -> list[Chart]:
 def _charts(curve: Curve) -> list[Chart]:
     names = list(dict.fromkeys(name for point in curve.points for name in point.metrics))
     shares = [name for name in names if name.endswith(TOGETHER)]
-    groups: list[Sequence[str]] = [[name] for name in names if name not in shares] + ([shares] if shares else [])
+    groups = [[name] for name in names if name not in shares] + ([shares] if shares else [])
     return [_chart(curve, group) for group in groups]
 
 
