@@ -28,6 +28,8 @@ trainer eval runs/ahpa-xl2 --data /path/to/imagenet/train             # draws sa
 - A row shows the paper's figures, in brackets how its samples were drawn (sampler and evaluations; guidance if any).
   `trainer eval` draws them so for a run made from the recipe, and for any run with `--figure NAME`. For numbers that may
   stand beside published ones, pass ADM's reference: `--reference VIRTUAL_imagenet256_labeled.npz`.
+- Rows whose guidance scale no source of ours gives ("scale not given") are refused by `trainer eval` until one is typed; the error and
+  `trainer recipes ROW` name the options, and `--sweep guidance=1.0:2.5:0.1` draws the curve ([docs](../docs/evaluation.md#the-published-protocol)).
 - Rows that differ in their sampling or their step alone are figures of one training (a `↳` marks the further ones): train
   it once and evaluate it several times, `trainer eval runs/repa-xl2 --figure repa/xl2-150k`. `trainer run --recipe` takes
   their names too, and trains to their step; with `--resume` it goes on from an earlier one.

@@ -26,8 +26,9 @@ settings.load_profile("no-deadline")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What builds note of where images lie goes nowhere near the user's own notes."""
+    """What builds note of where images lie, and statistics of references, go nowhere near the user's own."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATCACHE_REFERENCES", str(tmp_path_factory.mktemp("references")))
         patch.setenv("FEATCACHE_PLACES", str(tmp_path_factory.mktemp("places")))
         yield
 

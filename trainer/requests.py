@@ -12,6 +12,7 @@ from featcache.settings import Count, FilePath, Index, Names, NotNegative, Optio
 from trainer.averages import Weights
 from trainer.classes import Classes
 from trainer.interval import Interval, ParsedInterval
+from trainer.sweep import Sweep
 
 ParsedClasses = Annotated[Classes, PlainValidator(Classes.parse)]
 
@@ -150,13 +151,22 @@ class EvalRequest:
     the device (the constants of `trainer.evaluate.run`). The recipe's interval goes with the recipe's guidance scale
     alone: with another one the default is to guide at all times. The judge takes number, seed, batch size, device and
     weights' folder from it too. figure: name of the recipe whose published figures the run is judged beside, instead of
-    its own: drawn at that recipe's step and with its sampler and evaluations on any device.
+    its own: drawn at that recipe's step and with its sampler and evaluations on any device. sweep: judge once for each
+    value of one setting, see `trainer.evaluate.sweep`.
     """
 
     settings: SampleSettings = SampleSettings()
     figure: Annotated[
         str | None,
         Option("Draw as the samples of this recipe's published figures, at its step. [default: the run's own]"),
+    ] = None
+    sweep: Annotated[
+        Sweep | None,
+        Option(
+            "Judge at many values of one setting: guidance=1.0:2.5:0.1, guidance=1.0,1.5,2.0, interval_high=0.5:1:0.1. [default: at one]",
+            typed=str,
+            parse=Sweep.parse,
+        ),
     ] = None
     extractor: Annotated[
         str,

@@ -22,7 +22,7 @@ from featcache.errors import UserError
 from featcache.progress import Quiet
 from tests.told import Told
 from trainer.classes import Classes
-from trainer.evaluate.run import _beside, evaluate_images, evaluate_run, with_defaults
+from trainer.evaluate.run import _beside, choose_reference, evaluate_images, evaluate_run, with_defaults
 from trainer.interval import Interval
 from trainer.models import build_model
 from trainer.models.config import forward_flops
@@ -284,10 +284,18 @@ def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
     assert (same_scale.guidance, same_scale.interval) == (1.8, Interval(0, 0.7))
     on_cpu = with_defaults(SampleSettings(), run, config, "cpu", Quiet())
     assert (on_cpu.sampler, on_cpu.steps, on_cpu.guidance) == ("ode", 32, 1.8)
+    vague = replace(config, published={**PUBLISHED, "sampling": {"sampler": "sde", "steps": 250, "guidance": None}})
+    with pytest.raises(UserError, match="the paper does not give its scale") as caught:
+        with_defaults(SampleSettings(), run, vague, "cuda", Quiet())
+    assert f"trainer eval {run} --guidance 1 " in (caught.value.remedy or "")
+    assert with_defaults(SampleSettings(guidance=1.0), run, vague, "cuda", Quiet()).guidance == 1.0
+    two = {"guidance": 1.5, "variants": [{"guidance": 1.0, "why": "the caption"}], "num": 40_000}
     told = Told()
-    vague = {**PUBLISHED, "sampling": {"sampler": "sde", "steps": 250, "guidance": None}}
-    unknown = with_defaults(SampleSettings(), run, replace(config, published=vague), "cuda", told)
-    assert unknown.guidance == 1.0 and any("scale" in note for note in told.notes)
+    chosen = with_defaults(
+        SampleSettings(), run, replace(config, published={**PUBLISHED, "sampling": two}), "cuda", told
+    )
+    assert (chosen.guidance, chosen.num) == (1.5, 40_000)
+    assert told.notes == ["the recipe's figures may have been drawn otherwise, the caption: --guidance 1"]
     page = write_run_report([run]).read_text()
     assert "REPA, Table 4: heun 40, guidance 1.8 in [0, 0.7]" in page
     for figure in ("1.420", "4.70", "305.7", "0.800", "0.650"):
@@ -338,6 +346,8 @@ def test_the_recipe_says_how_streams_are_guided(root: Path, tmp_path: Path) -> N
     assert as_asked(reg, stream_guidance=1.5) == (2.3, 1.5, 1.0, 3, "0,0.85")
     assert as_asked(reg, guidance=2.0) == (2.0, None, 1.0, None, "0,1")
     unknown = {**reg, "guidance": None}
+    with pytest.raises(UserError, match="does not give its scale"):
+        as_asked(unknown)
     for recipe in (reg, unknown):
         assert as_asked(recipe, representation_guidance=1.5) == (1.0, None, 1.5, None, "0,1")
     redi = {"representation_guidance": 1.1, "interval": [0, 0.5]}
@@ -381,10 +391,9 @@ def test_samples_are_drawn_as_a_figure_was_and_say_so(root: Path, tmp_path: Path
         assert guidance["high"] == (0.7 if guidance["scale"] == 1.8 else 1.0)
     labels = np.load(tmp_path / "0/samples_12.npz")["arr_1"]
     assert (labels == Classes("random").labels(256, 10, seed=0)[:12]).all()
-    told = Told()
-    assert load_figure("ahpa/xl2-4m-guided").drawn_as({}, told.note)["guidance"] == 1.0
-    assert any("scale its paper does not give" in note for note in told.notes)
-    assert load_figure("ahpa/xl2-4m-guided").drawn_as({"guidance": 2.0}, told.note)["checkpoint"] == 4_000_000
+    unknown = CliRunner().invoke(app, ["sample", str(root / "runs/a"), "--figure", "ahpa/xl2-4m-guided", *few])
+    assert isinstance(unknown.exception, UserError) and "does not give its scale" in unknown.exception.what
+    assert load_figure("ahpa/xl2-4m-guided").drawn_as({"guidance": 2.0}, "")["checkpoint"] == 4_000_000
     missing = CliRunner().invoke(app, ["sample", str(root / "runs/a"), "--figure", "haste/b2"])
     assert isinstance(missing.exception, UserError) and "no published figures" in missing.exception.what
 
@@ -393,24 +402,30 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
     """--figure draws as every published row says, on any device, at the row's step; what is typed still wins."""
     run = root / "runs/a"
     config = runs.load_config(run)
-    rows = [recipe for recipe in list_recipes() if recipe.published is not None]
+    rows = [recipe for recipe in list_recipes() if recipe.published is not None and recipe.published.is_of_samples]
     assert len(rows) > 150
     for recipe in rows:
         assert recipe.published is not None and recipe.published.sampling is not None
         sampling = recipe.published.sampling
         told = Told()
         asked, as_if = _beside(recipe.name, EvalRequest(), config, told)
+        if sampling.guidance is None:
+            with pytest.raises(UserError, match="does not give its scale"):
+                with_defaults(asked.settings, run, as_if, "cuda", told)
+            asked = replace(asked, settings=replace(asked.settings, guidance=1.0))
         low, high = sampling.interval.low, sampling.interval.high
         for device, sampler, steps in (("cuda", None, 250), ("cpu", "ode", 32)):
             drawn = with_defaults(asked.settings, run, as_if, device, told)
             assert (drawn.sampler, drawn.steps) == (sampling.sampler or sampler, sampling.steps or steps), recipe.name
             assert drawn.guidance == (1.0 if sampling.guidance is None else sampling.guidance), recipe.name
             assert str(drawn.interval) == f"{low:g},{high:g}" and drawn.checkpoint == recipe.steps, recipe.name
-            assert (str(drawn.classes), drawn.pixels) == (sampling.classes, sampling.pixels), recipe.name
+            assert (str(drawn.classes), drawn.pixels) == (sampling.classes or "balanced", sampling.pixels), recipe.name
+            assert device == "cpu" or drawn.num == (sampling.num or 50_000), recipe.name
             assert (drawn.guided_channels, drawn.shift) == (sampling.channels, sampling.shift), recipe.name
             beside = sampling.stream_guidance, sampling.representation_guidance
             assert (drawn.stream_guidance, drawn.representation_guidance) == beside, recipe.name
-        assert any("scale its paper does not give" in note for note in told.notes) == (sampling.guidance is None)
+        disputed = sampling.guidance is not None and bool(sampling.variants)
+        assert any("may have been drawn otherwise" in note for note in told.notes) == disputed, recipe.name
         assert any(f"not trained as {recipe.training} says" in note for note in told.notes), "it is a tiny run"
     typed = EvalRequest(settings=SampleSettings(sampler="heun", steps=7, guidance=2.0, checkpoint=5))
     asked, as_if = _beside("repa/xl2-4m-interval", typed, config, Quiet())
@@ -424,6 +439,55 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
     )
     with pytest.raises(UserError, match="haste/b2 has no published figures"):
         _beside("haste/b2", EvalRequest(), config, Quiet())
+
+
+def test_samples_of_a_recipe_s_run_are_drawn_as_its_figures_were(root: Path, tmp_path: Path) -> None:
+    """`trainer sample` without --figure: the protocol of the run's own recipe, under what is typed."""
+    from typer.testing import CliRunner
+
+    from trainer.cli import app
+
+    drawn = {"sampler": "heun", "steps": 3, "guidance": 1.8, "interval": [0, 0.7], "classes": "random", "num": 50_000}
+    run = with_recipe(root, tmp_path / "runs/a", {**PUBLISHED, "sampling": {**drawn, "pixels": "truncate"}})
+    few = ["--num", "4", "--device", "cpu"]
+    for number, (typed, expected) in enumerate(
+        (
+            ([], ("heun", 3, 1.8, 0.7, "random", "truncate")),
+            (["--sampler", "ode", "--guidance", "2"], ("ode", 3, 2.0, 1.0, "random", "truncate")),
+        )
+    ):
+        out = tmp_path / str(number)
+        done = CliRunner().invoke(app, ["sample", str(run), "--out", str(out), *few, *typed])
+        assert done.exception is None, done.output
+        record = json.loads((out / "settings.json").read_text())
+        guidance = record["guidance"]["scale"], record["guidance"]["high"]
+        found = record["sampler"], record["steps"], *guidance, record["classes"], record["pixels"]
+        assert found == expected
+        assert "drawn as the samples of the recipe's figures" in " ".join(done.output.split())
+    vague = with_recipe(root, tmp_path / "runs/b", {**PUBLISHED, "sampling": {"guidance": None}})
+    done = CliRunner().invoke(app, ["sample", str(vague), *few])
+    assert isinstance(done.exception, UserError) and "does not give its scale" in done.exception.what
+    plain = CliRunner().invoke(
+        app, ["sample", str(root / "runs/a"), "--out", str(tmp_path / "2"), *few, "--steps", "2"]
+    )
+    assert plain.exception is None and "figures" not in plain.output
+
+
+def test_a_recipe_names_the_reference_of_its_figures(root: Path, tmp_path: Path) -> None:
+    """ADM's file is taken where it lies among the weights; else it is named, and the cache's images stand in."""
+    sampling = {"sampler": "ode", "steps": 2, "reference": "adm-256"}
+    run = with_recipe(root, tmp_path / "runs/a", {**PUBLISHED, "sampling": sampling})
+    config, told = runs.load_config(run), Told()
+    where, _ = choose_reference(run, ASK, config, told)
+    assert where == str(root / "caches/shapes") and "--reference VIRTUAL_imagenet256_labeled.npz" in told.notes[-1]
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    file = weights / "VIRTUAL_imagenet256_labeled.npz"
+    file.write_bytes(b"")
+    beside = changed(ASK, weights_dir=str(weights))
+    assert choose_reference(run, beside, config, told) == (str(file), None)
+    assert "as the recipe's figures were" in told.notes[-1]
+    assert choose_reference(run, replace(beside, reference="other.npz"), config, told) == ("other.npz", None)
 
 
 def test_a_run_of_the_recipe_is_not_called_another(root: Path) -> None:

@@ -210,7 +210,11 @@ def sample(
         if figure is not None:
             from trainer.runs.recipes import load_figure
 
-            given = load_figure(figure).drawn_as(given, progress.note)
+            given = load_figure(figure).drawn_as(given, f"trainer sample {typed(run)} --figure {typed(figure)}")
+        else:
+            from trainer.runs.protocol import drawn_as_published
+
+            given = drawn_as_published(run, given, progress.note)
         request = from_typed(SampleRequest, given)
         result = sample_run(run, request, progress)
     if distributed.is_main():
@@ -221,6 +225,7 @@ def sample(
 DRAWING = (
     *(
         "figure",
+        "sweep",
         "sampler",
         "steps",
         "shift",
@@ -246,7 +251,7 @@ def _refuse(given: Given, names: Sequence[str], why: str) -> None:
     """
     for name in names:
         if name in given:
-            flag = flag_of(EvalRequest if name == "figure" else SampleSettings, name)
+            flag = flag_of(EvalRequest if name in ("figure", "sweep") else SampleSettings, name)
             raise UserError(f"{flag} {why}", remedy=f"Leave {flag} out.")
 
 
@@ -298,6 +303,9 @@ def evaluate(
             if run is None:
                 run = newest_run()
                 progress.note(f"judging {run}, the newest run")
+            if request.sweep is not None:
+                _sweep(run, request, progress)
+                return
             curve = evaluate_all(run, request, progress) if all_ else None
             result = None if all_ else evaluate_run(run, request, progress)
         else:
@@ -315,6 +323,27 @@ def evaluate(
         console.print(f"{safe(name):>24}  {value:.4g}")
     written = write_run_report([run]) if run is not None else result.file
     console.print(f"report: [bold]{safe(written)}[/bold]")
+
+
+def _sweep(run: Path, request: EvalRequest, progress: RichProgress) -> None:
+    """Judges at each value, then prints the curve and where it is best."""
+    from trainer.evaluate.sweep import REMARK, sweep_run
+    from trainer.report.run import write_run_report
+
+    result = sweep_run(run, request, progress)
+    if result is None:  # the main rank judges
+        return
+    curve = result.curve
+    names = list(curve.points[0].metrics)
+    console.print("  ".join(safe(f"{name:>14}") for name in [curve.setting, *names]))
+    for point in curve.points:
+        numbers = "  ".join(f"{point.metrics.get(name, float('nan')):>14.4g}" for name in names)
+        console.print(f"{point.value:>14g}  {numbers}", soft_wrap=True)
+    best = curve.best
+    console.print(
+        f"best {safe(curve.deciding)}: {best.metrics[curve.deciding]:.4g} at {safe(curve.setting)} {best.value:g} ({REMARK})"
+    )
+    console.print(f"curve: [bold]{safe(result.file)}[/bold]   report: [bold]{safe(write_run_report([run]))}[/bold]")
 
 
 @app.command()

@@ -5,6 +5,8 @@ All take `(model_fn, x, t_grid)` first: `model_fn(x, t) -> velocity` with x [B, 
 reads nothing back from the device), the noise x at `t_grid[0]`, and a decreasing grid of times. For DDPM models: `ddpm`
 and `ddim`, which take a `Schedule` in place of the grid; their t is a step number.
 
+`euler`, `heun` and `euler_maruyama` can be taken in parts (`Part`), which give the same bits as the whole.
+
 The state is kept in `state_dtype` (float64 as in REPA's samplers; float32 for dopri5 as in SiT's, and for
 DDPM and DDIM as in DiT's), the model is called in the dtype of x, and the sample comes back in it.
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol
 
@@ -31,6 +34,29 @@ class ModelFn(Protocol):
     """Velocity at (x, t). `interval_t` is the time at which a guidance interval is tested, by default t itself."""
 
     def __call__(self, x: Tensor, t: float, /, *, interval_t: float | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The steps of a grid from number `start` (0 is the first) up to, and without, number `stop`.
+
+    x is then the state before the first of them, in the state's dtype, and so is what comes back, unless the last of all
+    steps is among them. dtype: in which the model is called.
+    """
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+
+
+def _steps(
+    t_grid: list[float], x: Tensor, part: Part | None
+) -> tuple[list[tuple[int, float, float]], torch.dtype, bool]:
+    """Number (from 1 on) and both ends of each step to take, the model's dtype, and whether the last one is the grid's."""
+    steps = [(number, *ends) for number, ends in enumerate(pairwise(t_grid), start=1)]
+    if part is None:
+        return steps, x.dtype, True
+    return steps[part.start : part.stop], part.dtype, part.stop >= len(steps)
 
 
 def ode_grid(steps: int, *, shift: float = 1.0) -> list[float]:
@@ -62,12 +88,20 @@ def sde_grid(steps: int, *, last: float = 0.04, shift: float = 1.0) -> list[floa
 
 
 @torch.no_grad()
-def euler(model_fn: ModelFn, x: Tensor, t_grid: list[float], *, state_dtype: torch.dtype = torch.float64) -> Tensor:
+def euler(
+    model_fn: ModelFn,
+    x: Tensor,
+    t_grid: list[float],
+    *,
+    state_dtype: torch.dtype = torch.float64,
+    part: Part | None = None,
+) -> Tensor:
     """Euler's method for the probability flow ODE dx = v dt: first order, one evaluation per step. [B, ...]."""
     state = x.to(state_dtype)
-    for t, t_next in pairwise(t_grid):
-        state = state + (t_next - t) * model_fn(state.to(x.dtype), t).to(state_dtype)
-    return state.to(x.dtype)
+    steps, dtype, ends = _steps(t_grid, x, part)
+    for _, t, t_next in steps:
+        state = state + (t_next - t) * model_fn(state.to(dtype), t).to(state_dtype)
+    return state.to(dtype) if ends else state
 
 
 @torch.no_grad()
@@ -78,6 +112,7 @@ def heun(
     *,
     state_dtype: torch.dtype = torch.float64,
     interval_at: Literal["current", "next"] = "current",
+    part: Part | None = None,
 ) -> Tensor:
     """Heun's method for the probability flow ODE: second order, two evaluations per step, one in the last. [B, ...].
 
@@ -87,16 +122,17 @@ def heun(
     """
     state = x.to(state_dtype)
     last = len(t_grid) - 1
-    for step, (t, t_next) in enumerate(pairwise(t_grid), start=1):
-        velocity = model_fn(state.to(x.dtype), t).to(state_dtype)
+    steps, dtype, ends = _steps(t_grid, x, part)
+    for step, t, t_next in steps:
+        velocity = model_fn(state.to(dtype), t).to(state_dtype)
         euler_state = state + (t_next - t) * velocity
         if step == last:
             state = euler_state
             break
         tested = t if interval_at == "current" else t_next
-        corrector = model_fn(euler_state.to(x.dtype), t_next, interval_t=tested).to(state_dtype)
+        corrector = model_fn(euler_state.to(dtype), t_next, interval_t=tested).to(state_dtype)
         state = state + (t_next - t) * 0.5 * (velocity + corrector)
-    return state.to(x.dtype)
+    return state.to(dtype) if ends else state
 
 
 @torch.no_grad()
@@ -135,6 +171,7 @@ def euler_maruyama(
     path: str = "linear",
     diffusion: Literal["linear", "sigma"] = "linear",
     state_dtype: torch.dtype = torch.float64,
+    part: Part | None = None,
 ) -> Tensor:
     """Euler-Maruyama for the reverse SDE dx = (v - w s / 2) dt + sqrt(w) dW (SiT, Eq. 5 and 10). [B, ...].
 
@@ -145,15 +182,16 @@ def euler_maruyama(
     """
     state = x.to(state_dtype)
     last = len(t_grid) - 1
-    for step, (t, t_next) in enumerate(pairwise(t_grid), start=1):
+    steps, dtype, ends = _steps(t_grid, x, part)
+    for step, t, t_next in steps:
         time = state.new_full((1,) * x.ndim, t)
-        velocity = model_fn(state.to(x.dtype), t).to(state_dtype)
+        velocity = model_fn(state.to(dtype), t).to(state_dtype)
         score = score_from_velocity(path, velocity, state, time)
         w = 2 * (time if diffusion == "linear" else interpolant(path).sigma(time))
         state = state + (t_next - t) * (velocity - 0.5 * w * score)
         if step < last:
             state = state + (w * (t - t_next)).sqrt() * noise(step).to(state)
-    return state.to(x.dtype)
+    return state.to(dtype) if ends else state
 
 
 @torch.no_grad()

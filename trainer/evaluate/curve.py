@@ -15,13 +15,10 @@ from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress, Quiet
 from trainer import distributed
 from trainer.averages import Average
-from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics
-from trainer.evaluate.references import full_precision, reference_statistics
-from trainer.evaluate.run import Standard, asked, evaluate_run, standard_of, with_defaults
+from trainer.evaluate.run import Standard, asked, evaluate_run, standard_of, with_defaults, with_statistics
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
-from trainer.runs.records import cache_summary
 from trainer.runs.snapshots import list_snapshots
 
 
@@ -66,13 +63,13 @@ def evaluate_all(run: Path, request: EvalRequest, progress: Progress) -> Curve |
         wanted: dict[str, Any] = {}
         missing: list[int] = []
         if world.is_main:
-            standard = standard_of(run, request, full, device, progress)
+            standard = standard_of(run, request, full, config, device, progress)
             wanted = asked(full, request, standard, device)
             judged = {entry.get("step") for entry in runs.read_metrics(run) if entry.get("asked") == wanted}
             missing = [step for step in steps if step not in judged]
             if judged & set(steps):
                 progress.note(f"{len(steps) - len(missing)} of {len(steps)} steps are judged already")
-            standard = _with_statistics(standard, request, run, progress) if missing else standard
+            standard = with_statistics(standard, request, run, progress) if missing else standard
             progress.begin(f"judging {len(missing)} steps", full.num * len(missing))
         inner = _Within(progress)
         for number, step in enumerate(distributed.from_main(missing)):
@@ -106,22 +103,6 @@ def steps_of(run: Path, weights: Average) -> list[int]:
 def _settled(full: SampleRequest) -> SampleSettings:
     """The request's settings with nothing left open, so that every step has the same, and none is remarked upon again."""
     return SampleSettings(**{field.name: getattr(full, field.name) for field in fields(SampleSettings)})
-
-
-def _with_statistics(standard: Standard, request: EvalRequest, run: Path, progress: Progress) -> Standard:
-    """With the reference's statistics, which are the same for every step."""
-    chosen = chosen_metrics(request.metrics or None, standard.extractor)
-    with full_precision():
-        known = reference_statistics(
-            standard.reference,
-            standard.extractor,
-            resolution=int(cache_summary(run)["dataset"]["preprocessing"]["resolution"]),
-            need_features=bool(NEED_FEATURES & set(chosen)),
-            batch_size=request.settings.batch_size,
-            data=standard.data,
-            progress=progress,
-        )
-    return replace(standard, known=known)
 
 
 class _Within(Quiet):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from trainer.evaluate.references import (
 from trainer.evaluate.table import METRICS
 from trainer.evaluate.trial import Measured, Trial
 
+if TYPE_CHECKING:
+    from trainer.evaluate.shelf import Shelf
+
 UNBIASED_ENOUGH = 50_000
 SHORT_NAMES = {"is": "inception_score"}
 NEED_FEATURES = frozenset(name for name, metric in METRICS.items() if metric.activations)
@@ -43,6 +46,7 @@ def evaluate(
     seed: int = 0,
     require_labels: bool = False,
     data: str | None = None,
+    shelf: Shelf | None = None,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Judge samples by a reference.
@@ -59,6 +63,7 @@ def evaluate(
         seed: of KID's subsets and of the bootstrap.
         require_labels: insist that the samples carry labels.
         data: for a cache as reference, the folder it was built from.
+        shelf: where the statistics of such a cache's images are kept; None computes them.
         progress: of images that pass through the network, then of each metric's bootstrap.
 
     Returns:
@@ -98,6 +103,7 @@ def evaluate(
                 need_features=need_features,
                 batch_size=batch_size,
                 data=data,
+                shelf=shelf,
                 progress=progress,
             )
     draws = {"bootstrap": bootstrap, "seed": seed}

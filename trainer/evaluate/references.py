@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +34,9 @@ from trainer.evaluate.images import (
 )
 from trainer.evaluate.metrics import InceptionScore, Moments
 from trainer.runs import locks
+
+if TYPE_CHECKING:
+    from trainer.evaluate.shelf import Shelf
 
 # As many reference images as ADM's own batches hold: precision and recall compare all pairs.
 DEFAULT_KEPT_FEATURES = 10_000
@@ -387,6 +392,7 @@ def reference_statistics(
     need_features: bool,
     batch_size: int = 64,
     data: str | None = None,
+    shelf: Shelf | None = None,
     progress: Progress = QUIET,
 ) -> Statistics:
     """Statistics to judge by, from whatever `--reference` names.
@@ -400,6 +406,7 @@ def reference_statistics(
         resolution: side of the samples in pixels.
         need_features: precision, recall or KID was asked for.
         data: for a cache, the folder it was built from.
+        shelf: where statistics of a cache's images are kept; None computes them.
 
     Raises:
         UserError: nothing there; made with another extractor; for another resolution; features needed and not kept.
@@ -432,15 +439,45 @@ def reference_statistics(
             resolution=stored.resolution,
             provenance=provenance,
         )
-    return compute_statistics(
-        images,
-        extractor,
-        batch_size=batch_size,
-        keep_features=DEFAULT_KEPT_FEATURES if need_features else 0,
-        resolution=resolution,
-        name="features of the reference",
-        progress=progress,
-    )
+
+    def compute(kept: int) -> Statistics:
+        return compute_statistics(
+            images,
+            extractor,
+            batch_size=batch_size,
+            keep_features=kept,
+            resolution=resolution,
+            name="features of the reference",
+            progress=progress,
+        )
+
+    if shelf is not None and isinstance(images, CacheImages):
+        # Kept with activations also where these metrics need none: other metrics of the same images will.
+        key = images_key(images, extractor, batch_size)
+        return shelf.get(key, lambda: compute(DEFAULT_KEPT_FEATURES), progress)
+    return compute(DEFAULT_KEPT_FEATURES if need_features else 0)
+
+
+def images_key(images: CacheImages, extractor: Extractor, batch_size: int) -> dict[str, Any]:
+    """All that the bits of a cache's statistics depend on, but for the number of the CPU's threads. JSON-able."""
+    dataset = images.cache.manifest.dataset
+    slots = images.cache.slots(np.arange(images.count))
+    device = extractor.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    content = images.cache.content() if "content" in images.cache.manifest.arrays else np.empty(0)
+    return {
+        "source": images.description,
+        "fingerprint": dataset.fingerprint,
+        "order_seed": dataset.order_seed,
+        "preprocessing": dict(dataset.preprocessing),
+        "content": hashlib.sha256(np.ascontiguousarray(content).tobytes()).hexdigest(),
+        "slots": hashlib.sha256(np.ascontiguousarray(slots, "<i8").tobytes()).hexdigest(),
+        "extractor": dict(extractor.provenance),
+        "kept": DEFAULT_KEPT_FEATURES,
+        "batch_size": batch_size,
+        "device": f"{device.type} {name}",
+        "versions": _versions(),
+    }
 
 
 def _check_resolution(found: int | None, expected: int, where: str) -> None:

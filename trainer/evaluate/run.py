@@ -14,20 +14,22 @@ import torch
 from featcache.errors import CacheError, UserError, WeightsUnavailable
 from featcache.inspect import find_images
 from featcache.machine import pick_device
+from featcache.paths import typed
 from featcache.progress import QUIET, Progress
 from featcache.redact import redact
 from featcache.settings import to_mapping
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
 from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
-from trainer.evaluate.references import Statistics, open_reference
+from trainer.evaluate.references import Statistics, full_precision, open_reference, reference_statistics
+from trainer.evaluate.shelf import Shelf
 from trainer.models import forward_flops
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs import locks
 from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
-from trainer.runs.published import UNKNOWN_SCALE, Sampling, parse_published
+from trainer.runs.published import REFERENCES, Published, Sampling, parse_published
 from trainer.runs.recipes import load_figure
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.sampling.run import sample_run
@@ -54,7 +56,7 @@ class Standard:
     """What samples of a run are judged by, made once for any number of judgements.
 
     reference: where it is, or `known`, its statistics. data: of a cache, the folder of its images. stamp: what tells that a
-    file under the same name is another one.
+    file under the same name is another one. shelf: where statistics of the reference are kept.
     """
 
     extractor: Extractor
@@ -62,6 +64,7 @@ class Standard:
     data: str | None
     known: Statistics | None = None
     stamp: object = None
+    shelf: Shelf | None = None
 
 
 def evaluate_run(
@@ -85,14 +88,13 @@ def evaluate_run(
         progress = QUIET
     if request.figure is not None:
         request, config = _beside(request.figure, request, config, progress)
-    settings = with_defaults(request.settings, run, config, device, progress)
+    settings = with_defaults(request.settings, run, config, device, progress, figure=request.figure)
     if not distributed.is_main():
         sample_run(run, settings, progress)
         return None
-    standard = standard or standard_of(run, request, settings, device, progress)
+    standard = standard or standard_of(run, request, settings, config, device, progress)
     drawn = sample_run(run, settings, progress)
-    given = replace(request, settings=settings, data=standard.data)
-    result = _judge(drawn.images, standard.known or standard.reference, standard.extractor, given, progress)
+    result = judge(drawn.images, standard, replace(request, settings=settings), progress)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
     entry = {
         "step": drawn.loaded.step,
@@ -106,19 +108,42 @@ def evaluate_run(
     return EvalResult(metrics=result["metrics"], file=run / "metrics.json")
 
 
-def standard_of(run: Path, request: EvalRequest, settings: SampleRequest, device: str, progress: Progress) -> Standard:
+def standard_of(
+    run: Path, request: EvalRequest, settings: SampleRequest, config: RunConfig, device: str, progress: Progress
+) -> Standard:
     """What a request judges by; what would fail after drawing fails now."""
     extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
-    reference, data = _reference(run, request)
-    if request.reference is None:
-        beside = f", which are in {data}" if data is not None else ""
-        progress.note(redact(f"compared with the images of {reference}{beside}"))
+    reference, data = choose_reference(run, request, config, progress)
     _check_before_drawing(run, request, extractor, reference, data)
     stamp: object = cache_summary(run)["fingerprint"] if request.reference is None else None
     path = Path(reference)
-    if request.reference is not None and path.is_file():
+    if path.is_file():
         stamp = [path.stat().st_size, path.stat().st_mtime_ns]
-    return Standard(extractor=extractor, reference=reference, data=data, stamp=stamp)
+    shelf = Shelf.of_user(progress) if request.reference is None else None
+    return Standard(extractor=extractor, reference=reference, data=data, stamp=stamp, shelf=shelf)
+
+
+def with_statistics(standard: Standard, request: EvalRequest, run: Path, progress: Progress) -> Standard:
+    """With the reference's statistics, for several judgements by them."""
+    chosen = chosen_metrics(request.metrics or None, standard.extractor)
+    with torch.inference_mode(), full_precision():
+        known = reference_statistics(
+            standard.reference,
+            standard.extractor,
+            resolution=int(cache_summary(run)["dataset"]["preprocessing"]["resolution"]),
+            need_features=bool(NEED_FEATURES & set(chosen)),
+            batch_size=request.settings.batch_size,
+            data=standard.data,
+            shelf=standard.shelf,
+            progress=progress,
+        )
+    return replace(standard, known=known)
+
+
+def judge(images: Path, standard: Standard, request: EvalRequest, progress: Progress) -> dict[str, Any]:
+    """What is found of samples; the entry of `metrics.json` but for how they were drawn."""
+    given, against = replace(request, data=standard.data), standard.known or standard.reference
+    return _judge(images, against, standard.extractor, given, progress, shelf=standard.shelf)
 
 
 # Of a request, what moves no number, or is the point of the curve.
@@ -141,6 +166,31 @@ def asked(settings: SampleRequest, request: EvalRequest, standard: Standard, dev
             }
         )
     )
+
+
+def choose_reference(run: Path, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[str, str | None]:
+    """What samples are compared with, and the folder of its images: see `EvalRequest.reference`; says so.
+
+    Raises:
+        UserError: there are no images to compare with.
+    """
+    published = recipe_sampling(config) or Sampling()
+    file, described = REFERENCES[published.reference] if published.reference is not None else (None, "")
+    if request.reference is None and file is not None:
+        found = Path(request.settings.weights_dir or ".") / file
+        if request.settings.weights_dir is not None and found.is_file():
+            progress.note(f"compared with {found}, {described}, as the recipe's figures were")
+            return str(found), request.data
+    reference, data = _reference(run, request)
+    if request.reference is None:
+        beside = f", which are in {data}" if data is not None else ""
+        progress.note(redact(f"compared with the images of {reference}{beside}"))
+        if file is not None:
+            progress.note(
+                f"the recipe's figures were compared with {described}: for numbers that may stand beside them type "
+                f"--reference {file}"
+            )
+    return reference, data
 
 
 def _check_before_drawing(
@@ -177,12 +227,13 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
 
 def _judge(
     samples: str | Path,
-    reference: str | Statistics,
+    reference: Statistics | str,
     extractor: Extractor,
     request: EvalRequest,
     progress: Progress,
     *,
     require_labels: bool = False,
+    shelf: Shelf | None = None,
 ) -> dict[str, Any]:
     with torch.inference_mode():
         result = evaluate(
@@ -196,6 +247,7 @@ def _judge(
             seed=request.settings.seed,
             require_labels=require_labels,
             data=request.data,
+            shelf=shelf,
             progress=progress,
         )
     for warning in result["warnings"]:
@@ -203,9 +255,15 @@ def _judge(
     return result
 
 
+def recipe_figures(config: RunConfig) -> Published | None:
+    """What the paper reports for the recipe that a run came from; None if it came from none."""
+    return parse_published(config.published) if config.published else None
+
+
 def recipe_sampling(config: RunConfig) -> Sampling | None:
     """How the samples behind the recipe's published figures were drawn, if the run came from a recipe that says so."""
-    return parse_published(config.published).sampling if config.published else None
+    published = recipe_figures(config)
+    return published.sampling if published is not None else None
 
 
 def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[EvalRequest, RunConfig]:
@@ -233,20 +291,32 @@ def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Prog
 
 
 def with_defaults(
-    asked: SampleSettings, run: Path, config: RunConfig, device: str, progress: Progress
+    asked: SampleSettings, run: Path, config: RunConfig, device: str, progress: Progress, *, figure: str | None = None
 ) -> SampleRequest:
-    """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow."""
+    """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow.
+
+    Raises:
+        UserError: the recipe's figures were drawn with guidance of a scale that its paper does not give, and none is
+            asked for.
+    """
     on_gpu = device.startswith("cuda")
     model = run_model_config(run, config)
-    paper = recipe_sampling(config) or Sampling()
+    published = recipe_figures(config)
+    paper = (published.sampling if published is not None else None) or Sampling()
     steps = asked.steps or (paper.steps or GPU_STEPS if on_gpu else CPU_STEPS)
-    if asked.guidance is None and paper.guidance is None:
-        progress.note(UNKNOWN_SCALE)
     sampler = asked.sampler or (paper.sampler if on_gpu else CPU_SAMPLERS[model.family])
-    chosen = paper.settings({**vars(asked), "sampler": sampler, "steps": steps, "device": device})
+    given = {**vars(asked), "sampler": sampler, "steps": steps, "device": device}
+    if published is not None:
+        command = f"trainer eval {typed(run)}" + (f" --figure {typed(figure)}" if figure is not None else "")
+        chosen = published.settings(given, command)
+        if asked.guidance is None and paper.guidance is not None:
+            for other in paper.variants:
+                progress.note(f"the recipe's figures may have been drawn otherwise, {other.why}: {other.flags}")
+    else:
+        chosen = paper.settings(given)
     num = asked.num
     if num is None and on_gpu:
-        num = GPU_SAMPLES
+        num = paper.num or GPU_SAMPLES
     elif num is None:
         unguided = chosen["guidance"] == chosen["representation_guidance"] == 1
         cost = forward_flops(model) * steps * (1 if unguided else 2)

@@ -26,6 +26,7 @@ from trainer.report.judged import judged_samples
 from trainer.report.page import Figure
 from trainer.report.report import common_steps, router_chart, write_comparison, write_report
 from trainer.report.same_noise import SameNoise
+from trainer.report.sweeps import sweep_charts
 from trainer.report.table import PublishedFigure
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
@@ -76,6 +77,7 @@ def write_run_report(
         "published": [figure for folder, run in zip(folders, data) for figure in _published(folder, run.name)],
     }
     if len(folders) == 1:
+        given["charts"] += sweep_charts(folders[0])
         return write_report(out or folders[0] / "report.html", data, **given)
     judged, drawn = given["judged_samples"], None
     if same_noise is not None and not common_steps(data) and not (judged is not None and judged.same_noise):

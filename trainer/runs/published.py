@@ -6,17 +6,27 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainValidator
 
 from featcache.errors import UserError
-from featcache.settings import Count, Positive, from_mapping, settings
+from featcache.settings import Count, Names, NotNegative, Positive, from_mapping, settings
 from trainer.classes import Classes
-from trainer.interval import Interval, ParsedInterval
+from trainer.interval import Interval, ParsedInterval, plain
 
 METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
+MEASURES = ("G-SNR",)  # which `trainer analyze` takes of a model, not `trainer eval` of its samples
+
+# What published figures are measured against => its file, where it is one, and what it is.
+REFERENCES: Mapping[str, tuple[str | None, str]] = {
+    "adm-256": ("VIRTUAL_imagenet256_labeled.npz", "ADM's reference batch of ImageNet at 256 px"),
+    "adm-512": ("VIRTUAL_imagenet512.npz", "ADM's reference batch of ImageNet at 512 px"),
+    "train": (None, "the training images by ADM's crop"),
+}
 
 # Tables by paper, as our copies of the papers number them. SRA's have lost their captions; its text calls the
-# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3. LightningDiT's is the table of results in its
+# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3; F is that of its Appendix F. LightningDiT's is the table of results in its
 # repository, images/results.png, which has no number there. Of REG's and ReDi's, those whose number we do not know are named by what they compare.
 PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
     "REPA": tuple(str(n) for n in range(1, 13)),
@@ -26,13 +36,11 @@ PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
         *(str(n) for n in range(1, 8)),
         *("A.8", "A.9", "B.10", "B.11", "C.12", "D.13", "D.14", "D.15", "D.16", "D.17", "E.18", "F.19", "G.20", "I.21"),
     ),
-    "SRA": ("3.2", "3.3"),
+    "SRA": ("3.2", "3.3", "F"),
     "LightningDiT": ("results",),
     "REG": ("8", "9", "guidance", "512px", "beta", "depth", "encoder", "entanglement"),
     "ReDi": ("convergence", "guided", "representation-guidance", "components"),
 }
-UNKNOWN_SCALE = "the recipe's figures were drawn with guidance of a scale its paper does not give; drawing without"
-
 # The samplers that have a grid of times to shift.
 SHIFTED = ("sde", "ode", "heun")
 
@@ -40,14 +48,46 @@ _SOURCE = re.compile(r"(?P<paper>\w+), Table (?P<table>\S+)")
 
 
 @settings
-class Sampling:
-    """How the samples behind published figures were drawn; None where the paper does not say.
+class Variant:
+    """A guidance that figures of an unknown or disputed one may have been drawn with. why: who says so."""
 
-    sampler: `sde` (Euler-Maruyama), `ode` (Euler), `heun` or `ddpm`. steps: function evaluations.
+    guidance: NotNegative
+    why: str
+    interval: ParsedInterval = Interval()
+    channels: Count | None = None
+
+    @property
+    def flags(self) -> str:
+        """As typed."""
+        parts = [f"--guidance {plain(self.guidance)}"]
+        parts += [f"--interval {self.interval}"] if self.interval != Interval() else []
+        parts += [f"--guided-channels {self.channels}"] if self.channels is not None else []
+        return " ".join(parts)
+
+
+UNGUIDED = Variant(guidance=1.0, why="without guidance")
+
+
+def _variants(values: object) -> tuple[Variant, ...]:
+    if not isinstance(values, list | tuple):
+        raise ValueError("it must be a list of variants, each with guidance and why")
+    if not all(isinstance(value, Variant | Mapping) for value in values):
+        raise ValueError("each variant must hold keys and values: guidance, why, interval, channels")
+    where = "published.sampling.variants"
+    return tuple(v if isinstance(v, Variant) else from_mapping(Variant, v, where=where) for v in values)
+
+
+@settings
+class Sampling:
+    """How the samples behind published figures were drawn and what they were compared with; None where the paper does
+    not say.
+
+    sampler: `sde` (Euler-Maruyama), `ode` (Euler), `heun` or `ddpm`. steps: function evaluations. num: how many samples.
     shift: of the times. guidance: classifier-free guidance scale, 1 for none. interval: of t, in which it acted.
     channels: the first so many were guided, None: all. stream_guidance, representation_guidance: see
-    `trainer.diffusion.guidance.Guidance`. classes: `random`, or `balanced`, each class alike. pixels: how
-    they became 8 bits, see `trainer.sampling.draw.SampleConfig`.
+    `trainer.diffusion.guidance.Guidance`. variants: what else it may have been, by whom. classes: `random`, or
+    `balanced`, each class alike. pixels: how they became 8 bits, see `trainer.sampling.draw.SampleConfig`.
+    reference: one of `REFERENCES`. also: further references that we judge by, as typed.
     """
 
     sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
@@ -58,8 +98,12 @@ class Sampling:
     channels: Count | None = None
     stream_guidance: Positive | None = None
     representation_guidance: Positive = 1.0
+    variants: Annotated[tuple[Variant, ...], PlainValidator(_variants)] = ()
+    num: Count | None = None
     classes: Literal["balanced", "random"] | None = None
     pixels: Literal["round", "truncate"] | None = None
+    reference: Literal["adm-256", "adm-512", "train"] | None = None
+    also: Names = ()
 
     def __str__(self) -> str:
         drawn = " ".join(str(part) for part in (self.sampler, self.steps) if part is not None)
@@ -80,16 +124,39 @@ class Sampling:
 
     @property
     def further(self) -> str:
-        """What `str` leaves out: labels and rounding, as far as they are known."""
-        known = {"classes": self.classes, "pixels": self.pixels}
+        """What `str` leaves out: number, labels, rounding and reference, as far as they are known."""
+        known = {
+            "num": None if self.num is None else f"{self.num:,}",
+            "classes": self.classes,
+            "pixels": self.pixels,
+            "reference": self.reference,
+        }
         return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+
+    @property
+    def options(self) -> tuple[Variant, ...]:
+        """Where the scale is not known, what one may draw with: the variants, and none."""
+        return (*(v for v in self.variants if v.guidance != 1), UNGUIDED)
+
+    def leaves_open(self, asked: Mapping[str, Any]) -> bool:
+        """Whether the samples were guided by a scale that nobody knows, and `asked` has none either."""
+        by_streams = asked.get("representation_guidance")
+        return self.guidance is None and asked.get("guidance") is None and by_streams in (None, 1)
 
     def settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """These, by the names of `trainer.requests.SampleSettings`, where `asked` has none; without sampler and steps.
 
         Interval, channels and the streams' scale belong to the guidance scale: with another one they are not these. So does
-        the shift to a sampler that takes one. An unknown scale is none at all, or whichever is asked for.
+        the shift to a sampler that takes one.
+
+        Raises:
+            UserError: the scale is not known, and none is asked for.
         """
+        if self.leaves_open(asked):
+            raise UserError(
+                "these samples were drawn with guidance, and its scale is not known",
+                remedy=f"Type a scale: {'   or '.join(option.flags for option in self.options)}",
+            )
         found = {name: value for name, value in asked.items() if value is not None}
         unguided = self.guidance is None or found.get("representation_guidance", 1) != 1
         scale = found.setdefault("guidance", 1.0 if unguided else self.guidance)
@@ -111,7 +178,8 @@ class Sampling:
 class Published:
     """What a paper reports for a row.
 
-    source: reads `AHPA, Table 3`. metrics: FID, sFID, IS, Precision and Recall, as far as the table has them.
+    source: reads `AHPA, Table 3`. metrics: FID, sFID, IS, Precision and Recall, as far as the table has them; or G-SNR
+    alone, which is no metric of samples.
 
     Raises:
         UserError: an unknown metric, a paper or table that does not exist.
@@ -129,7 +197,7 @@ class Published:
                 remedy=f"Write for example 'AHPA, Table 3'; papers: {', '.join(PAPER_TABLES)}.",
             )
         for metric in self.metrics:
-            if metric not in METRICS:
+            if metric not in (*METRICS, *MEASURES):
                 near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.3)
                 hint = f"Did you mean {near[0]}?" if near else f"Metrics: {', '.join(METRICS)}"
                 raise UserError(f"published.metrics holds an unknown metric {metric!r:.80}", remedy=hint)
@@ -137,6 +205,34 @@ class Published:
     @property
     def paper(self) -> str:
         return self.source.partition(",")[0]
+
+    @property
+    def is_of_samples(self) -> bool:
+        """Whether samples are judged for it; else `trainer analyze` measures it."""
+        return not self.metrics or not set(self.metrics) <= set(MEASURES)
+
+    def settings(self, asked: Mapping[str, Any], command: str) -> dict[str, Any]:
+        """As `Sampling.settings`. command: what was typed, for the remedy: `trainer eval runs/a --figure ahpa/b2`.
+
+        Raises:
+            UserError: the paper does not give the scale and none is asked for, or the figures are not of samples.
+        """
+        if not self.is_of_samples:
+            raise UserError(
+                f"{self.source} gives {', '.join(self.metrics)}, which is measured on a model, not on samples",
+                remedy="Type: trainer analyze RUN --what gsnr",
+            )
+        sampling = self.sampling or Sampling()
+        if sampling.leaves_open(asked):
+            lines = [f"\n  {command} {option.flags}   ({option.why})" for option in sampling.options]
+            lines.append(
+                f"\n  {command.replace('trainer sample', 'trainer eval')} --sweep guidance=1.0:2.5:0.1   (the curve)"
+            )
+            raise UserError(
+                f"the figures of {self.source} were drawn with guidance, and the paper does not give its scale",
+                remedy=f"Choose one:{''.join(lines)}",
+            )
+        return sampling.settings(asked)
 
     def figures(self) -> dict[str, str]:
         """The metrics with the papers' decimals: at least two for sFID, precision and recall, else at least one."""

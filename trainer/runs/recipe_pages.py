@@ -117,9 +117,21 @@ def commands(recipe: Recipe, rows: Sequence[Recipe]) -> list[str]:
             resume = " --resume" if reached else ""
             lines.append(f"  trainer run --recipe {shlex.quote(row.name)} --name {name}{resume}")
             reached = row.steps
-        figure = "" if row.published is None else f" --figure {shlex.quote(row.name)}"
-        hint = ""
-        if row.published is not None and (row.published.sampling or Sampling()).guidance is None:
-            hint = "   # add --guidance: the paper does not give the scale, and without it none is used"
-        lines.append(f"  trainer eval runs/{name}{figure}{data}{hint}")
+        lines += _evaluation(row, name, data)
     return lines
+
+
+def _evaluation(row: Recipe, name: str, data: str) -> list[str]:
+    """What judges a run of that name as the row's samples were judged; where the paper leaves the guidance open, each way."""
+    published = row.published
+    if published is None:
+        return [f"  trainer eval runs/{name}{data}"]
+    if not published.is_of_samples:
+        return [f"  trainer analyze runs/{name} --what gsnr"]
+    line = f"  trainer eval runs/{name} --figure {shlex.quote(row.name)}{data}"
+    sampling = published.sampling or Sampling()
+    if sampling.guidance is None:
+        tried = [f"{line} {option.flags}   # {option.why}; the paper gives no scale" for option in sampling.options]
+        return [*tried, f"{line} --sweep guidance=1.0:2.5:0.1   # the curve over the scale"]
+    lines = [line, *(f"{line} {other.flags}   # {other.why}" for other in sampling.variants)]
+    return [*lines, *(f"{line} --reference {shlex.quote(further)}" for further in sampling.also)]

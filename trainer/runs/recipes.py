@@ -18,7 +18,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import pipelines
 from featcache.errors import UserError
 from featcache.settings import from_mapping
 from trainer.runs.config import RunConfig
-from trainer.runs.published import UNKNOWN_SCALE, Published, Sampling, parse_published
+from trainer.runs.published import MEASURES, Published, Sampling, parse_published
 from trainer.runs.yaml_text import read_yaml
 
 _FORMER_FOLDER = re.compile(r"\A(?:(?:.*/)?pipelines/|(?:\.\./)+)")
@@ -78,13 +78,16 @@ class Recipe:
             raise UserError(f"{self.name}: steps must be a number, not {steps!r:.80}")
         return steps
 
-    def drawn_as(self, asked: Mapping[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
-        """Settings of `trainer.requests.SampleRequest` for samples as those of the published figures, under what is asked."""
-        sampling = (self.published.sampling if self.published is not None else None) or Sampling()
-        if sampling.guidance is None and asked.get("guidance") is None:
-            note(UNKNOWN_SCALE)
+    def drawn_as(self, asked: Mapping[str, Any], command: str) -> dict[str, Any]:
+        """Settings of `trainer.requests.SampleRequest` for samples as those of the published figures, under what is asked.
+
+        Raises:
+            UserError: as `trainer.runs.published.Published.settings`; or the row has no figures.
+        """
+        assert self.published is not None, "load_figure gives none without"
+        sampling = self.published.sampling or Sampling()
         own = {"sampler": sampling.sampler, "steps": sampling.steps, "checkpoint": self.steps}
-        return sampling.settings({**own, **asked})
+        return self.published.settings({**own, **asked}, command)
 
     def config(self) -> RunConfig:
         """The validated configuration.
@@ -354,6 +357,9 @@ def _with_sampling(row: Mapping[str, Any], drawn: Mapping[str, Any]) -> Mapping[
     """A row whose published figures were drawn as the paper's are in common, but for what they say themselves."""
     published = row.get("published")
     if not drawn or not isinstance(published, Mapping) or not isinstance(published.get("sampling") or {}, Mapping):
+        return row
+    figures = published.get("metrics")
+    if isinstance(figures, Mapping) and figures and set(figures) <= set(MEASURES):  # not of samples
         return row
     return {**row, "published": {**published, "sampling": {**drawn, **(published.get("sampling") or {})}}}
 

@@ -87,6 +87,22 @@ class Origins(TypedDict):
     origins: Annotated[list[OriginEntry], Field(min_length=1, max_length=1 << 10)]
 
 
+class SweepPoint(TypedDict):
+    """One point of a sweep, beside what an evaluation holds."""
+
+    value: _Finite
+    metrics: Annotated[dict[_Text, _Number], Field(min_length=1)]
+
+
+class Sweep(TypedDict):
+    """A file of `sweeps/`."""
+
+    setting: _Text
+    step: _Whole
+    common: dict[str, Any]
+    points: Annotated[list[SweepPoint], Field(min_length=1, max_length=10_000)]
+
+
 class CheckpointState(TypedDict):
     """`state.json` of a checkpoint. skipped: the steps that were left out so far."""
 

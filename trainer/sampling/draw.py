@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
     from trainer.sampling.inference import Network
+    from trainer.sampling.trunk import Trunk
 
 # Family -> its samplers, the default first; and the one that draws grids, in GRID_STEPS steps.
 SAMPLERS = {"sit": ("sde", "ode", "heun", "dopri5"), "dit": ("ddpm", "ddim")}
@@ -200,13 +202,15 @@ def draw_latents(
     config: SampleConfig,
     *,
     transport: Transport | None = None,
+    trunk: Trunk | None = None,
 ) -> Tensor:
     """Scaled latents float32 [B, C, h, w] of the samples `indices` with `labels` [B].
 
     Each sample's noise is a function of (config.seed, its index) alone, and the latents' is the same whatever is drawn
-    beside them. `transport`: what the model was trained with, None its family's with default settings.
+    beside them. `transport`: what the model was trained with, None its family's with default settings. `trunk`: where
+    states are kept that samples under other guidance pass, too; no bit depends on it.
     """
-    return draw_streams(model, labels, indices, config, transport=transport)[0]
+    return draw_streams(model, labels, indices, config, transport=transport, trunk=trunk)[0]
 
 
 @torch.inference_mode()
@@ -217,6 +221,7 @@ def draw_streams(
     config: SampleConfig,
     *,
     transport: Transport | None = None,
+    trunk: Trunk | None = None,
 ) -> list[Tensor]:
     """As `draw_latents`: the latents, then each stream in the shapes of `trainer.diffusion.streams.Layout`."""
     cfg, device = model.cfg, labels.device
@@ -243,11 +248,48 @@ def draw_streams(
         if config.sampler == "ddim":
             return layout.unpack(samplers.ddim(model_fn, x, times))
         return layout.unpack(samplers.ddpm(model_fn, x, times, noise=noise))
+    sampler: Sampler
     if config.sampler == "sde":
         assert isinstance(transport, Flow), "check_sampler lets no DDPM model come here"
-        return layout.unpack(samplers.euler_maruyama(model_fn, x, times, noise=noise, path=transport.path))
-    method = {"ode": samplers.euler, "heun": samplers.heun, "dopri5": samplers.dopri5}[config.sampler]
-    return layout.unpack(method(model_fn, x, times))
+        sampler = partial(samplers.euler_maruyama, noise=noise, path=transport.path)
+    elif config.sampler == "dopri5":  # chooses its steps: there are no states that others pass, too
+        return layout.unpack(samplers.dopri5(model_fn, x, times))
+    else:
+        sampler = {"ode": samplers.euler, "heun": samplers.heun}[config.sampler]
+    if trunk is None:
+        return layout.unpack(sampler(model_fn, x, times))
+    guided_from = first_guided(times, config.guidance, transport.time_range)
+    return layout.unpack(_from_trunk(sampler, model_fn, x, times, trunk, indices, guided_from))
+
+
+Sampler = Callable[..., Tensor]
+
+
+def first_guided(times: Sequence[float], guidance: Guidance, time_range: float = 1.0) -> int:
+    """Number of the first step of a grid in which guidance acts; the number of steps where it never does."""
+    return next((k for k, t in enumerate(times[:-1]) if guidance.active(t / time_range)), len(times) - 1)
+
+
+def _from_trunk(
+    sampler: Sampler,
+    model_fn: samplers.ModelFn,
+    x: Tensor,
+    times: list[float],
+    trunk: Trunk,
+    indices: Sequence[int],
+    guided_from: int,
+) -> Tensor:
+    """What the sampler makes of x, from the furthest state that is kept and comes before guidance acts."""
+    steps, begun, state = len(times) - 1, 0, x
+    found = trunk.load(indices, shape=tuple(x.shape), most=guided_from)
+    if found is not None:
+        begun, state = found[0], found[1].to(x.device)
+    if begun < guided_from < steps:
+        part = samplers.Part(start=begun, stop=guided_from, dtype=x.dtype)
+        state = sampler(model_fn, state, times, part=part)
+        trunk.save(indices, guided_from, state)
+        begun = guided_from
+    return sampler(model_fn, state, times, part=samplers.Part(start=begun, stop=steps, dtype=x.dtype))
 
 
 def _on_state(
@@ -292,6 +334,7 @@ def draw_units(
     config: SampleConfig,
     *,
     transport: Transport | None = None,
+    trunk: Trunk | None = None,
     unit: int,
 ) -> Iterator[np.ndarray]:
     """The samples `indices` with `labels` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
@@ -306,7 +349,8 @@ def draw_units(
     def draw(start: int) -> Tensor:
         chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
         wanted = torch.from_numpy(np.asarray(labels)[chosen]).to(device)
-        latents = draw_latents(model, wanted, [int(indices[i]) for i in chosen], config, transport=transport)
+        numbers = [int(indices[i]) for i in chosen]
+        latents = draw_latents(model, wanted, numbers, config, transport=transport, trunk=trunk)
         return decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
 
     starts = range(0, len(indices), unit)

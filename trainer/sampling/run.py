@@ -51,6 +51,7 @@ from trainer.sampling.draw import (
 )
 from trainer.sampling.grid import class_picture, first_of_classes
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
+from trainer.sampling.trunk import Trunk, trunk_record
 
 if TYPE_CHECKING:
     from trainer.diffusion.transport import Transport
@@ -171,10 +172,14 @@ class SampleResult:
     settings: Record
 
 
-def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleResult:
+def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: Path | None = None) -> SampleResult:
     """Draws `request.num` images of a run and writes them with a grid; finished work of an interrupted call is kept.
 
     Under torchrun all ranks call it together and draw a share each.
+
+    Args:
+        trunk: folder in which calls that differ in their guidance alone share what comes before it acts
+            (`trainer.sampling.trunk`); the images do not depend on it.
 
     Raises:
         UserError: no such run or checkpoint, raw weights that it does not hold, unknown settings, or a folder that holds
@@ -214,6 +219,7 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress) -> SampleR
                 class_names=loaded.class_names,
                 num=request.num,
                 unit=_unit(device, request.batch_size),
+                trunk=None if trunk is None else Trunk(trunk, trunk_record(record, device)),
             )
             with applied(arithmetic):
                 _draw_to(images, grid, record, draw, world, progress)
@@ -278,6 +284,7 @@ class _Draw:
     class_names: Sequence[str]
     num: int
     unit: int
+    trunk: Trunk | None = None
 
     @property
     def shown(self) -> dict[int, np.ndarray]:
@@ -329,7 +336,14 @@ def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], progress: Pr
     """Draws blocks and saves each when it is full, in a thread beside the drawing of the next."""
     indices = [i for k in numbers for i in range(k * BLOCK, k * BLOCK + _padded(_block_count(draw.num, k), draw.unit))]
     units = draw_units(
-        draw.network, draw.vae, draw.labels[indices], indices, draw.config, transport=draw.transport, unit=draw.unit
+        draw.network,
+        draw.vae,
+        draw.labels[indices],
+        indices,
+        draw.config,
+        transport=draw.transport,
+        trunk=draw.trunk,
+        unit=draw.unit,
     )
     saving: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:

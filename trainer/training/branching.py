@@ -33,7 +33,9 @@ def take_over(
     for average in parts.averages.take_over(
         parts.model, had, lambda stem: checkpoint.load_tensors(folder, stem), source=folder
     ):
-        note(f"{average}, which {origin.run} does not keep, counts the weights before step {origin.step} as those of then")
+        note(
+            f"{average}, which {origin.run} does not keep, counts the weights before step {origin.step} as those of then"
+        )
     with_heads = not imported and _load_heads(parts, origin, config, note)
     if imported:
         kept[0] = "averaged weights, which are all that was imported"
