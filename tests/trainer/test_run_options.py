@@ -31,7 +31,8 @@ from trainer.runs.exchange import export_checkpoint
 from trainer.runs.folder import load_config
 from trainer.sampling.draw import SampleConfig, draw_latents, load_run
 from trainer.sampling.run import sample_run
-from trainer.training.loop import learning_rate, train
+from trainer.training.loop import train
+from trainer.training.schedule import learning_rate
 
 OPTIONS: dict[str, Any] = {
     "time_sampling": "lognormal",

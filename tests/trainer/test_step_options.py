@@ -26,7 +26,7 @@ from trainer.training.meters import RunningMeans
 from trainer.training.state import _check_cuda_graphs, _wrapped, assemble
 
 CPU = torch.device("cpu")
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "SiT": {"name": "SiT-Nano/2"},
     "SiT with norms": {"name": "SiT-Nano/2", "qk_norm": True},
     "LightningDiT": {"name": "LightningDiT-Nano/2", "qk_norm": True},

@@ -145,8 +145,8 @@ class Objective(nn.Module):
         self._transport = transport
         # In a list: not a submodule, so neither saved, trained nor synchronised with this one.
         self._teacher = [teacher]
-        self._before: Callable[..., Any] = self._prepared
-        self._after: Callable[..., Any] = self._losses
+        self._before: Callable[..., tuple[list[Tensor], Tensor, list[Tensor]]] = self._prepared
+        self._after: Callable[..., tuple[dict[str, Tensor], AlignInputs | None]] = self._losses
 
     def forward(
         self, batch: Mapping[str, Tensor], draws: Draws, *, aligned: bool = True
