@@ -20,7 +20,7 @@ from trainer.report.run import write_run_report
 from trainer.runs import branch
 from trainer.runs.config import RunConfig
 from trainer.runs.exchange import export_checkpoint, import_checkpoint
-from trainer.training import loop
+from trainer.runs.folder import load_config
 from trainer.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("nano")
@@ -75,7 +75,7 @@ def test_a_branch_is_resumed_without_its_origin(shapes_cache: Path, tmp_path: Pa
     """Also one that was killed before its first checkpoint, as long as the origin is there."""
     run(settings(shapes_cache, steps=12, **EVERY), tmp_path)
     branched("run@6", tmp_path, steps=14, seed=3, lr=5e-4)
-    config = dataclasses.replace(loop.runs.load_config(tmp_path / "branch"))
+    config = dataclasses.replace(load_config(tmp_path / "branch"))
     cut = keep_only(tmp_path / "branch", 12, tmp_path / "again" / "branch")
     run(config, cut.parent, resume=True)
     assert_identical(tmp_path / "branch", cut, 14)
@@ -137,7 +137,7 @@ def test_changed_options_that_fit_keep_the_heads(shapes_cache: Path, tmp_path: P
     first, second = checkpoint_files(whole, 6), checkpoint_files(copy, 6)
     for stem in ("alignment", "optimizer"):
         assert all(torch.equal(value, second[stem][key]) for key, value in first[stem].items())
-    assert loop.runs.load_config(copy).align["repa"]["head_width"] == 24  # type: ignore[index]
+    assert load_config(copy).align["repa"]["head_width"] == 24  # type: ignore[index]
 
 
 def test_an_imported_run_is_branched(shapes_cache: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_imported_run_is_branched(shapes_cache: Path, tmp_path: Path) -> None
     files, ema = checkpoint_files(copy, 6), checkpoint_files(whole, 6)["ema"]
     assert all(torch.equal(files[stem][key], value) for stem in ("model", "ema") for key, value in ema.items())
     assert [line["step"] for line in log_of(copy)] == [7, 8]
-    resumed = dataclasses.replace(loop.runs.load_config(copy), steps=9)
+    resumed = dataclasses.replace(load_config(copy), steps=9)
     assert run(resumed, tmp_path, resume=True) == copy
 
 
@@ -209,7 +209,7 @@ def test_the_command_takes_what_is_typed_over_the_origin(
     (tmp_path / "recipe.yaml").write_text("lr: 5.0e-4\nclip: 0.5\n")
     words = ["--from", "run@6", "--recipe", "recipe.yaml", "--set", "clip=0.25", "--set", "method=none"]
     cli.app(["run", *words, "--steps", "8", "--name", "b"], standalone_mode=False)
-    config = loop.runs.load_config(tmp_path / "runs" / "b")
+    config = load_config(tmp_path / "runs" / "b")
     assert (config.lr, config.clip, config.method, config.steps, config.batch_size) == (5e-4, 0.25, "none", 8, 4)
 
 

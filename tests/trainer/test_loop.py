@@ -267,6 +267,7 @@ def test_training_learns(shapes_cache: Path, tmp_path: Path) -> None:
     [
         ("none", {}, 1),
         ("sara", {"accumulate": 2}, 2),
+        ("none", {"skip_nonfinite": 2}, 1),
         ("dya", {"recompute": "blocks", "lr_schedule": "cosine"}, 2),
         *(
             pytest.param(method, changes, graphs, marks=pytest.mark.slow)

@@ -17,7 +17,7 @@ from tiny_runs import Listener, assert_identical, checkpoint_files, keep_only, l
 from featcache.read.order import stream_indices
 from trainer import cli
 from trainer.runs import checkpoint
-from trainer.training import loop
+from trainer.training import loop, objective
 from trainer.training.loop import Diverged, train
 from trainer.training.spikes import Spikes
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("nano")
 def bad_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     """Steps whose noise has a NaN in its first sample alone, so that loss and gradients have."""
     steps: set[int] = set()
-    real = loop.draw
+    real = objective.draw
 
     def draw(**kw: Any) -> Any:
         draws = real(**kw)
@@ -166,7 +166,7 @@ def test_a_loss_far_above_its_course_is_a_spike() -> None:
 def test_a_spike_is_noted_and_drawn(shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.report.run import write_run_report
 
-    real = loop.draw
+    real = objective.draw
 
     def draw(**kw: Any) -> Any:
         draws = real(**kw)

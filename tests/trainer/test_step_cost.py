@@ -205,11 +205,14 @@ class Strict(Listener):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA alone says when the host waits for it")
 @pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize("bound", [0, 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_host_never_waits_for_a_gpu_but_at_logging_steps(shapes_cache: Path, tmp_path: Path, method: str) -> None:
+def test_the_host_never_waits_for_a_gpu_but_at_logging_steps(
+    shapes_cache: Path, tmp_path: Path, method: str, bound: int
+) -> None:
     """The first step, which loads kernels, logs."""
     watcher = Strict()
-    config = settings(shapes_cache, method, steps=10, log_every=5, device="cuda", compile=False)
+    config = settings(shapes_cache, method, steps=10, log_every=5, device="cuda", compile=False, skip_nonfinite=bound)
     try:
         train(config, resume=False, watcher=watcher, root=tmp_path)
     finally:

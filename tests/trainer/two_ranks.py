@@ -27,6 +27,7 @@ from featcache.settings import from_mapping
 from trainer.distributed import StopSignal, average_gradients, from_main, join, leave
 from trainer.evaluate.during import small_judge
 from trainer.runs.config import RunConfig
+from trainer.training import objective
 
 
 def signalling(step: int) -> Any:
@@ -43,7 +44,7 @@ def signalling(step: int) -> Any:
 
 def spoiling(steps: Collection[int]) -> Any:
     """Draws with a NaN in the last sample of the global batch, which the last rank trains on, in some steps."""
-    real = trainer.training.loop.draw
+    real = objective.draw
 
     def draw(**kw: Any) -> Any:
         draws = real(**kw)
@@ -55,9 +56,9 @@ def spoiling(steps: Collection[int]) -> Any:
 
 
 def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
-    real, real_draw = trainer.training.loop.train_step, trainer.training.loop.draw
+    real = trainer.training.loop.train_step
     collectives = Collectives()
-    trainer.training.loop.draw = spoiling(job.get("bad_steps", ()))
+    vars(trainer.training.loop)["draw"] = spoiling(job.get("bad_steps", ()))
     if job.get("signal_rank") == rank:
         trainer.training.loop.train_step = signalling(job["signal_step"])
     if job.get("watch"):
@@ -80,7 +81,7 @@ def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
     except UserError as error:
         return {"error": error.what}
     finally:
-        trainer.training.loop.train_step, trainer.training.loop.draw = real, real_draw
+        trainer.training.loop.train_step = real
 
 
 def flags(rank: int) -> list[int]:

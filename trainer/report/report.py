@@ -291,7 +291,7 @@ X = Callable[[Column], np.ndarray]  # where a column's values stand on the axis
 def _charts(runs: Sequence[RunData], x_label: str, x_of: X, keys: Sequence[tuple[str, str, str]]) -> list[Chart]:
     """Charts of what was logged, and of each metric measured at several checkpoints."""
     ends = {run.name: x for run in runs if (x := _alignment_end(run, x_of)) is not None}
-    begins = {run.name: x for run in runs if (x := _beginnings(run, x_of))}
+    begins = {run.name: places for run in runs if (places := _beginnings(run, x_of))}
     spikes = {run.name: x_of(run.log[SPIKE]) for run in runs if SPIKE in run.log}
     charts = []
     for key, title, label in keys:
