@@ -143,9 +143,9 @@ def test_profiles_are_met_as_the_page_says() -> None:
     def error(snapshots: int, width: float) -> float:
         return combine([(step, w) for step in range(1, snapshots + 1) for w in (0.05, 0.1)], (snapshots, width)).error
 
-    assert max(error(40, width) for width in np.linspace(0.05, 0.15, 41)) == pytest.approx(0.0015, rel=0.05)
-    assert error(40, 0.2) == pytest.approx(0.004, rel=0.1)
-    assert max(error(4, width) for width in np.linspace(0.05, 0.1, 21)) == pytest.approx(0.03, rel=0.2)
+    assert max(error(40, width) for width in np.linspace(0.05, 0.15, 41)) == pytest.approx(0.0015, rel=0.02)
+    assert error(40, 0.2) == pytest.approx(0.0042, rel=0.02)
+    assert max(error(4, width) for width in np.linspace(0.05, 0.1, 21)) == pytest.approx(0.036, rel=0.02)
 
 
 def test_what_is_stored_is_given_back_exactly() -> None:
