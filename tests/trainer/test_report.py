@@ -261,7 +261,7 @@ def test_comparison_shows_equal_steps_equal_time_and_strips(tmp_path: Path, runs
     page, text = read(write_comparison(tmp_path / "compare.html", runs))
     assert "At equal steps" in text and "At equal time" in text
     by_step, by_time = text[text.index("At equal steps") :].split("At equal time")
-    assert by_step.count("training step") == 6
+    assert by_step.count("training step") == 7  # speed among them
     assert by_time.count("training time (min)") == 2  # the denoising loss and FID
     assert "Denoising term" in by_time and "embedded-FID (lower is better)" in by_time
     assert "from the same noise" in text
