@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from trainer.models import model_config
-from trainer.training.memory import Size, activation_bytes, checkpoint_bytes, estimate_bytes
+from trainer.training.memory import Size, activation_bytes, estimate_bytes
 
 TOLERANCE = 0.2
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 
 # Peak of the process after a few steps, less its peak before anything was built, beside the estimate.
 MEASURE = """
@@ -76,4 +77,12 @@ def test_splitting_divides_what_can_be_divided() -> None:
     assert one / 8 < eight < one / 4
     more = estimate_bytes(Size(**size, rows=9)) - estimate_bytes(Size(**size, rows=8))
     assert more == pytest.approx(1.25 * activation_bytes(cfg, low=True, compiled=False))
-    assert checkpoint_bytes(Size(**size)) == 16 * 675_000_000
+    assert estimate_bytes(Size(**size, averages=3)) - one == pytest.approx(8 * 675_000_000)
+
+
+def test_recomputed_blocks_keep_their_inputs_and_one_block() -> None:
+    """Against `benchmarks/memory.py`, which counts what autograd saves under autocast."""
+    counted = json.loads((RESULTS / "memory.json").read_text())["results"]["SiT-XL/2"]
+    cfg = model_config("SiT-XL/2", latent_channels=4, latent_size=32, num_classes=1000)
+    kept = counted["blocks"]["per_image"] + counted["recomputed_block_per_image"]
+    assert activation_bytes(cfg, low=True, compiled=False, recompute=True) == pytest.approx(kept, rel=0.05)

@@ -185,8 +185,8 @@ def _train(
             watcher=watcher,
             make_judge=make_judge,
         )
-        if world.is_main and (told := require_room(run, config, parts.sizes, start)) is not None:
-            watcher.note(told)
+        if world.is_main and (needs := require_room(run, config, parts.sizes, start)) is not None:
+            watcher.note(needs)
         _announce(job, start, remark)
         if start < config.steps:
             with _told_how_to_go_on(job):

@@ -21,7 +21,8 @@ class Size:
 
     backbone, heads, adversary: trained parameters. rows: images of a micro-batch. targets: values of the features that an
     image's alignment reads. low: whether autocast multiplies in 16 bits. ranks: that the backbone is split over (FSDP2), 1
-    if it is not. keeps_gradients: they outlive a micro-batch (several of them, or DDP's buckets).
+    if it is not. keeps_gradients: they outlive a micro-batch (several of them, or DDP's buckets). averages: of the weights.
+    recompute: blocks keep their input alone.
     """
 
     cfg: ModelConfig
@@ -34,21 +35,25 @@ class Size:
     compiled: bool = False
     ranks: int = 1
     keeps_gradients: bool = False
+    averages: int = 1
+    recompute: bool = False
 
 
-def activation_bytes(cfg: ModelConfig, *, low: bool, compiled: bool) -> float:
+def activation_bytes(cfg: ModelConfig, *, low: bool, compiled: bool, recompute: bool = False) -> float:
     """Bytes that autograd keeps of the backbone's forward pass for one image.
 
     Of each token in each block, in widths D of the model: in float32 the inputs of both norms, their outputs, both
     modulated inputs, queries, keys, values, what attention gives, and what each half gives before its gate, 12 values;
     and of the MLP 2 values of its hidden width (4 where it is gated). Rotation adds 4, norms of queries and keys 3. Under
-    autocast, 4 of the 12 stay float32 and what is multiplied takes 2 bytes. A compiled step keeps four fifths.
+    autocast, 4 of the 12 stay float32 and what is multiplied takes 2 bytes. A compiled step keeps four fifths. Blocks that are
+    computed again keep their input, and one of them all this at a time.
     """
     hidden = (4 if cfg.mlp == "swiglu" else 2) * cfg.mlp_width / cfg.width
     more = (4 if cfg.rope else 0) + (3 if cfg.qk_norm else 0)
     per_value = 4 * 4 + 2 * (8 + hidden) + 3 * more if low else 4 * (12 + hidden + more)
     tokens = cfg.tokens + cfg.stream_tokens
-    return per_value * tokens * cfg.depth * cfg.width * (COMPILED if compiled else 1.0)
+    block = per_value * tokens * cfg.width * (COMPILED if compiled else 1.0)
+    return 4 * tokens * cfg.width * cfg.depth + block if recompute else block * cfg.depth
 
 
 def estimate_bytes(size: Size) -> float:
@@ -56,7 +61,7 @@ def estimate_bytes(size: Size) -> float:
 
     With P, H, A parameters of backbone, heads and discriminator, all float32, R ranks that share the backbone:
 
-        weights + average + AdamW   (4 + 4 + 8) P / R  +  12 (H + A)
+        weights + averages + AdamW  (4 + 4 * averages + 8) P / R  +  12 (H + A)
         gradients                   4 P / R + 4 (H + A), G
         16-bit copies of weights    2 P under autocast, for the length of a step; one block's if it is split
         activations                 1.25 rows * (backbone's, see `activation_bytes`, + 3 * targets * (2 or 4 bytes)), K
@@ -67,9 +72,9 @@ def estimate_bytes(size: Size) -> float:
     work spaces.
     """
     P, side = size.backbone / size.ranks, size.heads + size.adversary
-    state = 16 * P + 12 * side
+    state = (12 + 4 * size.averages) * P + 12 * side
     gradients = 4 * P + 4 * side
-    per_image = activation_bytes(size.cfg, low=size.low, compiled=size.compiled)
+    per_image = activation_bytes(size.cfg, low=size.low, compiled=size.compiled, recompute=size.recompute)
     per_image += COPIES_OF_TARGETS * size.targets * (2 if size.low else 4)
     kept = WORK * size.rows * per_image
     if size.low:
@@ -78,7 +83,3 @@ def estimate_bytes(size: Size) -> float:
         state += 8 * size.backbone / size.cfg.depth
     return state + (gradients + kept if size.keeps_gradients else max(gradients, kept))
 
-
-def checkpoint_bytes(size: Size) -> int:
-    """Of one checkpoint: weights, average and AdamW's moments of the backbone, weights and moments of what is beside it."""
-    return 16 * size.backbone + 12 * (size.heads + size.adversary)

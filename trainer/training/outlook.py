@@ -25,10 +25,11 @@ from trainer.align import config_class
 from trainer.align.base import Alignment
 from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, forward_flops
+from trainer.runs.budget import Sizes, disk_budget
 from trainer.runs.cache import missing_features
 from trainer.runs.config import RunConfig
 from trainer.runs.intervals import GRID_IMAGES
-from trainer.training.memory import Size, checkpoint_bytes, estimate_bytes
+from trainer.training.memory import Size, estimate_bytes
 from trainer.training.state import backbone_config, build_alignment, precision_of
 
 if TYPE_CHECKING:
@@ -164,6 +165,8 @@ class Outlook:
             low=self._is_low,
             compiled=self._compiled,
             ranks=world.size if sharded else 1,
+            averages=len(config.averages),
+            recompute=config.recompute == "blocks",
             keeps_gradients=config.accumulate > 1 or (world.size > 1 and not sharded),
         )
 
@@ -191,17 +194,19 @@ class Outlook:
         return f"about {size_text(takes)}, MORE THAN the {size_text(there)} of {where}: {remedy}"
 
     def _disk(self, size: Size) -> str:
-        config, one = self._config, checkpoint_bytes(size)
+        config = self._config
         assert config.checkpoint_every is not None
-        saved = -(-config.steps // config.checkpoint_every)
-        most = min(saved, config.keep_checkpoints + 1) * one  # the new one is whole before an old one goes
+        needs = disk_budget(config, Sizes(weights=size.backbone, heads=size.heads, adversary=size.adversary))
         text = (
-            f"a checkpoint of {size_text(one)} every {config.checkpoint_every:,} steps, {config.keep_checkpoints} kept"
+            f"a checkpoint of {size_text(needs.checkpoint_bytes)} every {config.checkpoint_every:,} steps, "
+            f"{config.keep_checkpoints} kept"
         )
+        if needs.snapshots:
+            text += f", and {needs.snapshots} snapshots of {size_text(needs.snapshot_bytes)}"
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self._run).free
-            text += f": up to {size_text(most)} of {size_text(free)} free"
-            if most > free and not self._start:
+            text += f": up to {size_text(needs.total_bytes)} of {size_text(free)} free"
+            if needs.total_bytes > free and not self._start:
                 text += ", WHICH IS NOT ENOUGH"
         return text
 
