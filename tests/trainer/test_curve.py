@@ -77,7 +77,7 @@ def test_every_snapshot_and_the_latest_checkpoint_make_a_curve(run: Path) -> Non
     assert times == sorted(times) and times[0] > 0
     entries = {entry["step"]: entry for entry in runs.read_metrics(run)}
     assert {step: entry["metrics"] for step, entry in entries.items()} == {p.step: p.metrics for p in curve.points}
-    assert [entries[step]["sampler"].get("stored") for step in (2, 4, 5)] == ["bf16", "bf16", None]
+    assert [(entries[step]["sampler"] or {}).get("stored") for step in (2, 4, 5)] == ["bf16", "bf16", None]
     alone = evaluate_run(run, replace(ASK, settings=replace(ASK.settings, checkpoint=4)), Told())
     assert alone is not None and alone.metrics == entries[4]["metrics"], "the same settings, the same noise"
     assert write_curve(run, curve).with_suffix(".svg").is_file()
@@ -88,25 +88,23 @@ def test_every_snapshot_and_the_latest_checkpoint_make_a_curve(run: Path) -> Non
 def test_what_was_judged_is_not_judged_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the call was killed in between; with other settings everything is."""
     judged: list[int | None] = []
-    real = curves.evaluate_run
 
-    def counted(run: Path, request: EvalRequest, *args: Any, **kw: Any) -> Any:
-        if len(judged) == 1:
-            raise KeyboardInterrupt
+    def noted(run: Path, request: EvalRequest, *args: Any, **kw: Any) -> Any:
         judged.append(request.settings.checkpoint)
-        return real(run, request, *args, **kw)
+        return evaluate_run(run, request, *args, **kw)
+
+    def killed(*args: Any, **kw: Any) -> Any:
+        if judged:
+            raise KeyboardInterrupt
+        return noted(*args, **kw)
 
     with monkeypatch.context() as patch:
-        patch.setattr(curves, "evaluate_run", counted)
+        patch.setattr(curves, "evaluate_run", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate_all(run, ASK, Told())
     assert judged == [2]
     told = Told()
-    monkeypatch.setattr(
-        curves,
-        "evaluate_run",
-        lambda run, request, *a, **kw: judged.append(request.settings.checkpoint) or real(run, request, *a, **kw),
-    )
+    monkeypatch.setattr(curves, "evaluate_run", noted)
     first = evaluate_all(run, ASK, told)
     assert judged == [2, 4, 5] and "1 of 3 steps are judged already" in told.notes
     before = (run / "metrics.json").read_bytes()
@@ -160,6 +158,8 @@ def test_what_contradicts_itself_is_refused(words: str, said: str) -> None:
 def test_the_paper_s_points_stand_beside_the_curve(shapes_cache: Path, tmp_path: Path) -> None:
     """Those of the run's training at any step, of samples drawn alike, and no further than the run has got."""
     recipe = next(r for r in list_recipes("repa/xl2") if r.name == "repa/xl2")
+    own = recipe.published
+    assert own is not None
     path = tmp_path / "run"
     path.mkdir()
     runs.save_config(path, replace(recipe.config(), cache=str(shapes_cache), name="run").settled())
@@ -179,9 +179,9 @@ def test_the_paper_s_points_stand_beside_the_curve(shapes_cache: Path, tmp_path:
         if r.published and "FID" in r.published.metrics
     ]
     found = _published_curve(path)["FID"]
-    assert set(found) <= set(expected) and (400_000, recipe.published.metrics["FID"]) in found
+    assert set(found) <= set(expected) and (400_000, own.metrics["FID"]) in found
     assert all(
-        figure.published.sampling == recipe.published.sampling
+        figure.published.sampling == own.sampling
         for figure in figures_of(recipe)
         if figure.published and (figure.steps, figure.published.metrics.get("FID")) in found
     )

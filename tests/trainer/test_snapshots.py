@@ -398,9 +398,14 @@ def test_the_budget_is_what_the_files_hold(
     shapes_cache: Path, tmp_path: Path, method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the byte but for AdamW's step counts; the files' headers come on top."""
-    seen = []
+    seen: list[budget.Sizes] = []
     real = budget.disk_budget
-    monkeypatch.setattr(budget, "disk_budget", lambda c, s, start: seen.append(s) or real(c, s, start=start))
+
+    def noted(config: RunConfig, sizes: budget.Sizes, *, start: int) -> budget.Budget:
+        seen.append(sizes)
+        return real(config, sizes, start=start)
+
+    monkeypatch.setattr(budget, "disk_budget", noted)
     common = {"steps": 8, "checkpoint_every": 2, "keep_checkpoints": 3, "snapshot_every": 2}
     config = settings(shapes_cache, method, **{**common, **changes})
     path = run(config, tmp_path)
@@ -439,7 +444,7 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypa
     sizes = budget.Sizes(weights=1_000_000)
     config = RunConfig(steps=400_000, snapshot_every=100_000)
     free = {"bytes": 10**12}
-    monkeypatch.setattr(budget.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free["bytes"]}))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free["bytes"]}))
     assert require_room(tmp_path, RunConfig(steps=400_000), sizes, 0) is None
     said = require_room(tmp_path, config, sizes, 0)
     assert said is not None and said.startswith("4 snapshots of ") and "full" not in said

@@ -115,7 +115,7 @@ def find_weights(run: Path, config: RunConfig, step: int | None, weights: Averag
     if weights.kind == "power" and weights not in config.averages:
         return _combined(run, config, step, weights, kept)
     if step in kept and weights.kind != "raw":
-        return _from_snapshot(step, kept[step], config, weights)  # type: ignore[arg-type]  # a key
+        return _from_snapshot(step, kept[step], config, weights)
     try:
         at, path = checkpoint.find_checkpoint(run, step)
     except UserError:
