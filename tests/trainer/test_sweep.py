@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -328,25 +329,30 @@ def test_a_sampler_in_parts_gives_the_bits_of_the_whole(name: str) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_curve(run: Path, tmp_path: Path) -> None:
-    """SIGKILL again and again; each call goes a little further than the one before."""
+    """SIGKILL while states, blocks of samples and points are written."""
     whole = Path(shutil.copytree(run, tmp_path / "runs/whole"))
     expected = sweep_run(whole, swept("guidance=1,1.5,2,3", num=300), Quiet())
     assert expected is not None
     words = ["--num", "300", "--sampler", "sde", "--steps", "8", "--interval", "0,0.5", "--device", "cpu"]
     words += ["--extractor", "embedded", "--metrics", "fid,precision,recall", "--sweep", "guidance=1,1.5,2,3"]
     command = [sys.executable, "-m", "trainer.cli", "eval", str(run), *words]
-    kills = 0
-    for wait in range(100):
+
+    def written() -> set[tuple[str, int]]:
+        found = set()
+        for path in (run / "sweeps").rglob("*"):
+            with contextlib.suppress(OSError):  # removed meanwhile
+                found.add((str(path), path.stat().st_mtime_ns))
+        return found
+
+    for kill, further in enumerate((1, 30, 80, 2)):  # files that are written before the kill: states, blocks, points
+        before = written()
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=8 + 1.7 * wait)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            time.sleep(0.1)
-    assert process.returncode == 0 and kills > 0
+        while process.poll() is None and len(written() - before) < further:
+            time.sleep(0.02)
+        time.sleep(0.05 * kill)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() in (-signal.SIGKILL, 0)
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600)
     (curve,) = read_curves(run)
     assert curve.points == expected.curve.points
 
