@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,12 @@ def test_what_autograd_keeps_of_the_papers_model() -> None:
 
 def test_splitting_divides_what_can_be_divided() -> None:
     cfg = model_config("SiT-XL/2", latent_channels=4, latent_size=32, num_classes=1000)
-    size = {"cfg": cfg, "backbone": 675_000_000, "low": True}
-    one, eight = estimate_bytes(Size(**size)), estimate_bytes(Size(**size, ranks=8))
+    size = Size(cfg=cfg, backbone=675_000_000, low=True)
+    one, eight = estimate_bytes(size), estimate_bytes(replace(size, ranks=8))
     assert one / 8 < eight < one / 4
-    more = estimate_bytes(Size(**size, rows=9)) - estimate_bytes(Size(**size, rows=8))
+    more = estimate_bytes(replace(size, rows=9)) - estimate_bytes(replace(size, rows=8))
     assert more == pytest.approx(1.25 * activation_bytes(cfg, low=True, compiled=False))
-    assert estimate_bytes(Size(**size, averages=3)) - one == pytest.approx(8 * 675_000_000)
+    assert estimate_bytes(replace(size, averages=3)) - one == pytest.approx(8 * 675_000_000)
 
 
 def test_recomputed_blocks_keep_their_inputs_and_one_block() -> None:

@@ -57,6 +57,7 @@ def disk_budget(config: RunConfig, sizes: Sizes, *, start: int = 0) -> Budget:
 
     A checkpoint holds the weights, each average, AdamW's two moments of all that is trained, and the method's state.
     """
+    assert config.checkpoint_every is not None, "nothing of a run's settings is open"
     copies, moments = 1 + len(config.averages), 2
     numbers = copies * sizes.weights + moments * (sizes.weights + sizes.heads + sizes.adversary)
     saved = -(-config.steps // config.checkpoint_every) - start // config.checkpoint_every

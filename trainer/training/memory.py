@@ -82,4 +82,3 @@ def estimate_bytes(size: Size) -> float:
     if size.ranks > 1:
         state += 8 * size.backbone / size.cfg.depth
     return state + (gradients + kept if size.keeps_gradients else max(gradients, kept))
-
