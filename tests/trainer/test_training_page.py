@@ -110,3 +110,24 @@ def test_the_slurm_script_tells_of_a_failure(shapes_cache: Path, tmp_path: Path)
     said, _ = job.communicate(timeout=240)
     assert job.returncode != 0 and "error:" in said
     assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.slow
+def test_the_command_for_several_gpus_trains_on_two_ranks(shapes_cache: Path, tmp_path: Path) -> None:
+    """As it is written, but for the number of ranks and sizes that suit a CPU."""
+    written = PAGE.read_text("utf-8").split("```sh torchrun\n")[1].split("```")[0]
+    changes = {"--nproc-per-node 8": "--nproc-per-node 2", "SiT-XL/2": "SiT-Ti/2", "caches/imagenet": str(shapes_cache)}
+    for word, other in changes.items():
+        assert word in written
+        written = written.replace(word, other)
+    done = subprocess.run(
+        [*written.split(), "--steps", "2", "--batch-size", "4", "--device", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "batch: 4 = 2 ranks" in done.stdout
+    assert list_checkpoints(tmp_path / "runs/xl")[-1][0] == 2
