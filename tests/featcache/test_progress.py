@@ -243,7 +243,7 @@ def test_every_progress_is_called_alike(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", [Quiet, RichProgress])
-def test_records_are_called_alike(kind: type) -> None:
+def test_records_are_called_alike(kind: type[RecordingProgress]) -> None:
     assert inspect.signature(kind.record) == inspect.signature(RecordingProgress.record)
 
 

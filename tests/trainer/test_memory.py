@@ -43,10 +43,10 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "none", "batch_size": 64},
-        {"method": "ahpa", "batch_size": 64},
-        {"method": "none", "batch_size": 64, "precision": "bf16"},
-        {"method": "none", "batch_size": 64, "accumulate": 2},
+        {"method": "none", "batch_size": 16},
+        {"method": "ahpa", "batch_size": 16},
+        {"method": "none", "batch_size": 16, "precision": "bf16"},
+        {"method": "none", "batch_size": 16, "accumulate": 2},
         {"method": "none", "batch_size": 2},
     ],
 )
@@ -71,7 +71,7 @@ def test_what_autograd_keeps_of_the_papers_model() -> None:
 
 def test_splitting_divides_what_can_be_divided() -> None:
     cfg = model_config("SiT-XL/2", latent_channels=4, latent_size=32, num_classes=1000)
-    size = {"cfg": cfg, "backbone": 675_000_000, "low": True}
+    size: dict[str, Any] = {"cfg": cfg, "backbone": 675_000_000, "low": True}
     one, eight = estimate_bytes(Size(**size)), estimate_bytes(Size(**size, ranks=8))
     assert one / 8 < eight < one / 4
     more = estimate_bytes(Size(**size, rows=9)) - estimate_bytes(Size(**size, rows=8))
