@@ -191,15 +191,17 @@ def _recorded_picture(task: _Task, width: int) -> RenderableType:
     # A column stays free: terminals differ in what they do with the last one.
     room = width - 1 - cell_len(name) - cell_len(share) - 2
     if task.total and room >= LEAST_BAR:
-        first: RenderableType = (grid := Table.grid("", "", "", padding=(0, 1)))
+        row = Table.grid("", "", "", padding=(0, 1))
         bar = ProgressBar(task.total, task.done, width=min(WIDEST_BAR, room))
-        grid.add_row(Text(name, style="bold"), bar, Text(share))
+        row.add_row(Text(name, style="bold"), bar, Text(share))
+        first: RenderableType = row
     else:
         lines = [f"{name} {share}", f"{name} {left}", left]
         line = next((line for line in lines if cell_len(line) < width), left)
-        first = Text(line)
+        text = Text(line)
         if line.startswith(name):
-            first.stylize("bold", 0, len(name))
+            text.stylize("bold", 0, len(name))
+        first = text
     shown = list(task.recorded)
     for part in task.more:
         if cell_len(", ".join([*shown, part])) >= width:

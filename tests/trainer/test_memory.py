@@ -45,10 +45,10 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "none", "batch_size": 64},
-        {"method": "ahpa", "batch_size": 64},
-        {"method": "none", "batch_size": 64, "precision": "bf16"},
-        {"method": "none", "batch_size": 64, "accumulate": 2},
+        {"method": "none", "batch_size": 16},
+        {"method": "ahpa", "batch_size": 16},
+        {"method": "none", "batch_size": 16, "precision": "bf16"},
+        {"method": "none", "batch_size": 16, "accumulate": 2},
         {"method": "none", "batch_size": 2},
     ],
 )
