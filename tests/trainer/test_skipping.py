@@ -208,6 +208,24 @@ def _first(model: torch.nn.Module) -> float:
     return float(next(model.parameters()).detach().double().sum())
 
 
+def test_a_discriminator_whose_gradient_alone_is_bad_is_noticed(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The square root's derivative at zero is infinite, and its value is not. Step 2 is the discriminator's second turn."""
+    real, turns = objective.Objective.adversary_loss, list[int]()
+
+    def adversary_loss(self: objective.Objective, *args: Any) -> torch.Tensor:
+        loss = real(self, *args)
+        turns.append(1)
+        return loss + torch.sqrt(0 * loss) if len(turns) == 2 else loss
+
+    monkeypatch.setattr(objective.Objective, "adversary_loss", adversary_loss)
+    path = run(settings(shapes_cache, "sara", steps=4, skip_nonfinite=1, **MANY), tmp_path)
+    before, after = checkpoint_files(path, 2), checkpoint_files(path, 3)
+    assert all(torch.equal(value, after[stem][key]) for stem, of in before.items() for key, value in of.items())
+    assert losses(path, "skipped") == [0, 0, 1, 1]
+
+
 def test_no_snapshot_is_taken_of_weights_that_are_not_finite(
     shapes_cache: Path, tmp_path: Path, bad_steps: set[int]
 ) -> None:

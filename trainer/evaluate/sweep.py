@@ -127,7 +127,7 @@ def sweep_run(run: Path, request: EvalRequest, progress: Progress) -> SweepResul
     if not distributed.is_main():
         progress = QUIET
     if request.figure is not None:
-        request, config = evaluation.beside(request.figure, request, config, progress)
+        request, config = evaluation.beside_figure(request.figure, request, config, progress)
     base = _base(request.settings, sweep, run, config, device, progress)
     step = find_weights(run, config, base.checkpoint, Average.parse(base.weights)).step
     base = replace(base, checkpoint=step)
