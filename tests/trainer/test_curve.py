@@ -145,6 +145,7 @@ def test_runs_without_anything_to_judge_say_so(run: Path, tmp_path: Path) -> Non
     [
         ("RUN --all --step 3", "--step names one step, and --all judges every one"),
         ("RUN --all --figure ahpa/b2", "--figure names one step, and --all judges every one"),
+        ("RUN --all --sweep guidance=1,2", "--sweep judges one step at many values, and --all judges every one"),
         ("--all --samples x.npz --reference y.npz", "--all is of a run's steps, and --samples are drawn already"),
         ("--samples x.npz --reference y.npz --weights raw", "--weights says how to draw images"),
         ("RUN --weights best", "--weights 'best' names no average"),

@@ -22,7 +22,7 @@ from featcache.errors import UserError
 from featcache.progress import Quiet
 from tests.told import Told
 from trainer.classes import Classes
-from trainer.evaluate.run import _beside, choose_reference, evaluate_images, evaluate_run, with_defaults
+from trainer.evaluate.run import beside_figure, choose_reference, evaluate_images, evaluate_run, with_defaults
 from trainer.interval import Interval
 from trainer.models import build_model
 from trainer.models.config import forward_flops
@@ -408,7 +408,7 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
         assert recipe.published is not None and recipe.published.sampling is not None
         sampling = recipe.published.sampling
         told = Told()
-        asked, as_if = _beside(recipe.name, EvalRequest(), config, told)
+        asked, as_if = beside_figure(recipe.name, EvalRequest(), config, told)
         if sampling.guidance is None:
             with pytest.raises(UserError, match="does not give its scale"):
                 with_defaults(asked.settings, run, as_if, "cuda", told)
@@ -428,7 +428,7 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
         assert any("may have been drawn otherwise" in note for note in told.notes) == disputed, recipe.name
         assert any(f"not trained as {recipe.training} says" in note for note in told.notes), "it is a tiny run"
     typed = EvalRequest(settings=SampleSettings(sampler="heun", steps=7, guidance=2.0, checkpoint=5))
-    asked, as_if = _beside("repa/xl2-4m-interval", typed, config, Quiet())
+    asked, as_if = beside_figure("repa/xl2-4m-interval", typed, config, Quiet())
     drawn = with_defaults(asked.settings, run, as_if, "cuda", Quiet())
     assert (drawn.sampler, drawn.steps, drawn.guidance, str(drawn.interval), drawn.checkpoint) == (
         "heun",
@@ -438,7 +438,7 @@ def test_a_run_is_drawn_as_any_figure_was(root: Path) -> None:
         5,
     )
     with pytest.raises(UserError, match="haste/b2 has no published figures"):
-        _beside("haste/b2", EvalRequest(), config, Quiet())
+        beside_figure("haste/b2", EvalRequest(), config, Quiet())
 
 
 def test_samples_of_a_recipe_s_run_are_drawn_as_its_figures_were(root: Path, tmp_path: Path) -> None:
@@ -492,9 +492,9 @@ def test_a_recipe_names_the_reference_of_its_figures(root: Path, tmp_path: Path)
 
 def test_a_run_of_the_recipe_is_not_called_another(root: Path) -> None:
     told = Told()
-    _beside("ahpa/xl2-4m-guided", EvalRequest(), load_recipe_file("ahpa/xl2").config(), told)
+    beside_figure("ahpa/xl2-4m-guided", EvalRequest(), load_recipe_file("ahpa/xl2").config(), told)
     assert told.notes == []
-    _beside("ahpa/xl2", EvalRequest(), replace(load_recipe_file("ahpa/xl2").config(), lr=1e-4), told)
+    beside_figure("ahpa/xl2", EvalRequest(), replace(load_recipe_file("ahpa/xl2").config(), lr=1e-4), told)
     assert told.notes == ["the run was not trained as ahpa/xl2 says: its lr differs"]
 
 

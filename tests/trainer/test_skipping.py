@@ -16,9 +16,13 @@ from tiny_runs import Listener, assert_identical, checkpoint_files, keep_only, l
 
 from featcache.read.order import stream_indices
 from trainer import cli
-from trainer.runs import checkpoint
+from trainer.averages import gamma_of, power_decay
+from trainer.runs import branch, checkpoint
+from trainer.runs.log import OF_THE_MACHINE
+from trainer.runs.snapshots import list_snapshots
 from trainer.training import loop, objective
 from trainer.training.loop import Diverged, train
+from trainer.training.skipping import SkippedSteps
 from trainer.training.spikes import Spikes
 
 pytestmark = pytest.mark.usefixtures("nano")
@@ -143,6 +147,102 @@ def test_without_the_setting_the_first_bad_step_stops(shapes_cache: Path, tmp_pa
         run(settings(shapes_cache, steps=8, checkpoint_every=2), tmp_path)
     assert f"--from {tmp_path / 'run'}@2 --seed 1" in (error.value.remedy or "")
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "run")] == [2]
+
+
+def test_further_averages_know_of_a_step_that_was_left_out(
+    shapes_cache: Path, tmp_path: Path, bad_steps: set[int]
+) -> None:
+    """With a constant decay they stay; in power-function averages it is a step in which the weights stayed."""
+    bad_steps |= {3}
+    path = run(
+        settings(shapes_cache, steps=5, skip_nonfinite=1, ema_decays=[0.5], posthoc=[0.1], lr=0.1, **MANY), tmp_path
+    )
+    before, after = checkpoint_files(path, 3), checkpoint_files(path, 4)
+    keep = power_decay(3, gamma_of(0.1))
+    for name, weights in before["model"].items():
+        assert torch.equal(before["ema-0.5"][name], after["ema-0.5"][name])
+        expected = keep * before["power-0.1"][name].double() + (1 - keep) * weights.double()
+        assert torch.allclose(after["power-0.1"][name].double(), expected, rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(v, after["power-0.1"][k]) for k, v in before["power-0.1"].items())
+    moved = checkpoint_files(path, 5)["ema-0.5"]
+    assert any(not torch.equal(v, moved[k]) for k, v in after["ema-0.5"].items())
+
+
+def test_all_that_is_kept_of_a_run_is_the_same_after_resuming_and_in_a_branch(
+    shapes_cache: Path, tmp_path: Path, bad_steps: set[int]
+) -> None:
+    """Skipped steps, snapshots of several averages, micro-batches and evaluations that draw random numbers, together."""
+    bad_steps |= {2, 5}
+    further = {"ema_decays": [0.5], "posthoc": True, "snapshot_every": 3, "snapshot_dtype": "bf16", "eval_every": 2}
+    config = settings(
+        shapes_cache, "sara", steps=8, skip_nonfinite=2, accumulate=2, log_every=2, keep_checkpoints=9, **further
+    )
+    config = dataclasses.replace(config, checkpoint_every=2)
+
+    def make_judge(*_: Any) -> Any:
+        return lambda ema: {"of-weights": _first(ema) + 0 * float(torch.rand(()))}
+
+    def content(path: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.glob("snapshots/*/*"))}
+
+    def lines(path: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in log_of(path)]
+
+    whole = run(config, tmp_path / "whole", make_judge=make_judge)
+    assert len(content(whole)) == 2 * 5 and [r["step"] for r in lines(whole) if "eval/of-weights" in r] == [2, 4, 6, 8]
+    for step in (2, 4, 6):
+        cut = keep_only(whole, step, tmp_path / str(step) / "run")
+        run(config, cut.parent, resume=True, make_judge=make_judge)
+        assert_identical(whole, cut, 8)
+        assert content(cut) == content(whole) and lines(cut) == lines(whole)
+    origin = branch.find_origin(f"{whole}@4", any_cache=False)
+    again = cli._on_top(branch.inherited(origin), {"name": "branch"}, [], whole, "--from RUN@STEP")
+    copy = run(again, tmp_path, origin=origin, make_judge=make_judge)
+    assert_identical(whole, copy, 8)
+    later = {name: data for name, data in content(whole).items() if "0000006" in name}
+    assert later and content(copy) == later
+    assert lines(copy) == [line for line in lines(whole) if line["step"] > 4]
+
+
+def _first(model: torch.nn.Module) -> float:
+    return float(next(model.parameters()).detach().double().sum())
+
+
+def test_a_discriminator_whose_gradient_alone_is_bad_is_noticed(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The square root's derivative at zero is infinite, and its value is not. Step 2 is the discriminator's second turn."""
+    real, turns = objective.Objective.adversary_loss, list[int]()
+
+    def adversary_loss(self: objective.Objective, *args: Any) -> torch.Tensor:
+        loss = real(self, *args)
+        turns.append(1)
+        return loss + torch.sqrt(0 * loss) if len(turns) == 2 else loss
+
+    monkeypatch.setattr(objective.Objective, "adversary_loss", adversary_loss)
+    path = run(settings(shapes_cache, "sara", steps=4, skip_nonfinite=1, **MANY), tmp_path)
+    before, after = checkpoint_files(path, 2), checkpoint_files(path, 3)
+    assert all(torch.equal(value, after[stem][key]) for stem, of in before.items() for key, value in of.items())
+    assert losses(path, "skipped") == [0, 0, 1, 1]
+
+
+def test_no_snapshot_is_taken_of_weights_that_are_not_finite(
+    shapes_cache: Path, tmp_path: Path, bad_steps: set[int]
+) -> None:
+    bad_steps |= {3}
+    with pytest.raises(Diverged, match=r"in step 3; the step"):
+        run(settings(shapes_cache, steps=9, log_every=9, snapshot_every=2), tmp_path)
+    assert [step for step, _ in list_snapshots(tmp_path / "run")] == [2]
+
+
+def test_a_bound_that_was_lowered_ends_at_the_next_bad_step() -> None:
+    """Not at one that was left out long ago."""
+    skipped = SkippedSteps(1, torch.device("cpu"), [2, 5, 7])
+    assert skipped.first_too_many is None, "what is over stays allowed"
+    for step, loss in ((8, 0.5), (9, math.nan), (10, math.nan)):
+        skipped.watch(torch.tensor(loss), step)
+        skipped.decide(step)
+    assert skipped.read() == [9] and skipped.first_too_many == 9
 
 
 # --- spikes

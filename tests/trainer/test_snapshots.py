@@ -401,9 +401,9 @@ def test_the_budget_is_what_the_files_hold(
     seen: list[budget.Sizes] = []
     real = budget.disk_budget
 
-    def noted(config: RunConfig, sizes: budget.Sizes, *, start: int) -> budget.Budget:
+    def noted(config: RunConfig, sizes: budget.Sizes, **kw: int) -> budget.Budget:
         seen.append(sizes)
-        return real(config, sizes, start=start)
+        return real(config, sizes, **kw)
 
     monkeypatch.setattr(budget, "disk_budget", noted)
     common = {"steps": 8, "checkpoint_every": 2, "keep_checkpoints": 3, "snapshot_every": 2}
@@ -442,10 +442,10 @@ def test_the_page_says_what_the_code_computes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = budget.Sizes(weights=1_000_000)
-    config = RunConfig(steps=400_000, snapshot_every=100_000)
+    config = RunConfig(steps=400_000, snapshot_every=100_000).settled()
     free = {"bytes": 10**12}
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free["bytes"]}))
-    assert require_room(tmp_path, RunConfig(steps=400_000), sizes, 0) is None
+    assert require_room(tmp_path, RunConfig(steps=400_000).settled(), sizes, 0) is None
     said = require_room(tmp_path, config, sizes, 0)
     assert said is not None and said.startswith("4 snapshots of ") and "full" not in said
     assert str(require_room(tmp_path, config, sizes, 300_000)).startswith("1 snapshot of ")
@@ -458,8 +458,35 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypa
     assert error.value.remedy is not None and "keep_checkpoints=1" in error.value.remedy
     saved = tmp_path / "checkpoints" / "step_0010000"
     saved.mkdir(parents=True)
+    (saved / "state.json").touch()
     (saved / "model.safetensors").write_bytes(bytes(4_000_000))
     assert require_room(tmp_path, config, sizes, 10_000) is not None, "what is there already counts"
+
+
+@pytest.mark.parametrize(
+    ("start", "there", "more"),
+    [(0, 0, 3), (50, 0, 3), (380, 2, 1), (380, 1, 2), (390, 2, 1), (395, 0, 2), (400, 2, 0)],
+)
+def test_checkpoints_that_lie_there_at_once_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, there: int, more: int
+) -> None:
+    """Two are kept, and a third is being written. A run that begins at a step and has none there is a branch, which saves
+    that step first."""
+    config, sizes = RunConfig(steps=400, checkpoint_every=10), budget.Sizes(weights=1_000_000)
+    size = disk_budget(config, sizes).checkpoint_bytes
+    for step in range(start, start - 10 * there, -10):
+        folder = checkpoint.checkpoint_path(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / "state.json").touch()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.truncate(size)
+    free = {"bytes": more * size}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free["bytes"]}))
+    require_room(tmp_path, config, sizes, start)
+    free["bytes"] -= 1
+    if more:
+        with pytest.raises(UserError, match="checkpoints need"):
+            require_room(tmp_path, config, sizes, start)
 
 
 # --- evaluation during training

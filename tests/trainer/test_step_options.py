@@ -21,6 +21,7 @@ from trainer.distributed import World
 from trainer.models import Transformer, build_model, model_config
 from trainer.runs.config import RunConfig
 from trainer.runs.folder import load_config
+from trainer.runs.log import OF_THE_MACHINE
 from trainer.training.loop import forward_backward, train
 from trainer.training.meters import RunningMeans
 from trainer.training.state import _check_cuda_graphs, _wrapped, assemble
@@ -145,8 +146,8 @@ def test_a_recomputing_run_is_the_same_run(
     again = run(settings(shapes_cache, method, recompute="blocks", **common), tmp_path / "again")
     assert_identical(kept, again, 6)
     for a, b in zip(log_of(kept), log_of(again), strict=True):
-        assert {k: v for k, v in a.items() if k not in ("time_s", "images_per_s")} == {
-            k: v for k, v in b.items() if k not in ("time_s", "images_per_s")
+        assert {k: v for k, v in a.items() if k not in OF_THE_MACHINE} == {
+            k: v for k, v in b.items() if k not in OF_THE_MACHINE
         }
     half = keep_only(kept, 3, tmp_path / "half" / "run")
     resumed = settings(shapes_cache, method, recompute="blocks", **common)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from trainer.distributed import _gathered_as
 from trainer.models.config import SIZES
+from trainer.runs.log import OF_THE_MACHINE
 
 DEPTH = 4  # blocks of the model
 WATCHED = ("repa-accumulated", "repa-sharded", "repa-sharded-accumulated-bf16-recomputed")
@@ -147,7 +148,7 @@ def test_recomputation_gathers_no_more_often(ranks: Outcome) -> None:
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in record.items() if k not in ("time_s", "images_per_s")} for record in log_of(run)]
+    return [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in log_of(run)]
 
 
 def compare(a: Path, b: Path, *, rel: float, abs: float) -> None:

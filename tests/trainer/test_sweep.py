@@ -37,8 +37,10 @@ from trainer.interval import Interval
 from trainer.report.run import write_run_report
 from trainer.report.sweeps import sweep_charts
 from trainer.requests import EvalRequest, SampleSettings
+from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
+from trainer.runs.snapshots import save_snapshot
 from trainer.sampling import inference
 from trainer.sampling.draw import first_guided
 from trainer.sweep import Sweep
@@ -145,6 +147,17 @@ def test_ends_of_the_interval(run: Path, passes: list[int]) -> None:
     assert result.curve.common["low"] == 0.0 and "high" not in result.curve.common
     low = sweep_run(run, swept("interval_low=0,0.4", interval=None, guidance=2.5, sampler="ode"), Quiet())
     assert low is not None and low.curve.points[0].metrics == found[1.0]
+
+
+def test_a_snapshot_is_swept_whose_checkpoint_is_gone(run: Path) -> None:
+    _, latest = checkpoint.find_checkpoint(run)
+    averaged = {"ema": checkpoint.load_tensors(latest, "ema")}
+    save_snapshot(run, 2, averaged, runs.load_config(run), dtype="fp32")
+    at_snapshot = sweep_run(run, swept("guidance=1,2", checkpoint=2), Quiet())
+    at_latest = sweep_run(run, swept("guidance=1,2"), Quiet())
+    assert at_snapshot is not None and at_latest is not None
+    assert (at_snapshot.curve.step, at_latest.curve.step) == (2, checkpoint.find_checkpoint(run)[0])
+    assert at_snapshot.curve.points == at_latest.curve.points, "the same weights"
 
 
 def test_the_file_names_the_best_and_metrics_json_stays_as_it_is(run: Path) -> None:

@@ -90,6 +90,23 @@ def test_operations_per_second_are_the_step_s(
 
 
 @pytest.mark.usefixtures("nano")
+def test_counting_runs_nothing_of_the_run_s_own_model(shapes_cache: Path) -> None:
+    """Neither the teacher, which may be split over ranks that are not counting now, nor what is compiled around the model."""
+    parts = assemble(settings(shapes_cache, "sra"), featcache.open(shapes_cache), CPU, World())
+    expected = training_flops(parts, featcache.open(shapes_cache))
+
+    def refuse(*args: Any, **kw: Any) -> None:
+        raise AssertionError("that is the run's own")
+
+    for model in (parts.model, parts.ema):
+        model.register_forward_pre_hook(refuse)
+    assert training_flops(parts, featcache.open(shapes_cache)) == expected
+    parts.objective.compile_around_the_model()
+    parts.objective._before.register_forward_pre_hook(refuse)  # type: ignore[attr-defined]
+    assert training_flops(parts, featcache.open(shapes_cache)) == expected
+
+
+@pytest.mark.usefixtures("nano")
 def test_what_cannot_be_counted_is_said_once(
     shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

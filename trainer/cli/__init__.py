@@ -293,6 +293,7 @@ def evaluate(
         )
     if all_:
         _refuse(given, ("checkpoint", "figure"), "names one step, and --all judges every one")
+        _refuse(given, ("sweep",), "judges one step at many values, and --all judges every one")
         if samples is not None:
             raise UserError("--all is of a run's steps, and --samples are drawn already", remedy="Leave --all out.")
     drawing = {name: value for name, value in given.items() if name in options_of(SampleSettings)}

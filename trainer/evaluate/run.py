@@ -87,7 +87,7 @@ def evaluate_run(
     if not distributed.is_main():
         progress = QUIET
     if request.figure is not None:
-        request, config = _beside(request.figure, request, config, progress)
+        request, config = beside_figure(request.figure, request, config, progress)
     settings = with_defaults(request.settings, run, config, device, progress, figure=request.figure)
     if not distributed.is_main():
         sample_run(run, settings, progress)
@@ -266,7 +266,9 @@ def recipe_sampling(config: RunConfig) -> Sampling | None:
     return published.sampling if published is not None else None
 
 
-def _beside(figure: str, request: EvalRequest, config: RunConfig, progress: Progress) -> tuple[EvalRequest, RunConfig]:
+def beside_figure(
+    figure: str, request: EvalRequest, config: RunConfig, progress: Progress
+) -> tuple[EvalRequest, RunConfig]:
     """The request at the figure's step and with its sampler; the run's configuration as if it came from that recipe."""
     recipe = load_figure(figure)
     assert recipe.published is not None

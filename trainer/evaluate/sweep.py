@@ -25,15 +25,17 @@ from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
 from featcache.store import files
 from trainer import distributed
+from trainer.averages import Average
 from trainer.evaluate import run as evaluation
 from trainer.evaluate.judge import chosen_metrics
 from trainer.evaluate.table import higher_is_better
 from trainer.interval import Interval, plain
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
-from trainer.runs import checkpoint, locks, schemas
 from trainer.runs import folder as runs
+from trainer.runs import locks, schemas
 from trainer.runs.published import Sampling
 from trainer.runs.records import run_model_config
+from trainer.runs.snapshots import find_weights
 from trainer.sampling.draw import check_sampler, sampling_times
 from trainer.sampling.inference import choose_arithmetic
 from trainer.sampling.run import sample_run
@@ -125,9 +127,9 @@ def sweep_run(run: Path, request: EvalRequest, progress: Progress) -> SweepResul
     if not distributed.is_main():
         progress = QUIET
     if request.figure is not None:
-        request, config = evaluation._beside(request.figure, request, config, progress)
+        request, config = evaluation.beside_figure(request.figure, request, config, progress)
     base = _base(request.settings, sweep, run, config, device, progress)
-    step, _ = checkpoint.find_checkpoint(run, base.checkpoint)
+    step = find_weights(run, config, base.checkpoint, Average.parse(base.weights)).step
     base = replace(base, checkpoint=step)
     points = {value: _at(base, sweep, value) for value in sweep.values}
     common = _common(run, base, sweep, device, step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from featcache.console import size_text
 from featcache.errors import UserError, os_error
-from featcache.store import files
+from trainer.runs.checkpoint import list_checkpoints
 from trainer.runs.config import RunConfig
 
 _VALUE_BYTES = {"fp32": 4, "bf16": 2}
@@ -52,19 +52,21 @@ class Budget:
         return self.checkpoints_bytes + self.snapshots_bytes
 
 
-def disk_budget(config: RunConfig, sizes: Sizes, *, start: int = 0) -> Budget:
-    """What a run writes from step `start` on and leaves or has to have room for.
+def disk_budget(config: RunConfig, sizes: Sizes, *, start: int = 0, there: int = 0) -> Budget:
+    """What a run writes from step `start` on and leaves or has to have room for, `there` checkpoints that it has among it.
 
     A checkpoint holds the weights, each average, AdamW's two moments of all that is trained, and the method's state.
     """
     assert config.checkpoint_every is not None, "nothing of a run's settings is open"
     copies, moments = 1 + len(config.averages), 2
     numbers = copies * sizes.weights + moments * (sizes.weights + sizes.heads + sizes.adversary)
-    saved = -(-config.steps // config.checkpoint_every) - start // config.checkpoint_every
+    left = -(-config.steps // config.checkpoint_every) - start // config.checkpoint_every if start < config.steps else 0
+    if start and not there:  # a branch, which saves what it takes over
+        left += 1
     every = config.snapshot_every
     return Budget(
         checkpoint_bytes=_VALUE_BYTES["fp32"] * numbers + sizes.beside_bytes,
-        checkpoints=min(config.keep_checkpoints + 1, max(saved, 0)),
+        checkpoints=min(config.keep_checkpoints + 1, there + left),
         snapshot_bytes=_VALUE_BYTES[config.snapshot_dtype] * sizes.weights * len(config.averages),
         snapshots=config.steps // every - start // every if every else 0,
     )
@@ -77,10 +79,11 @@ def require_room(run: Path, config: RunConfig, sizes: Sizes, start: int) -> str 
     Raises:
         UserError: it has not.
     """
-    budget = disk_budget(config, sizes, start=start)
+    kept = list_checkpoints(run)
+    budget = disk_budget(config, sizes, start=start, there=len(kept))
     try:
         free = shutil.disk_usage(run).free
-        there = sum(p.stat().st_size for p in files.inside(run, "checkpoints").glob("step_*/*") if p.is_file())
+        there = sum(file.stat().st_size for _, folder in kept for file in folder.iterdir() if file.is_file())
     except OSError as error:
         raise os_error(error) from error
     needed = budget.checkpoints_bytes - there

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.diffusion.streams import Layout
 from trainer.models import ModelConfig, Transformer
-from trainer.training.objective import Draws, Objective
+from trainer.training.objective import Draws, Objective, Region
 from trainer.training.state import Parts
 
 if TYPE_CHECKING:
@@ -96,8 +96,10 @@ def training_flops(parts: Parts, cache: Cache, *, aligned: bool = True) -> float
 def _with_backbone(objective: Objective, model: Transformer) -> Objective:
     """The same objective, neither compiled nor wrapped, around another backbone, which is its own teacher."""
     other = copy.copy(objective)
-    other._modules = {**objective._modules, "model": model}
+    own = {name: module for name, module in objective._modules.items() if not isinstance(module, Region)}
+    other._modules = {**own, "model": model}
     other._teacher = [model]
+    other._before, other._after = other._prepared, other._losses  # the copied ones are bound to the run's own
     return other
 
 

@@ -82,6 +82,19 @@ class Job:
     make_judge: MakeJudge | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """As of `train`."""
+
+    config: RunConfig
+    resume: bool
+    watcher: RecordingProgress
+    root: Path
+    expect: str | None
+    origin: Origin | None
+    make_judge: MakeJudge | None
+
+
 def train(
     config: RunConfig,
     *,
@@ -105,30 +118,20 @@ def train(
     """
     device_name = pick_device(config.device)
     with distributed.joined(device_name) as world:
-        return _train(
-            config,
-            resume,
-            watcher if world.is_main else QUIET,
-            root,
-            world,
-            world.device(device_name),
-            expect,
-            origin,
-            make_judge,
+        asked = _Asked(
+            config=config,
+            resume=resume,
+            watcher=watcher if world.is_main else QUIET,
+            root=root,
+            expect=expect,
+            origin=origin,
+            make_judge=make_judge,
         )
+        return _train(asked, world, world.device(device_name))
 
 
-def _train(
-    config: RunConfig,
-    resume: bool,
-    watcher: RecordingProgress,
-    root: Path,
-    world: World,
-    device: torch.device,
-    expect: str | None,
-    origin: Origin | None,
-    make_judge: MakeJudge | None,
-) -> Path:
+def _train(asked: _Asked, world: World, device: torch.device) -> Path:
+    config, resume, watcher, root, origin = asked.config, asked.resume, asked.watcher, asked.root, asked.origin
     _prepare_device(device)
     if origin is not None:
         branch.check(origin, config, root)
@@ -138,8 +141,8 @@ def _train(
     cache = find_cache(config)
     if config.cache is None and world.is_main:
         watcher.note(f"the cache is {cache.path}, the newest that fits (--cache names another)")
-    if expect is not None:
-        require_digest(cache.manifest, expect, str(cache.path))
+    if asked.expect is not None:
+        require_digest(cache.manifest, asked.expect, str(cache.path))
     with runs.claim(config, root) if world.is_main else nullcontext() as claimed:
         if origin is not None:
             config = branch.with_statistics(config, origin, cache)
@@ -183,7 +186,7 @@ def _train(
             device=device,
             share=share,
             watcher=watcher,
-            make_judge=make_judge,
+            make_judge=asked.make_judge,
         )
         if world.is_main and (needs := require_room(run, config, parts.sizes, start)) is not None:
             watcher.note(needs)
@@ -256,6 +259,7 @@ def _loop(
         start=start,
         warn=job.watcher.note,
     )
+    lines = _Lines(job=job, log=log, clock=clock, means=means, usage=usage, spikes=spikes)
     try:
         for step in range(start, config.steps):
             done = step + 1
@@ -274,7 +278,7 @@ def _loop(
                 skipped += _check_finite(job, log, bad)
             if logs:
                 left_out = {"skipped": len(skipped)} if config.skip_nonfinite else {}
-                _record(job, log, clock, means, usage, done, norm, spikes, left_out, waited_s=batches.waited_s)
+                lines.add(done, norm, left_out, waited_s=batches.waited_s)
             else:
                 job.watcher.update(1)
             outlook.after(done, clock.trained_s, waited=logs)
@@ -477,45 +481,43 @@ def set_learning_rate(parts: Parts, config: RunConfig, step: int) -> None:
             group["lr"] = lr * group.get(RATE_FACTOR, 1.0)
 
 
-def _record(
-    job: Job,
-    log: RunLog | None,
-    clock: TrainingClock,
-    means: RunningMeans,
-    usage: Usage,
-    done: int,
-    norm: Tensor,
-    spikes: Spikes,
-    beside: Mapping[str, float],
-    *,
-    waited_s: float,
-) -> None:
-    """One line of the log: averages since the last line, on every rank alike. beside: what else it holds."""
-    shown = means.take()
-    rate, trained_s = clock.steps_per_s(done), clock.trained_s
-    speed = {} if rate is None else {"images_per_s": rate * job.config.batch_size}
-    with clock.paused():  # counting operations is no training
-        used = usage.read(done, rate=rate, trained_s=trained_s, waited_s=waited_s)
-    lr = job.parts.optimizer.param_groups[0]["lr"]
-    record = {
-        "step": done,
-        "time_s": round(trained_s, 3),
-        **speed,
-        **used,
-        "lr": lr,
-        "grad_norm": float(norm),
-        **beside,
-        **shown,
-    }
-    if log is not None:
-        ratio, lasts = spikes.see(shown.get("denoise")), spikes.lasts
-        spikes.lasts = ratio is not None
-        if ratio is not None:
-            record[COLUMN] = round(ratio, 4)
-            if not lasts:
-                job.watcher.note(f"the denoising loss at step {done} is {ratio:.2f} times its recent median")
-        log.record(record)
-    job.watcher.record(1, *in_words(record, shown))
+@dataclass(frozen=True, kw_only=True)
+class _Lines:
+    """What lines of the log are made of. log: None on ranks that keep none."""
+
+    job: Job
+    log: RunLog | None
+    clock: TrainingClock
+    means: RunningMeans
+    usage: Usage
+    spikes: Spikes
+
+    def add(self, done: int, norm: Tensor, beside: Mapping[str, float], *, waited_s: float) -> None:
+        """One line: averages since the last one, on every rank alike. beside: what else it holds."""
+        shown, job, spikes = self.means.take(), self.job, self.spikes
+        rate, trained_s = self.clock.steps_per_s(done), self.clock.trained_s
+        speed = {} if rate is None else {"images_per_s": rate * job.config.batch_size}
+        with self.clock.paused():  # counting operations is no training
+            used = self.usage.read(done, rate=rate, trained_s=trained_s, waited_s=waited_s)
+        record = {
+            "step": done,
+            "time_s": round(trained_s, 3),
+            **speed,
+            **used,
+            "lr": job.parts.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(norm),
+            **beside,
+            **shown,
+        }
+        if self.log is not None:
+            ratio, lasts = spikes.see(shown.get("denoise")), spikes.lasts
+            spikes.lasts = ratio is not None
+            if ratio is not None:
+                record[COLUMN] = round(ratio, 4)
+                if not lasts:
+                    job.watcher.note(f"the denoising loss at step {done} is {ratio:.2f} times its recent median")
+            self.log.record(record)
+        job.watcher.record(1, *in_words(record, shown))
 
 
 def _check_finite(job: Job, log: RunLog | None, bad: FirstBadStep | SkippedSteps) -> list[int]:

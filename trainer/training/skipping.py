@@ -26,7 +26,7 @@ class SkippedSteps:
     """
 
     def __init__(self, bound: int, device: torch.device, known: Sequence[int] = ()) -> None:
-        self.bound, self.known = bound, list(known)
+        self.bound, self._before, self._found = bound, len(known), list[int]()
         self._places = torch.arange(max(bound + 1 - len(known), 1), device=device)
         self._bad = torch.zeros((), dtype=torch.bool, device=device)
         self._begin_again()
@@ -59,15 +59,17 @@ class SkippedSteps:
         """The steps left out since the last call; the last of them is the one beyond the bound, if there is one. Waits for
         the device."""
         found = [step for step in self._steps.tolist() if step != _NONE]
-        self.known += found
+        self._found += found
         if found:
             self._begin_again()
         return found
 
     @property
     def first_too_many(self) -> int | None:
-        """The step that exceeded the bound, as far as was read."""
-        return self.known[self.bound] if len(self.known) > self.bound else None
+        """The step that exceeded the bound, as far as was read. It is none of those left out before, of which there may be
+        more: the bound may have been lowered."""
+        allowed = max(self.bound - self._before, 0)
+        return self._found[allowed] if len(self._found) > allowed else None
 
 
 def step_unless(optimizer: torch.optim.Optimizer, left_out: Tensor | None) -> None:
