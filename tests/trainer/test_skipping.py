@@ -105,9 +105,11 @@ def test_one_too_many_ends_the_run_and_a_branch_goes_on(
     """The command in the message works as it stands."""
     bad_steps |= {3, 5, 6}
     monkeypatch.chdir(tmp_path)
-    config = settings(shapes_cache, steps=9, skip_nonfinite=2, checkpoint_every=4, log_every=4)
+    config, heard = settings(shapes_cache, steps=9, skip_nonfinite=2, checkpoint_every=4, log_every=4), Listener()
     with pytest.raises(Diverged, match=r"in step 6, after 2 others were left out \(skip_nonfinite 2\)") as error:
-        run(config, Path("runs"))
+        run(config, Path("runs"), watcher=heard)
+    notes = [note for note in heard.warnings if note.startswith("left out")]
+    assert notes and not any(note.endswith("6") for note in notes)  # that step is not left out: it ends the run
     assert [step for step, _ in checkpoint.list_checkpoints(Path("runs/run"))] == [4]
     assert json.loads(Path("runs/run/diverged.json").read_text())["step"] == 6
     assert len(Path("runs/run/skipped.jsonl").read_text().splitlines()) == 2

@@ -529,11 +529,10 @@ def _check_finite(job: Job, log: RunLog | None, bad: FirstBadStep | SkippedSteps
     else:
         first = bad.read()
         found, step, counted = [], first, ""
-    if found and log is not None:
-        runs.append_lines(job.run / runs.SKIPPED, [json.dumps(_batch_of(job, at)) for at in found if at != step])
-        job.watcher.note(
-            f"left out, because the loss or its gradient was not finite: step {', '.join(map(str, found))}"
-        )
+    left = [at for at in found if at != step]
+    if left and log is not None:
+        runs.append_lines(job.run / runs.SKIPPED, [json.dumps(_batch_of(job, at)) for at in left])
+        job.watcher.note(f"left out, because the loss or its gradient was not finite: step {', '.join(map(str, left))}")
     if step is None:
         return found
     path = job.run / "diverged.json"
