@@ -21,7 +21,9 @@ from featcache.console import amount_text, console, plain, safe, size_text, time
 
 PLAIN_EVERY_S = 10.0
 SILENT_S = 600.0  # the longest that recorded work says nothing: its next record may be hours away
-RECORDS = 20  # over so many of the latest ones the rate is taken
+# Over so many of the latest ones the rate is taken: enough that checkpoints and grids, which come every 100 records, are
+# spread over the steps between them.
+RECORDS = 200
 LEAST_BAR, WIDEST_BAR = 10, 60
 
 
@@ -59,7 +61,7 @@ class _Task:
         if rate and self.total is not None and self.done < self.total:
             parts.append(f"{time_text((self.total - self.done) / rate + moving_s - spent_s)} left")
         else:
-            parts.append(time_text(spent_s))
+            parts.append(time_text(spent_s) if rate else f"{time_text(spent_s)} so far")
         return ", ".join(parts)
 
     def whereabouts(self) -> list[str]:

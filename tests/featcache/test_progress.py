@@ -91,7 +91,7 @@ def test_lines_where_there_is_no_terminal(clock: Clock, monkeypatch: pytest.Monk
     monkeypatch.setattr(console_progress, "PLAIN_EVERY_S", 0.02)
     with RichProgress() as progress:
         progress.begin("training repa", 1000, done=500, unit="steps")
-        wait_for(text, "training repa: 500/1,000 steps, 0 s\n")
+        wait_for(text, "training repa: 500/1,000 steps, 0 s so far\n")
         clock.now_s += 100
         progress.update(250, "loss 0.5\nmore")
         wait_for(text, "training repa: 750/1,000 steps, 2.5 steps/s, 1 min 40 s left, loss 0.5, more\n")
@@ -197,7 +197,7 @@ def test_a_record_is_a_line_where_there_is_no_terminal(clock: Clock, monkeypatch
     monkeypatch.setattr(console_progress, "PLAIN_EVERY_S", 0.01)
     with RichProgress() as progress:
         progress.begin("training", 400, unit="steps")
-        wait_for(text, "training: 0/400 steps, 0 s\n")
+        wait_for(text, "training: 0/400 steps, 0 s so far\n")
         clock.now_s += 60
         progress.record(1, ("loss 1",), MORE)
         for _ in range(3):
@@ -223,10 +223,22 @@ def test_the_time_left_follows_the_latest_records(clock: Clock, monkeypatch: pyt
     text = screen(monkeypatch, terminal=False)
     with RichProgress() as progress:
         progress.begin("training", 10_000, unit="steps")
-        for second in [*[10] * 5, *[1] * 30]:  # the machine was busy at first
+        for second in [*[10] * 5, *[1] * 250]:  # the machine was busy at first
             clock.now_s += second
             progress.record(1, ())
-    assert text.getvalue().splitlines()[-1] == "training: 35/10,000 steps, 0.3 %, 2 h 46 min left"
+    assert text.getvalue().splitlines()[-1] == "training: 255/10,000 steps, 2.5 %, 2 h 42 min left"
+
+
+def test_the_time_left_spreads_what_comes_every_hundred_records(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause as long as the steps between two of them, which is over, is still to come again and again."""
+    text = screen(monkeypatch, terminal=False)
+    with RichProgress() as progress:
+        progress.begin("training", 2000, unit="steps")
+        for record in range(1000):
+            clock.now_s += 101 if record % 100 == 50 else 1
+            progress.record(1, ())
+    left = [line.rpartition(", ")[2] for line in text.getvalue().splitlines()[-95::30]]
+    assert left == ["36 min 33 s left", "35 min 33 s left", "34 min 33 s left", "33 min 33 s left"], left
 
 
 def test_unused_it_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from featcache.errors import CacheError, UserError
 from featcache.read.normalization import load
 from trainer import cli
 from trainer.report.data import load_run
+from trainer.report.report import _charts
 from trainer.report.run import write_run_report
 from trainer.runs import branch
 from trainer.runs.config import RunConfig
@@ -252,6 +253,10 @@ def test_reports_join_the_curves_of_a_chain(shapes_cache: Path, tmp_path: Path) 
     assert page.count("begins as a branch") >= 1
     compared = write_run_report([tmp_path / "first", second]).read_text()
     assert "first is a branch of run at step 4" in compared and "second is a branch of first" in compared
+    # Beside its origin a branch has its own steps alone, and so does not cover the other's line.
+    keys = [("loss", "Loss", "loss")]
+    (chart,) = _charts([load_run(tmp_path / "first"), data], "training step", lambda column: column.steps, keys)
+    assert [line.x.tolist() for line in chart.series] == [list(range(1, 9)), [6, 7, 8, 9]]
 
 
 def test_a_branch_from_before_its_origin_s_beginning_skips_that_one(shapes_cache: Path, tmp_path: Path) -> None:

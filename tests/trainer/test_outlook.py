@@ -69,7 +69,12 @@ def test_a_resumed_run_says_where_it_goes_on(shapes_cache: Path, tmp_path: Path)
     _, notes = told(large(shapes_cache, "none", model="SiT-Ti/2", batch_size=4, steps=20), tmp_path, start=7)
     (text,) = notes  # nothing to warn of
     assert text.startswith("training goes on from step 7: none on SiT-Ti/2, ")
-    assert "heads" not in text and "grids of samples: none" in text
+    assert (
+        "heads" not in text
+        and "grids of samples: none; one takes as long as about 213 steps (--set sample_every=20" in text
+    )
+    judged = large(shapes_cache, "none", model="SiT-Ti/2", batch_size=4, steps=20, eval_every=10, eval_num=6)
+    assert "evaluation: every 10 steps, each as long as about 16 steps" in told(judged, tmp_path)[1][0]
     assert told(large(shapes_cache, steps=20), tmp_path, start=20)[1] == []
 
 

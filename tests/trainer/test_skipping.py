@@ -109,18 +109,28 @@ def test_one_too_many_ends_the_run_and_a_branch_goes_on(
     """The command in the message works as it stands."""
     bad_steps |= {3, 5, 6}
     monkeypatch.chdir(tmp_path)
-    config = settings(shapes_cache, steps=9, skip_nonfinite=2, checkpoint_every=4, log_every=4)
+    config, heard = settings(shapes_cache, steps=9, skip_nonfinite=2, checkpoint_every=4, log_every=4), Listener()
     with pytest.raises(Diverged, match=r"in step 6, after 2 others were left out \(skip_nonfinite 2\)") as error:
-        run(config, Path("runs"))
+        run(config, Path("runs"), watcher=heard)
+    notes = [note for note in heard.warnings if note.startswith("left out")]
+    assert notes and not any(note.endswith("6") for note in notes)  # that step is not left out: it ends the run
     assert [step for step, _ in checkpoint.list_checkpoints(Path("runs/run"))] == [4]
     assert json.loads(Path("runs/run/diverged.json").read_text())["step"] == 6
     assert len(Path("runs/run/skipped.jsonl").read_text().splitlines()) == 2
     remedy = error.value.remedy or ""
-    assert "trainer run --from runs/run@4 --seed 1 --name run-seed-1 " in remedy
+    commands = [line.strip() for line in remedy.splitlines() if "trainer run" in line]
+    assert commands == [
+        "trainer run --from runs/run@4 --seed 1 --name run-seed-1",
+        "trainer run --from runs/run@4 --lr 0.0005 --name run-lr-0.0005",
+    ]
+    assert "skip_nonfinite" not in remedy and "bf16" not in remedy  # the one is set, the other is for fp16
+    with pytest.raises(Diverged) as again:
+        cli.app(shlex.split(commands[0])[1:], standalone_mode=False)
+    assert "--from runs/run-seed-1@4 --seed 2 --name run-seed-2" in (again.value.remedy or "")
+    assert "--from runs/run-seed-1@4 --lr 0.0005 --name run-seed-1-lr-0.0005" in (again.value.remedy or "")
     bad_steps.clear()
-    words = shlex.split(remedy[remedy.index("trainer run") :].split("   ")[0])
-    cli.app(words[1:], standalone_mode=False)
-    assert checkpoint.find_checkpoint(Path("runs/run-seed-1"))[0] == 9
+    cli.app(shlex.split(commands[1])[1:], standalone_mode=False)
+    assert checkpoint.find_checkpoint(Path("runs/run-lr-0.0005"))[0] == 9
 
 
 def test_resuming_keeps_the_count(shapes_cache: Path, tmp_path: Path, bad_steps: set[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -298,13 +299,13 @@ def _charts(runs: Sequence[RunData], x_label: str, x_of: X, keys: Sequence[tuple
         series = [
             smoothed_series(
                 run.name,
-                x_of(run.log[key]),
-                run.log[key].values,
+                x_of(own),
+                own.values,
                 colour=i,
                 breaks=[ends[run.name]] if run.name in ends else (),
             )
             for i, run in enumerate(runs)
-            if key in run.log
+            if key in run.log and (own := _own_part(run, runs, run.log[key])) is not None
         ]
         series = [s for s in series if len(s.y)]
         if series:
@@ -366,6 +367,20 @@ def _marked(chart: Chart, ends: Mapping[str, float]) -> Chart:
     return replace(
         chart, marks=marks, note=f"Dotted: alignment of {' and '.join(line.label for line in reached)} ends."
     )
+
+
+def _own_part(run: RunData, runs: Sequence[RunData], column: Column) -> Column | None:
+    """What of a branch is its own where an origin of it is among `runs`, from the last point before on: the rest is that
+    run's line, which it would cover. None where nothing of its own is there."""
+    there = {hashlib.sha256(other.config_text.encode()).hexdigest() for other in runs if other is not run}
+    left = max((origin["step"] for origin in run.origins if origin["config_sha256"] in there), default=None)
+    if left is None:
+        return column
+    first = int(np.searchsorted(column.steps, left, side="right"))
+    if first == len(column.steps):
+        return None
+    own = slice(max(first - 1, 0), None)
+    return Column(steps=column.steps[own], time_s=column.time_s[own], values=column.values[own])
 
 
 def _beginnings(run: RunData, x_of: X) -> list[float]:

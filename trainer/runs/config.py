@@ -84,8 +84,8 @@ class RunConfig:
             `inverse-sqrt`, lr * sqrt(K / step) after their K steps (EDM2).
         warmup_steps: in which the rate rises from zero.
         hold_steps: at the full rate after the warm-up, before it falls.
-        decay_until, lr_end: of `linear` and `cosine`: the step that ends the fall (None: the last), and the rate that
-            stays.
+        decay_until: step at which `linear` and `cosine` reach `lr_end`; None: the last.
+        lr_end: rate to which `linear` and `cosine` fall, and which stays from there on.
         betas, weight_decay: AdamW's.
         skip_nonfinite: how many steps of the run may be left out because their loss or gradient is not finite, before it
             stops; 0 stops at the first one.

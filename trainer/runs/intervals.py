@@ -6,7 +6,8 @@ LOG_STEPS, SAVE_STEPS, GRID_STEPS = 100, 10_000, 10_000  # the widest intervals
 LOG_POINTS, CHECKPOINTS, GRIDS = 50, 5, 4  # that a shorter run has at least
 LEAST_SAVED = 100  # a checkpoint of a large model takes as long as many of its steps
 # A grid is 80 images of 32 forward passes each, at a third of what training on an image costs; decoding comes on top.
-GRID_IMAGES = 80 * 32 / 3
+IMAGE_COST = 32 / 3
+GRID_IMAGES = 80 * IMAGE_COST
 GRIDS_SHARE = 0.1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -302,7 +303,7 @@ def _loop(
                         skipped += _check_finite(job, log, bad)
                         save(done)
             if stop and done < config.steps:
-                job.watcher.note(f"stopped at step {done}, saved; continue with the same command and --resume")
+                job.watcher.note(f"stopped at step {done}, saved; it goes on with: {_resuming(job)}")
                 raise SystemExit(128 + stop)
     finally:
         batches.close()
@@ -530,11 +531,10 @@ def _check_finite(job: Job, log: RunLog | None, bad: FirstBadStep | SkippedSteps
     else:
         first = bad.read()
         found, step, counted = [], first, ""
-    if found and log is not None:
-        runs.append_lines(job.run / runs.SKIPPED, [json.dumps(_batch_of(job, at)) for at in found if at != step])
-        job.watcher.note(
-            f"left out, because the loss or its gradient was not finite: step {', '.join(map(str, found))}"
-        )
+    left = [at for at in found if at != step]
+    if left and log is not None:
+        runs.append_lines(job.run / runs.SKIPPED, [json.dumps(_batch_of(job, at)) for at in left])
+        job.watcher.note(f"left out, because the loss or its gradient was not finite: step {', '.join(map(str, left))}")
     if step is None:
         return found
     path = job.run / "diverged.json"
@@ -559,15 +559,34 @@ def _batch_of(job: Job, step: int) -> dict[str, Any]:
 def _way_round(job: Job, step: int) -> str:
     """How to get past a bad step, where a checkpoint from before it is there as a branch, else in a run of its own."""
     before = [at for at, _ in checkpoint.list_checkpoints(job.run) if at <= step]
-    milder = "lower --lr, clip harder (--set clip=0.5) or use --precision bf16"
-    if not before:
-        return f"Nothing was saved before that step: {milder}, in another run (--name)."
     config = job.config
-    words = ["trainer run", f"--from {typed(job.run)}@{before[-1]}", f"--seed {config.seed + 1}"]
-    words.append(f"--name {shlex.quote(f'{config.name}-seed-{config.seed + 1}')}")
-    if is_redacted(str(config.cache)):
-        words.append("--cache URL")
-    return f"Go on from before it with other data and draws: {' '.join(words)}   Or, with --from too, {milder}."
+    assert config.lr is not None and config.clip is not None, "nothing of a run's settings is open"
+    others = [f"clip harder (--set clip={min(config.clip, 1.0) / 2:g})"]
+    if config.precision == "fp16":
+        others.append("use --precision bf16")
+    if not config.skip_nonfinite:
+        others.append("leave a few such steps out (--set skip_nonfinite=10)")
+    *most, last = others
+    milder = f"{', '.join(most)} or {last}" if most else last
+    if not before:
+        return (
+            f"Nothing was saved before that step: lower --lr (it was {config.lr:g}), {milder}, in another run (--name)."
+        )
+
+    def branch(option: str, value: str) -> str:
+        # Of a branch that was made by such a command the same part of the name is replaced.
+        name = re.sub(rf"-{option}-[^-/]+$", "", str(config.name))
+        words = ["trainer run", f"--from {typed(job.run)}@{before[-1]}", f"--{option} {value}"]
+        words.append(f"--name {shlex.quote(f'{name}-{option}-{value}')}")
+        if is_redacted(str(config.cache)):
+            words.append("--cache URL")
+        return " ".join(words)
+
+    return (
+        f"Go on from before it with other data and draws:\n  {branch('seed', str(config.seed + 1))}\n"
+        f"or, where that diverges too, at half the rate:\n  {branch('lr', f'{config.lr / 2:.4g}')}\n"
+        f"With --from too one can {milder}."
+    )
 
 
 def _prepare_device(device: torch.device) -> None:
@@ -618,10 +637,7 @@ def _told_how_to_go_on(job: Job) -> Iterator[None]:
         except (OSError, UserError):
             saved = []
         kept = f"step {saved[-1][0]} is saved" if saved else "nothing is saved yet"
-        words = ["trainer run --resume", f"--name {shlex.quote(str(job.config.name))}"]
-        if is_redacted(str(job.config.cache)):
-            words.append("--cache URL")
-        go_on = f"Training goes on with: {' '.join(words)}"
+        go_on = f"Training goes on with: {_resuming(job)}"
         if not saved and not runs.is_run(job.run):  # so early that there is nothing to resume
             go_on = "Then type the same command again."
         # The same command would find the run there and refuse.
@@ -629,6 +645,16 @@ def _told_how_to_go_on(job: Job) -> Iterator[None]:
         remedy = f"{remedy}. {go_on}" if remedy else go_on
         kind = CacheError if isinstance(known, CacheError) else UserError
         raise kind(f"training stopped ({kept}): {known.what}", remedy=remedy) from error
+
+
+def _resuming(job: Job) -> str:
+    """The command that continues this run: by its name, because without one `--resume` takes the newest."""
+    words = ["trainer run --resume", f"--name {shlex.quote(str(job.config.name))}"]
+    if is_redacted(str(job.config.cache)):
+        words.append("--cache URL")
+    if job.world.size > 1:
+        words.append("  (behind torchrun, as before)")
+    return " ".join(words)
 
 
 def _announce(job: Job, start: int, remark: str | None) -> None:

@@ -28,7 +28,7 @@ from trainer.models import ModelConfig, Transformer, forward_flops
 from trainer.runs.budget import Sizes, disk_budget
 from trainer.runs.cache import missing_features
 from trainer.runs.config import RunConfig
-from trainer.runs.intervals import GRID_IMAGES
+from trainer.runs.intervals import GRID_IMAGES, IMAGE_COST
 from trainer.training.memory import Size, estimate_bytes
 from trainer.training.state import backbone_config, build_alignment, precision_of
 
@@ -109,7 +109,9 @@ class Outlook:
         text = f"a step takes {_seconds(step_s)} ({amount_text(batch / step_s)} images/s"
         if self._bytes:
             text += f", {size_text(self._bytes * batch / step_s)}/s of the cache"
-        self._note(f"{text}): about {time_text(step_s * left)} for {left:,} more steps, beside checkpoints and grids")
+        self._note(
+            f"{text}): about {time_text(step_s * left)} for {left:,} more steps, and what is saved, drawn and judged"
+        )
         if self._device.type == "cpu" and step_s * left > DAY_S:
             self._warn(f"about {time_text(step_s * left)}, as measured")
 
@@ -140,11 +142,17 @@ class Outlook:
         yield f"device: {self._device_name()}, {precision_of(config, self._device)}{compiled}"
         yield f"memory: {self._memory(size)}"
         yield f"disk: {self._disk(size)}"
+        grid = f"as long as about {self._as_steps(GRID_IMAGES)}"
         if config.sample_every:
-            costs = max(1, round(GRID_IMAGES / config.batch_size))
-            yield f"grids of samples: every {config.sample_every:,} steps, each as long as about {_number(costs, 'step')}"
+            yield f"grids of samples: every {config.sample_every:,} steps, each {grid}"
         else:
-            yield "grids of samples: none"
+            yield f"grids of samples: none; one takes {grid} (--set sample_every={config.steps} for one at the end)"
+        if config.eval_every:
+            judged = self._as_steps(config.eval_num * IMAGE_COST)
+            yield f"evaluation: every {config.eval_every:,} steps, each as long as about {judged}, and judging on top"
+
+    def _as_steps(self, images: float) -> str:
+        return _number(max(1, round(images / self._config.batch_size)), "step")
 
     def size(self, cfg: ModelConfig, alignment: Alignment | None) -> Size:
         """What decides on the memory of a rank."""
@@ -196,7 +204,8 @@ class Outlook:
     def _disk(self, size: Size) -> str:
         config = self._config
         assert config.checkpoint_every is not None
-        needs = disk_budget(config, Sizes(weights=size.backbone, heads=size.heads, adversary=size.adversary))
+        sizes = Sizes(weights=size.backbone, heads=size.heads, adversary=size.adversary)
+        needs = disk_budget(config, sizes, start=self._start)
         text = (
             f"a checkpoint of {size_text(needs.checkpoint_bytes)} every {config.checkpoint_every:,} steps, "
             f"{config.keep_checkpoints} kept"
