@@ -76,6 +76,12 @@ def prompt(text: str = "interrupted") -> Iterator[None]:
         signal.signal(signal.SIGINT, _nothing)
         signal.default_int_handler(number, frame)
 
+    def unraisable(hook_args: sys.UnraisableHookArgs) -> None:
+        # Raised where Python drops it, in a finaliser: nothing to be shown, since `react` ends the process.
+        if hook_args.exc_type is not KeyboardInterrupt:
+            former(hook_args)
+
+    former, sys.unraisablehook = sys.unraisablehook, unraisable
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with _watching(react):
         if usual:
@@ -84,6 +90,7 @@ def prompt(text: str = "interrupted") -> Iterator[None]:
             yield
         finally:
             over.set()
+            sys.unraisablehook = former
             if signal.getsignal(signal.SIGINT) is interrupt:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -150,6 +150,29 @@ def test_ctrl_c_typed_many_times_does_not_interrupt_the_ending(start: Start) -> 
         process.line("Traceback", 0.1)
 
 
+IN_A_FINALISER = """
+import time
+from trainer import stopping
+class Slow:
+    def __del__(self):
+        print("begun", flush=True)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end: pass
+with stopping.prompt("ended at once"):
+    Slow()
+    time.sleep(60)
+"""
+
+
+def test_ctrl_c_that_a_finaliser_swallows_ends_the_process_all_the_same(start: Start) -> None:
+    process = start("-c", IN_A_FINALISER)
+    process.line("begun")
+    process.send(signal.SIGINT)
+    assert process.end(10) == 130
+    process.line("ended at once", 1)
+    assert "Traceback" not in " ".join(process.said)
+
+
 def test_copies_of_a_signal_are_not_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     now = [100.0]
