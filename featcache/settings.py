@@ -16,6 +16,7 @@ stand, a single one is a list of one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -247,8 +248,9 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
         case "greater_than_equal":
             low = context["ge"]
             what = "must not be negative" if low == 0 else f"must be at least {low:g}"
+            example = _accepted(cls, field, max(low, 1), low)
             return UserError(
-                f"{name} is {value!r:.200}, but it {what}", remedy=f"Type for example {name}{sign}{max(low, 1):g}."
+                f"{name} is {value!r:.200}, but it {what}", remedy=f"Type for example {name}{sign}{example:g}."
             )
         case "less_than_equal":
             high = context["le"]
@@ -264,10 +266,21 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
                 f"{name} is {value!r:.200}, but it must be {must[kind]}", remedy=f"Give {name} such a number."
             )
     expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
-    return UserError(
-        f"{name} = {value!r:.200} is not valid: {expected}",
-        remedy=_EXAMPLES.get(problem["type"], "").format(f"{name}{sign}") or None,
-    )
+    remedy = _EXAMPLES.get(problem["type"], "").format(f"{name}{sign}") or None
+    if (examples := _NUMBERS.get(problem["type"])) is not None:
+        remedy = f"Write for example {name}{sign}{_accepted(cls, field, *examples):g}."
+    return UserError(f"{name} = {value!r:.200} is not valid: {expected}", remedy=remedy)
+
+
+def _accepted(cls: type, field: str, *examples: float) -> float:
+    """The first example that a field takes, alone or as a list of one; the last if none is known to fit."""
+    adapter = pydantic.TypeAdapter[Any](_hint(cls, field))
+    for example in examples:
+        for value in (example, [example]):
+            with contextlib.suppress(pydantic.ValidationError):
+                adapter.validate_python(value)
+                return example
+    return examples[-1]
 
 
 _EXPECTED = {
@@ -279,9 +292,8 @@ _EXPECTED = {
     "dict_type": "it must be a group of keys",
     "too_short": "it must name at least one",
 }
+_NUMBERS = {"int_type": (1, 2), "float_type": (0.5, 0.1, 0.01)}
 _EXAMPLES = {
-    "int_type": "Write for example {0}1.",
-    "float_type": "Write for example {0}0.5.",
     "bool_type": "Write {0}true or {0}false.",
     "string_type": "Write for example {0}text, in quotes if it looks like a number.",
     "tuple_type": "Write it as a list: {0}[...].",

@@ -19,6 +19,12 @@ _SHOWN = TypeAdapter[Any](list[list[bool]])
 def _numbers(value: object, stored: TypeAdapter[Any] = _LINE) -> np.ndarray:
     """Numbers of a JSON file => float64, NaN for null and for what no axis can hold."""
     numbers = value if isinstance(value, np.ndarray) else np.array(stored.validate_python(value), dtype=np.float64)
+    return drawable(numbers)
+
+
+def drawable(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """float64, NaN for what no axis can hold."""
+    numbers = np.asarray(values, dtype=np.float64)
     return np.where(np.abs(numbers) < LARGEST, numbers, np.nan)
 
 

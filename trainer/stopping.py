@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 EXIT_INTERRUPTED = 130
 APART_S = 1.0  # signals that follow faster are copies: schedulers, terminals and launchers send several
@@ -60,7 +61,8 @@ def leave_now(text: str, code: int = EXIT_INTERRUPTED) -> None:
 @contextmanager
 def prompt(text: str = "interrupted") -> Iterator[None]:
     """Ctrl-C in the block ends it with `KeyboardInterrupt`, as ever; where the main thread does not get round to it soon,
-    the process ends with exit code 130 all the same. Nothing in any other thread than the main one."""
+    the process ends with exit code 130 all the same. Further ones, which would interrupt the ending itself, do nothing from
+    then on, also after the block. Nothing in any other thread than the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -70,11 +72,27 @@ def prompt(text: str = "interrupted") -> Iterator[None]:
         if number == signal.SIGINT and not over.wait(GRACE_S):
             leave_now(text)
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, _nothing)
+        signal.default_int_handler(number, frame)
+
+    def unraisable(hook_args: sys.UnraisableHookArgs) -> None:
+        # Raised where Python drops it, in a finaliser: nothing to be shown, since `react` ends the process.
+        if hook_args.exc_type is not KeyboardInterrupt:
+            former(hook_args)
+
+    former, sys.unraisablehook = sys.unraisablehook, unraisable
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with _watching(react):
+        if usual:
+            signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
             over.set()
+            sys.unraisablehook = former
+            if signal.getsignal(signal.SIGINT) is interrupt:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Stop:

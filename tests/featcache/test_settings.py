@@ -187,6 +187,40 @@ def test_a_single_wrong_value_says_what_it_must_be() -> None:
     assert Several(sizes=None).sizes is None
 
 
+Width = Annotated[float, Field(ge=0.005, le=0.28)]
+
+
+@settings
+class Narrow:
+    """Fields that the usual examples do not fit."""
+
+    width: Width = 0.1
+    widths: Annotated[tuple[Width, ...], Field(strict=False)] = ()
+    pairs: Annotated[int, Field(ge=2)] = 2
+    start: Annotated[int, Field(ge=0)] = 0
+
+
+@pytest.mark.parametrize(
+    ("values", "proposed"),
+    [
+        ({"width": 0.001}, "width=0.005"),
+        ({"width": "wide"}, "width=0.1"),
+        ({"widths": [0.001]}, "widths=0.005"),
+        ({"widths": ["wide"]}, "widths=0.1"),
+        ({"pairs": "two"}, "pairs=2"),
+        ({"pairs": 1}, "pairs=2"),
+        ({"start": -1}, "start=1"),
+    ],
+)
+def test_what_is_proposed_is_accepted(values: dict, proposed: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Narrow(**values)
+    remedy = caught.value.remedy or ""
+    assert remedy.removesuffix(".").endswith(proposed), remedy
+    name, _, number = proposed.partition("=")
+    from_mapping(Narrow, {name: float(number) if "." in number else int(number)})
+
+
 def _commands() -> list[tuple[str, Any]]:
     from featcache.cli import app as featcache_app
     from trainer.cli import app as trainer_app

@@ -168,6 +168,11 @@ def test_what_cannot_be_branched_is_explained(shapes_cache: Path, tmp_path: Path
         branched("walk@4", tmp_path)
     with pytest.raises(UserError, match="neither a run's folder nor the name"):
         branched("../../etc@4", tmp_path)
+    for odd in ("", "-1", "1e9", "٤", "4 ", "9" * 20):
+        with pytest.raises(UserError, match="what follows the @ is no step of the run run"):
+            branched(f"run@{odd}", tmp_path)
+    with pytest.raises(UserError, match="neither a run's folder nor the name"):
+        branched("@4", tmp_path)
     with pytest.raises(UserError, match="begins at step 4, and its last step is to be 4"):
         branched("run", tmp_path)
     with pytest.raises(UserError, match="is the run that --from names"):

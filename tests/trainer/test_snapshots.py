@@ -522,6 +522,45 @@ def test_evaluation_during_training_changes_nothing_and_resumes(shapes_cache: Pa
 
 
 @pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize("at", [2, 4])
+def test_ctrl_c_gives_an_evaluation_up_and_resuming_makes_up_for_it(
+    shapes_cache: Path, tmp_path: Path, at: int
+) -> None:
+    config = settings(
+        shapes_cache, steps=5, checkpoint_every=3, eval_every=2, eval_num=8, eval_extractor="embedded", skip_nonfinite=1
+    )
+    whole, _ = judged(config, tmp_path / "whole")
+    images: list[int] = []
+
+    def interrupted(*given: Any) -> Any:
+        real = small_judge(*given)
+
+        def judge(model: Any) -> Any:
+            if not (tmp_path / "cut" / "run" / "checkpoints" / f"step_{at:07d}").exists() and len(images) == at // 2 - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                images.append(0)
+                found = real(model)
+                raise AssertionError(f"went on to {found}")
+            images.append(8)
+            return real(model)
+
+        return judge
+
+    listener = Listener()
+    with pytest.raises(SystemExit) as caught:
+        train(config, resume=False, watcher=listener, root=tmp_path / "cut", make_judge=interrupted)
+    assert caught.value.code == 130 and images[-1] == 0
+    cut = tmp_path / "cut" / "run"
+    assert checkpoint.find_checkpoint(cut)[0] == at, "nothing but the evaluation is missing"
+    assert not [text for text in listener.warnings if "no evaluation" in text]
+    judged(config, tmp_path / "cut", resume=True)
+    assert_identical(whole, cut, 5)
+    volatile = ("time_s", "images_per_s", "data_wait", "rss_bytes", "tflop_per_s", "mfu")
+    logs = [[{k: v for k, v in line.items() if k not in volatile} for line in log_of(path)] for path in (whole, cut)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.usefixtures("nano")
 def test_an_evaluation_that_fails_ends_no_run(shapes_cache: Path, tmp_path: Path) -> None:
     config = settings(shapes_cache, steps=4, eval_every=1, eval_extractor="nobody")
     path, listener = judged(config, tmp_path / "a")

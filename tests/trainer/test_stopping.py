@@ -123,6 +123,56 @@ def test_a_python_loop_ends_by_itself(start: Start) -> None:
     process.line("KeyboardInterrupt", 1)
 
 
+ENDING_SLOWLY = """
+import sys, time
+from trainer import stopping
+def command():
+    try:
+        with stopping.prompt():
+            print("begun", flush=True)
+            time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        return 130
+sys.exit(command())
+"""
+
+
+def test_ctrl_c_typed_many_times_does_not_interrupt_the_ending(start: Start) -> None:
+    process = start("-c", ENDING_SLOWLY)
+    process.line("begun")
+    for _ in range(10):
+        process.send(signal.SIGINT)
+        time.sleep(0.05)
+    assert process.end(10) == 130
+    time.sleep(0.1)
+    with pytest.raises(AssertionError, match="no line"):
+        process.line("Traceback", 0.1)
+
+
+IN_A_FINALISER = """
+import time
+from trainer import stopping
+class Slow:
+    def __del__(self):
+        print("begun", flush=True)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end: pass
+with stopping.prompt("ended at once"):
+    Slow()
+    time.sleep(60)
+"""
+
+
+def test_ctrl_c_that_a_finaliser_swallows_ends_the_process_all_the_same(start: Start) -> None:
+    process = start("-c", IN_A_FINALISER)
+    process.line("begun")
+    process.send(signal.SIGINT)
+    assert process.end(10) == 130
+    process.line("ended at once", 1)
+    assert "Traceback" not in " ".join(process.said)
+
+
 def test_copies_of_a_signal_are_not_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     now = [100.0]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import replace
@@ -277,6 +278,23 @@ def test_a_damaged_file_is_told_and_read_by_nobody(run: Path) -> None:
         (run / "sweeps/guidance-x.json").write_text(content)
         with pytest.raises(UserError, match="is damaged"):
             read_curves(run)
+
+
+def test_numbers_that_no_axis_holds_are_left_out_of_the_page(run: Path) -> None:
+    def write(*points: tuple[float, float]) -> None:
+        entries = [{"value": value, "metrics": {"embedded-FID": measured}} for value, measured in points]
+        content = {"setting": "guidance", "step": 4, "common": {}, "points": entries}
+        (run / "sweeps").mkdir(exist_ok=True)
+        (run / "sweeps/guidance-x.json").write_text(json.dumps(content))
+
+    write((1.0, -1e308), (1.5, 2.0), (2.0, 1e308))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = write_run_report([run])
+    assert "guidance scale" in page.read_text()
+    write((-1e300, 1.0), (1e300, 2.0))
+    with pytest.raises(UserError, match="is damaged"):
+        write_run_report([run])
 
 
 def test_the_command_prints_the_curve(run: Path, made: Path) -> None:

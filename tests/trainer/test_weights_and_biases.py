@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -123,6 +124,26 @@ def test_a_damaged_file_is_said(shapes_cache: Path, tmp_path: Path, wandb: Wandb
     with pytest.raises(UserError, match=r"wandb\.json is damaged") as error:
         train(settings(shapes_cache, steps=2), resume=True, watcher=Listener(), root=tmp_path)
     assert error.value.remedy is not None and "Remove it" in error.value.remedy
+
+
+@pytest.mark.usefixtures("nano")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise AttributeError('numpy has no float')", "cannot be imported: AttributeError: numpy has no float"),
+        ("import sys; sys.exit(5)", "cannot be imported: SystemExit: 5"),
+        ("def init(**given): raise SystemExit(3)", "could not be reached: SystemExit: 3"),
+    ],
+)
+def test_a_broken_installation_is_said(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    (tmp_path / "wandb.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "project")
+    with pytest.raises(UserError, match=re.escape(said)):
+        train(settings(shapes_cache, steps=1), resume=False, watcher=Listener(), root=tmp_path)
 
 
 @pytest.mark.usefixtures("nano")

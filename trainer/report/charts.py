@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from featcache.console import plain
 from featcache.store import files
-from trainer.plots import Chart, Matrix, Series, Strips
+from trainer.plots import Chart, Matrix, Series, Strips, drawable
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -142,9 +142,9 @@ def save(drawing: Chart | Strips | Matrix, stem: Path) -> None:
 def _draw_chart(axes: Axes, chart: Chart, colours: Sequence[str], ink: str, grid: str) -> None:
     for series in chart.series:
         colour = colours[series.colour % len(colours)]
-        x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
+        x, y = drawable(series.x), drawable(series.y)
         if series.raw is not None:
-            axes.plot(*_thin(x, np.asarray(series.raw, dtype=float)), color=colour, linewidth=0.6, alpha=0.3)
+            axes.plot(*_thin(x, drawable(series.raw)), color=colour, linewidth=0.6, alpha=0.3)
         axes.plot(
             *_thin(x, y),
             label=literal(series.label),
@@ -181,14 +181,14 @@ def _limit(axes: Axes, chart: Chart) -> None:
         return
     tops, bottoms = [], []
     for series in chart.series:
-        y = np.asarray(series.y, dtype=float)
+        y = drawable(series.y)
         tail = y[len(y) // 50 :]
         tail = tail[np.isfinite(tail)]
         if len(tail):
             tops.append(tail.max())
             bottoms.append(tail.min())
         if series.raw is not None:
-            raw = np.asarray(series.raw, dtype=float)[len(y) // 50 :]
+            raw = drawable(series.raw)[len(y) // 50 :]
             tops.append(np.quantile(raw, 0.995))
             bottoms.append(np.quantile(raw, 0.005))
     if tops:

@@ -84,17 +84,29 @@ def _split(text: str, root: Path) -> tuple[Path, int | None]:
     if at and name and number.isdecimal() and number.isascii() and len(number) <= 16:
         choices.append((name, int(number)))
     for words, step in choices:
-        places = [Path(words)]
-        with contextlib.suppress(UserError):
-            places.append(root / runs.checked_name(words))
-        for place in places:
-            with contextlib.suppress(OSError):
-                if words and runs.is_run(place):
-                    return place, step
+        if (place := _folder(words, root)) is not None:
+            return place, step
+    if at and name and _folder(name, root) is not None:
+        raise UserError(
+            f"--from {text!r:.200}: what follows the @ is no step of the run {name}",
+            remedy="Type a whole number there, or leave the @ out for the latest checkpoint.",
+        )
     raise UserError(
         f"--from {text!r:.200} is neither a run's folder nor the name of a run below {root}",
         remedy=f"List the runs with: ls {root}   Then type for example: trainer run --from RUN@STEP --name NAME",
     )
+
+
+def _folder(words: str, root: Path) -> Path | None:
+    """The run of that folder, or of that name below `root`."""
+    places = [Path(words)] if words else []
+    with contextlib.suppress(UserError):
+        places.append(root / runs.checked_name(words))
+    for place in places:
+        with contextlib.suppress(OSError, ValueError):
+            if runs.is_run(place):
+                return place
+    return None
 
 
 def inherited(origin: Origin) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Origins(TypedDict):
 class SweepPoint(TypedDict):
     """One point of a sweep, beside what an evaluation holds."""
 
-    value: _Finite
+    value: Annotated[float, Field(strict=True, gt=-1e30, lt=1e30)]  # an axis holds it
     metrics: Annotated[dict[_Text, _Number], Field(min_length=1)]
 
 

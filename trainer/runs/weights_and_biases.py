@@ -77,7 +77,7 @@ def open_run(run: Path, config: RunConfig, warn: Callable[[str], None]) -> Board
     folder lies. A folder that was copied under another name is another run.
 
     Raises:
-        UserError: wandb is not installed or cannot be reached, or the file is damaged.
+        UserError: wandb is not installed, is broken or cannot be reached, or the file is damaged.
     """
     project = os.environ.get("WANDB_PROJECT")
     if not project:
@@ -88,6 +88,11 @@ def open_run(run: Path, config: RunConfig, warn: Callable[[str], None]) -> Board
         raise UserError(
             "$WANDB_PROJECT is set, but wandb is not installed", remedy="Type: pip install wandb   or unset it"
         ) from None
+    except (Exception, SystemExit) as error:  # a broken installation
+        raise UserError(
+            f"$WANDB_PROJECT is set, but wandb cannot be imported: {type(error).__name__}: {first_line(error)}",
+            remedy="Type: pip install --force-reinstall wandb   or unset it",
+        ) from error
     name = str(config.name or run.name)
     known = _known(run, project, name)
     own = known or {"id": f"{_slug(name)}-{secrets.token_hex(4)}", "project": project, "name": name}
@@ -105,7 +110,7 @@ def open_run(run: Path, config: RunConfig, warn: Callable[[str], None]) -> Board
         )
         opened.define_metric("step")
         opened.define_metric("*", step_metric="step")
-    except Exception as error:  # its own and the network's
+    except (Exception, SystemExit) as error:  # its own and the network's
         raise UserError(
             f"Weights & Biases could not be reached: {type(error).__name__}: {error!s:.200}",
             remedy="Set WANDB_MODE=offline, or unset WANDB_PROJECT.",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from featcache.encoders.vae import LatentDecoder
 from featcache.errors import UserError, first_line
@@ -45,15 +48,14 @@ class GridMaker:
             return
         device = next(ema.parameters()).device
         transport = build_transport(ema.cfg.family, device=device, **self._config.flow)
-        watched = ema.register_forward_pre_hook(lambda *_: _give_up(told))
         try:
-            pixels = class_grid(ema, self._decoder.to(device), transport=transport, seed=self._config.seed)
+            with given_up_when(told):
+                pixels = class_grid(ema, self._decoder.to(device), transport=transport, seed=self._config.seed)
             save_png(pixels, files.inside(self._run, "samples") / f"step_{step:07d}.png")
         except Exception as error:  # memory, say; a disk that is full the log will find, too
             self._warn(f"no sample grid at step {step}: {what_happened(error)}")
             return
         finally:
-            watched.remove()
             self._decoder.to("cpu")
         log.image("samples", pixels, step)
 
@@ -61,9 +63,23 @@ class GridMaker:
         return decoder_of(self._run, self._config, self._cache)
 
 
-def _give_up(told: Stop) -> None:
-    if told.number:
-        raise UserError("the run was told to stop")
+class GivenUp(UserError):
+    """The run was told to stop."""
+
+
+@contextmanager
+def given_up_when(told: Stop) -> Iterator[None]:
+    """Raises `GivenUp` in the next call of any module in the block once the run is `told` to stop."""
+
+    def check(*_: object) -> None:
+        if told.number:
+            raise GivenUp("the run was told to stop")
+
+    watched = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        watched.remove()
 
 
 def decoder_of(run: Path, config: RunConfig, cache: Cache) -> LatentDecoder:

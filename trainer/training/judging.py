@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainer.runs import branch
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog
-from trainer.training.grids import what_happened
+from trainer.stopping import Stop
+from trainer.training.grids import GivenUp, given_up_when, what_happened
 
 if TYPE_CHECKING:
     from featcache.read.reader import Cache
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 Judge = Callable[["Transformer"], Mapping[str, float]]
 # Made of the run's settings, its cache, its folder, and where remarks go.
 MakeJudge = Callable[[RunConfig, "Cache", Path, Callable[[str], None]], Judge]
+
+PREFIX = "eval/"  # of their columns in the log
 
 
 class SmallEvaluations:
@@ -36,21 +40,33 @@ class SmallEvaluations:
         self._broken = make is None
         self._judge: Judge | None = None
 
-    def judge(self, ema: Transformer, step: int, log: RunLog, trained_s: float) -> None:
-        """One line of the log."""
+    def judge(self, ema: Transformer, step: int, log: RunLog, trained_s: float, told: Stop) -> None:
+        """One line of the log. Given up when the run is `told` to stop: it is owed then (`is_owed`)."""
         if self._broken or self._make is None:
             return
         device = next(ema.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             try:
-                self._judge = self._judge or self._make(self._config, self._cache, self._run, self._warn)
+                with given_up_when(told):
+                    self._judge = self._judge or self._make(self._config, self._cache, self._run, self._warn)
+            except GivenUp:
+                return
             except Exception as error:
                 self._broken = True
                 self._warn(f"no evaluation during training: {what_happened(error)}")
                 return
             try:
-                numbers = self._judge(ema)
+                with given_up_when(told):
+                    numbers = self._judge(ema)
+            except GivenUp:
+                return
             except Exception as error:  # memory, say
                 self._warn(f"no evaluation at step {step}: {what_happened(error)}")
                 return
-        log.record({"step": step, "time_s": round(trained_s, 3), **{f"eval/{k}": v for k, v in numbers.items()}})
+        log.record({"step": step, "time_s": round(trained_s, 3), **{f"{PREFIX}{k}": v for k, v in numbers.items()}})
+
+
+def is_owed(run: Path, step: int) -> bool:
+    """Whether the log has no evaluation at a step where the run goes on: one that stopped there gave it up."""
+    here = (line for line in branch.lines_before(run) if line["step"] == step)
+    return not any(key.startswith(PREFIX) for line in here for key in line)

@@ -40,7 +40,7 @@ from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.runs.streams import StreamConfig, never_learned, stream_config
 from trainer.training.branching import take_over
 from trainer.training.grids import GridMaker
-from trainer.training.judging import MakeJudge, SmallEvaluations
+from trainer.training.judging import MakeJudge, SmallEvaluations, is_owed
 from trainer.training.meters import FirstBadStep, Pace, RunningMeans, TrainingClock
 from trainer.training.objective import Draws, clip_gradients, draw, ema_decay_at, update_ema
 from trainer.training.outlook import Outlook
@@ -248,6 +248,15 @@ def _loop(
         with pace.doing("saving"):
             save_parts(job.parts, job.run, done, config, job.world, state=now)
 
+    def judge(done: int) -> None:
+        if (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
+            with pace.doing("judging samples"):
+                evaluations.judge(ema, done, log, clock.trained_s, told)
+        distributed.barrier()  # of the hosts: judging may take longer than a GPU's exchange may
+
+    if start > 0 and due(config.eval_every, start) and distributed.from_main(log is not None and is_owed(job.run, start)):
+        with clock.paused():
+            judge(start)
     batches = loader(job, start)
     stream = iter(batches)
     usage = Usage(
@@ -288,16 +297,16 @@ def _loop(
                 if keeps:
                     save_averages(job.parts, job.run, done, config, job.world)
                 if judges:
-                    if (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
-                        with pace.doing("judging samples"):
-                            evaluations.judge(ema, done, log, clock.trained_s)
-                    distributed.barrier()  # of the hosts: judging may take longer than a GPU's exchange may
+                    judge(done)
+                    if not stop and (stop := distributed.from_main(told.number)):  # it may have been given up
+                        skipped += _check_finite(job, log, bad)
+                        saves = True
                 if saves:
                     save(done)
                 if draws and (ema := whole_ema(job.parts, job.world)) is not None and log is not None:
                     with pace.doing("drawing samples"):
                         grids.draw(ema, done, log, told)
-                if (draws or judges) and not stop and job.world.size == 1 and told.number:
+                if draws and not stop and job.world.size == 1 and told.number:
                     stop = told.number  # meanwhile; another step may take minutes
                     if not saves:
                         skipped += _check_finite(job, log, bad)
