@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +97,24 @@ def test_damaged_statistics_are_computed_again(
     assert passes(told) == 2 and any("computing it again" in note for note in told.notes)
     assert_same(first, taken(shapes_cache, shelf, told))
     assert passes(told) == 2, "and kept again"
+
+
+def test_a_pipe_in_place_of_a_file_holds_nobody_up(shelf: Shelf) -> None:
+    statistics = Statistics(mean=np.arange(3.0), covariance=np.eye(3), count=5, resolution=8, provenance={})
+    path = shelf.path({"of": "x"})
+    path.parent.mkdir()
+    os.mkfifo(path)
+    threading.Thread(target=_write_to_whoever_waits, args=[path], daemon=True).start()
+    assert shelf.get({"of": "x"}, lambda: statistics, told := Told()) is statistics
+    assert path.is_file() and not any("computing it again" in note for note in told.notes), told.notes
+
+
+def _write_to_whoever_waits(pipe: Path) -> None:
+    """So that a reader does not wait for ever; until there is one, opening fails."""
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        time.sleep(0.1)
 
 
 def test_other_numbers_under_the_same_name_are_not_taken(shapes_cache: Path, shelf: Shelf) -> None:

@@ -536,7 +536,10 @@ def test_ctrl_c_gives_an_evaluation_up_and_resuming_makes_up_for_it(
         real = small_judge(*given)
 
         def judge(model: Any) -> Any:
-            if not (tmp_path / "cut" / "run" / "checkpoints" / f"step_{at:07d}").exists() and len(images) == at // 2 - 1:
+            if (
+                not (tmp_path / "cut" / "run" / "checkpoints" / f"step_{at:07d}").exists()
+                and len(images) == at // 2 - 1
+            ):
                 os.kill(os.getpid(), signal.SIGINT)
                 images.append(0)
                 found = real(model)

@@ -111,7 +111,7 @@ def _digest(statistics: Statistics) -> str:
 
 def _load(path: Path, key: Mapping[str, Any], progress: Progress) -> Statistics | None:
     """What is kept in `path`, if it is whole and of that key."""
-    if not path.exists():
+    if not path.is_file():  # a pipe, too, which nobody waits for
         return None
     try:
         statistics = load_statistics(path)

@@ -254,7 +254,11 @@ def _loop(
                 evaluations.judge(ema, done, log, clock.trained_s, told)
         distributed.barrier()  # of the hosts: judging may take longer than a GPU's exchange may
 
-    if start > 0 and due(config.eval_every, start) and distributed.from_main(log is not None and is_owed(job.run, start)):
+    if (
+        start > 0
+        and due(config.eval_every, start)
+        and distributed.from_main(log is not None and is_owed(job.run, start))
+    ):
         with clock.paused():
             judge(start)
     batches = loader(job, start)
