@@ -266,15 +266,16 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
                 f"{name} is {value!r:.200}, but it must be {must[kind]}", remedy=f"Give {name} such a number."
             )
     expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
-    remedy = _EXAMPLES.get(problem["type"], "").format(f"{name}{sign}") or None
+    way_out: str | None = _EXAMPLES.get(problem["type"], "").format(f"{name}{sign}") or None
     if (examples := _NUMBERS.get(problem["type"])) is not None:
-        remedy = f"Write for example {name}{sign}{_accepted(cls, field, *examples):g}."
-    return UserError(f"{name} = {value!r:.200} is not valid: {expected}", remedy=remedy)
+        way_out = f"Write for example {name}{sign}{_accepted(cls, field, *examples):g}."
+    return UserError(f"{name} = {value!r:.200} is not valid: {expected}", remedy=way_out)
 
 
 def _accepted(cls: type, field: str, *examples: float) -> float:
     """The first example that a field takes, alone or as a list of one; the last if none is known to fit."""
-    adapter = pydantic.TypeAdapter[Any](_hint(cls, field))
+    hint: Any = _hint(cls, field)
+    adapter = pydantic.TypeAdapter[Any](hint)
     for example in examples:
         for value in (example, [example]):
             with contextlib.suppress(pydantic.ValidationError):

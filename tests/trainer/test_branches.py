@@ -261,7 +261,7 @@ def test_reports_join_the_curves_of_a_chain(shapes_cache: Path, tmp_path: Path) 
     # Beside its origin a branch has its own steps alone, and so does not cover the other's line.
     keys = [("loss", "Loss", "loss")]
     (chart,) = _charts([load_run(tmp_path / "first"), data], "training step", lambda column: column.steps, keys)
-    assert [line.x.tolist() for line in chart.series] == [list(range(1, 9)), [6, 7, 8, 9]]
+    assert [list(line.x) for line in chart.series] == [list(range(1, 9)), [6, 7, 8, 9]]
 
 
 def test_a_branch_from_before_its_origin_s_beginning_skips_that_one(shapes_cache: Path, tmp_path: Path) -> None:
