@@ -28,6 +28,7 @@ from trainer.runs import budget, checkpoint, snapshots
 from trainer.runs.budget import disk_budget, require_room
 from trainer.runs.config import RunConfig
 from trainer.runs.exchange import export_checkpoint
+from trainer.runs.log import OF_THE_MACHINE
 from trainer.runs.records import run_model_config
 from trainer.sampling.draw import load_run
 from trainer.training.averages import FurtherAverages
@@ -442,10 +443,10 @@ def test_the_page_says_what_the_code_computes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = budget.Sizes(weights=1_000_000)
-    config = RunConfig(steps=400_000, snapshot_every=100_000)
+    config = RunConfig(steps=400_000, snapshot_every=100_000).settled()
     free = {"bytes": 10**12}
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free["bytes"]}))
-    assert require_room(tmp_path, RunConfig(steps=400_000), sizes, 0) is None
+    assert require_room(tmp_path, RunConfig(steps=400_000).settled(), sizes, 0) is None
     said = require_room(tmp_path, config, sizes, 0)
     assert said is not None and said.startswith("4 snapshots of ") and "full" not in said
     assert str(require_room(tmp_path, config, sizes, 300_000)).startswith("1 snapshot of ")
@@ -531,8 +532,9 @@ def test_ctrl_c_gives_an_evaluation_up_and_resuming_makes_up_for_it(
     assert not [text for text in listener.warnings if "no evaluation" in text]
     judged(config, tmp_path / "cut", resume=True)
     assert_identical(whole, cut, 5)
-    volatile = ("time_s", "images_per_s", "data_wait", "rss_bytes", "tflop_per_s", "mfu")
-    logs = [[{k: v for k, v in line.items() if k not in volatile} for line in log_of(path)] for path in (whole, cut)]
+    logs = [
+        [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in log_of(path)] for path in (whole, cut)
+    ]
     assert logs[0] == logs[1]
 
 
