@@ -19,9 +19,9 @@ from trainer.report.data import load_run
 from trainer.report.run import write_run_report
 from trainer.runs import branch
 from trainer.runs.config import RunConfig
-from trainer.runs.log import OF_THE_MACHINE
 from trainer.runs.exchange import export_checkpoint, import_checkpoint
 from trainer.runs.folder import load_config
+from trainer.runs.log import OF_THE_MACHINE
 from trainer.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("nano")
