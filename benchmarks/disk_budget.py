@@ -31,7 +31,7 @@ def rows() -> list[dict[str, Any]]:
                 snapshot_every=EVERY,
                 snapshot_dtype=dtype,
                 posthoc=posthoc,
-            )
+            ).settled()
             budget = disk_budget(config, Sizes(weights=weights))
             found.append(
                 {

@@ -248,9 +248,9 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
         case "greater_than_equal":
             low = context["ge"]
             what = "must not be negative" if low == 0 else f"must be at least {low:g}"
-            example = _accepted(cls, field, max(low, 1), low)
+            fits = _accepted(cls, field, max(low, 1), low)
             return UserError(
-                f"{name} is {value!r:.200}, but it {what}", remedy=f"Type for example {name}{sign}{example:g}."
+                f"{name} is {value!r:.200}, but it {what}", remedy=f"Type for example {name}{sign}{fits:g}."
             )
         case "less_than_equal":
             high = context["le"]
@@ -266,10 +266,10 @@ def _explain(error: pydantic.ValidationError, cls: type, shown: Callable[[str], 
                 f"{name} is {value!r:.200}, but it must be {must[kind]}", remedy=f"Give {name} such a number."
             )
     expected = _EXPECTED.get(problem["type"]) or str(context.get("error") or problem["msg"])
-    way_out: str | None = _EXAMPLES.get(problem["type"], "").format(f"{name}{sign}") or None
+    example = _EXAMPLES.get(problem["type"], "").format(f"{name}{sign}")
     if (examples := _NUMBERS.get(problem["type"])) is not None:
-        way_out = f"Write for example {name}{sign}{_accepted(cls, field, *examples):g}."
-    return UserError(f"{name} = {value!r:.200} is not valid: {expected}", remedy=way_out)
+        example = f"Write for example {name}{sign}{_accepted(cls, field, *examples):g}."
+    return UserError(f"{name} = {value!r:.200} is not valid: {expected}", remedy=example or None)
 
 
 def _accepted(cls: type, field: str, *examples: float) -> float:

@@ -28,6 +28,7 @@ from trainer.runs import budget, checkpoint, snapshots
 from trainer.runs.budget import disk_budget, require_room
 from trainer.runs.config import RunConfig
 from trainer.runs.exchange import export_checkpoint
+from trainer.runs.log import OF_THE_MACHINE
 from trainer.runs.records import run_model_config
 from trainer.sampling.draw import load_run
 from trainer.training.averages import FurtherAverages
@@ -558,8 +559,9 @@ def test_ctrl_c_gives_an_evaluation_up_and_resuming_makes_up_for_it(
     assert not [text for text in listener.warnings if "no evaluation" in text]
     judged(config, tmp_path / "cut", resume=True)
     assert_identical(whole, cut, 5)
-    volatile = ("time_s", "images_per_s", "data_wait", "rss_bytes", "tflop_per_s", "mfu")
-    logs = [[{k: v for k, v in line.items() if k not in volatile} for line in log_of(path)] for path in (whole, cut)]
+    logs = [
+        [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in log_of(path)] for path in (whole, cut)
+    ]
     assert logs[0] == logs[1]
 
 
