@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from tiny_runs import Listener, settings
 import featcache
 from featcache.settings import from_mapping
 from trainer.distributed import World
+from trainer.runs.checkpoint import checkpoint_path
 from trainer.runs.config import RunConfig
 from trainer.training import outlook
 from trainer.training.loop import train
@@ -58,7 +61,7 @@ def test_the_paragraph_says_all_that_is_known(shapes_cache: Path, tmp_path: Path
         "1 thread), bf16" if torch.get_num_threads() == 1 else "threads), bf16",
         "memory: about ",
         "MORE THAN the",
-        "a checkpoint of 10.8 GB every 800 steps, 2 kept: up to 32.4 GB of ",
+        "a checkpoint of 10.8 GB every 800 steps, 2 kept: up to 32.4 GB more of ",
         "grids of samples: every 1,000 steps, each as long as about 3 steps",
     ):
         assert words in text, text
@@ -76,6 +79,38 @@ def test_a_resumed_run_says_where_it_goes_on(shapes_cache: Path, tmp_path: Path)
     judged = large(shapes_cache, "none", model="SiT-Ti/2", batch_size=4, steps=20, eval_every=10, eval_num=6)
     assert "evaluation: every 10 steps, each as long as about 16 steps" in told(judged, tmp_path)[1][0]
     assert told(large(shapes_cache, steps=20), tmp_path, start=20)[1] == []
+
+
+def test_the_disk_is_told_with_what_lies_there_already(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = large(
+        shapes_cache, "none", model="SiT-Ti/2", batch_size=4, steps=20, checkpoint_every=10, snapshot_every=5
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+
+    def line(start: int) -> str:
+        return next(line for line in told(config, tmp_path, start=start)[1][0].splitlines() if "disk: " in line)
+
+    free = 10**9
+    begun = re.search(
+        r"disk: a checkpoint of ([\d.]+) MB .* 4 snapshots of ([\d.]+) MB: up to ([\d.]+) MB more of", line(0)
+    )
+    assert begun is not None
+    checkpoint, snapshot, total = map(float, begun.groups())
+    assert total == pytest.approx(2 * checkpoint + 4 * snapshot, abs=0.6)  # said to three digits
+    free = int((total - 1) * 1e6)
+    assert line(0).endswith("NOT ENOUGH")
+    saved = checkpoint_path(tmp_path, 10)
+    saved.mkdir(parents=True)
+    (saved / "state.json").touch()
+    with (saved / "model.safetensors").open("wb") as file:
+        file.truncate(int(checkpoint * 1e6))
+    assert not line(10).endswith("NOT ENOUGH")
+    goes_on = re.search(r" 2 snapshots of .* up to ([\d.]+) MB more of", line(10))
+    assert goes_on is not None and float(goes_on[1]) == pytest.approx(
+        checkpoint + 2 * snapshot, abs=0.6
+    )  # said to three digits
 
 
 @pytest.mark.parametrize("method", ["ahpa", "repa", "sra2"])

@@ -263,7 +263,10 @@ def test_a_loss_far_above_its_course_is_a_spike() -> None:
     course = [1.0 + 0.01 * (k % 5) for k in range(30)]
     assert [spikes.see(5.0 if k == 3 else loss) for k, loss in enumerate(course)] == [None] * 30, "not at the start"
     assert spikes.see(1.15) is None, "many deviations, but close"
-    assert spikes.see(2.04) == pytest.approx(2.0, rel=0.01)
+    assert spikes.see(2.04) == pytest.approx(2.0, rel=0.01) and spikes.begins
+    assert spikes.see(2.04) is not None and not spikes.begins, "told once"
+    assert spikes.see(1.02) is None and not spikes.begins
+    assert spikes.see(2.04) is not None and spikes.begins
     assert spikes.see(math.nan) is None and spikes.see(None) is None
     noisy = Spikes({"denoise": 1.0 + 0.5 * (k % 3)} for k in range(30))
     assert noisy.see(2.9) is None, "within the noise"

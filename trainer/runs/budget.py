@@ -72,12 +72,26 @@ def disk_budget(config: RunConfig, sizes: Sizes, *, start: int = 0, there: int =
     )
 
 
-def require_room(run: Path, config: RunConfig, sizes: Sizes, start: int) -> str | None:
-    """Checks that the disk has room for the checkpoints; what the snapshots will need, in a sentence, where there will be
-    any.
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Of the disk a run lies on. budget: what the run may hold from now on. there_bytes: of that, what its checkpoints hold
+    already."""
+
+    budget: Budget
+    there_bytes: int
+    free_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """That snapshots and checkpoints may take beside what is there."""
+        return max(0, self.budget.checkpoints_bytes - self.there_bytes) + self.budget.snapshots_bytes
+
+
+def room_of(run: Path, config: RunConfig, sizes: Sizes, start: int) -> Room:
+    """Counts what a run needs from step `start` on.
 
     Raises:
-        UserError: it has not.
+        UserError: the run's folder, or its disk, cannot be read.
     """
     kept = list_checkpoints(run)
     budget = disk_budget(config, sizes, start=start, there=len(kept))
@@ -86,20 +100,21 @@ def require_room(run: Path, config: RunConfig, sizes: Sizes, start: int) -> str 
         there = sum(file.stat().st_size for _, folder in kept for file in folder.iterdir() if file.is_file())
     except OSError as error:
         raise os_error(error) from error
-    needed = budget.checkpoints_bytes - there
+    return Room(budget=budget, there_bytes=there, free_bytes=free)
+
+
+def require_room(run: Path, config: RunConfig, sizes: Sizes, start: int) -> None:
+    """Checks that the disk has room for the checkpoints, without which a run is for nothing.
+
+    Raises:
+        UserError: it has not.
+    """
+    room = room_of(run, config, sizes, start)
+    budget, free = room.budget, room.free_bytes
+    needed = budget.checkpoints_bytes - room.there_bytes
     if free < needed:
         raise UserError(
             f"the disk of {run} has {size_text(free)} free, and the run's checkpoints need {size_text(needed)} more "
             f"({budget.checkpoints} of {size_text(budget.checkpoint_bytes)}, with the one that is being written)",
             remedy="Free some space, keep fewer (--set keep_checkpoints=1), or link ./runs to a larger disk.",
         )
-    if not budget.snapshots:
-        return None
-    said = (
-        f"{budget.snapshots} snapshot{'s' if budget.snapshots > 1 else ''} of {size_text(budget.snapshot_bytes)} will take "
-        f"{size_text(budget.snapshots_bytes)} in {run / 'snapshots'}"
-    )
-    left = free - max(needed, 0)
-    if budget.snapshots_bytes > left:
-        return f"{said}, and the disk has room for {size_text(left)}: it will be full before the run is over"
-    return said

@@ -24,9 +24,8 @@ def drawn_as_published(run: Path, asked: Mapping[str, Any], note: Callable[[str]
     if published is None or published.sampling is None or not published.is_of_samples:
         return dict(asked)
     sampling = published.sampling
-    fits = (sampling.sampler == "ddpm") == config.model.startswith(
-        "DiT"
-    )  # a run may have another model than its recipe
+    is_dit = config.model.startswith("DiT")  # a run may have another model than its recipe
+    fits = (sampling.sampler == "ddpm") == is_dit
     own = {"sampler": sampling.sampler if fits else None, "steps": sampling.steps}
     found = published.settings({**own, **asked}, f"trainer sample {typed(run)}")
     further = f", {sampling.further}" if sampling.further else ""

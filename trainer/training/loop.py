@@ -189,8 +189,8 @@ def _train(asked: _Asked, world: World, device: torch.device) -> Path:
             watcher=watcher,
             make_judge=asked.make_judge,
         )
-        if world.is_main and (needs := require_room(run, config, parts.sizes, start)) is not None:
-            watcher.note(needs)
+        if world.is_main:
+            require_room(run, config, parts.sizes, start)
         _announce(job, start, remark)
         if start < config.steps:
             with _told_how_to_go_on(job):
@@ -524,11 +524,10 @@ class _Lines:
             **shown,
         }
         if self.log is not None:
-            ratio, lasts = spikes.see(shown.get("denoise")), spikes.lasts
-            spikes.lasts = ratio is not None
+            ratio = spikes.see(shown.get("denoise"))
             if ratio is not None:
                 record[COLUMN] = round(ratio, 4)
-                if not lasts:
+                if spikes.begins:
                     job.watcher.note(f"the denoising loss at step {done} is {ratio:.2f} times its recent median")
             self.log.record(record)
         job.watcher.record(1, *in_words(record, shown))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,7 +23,7 @@ from trainer.align import config_class
 from trainer.align.base import Alignment
 from trainer.distributed import World
 from trainer.models import ModelConfig, Transformer, forward_flops
-from trainer.runs.budget import Sizes, disk_budget
+from trainer.runs.budget import Sizes, room_of
 from trainer.runs.cache import missing_features
 from trainer.runs.config import RunConfig
 from trainer.runs.intervals import GRID_IMAGES, IMAGE_COST
@@ -205,19 +203,16 @@ class Outlook:
         config = self._config
         assert config.checkpoint_every is not None
         sizes = Sizes(weights=size.backbone, heads=size.heads, adversary=size.adversary)
-        needs = disk_budget(config, sizes, start=self._start)
+        room = room_of(self._run, config, sizes, self._start)
+        needs = room.budget
         text = (
             f"a checkpoint of {size_text(needs.checkpoint_bytes)} every {config.checkpoint_every:,} steps, "
             f"{config.keep_checkpoints} kept"
         )
         if needs.snapshots:
-            text += f", and {needs.snapshots} snapshots of {size_text(needs.snapshot_bytes)}"
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(self._run).free
-            text += f": up to {size_text(needs.total_bytes)} of {size_text(free)} free"
-            if needs.total_bytes > free and not self._start:
-                text += ", WHICH IS NOT ENOUGH"
-        return text
+            text += f", and {_number(needs.snapshots, 'snapshot')} of {size_text(needs.snapshot_bytes)}"
+        text += f": up to {size_text(room.needed_bytes)} more of {size_text(room.free_bytes)} free"
+        return f"{text}, WHICH IS NOT ENOUGH" if room.needed_bytes > room.free_bytes else text
 
     def _warn(self, takes: str) -> None:
         command = self.trial()

@@ -24,19 +24,22 @@ class Spikes:
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         """lines: of the log so far, so that a resumed run sees what an uninterrupted one does."""
         self._recent: deque[float] = deque(maxlen=WINDOW)
-        self.lasts = False  # the line before was one, too
+        self.begins = False  # the last line that was seen is a spike, and the one before it was none
+        self._is_one = False
         for line in lines:
             loss = line.get("denoise")
             if isinstance(loss, int | float):
                 self._recent.append(float(loss))
-                self.lasts = COLUMN in line
+                self._is_one = COLUMN in line
 
     def see(self, loss: float | None) -> float | None:
         """The loss as a multiple of the median before it if it is a spike, else None."""
         if loss is None or not math.isfinite(loss):
+            self.begins = False
             return None
         ratio = self._ratio(loss)
         self._recent.append(loss)
+        self.begins, self._is_one = ratio is not None and not self._is_one, ratio is not None
         return ratio
 
     def _ratio(self, loss: float) -> float | None:
