@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -34,6 +35,10 @@ T = TypeVar("T")
 _BROKEN = re.compile(r"gloo/transport|Connection (closed|reset) by peer")
 
 
+# Where all wait while one judges samples, or computes the statistics of a reference: hours on a CPU.
+JUDGING = timedelta(days=2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
     rank: int = 0
@@ -49,8 +54,12 @@ class World:
         return torch.device("cuda", self.local_rank) if name == "cuda" else torch.device(name)
 
 
-def join(device: str) -> World:
+def join(device: str, *, patience: timedelta | None = None) -> World:
     """Joins the process group that `torchrun` describes in the environment.
+
+    Args:
+        patience: how long a rank waits for the others before it takes them for lost; None: as long as the backend does
+            (gloo half an hour, NCCL ten minutes).
 
     Raises:
         UserError: several ranks were told to share one GPU (`cuda:N`), or the environment is not torchrun's.
@@ -68,7 +77,7 @@ def join(device: str) -> World:
         launch.require_meeting_point()
         if device == "cuda":
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=patience)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank)
 
 
@@ -84,8 +93,8 @@ def leave() -> None:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
-    """`join` for the length of a block; a group that was there before stays.
+def joined(device: str, *, patience: timedelta | None = None) -> Iterator[World]:
+    """`join` for the length of a block; a group that was there before stays, with its own patience.
 
     After an error the other ranks are not waited for: torchrun ends them.
 
@@ -93,7 +102,7 @@ def joined(device: str) -> Iterator[World]:
         UserError: another rank ended in the middle of an exchange.
     """
     ours = not dist.is_initialized()
-    world = join(device)
+    world = join(device, patience=patience)
     try:
         yield world
     except SystemExit as leaving:  # all ranks leave together

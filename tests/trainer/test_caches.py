@@ -36,9 +36,9 @@ def without(cache: Path, target: Path, *names: str) -> Path:
 
 
 def build_words(error: CacheError) -> list[str]:
-    """The command that an error ends with."""
+    """The first command to build with that an error names."""
     assert error.remedy is not None
-    (line,) = re.findall(r"^\s*(featcache build .*)$", error.remedy, flags=re.M)
+    line, *_ = re.findall(r"^\s*(featcache build .*)$", error.remedy, flags=re.M)
     return shlex.split(line)
 
 
@@ -183,6 +183,23 @@ def test_no_cache_at_all_gets_both_lines(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CacheError) as error:
         find_cache(replace(config, method="reg"))
     assert (error.value.remedy or "").splitlines()[1:] == ["  featcache build --encoder dinov2-b@11,11.cls"]
+
+
+@pytest.mark.parametrize("method", ["none", "ahpa", "repa", "sra2"])
+def test_who_has_nothing_at_hand_is_told_what_comes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The line works as it is typed, and what it builds is found and fits."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FEATCACHE_DATA", raising=False)
+    config = replace(settings("none named", method, model="SiT-Ti/2"), cache=None)
+    with pytest.raises(CacheError, match="no cache below") as error:
+        find_cache(config)
+    *_, said, line = (error.value.remedy or "").splitlines()
+    assert said == "or, of images and encoders that come with it:"
+    words = line.strip().replace("--limit 1000", "--limit 8").split()
+    assert CliRunner().invoke(featcache_app, words[1:]).exit_code == 0
+    missing_features(config, find_cache(config))
 
 
 def test_streams_of_one_s_own_are_among_what_is_to_be_built(

@@ -345,3 +345,24 @@ def test_devices_of_ranks() -> None:
     assert world.device("cuda:3") == torch.device("cuda", 3)
     assert world.device("cpu") == torch.device("cpu")
     assert not world.is_main
+
+
+@pytest.mark.parametrize(("patience", "lost"), [("None", False), ("timedelta(seconds=1)", True)])
+def test_a_rank_waits_as_long_as_it_is_told_to(patience: str, lost: bool) -> None:
+    """While the main rank computes what the others need."""
+    folder = Path(sys.executable).parent
+    program = (
+        "import time; from datetime import timedelta; from trainer import distributed\n"
+        f"with distributed.joined('cpu', patience={patience}) as world:\n"
+        "    world.is_main and time.sleep(3)\n"
+        "    assert distributed.from_main(world.rank) == 0"
+    )
+    done = subprocess.run(
+        [folder / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", program],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode != 0) == lost, done.stderr[-2000:]
+    assert ("the connection to the other ranks broke" in done.stderr) == lost

@@ -23,6 +23,7 @@ from tiny_runs import Listener, assert_identical, checkpoint_files, keep_only, l
 from featcache.errors import UserError
 from trainer.averages import Average, combine, gamma_of, power_decay, width_of
 from trainer.evaluate.during import small_judge
+from trainer.evaluate.extractors import EXTRACTORS
 from trainer.models import build_model
 from trainer.runs import budget, checkpoint, snapshots
 from trainer.runs.budget import disk_budget, require_room
@@ -560,9 +561,18 @@ def test_ctrl_c_gives_an_evaluation_up_and_resuming_makes_up_for_it(
 
 
 @pytest.mark.usefixtures("nano")
+def test_a_judge_that_there_is_not_is_refused_before_the_first_step(shapes_cache: Path) -> None:
+    for name in ("auto", *EXTRACTORS):
+        assert settings(shapes_cache, eval_extractor=name).eval_extractor == name
+    with pytest.raises(UserError, match="eval_extractor"):
+        settings(shapes_cache, eval_extractor="nobody")
+
+
+@pytest.mark.usefixtures("nano")
 def test_an_evaluation_that_fails_ends_no_run(shapes_cache: Path, tmp_path: Path) -> None:
-    config = settings(shapes_cache, steps=4, eval_every=1, eval_extractor="nobody")
+    reference = str(tmp_path / "nothing.npz")
+    config = settings(shapes_cache, steps=4, eval_every=1, eval_extractor="embedded", eval_reference=reference)
     path, listener = judged(config, tmp_path / "a")
-    said = [text for text in listener.warnings if "no evaluation" in text]
-    assert said == ["no evaluation during training: there is no extractor 'nobody'"], "once"
+    (said,) = (text for text in listener.warnings if "no evaluation" in text)  # once
+    assert said.startswith("no evaluation during training: ") and "nothing.npz" in said
     assert checkpoint.find_checkpoint(path)[0] == 4

@@ -58,7 +58,7 @@ def evaluate_all(run: Path, request: EvalRequest, progress: Progress) -> Curve |
     steps = steps_of(run, Average.parse(request.settings.weights or "ema"))
     full = with_defaults(request.settings, run, config, device, progress)
     request = replace(request, settings=_settled(full))
-    with distributed.joined(device) as world:
+    with distributed.joined(device, patience=distributed.JUDGING) as world:
         standard: Standard | None = None
         wanted: dict[str, Any] = {}
         missing: list[int] = []

@@ -134,7 +134,7 @@ def sweep_run(run: Path, request: EvalRequest, progress: Progress) -> SweepResul
     points = {value: _at(base, sweep, value) for value in sweep.values}
     common = _common(run, base, sweep, device, step)
     # One group for all points: the ranks that do not judge wait for the one that does.
-    with distributed.joined(device):
+    with distributed.joined(device, patience=distributed.JUDGING):
         if not distributed.is_main():
             _draw_all(run, files.inside(run, f"{FOLDER}/{distributed.from_main('')}.json"), points)
             return None

@@ -33,6 +33,8 @@ from trainer.runs.streams import DIFFUSIBLE, check_shape, stream_config
 ROOT = Path("caches")
 DEFAULT_ENCODER, DEFAULT_LAST = "dinov2-b", 11
 DEFAULT_VAE = "sd-ft-ema"
+# Needs no file that is not installed: the embedded images and encoders.
+EMBEDDED = "featcache build --data shapes --limit 1000 --encoder tiny --vae-levels G3,G4"
 
 
 class WrongCache(CacheError):
@@ -81,7 +83,9 @@ def find_cache(config: RunConfig) -> featcache.Cache:
         except CacheError as error:
             unfit.append((path, error))
     if not unfit:
-        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:{_build_all(config)}")
+        derived = any("." in name.partition("@")[2] for name in wanted_features(config))
+        embedded = "" if derived or config.vae else f"\nor, of images and encoders that come with it:\n  {EMBEDDED}"
+        raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:{_build_all(config)}{embedded}")
     path, reason = unfit[0]
     asked = f"--method {config.method}" + (f" with --streams {','.join(config.streams)}" if config.streams else "")
     raise CacheError(

@@ -213,7 +213,7 @@ class RunConfig:
     snapshot_dtype: Literal["bf16", "fp32"] = "fp32"
     eval_every: Index = 0
     eval_num: Annotated[int, Field(ge=2, le=2**31 - 1)] = 256
-    eval_extractor: str = "auto"
+    eval_extractor: Literal["auto", "inception", "dinov2", "embedded", "embedded-vit"] = "auto"
     eval_reference: str | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
 
