@@ -104,7 +104,7 @@ class RunConfig:
         attention: `sdpa` is torch's own, `xformers` needs a GPU.
         compile: the training step; None compiles on a GPU only.
         recompute: `blocks` keeps of each block of the backbone only its input, and runs it again in the backward pass: a
-            third more computation for a fraction of the memory, and the same numbers.
+            third more computation for a fraction of the memory. The same numbers; compiled, but for rounding.
         cuda_graphs: replay the compiled step's kernels as CUDA graphs, which saves their launches: where a small model or
             batch leaves the GPU waiting for the host. One GPU, and a batch in one piece.
         shard: split weights, average and optimiser state over the ranks (FSDP2) instead of keeping a copy on each
