@@ -87,12 +87,12 @@ def test_the_disk_is_told_with_what_lies_there_already(
     config = large(
         shapes_cache, "none", model="SiT-Ti/2", batch_size=4, steps=20, checkpoint_every=10, snapshot_every=5
     )
+    free = 10**9
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
 
     def line(start: int) -> str:
         return next(line for line in told(config, tmp_path, start=start)[1][0].splitlines() if "disk: " in line)
 
-    free = 10**9
     begun = re.search(
         r"disk: a checkpoint of ([\d.]+) MB .* 4 snapshots of ([\d.]+) MB: up to ([\d.]+) MB more of", line(0)
     )
