@@ -197,6 +197,9 @@ def test_who_has_nothing_at_hand_is_told_what_comes_with_it(
         find_cache(config)
     *_, said, line = (error.value.remedy or "").splitlines()
     assert said == "or, of images and encoders that come with it:"
+    with pytest.raises(CacheError) as larger:
+        find_cache(replace(config, resolution=512))
+    assert "that come with it" not in str(larger.value.remedy), "it is of 64 pixels"
     words = line.strip().replace("--limit 1000", "--limit 8").split()
     assert CliRunner().invoke(featcache_app, words[1:]).exit_code == 0
     missing_features(config, find_cache(config))

@@ -84,7 +84,8 @@ def find_cache(config: RunConfig) -> featcache.Cache:
             unfit.append((path, error))
     if not unfit:
         derived = any("." in name.partition("@")[2] for name in wanted_features(config))
-        embedded = "" if derived or config.vae else f"\nor, of images and encoders that come with it:\n  {EMBEDDED}"
+        fits = not (derived or config.vae or config.resolution)
+        embedded = f"\nor, of images and encoders that come with it:\n  {EMBEDDED}" if fits else ""
         raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:{_build_all(config)}{embedded}")
     path, reason = unfit[0]
     asked = f"--method {config.method}" + (f" with --streams {','.join(config.streams)}" if config.streams else "")
