@@ -56,7 +56,8 @@ class Standard:
     """What samples of a run are judged by, made once for any number of judgements.
 
     reference: where it is, or `known`, its statistics. data: of a cache, the folder of its images. stamp: what tells that a
-    file under the same name is another one. shelf: where statistics of the reference are kept.
+    file under the same name is another one. shelf: where statistics of the reference are kept. crop: of the run's images,
+    as its cache names it, by which a folder's images are cropped, too.
     """
 
     extractor: Extractor
@@ -65,6 +66,7 @@ class Standard:
     known: Statistics | None = None
     stamp: object = None
     shelf: Shelf | None = None
+    crop: str | None = None
 
 
 def evaluate_run(
@@ -120,7 +122,20 @@ def standard_of(
     if path.is_file():
         stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     shelf = Shelf.of_user(progress) if request.reference is None else None
-    return Standard(extractor=extractor, reference=reference, data=data, stamp=stamp, shelf=shelf)
+    return Standard(
+        extractor=extractor,
+        reference=reference,
+        data=data,
+        stamp=stamp,
+        shelf=shelf,
+        crop=_preprocessing(run).get("crop"),
+    )
+
+
+def _preprocessing(run: Path) -> Mapping[str, Any]:
+    """How the run's images were made, as its cache says."""
+    found: Mapping[str, Any] = cache_summary(run)["dataset"]["preprocessing"]
+    return found
 
 
 def with_statistics(standard: Standard, request: EvalRequest, run: Path, progress: Progress) -> Standard:
@@ -130,7 +145,8 @@ def with_statistics(standard: Standard, request: EvalRequest, run: Path, progres
         known = reference_statistics(
             standard.reference,
             standard.extractor,
-            resolution=int(cache_summary(run)["dataset"]["preprocessing"]["resolution"]),
+            resolution=int(_preprocessing(run)["resolution"]),
+            crop=standard.crop,
             need_features=bool(NEED_FEATURES & set(chosen)),
             batch_size=request.settings.batch_size,
             data=standard.data,
@@ -143,7 +159,7 @@ def with_statistics(standard: Standard, request: EvalRequest, run: Path, progres
 def judge(images: Path, standard: Standard, request: EvalRequest, progress: Progress) -> dict[str, Any]:
     """What is found of samples; the entry of `metrics.json` but for how they were drawn."""
     given, against = replace(request, data=standard.data), standard.known or standard.reference
-    return _judge(images, against, standard.extractor, given, progress, shelf=standard.shelf)
+    return _judge(images, against, standard.extractor, given, progress, shelf=standard.shelf, crop=standard.crop)
 
 
 # Of a request, what moves no number, or is the point of the curve.
@@ -198,7 +214,7 @@ def _check_before_drawing(
 ) -> None:
     """What would fail after drawing fails now."""
     chosen = chosen_metrics(request.metrics or None, extractor)
-    resolution = int(cache_summary(run)["dataset"]["preprocessing"]["resolution"])
+    resolution = int(_preprocessing(run)["resolution"])
     open_reference(
         reference, extractor, resolution=resolution, need_features=bool(NEED_FEATURES & set(chosen)), data=data
     )
@@ -234,6 +250,7 @@ def _judge(
     *,
     require_labels: bool = False,
     shelf: Shelf | None = None,
+    crop: str | None = None,
 ) -> dict[str, Any]:
     with torch.inference_mode():
         result = evaluate(
@@ -248,6 +265,7 @@ def _judge(
             require_labels=require_labels,
             data=request.data,
             shelf=shelf,
+            crop=crop,
             progress=progress,
         )
     for warning in result["warnings"]:
