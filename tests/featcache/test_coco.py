@@ -55,7 +55,7 @@ def write_images(folder: Path, count: int = 10) -> list[str]:
 COUNTS = (5, 5, 6, 0, 7, 5, 5, 0, 5, 5)
 
 
-def annotations(names: list[str], counts: tuple[int, ...] = COUNTS, **changes: Any) -> dict[str, Any]:
+def coco_document(names: list[str], counts: tuple[int, ...] = COUNTS, **changes: Any) -> dict[str, Any]:
     """A document of the form of `captions_train2014.json`; annotations stand in no order of ids."""
     images = [
         {
@@ -89,7 +89,7 @@ def coco(tmp_path: Path) -> tuple[Path, Path]:
     names = write_images(tmp_path / "train2014")
     file = tmp_path / "annotations/captions_train2014.json"
     file.parent.mkdir()
-    file.write_text(json.dumps(annotations(names)), "utf-8")
+    file.write_text(json.dumps(coco_document(names)), "utf-8")
     return tmp_path / "train2014", file
 
 
@@ -161,7 +161,7 @@ def test_shards_and_folders_above_have_the_same_captions(coco: tuple[Path, Path]
 def test_what_does_not_fit_is_counted_and_shown(coco: tuple[Path, Path]) -> None:
     folder, file = coco
     source = open_source(str(folder), resolution=32)
-    document = annotations([source.key(i) for i in range(10)])
+    document = coco_document([source.key(i) for i in range(10)])
     document["images"].append({"id": 7, "file_name": "COCO_train2014_000000000007.jpg"})
     document["annotations"] += [
         {"image_id": 7, "id": 1, "caption": "of another image"},
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_counted_and_shown(coco: tuple[Path, Path]) -> None
     file.write_text(json.dumps(document))
     remark = open_captions(source, table=file, key=None).remark
     assert remark is not None and "2 of 45 captions" in remark and "such as 'id 7'" in remark
-    document = annotations([f"COCO_val2014_{i:012d}.jpg" for i in range(10)])
+    document = coco_document([f"COCO_val2014_{i:012d}.jpg" for i in range(10)])
     file.write_text(json.dumps(document))
     with pytest.raises(
         UserError, match="names none of the images of folder train2014, such as 'COCO_train2014"
@@ -251,7 +251,7 @@ def test_two_entries_of_one_image_are_refused(coco: tuple[Path, Path]) -> None:
     folder, file = coco
     source = open_source(str(folder), resolution=32)
     names = [source.key(i) for i in range(10)]
-    file.write_text(json.dumps(annotations([*names, names[0].replace(".jpg", ".png")])))
+    file.write_text(json.dumps(coco_document([*names, names[0].replace(".jpg", ".png")])))
     with pytest.raises(UserError, match=r"000009\.jpg' and 'COCO_train2014_000000000009\.png' are both"):
         open_captions(source, table=file, key=None)
 
