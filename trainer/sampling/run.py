@@ -49,8 +49,9 @@ from trainer.sampling.draw import (
     sampling_times,
     save_png,
 )
-from trainer.sampling.grid import class_picture, first_of_classes
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
+from trainer.sampling.prompts import PromptEncoder, Prompts, of_settings
+from trainer.sampling.subjects import OfClasses, OfPrompts, Subjects
 from trainer.sampling.trunk import Trunk, trunk_record
 
 if TYPE_CHECKING:
@@ -274,22 +275,16 @@ def _is_pending(images: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Draw:
-    """What is to be drawn, and with what. labels: int64, of whole blocks."""
+    """What is to be drawn, and with what. subjects: of whole blocks."""
 
     network: Network
     vae: LatentDecoder
     config: SampleConfig
     transport: Transport
-    labels: np.ndarray
-    class_names: Sequence[str]
+    subjects: Subjects
     num: int
     unit: int
     trunk: Trunk | None = None
-
-    @property
-    def shown(self) -> dict[int, np.ndarray]:
-        """Class -> indices of the samples of it that the grid shows."""
-        return first_of_classes(self.labels[: self.num])
 
 
 def _unit(device: torch.device, batch_size: int) -> int:
@@ -311,7 +306,7 @@ def _draw_to(
         _prepare(blocks, record, images.name)
         wanted = set(range(-(-draw.num // BLOCK)))
         if _is_there(images):  # what is missing is the grid alone
-            wanted = set() if grid.is_file() else {int(i) // BLOCK for of in draw.shown.values() for i in of}
+            wanted = set() if grid.is_file() else {i // BLOCK for i in draw.subjects.shown(draw.num)}
         missing = [k for k in sorted(wanted) if not _is_whole(blocks, draw.num, k)]
         left = sum(_block_count(draw.num, k) for k in missing)
         progress.begin("sampling", draw.num, done=draw.num - left)
@@ -324,10 +319,10 @@ def _draw_to(
         )  # before what would be taken for others'
         if not _is_there(images):
             write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
-            write(blocks, images, draw.labels[: draw.num])
+            write(blocks, images, draw.subjects, draw.num)
         if not grid.is_file():
-            tiles = {label: np.stack([_sample(blocks, i) for i in of]) for label, of in draw.shown.items()}
-            save_png(class_picture(tiles, draw.class_names), grid)
+            tiles = {i: _sample(blocks, i) for i in draw.subjects.shown(draw.num)}
+            save_png(draw.subjects.picture(tiles, draw.num), grid)
         _remove_blocks(blocks)  # last: what tells that the folder is not complete
     distributed.barrier()
 
@@ -338,9 +333,10 @@ def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], progress: Pr
     units = draw_units(
         draw.network,
         draw.vae,
-        draw.labels[indices],
+        draw.subjects.condition(indices),
         indices,
         draw.config,
+        null=draw.subjects.null,
         transport=draw.transport,
         trunk=draw.trunk,
         unit=draw.unit,
@@ -463,17 +459,18 @@ def _sample(blocks: Path, index: int) -> np.ndarray:
     return image
 
 
-def _write_npz(blocks: Path, npz: Path, labels: np.ndarray) -> None:
+def _write_npz(blocks: Path, npz: Path, subjects: Subjects, num: int) -> None:
     """Joins the blocks into an uncompressed npz, one block in memory at a time."""
-    shape = next(_block_images(blocks, len(labels))).shape[1:]
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+    shape = next(_block_images(blocks, num)).shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape)}
     with files.atomic_file(npz) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for block in _block_images(blocks, len(labels)):
+            for block in _block_images(blocks, num):
                 member.write(block.tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.save(member, labels.astype(np.int64), allow_pickle=False)
+        for name, array in subjects.arrays(num).items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.save(member, array, allow_pickle=False)
 
 
 def _pngs(blocks: Path, num: int) -> Iterator[bytes]:
@@ -484,23 +481,23 @@ def _pngs(blocks: Path, num: int) -> Iterator[bytes]:
             yield buffer.getvalue()
 
 
-def _write_tar(blocks: Path, path: Path, labels: np.ndarray) -> None:
+def _write_tar(blocks: Path, path: Path, subjects: Subjects, num: int) -> None:
     """One WebDataset shard; members carry no time, so equal samples make equal bytes."""
     import webdataset
 
     with files.atomic_file(path) as stream, webdataset.TarWriter(stream, mtime=0) as tar:
-        for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
-            tar.write({"__key__": f"{i:06d}", "png": png, "cls": str(label).encode()})
+        for i, png in enumerate(_pngs(blocks, num)):
+            tar.write({"__key__": f"{i:06d}", "png": png, **subjects.members(i)})
 
 
-def _write_pngs(blocks: Path, path: Path, labels: np.ndarray) -> None:
+def _write_pngs(blocks: Path, path: Path, subjects: Subjects, num: int) -> None:
     with files.atomic_directory(path) as made:
-        for label in np.unique(labels):
-            files.make_directory(made / f"{label:04d}")
+        for name in sorted({subjects.folder(i) for i in range(num)} - {""}):
+            files.make_directory(made / name)
         group = files.Group()
         try:
-            for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
-                group.write(made / f"{label:04d}" / f"{i:06d}.png", [png])
+            for i, png in enumerate(_pngs(blocks, num)):
+                group.write(made / subjects.folder(i) / f"{i:06d}.png", [png])
                 if len(group) == BLOCK:
                     group.commit()
             group.commit()
