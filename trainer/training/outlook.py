@@ -22,7 +22,7 @@ from featcache.store.remote import is_remote
 from trainer.align import config_class
 from trainer.align.base import Alignment
 from trainer.distributed import World
-from trainer.models import ModelConfig, Transformer, forward_flops
+from trainer.models import ModelConfig, empty_model, forward_flops
 from trainer.runs.budget import Sizes, room_of
 from trainer.runs.cache import missing_features
 from trainer.runs.config import RunConfig
@@ -159,8 +159,7 @@ class Outlook:
         features = self._cache.manifest.features
         targets = sum(int(torch.Size(features[name].shape).numel()) for name in _reads(alignment))
         sharded = config.shard and world.size > 1
-        with torch.device("meta"):
-            backbone = _parameters(Transformer(replace(cfg, attention="sdpa")))
+        backbone = _parameters(empty_model(replace(cfg, attention="sdpa")))
         return Size(
             cfg=cfg,
             backbone=backbone,

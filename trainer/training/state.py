@@ -217,7 +217,7 @@ def _check_cuda_graphs(device: torch.device, world: World, *, compiled: bool) ->
 def _compile_between_gatherings(model: Transformer) -> None:
     """Compiles a model that is to be sharded piece by piece: gathering weights cannot be part of a compiled region. All
     blocks share one graph."""
-    for module in (*model.blocks, model.x_embedder, model.t_embedder, model.y_embedder, model.final_layer):
+    for module in (*model.blocks, model.x_embedder, model.t_embedder, model.condition_embedder, model.final_layer):
         module.compile(dynamic=False)
 
 
