@@ -15,7 +15,10 @@ import numpy as np
 from featcache.errors import UserError
 from featcache.redact import redact
 from featcache.sources.opening import Unreadable, read_file
+from featcache.store import files
 from featcache.store.remote import is_remote
+from trainer.runs import folder as runs
+from trainer.runs import schemas
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from featcache.encoders.text import TextEncoder
     from trainer.requests import SampleSettings
 
+FILE = "prompts.json"  # beside samples
 MAX_TEXT_BYTES = 256 << 20
 MAX_PROMPTS = 10_000_000
 MAX_CHARACTERS = 1 << 16  # of one prompt: a text encoder reads a few hundred
@@ -54,6 +58,29 @@ class Prompts:
     def record(self) -> dict[str, object]:
         """What is kept of them beside samples and numbers."""
         return {"source": self.source, "count": len(self.texts), "sha256": self.sha256}
+
+    def save(self, folder: Path) -> None:
+        """Writes `prompts.json`: the record, and all texts under `prompts`."""
+        content = json.dumps({**self.record(), "prompts": self.texts}, indent=0, ensure_ascii=False)
+        runs.write_text(folder / FILE, content)
+
+
+def load_prompts(folder: Path) -> Prompts | None:
+    """What `Prompts.save` wrote beside samples; None where there is nothing.
+
+    Raises:
+        UserError: it is damaged, or holds other texts than it says.
+    """
+    path = files.inside(folder, FILE)
+    remedy = "Remove it; trainer sample writes it again."
+    content = runs.read_json(path, {}, remedy=remedy)
+    if not content:
+        return None
+    held = schemas.check(content, schemas.SampledPrompts, path, remedy=remedy)
+    prompts = _checked(held["prompts"], source=held["source"], where=str(path))
+    if prompts.sha256 != held["sha256"]:
+        raise UserError(f"{path} holds other prompts than it says (their checksum differs)", remedy=remedy)
+    return prompts
 
 
 def of_settings(asked: SampleSettings) -> Prompts | None:

@@ -29,6 +29,7 @@ from PIL import Image
 from featcache.encoders.vae import LatentDecoder
 from featcache.errors import UserError
 from featcache.machine import pick_device
+from featcache.paths import typed
 from featcache.progress import QUIET, Progress
 from featcache.store import files
 from featcache.store.differences import difference, flat
@@ -50,7 +51,7 @@ from trainer.sampling.draw import (
     save_png,
 )
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
-from trainer.sampling.prompts import PromptEncoder, Prompts, of_settings
+from trainer.sampling.prompts import PromptEncoder, Prompts, empty_text, of_settings
 from trainer.sampling.subjects import OfClasses, OfPrompts, Subjects
 from trainer.sampling.trunk import Trunk, trunk_record
 
@@ -129,7 +130,12 @@ def grid_name(num: int) -> str:
 
 
 def folder_name(
-    request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic, stored: str | None = None
+    request: SampleRequest,
+    step: int,
+    sampler: str,
+    arithmetic: Arithmetic,
+    stored: str | None = None,
+    prompts: Prompts | None = None,
 ) -> str:
     """What the samples of checkpoint `step` (a snapshot that is `stored` rounded) depend on, one name for equal settings: defaults are left out, and so are
     an interval and channels of guidance where the scale is 1.
@@ -146,6 +152,7 @@ def folder_name(
         interval = f"-{request.interval}" if request.interval != Interval() else ""
         parts.append(f"rg{plain(request.representation_guidance)}{interval}")
     parts += [_short(str(request.classes).replace(",", "_"))] if request.classes != Classes() else []
+    parts += [f"prompts_{prompts.sha256[:8]}"] if prompts is not None else []
     parts += [request.pixels] if request.pixels != "round" else []
     parts += [request.weights.replace(":", "-")] if request.weights != "ema" else []
     parts += [f"{stored}-weights"] if stored is not None else []
@@ -165,12 +172,16 @@ class SampleResult:
 
     images: an npz (`arr_0` uint8 [n, R, R, 3], `arr_1` int64 [n] labels: ADM's layout), a WebDataset tar (`png`,
     `cls`) or a folder of PNGs by class. grid: a picture of them (of some, where they are many) by class.
+
+    prompts: of a model that takes text, what it drew. Then there is no `arr_1`, a tar holds `png` and `txt`, a folder PNGs
+    by number, and the texts lie beside the images in `prompts.json`; the picture has them under the images.
     """
 
     images: Path
     grid: Path
     loaded: LoadedRun
     settings: Record
+    prompts: Prompts | None = None
 
 
 def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: Path | None = None) -> SampleResult:
@@ -196,39 +207,84 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
             progress.note(note)
         config = sample_config(request, loaded)
         vae = loaded.decoder(request.weights_dir).to(device)
-        settings: Record = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
+        prompts = _prompts_of(run, request, loaded)
+        settings: Record = {**config.record(), **_asked_for(request, prompts), **asdict(arithmetic)}
         settings |= {} if request.weights == "ema" else {"weights": request.weights}
         settings |= {} if loaded.stored is None else {"stored": loaded.stored}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
-        name = folder_name(request, loaded.step, config.sampler, arithmetic, loaded.stored)
+        name = folder_name(request, loaded.step, config.sampler, arithmetic, loaded.stored, prompts)
         named = files.inside(run, f"samples/{name}")
         folder = request.out or _find_folder(named, record, file_name(request))
         images = files.inside(folder, file_name(request))
         _check_folder(folder, record, images)
-        whole_blocks = -(-request.num // BLOCK) * BLOCK
-        labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
         grid = _grid_path(folder, request.num, images)
+        drawn = {**settings, "num": request.num}
+        result = SampleResult(images=images, grid=grid, loaded=loaded, settings=drawn, prompts=prompts)
         with _held(grid, images, world) as wanted:
             if not wanted:
-                return _result(images, grid, loaded, settings, request)
+                return result
             draw = _Draw(
                 network=Network(loaded.model, arithmetic),
                 vae=vae,
                 config=config,
                 transport=loaded.transport,
-                labels=labels,
-                class_names=loaded.class_names,
+                subjects=_subjects(request, loaded, prompts, device),
                 num=request.num,
                 unit=_unit(device, request.batch_size),
                 trunk=None if trunk is None else Trunk(trunk, trunk_record(record, device)),
             )
             with applied(arithmetic):
                 _draw_to(images, grid, record, draw, world, progress)
-        return _result(images, grid, loaded, settings, request)
+        return result
 
 
-def _result(images: Path, grid: Path, loaded: LoadedRun, settings: Record, request: SampleRequest) -> SampleResult:
-    return SampleResult(images=images, grid=grid, loaded=loaded, settings={**settings, "num": request.num})
+def _prompts_of(run: Path, request: SampleRequest, loaded: LoadedRun) -> Prompts | None:
+    """What a model that takes text draws; None for one that takes classes.
+
+    Raises:
+        UserError: text for a model that takes classes, or the other way around; or as `open_prompts`.
+    """
+    flag = "--prompt" if request.prompt else "--prompts" if request.prompts is not None else None
+    if loaded.model.cfg.text is None:
+        if flag is not None:
+            raise UserError(
+                f"{flag} is for models that take text, and {loaded.config.name} takes classes",
+                remedy=f"Leave {flag} out; --classes says which classes to draw.",
+            )
+        return None
+    if request.classes != Classes():
+        raise UserError(
+            f"--classes is for models that take classes, and {loaded.config.name} takes text",
+            remedy="Leave --classes out; --prompt says what to draw.",
+        )
+    prompts = of_settings(request)
+    if prompts is None:
+        raise UserError(
+            f"{loaded.config.name} takes text, and it was not said what to draw",
+            remedy=f'Type: trainer sample {typed(run)} --prompt "what to draw", or --prompts FILE with one prompt a line',
+        )
+    return prompts
+
+
+def _asked_for(request: SampleRequest, prompts: Prompts | None) -> Record:
+    """What of the record says what the samples are of. Where prompts are from decides no sample, so it is left out."""
+    if prompts is None:
+        return {"classes": str(request.classes)}
+    return {"prompts": {key: value for key, value in prompts.record().items() if key != "source"}}
+
+
+def _subjects(request: SampleRequest, loaded: LoadedRun, prompts: Prompts | None, device: torch.device) -> Subjects:
+    """Raises as `Classes.labels`, `PromptEncoder` and `empty_text`."""
+    if prompts is None:
+        whole_blocks = -(-request.num // BLOCK) * BLOCK
+        labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
+        return OfClasses(labels=labels, names=loaded.class_names)
+    text = loaded.model.cfg.text
+    assert text is not None, "prompts are of models that take text"
+    encoder = PromptEncoder(
+        text.name, loaded.summary["features"].get(text.name, {}), weights_dir=request.weights_dir, device=device
+    )
+    return OfPrompts(prompts=prompts, encoder=encoder, null=empty_text(loaded.path, text).to(device))
 
 
 def _grid_path(folder: Path, num: int, images: Path) -> Path:
@@ -317,6 +373,7 @@ def _draw_to(
         runs.write_text(
             folder / "settings.json", json.dumps(record, indent=1)
         )  # before what would be taken for others'
+        draw.subjects.save(folder)
         if not _is_there(images):
             write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
             write(blocks, images, draw.subjects, draw.num)

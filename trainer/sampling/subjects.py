@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -50,6 +51,10 @@ class Subjects(Protocol):
         """Where a PNG lies in the folder of all; empty for right there."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Writes what the files of images cannot hold into the folder where they are."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class OfClasses:
@@ -82,6 +87,9 @@ class OfClasses:
     def folder(self, index: int) -> str:
         return f"{self.labels[index]:04d}"
 
+    def save(self, folder: Path) -> None:
+        """The labels are in all of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OfPrompts:
@@ -110,3 +118,6 @@ class OfPrompts:
 
     def folder(self, index: int) -> str:
         return ""
+
+    def save(self, folder: Path) -> None:
+        self.prompts.save(folder)
