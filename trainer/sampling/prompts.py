@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.errors import UserError
+from featcache.paths import typed
 from featcache.redact import redact
 from featcache.sources.opening import Unreadable, read_file
 from featcache.store import files
 from featcache.store.remote import is_remote
 from trainer.runs import folder as runs
+from trainer.classes import Classes
 from trainer.runs import schemas
+from trainer.runs.records import run_model_config
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from featcache.encoders.text import TextEncoder
     from trainer.requests import SampleSettings
+    from trainer.runs.config import RunConfig
 
 FILE = "prompts.json"  # beside samples
 MAX_TEXT_BYTES = 256 << 20
@@ -96,6 +100,36 @@ def of_settings(asked: SampleSettings) -> Prompts | None:
     if not asked.prompt:
         return None
     return _checked(asked.prompt, source="--prompt", where="--prompt")
+
+
+def prompts_for(run: Path, config: RunConfig, asked: SampleSettings) -> Prompts | None:
+    """What samples of a run are to be drawn of; None where its model takes classes.
+
+    Raises:
+        UserError: no prompts for a model that takes text, prompts for one that takes classes, or classes beside prompts;
+            or as `open_prompts`.
+    """
+    flag = "--prompt" if asked.prompt else "--prompts" if asked.prompts is not None else None
+    if run_model_config(run, config).text is None:
+        if flag is not None:
+            raise UserError(
+                f"{flag} is for models that take text, and {config.name} takes classes",
+                remedy=f"Leave {flag} out; --classes says which classes to draw.",
+            )
+        return None
+    if asked.classes not in (None, Classes()):
+        raise UserError(
+            f"--classes is for models that take classes, and {config.name} takes text",
+            remedy="Leave --classes out; --prompt says what to draw.",
+        )
+    prompts = of_settings(asked)
+    if prompts is None:
+        raise UserError(
+            f"{config.name} takes text, and it was not said what to draw",
+            remedy=f'Type for example: trainer sample {typed(run)} --prompt "what to draw"; or add --prompts FILE, a text '
+            "file with one prompt a line",
+        )
+    return prompts
 
 
 def open_prompts(source: str, *, seed: int) -> Prompts:

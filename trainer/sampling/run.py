@@ -29,7 +29,6 @@ from PIL import Image
 from featcache.encoders.vae import LatentDecoder
 from featcache.errors import UserError
 from featcache.machine import pick_device
-from featcache.paths import typed
 from featcache.progress import QUIET, Progress
 from featcache.store import files
 from featcache.store.differences import difference, flat
@@ -51,7 +50,7 @@ from trainer.sampling.draw import (
     save_png,
 )
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
-from trainer.sampling.prompts import PromptEncoder, Prompts, empty_text, of_settings
+from trainer.sampling.prompts import PromptEncoder, Prompts, empty_text, prompts_for
 from trainer.sampling.subjects import OfClasses, OfPrompts, Subjects
 from trainer.sampling.trunk import Trunk, trunk_record
 
@@ -207,7 +206,7 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
             progress.note(note)
         config = sample_config(request, loaded)
         vae = loaded.decoder(request.weights_dir).to(device)
-        prompts = _prompts_of(run, request, loaded)
+        prompts = prompts_for(run, loaded.config, request)
         settings: Record = {**config.record(), **_asked_for(request, prompts), **asdict(arithmetic)}
         settings |= {} if request.weights == "ema" else {"weights": request.weights}
         settings |= {} if loaded.stored is None else {"stored": loaded.stored}
@@ -236,34 +235,6 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
             with applied(arithmetic):
                 _draw_to(images, grid, record, draw, world, progress)
         return result
-
-
-def _prompts_of(run: Path, request: SampleRequest, loaded: LoadedRun) -> Prompts | None:
-    """What a model that takes text draws; None for one that takes classes.
-
-    Raises:
-        UserError: text for a model that takes classes, or the other way around; or as `open_prompts`.
-    """
-    flag = "--prompt" if request.prompt else "--prompts" if request.prompts is not None else None
-    if loaded.model.cfg.text is None:
-        if flag is not None:
-            raise UserError(
-                f"{flag} is for models that take text, and {loaded.config.name} takes classes",
-                remedy=f"Leave {flag} out; --classes says which classes to draw.",
-            )
-        return None
-    if request.classes != Classes():
-        raise UserError(
-            f"--classes is for models that take classes, and {loaded.config.name} takes text",
-            remedy="Leave --classes out; --prompt says what to draw.",
-        )
-    prompts = of_settings(request)
-    if prompts is None:
-        raise UserError(
-            f"{loaded.config.name} takes text, and it was not said what to draw",
-            remedy=f'Type: trainer sample {typed(run)} --prompt "what to draw", or --prompts FILE with one prompt a line',
-        )
-    return prompts
 
 
 def _asked_for(request: SampleRequest, prompts: Prompts | None) -> Record:
