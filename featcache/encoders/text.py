@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
@@ -259,6 +260,16 @@ class TextEncoder:
     def _features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         made = self.module(input_ids=ids)
         return made.last_hidden_state.float(), made.text_embeds.float()
+
+    def empty(self) -> dict[str, np.ndarray]:
+        """What it says of the text '': `text/<name>` [T, width] and `.pooled` [projected], float32.
+
+        Always alone in its batch and not compiled: the same bits whatever the size of a build's batches.
+        """
+        ids = upload(self.tokenise([("",)]).ids, self.compute.device)
+        with self.compute.scope():
+            made = self._features(ids)
+        return {name: value[0].cpu().numpy() for name, value in zip(self.shapes, made)}
 
     def __call__(self, tokens: Tokens) -> dict[str, Tensor]:
         """Captions of n images => `text/<name>` [n, C, T, width] and `.pooled` [n, C, projected], float32.
