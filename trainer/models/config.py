@@ -229,6 +229,11 @@ class ModelConfig:
         return sum(stream.tokens for stream in self.streams)
 
     @property
+    def sequence(self) -> int:
+        """Tokens of a block: of the image and of all that stands before them."""
+        return self.tokens + self.stream_tokens + (0 if self.text is None else self.text.tokens)
+
+    @property
     def in_channels(self) -> int:
         """Of the latents and what is merged into them."""
         return self.latent_channels + sum(stream.channels for stream in self.streams if stream.merged)

@@ -74,7 +74,8 @@ def training_flops(parts: Parts, cache: Cache, *, aligned: bool = True) -> float
     model = weightless(parts.model.cfg, device)
     objective = _with_backbone(parts.objective, model)
     trained = [*model.parameters(), *(p for group in parts.groups[1:] for p in group)]
-    with cache.reader(list(parts.reads), single_view=True) as reader:
+    one_caption = model.cfg.text is not None
+    with cache.reader(list(parts.reads), single_view=True, single_caption=one_caption) as reader:
         stored = dict(reader.arrays)
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
         batch = {
