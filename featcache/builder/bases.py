@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from featcache.builder.begun import known_feature, with_features
 from featcache.builder.pipeline import Meter, run_shards
 from featcache.builder.prepare import Plan
 from featcache.progress import Progress
 from featcache.read.components import Components
 from featcache.store.basis import Basis
 from featcache.store.manifest import FeatureSpec
-from featcache.store.writer import building_directory, declared, known_manifest
 
 IMAGES = 2048
 SHARD = 16
@@ -75,13 +75,7 @@ def _rank(spec: FeatureSpec) -> int:
 
 
 def _known(plan: Plan, spec: FeatureSpec) -> Basis | None:
-    if not plan.path.is_dir():
-        return None
-    manifest = known_manifest(plan.path)
-    have = manifest.features.get(spec.name) if manifest is not None else None
-    building = building_directory(plan.path, spec.name)
-    if have is None and (building / "spec.json").is_file():
-        have = declared(building)
+    have = known_feature(plan, spec.name)
     # Where ranks differ, or one has none, the writer says so.
     if have is None or have.basis is None or have.basis.rank != _rank(spec):
         return None
@@ -89,5 +83,4 @@ def _known(plan: Plan, spec: FeatureSpec) -> Basis | None:
 
 
 def _with(plan: Plan, bases: Mapping[str, Basis]) -> Plan:
-    specs = tuple(replace(s, basis=bases[s.name]) if s.name in bases else s for s in plan.specs)
-    return replace(plan, specs=specs, work=replace(plan.work, specs={spec.name: spec for spec in specs}))
+    return with_features(plan, {s.name: replace(s, basis=bases[s.name]) for s in plan.specs if s.name in bases})

@@ -12,6 +12,7 @@ from featcache.builder.pipeline import Stage
 from featcache.builder.prepare import Plan, check_disk, package_versions
 from featcache.paths import typed
 from featcache.progress import Progress
+from featcache.read.captions import has_captions
 from featcache.read.reader import Cache
 from featcache.store import CacheWriter
 from featcache.store.differences import difference
@@ -78,6 +79,8 @@ def _kept(existing: Cache, spec: FeatureSpec, path: Path) -> str | None:
         if key not in ("versions", "captions")
     ]
     pairs += [("components", have.basis and have.basis.rank, spec.basis and spec.basis.rank)]
+    if has_captions(spec) and spec.codec != "raw":
+        pairs += [("text of ''", have.empty is not None, True)]
     differences = [difference(key, found, asked) for key, found, asked in pairs if found != asked]
     if not differences:
         return None

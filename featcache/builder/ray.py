@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.builder.bases import adopt_bases, settle_bases
+from featcache.builder.empty_texts import adopt_empty_texts, settle_empty_texts
 from featcache.builder.lead import BuildResult, announce, finish, lead, warn_of_bare_images
 from featcache.builder.pipeline import Meter, Stage, run_shards
 from featcache.builder.prepare import Plan, prepare
@@ -62,7 +63,7 @@ class _Actor:
         meter, told = Meter(), _Told()
         try:
             if self._plan is None:
-                self._plan = adopt_bases(prepare(self._request, device=self._device))
+                self._plan = adopt_empty_texts(adopt_bases(prepare(self._request, device=self._device)))
             with join_writer(self._plan.path, self._plan.specs) as writer:
                 # A call that is tried again may have written some of its shards.
                 left = set(writer.pending())
@@ -98,7 +99,7 @@ def build_on_ray(request: BuildRequest, progress: Progress, meter: Meter) -> Bui
         )
     try:
         request, device = _settled(request, ray.cluster_resources())
-        plan = settle_bases(prepare(request, device="cpu"), progress)
+        plan = settle_empty_texts(settle_bases(prepare(request, device="cpu"), progress))
         # Actors need not count the captions again.
         per_image = plan.work.captions_per_image or None
         out = None if request.into else plan.path

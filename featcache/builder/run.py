@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from featcache.builder.bases import adopt_bases, settle_bases
+from featcache.builder.empty_texts import adopt_empty_texts, settle_empty_texts
 from featcache.builder.lead import BuildResult, announce, finish, lead, warn_of_bare_images
 from featcache.builder.pipeline import Meter, run_shards
 from featcache.builder.prepare import Plan, check_request, prepare
@@ -36,11 +37,11 @@ def build(request: BuildRequest, progress: Progress, *, meter: Meter | None = No
     with Ranks.of_environment() as ranks:
         plan = prepare_together(request, ranks, device=ranks.device(pick_device(request.device)))
         if ranks.rank == 0:
-            plan = settle_bases(plan, progress)
+            plan = settle_empty_texts(settle_bases(plan, progress))
         writer = lead(plan) if ranks.rank == 0 else None
         pending = ranks.from_first(writer.pending() if writer is not None else [])
         if writer is None:
-            plan = adopt_bases(plan)
+            plan = adopt_empty_texts(adopt_bases(plan))
         work = plan.work
         left = sum(len(work.slots(shard)) for shard in pending)
         with writer or join_writer(plan.path, plan.specs) as shard_writer:

@@ -11,8 +11,10 @@ from rich.table import Table
 from featcache.console import console, safe, size_text
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError
+from featcache.read.captions import has_captions
 from featcache.read.reader import Cache
 from featcache.share import records as verified
+from featcache.store.manifest import Manifest
 from featcache.store.remote import is_remote
 from featcache.store.root import cache_digest
 
@@ -24,6 +26,15 @@ def _last_verification(cache: Cache, place: str) -> str:
     except UserError as error:
         return f"[yellow]{safe(error.what)}[/yellow]"
     return "never (on record)" if found is None else safe(found.words(cache.manifest))
+
+
+def _empty_texts(manifest: Manifest) -> str:
+    """Which text features lack the text of '', which guidance needs; nothing where there are no text features."""
+    texts = [spec for spec in manifest.features.values() if has_captions(spec) and spec.codec != "raw"]
+    without = [spec.name for spec in texts if spec.empty is None]
+    if without:
+        return f"; no text of '' with {safe(', '.join(without))}"
+    return "; text of '' kept" if texts else ""
 
 
 def print_info(cache: Cache, place: str | None = None) -> None:
@@ -48,7 +59,9 @@ def print_info(cache: Cache, place: str | None = None) -> None:
         )
     if "text/count" in manifest.features:
         captions = manifest.features["text/count"].provenance["captions"]
-        console.print(f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} per image")
+        console.print(
+            f"captions: {safe(captions['from'])}; up to {safe(captions['per_image'])} per image{_empty_texts(manifest)}"
+        )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("feature", "shape", "codec", "per image", "total", "weights"):
         table.add_column(title, justify="right" if title in ("per image", "total") else "left", no_wrap=True)

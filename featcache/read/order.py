@@ -183,3 +183,19 @@ def stream_views(start: int, stop: int, *, seed: int) -> np.ndarray:
         )
         views.append(coins[max(0, start - number * block) : stop - number * block])
     return np.concatenate(views) if views else np.empty(0, np.int64)
+
+
+def stream_captions(start: int, stop: int, *, counts: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
+    """Which of its sample's captions each position `start..stop` of the stream takes: int64, uniform (to 2^-32), a function
+    of (seed, position) and of the count alone.
+
+    counts: int [stop - start], captions of the sample at each position; where it has none, 0 is taken.
+    """
+    block, drawn = 4096, [np.empty(0, np.uint64)]
+    for number in range(start // block, -(-stop // block)):
+        raw = np.random.Philox(key=[seed, 0xCA97], counter=[0, 0, 0, number]).random_raw(block)
+        drawn.append(raw[max(0, start - number * block) : stop - number * block])
+    # The upper 32 bits u, uniform in [0, 2^32), become floor(u * count / 2^32).
+    upper = np.concatenate(drawn) >> np.uint64(32)
+    chosen: np.ndarray = (upper * np.maximum(counts, 0).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+    return chosen

@@ -22,6 +22,7 @@ import numpy as np
 
 from featcache.errors import CacheError
 from featcache.keys import key_text
+from featcache.read.captions import has_captions
 from featcache.read.order import epoch_order, sequential_order
 from featcache.store.backends import Backend, ShardFile, StridedShard
 from featcache.store.layout import sample_bytes
@@ -257,26 +258,35 @@ class Cache:
         *,
         threads: int | None = None,
         single_view: bool = False,
+        single_caption: bool = False,
         slots: bool = False,
         access: str = "auto",
     ) -> Reader:
         """A reader of these features. `threads`: default one per core, at most 8; 0 reads in the calling thread.
 
         single_view: drop the view axis of flipped caches; `read` then takes the view of each sample and
-        moves only its bytes. slots: indices count slots, skipped ones (zeros, label -1) included. access:
-        'pread', 'mmap', or 'auto': mapped where the features fit into half the memory. A mapped file that
-        another program cuts short ends the process (SIGBUS): choose 'pread' where that may happen (featcache
-        itself never does it).
+        moves only its bytes. single_caption: the same with the caption axis of text features
+        (`featcache.read.captions.one_caption` says what is left). slots: indices count slots, skipped ones
+        (zeros, label -1) included. access: 'pread', 'mmap', or 'auto': mapped where the features fit into half the
+        memory. A mapped file that another program cuts short ends the process (SIGBUS): choose 'pread' where that
+        may happen (featcache itself never does it).
         """
         self.require(features)
-        return Reader(self, features, threads=threads, single_view=single_view, slots=slots, access=access)
+        return Reader(
+            self,
+            features,
+            threads=threads,
+            single_view=single_view,
+            single_caption=single_caption,
+            slots=slots,
+            access=access,
+        )
 
 
 class _Plan(NamedTuple):
     """Runs of samples in order of slots: shard, first sample in it, first row of the batch, length.
 
-    `parts` holds the view of each sample, `starts` where in it each run begins, `ends` for each run where the runs of
-    its shard end.
+    `starts` holds for each run which of the samples, in that order, it begins with; `ends` where the runs of its shard end.
     """
 
     shards: list[int]
@@ -284,18 +294,20 @@ class _Plan(NamedTuple):
     firsts: list[int]
     rows: list[int]
     counts: list[int]
-    parts: list[int]
     starts: list[int]
 
 
 class _Job(NamedTuple):
-    """One array of a batch: its buffer as flat bytes (twice: for the kernel, for copies), bytes per sample."""
+    """One array of a batch: its buffer as flat bytes (twice: for the kernel, for copies), bytes per sample.
+
+    `parts`, where not whole samples are read: which piece of each, its view or one of its captions.
+    """
 
     name: str
     flat: memoryview
     array: np.ndarray
     length: int
-    select: bool
+    parts: list[int] | None
 
 
 class Reader:
@@ -308,6 +320,7 @@ class Reader:
         *,
         threads: int | None = None,
         single_view: bool = False,
+        single_caption: bool = False,
         slots: bool = False,
         access: str = "auto",
     ) -> None:
@@ -315,13 +328,17 @@ class Reader:
         self.cache = cache
         self.features = tuple(dict.fromkeys(features))
         self.arrays: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-        self._views: dict[str, int] = {}
+        self._axes: dict[str, str | None] = {}  # what the axis numbers of which `read` takes one row, of each array
+        self._limits = {"views": 2}
         for name in self.features:
             spec = manifest.features[name]
+            axis = "views" if single_view and spec.views > 1 else None
+            if single_caption and has_captions(spec):
+                axis = "captions"
+                self._limits[axis] = min(spec.shape[0], self._limits.get(axis, spec.shape[0]))
             for array, (dtype, shape) in spec.arrays.items():
-                drop = single_view and spec.views > 1
-                self.arrays[array] = (dtype, shape[1:] if drop else shape)
-                self._views[array] = spec.views if drop else 1
+                self.arrays[array] = (dtype, shape if axis is None else shape[1:])
+                self._axes[array] = axis
         self._by_slot = slots
         self._shard_size = manifest.shard_size
         if access not in ("auto", "pread", "mmap"):
@@ -368,12 +385,14 @@ class Reader:
         out_offset: int = 0,
         *,
         views: np.ndarray | Sequence[int] | None = None,
+        captions: np.ndarray | Sequence[int] | None = None,
     ) -> None:
         """Fill rows `out_offset`, `out_offset + 1`, ... of each buffer with the stored bytes of the samples.
 
         `out` holds an array for each name in `arrays`, `[>= out_offset + len(indices), *stored_shape]`,
         contiguous, of that dtype (numpy views of pinned tensors, say). `views` is for readers with
-        `single_view`: 0 or 1 for each sample, default 0.
+        `single_view`: 0 or 1 for each sample, default 0. `captions` is for those with `single_caption`: which caption's row
+        of each sample, default 0. Captions that a sample lacks are zeros (`text/count` says how many it has).
 
         Raises `CacheError` for indices outside the cache, unfit buffers, and missing or damaged shards.
         """
@@ -382,14 +401,12 @@ class Reader:
         if n == 0:
             return
         rows = np.arange(out_offset, out_offset + n)
-        view_of = None if views is None else np.asarray(views, np.int64)
-        if view_of is not None and (len(view_of) != n or view_of.min() < 0 or view_of.max() > 1):
-            raise CacheError(f"views must be {n} numbers, each 0 or 1")
+        chosen = {"views": self._chosen("views", views, n), "captions": self._chosen("captions", captions, n)}
         # By slot: each shard is looked up once, neighbours merge, and a disk sees rising offsets.
         order = np.argsort(slots, kind="stable")
         slots, rows = slots[order], rows[order]
         shards, firsts = np.divmod(slots, self._shard_size)
-        parts = np.zeros(n, np.int64) if view_of is None else view_of[order]
+        parts = {axis: of_samples[order].tolist() for axis, of_samples in chosen.items()}
         # Runs: neighbours in the shard that are neighbours in the batch too are read as one.
         joins = (np.diff(slots) == 1) & (np.diff(rows) == 1) & (np.diff(shards) == 0)
         starts = np.flatnonzero(np.concatenate([[True], ~joins]))
@@ -401,13 +418,15 @@ class Reader:
             firsts=firsts[starts].tolist(),
             rows=rows[starts].tolist(),
             counts=(stops - starts).tolist(),
-            parts=parts.tolist(),
             starts=starts.tolist(),
         )
         jobs = []
         for name, (dtype, shape) in self.arrays.items():
             array = self._flat(name, out[name], dtype, shape, out_offset + n)
-            jobs.append(_Job(name, array.data, array, sample_bytes(dtype, shape), self._views[name] > 1))
+            axis = self._axes[name]
+            jobs.append(
+                _Job(name, array.data, array, sample_bytes(dtype, shape), None if axis is None else parts[axis])
+            )
         n_runs = len(starts)
         if self._pool is None or n_runs == 1:
             self._read_range(jobs, plan, 0, n_runs)
@@ -423,6 +442,15 @@ class Reader:
             errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise errors[0]
+
+    def _chosen(self, axis: str, rows: np.ndarray | Sequence[int] | None, n: int) -> np.ndarray:
+        """Which row of an axis `read` takes of each sample, int64 [n]; raises `CacheError` for rows that there are not."""
+        if rows is None or axis not in self._limits:
+            return np.zeros(n, np.int64)
+        chosen, limit = np.asarray(rows, np.int64), self._limits[axis]
+        if chosen.shape != (n,) or chosen.min() < 0 or chosen.max() >= limit:
+            raise CacheError(f"{axis} must be {n} numbers, each 0 to {limit - 1}")
+        return chosen
 
     def _slots(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         if not self._by_slot:
@@ -449,8 +477,8 @@ class Reader:
                 shard = plan.shards[i]
                 after = min(stop, plan.ends[i])  # all runs up to here are in this shard
                 file = self._open.get(job.name, shard)
-                if job.select:
-                    self._read_parts(file, job, plan, i, after)
+                if job.parts is not None:
+                    self._read_parts(file, job, job.parts, plan, i, after)
                 elif isinstance(file, StridedShard) and file.mapped is not None:
                     self._copy_runs(file, job, plan, i, after)
                 else:
@@ -501,11 +529,11 @@ class Reader:
             file.read_run(first, buffers)
 
     @staticmethod
-    def _read_parts(file: ShardFile, job: _Job, plan: _Plan, i: int, stop: int) -> None:
-        """One view of each sample."""
+    def _read_parts(file: ShardFile, job: _Job, parts: list[int], plan: _Plan, i: int, stop: int) -> None:
+        """One view, or one caption, of each sample."""
         flat, length = job.flat, job.length
         for run in range(i, stop):
             first, place = plan.firsts[run], plan.rows[run] * length
             for k in range(plan.counts[run]):
-                file.read_part(first + k, plan.parts[plan.starts[run] + k], flat[place : place + length])
+                file.read_part(first + k, parts[plan.starts[run] + k], flat[place : place + length])
                 place += length

@@ -34,9 +34,11 @@ from featcache.store.layout import (
     sample_bytes,
     stored_arrays,
 )
+from featcache.store.numbers import from_text, to_text
 
-# 2: shards have hashes of their blocks. 3: and a feature is stored in a basis. A manifest says the lowest that it needs.
-FORMAT_VERSION = 3
+# 2: shards have hashes of their blocks. 3: and a feature is stored in a basis. 4: and a feature has its text of ''. A
+# manifest says the lowest that it needs.
+FORMAT_VERSION = 4
 MAX_METADATA_BYTES = 64 << 20
 MAX_COUNT = 1 << 40
 MAX_SAMPLE_BYTES = 1 << 32
@@ -45,7 +47,9 @@ MAX_SHARDS = 1 << 20
 MAX_SHARD_FILES = 1 << 22
 MAX_DEPTH = 24
 MAX_RESOLUTION = 1 << 13
+MAX_EMPTY = 1 << 21  # numbers of the text of '', which lies in the manifest: 512 tokens of 4096 channels
 
+_FP16_MAX = float(np.finfo(np.float16).max)
 _COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9_@-]|\.(?!\.))*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})?\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -80,8 +84,9 @@ class FeatureSpec:
 
     `dtype` is the decoded numpy dtype: 'float32' but for codec `raw`. `views` is 2 where mirrored copies are
     stored (a leading axis of every stored sample; view 1 is the mirrored one). `basis`: what is stored are coefficients
-    in it, [T, K] by that codec. `provenance` says encoder, weights (SHA-256 or random seed), layer, preprocessing and
-    versions; only JSON values.
+    in it, [T, K] by that codec. `empty`: of a text feature [C, T, W] or [C, P], what its encoder says of the text '', float16
+    [T, W] or [P] in base64 (see `with_empty`, `empty_text`). `provenance` says encoder, weights (SHA-256 or random seed),
+    layer, preprocessing and versions; only JSON values.
     """
 
     name: str
@@ -90,6 +95,7 @@ class FeatureSpec:
     dtype: str = "float32"
     views: int = 1
     basis: Basis | None = None
+    empty: str | None = None
     provenance: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,6 +119,29 @@ class FeatureSpec:
         """How it was made of another feature of the cache; None if it was not."""
         return derived_of(self.provenance, self.shape)
 
+    def with_empty(self, values: np.ndarray) -> FeatureSpec:
+        """This text feature with its text of '', float [T, W] (of a pooled one [P]), kept as float16, saturating.
+
+        Raises `CacheError` for another shape, for values that are not finite, and for a feature of no text.
+        """
+        if values.shape != self.shape[1:]:
+            _fail(f"the text of '' of {self.name}", f"of the shape {list(self.shape[1:])}", list(values.shape))
+        return replace(self, empty=to_text(np.clip(values, -_FP16_MAX, _FP16_MAX), "<f2"))
+
+    def empty_text(self) -> np.ndarray:
+        """What the feature's encoder says of the text '': float32 [T, W], of a pooled feature [P].
+
+        It is what classifier-free guidance takes for no text. Raises `CacheError` if the cache does not have it.
+        """
+        if self.empty is None:
+            raise CacheError(
+                f"{self.name} comes without the text of '', which unconditional text needs: it is no text feature, or was "
+                "made by a featcache that did not keep it",
+                remedy=f"Make it again: featcache rm CACHE --features {self.name}, then featcache build --into CACHE --text "
+                f"{self.name.removeprefix('text/').removesuffix('.pooled')}",
+            )
+        return from_text(self.empty, "<f2").reshape(self.shape[1:]).astype(np.float32)
+
     @property
     def bytes_per_sample(self) -> int:
         """Stored bytes, scales and views included."""
@@ -132,14 +161,19 @@ class FeatureSpec:
 
     def to_json(self) -> dict[str, Json]:
         """As the manifest has it."""
-        return {
+        values: dict[str, Json] = {
             "name": self.name,
             "shape": list(self.shape),
             "codec": self.codec,
             "dtype": self.dtype,
             "views": self.views,
             "provenance": dict(self.provenance),
-        } | ({"basis": dict(vars(self.basis))} if self.basis is not None else {})
+        }
+        if self.basis is not None:
+            values["basis"] = dict(vars(self.basis))
+        if self.empty is not None:
+            values["empty"] = self.empty
+        return values
 
 
 def _stored(
@@ -251,6 +285,8 @@ class Manifest:
 
     @property
     def _version(self) -> int:
+        if any(spec.empty is not None for spec in self.features.values()):
+            return 4
         if any(spec.basis is not None for spec in self.features.values()):
             return 3
         return 2 if self.blocks else 1
@@ -378,8 +414,8 @@ def _sha256(value: Json, what: str) -> str:
 def parse_feature(value: Json) -> dict[str, Json]:
     """Check one feature's JSON; returns it unchanged."""
     keys = {"name", "shape", "codec", "dtype", "views", "provenance"}
-    with_basis = isinstance(value, dict) and "basis" in value
-    item = _object(value, "a feature", keys | ({"basis"} if with_basis else set()))
+    optional = {"basis", "empty"} & set(value) if isinstance(value, dict) else set()
+    item = _object(value, "a feature", keys | optional)
     name = check_feature_name(item["name"])
     shape = [
         _integer(n, f"shape of {name}", 1, MAX_SAMPLE_BYTES) for n in _sequence(item["shape"], f"shape of {name}", 8)
@@ -397,7 +433,9 @@ def parse_feature(value: Json) -> dict[str, Json]:
         _derived(item["provenance"]["derived"], tuple(shape), name)
     if math.prod(shape) * views > MAX_SAMPLE_BYTES:
         _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} values", shape)
-    basis = _basis(item["basis"], tuple(shape), codec, name) if with_basis else None
+    basis = _basis(item["basis"], tuple(shape), codec, name) if "basis" in optional else None
+    if "empty" in optional:
+        _empty(item["empty"], tuple(shape), codec, name)
     stored = _stored(codec, tuple(shape), dtype, basis)
     if any(sample_bytes(d, s) * views > MAX_SAMPLE_BYTES for d, s in stored.values()):
         _fail(f"shape of {name}", f"at most {MAX_SAMPLE_BYTES} bytes per sample", shape)
@@ -416,6 +454,22 @@ def _basis(value: Json, shape: tuple[int, ...], codec: str, name: str) -> Basis:
     if wrong is not None:
         _fail(what, f"a mean, {rank} scales and {rank} vectors in base64", wrong)
     return found
+
+
+def _empty(value: Json, shape: tuple[int, ...], codec: str, name: str) -> None:
+    what = f"empty of {name}"
+    count = math.prod(shape[1:])
+    if not name.startswith("text/") or len(shape) not in (2, 3) or codec == "raw" or count > MAX_EMPTY:
+        _fail(what, f"of a text feature, at most {MAX_EMPTY} numbers", f"one of {codec} {list(shape)}")
+    # By its length first: what is too long is not decoded.
+    if not isinstance(value, str) or len(value) != 4 * -(-2 * count // 3) or not value.isascii():
+        _fail(what, f"{count} numbers as base64 of float16", value)
+    try:
+        numbers = from_text(value, "<f2")
+    except ValueError:
+        _fail(what, f"{count} numbers as base64 of float16", value)
+    if len(numbers) != count or not np.isfinite(numbers).all():
+        _fail(what, f"{count} finite numbers", "others")
 
 
 def _derived(value: Json, shape: tuple[int, ...], name: str) -> None:
@@ -559,7 +613,7 @@ def manifest_from_json(value: Json) -> Manifest:
             remedy="install the featcache version that wrote it, or build the cache again",
         )
     keys = {"format_version", "format", "dataset", "shard_size", "compressor", "features", "skipped"}
-    with_blocks = version == 2 or (version == 3 and isinstance(value, dict) and "blocks" in value)
+    with_blocks = version == 2 or (version in (3, 4) and isinstance(value, dict) and "blocks" in value)
     keys |= {"versions", "checksums"} | ({"blocks"} if with_blocks else set())
     item = _object(value, "manifest", keys)
     _integer(item["format_version"], "format_version", 1, FORMAT_VERSION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
-from featcache.read.order import stream_views
+from featcache.read.captions import COUNT
+from featcache.read.order import stream_captions, stream_views
 
 if TYPE_CHECKING:
     from featcache.read.reader import Cache, Reader
@@ -76,9 +78,11 @@ class Feed:
         cache: an open one.
         features: names to read at every step.
         indices: samples at positions `start..stop` of the stream, int64.
-        seed: of the views of mirrored images.
+        seed: of the views of mirrored images, and of the captions.
         extra: names to read only at the steps for which `wanted` says so.
         steps: range of steps to deliver.
+        one_caption: read one caption's row of text features, drawn uniformly among those of the sample (row 0, zeros, where
+            it has none); `featcache.read.captions.one_caption` says what is left of a feature.
     """
 
     def __init__(
@@ -93,13 +97,16 @@ class Feed:
         steps: range,
         extra: Sequence[str] = (),
         wanted: Callable[[int], bool] = lambda step: True,
+        one_caption: bool = False,
     ) -> None:
         self._share, self._indices, self._seed, self._steps, self._wanted = share, indices, seed, steps, wanted
         self._flipped = cache.manifest.dataset.flip
         self._device, self._cuda = device, device.type == "cuda"
         base = list(dict.fromkeys(features))
-        self._readers = {False: cache.reader(base, single_view=True)}
-        self._readers[True] = cache.reader([*base, *extra], single_view=True) if extra else self._readers[False]
+        reader = functools.partial(cache.reader, single_view=True, single_caption=one_caption)
+        self._readers = {False: reader(base)}
+        self._readers[True] = reader([*base, *extra]) if extra else self._readers[False]
+        self._counts = cache.reader([COUNT], threads=0) if one_caption else None
         # Buffers that the consumer has done with, each with the GPU event that says so (None on the CPU).
         self._free: queue.Queue[tuple[Stored, torch.cuda.Event | None] | None] = queue.Queue()
         self._full: queue.Queue[tuple[Stored, Stored, torch.cuda.Event | None] | BaseException | None] = queue.Queue()
@@ -155,8 +162,19 @@ class Feed:
     def _read(self, reader: Reader, step: int, micro: int, into: Stored) -> None:
         rows = self._share.slice(micro)
         first, stop = step * self._share.global_batch + rows.start, step * self._share.global_batch + rows.stop
+        indices = self._indices(first, stop)
         views = stream_views(first, stop, seed=self._seed) if self._flipped else None
-        reader.read(self._indices(first, stop), {name: into[name].numpy() for name in reader.arrays}, views=views)
+        captions = self._captions(first, stop, indices)
+        out = {name: into[name].numpy() for name in reader.arrays}
+        reader.read(indices, out, views=views, captions=captions)
+
+    def _captions(self, first: int, stop: int, indices: np.ndarray) -> np.ndarray | None:
+        """Which caption each position takes; None where all are read."""
+        if self._counts is None:
+            return None
+        counts = self._counts.allocate(len(indices))
+        self._counts.read(indices, counts)
+        return stream_captions(first, stop, counts=counts[COUNT], seed=self._seed)
 
     def __iter__(self) -> Iterator[Stored]:
         used: torch.cuda.Event | None = None

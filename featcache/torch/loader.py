@@ -12,6 +12,8 @@ from torch import Tensor
 
 from featcache.codecs import FeatureCodec
 from featcache.errors import CacheError, UserError
+from featcache.read.captions import COUNT
+from featcache.read.captions import one_caption as row_of_one_caption
 from featcache.read.decoded import decode_in_pieces
 from featcache.read.open import open_cache
 from featcache.read.order import Order, epoch_order, sequential_order, stream_indices
@@ -45,7 +47,7 @@ class Loader:
         batch_size: global, over all ranks and micro-batches.
         dtype: of decoded features. None: stored arrays by their names, in buffers that are valid until the next batch
             is asked for; for decoding inside a compiled step by `featcache.codecs.FeatureCodec`.
-        seed: of the order, and of the views of mirrored images (a fair coin for each position).
+        seed: of the order, and of the views of mirrored images (a fair coin for each position) and of captions.
         shuffle: `global`; `windows`: shards in random order, shuffled in windows of eight (for remote caches larger than
             the local store, and for disks that must seek); `none`: as stored.
         rank: this process's, of `world_size`, among which every batch is shared out; default `torch.distributed`'s.
@@ -56,6 +58,8 @@ class Loader:
         device: where batches go.
         extra: names to read only at the steps for which `wanted` says so.
         wanted: whether to read them, by the step.
+        one_caption: of text features `[C, ...]` only one caption's row, `[...]`, drawn uniformly for each position among
+            those that the image has; only its bytes are read. Zeros where there is none: read `text/count` beside it.
 
     Raises:
         CacheError: no cache, an empty one, a feature that it lacks. UserError: a batch that cannot be shared out.
@@ -78,10 +82,11 @@ class Loader:
         device: str | torch.device = "cpu",
         extra: Sequence[str] = (),
         wanted: Callable[[int], bool] = lambda step: True,
+        one_caption: bool = False,
     ) -> None:
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
         self.features, self.extra = tuple(dict.fromkeys(features)), tuple(dict.fromkeys(extra))
-        self.cache.require([*self.features, *self.extra])
+        self.cache.require([*self.features, *self.extra, *([COUNT] if one_caption else ())])
         if not len(self.cache):
             raise CacheError(f"{self.cache.path} holds no samples")
         if dtype is not None and not dtype.is_floating_point:
@@ -92,7 +97,12 @@ class Loader:
         self._device, self._wanted = torch.device(device), wanted
         self._feed: Feed | None = None
         names = () if dtype is None else dict.fromkeys((*self.features, *self.extra))
-        self._codecs = {name: FeatureCodec(self.cache.features[name]).to(self._device) for name in names}
+        self._one_caption = one_caption
+        specs = {name: self.cache.features[name] for name in names}
+        self._codecs = {
+            name: FeatureCodec(row_of_one_caption(spec) if one_caption else spec).to(self._device)
+            for name, spec in specs.items()
+        }
 
     def indices(self, start: int, stop: int) -> Any:
         """Sample indices of the global batches of steps `start..stop`, int64 `[(stop - start) * batch_size]`."""
@@ -131,6 +141,7 @@ class Loader:
             seed=self.seed,
             device=self._device,
             steps=range(self.step, 2**63 - 1 if self.stop is None else self.stop),
+            one_caption=self._one_caption,
         )
         try:
             for number, stored in enumerate(feed, 1):
@@ -173,6 +184,7 @@ class Loader:
             "seed": self.seed,
             "batch_size": self.share.global_batch,
             "shuffle": self._shuffle,
+            **({"one_caption": True} if self._one_caption else {}),  # states of before do not name it
         }
 
     def close(self) -> None:

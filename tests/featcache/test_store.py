@@ -31,7 +31,7 @@ import featcache
 from featcache.errors import CacheError
 from featcache.share.manage import cache_bytes, cache_info, collect_garbage, list_caches, remove_features
 from featcache.share.verify import repair_metadata, verify
-from featcache.store import FeatureSpec, files
+from featcache.store import FORMAT_VERSION, FeatureSpec, files
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import check_feature_name
 from featcache.store.root import find_root
@@ -447,9 +447,9 @@ def test_other_versions_and_foreign_directories(tmp_path: Path) -> None:
         featcache.open(tmp_path / "nothing")
     path = build(tmp_path / "cache")
     root = json.loads((path / "zarr.json").read_text())
-    root["attributes"]["featcache"]["format_version"] = 4
+    root["attributes"]["featcache"]["format_version"] = FORMAT_VERSION + 1
     (path / "zarr.json").write_text(json.dumps(root))
-    with pytest.raises(CacheError, match="format version 4"):
+    with pytest.raises(CacheError, match=f"format version {FORMAT_VERSION + 1}"):
         featcache.open(path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
