@@ -58,7 +58,7 @@ PLAUSIBLE = {
     "Precision": (0.3, 0.9),
     "Recall": (0.3, 0.9),
     "G-SNR": (1.0, 20.0),
-    "PickScore": (20.0, 22.0),
+    "pick_score": (20.0, 22.0),
 }
 
 
@@ -401,7 +401,7 @@ def test_figures_are_plausible() -> None:
 def test_metric_names_are_those_of_the_evaluation() -> None:
     from trainer.evaluate import table
 
-    assert set(METRICS) <= {metric.label for metric in table.METRICS.values()}
+    assert set(METRICS) <= {metric.label for metric in table.METRICS.values()} | table.PROMPT_METRICS.keys()
 
 
 # Of each table words of a line that stands in no other table of the paper. Captions stand before some tables and behind
@@ -1064,10 +1064,18 @@ def test_command_lists_shows_and_refuses(cli: Callable[..., subprocess.Completed
 
 @pytest.fixture(scope="module")
 def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen embedded images with moments, all VAE groups, three layers of the tiny encoder, its class token and components."""
+    """Sixteen embedded images with moments, all VAE groups, three layers of the tiny encoder, its class token and components,
+    and captions."""
     path = tmp_path_factory.mktemp("cache") / "caches/small"
     build(
-        BuildRequest(data="shapes", encoders=parse_encoders(["tiny@2,4,5,5.cls"]), limit=16, batch_size=8, out=path),
+        BuildRequest(
+            data="shapes",
+            encoders=parse_encoders(["tiny@2,4,5,5.cls"]),
+            texts=("tiny",),
+            limit=16,
+            batch_size=8,
+            out=path,
+        ),
         Quiet(),
     )
     derive(DeriveRequest(cache=path, feature="tiny@5", components=8), Quiet())
@@ -1098,10 +1106,12 @@ TERMS = {
     "lightningdit": set(),
     "reg": {"cosine"},
     "redi": set(),
+    "mmdit": {"cosine"},
 }
 # Where a paper has no row for SiT-B/2: its row, and what of it the small cache is not made for.
 ROWS = {
     "redi": ("xl2", []),
+    "mmdit": ("repa", ["model=MMDiT-Ti/2", "condition=text/tiny", "repa.depth=2"]),
     "lightningdit": ("xl1", ["model=LightningDiT-Narrow/2", "vae=tiny", "normalization=scalar"]),
 }
 

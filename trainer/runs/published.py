@@ -15,7 +15,7 @@ from featcache.settings import Count, Names, NotNegative, Positive, from_mapping
 from trainer.classes import Classes
 from trainer.interval import Interval, ParsedInterval, plain
 
-METRICS = ("FID", "sFID", "IS", "Precision", "Recall", "PickScore")
+METRICS = ("FID", "sFID", "IS", "Precision", "Recall", "pick_score")
 MEASURES = ("G-SNR",)  # which `trainer analyze` takes of a model, not `trainer eval` of its samples
 
 # What published figures are measured against => its file, where it is one, and what it is.
@@ -250,7 +250,7 @@ class Published:
         """The metrics with the papers' decimals: at least two for sFID, precision, recall and PickScore, else at least one."""
         shown = {}
         for metric, value in self.metrics.items():
-            digits = 2 if metric in ("sFID", "Precision", "Recall", "PickScore") else 1
+            digits = 2 if metric in ("sFID", "Precision", "Recall", "pick_score") else 1
             shown[metric] = max(f"{value:.{digits}f}", repr(float(value)), key=len)
         return shown
 
