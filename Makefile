@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint docs format eval clean
+.PHONY: help install demo demo-text test test-slow lint docs format eval clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml
 
 demo: install  ## data, cache, two trained models, samples, report: 5 minutes on 2 cores, offline
 	@$(BIN)/python -m pipelines.demo
+
+demo-text: install  ## the same with captions: a small text-to-image model, and prompts that it obeys
+	@$(BIN)/python -m pipelines.demo_text
 
 test: install  ## run the tests (fast set), two files at a time
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -46,5 +49,5 @@ eval: install  ## judge the newest run (or RUN=runs/name) and write its report
 	@$(BIN)/trainer eval $(RUN) $(ARGS)
 
 clean:  ## remove the demo's runs and caches and the tools' leftovers; data, caches and runs of yours stay
-	rm -rf runs/demo caches/demo build dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf runs/demo caches/demo runs/demo-text caches/demo-text build dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
 	find featcache trainer pipelines tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,10 +20,10 @@ from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.decoders import exact_loader
+from featcache.sources.embedded import recorded_embedded
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage
 from featcache.sources.remembered import recall
-from featcache.sources.shapes import recorded_shapes
 from featcache.store import files
 
 TILES = (64, 128)  # pixels of a tile's side, from and to
@@ -42,7 +42,7 @@ def source_of(cache: Cache, data: str | None) -> Source | None:
     """
     dataset = cache.manifest.dataset
     resolution = dataset.resolution
-    shapes = recorded_shapes(dataset.source)
+    shapes = recorded_embedded(dataset.source)
     if shapes is not None:
         return open_source(shapes[0], resolution=resolution, limit=shapes[1])
     if data is None:
@@ -66,7 +66,7 @@ def find_source(cache: Cache, data: str | None) -> Source | None:
 
 def find_images(cache: Cache, data: str | None) -> tuple[str | None, Source] | None:
     """What `find_source` finds, and where: the place may be passed as `data` again. The embedded set needs none."""
-    if recorded_shapes(cache.manifest.dataset.source) is not None:
+    if recorded_embedded(cache.manifest.dataset.source) is not None:
         data = None
     elif data is None:
         for place in (find_data, lambda _: recall(cache.manifest.dataset.fingerprint)):

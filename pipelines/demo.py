@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,8 @@ def train_command(method: str) -> str:
     return TRAIN.format(method=method) + resume
 
 
-def run_all(commands: list[str]) -> None:
-    """Runs commands side by side, the cores shared out among them; their output is prefixed where there are several.
+def run_all(commands: Sequence[str], names: Sequence[str] = tuple(TITLES)) -> None:
+    """Runs commands side by side, the cores shared out among them; where there are several, `names` prefix their output.
 
     Raises:
         UserError: one of them failed.
@@ -66,12 +67,12 @@ def run_all(commands: list[str]) -> None:
             )
         )
 
-    def relay(method: str, process: subprocess.Popen[str]) -> None:
+    def relay(name: str, process: subprocess.Popen[str]) -> None:
         for line in process.stdout or ():
-            console.print(f"[dim]{method:>5} |[/dim] ", end="")
+            console.print(f"[dim]{name:>5} |[/dim] ", end="")
             console.print(safe(line.rstrip()))
 
-    readers = [threading.Thread(target=relay, args=(m, p)) for m, p in zip(TITLES, processes) if p.stdout is not None]
+    readers = [threading.Thread(target=relay, args=(n, p)) for n, p in zip(names, processes) if p.stdout is not None]
     for reader in readers:
         reader.start()
     try:
@@ -127,30 +128,33 @@ def scores() -> str:
     )
 
 
-def main() -> int:
-    """Builds, trains, samples, judges and reports; returns the exit code."""
-    from trainer.report.run import write_run_report
+def run_demo(stages: Sequence[tuple[str, Sequence[str]]], report: Callable[[], Path], *, again: str) -> int:
+    """Runs the commands of each stage, says how long each took, and where the page is that `report` writes; returns the exit
+    code. again: what continues it."""
+    from featcache.console import print_error
 
-    started = time.monotonic()
-    stages = []
-
-    def timed(name: str, commands: list[str]) -> None:
-        before = time.monotonic()
-        run_all(commands)
-        stages.append(f"{name} {time_text(time.monotonic() - before)}")
-
+    started, told = time.monotonic(), []
     try:
-        timed("cache", [BUILD])
-        timed("training", [train_command(method) for method in TITLES])
-        timed("evaluation", [EVAL.format(method=m) for m in TITLES])
+        for name, commands in stages:
+            before = time.monotonic()
+            run_all(commands)
+            told.append(f"{name} {time_text(time.monotonic() - before)}")
     except UserError as error:
-        from featcache.console import print_error
-
         print_error(error)
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted; make demo continues")
+        console.print(f"interrupted; {again} continues")
         return 130
+    page = report()
+    console.print(f"{', '.join(told)}; {time_text(time.monotonic() - started)} in all")
+    console.print(f"report: [bold]{safe(page.resolve())}[/bold]   (open it in a browser)")
+    return 0
+
+
+def write_page() -> Path:
+    """The report of both runs, and the picture in the README."""
+    from trainer.report.run import write_run_report
+
     report = write_run_report(
         [RUNS / m for m in TITLES],
         RUNS / "report.html",
@@ -159,9 +163,17 @@ def main() -> int:
         f"early block with a routed mixture of VAE levels from the cache, at the paper's settings. {scores()}",
     )
     draw_picture(RUNS / "samples.jpg")
-    console.print(f"{', '.join(stages)}; {time_text(time.monotonic() - started)} in all")
-    console.print(f"report: [bold]{safe(report.resolve())}[/bold]   (open it in a browser)")
-    return 0
+    return report
+
+
+def main() -> int:
+    """Builds, trains, samples, judges and reports; returns the exit code."""
+    stages = [
+        ("cache", [BUILD]),
+        ("training", [train_command(method) for method in TITLES]),
+        ("evaluation", [EVAL.format(method=method) for method in TITLES]),
+    ]
+    return run_demo(stages, write_page, again="make demo")
 
 
 if __name__ == "__main__":

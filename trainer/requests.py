@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
 from featcache.errors import UserError
 from featcache.settings import Count, FilePath, Index, Names, NotNegative, Option, Positive, settings
@@ -15,7 +15,7 @@ from trainer.interval import Interval, ParsedInterval
 from trainer.sweep import Sweep
 
 ParsedClasses = Annotated[Classes, PlainValidator(Classes.parse)]
-
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
 
 WEIGHTS = (
     "ema (averaged), raw (as the optimiser left them), ema:DECAY (of the run's ema_decays) or power:SIGMA_REL (of its posthoc, "
@@ -33,7 +33,9 @@ class SampleSettings:
 
     sampler: None takes the family's default. interval: of t, in which to guide. checkpoint: a step, None the latest
     checkpoint. weights: see `trainer.averages.Average`.
-    precision, compile: see `trainer.sampling.inference.choose_arithmetic`.
+    precision, compile: see `trainer.sampling.inference.choose_arithmetic`. prompt, prompts: what a model that takes text
+    draws, one of the two: texts, or what `trainer.sampling.prompts.open_prompts` opens; image i is of prompt i modulo
+    their number.
     """
 
     num: Annotated[Count | None, Option("Samples to judge. [default: 50,000; fewer on the CPU]")] = None
@@ -79,6 +81,16 @@ class SampleSettings:
             parse=Classes.parse,
         ),
     ] = None
+    prompt: Annotated[
+        Texts, Option("Of a model that takes text: draw this; repeatable. [default: none]", typed=list[str])
+    ] = ()
+    prompts: Annotated[
+        str | None,
+        Option(
+            "Of a model that takes text: draw these, one each: a text file (a prompt a line), COCO's captions_*.json, or data "
+            "with captions (shapes-text). [default: none]"
+        ),
+    ] = None
     pixels: Annotated[
         Literal["round", "truncate"] | None,
         Option("round (ADM, DiT, SiT) or truncate (REPA) to 8 bits. [default: the recipe's, else round]"),
@@ -107,7 +119,7 @@ class SampleRequest(SampleSettings):
     """Settings without a gap, and what is to be written: see `trainer.sampling.run.SampleResult`. out: None names
     the folder itself."""
 
-    num: Annotated[Count, Option("How many images.")] = 64
+    num: Annotated[Count, Option("How many images. [default: 64; of prompts one each]")] = 64
     sampler: Annotated[
         str | None, Option("SiT, LightningDiT: sde, ode, heun, dopri5. DiT: ddpm, ddim. [default: sde; of DiT ddpm]")
     ] = None

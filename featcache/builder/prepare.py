@@ -31,10 +31,10 @@ from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.captions import Captions, open_captions
 from featcache.sources.decoders import check_decoder, exact_loader
+from featcache.sources.embedded import is_embedded, recorded_embedded
 from featcache.sources.folder import refuse_splits, refuse_unlabelled
 from featcache.sources.open import open_source
 from featcache.sources.pixels import CROP_NAME, CROPS, SQUARE_NAME
-from featcache.sources.shapes import recorded_shapes
 from featcache.store.basis import Basis
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import SAMPLE_FEATURES, DatasetSpec, FeatureSpec
@@ -296,7 +296,7 @@ def _resolution(request: BuildRequest, existing: Cache | None) -> int:
                 remedy=f"Leave --resolution out (or type {cached}), or build a new cache with --out.",
             )
         return cached
-    resolution = request.resolution or (64 if request.data.split(":")[0] == "shapes" else 256)
+    resolution = request.resolution or (64 if is_embedded(request.data) else 256)
     if resolution < 32 or resolution % 32:
         raise UserError(
             f"--resolution {resolution}: the crop must be a multiple of 32 px, for whole patches of tokens and latents",
@@ -307,8 +307,8 @@ def _resolution(request: BuildRequest, existing: Cache | None) -> int:
 
 def _source_limit(request: BuildRequest, existing: Cache | None) -> int | None:
     """How many images to take: of the embedded set, whose size is a choice, as many as the cache has."""
-    shapes = recorded_shapes(existing.manifest.dataset.source) if existing is not None else None
-    if shapes is not None and request.data.split(":")[0] == "shapes" and request.limit is None:
+    shapes = recorded_embedded(existing.manifest.dataset.source) if existing is not None else None
+    if shapes is not None and is_embedded(request.data) and request.limit is None:
         return shapes[1]
     return request.limit
 

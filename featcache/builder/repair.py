@@ -19,8 +19,8 @@ from featcache.errors import CacheError
 from featcache.feature_names import layer_feature
 from featcache.machine import pick_device
 from featcache.progress import Progress
+from featcache.sources.embedded import recorded_embedded
 from featcache.sources.open import find_data
-from featcache.sources.shapes import recorded_shapes
 from featcache.store.manifest import SAMPLE_FEATURES, Manifest
 from featcache.store.writers import repair_writer
 
@@ -100,7 +100,7 @@ def _encode(
 
 
 def _data_of(description: str, data: str | None, cache: Path) -> str:
-    shapes = recorded_shapes(description)
+    shapes = recorded_embedded(description)
     if shapes is not None:
         return shapes[0]
     again = f"featcache repair {shlex.quote(str(cache))}"
@@ -110,7 +110,7 @@ def _data_of(description: str, data: str | None, cache: Path) -> str:
 
 
 def _limit_of(description: str) -> int | None:
-    shapes = recorded_shapes(description)
+    shapes = recorded_embedded(description)
     return shapes[1] if shapes is not None else None
 
 

@@ -30,7 +30,7 @@ CachePath = Annotated[str, typer.Argument(help="Folder of the cache, or its URL.
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Image folder (one folder per class), or 'shapes' for the embedded set. "
+        help="Image folder (one folder per class), or 'shapes' or 'shapes-text' for an embedded set. "
         "\\[default: $FEATCACHE_DATA, ./data/imagenet, or where they lay when the cache was built]"
     ),
 ]

@@ -376,6 +376,7 @@ class TextEntry:
     heads: int
     hidden: int
     projected: int
+    activation: str = "quick_gelu"
     note: str = ""
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor, nn
 
 from featcache.encoders.base import Compute, WeightsSource, load_file, seeded, unavailable, upload, weights_sha256
@@ -27,19 +27,26 @@ from featcache.encoders.table import TEXTS, TextEntry
 from featcache.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import CLIPTextConfig, PreTrainedTokenizerFast
 
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
-_WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 _BYTES = "bytes, without merges"
 
 
 def build_text(entry: TextEntry) -> nn.Module:
     """The architecture of `entry`, weights as transformers initialises them."""
     # Late here and below: transformers takes seconds to load.
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
+    return CLIPTextModelWithProjection(text_config(entry))
+
+
+def text_config(entry: TextEntry) -> CLIPTextConfig:
+    """The architecture of `entry` as transformers describes it."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=entry.vocabulary,
         hidden_size=entry.width,
         intermediate_size=entry.hidden,
@@ -47,12 +54,11 @@ def build_text(entry: TextEntry) -> nn.Module:
         num_hidden_layers=entry.depth,
         num_attention_heads=entry.heads,
         max_position_embeddings=entry.tokens,
-        hidden_act="quick_gelu",
+        hidden_act=entry.activation,
         bos_token_id=entry.vocabulary - 2,
         eos_token_id=entry.vocabulary - 1,
         pad_token_id=entry.vocabulary - 1,
     )
-    return CLIPTextModelWithProjection(config)
 
 
 def byte_vocabulary(entry: TextEntry) -> dict[str, int]:
@@ -107,7 +113,7 @@ def _brought(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str
 
 def needed_files() -> list[tuple[str, tuple[str, ...]]]:
     """What a pretrained text encoder needs: what it is, and names of files of which one will do."""
-    return [("weights", tuple(_WEIGHTS_FILES)), *((f"vocabulary ({file})", (file,)) for file in VOCABULARY_FILES)]
+    return [("weights", tuple(WEIGHTS_FILES)), *((f"vocabulary ({file})", (file,)) for file in VOCABULARY_FILES)]
 
 
 def find_file(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str], what: str) -> Path:
@@ -153,7 +159,7 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedT
         origin: dict[str, Any] = {"weights": "random", "seed": seed}
     else:
         assert entry.hub_id is not None
-        state = _state(find_file(name, entry.hub_id, weights, _WEIGHTS_FILES, "weights"))
+        state = _state(find_file(name, entry.hub_id, weights, WEIGHTS_FILES, "weights"))
         model = build_text(entry)
         try:
             model.load_state_dict({key: value.float() for key, value in state.items()})
@@ -163,15 +169,19 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedT
                 remedy=f"Bring the weights of {entry.hub_id}.",
             ) from error
         origin = {"weights": entry.hub_id}
-    tokenizer, vocabulary = _load_tokenizer(name, entry, weights, needed=seed is None)
+    tokenizer, vocabulary = load_tokenizer(name, entry, weights, needed=seed is None)
     model = model.eval().requires_grad_(False)
     return model, tokenizer, {"name": name, **origin, "sha256": weights_sha256(model), "tokenizer": vocabulary}
 
 
-def _load_tokenizer(
+def load_tokenizer(
     name: str, entry: TextEntry, weights: WeightsSource, *, needed: bool
 ) -> tuple[PreTrainedTokenizerFast, str]:
-    """The tokenizer, and what the manifest says of it: the SHA-256 of both files, or that it knows bytes only."""
+    """The tokenizer, and what the manifest says of it: the SHA-256 of both files, or that it knows bytes only.
+
+    needed: whether the vocabulary must be there; else, where none was brought, the one of bytes is taken. Raises as
+    `load_text`.
+    """
     if entry.hub_id is None or not (needed or _brought(name, entry.hub_id, weights, VOCABULARY_FILES[:1])):
         return _byte_tokenizer(entry), _BYTES
     files = [find_file(name, entry.hub_id, weights, (file,), f"vocabulary ({file})") for file in VOCABULARY_FILES]
@@ -184,10 +194,18 @@ def _load_tokenizer(
     if len(tokenizer) != entry.vocabulary or ends != [entry.vocabulary - 2, entry.vocabulary - 1]:
         raise UserError(
             f"the vocabulary in {str(files[0].parent)!r} has {len(tokenizer)} tokens and the marks {ends}, "
-            f"but --text {name} reads {entry.vocabulary}, the last two of them marks",
+            f"but {name} reads {entry.vocabulary}, the last two of them marks",
             remedy=f"Bring {' and '.join(VOCABULARY_FILES)} of {entry.hub_id}.",
         )
     return tokenizer, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def fixed_length(tokenizer: PreTrainedTokenizerFast, entry: TextEntry) -> Tokenizer:
+    """The tokenizer proper; every text is cut, or padded with the end token, to as many tokens as `entry` takes."""
+    inner: Tokenizer = tokenizer.backend_tokenizer
+    inner.enable_truncation(entry.tokens)
+    inner.enable_padding(length=entry.tokens, pad_id=entry.vocabulary - 1, pad_token=tokenizer.eos_token)
+    return inner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,10 +245,7 @@ class TextEncoder:
         self.entry, self.name, self.title = entry, name, f"text {name}"
         self.module = model.to(self.compute.device)
         # The settings live in the tokenizer itself: made once here, so that threads only read it.
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._tokenizer.enable_truncation(entry.tokens)
-        end = entry.vocabulary - 1
-        self._tokenizer.enable_padding(length=entry.tokens, pad_id=end, pad_token=tokenizer.eos_token)
+        self._tokenizer = fixed_length(tokenizer, entry)
         self._run = torch.compile(self._features, dynamic=False) if self.compute.compile else self._features
         self.lengths = f"text/{name}.length"
         self.shapes = {

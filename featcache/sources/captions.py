@@ -1,4 +1,4 @@
-"""Captions of images: from a table or COCO's annotations, from the members beside webdataset's images, or of the embedded set.
+"""Captions of images: from a table or COCO's annotations, from the members beside webdataset's images, or of an embedded set.
 
 Captions belong to a source: `of(i)` gives those of its sample `i`. What a cache's manifest records of them is
 `description` (where they are from, no paths) and `identity` (a digest by which other captions are noticed);
@@ -26,6 +26,7 @@ from featcache.sources.archives import ArchiveSource
 from featcache.sources.base import Source
 from featcache.sources.coco import read_annotations
 from featcache.sources.shapes import ShapesSource
+from featcache.sources.shapes_text import CAPTIONS_PER_IMAGE, WORDINGS, ShapesTextSource
 
 KEY_COLUMNS = ("key", "path", "file", "filename", "file_name", "image")
 JSON_KEYS = ("caption", "captions", "text")
@@ -70,6 +71,22 @@ class ShapesCaptions:
 
     def most(self, indices: Sequence[int] | np.ndarray) -> int:
         return 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesTextCaptions:
+    """Four captions for every image of the embedded set that has captions, from its attributes."""
+
+    source: ShapesTextSource
+    description: str = "the embedded set's own"
+    identity: str = f"{CAPTIONS_PER_IMAGE} of: {'; '.join(WORDINGS)}"
+    remark: str | None = None
+
+    def of(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(index)
+
+    def most(self, indices: Sequence[int] | np.ndarray) -> int:
+        return CAPTIONS_PER_IMAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +164,8 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
         return (read_coco if _is_json(table) else read_table)(table, source)
     if isinstance(source, ShapesSource):
         return ShapesCaptions(source=source)
+    if isinstance(source, ShapesTextSource):
+        return ShapesTextCaptions(source=source)
     if isinstance(source, ArchiveSource) and source.kind == "webdataset":
         captions = MemberCaptions(source=source, key=key)
         if not (source.json_sizes if key else source.text_sizes + source.json_sizes).any():

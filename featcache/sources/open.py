@@ -1,4 +1,4 @@
-"""What `--data` names: the embedded set, a folder, archives."""
+"""What `--data` names: an embedded set, a folder, archives."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Protocol
 
 import featcache
 from featcache.errors import UserError
-from featcache.settings import is_number
 from featcache.sources.archives import open_archives
 from featcache.sources.base import Source
+from featcache.sources.embedded import is_embedded, open_embedded, recorded_embedded
 from featcache.sources.folder import open_folder
 from featcache.sources.opening import raise_unreadable
 from featcache.sources.parquet import open_parquet
-from featcache.sources.shapes import ShapesSource, recorded_shapes
 from featcache.store.remote import is_remote
 
 
@@ -34,7 +33,7 @@ FILES: Mapping[str, Opener] = {
 
 
 def open_source(data: str, *, resolution: int, limit: int | None = None) -> Source:
-    """The source that `--data` names: `shapes`, `shapes:SEED`, a folder with one folder per class, or archives.
+    """The source that `--data` names: an embedded set (`open_embedded`), a folder with one folder per class, or archives.
 
     Archives are `.tar`, `.zip` and `.parquet` files, folders of them, and patterns of webdataset shards
     (`data/train-{0000..0146}.tar`, also behind `s3://` and `hf://`): see docs/sources.md.
@@ -42,15 +41,12 @@ def open_source(data: str, *, resolution: int, limit: int | None = None) -> Sour
     Args:
         data: what the user typed.
         resolution: side in pixels after the crop.
-        limit: for the procedural set, how many images exist (default 2,000).
+        limit: of an embedded set, how many images exist (default 2,000).
 
-    Raises `UserError` if the folder is missing, is not a folder, or holds no images.
+    Raises `UserError` for an embedded set that there is not; if the folder is missing, is not a folder, or holds no images.
     """
-    if data == "shapes" or data.startswith("shapes:"):
-        seed = data.partition(":")[2] or "0"
-        if not is_number(seed):
-            raise UserError(f"--data {data}: the part after 'shapes:' must be a seed", remedy="Type --data shapes:0")
-        return ShapesSource(count=limit or 2000, resolution=resolution, seed=int(seed))
+    if is_embedded(data):
+        return open_embedded(data, resolution=resolution, limit=limit)
     try:
         return _open_files(data)
     except OSError as error:
@@ -85,7 +81,7 @@ def find_data(data: str | None, *, into: Path | None = None, remedy: str = _NO_I
     Raises `UserError` if none of the three exists.
     """
     if data is None and into is not None:
-        shapes = recorded_shapes(featcache.open(into).manifest.dataset.source)
+        shapes = recorded_embedded(featcache.open(into).manifest.dataset.source)
         if shapes is not None:
             return shapes[0]
     chosen = data or os.environ.get("FEATCACHE_DATA")

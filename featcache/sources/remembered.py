@@ -13,6 +13,7 @@ from pathlib import Path
 from featcache.errors import UserError
 from featcache.paths import user_cache
 from featcache.redact import redact
+from featcache.sources.embedded import is_embedded
 from featcache.store import files
 from featcache.store.remote import is_remote
 
@@ -23,7 +24,7 @@ def remember(fingerprint: str, data: str) -> None:
     """Notes what was typed as `--data` for the images of a fingerprint; not where a URL has secrets in it, nor where the
     note cannot be written."""
     place = data if is_remote(data) else str(Path(data).absolute())  # also of a pattern
-    if redact(place) != place or data.partition(":")[0] == "shapes":
+    if redact(place) != place or is_embedded(data):
         return
     with contextlib.suppress(UserError, OSError):
         note = _note(fingerprint)

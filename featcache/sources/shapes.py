@@ -13,7 +13,6 @@ an eighth of the image's side. A small diffusion model must be able to learn the
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -142,7 +141,7 @@ def _wave(argument: Float) -> Float:
     return _sharpened(np.float32(2.0) * np.sin(argument), 0.52)
 
 
-def _plain(u: Float, v: Float, d: Float, phase: float) -> Float:
+def plain(u: Float, v: Float, d: Float, phase: float) -> Float:
     return _unit(np.float32(0.5) - np.float32(0.35) * (u + v))
 
 
@@ -151,12 +150,12 @@ def _ball(u: Float, v: Float, d: Float, phase: float) -> Float:
     return _unit((lit_u * lit_u + lit_v * lit_v) * np.float32(0.55))
 
 
-def _checks(u: Float, v: Float, d: Float, phase: float) -> Float:
+def checks(u: Float, v: Float, d: Float, phase: float) -> Float:
     k = np.float32(math.pi / 0.534)  # three fields across the square
     return _sharpened(np.float32(3.0) * np.cos(u * k) * np.cos(v * k), 0.5)
 
 
-def _stripes(u: Float, v: Float, d: Float, phase: float) -> Float:
+def stripes(u: Float, v: Float, d: Float, phase: float) -> Float:
     return _wave(v * np.float32(2 * math.pi / 0.62) + np.float32(phase))
 
 
@@ -168,7 +167,7 @@ def _segments(u: Float, v: Float, d: Float, phase: float) -> Float:
     return _wave(np.arctan2(v, u) * np.float32(6.0) + np.float32(phase))
 
 
-def _dots(u: Float, v: Float, d: Float, phase: float) -> Float:
+def dots(u: Float, v: Float, d: Float, phase: float) -> Float:
     k = np.float32(2 * math.pi / 0.66)
     return _sharpened(np.float32(2.5) * (np.cos(u * k) + np.cos(v * k) - np.float32(0.7)), 0.5)
 
@@ -185,24 +184,24 @@ def _sweep(u: Float, v: Float, d: Float, phase: float) -> Float:
     return _unit(np.float32(0.5) - np.float32(0.6) * u)
 
 
-_Shape = Callable[[Float, Float], Float]
-_Texture = Callable[[Float, Float, Float, float], Float]
+Outline = Callable[[Float, Float], Float]
+Texture = Callable[[Float, Float, Float, float], Float]
 
 # The class fixes shape and texture; colours, pose and background vary freely.
-_CLASSES: dict[str, tuple[_Shape, _Texture]] = {
+CLASSES: dict[str, tuple[Outline, Texture]] = {
     "circle": (_circle, _ball),
-    "square": (_square, _checks),
-    "triangle": (_triangle, _stripes),
+    "square": (_square, checks),
+    "triangle": (_triangle, stripes),
     "star": (_star, _glow),
     "ring": (_ring, _segments),
-    "cross": (_cross, _plain),
-    "heart": (_heart, _dots),
+    "cross": (_cross, plain),
+    "heart": (_heart, dots),
     "crescent": (_crescent, _shade),
     "hexagon": (_hexagon, _bands),
     "arrow": (_arrow, _sweep),
 }
 
-CLASS_NAMES: tuple[str, ...] = tuple(_CLASSES)
+CLASS_NAMES: tuple[str, ...] = tuple(CLASSES)
 
 
 @lru_cache(maxsize=8)
@@ -229,7 +228,7 @@ _LMS_TO_RGB = np.array(
 )
 
 
-def _oklch_to_srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> Float:
+def oklch_to_srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> Float:
     """OKLCH `[N]` each (hue in radians) to gamma-encoded sRGB `[N, 3]` in [0, 1] (B. Ottosson, 2020).
 
     A perceptual space makes "lighter than the ground" hold for every hue, which HSV does not.
@@ -255,20 +254,9 @@ def render_layers(index: int, *, seed: int = 0, resolution: int = 64) -> tuple[F
 
     Raises `UserError` for a negative index or a resolution under 8 px.
     """
-    if resolution < MIN_RESOLUTION:
-        raise UserError(
-            f"shapes cannot be drawn at {resolution} px: too few pixels to tell them apart",
-            remedy=f"use a resolution of at least {MIN_RESOLUTION}",
-        )
     label = label_of(index, seed=seed)
-    shape, texture = _CLASSES[CLASS_NAMES[label]]
-    rng = np.random.default_rng([seed, _APPEARANCE, index])
-    draw = rng.random(14)
-
-    radius = 0.66 + 0.13 * draw[0]
-    centre_x, centre_y = 0.18 * (draw[1] - 0.5), 0.18 * (draw[2] - 0.5)
-    turn = 0.4 * (draw[3] - 0.5)  # radians: up to 11 degrees either way
-    phase = 2 * math.pi * draw[4]
+    outline, texture = CLASSES[CLASS_NAMES[label]]
+    draw = np.random.default_rng([seed, _APPEARANCE, index]).random(14)
 
     dark_ground = draw[5] < 0.5
     ground_lightness = 0.24 + 0.10 * draw[6] if dark_ground else 0.97 - 0.07 * draw[6]
@@ -276,27 +264,52 @@ def render_layers(index: int, *, seed: int = 0, resolution: int = 64) -> tuple[F
     figure_lightness = np.array([0.84, 0.66]) if dark_ground else np.array([0.62, 0.42])
     hue = 2 * math.pi * draw[7]
     ground_hue = 2 * math.pi * draw[8]
-    colours = _oklch_to_srgb(
+    colours = oklch_to_srgb(
         np.array([*figure_lightness, ground_lightness, ground_lightness + ground_step]),
         np.array([0.13, 0.17, 0.04, 0.07]),
         np.array([hue, hue + 1.2 * (draw[9] - 0.5), ground_hue, ground_hue + 1.5 * (draw[10] - 0.5)]),
     )
+    layout = np.concatenate([draw[:5], draw[11:]])
+    return *compose(outline, texture, layout, colours, resolution), label
+
+
+def compose(
+    outline: Outline, texture: Texture, layout: NDArray[np.float64], colours: Float, resolution: int
+) -> tuple[Float, Float]:
+    """A figure over a ground: image `[H, W, 3]` float32 in [0, 1] and the figure's coverage `[H, W]` in [0, 1].
+
+    Args:
+        layout: eight numbers in [0, 1): the figure's size, place (x, y), tilt and the phase of its texture, then the
+            ground's direction, bend and phase.
+        colours: sRGB `[4, 3]` in [0, 1]: the figure's two, the ground's two.
+
+    Raises `UserError` for a resolution under 8 px.
+    """
+    if resolution < MIN_RESOLUTION:
+        raise UserError(
+            f"shapes cannot be drawn at {resolution} px: too few pixels to tell them apart",
+            remedy=f"use a resolution of at least {MIN_RESOLUTION}",
+        )
+    radius = 0.66 + 0.13 * layout[0]
+    centre_x, centre_y = 0.18 * (layout[1] - 0.5), 0.18 * (layout[2] - 0.5)
+    turn = 0.4 * (layout[3] - 0.5)  # radians: up to 11 degrees either way
+    phase = 2 * math.pi * layout[4]
 
     x, y = _pixel_centres(resolution)
     # Ground: a gradient along a random direction, bent by one slow wave across it.
-    angle = 2 * math.pi * draw[11]
+    angle = 2 * math.pi * layout[5]
     along = x * np.float32(math.cos(angle)) + y * np.float32(math.sin(angle))
     across = y * np.float32(math.cos(angle)) - x * np.float32(math.sin(angle))
-    bend = np.float32(0.30 * draw[12])
+    bend = np.float32(0.30 * layout[6])
     mix = np.float32(0.5) + np.float32(0.42) * along
-    mix += bend * np.sin(across * np.float32(math.pi) + np.float32(2 * math.pi * draw[13]))
+    mix += bend * np.sin(across * np.float32(math.pi) + np.float32(2 * math.pi * layout[7]))
     np.clip(mix, 0, 1, out=mix)
 
     cos_turn, sin_turn = math.cos(turn) / radius, math.sin(turn) / radius
     shifted_x, shifted_y = x - np.float32(centre_x), y - np.float32(centre_y)
     u = shifted_x * np.float32(cos_turn) + shifted_y * np.float32(sin_turn)
     v = shifted_y * np.float32(cos_turn) - shifted_x * np.float32(sin_turn)
-    distance = shape(u, v)
+    distance = outline(u, v)
     weight = _unit(texture(u, v, distance, phase))
     distance *= np.float32(radius)
     coverage = _unit(np.float32(0.5) - distance * np.float32(0.5 * resolution))
@@ -307,7 +320,7 @@ def render_layers(index: int, *, seed: int = 0, resolution: int = 64) -> tuple[F
     ground = (ground_a + mix[..., None] * (ground_b - ground_a)) * shadow[..., None]
     figure = figure_a + weight[..., None] * (figure_b - figure_a)
     image = ground + coverage[..., None] * (figure - ground)
-    return image, coverage, label
+    return image, coverage
 
 
 def render(index: int, *, seed: int = 0, resolution: int = 64) -> tuple[NDArray[np.uint8], int]:
@@ -316,7 +329,12 @@ def render(index: int, *, seed: int = 0, resolution: int = 64) -> tuple[NDArray[
     Raises `UserError` for a negative index or a resolution under 8 px.
     """
     image, _, label = render_layers(index, seed=seed, resolution=resolution)
-    return (image * np.float32(255) + np.float32(0.5)).astype(np.uint8), label
+    return quantised(image), label
+
+
+def quantised(image: Float) -> NDArray[np.uint8]:
+    """float32 in [0, 1] => uint8."""
+    return (image * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
 def render_batch(
@@ -328,10 +346,6 @@ def render_batch(
     for row, index in enumerate(indices):
         images[row], labels[row] = render(int(index), seed=seed, resolution=resolution)
     return images, labels
-
-
-# More than anybody draws; a manifest from anybody may say any number.
-MAX_RECORDED_SHAPES = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,11 +380,3 @@ class ShapesSource:
     def load(self, index: int, resolution: int, decoder: str = "pil") -> tuple[np.ndarray, int]:
         pixels, _ = render(index, seed=self.seed, resolution=resolution)
         return pixels, content_hash(pixels.tobytes())
-
-
-def recorded_shapes(description: str) -> tuple[str, int] | None:
-    """`--data` and number of images of the embedded set that a manifest's source describes, None for other sources."""
-    seed, count = (re.search(rf" {word}=(\d{{1,18}})(?: |$)", description) for word in ("seed", "count"))
-    if not description.startswith("shapes ") or seed is None or count is None or int(count[1]) > MAX_RECORDED_SHAPES:
-        return None
-    return f"shapes:{seed[1]}", int(count[1])

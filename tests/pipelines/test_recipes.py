@@ -21,11 +21,11 @@ import typer
 import yaml
 
 from featcache.builder.derive import DeriveRequest, derive
-from featcache.builder.request import BuildRequest, parse_resolution
+from featcache.builder.request import BuildRequest, parse_names, parse_resolution
 from featcache.builder.run import build
 from featcache.cli import app as featcache_app
 from featcache.encoders import parse_encoders, parse_levels
-from featcache.encoders.table import ENCODERS, VAES
+from featcache.encoders.table import ENCODERS, TEXTS, VAES
 from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
 from featcache.settings import from_mapping
@@ -58,6 +58,7 @@ PLAUSIBLE = {
     "Precision": (0.3, 0.9),
     "Recall": (0.3, 0.9),
     "G-SNR": (1.0, 20.0),
+    "pick_score": (20.0, 22.0),
 }
 
 
@@ -108,6 +109,9 @@ def read_build(text: str) -> BuildLine:
         shapes |= {f"{choice.name}@{layer}": (tokens, ENCODERS[choice.name].width) for layer in choice.layers}
         assert not choice.class_tokens or ENCODERS[choice.name].class_token
         shapes |= {f"{choice.name}@{layer}.cls": (ENCODERS[choice.name].width,) for layer in choice.class_tokens}
+    if options["texts"]:
+        shapes |= {f"text/{name}": (5, TEXTS[name].tokens, TEXTS[name].width) for name in parse_names(options["texts"])}
+        assert options["captions"] is not None and str(options["captions"]).endswith(".json")
     sources = []
     for below_line in below:
         words = shlex.split(below_line)
@@ -138,6 +142,7 @@ def fits_its_model_method_and_cache(recipe: Recipe) -> None:
     assert (config.resolution or 256, config.vae) == (line.resolution, line.vae)
     chosen = [(name, config.method_config(name)) for name in config.methods]
     wanted = {f for name, options in chosen for f in align.required_features(name, options)}
+    wanted |= set() if config.condition is None else {config.condition}
     assert wanted | line.sources == set(line.features), "nothing may be missing, and nothing built in vain"
     for name, options in chosen:
         for feature, stream in align.data_streams(name, options, line.features).items():
@@ -231,7 +236,10 @@ def says_how_its_latents_are_normalised(recipe: Recipe) -> None:
     """LightningDiT's and iREPA's code and, by its data, AHPA's normalise by channel, in their baselines too; the others by
     the VAE's factor."""
     by_channel = recipe.name.startswith(("ahpa/", "irepa/", "sra2/", "lightningdit/")) or (
-        recipe.published is not None and recipe.published.source.startswith("AHPA") and recipe.name != "none/xl2"
+        recipe.published is not None
+        and recipe.published.source.startswith("AHPA")
+        and recipe.name != "none/xl2"
+        and not recipe.name.startswith("mmdit/")
     )
     by_channel = by_channel or (recipe.name.startswith("none/") and recipe.name.endswith(("-channel", "-ahpa")))
     assert recipe.values["normalization"] == ("channel" if by_channel else "scalar")
@@ -258,7 +266,7 @@ def is_drawn_by_its_code_s_protocol(recipe: Recipe) -> None:
         return
     sampling = recipe.published.sampling
     assert sampling is not None and sampling.shift == 1
-    assert sampling.classes == (None if "artbench" in recipe.name else "random")
+    assert sampling.classes == (None if "artbench" in recipe.name or sampling.prompts else "random")
     official = recipe.name.startswith("none/") and "vae" not in recipe.name
     assert sampling.pixels == ("round" if official or recipe.name.startswith("redi/") else "truncate")
     assert sampling.channels == (3 if official and sampling.guidance != 1 else None)
@@ -281,17 +289,18 @@ def has_a_whole_protocol(recipe: Recipe) -> None:
     if published is None or not published.is_of_samples:
         return
     said = recipe.values["published"]["sampling"]
-    assert said.keys() >= PROTOCOL, f"nothing is said of {', '.join(sorted(PROTOCOL - said.keys()))}"
+    protocol = PROTOCOL if recipe.config().condition is None else PROTOCOL - {"classes"} | {"prompts"}
+    assert said.keys() >= protocol, f"nothing is said of {', '.join(sorted(protocol - said.keys()))}"
     drawn = published.sampling
     assert drawn is not None
-    unknown = {key for key in (*PROTOCOL, "guidance") if getattr(drawn, key) is None}
+    unknown = {key for key in (*protocol, "guidance") if getattr(drawn, key) is None}
     told = " ".join([recipe.note, *_comments(recipe)])
     assert not unknown or re.search(r"not (said|stated|say|give|known)|gives no|without saying|gives neither", told), (
         f"nobody says why {', '.join(sorted(unknown))} is unknown"
     )
-    assert drawn.num in (None, 50_000)
+    assert drawn.num in (None, 50_000 if drawn.prompts is None else 40_192)
     large = (recipe.values.get("resolution") or 256) == 512
-    assert drawn.reference in (None, "train", "adm-512" if large else "adm-256")
+    assert drawn.reference in (None, "train", "adm-512" if large else "adm-256") or drawn.prompts == drawn.reference
     assert all(variant.why for variant in drawn.variants)
     for option in drawn.options:  # can be typed, and settles it
         words = [f"runs/{published.paper}", *option.flags.split()]
@@ -315,6 +324,7 @@ def test_every_row_has_a_whole_protocol() -> None:
         *(f"ahpa/xl2-{steps}-guided" for steps in ("500k", "1m", "2m", "4m")),
         *("ahpa/xl2-512", "none/xl2-512", "repa/xl2-512-100ep-ahpa", "sara/xl2-2m-interval", "sra/xl2-512"),
         *("sra2/xl2-4m-guided", "sra2/xl2-512"),
+        *("mmdit/vanilla-ode-sra", "mmdit/repa-ode-sra", "mmdit/sra"),
         *("reg/xl2-guided", "reg/xl2-800k-guided", "reg/xl2-1.5m-guided", "reg/xl2-512"),
     }
 
@@ -391,7 +401,7 @@ def test_figures_are_plausible() -> None:
 def test_metric_names_are_those_of_the_evaluation() -> None:
     from trainer.evaluate import table
 
-    assert set(METRICS) <= {metric.label for metric in table.METRICS.values()}
+    assert set(METRICS) <= {metric.label for metric in table.METRICS.values()} | table.PROMPT_METRICS.keys()
 
 
 # Of each table words of a line that stands in no other table of the paper. Captions stand before some tables and behind
@@ -405,6 +415,7 @@ TABLES = {
     ("REPA", "9"): "Model\t#Params\tIter.\tw\tFID↓",
     ("REPA", "10"): "Model\t#Params\tIter.\tInterval\tw",
     ("REPA", "11"): "ADM-G, ADM-U\t400\t2.85",
+    ("REPA", "12"): "MMDiT+REPA (ODE; NFE=50)",
     ("SARA", "1a"): "+ SARA\t458M\t400K\t13.5",
     ("SARA", "1b"): "+ SARA*\t400\t1.36",
     ("SARA", "2"): "+ Patch\t+ Struc\t+ Adv",
@@ -420,6 +431,8 @@ TABLES = {
     ("AHPA", "2"): "| Source | IS | FID | sFID |",
     ("AHPA", "3"): "| Scale | Method | w/o Ext. | Iter. |",
     ("AHPA", "4"): "| + REG Wu et al. (2025) | 800 |",
+    ("AHPA", "5"): "| Method | FID | PS |",
+    ("AHPA", "C.12"): "MMDiT+AHPA (ODE; NFE=50)",
     ("AHPA", "B.10"): "| Backbone (Frozen) | Supervisor VAE Encoder |",
     ("AHPA", "B.11"): "| Supervisor VAE | Method |",
     ("AHPA", "D.13"): "| Variant | Proj. Head |",
@@ -430,6 +443,7 @@ TABLES = {
     ("AHPA", "F.19"): "| ADM-G, ADM-U [5] |",
     ("SRA", "3.2"): "| Block Layers | Time Interval |",
     ("SRA", "3.3"): "| Model | Epochs |",  # for 256 px and for 512
+    ("SRA", "text-to-image"): "| Method | FID | PickScore |",
     ("SRA", "F"): "| of EMA | FID | IS |",
 }
 TURNED = {("REPA", "5"), ("AHPA", "1"), ("AHPA", "D.16"), ("DyA", "6"), ("DyA", "7")}  # a metric to a line
@@ -1050,10 +1064,18 @@ def test_command_lists_shows_and_refuses(cli: Callable[..., subprocess.Completed
 
 @pytest.fixture(scope="module")
 def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen embedded images with moments, all VAE groups, three layers of the tiny encoder, its class token and components."""
+    """Sixteen embedded images with moments, all VAE groups, three layers of the tiny encoder, its class token and components,
+    and captions."""
     path = tmp_path_factory.mktemp("cache") / "caches/small"
     build(
-        BuildRequest(data="shapes", encoders=parse_encoders(["tiny@2,4,5,5.cls"]), limit=16, batch_size=8, out=path),
+        BuildRequest(
+            data="shapes",
+            encoders=parse_encoders(["tiny@2,4,5,5.cls"]),
+            texts=("tiny",),
+            limit=16,
+            batch_size=8,
+            out=path,
+        ),
         Quiet(),
     )
     derive(DeriveRequest(cache=path, feature="tiny@5", components=8), Quiet())
@@ -1084,10 +1106,12 @@ TERMS = {
     "lightningdit": set(),
     "reg": {"cosine"},
     "redi": set(),
+    "mmdit": {"cosine"},
 }
 # Where a paper has no row for SiT-B/2: its row, and what of it the small cache is not made for.
 ROWS = {
     "redi": ("xl2", []),
+    "mmdit": ("repa", ["model=MMDiT-Ti/2", "condition=text/tiny", "repa.depth=2"]),
     "lightningdit": ("xl1", ["model=LightningDiT-Narrow/2", "vae=tiny", "normalization=scalar"]),
 }
 

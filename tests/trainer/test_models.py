@@ -18,6 +18,7 @@ from featcache.errors import UserError
 from trainer.models import (
     MODEL_NAMES,
     ModelConfig,
+    TextShape,
     Transformer,
     build_model,
     forward_flops,
@@ -333,7 +334,8 @@ def test_unknown_names_are_explained(name: str) -> None:
 
 def test_every_named_model_has_a_configuration() -> None:
     for name in MODEL_NAMES:
-        cfg = model_config(name, latent_channels=4, latent_size=32, num_classes=1000)
+        text = TextShape(name="text/clip-l", tokens=77, width=768) if name.startswith("MMDiT") else None
+        cfg = model_config(name, latent_channels=4, latent_size=32, num_classes=1000, text=text)
         assert cfg.learn_sigma == name.startswith("DiT")
         assert cfg.tokens == (32 // int(name.rsplit("/", 1)[1])) ** 2
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featcache.errors import UserError
 from trainer.align.base import BackboneInfo
+from trainer.models.config import takes_text
 
 _KIND = re.compile(r"(linear)|mlp([1-9])|conv([1-9])")
 
@@ -103,13 +104,17 @@ def tap_depth(method: str, chosen: int | None, by_scale: Mapping[str, int], info
     """Block (1-based) whose hidden state is aligned.
 
     The papers give it for B, L and XL (`by_scale`). Elsewhere the share that B uses of its 12 blocks is
-    kept, which is ours: SiT-S (12 blocks) gets B's block, the small `Ti` (6 blocks) half of it.
+    kept, which is ours: SiT-S (12 blocks) gets B's block, the small `Ti` (6 blocks) half of it. MMDiT's sizes have other
+    depths than SiT's of the same letter, but for L: the share that L uses of its 24 blocks is kept, ours again.
 
     Raises:
         UserError: the model has no such block.
     """
-    proportional = max(1, round(by_scale["B"] * info.depth / 12))
-    block = by_scale.get(info.scale, proportional) if chosen is None else chosen
+    if takes_text(info.name):
+        usual = max(1, round(by_scale["L"] * info.depth / 24))
+    else:
+        usual = by_scale.get(info.scale, max(1, round(by_scale["B"] * info.depth / 12)))
+    block = usual if chosen is None else chosen
     if not 1 <= block <= info.depth:
         raise UserError(
             f"{method}: block {block} was asked for, and {info.name} has {info.depth} blocks",

@@ -15,12 +15,14 @@ from featcache.settings import Count, NotNegative, Positive, Share, settings
 from trainer.align.base import AlignInputs, Alignment, BackboneInfo, FeatureInfo, cosine_per_token
 from trainer.align.heads import mlp, tap_depth
 from trainer.align.losses import negative_cosine, smooth_l1
+from trainer.models.config import takes_text
 
 Loss = Literal["smooth-l1", "cosine"]
 Interval = Literal["uniform", "fixed"]
 
 STUDENT_DEPTHS = {"B": 3, "L": 6, "XL": 8}
 TEACHER_DEPTHS = {"SiT": {"B": 8, "L": 16, "XL": 20}, "DiT": {"B": 7, "L": 14, "XL": 16}}
+TEXT_DEPTHS = {"L": 8}, {"L": 16}  # of MMDiT: the paper says "without any tuning", the blocks are ours
 
 
 @settings(where="sra")
@@ -29,7 +31,7 @@ class SraConfig:
 
     student_depth, teacher_depth: blocks (1-based) m -> n; None: SiT 3 -> 8 (B), 6 -> 16 (L), 8 -> 20 (XL),
         DiT 8 -> 16 (XL), in proportion elsewhere. The paper's numbers for L and for DiT-B and L are not
-        legible in our copy: 6 -> 16, 3 -> 7 and 6 -> 14 (DiT-XL's share of the blocks) are ours.
+        legible in our copy: 6 -> 16, 3 -> 7 and 6 -> 14 (DiT-XL's share of the blocks) are ours. MMDiT-L 8 -> 16 (ours).
     interval: largest lead of the teacher in t: it sees `t' = max(t - k, 0)`. The paper gives 0.2 for SiT;
         its value for DiT is not legible in our copy, so that we use 0.2 there, too.
     interval_kind: `uniform`, k ~ U(0, interval) per sample; `fixed`, k = interval (ablation).
@@ -72,8 +74,11 @@ class Sra(Alignment):
     def __init__(self, config: SraConfig, info: BackboneInfo, features: Mapping[str, FeatureInfo]) -> None:
         super().__init__()
         self.config = config
-        self.student_depth = tap_depth("sra", config.student_depth, STUDENT_DEPTHS, info)
         teacher_depths = TEACHER_DEPTHS["DiT" if info.name.startswith("DiT") else "SiT"]
+        student_depths = STUDENT_DEPTHS
+        if takes_text(info.name):
+            student_depths, teacher_depths = TEXT_DEPTHS
+        self.student_depth = tap_depth("sra", config.student_depth, student_depths, info)
         self.teacher_depth = tap_depth("sra", config.teacher_depth, teacher_depths, info)
         if self.teacher_depth < self.student_depth:
             raise UserError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from featcache.redact import redact
 from featcache.settings import to_mapping
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
+from trainer.evaluate.images import open_images
 from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
+from trainer.evaluate.prompted import PromptJudge, build_prompt_judges, judge_prompts, split_metrics
 from trainer.evaluate.references import Statistics, full_precision, open_reference, reference_statistics
 from trainer.evaluate.shelf import Shelf
 from trainer.models import forward_flops
@@ -32,6 +34,7 @@ from trainer.runs.config import RunConfig
 from trainer.runs.published import REFERENCES, Published, Sampling, parse_published
 from trainer.runs.recipes import load_figure
 from trainer.runs.records import cache_summary, run_model_config
+from trainer.sampling.prompts import Prompts, of_settings, prompts_for
 from trainer.sampling.run import sample_run
 
 if TYPE_CHECKING:
@@ -55,18 +58,38 @@ class EvalResult:
 class Standard:
     """What samples of a run are judged by, made once for any number of judgements.
 
+    extractor, metrics: those that compare with a reference; None and none where only prompts are judged by.
     reference: where it is, or `known`, its statistics. data: of a cache, the folder of its images. stamp: what tells that a
     file under the same name is another one. shelf: where statistics of the reference are kept. crop: of the run's images,
     as its cache names it, by which a folder's images are cropped, too.
+    prompts: of samples drawn by prompt. judges: by metrics of prompts.
     """
 
-    extractor: Extractor
-    reference: str
-    data: str | None
+    extractor: Extractor | None = None
+    metrics: Sequence[str] = ()
+    reference: str | None = None
+    data: str | None = None
     known: Statistics | None = None
     stamp: object = None
     shelf: Shelf | None = None
     crop: str | None = None
+    prompts: Prompts | None = None
+    judges: Mapping[str, PromptJudge] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """What decides numbers of equal samples, but the reference. JSON-able."""
+        by_prompt = {"judges": {name: dict(judge.provenance) for name, judge in self.judges.items()}}
+        return {
+            "extractor": None if self.extractor is None else dict(self.extractor.provenance),
+            "metrics": list(self.metrics),
+            **(by_prompt if self.judges else {}),
+            **({} if self.prompts is None else {"prompts": digest_of(self.prompts)}),
+        }
+
+
+def digest_of(prompts: Prompts) -> dict[str, object]:
+    """Which prompts they are, wherever they are from."""
+    return {key: value for key, value in prompts.record().items() if key != "source"}
 
 
 def evaluate_run(
@@ -114,16 +137,25 @@ def standard_of(
     run: Path, request: EvalRequest, settings: SampleRequest, config: RunConfig, device: str, progress: Progress
 ) -> Standard:
     """What a request judges by; what would fail after drawing fails now."""
+    prompts = prompts_for(run, config, settings)
+    compared, of_prompts = split_metrics(request.metrics, prompts, subject=config.name)
+    standard = _by_prompts(prompts, of_prompts, settings, device, progress)
+    if compared == ():
+        return standard
     extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
+    chosen = chosen_metrics(compared, extractor)
     reference, data = choose_reference(run, request, config, progress)
-    _check_before_drawing(run, request, extractor, reference, data)
+    resolution = int(_preprocessing(run)["resolution"])
+    open_reference(reference, extractor, resolution=resolution, need_features=_need_features(chosen), data=data)
     stamp: object = cache_summary(run)["fingerprint"] if request.reference is None else None
     path = Path(reference)
     if path.is_file():
         stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     shelf = Shelf.of_user(progress) if request.reference is None else None
-    return Standard(
+    return replace(
+        standard,
         extractor=extractor,
+        metrics=chosen,
         reference=reference,
         data=data,
         stamp=stamp,
@@ -138,16 +170,38 @@ def _preprocessing(run: Path) -> Mapping[str, Any]:
     return found
 
 
+def _by_prompts(
+    prompts: Prompts | None, metrics: Sequence[str], settings: SampleSettings, device: str, progress: Progress
+) -> Standard:
+    """What judges by prompts alone; says which prompts they are."""
+    if prompts is None:
+        return Standard()
+    judges = build_prompt_judges(metrics, weights_dir=settings.weights_dir, device=device)
+    used = prompts.texts[: settings.num]
+    for judge in judges.values():
+        judge.check(used)
+    number = f"the first {len(used):,} of {len(prompts.texts):,}" if len(used) < len(prompts.texts) else f"{len(used):,}"
+    progress.note(f"{settings.num or 'all'} samples of {number} prompts: {prompts.source}, digest {prompts.sha256[:12]}")
+    if prompts.remark is not None:
+        progress.note(prompts.remark)
+    return Standard(prompts=prompts, judges=judges)
+
+
+def _need_features(metrics: Sequence[str]) -> bool:
+    return bool(NEED_FEATURES & set(metrics))
+
+
 def with_statistics(standard: Standard, request: EvalRequest, run: Path, progress: Progress) -> Standard:
     """With the reference's statistics, for several judgements by them."""
-    chosen = chosen_metrics(request.metrics or None, standard.extractor)
+    if standard.extractor is None or standard.reference is None:
+        return standard
     with torch.inference_mode(), full_precision():
         known = reference_statistics(
             standard.reference,
             standard.extractor,
             resolution=int(_preprocessing(run)["resolution"]),
+            need_features=_need_features(standard.metrics),
             crop=standard.crop,
-            need_features=bool(NEED_FEATURES & set(chosen)),
             batch_size=request.settings.batch_size,
             data=standard.data,
             shelf=standard.shelf,
@@ -156,14 +210,61 @@ def with_statistics(standard: Standard, request: EvalRequest, run: Path, progres
     return replace(standard, known=known)
 
 
-def judge(images: Path, standard: Standard, request: EvalRequest, progress: Progress) -> dict[str, Any]:
-    """What is found of samples; the entry of `metrics.json` but for how they were drawn."""
-    given, against = replace(request, data=standard.data), standard.known or standard.reference
-    return _judge(images, against, standard.extractor, given, progress, shelf=standard.shelf, crop=standard.crop)
+def judge(
+    images: Path | str, standard: Standard, request: EvalRequest, progress: Progress, *, require_labels: bool = False
+) -> dict[str, Any]:
+    """What is found of samples; the entry of `metrics.json` but for how they were drawn.
+
+    Raises:
+        UserError: images of a wrong size or type, fewer than asked for, or without labels where they are required.
+    """
+    settings, parts = request.settings, []
+    with torch.inference_mode():
+        if standard.extractor is not None:
+            against = standard.known or standard.reference
+            assert against is not None, "an extractor compares with something"
+            found = evaluate(
+                images,
+                against,
+                standard.extractor,
+                metrics=standard.metrics,
+                count=settings.num,
+                batch_size=settings.batch_size,
+                bootstrap=request.bootstrap,
+                seed=settings.seed,
+                require_labels=require_labels,
+                data=standard.data,
+                shelf=standard.shelf,
+                crop=standard.crop,
+                progress=progress,
+            )
+            parts.append(found)
+        if standard.prompts is not None and standard.judges:
+            found = judge_prompts(
+                open_images(images),
+                standard.prompts,
+                standard.judges,
+                count=settings.num,
+                batch_size=settings.batch_size,
+                bootstrap=request.bootstrap,
+                seed=settings.seed,
+                progress=progress,
+            )
+            parts.append(found)
+    result = {key: {k: v for part in parts for k, v in part[key].items()} for key in _BY_NAME}
+    result["warnings"] = [warning for part in parts for warning in part["warnings"]]
+    if standard.prompts is not None:
+        result["settings"]["prompts"] = standard.prompts.record()
+    for warning in result["warnings"]:
+        progress.note(warning)
+    return result
+
+
+_BY_NAME = ("metrics", "intervals", "details", "settings", "time_s")
 
 
 # Of a request, what moves no number, or is the point of the curve.
-_UNASKED = ("checkpoint", "out", "format", "weights_dir", "device")
+_UNASKED = ("checkpoint", "out", "format", "weights_dir", "device", "prompt", "prompts")
 
 
 def asked(settings: SampleRequest, request: EvalRequest, standard: Standard, device: str) -> dict[str, Any]:
@@ -174,10 +275,9 @@ def asked(settings: SampleRequest, request: EvalRequest, standard: Standard, dev
             {
                 **drawn,
                 "device": device.partition(":")[0],
-                "extractor": dict(standard.extractor.provenance),
-                "metrics": chosen_metrics(request.metrics or None, standard.extractor),
+                **standard.record(),
                 "bootstrap": request.bootstrap,
-                "reference": redact(standard.reference),
+                "reference": None if standard.reference is None else redact(standard.reference),
                 "stamp": standard.stamp,
             }
         )
@@ -209,17 +309,6 @@ def choose_reference(run: Path, request: EvalRequest, config: RunConfig, progres
     return reference, data
 
 
-def _check_before_drawing(
-    run: Path, request: EvalRequest, extractor: Extractor, reference: str, data: str | None
-) -> None:
-    """What would fail after drawing fails now."""
-    chosen = chosen_metrics(request.metrics or None, extractor)
-    resolution = int(_preprocessing(run)["resolution"])
-    open_reference(
-        reference, extractor, resolution=resolution, need_features=bool(NEED_FEATURES & set(chosen)), data=data
-    )
-
-
 def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool, progress: Progress) -> EvalResult:
     """Judges images that are there already, by any code, and writes the numbers to `<samples>.metrics.json`.
 
@@ -228,49 +317,25 @@ def evaluate_images(samples: str, request: EvalRequest, *, require_labels: bool,
             they are required.
         WeightsUnavailable: as `evaluate_run`.
     """
-    if request.reference is None:
+    settings, device = request.settings, pick_device(request.settings.device)
+    prompts = of_settings(settings)
+    compared, of_prompts = split_metrics(request.metrics, prompts, subject=f"--samples {samples}")
+    standard = _by_prompts(prompts, of_prompts, settings, device, progress)
+    if compared != () and request.reference is None:
         raise UserError(
             "--samples needs something to be compared with",
             remedy="Pass --reference with an npz, a folder, a cache or saved statistics.",
         )
-    settings = request.settings
-    extractor = choose_extractor(request.extractor, settings.weights_dir, pick_device(settings.device), progress)
-    result = _judge(samples, request.reference, extractor, request, progress, require_labels=require_labels)
+    if compared != ():
+        extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
+        chosen = chosen_metrics(compared, extractor)
+        standard = replace(
+            standard, extractor=extractor, metrics=chosen, reference=request.reference, data=request.data
+        )
+    result = judge(samples, standard, request, progress, require_labels=require_labels)
     out = Path(f"{samples.rstrip('/')}.metrics.json")
     runs.write_page(out, json.dumps(result, indent=1))
     return EvalResult(metrics=result["metrics"], file=out)
-
-
-def _judge(
-    samples: str | Path,
-    reference: Statistics | str,
-    extractor: Extractor,
-    request: EvalRequest,
-    progress: Progress,
-    *,
-    require_labels: bool = False,
-    shelf: Shelf | None = None,
-    crop: str | None = None,
-) -> dict[str, Any]:
-    with torch.inference_mode():
-        result = evaluate(
-            samples,
-            reference,
-            extractor,
-            metrics=request.metrics or None,
-            count=request.settings.num,
-            batch_size=request.settings.batch_size,
-            bootstrap=request.bootstrap,
-            seed=request.settings.seed,
-            require_labels=require_labels,
-            data=request.data,
-            shelf=shelf,
-            crop=crop,
-            progress=progress,
-        )
-    for warning in result["warnings"]:
-        progress.note(warning)
-    return result
 
 
 def recipe_figures(config: RunConfig) -> Published | None:
@@ -334,16 +399,19 @@ def with_defaults(
                 progress.note(f"the recipe's figures may have been drawn otherwise, {other.why}: {other.flags}")
     else:
         chosen = paper.settings(given)
-    num = asked.num
+    num, prompts = asked.num, prompts_for(run, config, asked)
     if num is None and on_gpu:
-        num = paper.num or GPU_SAMPLES
+        num = paper.num or (GPU_SAMPLES if prompts is None else max(2, len(prompts.texts)))
     elif num is None:
         unguided = chosen["guidance"] == chosen["representation_guidance"] == 1
         cost = forward_flops(model) * steps * (1 if unguided else 2)
         num = int(max(8, min(CPU_SAMPLES, CPU_BUDGET_FLOPS // cost)))
-        progress.note(
-            f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {GPU_SAMPLES:,}"
-        )
+        usual = GPU_SAMPLES if prompts is None else len(prompts.texts)
+        if prompts is None or num < usual:
+            progress.note(
+                f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {usual:,}"
+            )
+        num = num if prompts is None else min(num, max(2, usual))
     return SampleRequest(**{**chosen, "num": num})
 
 

@@ -27,7 +27,6 @@ from featcache.store import files
 from trainer import distributed
 from trainer.averages import Average
 from trainer.evaluate import run as evaluation
-from trainer.evaluate.judge import chosen_metrics
 from trainer.evaluate.table import higher_is_better
 from trainer.interval import Interval, plain
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
@@ -219,8 +218,7 @@ def _common(run: Path, base: SampleRequest, sweep: Sweep, device: str, step: int
 def _judging(request: EvalRequest, standard: evaluation.Standard) -> dict[str, Any]:
     """What all points share of how they are judged. JSON-able."""
     return {
-        "extractor": dict(standard.extractor.provenance),
-        "metrics": chosen_metrics(request.metrics or None, standard.extractor),
+        **standard.record(),
         "reference": standard.reference if request.reference is not None else "the run's cache",
         "bootstrap": request.bootstrap,
     }

@@ -35,6 +35,24 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
+# Metrics of images and their prompts, which need no reference; and what they are, in words. Larger ones are better.
+PROMPT_METRICS: Mapping[str, str] = {
+    "clip_score": "CLIP score: cosine of the image's and its prompt's embeddings under CLIP ViT-L/14, mean",
+    "pick_score": "PickScore: what people would prefer for the prompt, by PickScore_v1 (CLIP ViT-H/14), mean",
+    "prompts_obeyed": "Prompts obeyed: share of images in which the embedded caption judge sees all that the prompt names",
+}
+_ASPECT = "prompts_obeyed/"  # and what of the prompt
+
+
+def in_words(reported: str) -> str | None:
+    """What a metric of prompts is, by the name it is reported under; None for all others."""
+    if reported.startswith(_ASPECT):
+        return f"share of images whose {reported.removeprefix(_ASPECT)} is as the prompt says, by the embedded caption judge"
+    return PROMPT_METRICS.get(reported.removeprefix("random-"))
+
+
 def higher_is_better(reported: str) -> bool:
     """Whether a larger value is better of the metric reported under this name, such as `embedded-Recall`."""
+    if in_words(reported) is not None:
+        return True
     return not {m.label for m in METRICS.values() if m.higher_is_better}.isdisjoint(reported.split("-"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ class Attention(nn.Module):
 
     `qk_norm` is a norm over the head's channels: a LayerNorm with its own scale and offset (what REPA's
     `--qk-norm` gives with the timm release it names), or an RMSNorm with its own scale. `rope` rotates what comes
-    out of it.
+    out of it. Without `outputs` there is no projection: tokens that are attended to, and need not attend.
 
     Raises:
         UserError: `attention='xformers'` where xformers is not installed.
@@ -190,13 +191,15 @@ class Attention(nn.Module):
         attention: str,
         norm: Norm = "layer",
         rope: RotaryEmbedding | None = None,
+        outputs: bool = True,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = head_norm(width // heads, norm) if qk_norm else nn.Identity()
         self.k_norm = head_norm(width // heads, norm) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        if outputs:
+            self.proj = nn.Linear(width, width)
         self.rope = rope
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
         if attention == "xformers":
@@ -209,7 +212,8 @@ class Attention(nn.Module):
                 ) from error
             self.attend = _xformers_attention
 
-    def forward(self, x: Tensor) -> Tensor:
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens [B, N, D], each [B, heads, N, d] and ready to attend."""
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each [B, heads, N, d]
@@ -217,10 +221,15 @@ class Attention(nn.Module):
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
         # A norm or a rotation under autocast returns float32; fused attention wants one dtype.
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        x = self.attend(q, k, v).transpose(1, 2).reshape(B, N, D)
-        projected: Tensor = self.proj(x)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def joined(self, attended: Tensor) -> Tensor:
+        """What heads found, [B, heads, N, d], as tokens again: [B, N, D]."""
+        projected: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return projected
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined(self.attend(*self.heads_of(x)))
 
 
 class Mlp(nn.Module):
@@ -250,14 +259,35 @@ class SwiGlu(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT, Sec. 3.2): x [B, N, D], c [B, D] -> [B, N, D].
+class Recomputable(nn.Module):
+    """A block whose forward pass is `_forward`.
 
     recompute: keep only the inputs for the backward pass, which then runs the block anew. The block is cut out in here, so
     that whatever surrounds it (FSDP's gathering, a compiled region) sees one block forward and one backward.
     """
 
     recompute: bool = False
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._forward(*inputs)
+        # Nothing in a block is random, so there is no random state to put back.
+        return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def _forward(self, *inputs: Tensor) -> Any:
+        raise NotImplementedError
+
+
+# Queries, keys and values, [B, heads, N, d] each.
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+class Block(Recomputable):
+    """Transformer block with adaLN-Zero conditioning (DiT, Sec. 3.2): x [B, N, D], c [B, D] -> [B, N, D].
+
+    pre_only: half of a joint block whose tokens nothing follows (SD3's last text half): it has what others attend to, and
+    nothing of its own after that.
+    """
 
     def __init__(
         self,
@@ -270,26 +300,60 @@ class Block(nn.Module):
         norm: Norm = "layer",
         mlp: FeedForward = "gelu",
         rope: RotaryEmbedding | None = None,
+        pre_only: bool = False,
     ) -> None:
         super().__init__()
+        self.pre_only = pre_only
         self.norm1 = block_norm(width, norm)
-        self.attn = Attention(width, heads, qk_norm=qk_norm, attention=attention, norm=norm, rope=rope)
-        self.norm2 = block_norm(width, norm)
-        self.mlp = SwiGlu(width, mlp_width) if mlp == "swiglu" else Mlp(width, mlp_width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.attn = Attention(
+            width, heads, qk_norm=qk_norm, attention=attention, norm=norm, rope=rope, outputs=not pre_only
+        )
+        if not pre_only:
+            self.norm2 = block_norm(width, norm)
+            self.mlp = SwiGlu(width, mlp_width) if mlp == "swiglu" else Mlp(width, mlp_width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if pre_only else 6) * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
-            return self._forward(x, c)
-        # Nothing in a block is random, so there is no random state to put back.
-        out: Tensor = checkpoint(self._forward, x, c, use_reentrant=False, preserve_rng_state=False)
+    def before_attention(self, x: Tensor, c: Tensor) -> tuple[Heads, list[Tensor]]:
+        """Its tokens' heads, and the modulations [B, D] that `after_attention` takes."""
+        shift, scale, *later = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=-1)
+        return self.attn.heads_of(modulate(self.norm1(x), shift, scale)), later
+
+    def after_attention(self, x: Tensor, attended: Tensor, later: Sequence[Tensor]) -> Tensor:
+        """The tokens x [B, N, D] with what their heads found, [B, heads, N, d], and the MLP's part."""
+        gate_msa, shift_mlp, scale_mlp, gate_mlp = later
+        x = x + gate_msa[:, None] * self.attn.joined(attended)
+        out: Tensor = x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return out
 
     def _forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        out: Tensor = x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return out
+        heads, later = self.before_attention(x, c)
+        return self.after_attention(x, self.attn.attend(*heads), later)
+
+
+class JointBlock(Recomputable):
+    """Two blocks with weights of their own, for text and image, and one attention over both (SD3, Esser et al. 2024,
+    Fig. 2b): x [B, N, D], text [B, T, D], c [B, D] -> (x, text), the text first in the sequence.
+
+    last: nothing follows the text, so it has no queries and comes back as it was. Without them the image's tokens are the
+    same as with them, as each query has a softmax of its own.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_width: int, *, qk_norm: bool, attention: str, last: bool) -> None:
+        super().__init__()
+        self.context_block = Block(width, heads, mlp_width, qk_norm=qk_norm, attention=attention, pre_only=last)
+        self.x_block = Block(width, heads, mlp_width, qk_norm=qk_norm, attention=attention)
+
+    def _forward(self, x: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        (text_q, text_k, text_v), text_later = self.context_block.before_attention(text, c)
+        (q, k, v), later = self.x_block.before_attention(x, c)
+        attend = self.x_block.attn.attend
+        k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
+        if self.context_block.pre_only:
+            return self.x_block.after_attention(x, attend(q, k, v), later), text
+        T = text.shape[1]
+        attended = attend(torch.cat([text_q, q], dim=2), k, v)
+        text = self.context_block.after_attention(text, attended[:, :, :T], text_later)
+        return self.x_block.after_attention(x, attended[:, :, T:], later), text
 
 
 class StreamEmbed(nn.Module):

@@ -21,6 +21,11 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 # Of LightningDiT alone (its repository's 1.0B and 1.6B), all heads 64 wide.
 LARGE_SIZES: dict[str, tuple[int, int, int]] = {"1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)}
+# Of MMDiT alone: REPA's rule, width 32 * depth and as many heads, so that a head is 32 wide. L is the paper's; the others
+# are ours by the same rule, B about as large as SiT-B.
+TEXT_SIZES: dict[str, tuple[int, int, int]] = {
+    size: (depth, 32 * depth, depth) for size, depth in (("Ti", 6), ("S", 12), ("B", 16), ("L", 24), ("XL", 28))
+}
 PATCH_SIZES = (1, 2, 4, 8)
 Attention = Literal["sdpa", "xformers"]
 Norm = Literal["layer", "rms"]
@@ -31,11 +36,15 @@ BACKBONES: Mapping[str, Mapping[str, Any]] = {
     "SiT": {"family": "sit"},
     "DiT": {"family": "dit", "learn_sigma": True},
     "LightningDiT": {"family": "sit", "norm": "rms", "mlp": "swiglu", "rope": True},
+    "MMDiT": {"family": "sit"},
 }
+TEXT_BACKBONE = "MMDiT"  # the one whose condition is text; the others' is a label
 
 
 def sizes_of(backbone: str) -> dict[str, tuple[int, int, int]]:
     """Depth, width and heads by size, for a key of `BACKBONES`."""
+    if backbone == TEXT_BACKBONE:
+        return TEXT_SIZES
     return SIZES | LARGE_SIZES if backbone == "LightningDiT" else SIZES
 
 
@@ -64,6 +73,28 @@ class StreamShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextShape:
+    """Text rows as a backbone takes them: of the feature `name` (`text/clip-l`), `tokens` of them, each `width` wide.
+
+    Raises:
+        UserError: a number that is not positive.
+    """
+
+    name: str
+    tokens: int
+    width: int
+
+    def __post_init__(self) -> None:
+        _check_positive({"tokens": self.tokens, "width": self.width}, f"{self.name}: ")
+
+
+def _check_positive(values: Mapping[str, object], where: str = "") -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}{name} is {value!r}, but it must be a positive integer.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One backbone.
 
@@ -84,6 +115,9 @@ class ModelConfig:
         mlp: `gelu` (two layers) or `swiglu` (gated, three).
         rope: rotate queries and keys by the token's row and column, beside the sin-cos table.
         streams: what is diffused beside the latents.
+        text: the condition is text (MMDiT) of this shape instead of a label; `num_classes` then means nothing.
+        zero_init: of MMDiT: modulations and output start at zero, as all other backbones' do; the published one starts
+            with PyTorch's default everywhere.
 
     Raises:
         UserError: values that do not fit together.
@@ -105,20 +139,12 @@ class ModelConfig:
     mlp: FeedForward = "gelu"
     rope: bool = False
     streams: tuple[StreamShape, ...] = ()
+    text: TextShape | None = None
+    zero_init: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "depth",
-            "width",
-            "heads",
-            "patch_size",
-            "latent_channels",
-            "latent_size",
-            "num_classes",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} is {value!r}, but it must be a positive integer.")
+        sizes = ("depth", "width", "heads", "patch_size", "latent_channels", "latent_size", "num_classes")
+        _check_positive({name: getattr(self, name) for name in sizes})
         if self.family not in ("sit", "dit"):
             raise UserError(f"Unknown model family {self.family!r}.", remedy="Use 'sit' or 'dit'.")
         if self.attention not in ("sdpa", "xformers"):
@@ -156,6 +182,27 @@ class ModelConfig:
                 remedy="Take a SiT or LightningDiT, or (tokens) merge them into the latents: embed: merged.",
             )
 
+        self._check_text()
+
+    def _check_text(self) -> None:
+        if self.text is None:
+            if self.zero_init:
+                raise UserError(
+                    "zero_init is MMDiT's: all other backbones start with zero modulations and output anyway",
+                    remedy="Leave zero_init out.",
+                )
+            return
+        if self.streams:
+            raise UserError(
+                f"{self.streams[0].name} is to be diffused beside the latents, and {TEXT_BACKBONE} draws latents alone",
+                remedy="Leave the streams (and methods that bring some, such as reg and redi) out, or train a SiT or "
+                "LightningDiT on labels.",
+            )
+        if self.family != "sit" or (self.norm, self.mlp, self.rope) != ("layer", "gelu", False):
+            raise UserError(
+                f"{TEXT_BACKBONE} has SiT's layers and family: no other norm, MLP or position goes with text."
+            )
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one latent."""
@@ -182,6 +229,11 @@ class ModelConfig:
         return sum(stream.tokens for stream in self.streams)
 
     @property
+    def sequence(self) -> int:
+        """Tokens of a block: of the image and of all that stands before them."""
+        return self.tokens + self.stream_tokens + (0 if self.text is None else self.text.tokens)
+
+    @property
     def in_channels(self) -> int:
         """Of the latents and what is merged into them."""
         return self.latent_channels + sum(stream.channels for stream in self.streams if stream.merged)
@@ -199,6 +251,8 @@ class ModelConfig:
     @property
     def backbone(self) -> str | None:
         """Key of `BACKBONES` whose layers these are; None for a mixture that has no name."""
+        if self.text is not None:
+            return TEXT_BACKBONE
         flags = (self.norm, self.mlp, self.rope)
         if flags == ("rms", "swiglu", True) and self.family == "sit":
             return "LightningDiT"
@@ -223,11 +277,14 @@ def model_config(
     qk_norm: bool = False,
     attention: Attention = "sdpa",
     streams: tuple[StreamShape, ...] = (),
+    text: TextShape | None = None,
+    zero_init: bool = False,
 ) -> ModelConfig:
-    """The configuration of a named model such as `SiT-B/2`, `DiT-XL/4` (learns its variance) or `LightningDiT-XL/1`.
+    """The configuration of a named model such as `SiT-B/2`, `DiT-XL/4` (learns its variance), `LightningDiT-XL/1` or
+    `MMDiT-L/2` (takes text).
 
     Raises:
-        UserError: an unknown name, or values that do not fit together.
+        UserError: an unknown name, values that do not fit together, or text where the model takes labels and vice versa.
     """
     match = re.fullmatch(rf"({'|'.join(BACKBONES)})-(\w+)/(\d+)", name)
     if match is None or match[2] not in sizes_of(match[1]) or int(match[3]) not in PATCH_SIZES:
@@ -238,6 +295,15 @@ def model_config(
             remedy=f"{hint}Models are {', '.join(BACKBONES)}, then a size ({', '.join(SIZES)}; of LightningDiT also "
             f"{', '.join(LARGE_SIZES)}), a slash and a patch size ({', '.join(map(str, PATCH_SIZES))}): for example "
             "'SiT-B/2'.",
+        )
+    if match[1] == TEXT_BACKBONE and text is None:
+        raise UserError(
+            f"{name} takes text, and it is not said which", remedy="Type for example: --condition text/clip-l"
+        )
+    if match[1] != TEXT_BACKBONE and text is not None:
+        raise UserError(
+            f"{name} takes labels, and its condition is to be {text.name}",
+            remedy=f"Leave --condition out, or take a model that takes text, such as --model {TEXT_BACKBONE}-L/2",
         )
     depth, width, heads = sizes_of(match[1])[match[2]]
     return ModelConfig(
@@ -251,8 +317,15 @@ def model_config(
         qk_norm=qk_norm,
         attention=attention,
         streams=streams,
+        text=text,
+        zero_init=zero_init,
         **BACKBONES[match[1]],
     )
+
+
+def takes_text(name: str) -> bool:
+    """Whether the condition of a model of this name is text."""
+    return name.startswith(f"{TEXT_BACKBONE}-")
 
 
 def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
@@ -262,13 +335,32 @@ def forward_flops(cfg: ModelConfig, *, depth: int | None = None) -> int:
     step costs three times this figure. With `depth`, only that many blocks are counted and the final
     layer is not (a forward pass with `stop_after=depth`).
     """
-    image, N, D, M = cfg.tokens, cfg.tokens + cfg.stream_tokens, cfg.width, cfg.mlp_width
-    patch = cfg.patch_size**2
+    if cfg.text is not None:
+        return _joint_flops(cfg, cfg.text, depth)
+    N, D, M = cfg.tokens + cfg.stream_tokens, cfg.width, cfg.mlp_width
     own = sum(stream.tokens * D * stream.channels for stream in cfg.own_streams)
-    embed = image * D * patch * cfg.in_channels + own + TIME_FREQUENCIES * D + D * D
     mlp = (3 if cfg.mlp == "swiglu" else 2) * D * M
     block = N * (4 * D * D + mlp) + 2 * N * N * D + 6 * D * D
-    final = 2 * D * D + image * D * patch * cfg.out_channels + own
+    embed, final = _embed_and_final(cfg)
     if depth is None:
-        return 2 * (embed + cfg.depth * block + final)
-    return 2 * (embed + depth * block)
+        return 2 * (embed + own + cfg.depth * block + final + own)
+    return 2 * (embed + own + depth * block)
+
+
+def _embed_and_final(cfg: ModelConfig) -> tuple[int, int]:
+    """Multiply-adds of the embeddings of latents and time, and of the final layer."""
+    image, D, patch = cfg.tokens, cfg.width, cfg.patch_size**2
+    embed = image * D * patch * cfg.in_channels + TIME_FREQUENCIES * D + D * D
+    return embed, 2 * D * D + image * D * patch * cfg.out_channels
+
+
+def _joint_flops(cfg: ModelConfig, text: TextShape, depth: int | None) -> int:
+    """As `forward_flops`, of blocks over text and image whose last one leaves out what follows the text."""
+    N, T, D, M = cfg.tokens, text.tokens, cfg.width, cfg.mlp_width
+    block = (N + T) * (4 * D * D + 2 * D * M) + 2 * (N + T) ** 2 * D + 12 * D * D
+    last = N * (4 * D * D + 2 * D * M) + 2 * N * (N + T) * D + 8 * D * D + T * 3 * D * D
+    embed, final = _embed_and_final(cfg)
+    embed += T * text.width * D
+    blocks = cfg.depth if depth is None else depth
+    total = embed + blocks * block + (last - block if blocks == cfg.depth else 0)
+    return 2 * (total + (final if depth is None else 0))

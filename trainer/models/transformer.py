@@ -2,7 +2,7 @@
 
 The first two differ in what time means and in what is predicted, which is a transport's business
 (`trainer.diffusion.transport`), and in the number of output channels; not in a single layer. LightningDiT is SiT with other
-norms, another MLP and rotary positions: flags of `ModelConfig`.
+norms, another MLP and rotary positions: flags of `ModelConfig`. MMDiT, which takes text, is `trainer.models.mmdit`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from trainer.models.blocks import (
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
+    Recomputable,
     RMSNorm,
     RotaryEmbedding,
     StreamEmbed,
@@ -59,12 +60,22 @@ class Transformer(nn.Module):
         self.cfg = cfg
         self.x_embedder = PatchEmbed(cfg.in_channels, cfg.patch_size, cfg.width)
         self.t_embedder = TimestepEmbedder(cfg.width)
-        self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.width)
+        self._add_condition()
         self.register_buffer("pos_embed", token_positions(cfg), persistent=False)
+        self.blocks = nn.ModuleList(self._blocks())
+        channels = [stream.channels for stream in cfg.own_streams]
+        self.final_layer = FinalLayer(cfg.width, cfg.patch_size, cfg.out_channels, norm=cfg.norm, streams=channels)
+        self.stream_embedders = nn.ModuleList(StreamEmbed(c, cfg.width) for c in channels)
+
+    def _add_condition(self) -> None:
+        self.y_embedder = LabelEmbedder(self.cfg.num_classes, self.cfg.width)
+
+    def _blocks(self) -> Iterable[Recomputable]:
+        cfg = self.cfg
         sides = (*(stream.side for stream in cfg.own_streams), cfg.grid)
         rope = RotaryEmbedding(cfg.width // cfg.heads, *sides) if cfg.rope else None
-        self.blocks = nn.ModuleList(
-            Block(
+        for _ in range(cfg.depth):
+            yield Block(
                 cfg.width,
                 cfg.heads,
                 cfg.mlp_width,
@@ -74,16 +85,36 @@ class Transformer(nn.Module):
                 mlp=cfg.mlp,
                 rope=rope,
             )
-            for _ in range(cfg.depth)
-        )
-        channels = [stream.channels for stream in cfg.own_streams]
-        self.final_layer = FinalLayer(cfg.width, cfg.patch_size, cfg.out_channels, norm=cfg.norm, streams=channels)
-        self.stream_embedders = nn.ModuleList(StreamEmbed(c, cfg.width) for c in channels)
+
+    @property
+    def condition_embedder(self) -> nn.Module:
+        """What embeds `y`."""
+        return self.y_embedder
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """adaLN-Zero initialisation of DiT, SiT and LightningDiT, in place.
+
+        Linear layers and the patch embedding (as a matrix): Xavier uniform, zero bias. Label table and time MLP:
+        N(0, 0.02^2). Weights of norms: one. All adaLN projections and the final layer: zero, so each block starts as the
+        identity. What belongs to streams is drawn last: everything else starts as it does without them.
+        """
+        self.pos_embed.copy_(token_positions(self.cfg))
+        of_streams = [*self.stream_embedders.modules(), *self.final_layer.stream_linears]
+        _initialise_layers([m for m in self.modules() if m not in set(of_streams)], generator)
+        time_mlp = self.t_embedder.mlp
+        for module in (self.y_embedder.embedding_table, time_mlp[0], time_mlp[2]):
+            nn.init.normal_(module.get_parameter("weight"), std=0.02, generator=generator)
+        for conditioned in (*self.blocks, self.final_layer):
+            set_to_zero(conditioned.adaLN_modulation[1])
+        _initialise_layers(of_streams, generator)
+        for last in (self.final_layer.linear, *self.final_layer.stream_linears):
+            set_to_zero(last)
 
     def set_recompute(self, on: bool) -> None:
         """Whether backward passes run each block anew instead of keeping what it computed: the same numbers, to the bit."""
         for block in self.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, Recomputable)
             block.recompute = on
 
     def autocast_parameters(self) -> set[nn.Parameter]:
@@ -117,15 +148,13 @@ class Transformer(nn.Module):
         Args:
             x: [B, C, H, W] noisy latent; what is merged into it are its last channels.
             t: [B] time: in [0, 1] with 1 = noise for SiT and LightningDiT, DDPM step 0..999 for DiT.
-            y: [B] int64 labels; `num_classes` is the null label. Label dropout is the caller's business.
+            y: [B] int64 labels; `num_classes` is the null label. Label dropout is the caller's business. Of a model that
+                takes text its rows, [B, T, W].
             streams: noisy features with tokens of their own, [B, C, T] each.
             taps: depths (1-based) whose hidden states are wanted.
             stop_after: run blocks 1..stop_after only and predict nothing.
         """
-        last = self.cfg.depth if stop_after is None else stop_after
-        assert all(1 <= m <= last for m in taps), f"taps {taps} outside the blocks that run, 1..{last}"
-        assert 1 <= last <= self.cfg.depth, f"stop_after {stop_after} outside 1..{self.cfg.depth}"
-
+        last = self._last_block(taps, stop_after)
         time_embedding = self.t_embedder(t)
         c = time_embedding + self.y_embedder(y)  # [B, D]
         h = self.embed(x, streams)  # [B, T + N, D]
@@ -144,45 +173,17 @@ class Transformer(nn.Module):
         patches, predicted = self.final_layer.split(h, c, [stream.tokens for stream in self.cfg.own_streams])
         return ModelOutput(unpatchify(patches, self.cfg.patch_size), hidden, time_embedding, predicted, stream_hidden)
 
-
-def build_model(cfg: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> Transformer:
-    """A freshly initialised model in float32, a function of (cfg, seed) alone.
-
-    The weights are drawn on the CPU from a generator of their own, so neither the global random state nor
-    the device plays a part. The distributions are the official ones (`initialise`): a fresh model
-    predicts exactly zero.
-
-    Raises:
-        UserError: `attention='xformers'` where xformers is not installed.
-    """
-    with torch.device("meta"):  # skips the default initialisation, which would be overwritten
-        model = Transformer(cfg)
-    model.to_empty(device="cpu")
-    initialise(model, torch.Generator().manual_seed(seed))
-    return model.to(device)
+    def _last_block(self, taps: Sequence[int], stop_after: int | None) -> int:
+        last = self.cfg.depth if stop_after is None else stop_after
+        assert all(1 <= m <= last for m in taps), f"taps {taps} outside the blocks that run, 1..{last}"
+        assert 1 <= last <= self.cfg.depth, f"stop_after {stop_after} outside 1..{self.cfg.depth}"
+        return last
 
 
-@torch.no_grad()
-def initialise(model: Transformer, generator: torch.Generator) -> None:
-    """adaLN-Zero initialisation of DiT, SiT and LightningDiT, in place.
-
-    Linear layers and the patch embedding (as a matrix): Xavier uniform, zero bias. Label table and time MLP:
-    N(0, 0.02^2). Weights of norms: one. All adaLN projections and the final layer: zero, so each block starts as the identity.
-    What belongs to streams is drawn last: everything else starts as it does without them.
-    """
-    model.pos_embed.copy_(token_positions(model.cfg))
-    of_streams = [*model.stream_embedders.modules(), *model.final_layer.stream_linears]
-    _initialise_layers([m for m in model.modules() if m not in set(of_streams)], generator)
-    time_mlp = model.t_embedder.mlp
-    for module in (model.y_embedder.embedding_table, time_mlp[0], time_mlp[2]):
-        nn.init.normal_(module.get_parameter("weight"), std=0.02, generator=generator)
-    for conditioned in (*model.blocks, model.final_layer):
-        nn.init.zeros_(conditioned.adaLN_modulation[1].weight)
-        nn.init.zeros_(conditioned.adaLN_modulation[1].bias)
-    _initialise_layers(of_streams, generator)
-    for last in (model.final_layer.linear, *model.final_layer.stream_linears):
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+def set_to_zero(linear: nn.Module) -> None:
+    """Weight and bias of a linear layer."""
+    nn.init.zeros_(linear.get_parameter("weight"))
+    nn.init.zeros_(linear.get_parameter("bias"))
 
 
 def _initialise_layers(modules: Iterable[nn.Module], generator: torch.Generator) -> None:

@@ -26,9 +26,11 @@ from trainer.align.base import FeatureInfo
 from trainer.align.features import LAST_LAYER, encoder_layers
 from trainer.align.redi import COMPONENTS
 from trainer.runs import folder as runs
+from trainer.models.config import takes_text
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary
 from trainer.runs.streams import DIFFUSIBLE, check_shape, stream_config
+from trainer.runs.text import EXAMPLE, NEEDED, is_text, only_text, text_shape
 
 ROOT = Path("caches")
 DEFAULT_ENCODER, DEFAULT_LAST = "dinov2-b", 11
@@ -85,7 +87,8 @@ def find_cache(config: RunConfig) -> featcache.Cache:
     if not unfit:
         derived = any("." in name.partition("@")[2] for name in wanted_features(config))
         fits = not (derived or config.vae or config.resolution)
-        embedded = f"\nor, of images and encoders that come with it:\n  {EMBEDDED}" if fits else ""
+        text = " --text tiny" if takes_text(config.model) else ""
+        embedded = f"\nor, of images and encoders that come with it:\n  {EMBEDDED}{text}" if fits else ""
         raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:{_build_all(config)}{embedded}")
     path, reason = unfit[0]
     asked = f"--method {config.method}" + (f" with --streams {','.join(config.streams)}" if config.streams else "")
@@ -98,7 +101,8 @@ def find_cache(config: RunConfig) -> featcache.Cache:
 def wanted_features(config: RunConfig) -> list[str]:
     """What the methods read and what is diffused beside the latents; open names in angle brackets."""
     methods = (align.required_features(method, config.method_config(method)) for method in config.methods)
-    return [*(name for names in methods for name in names), *filter(layer_feature, config.streams)]
+    text = [config.condition or EXAMPLE] if takes_text(config.model) else []
+    return [*(name for names in methods for name in names), *filter(layer_feature, config.streams), *text]
 
 
 def _build_all(config: RunConfig) -> str:
@@ -164,7 +168,42 @@ def missing_features(config: RunConfig, cache: featcache.Cache) -> None:
             align.resolve(method, config.method_config(method), available)
     except CacheError as error:
         raise CacheError(error.what, remedy=build_command(cache, wanted_features(config))) from error
-    with_streams(config, cache)
+    fitted(config, cache)
+
+
+def fitted(config: RunConfig, cache: featcache.Cache) -> RunConfig:
+    """`config` with nothing left to the cache: with all streams that its methods ask for, and the text that it is
+    conditioned on.
+
+    Raises as `with_streams` and `with_condition`.
+    """
+    return with_condition(with_streams(config, cache), cache)
+
+
+def with_condition(config: RunConfig, cache: featcache.Cache) -> RunConfig:
+    """`config` with the text feature that its model takes: the one it names, else the cache's only one.
+
+    Raises:
+        CacheError: the cache has none, or one without the text of ''.
+        UserError: it has several, and none is named.
+    """
+    if not takes_text(config.model):
+        return config
+    held = cache.manifest.features
+    name = config.condition or only_text(held)
+    if name is None and (several := sorted(filter(is_text, held))):
+        raise UserError(
+            f"{cache.path} holds {' and '.join(several)}, and it is not said which {config.model} takes",
+            remedy=f"Type for example: --condition {several[0]}",
+        )
+    if name is None or name not in held or NEEDED not in held:
+        raise CacheError(
+            f"{cache.path} does not hold {name or 'any text'}, which {config.model} takes",
+            remedy=build_command(cache, wanted_features(config)),
+        )
+    text_shape(name, {name: tuple(held[name].shape)})
+    held[name].empty_text()
+    return dataclasses.replace(config, condition=name)
 
 
 def with_streams(config: RunConfig, cache: featcache.Cache) -> RunConfig:
@@ -183,6 +222,11 @@ def with_streams(config: RunConfig, cache: featcache.Cache) -> RunConfig:
         except CacheError as error:
             command = build_command(cache, wanted_features(config))
             raise CacheError(f"{cache.path}: {error.what}", remedy=command) from error
+        if streams and takes_text(config.model):
+            raise UserError(
+                f"method {method} diffuses {' and '.join(streams)} beside the latents, and {config.model} draws latents alone",
+                remedy="Take another --method, or train a SiT or LightningDiT on labels.",
+            )
         for feature, options in streams.items():
             asked[feature] = {**asked.get(feature, {}), **options}
     for feature, given in config.streams.items():
@@ -375,4 +419,6 @@ def _build(
         words.append(f"--encoder {choice}")
     if levels:
         words.append(f"--vae-levels {','.join(levels)}")
+    if texts := list(dict.fromkeys(name.removeprefix("text/") for name in wanted if is_text(name))):
+        words.append(f"--text {','.join(texts)}")
     return " ".join(words)

@@ -32,10 +32,11 @@ from featcache.settings import (
 from trainer.align import config_class, launched, method_names, split_methods
 from trainer.averages import Average, Width, widths
 from trainer.models import model_config
-from trainer.models.config import Attention
+from trainer.models.config import Attention, TextShape, takes_text
 from trainer.runs import intervals
 from trainer.runs.published import parse_published
 from trainer.runs.streams import OPTIONS, stream_config, stream_names, stream_shapes
+from trainer.runs.text import check_condition, text_shape
 
 if TYPE_CHECKING:
     from trainer.align.base import MethodConfig
@@ -64,6 +65,10 @@ class RunConfig:
             Results under different ones are not comparable: it decides at which times which detail is noise.
         statistics: file of the last two (`featcache stats`, or iREPA's, REPA-E's, LightningDiT's, RAE's); None takes
             those imported with the latents, else computes them from the cache. A run keeps a copy.
+        condition: what is generated from where it is no label: an encoder's captions, e.g. `text/clip-l`, for MMDiT, which
+            takes the cache's only one by itself.
+        zero_init: of MMDiT: begin with modulations and output at zero, as all other backbones do; ours. Published is
+            PyTorch's default everywhere.
         streams: features diffused beside the latents, each with options of `trainer.runs.streams.StreamConfig`; some
             methods bring their own.
         path: interpolant of SiT and LightningDiT, see `trainer.diffusion.transport.Flow`.
@@ -73,7 +78,7 @@ class RunConfig:
         prediction: what the backbone says of x_t; the loss is the velocity's in each case.
         time_floor: smallest divisor where the velocity follows from x or the noise.
         cosine_weight: of the velocity's direction.
-        label_dropout: share of null labels.
+        label_dropout: share of null labels; of text, of captions that are replaced by the empty one.
         qk_norm: normalise queries and keys.
     Optimisation (AdamW):
         steps: of the optimiser, from the run's beginning.
@@ -131,7 +136,7 @@ class RunConfig:
     method: Annotated[str, Option("none, repa, ahpa, ...; join several with +.")] = "none"
     align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     align_until: Index | None = None
-    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1.")] = "SiT-B/2"
+    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1, MMDiT-L/2.")] = "SiT-B/2"
     cache: Annotated[str | None, Option("Feature cache. [default: the newest fitting one below ./caches]")] = None
     resolution: Count | None = None
     vae: str | None = None
@@ -157,6 +162,11 @@ class RunConfig:
             parse=stream_names,
         ),
     ] = field(default_factory=dict)
+    condition: Annotated[
+        str | None,
+        Option("Text to generate from, e.g. text/clip-l (MMDiT). [default: MMDiT takes the cache's only one]"),
+    ] = None
+    zero_init: bool = False
     path: Literal["linear", "cosine"] = "linear"
     time_sampling: Literal["uniform", "lognormal"] = "uniform"
     time_mean: Finite = 0.0
@@ -240,7 +250,13 @@ class RunConfig:
             parse_published(self.published)
 
     def _check_model(self) -> None:
-        model_config(self.model, latent_channels=4, latent_size=8, num_classes=1)  # unknown names are errors here
+        # Unknown names are errors here.
+        text = TextShape(name="text", tokens=1, width=1) if takes_text(self.model) else None
+        model_config(
+            self.model, latent_channels=4, latent_size=8, num_classes=1, text=text, zero_init=self.zero_init
+        )
+        if self.condition is not None:
+            check_condition(self.condition, self.model)
         for key in self.flow:
             if self.model.startswith("DiT") and self._is_changed(key):
                 raise UserError(
@@ -374,10 +390,10 @@ class RunConfig:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> ModelConfig:
         """Shape of the backbone for images of `resolution` pixels per side, given the manifest's `dataset.vae` and the
-        shapes of the features that are diffused beside the latents.
+        shapes of the features that are diffused beside the latents or are the condition.
 
         Raises:
-            UserError: patch and latent sizes do not fit, or a stream has another shape.
+            UserError: patch and latent sizes do not fit, or a stream or the condition has another shape.
         """
         return model_config(
             self.model,
@@ -387,6 +403,8 @@ class RunConfig:
             qk_norm=self.qk_norm,
             attention=self.attention,
             streams=stream_shapes(self.streams, shapes or {}),
+            text=text_shape(self.condition, shapes or {}),
+            zero_init=self.zero_init,
         )
 
     def method_config(self, method: str) -> MethodConfig:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("runs")
 STATISTICS = "normalization.safetensors"
+EMPTY_TEXT = "empty_text.safetensors"  # see trainer.runs.empty_text
 SKIPPED = "skipped.jsonl"  # the steps that were left out
 RECORDS = ("origin.json", "origin.jsonl", SKIPPED)
 MAX_JSON_BYTES = 256 << 20
@@ -282,7 +283,7 @@ def clear_leftovers(run: Path, streams: Iterable[str]) -> None:
 
     streams: features that the run diffuses beside the latents.
     """
-    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", "wandb.json", STATISTICS, *RECORDS)
+    own = ("config.yaml", "cache.json", "log.jsonl", "diverged.json", "wandb.json", STATISTICS, EMPTY_TEXT, *RECORDS)
     files.remove_parts(run, of=(*own, *map(stream_statistics, streams)))
     samples = files.inside(run, "samples")
     if samples.is_dir():

@@ -15,7 +15,7 @@ from featcache.settings import Count, Names, NotNegative, Positive, from_mapping
 from trainer.classes import Classes
 from trainer.interval import Interval, ParsedInterval, plain
 
-METRICS = ("FID", "sFID", "IS", "Precision", "Recall")
+METRICS = ("FID", "sFID", "IS", "Precision", "Recall", "pick_score")
 MEASURES = ("G-SNR",)  # which `trainer analyze` takes of a model, not `trainer eval` of its samples
 
 # What published figures are measured against => its file, where it is one, and what it is.
@@ -23,10 +23,20 @@ REFERENCES: Mapping[str, tuple[str | None, str]] = {
     "adm-256": ("VIRTUAL_imagenet256_labeled.npz", "ADM's reference batch of ImageNet at 256 px"),
     "adm-512": ("VIRTUAL_imagenet512.npz", "ADM's reference batch of ImageNet at 512 px"),
     "train": (None, "the training images by ADM's crop"),
+    "coco-val": (None, "the validation images of COCO 2014 by the cache's crop"),
+}
+# Prompts that published text-to-image samples were drawn for => the arguments of `trainer eval` for them and for the images
+# that they are compared with, below a folder `coco`; and what they are.
+PROMPTS: Mapping[str, tuple[str, str]] = {
+    "coco-val": (
+        "--prompts coco/annotations/captions_val2014.json --reference coco/val2014",
+        "a caption of each of the first validation images of COCO 2014",
+    ),
 }
 
 # Tables by paper, as our copies of the papers number them. SRA's have lost their captions; its text calls the
-# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3; F is that of its Appendix F. LightningDiT's is the table of results in its
+# component-wise analysis Table 3.2 and all system-level comparisons Table 3.3, of which the one of MMDiT is named by what it
+# compares; F is that of its Appendix F. LightningDiT's is the table of results in its
 # repository, images/results.png, which has no number there. Of REG's and ReDi's, those whose number we do not know are named by what they compare.
 PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
     "REPA": tuple(str(n) for n in range(1, 13)),
@@ -36,7 +46,7 @@ PAPER_TABLES: Mapping[str, tuple[str, ...]] = {
         *(str(n) for n in range(1, 8)),
         *("A.8", "A.9", "B.10", "B.11", "C.12", "D.13", "D.14", "D.15", "D.16", "D.17", "E.18", "F.19", "G.20", "I.21"),
     ),
-    "SRA": ("3.2", "3.3", "F"),
+    "SRA": ("3.2", "3.3", "F", "text-to-image"),
     "LightningDiT": ("results",),
     "REG": ("8", "9", "guidance", "512px", "beta", "depth", "encoder", "entanglement"),
     "ReDi": ("convergence", "guided", "representation-guidance", "components"),
@@ -87,7 +97,7 @@ class Sampling:
     channels: the first so many were guided, None: all. stream_guidance, representation_guidance: see
     `trainer.diffusion.guidance.Guidance`. variants: what else it may have been, by whom. classes: `random`, or
     `balanced`, each class alike. pixels: how they became 8 bits, see `trainer.sampling.draw.SampleConfig`.
-    reference: one of `REFERENCES`. also: further references that we judge by, as typed.
+    prompts: one of `PROMPTS`, of a text-to-image row. reference: one of `REFERENCES`. also: further references that we judge by, as typed.
     """
 
     sampler: Literal["sde", "ode", "heun", "ddpm"] | None = None
@@ -102,7 +112,8 @@ class Sampling:
     num: Count | None = None
     classes: Literal["balanced", "random"] | None = None
     pixels: Literal["round", "truncate"] | None = None
-    reference: Literal["adm-256", "adm-512", "train"] | None = None
+    prompts: Literal["coco-val"] | None = None
+    reference: Literal["adm-256", "adm-512", "train", "coco-val"] | None = None
     also: Names = ()
 
     def __str__(self) -> str:
@@ -129,6 +140,7 @@ class Sampling:
             "num": None if self.num is None else f"{self.num:,}",
             "classes": self.classes,
             "pixels": self.pixels,
+            "prompts": self.prompts,
             "reference": self.reference,
         }
         return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
@@ -178,7 +190,7 @@ class Sampling:
 class Published:
     """What a paper reports for a row.
 
-    source: reads `AHPA, Table 3`. metrics: FID, sFID, IS, Precision and Recall, as far as the table has them; or G-SNR
+    source: reads `AHPA, Table 3`. metrics: FID, sFID, IS, Precision, Recall and PickScore, as far as the table has them; or G-SNR
     alone, which is no metric of samples.
 
     Raises:
@@ -235,10 +247,10 @@ class Published:
         return sampling.settings(asked)
 
     def figures(self) -> dict[str, str]:
-        """The metrics with the papers' decimals: at least two for sFID, precision and recall, else at least one."""
+        """The metrics with the papers' decimals: at least two for sFID, precision, recall and PickScore, else at least one."""
         shown = {}
         for metric, value in self.metrics.items():
-            digits = 2 if metric in ("sFID", "Precision", "Recall") else 1
+            digits = 2 if metric in ("sFID", "Precision", "Recall", "pick_score") else 1
             shown[metric] = max(f"{value:.{digits}f}", repr(float(value)), key=len)
         return shown
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.runs.published import Sampling
+from trainer.runs.published import PROMPTS, Sampling
 from trainer.runs.recipes import Paper, Recipe, figures_of, flat, is_recipe, list_recipes, load_recipe_file, papers
 
 DATA = "/path/to/imagenet/train"  # in commands to be typed
@@ -128,8 +128,9 @@ def _evaluation(row: Recipe, name: str, data: str) -> list[str]:
         return [f"  trainer eval runs/{name}{data}"]
     if not published.is_of_samples:
         return [f"  trainer analyze runs/{name} --what gsnr"]
-    line = f"  trainer eval runs/{name} --figure {shlex.quote(row.name)}{data}"
     sampling = published.sampling or Sampling()
+    prompted = "" if sampling.prompts is None else f" {PROMPTS[sampling.prompts][0]}"
+    line = f"  trainer eval runs/{name} --figure {shlex.quote(row.name)}{prompted}{data}"
     if sampling.guidance is None:
         tried = [f"{line} {option.flags}   # {option.why}; the paper gives no scale" for option in sampling.options]
         return [*tried, f"{line} --sweep guidance=1.0:2.5:0.1   # the curve over the scale"]

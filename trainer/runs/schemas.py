@@ -103,6 +103,15 @@ class Sweep(TypedDict):
     points: Annotated[list[SweepPoint], Field(min_length=1, max_length=10_000)]
 
 
+class SampledPrompts(TypedDict):
+    """`prompts.json` beside samples."""
+
+    source: _Text
+    count: _Whole
+    sha256: _Text
+    prompts: Annotated[list[_Text], Field(min_length=1)]
+
+
 class CheckpointState(TypedDict):
     """`state.json` of a checkpoint. skipped: the steps that were left out so far."""
 

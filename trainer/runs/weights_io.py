@@ -37,9 +37,10 @@ from featcache.errors import UserError
 from featcache.feature_names import layer_feature
 from featcache.store import files
 from featcache.store.manifest import UNKNOWN
+from trainer.models import empty_model
 from trainer.models.blocks import rotary_positions, time_frequencies, token_positions
 from trainer.models.config import BACKBONES, FeedForward, ModelConfig, Norm, StreamShape, sizes_of
-from trainer.models.transformer import Transformer, check_fit
+from trainer.models.transformer import check_fit
 from trainer.runs import locks
 from trainer.runs.checkpoint import REAL_DTYPES
 
@@ -636,9 +637,7 @@ def _placeholder_heads(convention: str, config: ModelConfig) -> dict[str, Tensor
 
 def _check_keys(state: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
     """Key by key against the model, without allocating its weights."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    check_fit(model, state, source=str(path))
+    check_fit(empty_model(config), state, source=str(path))
     drift = (state["pos_embed"].double() - token_positions(config)).abs().max().item()
     if not drift < _POSITION_DRIFT:
         raise UserError(

@@ -329,15 +329,19 @@ def decode_pixels(decoder: LatentDecoder, latents: Tensor, rule: str = "round") 
 def draw_units(
     model: Transformer | Network,
     vae: LatentDecoder,
-    labels: np.ndarray,
+    condition: np.ndarray | Callable[[Sequence[int]], Tensor],
     indices: Sequence[int],
     config: SampleConfig,
     *,
+    null: Tensor | None = None,
     transport: Transport | None = None,
     trunk: Trunk | None = None,
     unit: int,
 ) -> Iterator[np.ndarray]:
-    """The samples `indices` with `labels` [n], in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
+    """The samples `indices` [n] in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
+
+    condition: labels int64 [n] or text rows float32 [n, T, W]; or a function that gives those of some of the samples, by
+    their indices, for what would fill the memory all at once. null: as for `draw_latents`.
 
     Every unit is computed whole (the last filled up with its last sample), so that shapes, and with them the rounding,
     are always the same. On the CPU each unit is computed by one thread, as many at a time as torch has threads, so that
@@ -348,9 +352,10 @@ def draw_units(
 
     def draw(start: int) -> Tensor:
         chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
-        wanted = torch.from_numpy(np.asarray(labels)[chosen]).to(device)
         numbers = [int(indices[i]) for i in chosen]
-        latents = draw_latents(model, wanted, numbers, config, transport=transport, trunk=trunk)
+        given = condition(numbers) if callable(condition) else torch.from_numpy(np.asarray(condition)[chosen])
+        wanted = given.to(device)
+        latents = draw_latents(model, wanted, numbers, config, null=null, transport=transport, trunk=trunk)
         return decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
 
     starts = range(0, len(indices), unit)

@@ -1,4 +1,4 @@
-"""Pictures of many images: samples, or real images, under the names of their classes."""
+"""Pictures of many images: samples, or real images, under the names of their classes or above their prompts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from featcache.fonts import font_of
+
 COLUMNS, ROWS = 8, 16
 GAP = 4
 LEAST_SIDE = 96  # in pixels: smaller tiles are enlarged by a whole number, so that a name has room above them
 TEXT_SIZE, LINE = 15, 22
+PROMPT_COLUMNS, PROMPT_ROWS = 6, 8
+PROMPT_SIDE = 176  # in pixels, at least: tiles under which words have room
+PROMPT_SIZE, PROMPT_LINE, PROMPT_LINES = 13, 17, 5
 
 
 def class_name(names: Sequence[str], label: int) -> str:
@@ -96,3 +101,64 @@ def font() -> ImageFont.FreeTypeFont:
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", TEXT_SIZE)
+
+
+def prompts_shown(num: int) -> list[int]:
+    """Which of `num` samples a picture of prompts shows: the first ones."""
+    return list(range(min(num, PROMPT_COLUMNS * PROMPT_ROWS)))
+
+
+def prompt_picture(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+    """Images in rows of `PROMPT_COLUMNS`, each with its prompt under it: uint8 [H, W, 3].
+
+    Args:
+        images: uint8 [R, R, 3], at least one, R the same for all. prompts: as many; long ones are cut off.
+    """
+    side = images[0].shape[1]
+    scale = -(-PROMPT_SIDE // side)
+    large = side * scale
+    wrapped = [wrap(text, large, lines=PROMPT_LINES) for text in prompts]
+    rows = [range(start, min(start + PROMPT_COLUMNS, len(images))) for start in range(0, len(images), PROMPT_COLUMNS)]
+    heights = [large + PROMPT_LINE * max(len(wrapped[i]) for i in row) + 3 * GAP for row in rows]
+    sheet = Image.new("RGB", (min(len(images), PROMPT_COLUMNS) * (large + GAP) - GAP, sum(heights) - 2 * GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for row, height in zip(rows, heights):
+        for column, i in enumerate(row):
+            left = column * (large + GAP)
+            sheet.paste(Image.fromarray(images[i].repeat(scale, axis=0).repeat(scale, axis=1)), (left, top))
+            for line, text in enumerate(wrapped[i]):
+                at = left, top + large + GAP // 2 + line * PROMPT_LINE
+                draw.text(at, text, fill="black", font=font_of(text, PROMPT_SIZE))
+        top += height
+    return np.asarray(sheet)
+
+
+def wrap(text: str, width: int, *, lines: int) -> list[str]:
+    """`text` in at most `lines` lines of `width` pixels, broken between words where that is possible; the last ends in an
+    ellipsis where something is left."""
+    found: list[str] = []
+    known = font_of(text, PROMPT_SIZE)
+    rest = " ".join(_visible(text).split())
+    while rest:
+        fits = _fitting(rest, width, known)
+        if fits < len(rest) and len(found) == lines - 1:
+            return [*found, rest[: _fitting(rest, width - int(known.getlength("…")) - 1, known)].rstrip() + "…"]
+        if fits < len(rest) and rest[fits] != " " and " " in rest[:fits]:
+            fits = rest[:fits].rindex(" ")
+        found.append(rest[:fits].rstrip())
+        rest = rest[fits:].lstrip()
+    return found
+
+
+def _visible(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text[: 1 << 12])
+
+
+def _fitting(text: str, width: int, known: ImageFont.FreeTypeFont) -> int:
+    """How many characters of `text` fit into `width` pixels; at least one."""
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if known.getlength(text[:middle]) <= width else (low, middle - 1)
+    return low

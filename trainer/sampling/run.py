@@ -49,8 +49,9 @@ from trainer.sampling.draw import (
     sampling_times,
     save_png,
 )
-from trainer.sampling.grid import class_picture, first_of_classes
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
+from trainer.sampling.prompts import PromptEncoder, Prompts, empty_text, prompts_for
+from trainer.sampling.subjects import OfClasses, OfPrompts, Subjects
 from trainer.sampling.trunk import Trunk, trunk_record
 
 if TYPE_CHECKING:
@@ -128,7 +129,12 @@ def grid_name(num: int) -> str:
 
 
 def folder_name(
-    request: SampleRequest, step: int, sampler: str, arithmetic: Arithmetic, stored: str | None = None
+    request: SampleRequest,
+    step: int,
+    sampler: str,
+    arithmetic: Arithmetic,
+    stored: str | None = None,
+    prompts: Prompts | None = None,
 ) -> str:
     """What the samples of checkpoint `step` (a snapshot that is `stored` rounded) depend on, one name for equal settings: defaults are left out, and so are
     an interval and channels of guidance where the scale is 1.
@@ -145,6 +151,7 @@ def folder_name(
         interval = f"-{request.interval}" if request.interval != Interval() else ""
         parts.append(f"rg{plain(request.representation_guidance)}{interval}")
     parts += [_short(str(request.classes).replace(",", "_"))] if request.classes != Classes() else []
+    parts += [f"prompts_{prompts.sha256[:8]}"] if prompts is not None else []
     parts += [request.pixels] if request.pixels != "round" else []
     parts += [request.weights.replace(":", "-")] if request.weights != "ema" else []
     parts += [f"{stored}-weights"] if stored is not None else []
@@ -164,12 +171,16 @@ class SampleResult:
 
     images: an npz (`arr_0` uint8 [n, R, R, 3], `arr_1` int64 [n] labels: ADM's layout), a WebDataset tar (`png`,
     `cls`) or a folder of PNGs by class. grid: a picture of them (of some, where they are many) by class.
+
+    prompts: of a model that takes text, what it drew. Then there is no `arr_1`, a tar holds `png` and `txt`, a folder PNGs
+    by number, and the texts lie beside the images in `prompts.json`; the picture has them under the images.
     """
 
     images: Path
     grid: Path
     loaded: LoadedRun
     settings: Record
+    prompts: Prompts | None = None
 
 
 def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: Path | None = None) -> SampleResult:
@@ -195,39 +206,56 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
             progress.note(note)
         config = sample_config(request, loaded)
         vae = loaded.decoder(request.weights_dir).to(device)
-        settings: Record = {**config.record(), "classes": str(request.classes), **asdict(arithmetic)}
+        prompts = prompts_for(run, loaded.config, request)
+        settings: Record = {**config.record(), **_asked_for(request, prompts), **asdict(arithmetic)}
         settings |= {} if request.weights == "ema" else {"weights": request.weights}
         settings |= {} if loaded.stored is None else {"stored": loaded.stored}
         record = {"run": loaded.config.name, "step": loaded.step, **settings}
-        name = folder_name(request, loaded.step, config.sampler, arithmetic, loaded.stored)
+        name = folder_name(request, loaded.step, config.sampler, arithmetic, loaded.stored, prompts)
         named = files.inside(run, f"samples/{name}")
         folder = request.out or _find_folder(named, record, file_name(request))
         images = files.inside(folder, file_name(request))
         _check_folder(folder, record, images)
-        whole_blocks = -(-request.num // BLOCK) * BLOCK
-        labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
         grid = _grid_path(folder, request.num, images)
+        drawn = {**settings, "num": request.num}
+        result = SampleResult(images=images, grid=grid, loaded=loaded, settings=drawn, prompts=prompts)
         with _held(grid, images, world) as wanted:
             if not wanted:
-                return _result(images, grid, loaded, settings, request)
+                return result
             draw = _Draw(
                 network=Network(loaded.model, arithmetic),
                 vae=vae,
                 config=config,
                 transport=loaded.transport,
-                labels=labels,
-                class_names=loaded.class_names,
+                subjects=_subjects(request, loaded, prompts, device),
                 num=request.num,
                 unit=_unit(device, request.batch_size),
                 trunk=None if trunk is None else Trunk(trunk, trunk_record(record, device)),
             )
             with applied(arithmetic):
                 _draw_to(images, grid, record, draw, world, progress)
-        return _result(images, grid, loaded, settings, request)
+        return result
 
 
-def _result(images: Path, grid: Path, loaded: LoadedRun, settings: Record, request: SampleRequest) -> SampleResult:
-    return SampleResult(images=images, grid=grid, loaded=loaded, settings={**settings, "num": request.num})
+def _asked_for(request: SampleRequest, prompts: Prompts | None) -> Record:
+    """What of the record says what the samples are of. Where prompts are from decides no sample, so it is left out."""
+    if prompts is None:
+        return {"classes": str(request.classes)}
+    return {"prompts": {key: value for key, value in prompts.record().items() if key != "source"}}
+
+
+def _subjects(request: SampleRequest, loaded: LoadedRun, prompts: Prompts | None, device: torch.device) -> Subjects:
+    """Raises as `Classes.labels`, `PromptEncoder` and `empty_text`."""
+    if prompts is None:
+        whole_blocks = -(-request.num // BLOCK) * BLOCK
+        labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
+        return OfClasses(labels=labels, names=loaded.class_names)
+    text = loaded.model.cfg.text
+    assert text is not None, "prompts are of models that take text"
+    encoder = PromptEncoder(
+        text.name, loaded.summary["features"].get(text.name, {}), weights_dir=request.weights_dir, device=device
+    )
+    return OfPrompts(prompts=prompts, encoder=encoder, null=empty_text(loaded.path, text).to(device))
 
 
 def _grid_path(folder: Path, num: int, images: Path) -> Path:
@@ -274,22 +302,16 @@ def _is_pending(images: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Draw:
-    """What is to be drawn, and with what. labels: int64, of whole blocks."""
+    """What is to be drawn, and with what. subjects: of whole blocks."""
 
     network: Network
     vae: LatentDecoder
     config: SampleConfig
     transport: Transport
-    labels: np.ndarray
-    class_names: Sequence[str]
+    subjects: Subjects
     num: int
     unit: int
     trunk: Trunk | None = None
-
-    @property
-    def shown(self) -> dict[int, np.ndarray]:
-        """Class -> indices of the samples of it that the grid shows."""
-        return first_of_classes(self.labels[: self.num])
 
 
 def _unit(device: torch.device, batch_size: int) -> int:
@@ -311,7 +333,7 @@ def _draw_to(
         _prepare(blocks, record, images.name)
         wanted = set(range(-(-draw.num // BLOCK)))
         if _is_there(images):  # what is missing is the grid alone
-            wanted = set() if grid.is_file() else {int(i) // BLOCK for of in draw.shown.values() for i in of}
+            wanted = set() if grid.is_file() else {i // BLOCK for i in draw.subjects.shown(draw.num)}
         missing = [k for k in sorted(wanted) if not _is_whole(blocks, draw.num, k)]
         left = sum(_block_count(draw.num, k) for k in missing)
         progress.begin("sampling", draw.num, done=draw.num - left)
@@ -322,12 +344,13 @@ def _draw_to(
         runs.write_text(
             folder / "settings.json", json.dumps(record, indent=1)
         )  # before what would be taken for others'
+        draw.subjects.save(folder)
         if not _is_there(images):
             write = {".npz": _write_npz, ".tar": _write_tar, "": _write_pngs}[images.suffix]
-            write(blocks, images, draw.labels[: draw.num])
+            write(blocks, images, draw.subjects, draw.num)
         if not grid.is_file():
-            tiles = {label: np.stack([_sample(blocks, i) for i in of]) for label, of in draw.shown.items()}
-            save_png(class_picture(tiles, draw.class_names), grid)
+            tiles = {i: _sample(blocks, i) for i in draw.subjects.shown(draw.num)}
+            save_png(draw.subjects.picture(tiles, draw.num), grid)
         _remove_blocks(blocks)  # last: what tells that the folder is not complete
     distributed.barrier()
 
@@ -338,9 +361,10 @@ def _draw_blocks(blocks: Path, draw: _Draw, numbers: Sequence[int], progress: Pr
     units = draw_units(
         draw.network,
         draw.vae,
-        draw.labels[indices],
+        draw.subjects.condition(indices),
         indices,
         draw.config,
+        null=draw.subjects.null,
         transport=draw.transport,
         trunk=draw.trunk,
         unit=draw.unit,
@@ -463,17 +487,18 @@ def _sample(blocks: Path, index: int) -> np.ndarray:
     return image
 
 
-def _write_npz(blocks: Path, npz: Path, labels: np.ndarray) -> None:
+def _write_npz(blocks: Path, npz: Path, subjects: Subjects, num: int) -> None:
     """Joins the blocks into an uncompressed npz, one block in memory at a time."""
-    shape = next(_block_images(blocks, len(labels))).shape[1:]
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+    shape = next(_block_images(blocks, num)).shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape)}
     with files.atomic_file(npz) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for block in _block_images(blocks, len(labels)):
+            for block in _block_images(blocks, num):
                 member.write(block.tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.save(member, labels.astype(np.int64), allow_pickle=False)
+        for name, array in subjects.arrays(num).items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.save(member, array, allow_pickle=False)
 
 
 def _pngs(blocks: Path, num: int) -> Iterator[bytes]:
@@ -484,23 +509,23 @@ def _pngs(blocks: Path, num: int) -> Iterator[bytes]:
             yield buffer.getvalue()
 
 
-def _write_tar(blocks: Path, path: Path, labels: np.ndarray) -> None:
+def _write_tar(blocks: Path, path: Path, subjects: Subjects, num: int) -> None:
     """One WebDataset shard; members carry no time, so equal samples make equal bytes."""
     import webdataset
 
     with files.atomic_file(path) as stream, webdataset.TarWriter(stream, mtime=0) as tar:
-        for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
-            tar.write({"__key__": f"{i:06d}", "png": png, "cls": str(label).encode()})
+        for i, png in enumerate(_pngs(blocks, num)):
+            tar.write({"__key__": f"{i:06d}", "png": png, **subjects.members(i)})
 
 
-def _write_pngs(blocks: Path, path: Path, labels: np.ndarray) -> None:
+def _write_pngs(blocks: Path, path: Path, subjects: Subjects, num: int) -> None:
     with files.atomic_directory(path) as made:
-        for label in np.unique(labels):
-            files.make_directory(made / f"{label:04d}")
+        for name in sorted({subjects.folder(i) for i in range(num)} - {""}):
+            files.make_directory(made / name)
         group = files.Group()
         try:
-            for i, (png, label) in enumerate(zip(_pngs(blocks, len(labels)), labels)):
-                group.write(made / f"{label:04d}" / f"{i:06d}.png", [png])
+            for i, png in enumerate(_pngs(blocks, num)):
+                group.write(made / subjects.folder(i) / f"{i:06d}.png", [png])
                 if len(group) == BLOCK:
                     group.commit()
             group.commit()

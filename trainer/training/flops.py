@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.diffusion.streams import Layout
-from trainer.models import ModelConfig, Transformer
+from trainer.models import ModelConfig, Transformer, empty_model
 from trainer.training.objective import Draws, Objective, Region
 from trainer.training.state import Parts
 
@@ -54,8 +54,7 @@ def peak_tflops(device_name: str, precision: str = "bf16") -> float | None:
 
 def weightless(cfg: ModelConfig, device: torch.device | str = "cpu") -> Transformer:
     """A backbone whose tensors take no memory: one number stands for all of each."""
-    with torch.device("meta"):
-        model = Transformer(dataclasses.replace(cfg, attention="sdpa"))  # the counter knows torch's own
+    model = empty_model(dataclasses.replace(cfg, attention="sdpa"))  # the counter knows torch's own
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.zeros((), device=device).expand(parameter.shape)))
@@ -75,7 +74,8 @@ def training_flops(parts: Parts, cache: Cache, *, aligned: bool = True) -> float
     model = weightless(parts.model.cfg, device)
     objective = _with_backbone(parts.objective, model)
     trained = [*model.parameters(), *(p for group in parts.groups[1:] for p in group)]
-    with cache.reader(list(parts.reads), single_view=True) as reader:
+    one_caption = model.cfg.text is not None
+    with cache.reader(list(parts.reads), single_view=True, single_caption=one_caption) as reader:
         stored = dict(reader.arrays)
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
         batch = {

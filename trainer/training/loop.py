@@ -33,12 +33,13 @@ from trainer.runs import branch, checkpoint, snapshots
 from trainer.runs import folder as runs
 from trainer.runs.branch import Origin
 from trainer.runs.budget import require_room
-from trainer.runs.cache import available_features, find_cache, random_features, sample_keys, with_streams
+from trainer.runs.cache import available_features, find_cache, fitted, random_features, sample_keys
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog
 from trainer.runs.normalization import keep, resolve, settle, settle_streams
 from trainer.runs.streams import StreamConfig, never_learned, stream_config
 from trainer.training.branching import take_over
+from trainer.training.conditions import keep_empty_text, settle_empty_text
 from trainer.training.grids import GridMaker
 from trainer.training.judging import MakeJudge, SmallEvaluations, is_owed
 from trainer.training.meters import FirstBadStep, Pace, RunningMeans, TrainingClock
@@ -170,6 +171,7 @@ def _train(asked: _Asked, world: World, device: torch.device) -> Path:
             begun=bool(saved),
             planned=outlook.before,
         )
+        settle_empty_text(parts.objective.condition, model, run)
         if origin is None:
             start, state = _restore(parts, run, config)
         else:
@@ -196,6 +198,7 @@ def _train(asked: _Asked, world: World, device: torch.device) -> Path:
             with _told_how_to_go_on(job):
                 if world.is_main:
                     keep(statistics, run, of_streams)  # before config.yaml makes it a run
+                    keep_empty_text(parts.objective.condition, run)
                     if not runs.is_run(run):
                         branch.record(run, origin)
                 lost = runs.open_folder(run, config, cache, parts.reads, start, main=world.is_main)
@@ -333,7 +336,7 @@ def loader(job: Job, start: int, *, everything: bool = False) -> Loader:
     config, alignment = job.config, job.parts.alignment
     return Loader(
         job.cache,
-        [*job.parts.data, "label"],
+        [*job.parts.data, *job.parts.objective.condition.reads],
         extra=[name for name in alignment.reads if name not in job.parts.data] if alignment is not None else [],
         wanted=lambda step: everything or is_aligned(config, alignment, step),
         batch_size=config.batch_size,
@@ -345,6 +348,7 @@ def loader(job: Job, start: int, *, everything: bool = False) -> Loader:
         dtype=None,
         start=start,
         stop=config.steps,
+        one_caption=job.parts.model.cfg.text is not None,
     )
 
 
@@ -617,7 +621,7 @@ def _resolve(
     run = distributed.from_main(claimed)
     assert run is not None
     return run, dataclasses.replace(
-        with_streams(config.settled(), cache),
+        fitted(config.settled(), cache),
         cache=redact(str(cache.path)),
         name=str(run.relative_to(root)),
         precision=precision_of(config, device),  # type: ignore[arg-type]

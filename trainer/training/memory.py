@@ -46,12 +46,13 @@ def activation_bytes(cfg: ModelConfig, *, low: bool, compiled: bool, recompute: 
     modulated inputs, queries, keys, values, what attention gives, and what each half gives before its gate, 12 values;
     and of the MLP 2 values of its hidden width (4 where it is gated). Rotation adds 4, norms of queries and keys 3. Under
     autocast, 4 of the 12 stay float32 and what is multiplied takes 2 bytes. A compiled step keeps four fifths. Blocks that are
-    computed again keep their input, and one of them all this at a time.
+    computed again keep their input, and one of them all this at a time. Text tokens count as the image's, also in the last
+    block, which keeps less of them.
     """
     hidden = (4 if cfg.mlp == "swiglu" else 2) * cfg.mlp_width / cfg.width
     more = (4 if cfg.rope else 0) + (3 if cfg.qk_norm else 0)
     per_value = 4 * 4 + 2 * (8 + hidden) + 3 * more if low else 4 * (12 + hidden + more)
-    tokens = cfg.tokens + cfg.stream_tokens
+    tokens = cfg.sequence
     block = per_value * tokens * cfg.width * (COMPILED if compiled else 1.0)
     return 4 * tokens * cfg.width * cfg.depth + block if recompute else block * cfg.depth
 

@@ -21,6 +21,7 @@ from trainer.align.base import AlignInputs, Alignment, Teacher
 from trainer.diffusion.streams import Layout
 from trainer.distributed import is_sharded, local, sum_over_ranks
 from trainer.seeds import derive_seed
+from trainer.training.conditions import Condition, Labels
 from trainer.training.streams import Normalize, Stream
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Objective(nn.Module):
         transport: on the model's device. label_dropout: see `trainer.runs.config.RunConfig`.
         autocast: dtype of autocast, or None for float32.
         teacher: EMA model for methods that need one; kept out of this module's parameters.
+        condition: what the model is conditioned on; None: labels.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Objective(nn.Module):
         autocast: torch.dtype | None,
         teacher: Transformer | None = None,
         streams: Sequence[Stream] = (),
+        condition: Condition | None = None,
     ) -> None:
         super().__init__()
         assert [stream.name for stream in streams] == [stream.name for stream in model.cfg.streams]
@@ -141,6 +144,7 @@ class Objective(nn.Module):
         self._features = dict(features)
         self._codecs = nn.ModuleList(features.values())  # so that bases move with the module
         self._normalize = Normalize(normalization)
+        self.condition = condition or Labels(model.cfg.num_classes)
         self._label_dropout, self._dtype = label_dropout, autocast
         self._transport = transport
         # In a list: not a submodule, so neither saved, trained nor synchronised with this one.
@@ -160,10 +164,10 @@ class Objective(nn.Module):
         """
         alignment = self.alignment if aligned else None
         clean, t, noisy = self._before(batch, draws)
-        times, labels = self._transport.model_time(t), self._labels(batch, draws)
+        times, condition = self._transport.model_time(t), self._condition(batch, draws)
         x, own = self._layout.inputs(noisy)
         with self._autocast():
-            output = self.model(x, times, labels, **own, taps=alignment.taps if alignment is not None else ())
+            output = self.model(x, times, condition, **own, taps=alignment.taps if alignment is not None else ())
         return self._after(output, clean, t, noisy, batch, draws, aligned=aligned)
 
     def compile_around_the_model(self) -> None:
@@ -275,21 +279,22 @@ class Objective(nn.Module):
         noises = (draws.noise, *(draws.streams[stream.name] for stream in self.streams))
         return [self._transport.noisy(x0, noise, t) for x0, noise in zip(clean, noises, strict=True)]
 
-    def _labels(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
-        """Labels with a share replaced by the null label, int64 [B]."""
-        return torch.where(draws.drop < self._label_dropout, self.model.cfg.num_classes, batch["label"])
+    def _condition(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """Labels int64 [B] or text rows [B, T, W], a share of them replaced by the null condition."""
+        condition: Tensor = self.condition(batch, draws.drop < self._label_dropout)
+        return condition
 
     def _teach(self, clean: Sequence[Tensor], batch: Mapping[str, Tensor], draws: Draws) -> Teacher:
-        """The EMA model on this batch: same data, noise and (already dropped) labels; the method chooses the time."""
+        """The EMA model on this batch: same data, noise and (already dropped) condition; the method chooses the time."""
         teacher = self._teacher[0]
         assert teacher is not None, "the method needs a teacher and none was given"
-        labels = self._labels(batch, draws)
+        condition = self._condition(batch, draws)
 
         def hidden(t: Tensor, depth: int) -> Tensor:
             with torch.no_grad(), self._autocast():
                 x, own = self._layout.inputs(self._noisy(clean, draws, t))
                 times = self._transport.model_time(t)
-                output: ModelOutput = teacher(x, times, labels, **own, taps=(depth,), stop_after=depth)
+                output: ModelOutput = teacher(x, times, condition, **own, taps=(depth,), stop_after=depth)
             return output.hidden[depth]
 
         return hidden

@@ -16,13 +16,14 @@ from featcache.console import amount_text, size_text, time_text
 from featcache.errors import UserError
 from featcache.machine import cpu_name, memory_bytes, peak_rss_bytes
 from featcache.paths import typed
+from featcache.read.captions import COUNT, one_caption
 from featcache.redact import is_redacted, redact
 from featcache.settings import from_mapping, to_mapping
 from featcache.store.remote import is_remote
 from trainer.align import config_class
 from trainer.align.base import Alignment
 from trainer.distributed import World
-from trainer.models import ModelConfig, Transformer, forward_flops
+from trainer.models import ModelConfig, empty_model, forward_flops
 from trainer.runs.budget import Sizes, room_of
 from trainer.runs.cache import missing_features
 from trainer.runs.config import RunConfig
@@ -71,8 +72,9 @@ class Outlook:
         if self._told or not self._world.is_main:
             return
         self._cfg = cfg
-        reads = dict.fromkeys(("vae/moments", *(s.name for s in cfg.streams), "label", *_reads(alignment)))
-        stored = (self._cache.manifest.features[name] for name in reads)
+        condition = ("label",) if cfg.text is None else (cfg.text.name, COUNT)
+        reads = dict.fromkeys(("vae/moments", *(s.name for s in cfg.streams), *condition, *_reads(alignment)))
+        stored = (one_caption(self._cache.manifest.features[name]) for name in reads)
         self._bytes = sum(feature.bytes_per_sample // feature.views for feature in stored)  # one view is read
         self._note("\n  ".join(self._lines(cfg, alignment)))
         if self._device.type == "cpu":
@@ -159,8 +161,7 @@ class Outlook:
         features = self._cache.manifest.features
         targets = sum(int(torch.Size(features[name].shape).numel()) for name in _reads(alignment))
         sharded = config.shard and world.size > 1
-        with torch.device("meta"):
-            backbone = _parameters(Transformer(replace(cfg, attention="sdpa")))
+        backbone = _parameters(empty_model(replace(cfg, attention="sdpa")))
         return Size(
             cfg=cfg,
             backbone=backbone,
@@ -232,6 +233,8 @@ class Outlook:
             values: dict[str, Any] = {"method": method, "align": align, "model": model, "cache": config.cache}
             values |= {
                 "streams": dict.fromkeys(streams),
+                "condition": config.condition,
+                "zero_init": config.zero_init,
                 "batch_size": TRIAL_BATCH,
                 "steps": 1,
                 "qk_norm": config.qk_norm,
@@ -256,7 +259,11 @@ class Outlook:
         words.append(f"--cache {'URL' if is_redacted(where) else where if is_remote(where) else typed(where)}")
         if small.streams:
             words.append(f"--streams {shlex.quote(','.join(small.streams))}")
+        if small.condition is not None:
+            words.append(f"--condition {typed(small.condition)}")
         words += [f"--steps {steps}", f"--batch-size {TRIAL_BATCH}", "--device cpu"]
+        if small.zero_init:
+            words.append("--set zero_init=true")
         if small.qk_norm:
             words.append("--qk-norm")
         for method, given in small.align.items():

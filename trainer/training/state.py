@@ -25,12 +25,13 @@ from trainer.models import ModelConfig, Transformer, build_model, load_weights
 from trainer.models.blocks import token_positions
 from trainer.runs import checkpoint, snapshots
 from trainer.runs.budget import Sizes
-from trainer.runs.cache import available_features, build_command, stream_spec, with_streams
+from trainer.runs.cache import available_features, build_command, fitted, stream_spec
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import from_statistics, of_tokens, scalar
 from trainer.runs.streams import stream_config
 from trainer.seeds import derive_seed
 from trainer.training.averages import FurtherAverages
+from trainer.training.conditions import build_condition
 from trainer.training.objective import Objective
 from trainer.training.streams import Stream
 
@@ -85,7 +86,7 @@ class Parts:
     def reads(self) -> tuple[str, ...]:
         """Names of the cached features that are trained on."""
         aligned = self.alignment.reads if self.alignment is not None else ()
-        return tuple(dict.fromkeys((*self.data, "label", *aligned)))
+        return tuple(dict.fromkeys((*self.data, *self.objective.condition.reads, *aligned)))
 
     @property
     def adversary(self) -> nn.Module | None:
@@ -123,7 +124,7 @@ def assemble(
         CacheError: the cache lacks a feature that the method needs (the error ends with the command that adds it).
         UserError: model and latents do not fit together.
     """
-    config, dataset = with_streams(config.settled(), cache), cache.manifest.dataset
+    config, dataset = fitted(config.settled(), cache), cache.manifest.dataset
     model_cfg = backbone_config(config, cache)
     assert dataset.vae is not None, "a cache with a backbone has latents"
     sharded = config.shard and world.size > 1
@@ -158,6 +159,7 @@ def assemble(
         label_dropout=config.label_dropout,
         autocast=autocast,
         teacher=ema,
+        condition=build_condition(model_cfg, cache),
     ).to(device)
     adversary = (
         list(alignment.adversary.parameters()) if alignment is not None and alignment.adversary is not None else []
@@ -217,7 +219,7 @@ def _check_cuda_graphs(device: torch.device, world: World, *, compiled: bool) ->
 def _compile_between_gatherings(model: Transformer) -> None:
     """Compiles a model that is to be sharded piece by piece: gathering weights cannot be part of a compiled region. All
     blocks share one graph."""
-    for module in (*model.blocks, model.x_embedder, model.t_embedder, model.y_embedder, model.final_layer):
+    for module in (*model.blocks, model.x_embedder, model.t_embedder, model.condition_embedder, model.final_layer):
         module.compile(dynamic=False)
 
 
@@ -283,7 +285,7 @@ def backbone_config(config: RunConfig, cache: Cache) -> ModelConfig:
         raise CacheError(
             f"{cache.path} holds no VAE moments to train on", remedy=build_command(cache, ("vae/moments",))
         )
-    return with_streams(config, cache).backbone(
+    return fitted(config, cache).backbone(
         dataset.vae,
         resolution=dataset.resolution,
         num_classes=len(dataset.class_names),
