@@ -57,7 +57,7 @@ def text_table() -> str:
     title = ["name", "tokens", "width", "pooled", "layers", "weights and vocabulary", "licence", "paper", "what"]
     rows = []
     for name, entry in TEXTS.items():
-        row = [f"`{name}`", entry.tokens, entry.width, entry.projected, entry.depth, entry.hub_id or "none"]
+        row = [f"`{name}`", entry.tokens, entry.width, entry.projected or "none", entry.depth, entry.hub_id or "none"]
         rows.append([str(cell) for cell in [*row, entry.licence, entry.paper, entry.note]])
     return _rows(title, rows)
 

@@ -76,7 +76,7 @@ class BuildRequest:
     texts: Annotated[
         Names,
         Option(
-            "Text encoder over captions: clip-l, tiny (docs/encoders.md). Repeatable. [default: none]",
+            "Text encoder over captions: clip-l, t5-base, tiny (docs/encoders.md). Repeatable. [default: none]",
             flag="--text",
             typed=list[str],
             parse=parse_names,

@@ -49,5 +49,5 @@ def _finders(
     for name in texts:
         hub_id = TEXTS[name].hub_id if name in TEXTS else None
         if hub_id is not None:
-            for what, files in text.needed_files():
+            for what, files in text.needed_files(TEXTS[name]):
                 yield partial(text.find_file, name, hub_id, weights, files, what)

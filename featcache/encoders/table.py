@@ -359,11 +359,12 @@ def token_grid(resolution: int, downsampling: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEntry:
-    """One selectable text encoder, a CLIP text transformer of transformers.
+    """One selectable text encoder, a text transformer of transformers.
 
-    hub_id: repository with weights and vocabulary; None for the embedded one. vocabulary: number of tokens; the last
-    two are the start and the end of a text. tokens: length that every text is cut or padded to. width: of the hidden
-    states. projected: of the pooled vector.
+    hub_id: repository with weights and vocabulary; None for the embedded one. vocabulary: number of tokens (CLIP's last
+    two are the start and the end of a text). tokens: length that every text is cut or padded to. width: of the hidden
+    states. projected: of the pooled vector, None where the network has none. network: a key of
+    `featcache.encoders.text.NETWORKS`.
     """
 
     hub_id: str | None
@@ -375,8 +376,9 @@ class TextEntry:
     depth: int
     heads: int
     hidden: int
-    projected: int
+    projected: int | None
     activation: str = "quick_gelu"
+    network: Literal["clip", "t5"] = "clip"
     note: str = ""
 
 
@@ -393,6 +395,21 @@ TEXTS: Mapping[str, TextEntry] = {
         hidden=3072,
         projected=768,
         note="text encoder of Stable Diffusion 1",
+    ),
+    "t5-base": TextEntry(
+        network="t5",
+        hub_id="google-t5/t5-base",
+        licence="Apache-2.0",
+        paper="Raffel et al. 2020, arXiv:1910.10683",
+        vocabulary=32128,
+        tokens=77,
+        width=768,
+        depth=12,
+        heads=12,
+        hidden=3072,
+        projected=None,
+        activation="relu",
+        note="T5's encoder, its texts cut and padded as Stable Diffusion 3 does with a larger one",
     ),
     "tiny": TextEntry(
         hub_id=None,

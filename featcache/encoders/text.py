@@ -1,98 +1,89 @@
-"""Text encoders: captions => hidden states of all tokens, and one pooled vector per caption.
-
-CLIP's text transformer as Stable Diffusion uses it: texts are cut or padded to 77 tokens, padding is the end token, the
-attention is causal and knows no padding mask, and what is kept is the last hidden state after the final norm. The
-pooled vector is CLIP's own text embedding: the hidden state at the first end token, projected, not normalised.
-"""
+"""Text encoders: captions => hidden states of all tokens, and with some networks one pooled vector per caption."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from featcache.encoders.base import Compute, WeightsSource, load_file, seeded, unavailable, upload, weights_sha256
+from featcache.encoders.clip_text import ClipText
 from featcache.encoders.hub import HubUnreachable, hub_file
+from featcache.encoders.t5_text import T5Text
 from featcache.encoders.table import TEXTS, TextEntry
 from featcache.errors import UserError, first_line
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, PreTrainedTokenizerFast
-
-VOCABULARY_FILES = ("vocab.json", "merges.txt")
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
-_BYTES = "bytes, without merges"
+
+
+class TextNetwork(Protocol):
+    """A kind of network that reads texts: what differs between them.
+
+    vocabulary_files: that its tokenizer is made of. bytes_only: what a manifest says of the one without any. marks: what is
+    counted with the tokens of a text. what: suffix of a feature's name -> what it is, in the order of `read`.
+    """
+
+    vocabulary_files: tuple[str, ...]
+    bytes_only: str
+    marks: str
+    what: Mapping[str, str]
+
+    def build(self, entry: TextEntry) -> nn.Module:
+        """The architecture, weights as transformers initialises them."""
+        ...
+
+    def keeps(self, key: str) -> bool:
+        """Whether the network has a tensor that a file holds."""
+        ...
+
+    def completed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the tensors that files leave out since they are others of theirs."""
+        ...
+
+    def tokenizer(self, folder: Path) -> Tokenizer:
+        """That of the vocabulary files in a folder. Raises anything over damaged ones."""
+        ...
+
+    def byte_tokenizer(self, entry: TextEntry) -> Tokenizer:
+        """That without any: texts take more tokens."""
+        ...
+
+    def problem(self, tokenizer: Tokenizer, entry: TextEntry) -> tuple[str, str] | None:
+        """What a vocabulary has and what the network reads, where they do not fit."""
+        ...
+
+    def padding(self, entry: TextEntry) -> tuple[int, str]:
+        """Number and text of the token that fills up."""
+        ...
+
+    def read(self, module: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
+        """int64 [n, T] => hidden states float32 [n, T, width], and pooled vectors [n, projected] where there are any."""
+        ...
+
+
+NETWORKS: Mapping[str, TextNetwork] = {"clip": ClipText(), "t5": T5Text()}
 
 
 def build_text(entry: TextEntry) -> nn.Module:
     """The architecture of `entry`, weights as transformers initialises them."""
-    # Late here and below: transformers takes seconds to load.
-    from transformers import CLIPTextModelWithProjection
-
-    return CLIPTextModelWithProjection(text_config(entry))
+    return NETWORKS[entry.network].build(entry)
 
 
-def text_config(entry: TextEntry) -> CLIPTextConfig:
-    """The architecture of `entry` as transformers describes it."""
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
-        vocab_size=entry.vocabulary,
-        hidden_size=entry.width,
-        intermediate_size=entry.hidden,
-        projection_dim=entry.projected,
-        num_hidden_layers=entry.depth,
-        num_attention_heads=entry.heads,
-        max_position_embeddings=entry.tokens,
-        hidden_act=entry.activation,
-        bos_token_id=entry.vocabulary - 2,
-        eos_token_id=entry.vocabulary - 1,
-        pad_token_id=entry.vocabulary - 1,
-    )
-
-
-def byte_vocabulary(entry: TextEntry) -> dict[str, int]:
-    """CLIP's vocabulary without its merges: 256 bytes, 256 bytes that end a word, and the two marks.
-
-    The numbers are those of CLIP's own vocabulary, which begins with the bytes in this order.
-    """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(letters)}
-    vocabulary |= {letter + "</w>": 256 + i for i, letter in enumerate(letters)}
-    return vocabulary | {"<|startoftext|>": entry.vocabulary - 2, "<|endoftext|>": entry.vocabulary - 1}
-
-
-def _byte_tokenizer(entry: TextEntry) -> PreTrainedTokenizerFast:
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-        (folder / "vocab.json").write_text(json.dumps(byte_vocabulary(entry)), "utf-8")
-        (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
-        return _tokenizer(folder)
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """CLIP's tokenizer from `vocab.json` and `merges.txt` in `folder`."""
-    import transformers
-
-    # Before version 5 the plain name was a tokenizer in Python.
-    kind = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
+def _tokenizer(network: TextNetwork, folder: Path) -> Tokenizer:
     try:
-        tokenizer: PreTrainedTokenizerFast = kind.from_pretrained(str(folder), local_files_only=True)
-        return tokenizer
-    except Exception as error:  # the library raises bare Exceptions for damaged files
+        return network.tokenizer(folder)
+    except Exception as error:  # the libraries raise bare Exceptions for damaged files
         raise UserError(
             f"the vocabulary in {str(folder)!r} cannot be read: {first_line(error)}",
-            remedy=f"Bring {' and '.join(VOCABULARY_FILES)} again.",
+            remedy=f"Bring {' and '.join(network.vocabulary_files)} again.",
         ) from error
 
 
@@ -111,9 +102,10 @@ def _brought(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str
     return None
 
 
-def needed_files() -> list[tuple[str, tuple[str, ...]]]:
+def needed_files(entry: TextEntry) -> list[tuple[str, tuple[str, ...]]]:
     """What a pretrained text encoder needs: what it is, and names of files of which one will do."""
-    return [("weights", tuple(WEIGHTS_FILES)), *((f"vocabulary ({file})", (file,)) for file in VOCABULARY_FILES)]
+    vocabulary = NETWORKS[entry.network].vocabulary_files
+    return [("weights", tuple(WEIGHTS_FILES)), *((f"vocabulary ({file})", (file,)) for file in vocabulary)]
 
 
 def find_file(name: str, hub_id: str, weights: WeightsSource, files: Sequence[str], what: str) -> Path:
@@ -127,24 +119,23 @@ def find_file(name: str, hub_id: str, weights: WeightsSource, files: Sequence[st
         raise unavailable(name, hub_id, f"{what}: {error}") from error
 
 
-def _state(path: Path) -> dict[str, Tensor]:
-    """The text half of a CLIP file: the image half, four fifths of it, is not read where the format allows that."""
-
-    def wanted(key: str) -> bool:
-        return key.startswith(("text_model.", "text_projection.")) and not key.endswith("position_ids")
-
+def _state(path: Path, network: TextNetwork) -> dict[str, Tensor]:
+    """The network's part of a file: the rest of it (CLIP's image half, T5's decoder) is not read where the format allows
+    that."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
+                state = {key: file.get_tensor(key) for key in file.keys() if network.keeps(key)}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"cannot read weights from {str(path)!r}: {first_line(error)}", remedy="Bring the file again."
             ) from error
-    return {key: value for key, value in load_file(path).items() if wanted(key)}
+    else:
+        state = {key: value for key, value in load_file(path).items() if network.keeps(key)}
+    return network.completed(state)
 
 
-def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedTokenizerFast, dict[str, Any]]:
+def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """A frozen text encoder, its tokenizer, and where both came from.
 
     With random weights the vocabulary is the one brought, else the bytes alone: texts then take more tokens.
@@ -159,7 +150,7 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedT
         origin: dict[str, Any] = {"weights": "random", "seed": seed}
     else:
         assert entry.hub_id is not None
-        state = _state(find_file(name, entry.hub_id, weights, WEIGHTS_FILES, "weights"))
+        state = _state(find_file(name, entry.hub_id, weights, WEIGHTS_FILES, "weights"), NETWORKS[entry.network])
         model = build_text(entry)
         try:
             model.load_state_dict({key: value.float() for key, value in state.items()})
@@ -174,44 +165,43 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, PreTrainedT
     return model, tokenizer, {"name": name, **origin, "sha256": weights_sha256(model), "tokenizer": vocabulary}
 
 
-def load_tokenizer(
-    name: str, entry: TextEntry, weights: WeightsSource, *, needed: bool
-) -> tuple[PreTrainedTokenizerFast, str]:
-    """The tokenizer, and what the manifest says of it: the SHA-256 of both files, or that it knows bytes only.
+def load_tokenizer(name: str, entry: TextEntry, weights: WeightsSource, *, needed: bool) -> tuple[Tokenizer, str]:
+    """The tokenizer, and what the manifest says of it: the SHA-256 of its files, or that it knows bytes only.
 
     needed: whether the vocabulary must be there; else, where none was brought, the one of bytes is taken. Raises as
     `load_text`.
     """
-    if entry.hub_id is None or not (needed or _brought(name, entry.hub_id, weights, VOCABULARY_FILES[:1])):
-        return _byte_tokenizer(entry), _BYTES
-    files = [find_file(name, entry.hub_id, weights, (file,), f"vocabulary ({file})") for file in VOCABULARY_FILES]
-    if files[0].parent != files[1].parent:
+    network = NETWORKS[entry.network]
+    wanted = network.vocabulary_files
+    if entry.hub_id is None or not (needed or _brought(name, entry.hub_id, weights, wanted[:1])):
+        return network.byte_tokenizer(entry), network.bytes_only
+    files = [find_file(name, entry.hub_id, weights, (file,), f"vocabulary ({file})") for file in wanted]
+    if len({file.parent for file in files}) > 1:
         raise UserError(
-            f"{files[0]} and {files[1]} are of different places", remedy=f"Bring both {' and '.join(VOCABULARY_FILES)}."
+            f"{' and '.join(map(str, files))} are of different places", remedy=f"Bring both {' and '.join(wanted)}."
         )
-    tokenizer = _tokenizer(files[0].parent)
-    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    if len(tokenizer) != entry.vocabulary or ends != [entry.vocabulary - 2, entry.vocabulary - 1]:
+    tokenizer = _tokenizer(network, files[0].parent)
+    found = network.problem(tokenizer, entry)
+    if found is not None:
         raise UserError(
-            f"the vocabulary in {str(files[0].parent)!r} has {len(tokenizer)} tokens and the marks {ends}, "
-            f"but {name} reads {entry.vocabulary}, the last two of them marks",
-            remedy=f"Bring {' and '.join(VOCABULARY_FILES)} of {entry.hub_id}.",
+            f"the vocabulary in {str(files[0].parent)!r} {found[0]}, but {name} reads {found[1]}",
+            remedy=f"Bring {' and '.join(wanted)} of {entry.hub_id}.",
         )
     return tokenizer, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def fixed_length(tokenizer: PreTrainedTokenizerFast, entry: TextEntry) -> Tokenizer:
-    """The tokenizer proper; every text is cut, or padded with the end token, to as many tokens as `entry` takes."""
-    inner: Tokenizer = tokenizer.backend_tokenizer
-    inner.enable_truncation(entry.tokens)
-    inner.enable_padding(length=entry.tokens, pad_id=entry.vocabulary - 1, pad_token=tokenizer.eos_token)
-    return inner
+def fixed_length(tokenizer: Tokenizer, entry: TextEntry) -> Tokenizer:
+    """The tokenizer, by which every text is cut, or filled up, to as many tokens as `entry` takes."""
+    number, text = NETWORKS[entry.network].padding(entry)
+    tokenizer.enable_truncation(entry.tokens)
+    tokenizer.enable_padding(length=entry.tokens, pad_id=number, pad_token=text)
+    return tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Tokenised captions of a batch of n images. ids: int64 [m, T], of all captions that there are, one after another.
-    places: int64 [m], each one's row among n * C. lengths: int32 [n, C], tokens with both marks, 0 where there is none.
+    places: int64 [m], each one's row among n * C. lengths: int32 [n, C], tokens with marks, 0 where there is none.
     """
 
     ids: Tensor
@@ -229,8 +219,8 @@ class TextEncoder:
         compute: device, precision, compilation.
 
     Features:
-        `text/<name>`: [captions, tokens, width] float32. `text/<name>.pooled`: [captions, projected] float32.
-        `text/<name>.length`: [captions] int32, tokens with both marks; 0 for captions that an image lacks.
+        `text/<name>`: [captions, tokens, width] float32. `text/<name>.pooled`: [captions, projected] float32, where the
+        network has one. `text/<name>.length`: [captions] int32, tokens with marks; 0 for captions that an image lacks.
     """
 
     def __init__(
@@ -241,6 +231,7 @@ class TextEncoder:
         self.compute = compute or Compute()
         self.captions, self.batch_size = captions, batch_size
         entry = TEXTS[name]
+        self._network = NETWORKS[entry.network]
         model, tokenizer, origin = load_text(name, weights)
         self.entry, self.name, self.title = entry, name, f"text {name}"
         self.module = model.to(self.compute.device)
@@ -248,15 +239,13 @@ class TextEncoder:
         self._tokenizer = fixed_length(tokenizer, entry)
         self._run = torch.compile(self._features, dynamic=False) if self.compute.compile else self._features
         self.lengths = f"text/{name}.length"
-        self.shapes = {
-            f"text/{name}": (captions, entry.tokens, entry.width),
-            f"text/{name}.pooled": (captions, entry.projected),
-        }
+        shapes = {"": (captions, entry.tokens, entry.width), ".pooled": (captions, entry.projected or 0)}
+        what = self._network.what
+        self.shapes = {f"text/{name}{suffix}": shapes[suffix] for suffix in what}
         record = {**origin, "tokens": entry.tokens, "precision": self.compute.precision}
         self.provenance = {
-            f"text/{name}": {**record, "what": "last hidden state after the final norm"},
-            f"text/{name}.pooled": {**record, "what": "projected hidden state at the end token"},
-            self.lengths: {**record, "what": "tokens of each caption, both marks included"},
+            **{f"text/{name}{suffix}": {**record, "what": said} for suffix, said in what.items()},
+            self.lengths: {**record, "what": f"tokens of each caption, {self._network.marks}"},
         }
 
     def tokenise(self, captions: Sequence[Sequence[str]]) -> Tokens:
@@ -272,12 +261,11 @@ class TextEncoder:
         lengths.view(-1)[places] = torch.tensor([sum(text.attention_mask) for text in read], dtype=torch.int32)
         return Tokens(ids=torch.tensor([text.ids for text in read], dtype=torch.int64), places=places, lengths=lengths)
 
-    def _features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        made = self.module(input_ids=ids)
-        return made.last_hidden_state.float(), made.text_embeds.float()
+    def _features(self, ids: Tensor) -> tuple[Tensor, ...]:
+        return self._network.read(self.module, ids)
 
     def empty(self) -> dict[str, np.ndarray]:
-        """What it says of the text '': `text/<name>` [T, width] and `.pooled` [projected], float32.
+        """What it says of the text '': `text/<name>` [T, width] and any `.pooled` [projected], float32.
 
         Always alone in its batch and not compiled: the same bits whatever the size of a build's batches.
         """
@@ -287,7 +275,7 @@ class TextEncoder:
         return {name: value[0].cpu().numpy() for name, value in zip(self.shapes, made)}
 
     def __call__(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Captions of n images => `text/<name>` [n, C, T, width] and `.pooled` [n, C, projected], float32.
+        """Captions of n images => `text/<name>` [n, C, T, width] and any `.pooled` [n, C, projected], float32.
 
         They run in batches of `batch_size`, filled up with empty ones where the network is compiled for that size.
         """
@@ -295,7 +283,7 @@ class TextEncoder:
         device = self.compute.device
         made = [torch.zeros(n * C, *shape[1:], device=device) for shape in self.shapes.values()]
         blank = -len(tokens.ids) % self.batch_size if self.compute.compile else 0
-        ids = nn.functional.pad(tokens.ids, (0, 0, 0, blank), value=self.entry.vocabulary - 1)
+        ids = nn.functional.pad(tokens.ids, (0, 0, 0, blank), value=self._network.padding(self.entry)[0])
         ids, places = upload(ids, device), upload(tokens.places, device)
         for first in range(0, len(places), self.batch_size):
             rows = places[first : first + self.batch_size]

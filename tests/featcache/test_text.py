@@ -20,8 +20,9 @@ import featcache
 from featcache.builder.request import BuildRequest
 from featcache.builder.run import build
 from featcache.encoders.base import Compute, WeightsSource, upload
+from featcache.encoders.clip_text import byte_vocabulary
 from featcache.encoders.table import TEXTS
-from featcache.encoders.text import TextEncoder, build_text, byte_vocabulary
+from featcache.encoders.text import TextEncoder, build_text
 from featcache.errors import CacheError, UserError
 from featcache.inspect import read_feature
 from featcache.progress import Quiet

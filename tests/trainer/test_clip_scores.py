@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache.encoders.base import WeightsSource
-from featcache.encoders.text import byte_vocabulary
+from featcache.encoders.clip_text import byte_vocabulary
 from featcache.errors import UserError, WeightsUnavailable
 from trainer.evaluate.clip_scores import CLIPS, MEAN, STD, ClipScorer, VisionEntry, build_clip, prepare_image
 

@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featcache.encoders.base import WeightsSource, load_file, seeded, weights_sha256
+from featcache.encoders.clip_text import text_config
 from featcache.encoders.table import TEXTS, TextEntry
-from featcache.encoders.text import WEIGHTS_FILES, find_file, fixed_length, load_tokenizer, text_config
+from featcache.encoders.text import WEIGHTS_FILES, find_file, fixed_length, load_tokenizer
 from featcache.errors import UserError, WeightsUnavailable, first_line
 from featcache.precision import tensor_float32
 
