@@ -29,7 +29,7 @@ from featcache.settings import (
     settings,
     to_mapping,
 )
-from trainer.align import config_class, launched, method_names, split_methods
+from trainer.align import DiffusesFeatures, config_class, launched, method_names, split_methods
 from trainer.averages import Average, Width, widths
 from trainer.models import model_config
 from trainer.models.config import Attention, TextShape, takes_text
@@ -257,6 +257,11 @@ class RunConfig:
         model_config(self.model, latent_channels=4, latent_size=8, num_classes=1, text=text, zero_init=self.zero_init)
         if self.condition is not None:
             check_condition(self.condition, self.model)
+        if takes_text(self.model) and self.streams:
+            raise UserError(
+                f"{', '.join(self.streams)}: to be diffused beside the latents, and {self.model} draws latents alone",
+                remedy="Leave --streams out, or train a SiT or LightningDiT on labels.",
+            )
         for key in self.flow:
             if self.model.startswith("DiT") and self._is_changed(key):
                 raise UserError(
@@ -330,7 +335,12 @@ class RunConfig:
                 remedy=f"Remove them, or type --method {stray[0]}",
             )
         for method in self.methods:
-            self.method_config(method)
+            options = self.method_config(method)
+            if takes_text(self.model) and isinstance(options, DiffusesFeatures):
+                raise UserError(
+                    f"method {method} diffuses features beside the latents, and {self.model} draws latents alone",
+                    remedy="Take another --method, or train a SiT or LightningDiT on labels.",
+                )
 
     @property
     def flow(self) -> FlowOptions:
