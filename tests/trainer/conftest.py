@@ -16,7 +16,7 @@ from featcache.builder.run import build
 from featcache.encoders import parse_encoders
 from featcache.progress import Quiet
 from featcache.read.normalization import OVER, compute, save
-from trainer.models.config import SIZES
+from trainer.models.config import SIZES, TEXT_SIZES
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,18 @@ def streams_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoders = parse_encoders(["tiny@2,5,5.cls"])
     build(BuildRequest(data="shapes", encoders=encoders, limit=24, batch_size=8, shard_size=8, out=path), Quiet())
     derive(DeriveRequest(cache=path, feature="tiny@5", components=4))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `shapes_cache`, with the embedded set's two captions of each image by the tiny text encoder."""
+    path = tmp_path_factory.mktemp("caches") / "text"
+    encoders = parse_encoders(["tiny@2,5"])
+    request = BuildRequest(
+        data="shapes", encoders=encoders, texts=("tiny",), limit=24, batch_size=8, shard_size=8, out=path
+    )
+    build(request, Quiet())
     return path
 
 
@@ -47,4 +59,5 @@ def nano() -> Iterator[None]:
     add_nano()
     yield
     SIZES.pop("Nano", None)
+    TEXT_SIZES.pop("Nano", None)
     torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from featcache.progress import Quiet
 from featcache.settings import from_mapping
-from trainer.models.config import SIZES
+from trainer.models.config import SIZES, TEXT_SIZES
 from trainer.runs.config import RunConfig
 
 NANO = "SiT-Nano/2"
@@ -34,7 +34,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 
 def add_nano() -> None:
     """Makes the size ``Nano`` (4 blocks, width 48, 2 heads) known."""
-    SIZES["Nano"] = (4, 48, 2)
+    SIZES["Nano"] = TEXT_SIZES["Nano"] = (4, 48, 2)
 
 
 class Listener(Quiet):

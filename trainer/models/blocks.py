@@ -267,15 +267,13 @@ class Recomputable(nn.Module):
     """
 
     recompute: bool = False
+    _forward: Callable[..., Any]
 
     def forward(self, *inputs: Tensor) -> Any:
         if not (self.recompute and torch.is_grad_enabled()):
             return self._forward(*inputs)
         # Nothing in a block is random, so there is no random state to put back.
         return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-    def _forward(self, *inputs: Tensor) -> Any:
-        raise NotImplementedError
 
 
 # Queries, keys and values, [B, heads, N, d] each.

@@ -25,8 +25,8 @@ from trainer import align
 from trainer.align.base import FeatureInfo
 from trainer.align.features import LAST_LAYER, encoder_layers
 from trainer.align.redi import COMPONENTS
-from trainer.runs import folder as runs
 from trainer.models.config import takes_text
+from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary
 from trainer.runs.streams import DIFFUSIBLE, check_shape, stream_config
@@ -222,11 +222,6 @@ def with_streams(config: RunConfig, cache: featcache.Cache) -> RunConfig:
         except CacheError as error:
             command = build_command(cache, wanted_features(config))
             raise CacheError(f"{cache.path}: {error.what}", remedy=command) from error
-        if streams and takes_text(config.model):
-            raise UserError(
-                f"method {method} diffuses {' and '.join(streams)} beside the latents, and {config.model} draws latents alone",
-                remedy="Take another --method, or train a SiT or LightningDiT on labels.",
-            )
         for feature, options in streams.items():
             asked[feature] = {**asked.get(feature, {}), **options}
     for feature, given in config.streams.items():

@@ -29,7 +29,7 @@ from featcache.settings import (
     settings,
     to_mapping,
 )
-from trainer.align import config_class, launched, method_names, split_methods
+from trainer.align import DiffusesFeatures, config_class, launched, method_names, split_methods
 from trainer.averages import Average, Width, widths
 from trainer.models import model_config
 from trainer.models.config import Attention, TextShape, takes_text
@@ -136,7 +136,9 @@ class RunConfig:
     method: Annotated[str, Option("none, repa, ahpa, ...; join several with +.")] = "none"
     align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     align_until: Index | None = None
-    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1, MMDiT-L/2.")] = "SiT-B/2"
+    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1, MMDiT-L/2.")] = (
+        "SiT-B/2"
+    )
     cache: Annotated[str | None, Option("Feature cache. [default: the newest fitting one below ./caches]")] = None
     resolution: Count | None = None
     vae: str | None = None
@@ -252,11 +254,14 @@ class RunConfig:
     def _check_model(self) -> None:
         # Unknown names are errors here.
         text = TextShape(name="text", tokens=1, width=1) if takes_text(self.model) else None
-        model_config(
-            self.model, latent_channels=4, latent_size=8, num_classes=1, text=text, zero_init=self.zero_init
-        )
+        model_config(self.model, latent_channels=4, latent_size=8, num_classes=1, text=text, zero_init=self.zero_init)
         if self.condition is not None:
             check_condition(self.condition, self.model)
+        if takes_text(self.model) and self.streams:
+            raise UserError(
+                f"{', '.join(self.streams)}: to be diffused beside the latents, and {self.model} draws latents alone",
+                remedy="Leave --streams out, or train a SiT or LightningDiT on labels.",
+            )
         for key in self.flow:
             if self.model.startswith("DiT") and self._is_changed(key):
                 raise UserError(
@@ -330,7 +335,12 @@ class RunConfig:
                 remedy=f"Remove them, or type --method {stray[0]}",
             )
         for method in self.methods:
-            self.method_config(method)
+            options = self.method_config(method)
+            if takes_text(self.model) and isinstance(options, DiffusesFeatures):
+                raise UserError(
+                    f"method {method} diffuses features beside the latents, and {self.model} draws latents alone",
+                    remedy="Take another --method, or train a SiT or LightningDiT on labels.",
+                )
 
     @property
     def flow(self) -> FlowOptions:

@@ -109,4 +109,5 @@ def cached_conditions(condition: Condition, cache: Cache, indices: np.ndarray) -
         out = reader.allocate(len(indices))
         reader.read(indices, out)
     batch = {name: torch.from_numpy(array) for name, array in out.items()}
-    return condition(batch, torch.zeros(len(indices), dtype=torch.bool))
+    found: Tensor = condition(batch, torch.zeros(len(indices), dtype=torch.bool))
+    return found

@@ -128,9 +128,14 @@ class Outlook:
         begun = "begins" if not self._start else f"goes on from step {self._start:,}"
         yield f"training {begun}: {config.method} on {config.model}, {_count(size.backbone)} parameters{beside}"
         px = dataset.resolution
+        if cfg.text is None:
+            condition = f"{len(dataset.class_names):,} classes"
+        else:
+            captions = self._cache.manifest.features[cfg.text.name].shape[0]
+            condition = f"up to {_number(captions, 'caption')} each ({cfg.text.name})"
         yield (
             f"cache: {redact(str(self._cache.path))} ({dataset.name}), {len(self._cache):,} images of "
-            f"{len(dataset.class_names):,} classes, {px} x {px} pixels"
+            f"{condition}, {px} x {px} pixels"
         )
         epochs = config.steps * config.batch_size / len(self._cache)
         yield (
