@@ -25,8 +25,8 @@ from trainer import align
 from trainer.align.base import FeatureInfo
 from trainer.align.features import LAST_LAYER, encoder_layers
 from trainer.align.redi import COMPONENTS
-from trainer.runs import folder as runs
 from trainer.models.config import takes_text
+from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.records import cache_summary
 from trainer.runs.streams import DIFFUSIBLE, check_shape, stream_config

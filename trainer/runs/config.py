@@ -136,7 +136,9 @@ class RunConfig:
     method: Annotated[str, Option("none, repa, ahpa, ...; join several with +.")] = "none"
     align: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     align_until: Index | None = None
-    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1, MMDiT-L/2.")] = "SiT-B/2"
+    model: Annotated[str, Option("Backbone, e.g. SiT-B/2, SiT-XL/2, DiT-XL/2, LightningDiT-XL/1, MMDiT-L/2.")] = (
+        "SiT-B/2"
+    )
     cache: Annotated[str | None, Option("Feature cache. [default: the newest fitting one below ./caches]")] = None
     resolution: Count | None = None
     vae: str | None = None
@@ -252,9 +254,7 @@ class RunConfig:
     def _check_model(self) -> None:
         # Unknown names are errors here.
         text = TextShape(name="text", tokens=1, width=1) if takes_text(self.model) else None
-        model_config(
-            self.model, latent_channels=4, latent_size=8, num_classes=1, text=text, zero_init=self.zero_init
-        )
+        model_config(self.model, latent_channels=4, latent_size=8, num_classes=1, text=text, zero_init=self.zero_init)
         if self.condition is not None:
             check_condition(self.condition, self.model)
         for key in self.flow:

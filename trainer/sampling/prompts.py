@@ -18,8 +18,8 @@ from featcache.redact import redact
 from featcache.sources.opening import Unreadable, read_file
 from featcache.store import files
 from featcache.store.remote import is_remote
-from trainer.runs import folder as runs
 from trainer.classes import Classes
+from trainer.runs import folder as runs
 from trainer.runs import schemas
 from trainer.runs.records import run_model_config
 
@@ -298,7 +298,7 @@ def _encoder_of(feature: str, record: Mapping[str, Any], weights_dir: str | None
         if record.get(key) != found[key]:
             raise UserError(
                 f"the run was trained on texts encoded with other {what} of {name} ({key} {record.get(key)!s:.12}) than "
-                f"those found ({str(found[key]):.12})",
+                f"those found ({found[key]!s:.12})",
                 remedy=remedy_for_other_weights(record.get("weights")),
             )
     return encoder
