@@ -1,10 +1,10 @@
-"""Trains the tiny VAE, the tiny ViT and the judge from scratch and measures them.
+"""Trains the tiny VAE, the tiny ViT and the two judges from scratch and measures them.
 
     python -m pipelines.embedded --data PHOTOGRAPHS --out DIR
 
-writes `vae`, `vit` and `judge` as `.safetensors` and `.json`, and `figures.json`, to DIR. The committed files in
-`featcache/encoders/tiny/` are the output of this script with its defaults. The VAE trains on one core, the ViT and then
-the judge on another. A killed training goes on when the same line is typed again. Every image and every noise draw is a
+writes `vae`, `vit`, `judge` and `caption-judge` as `.safetensors` and `.json`, and `figures.json`, to DIR. The committed files in
+`featcache/encoders/tiny/` are the output of this script with its defaults. The VAE and then the caption judge train on one core,
+the ViT and then the judge on another. A killed training goes on when the same line is typed again. Every image and every noise draw is a
 function of (seed, purpose, step); sums still depend on the machine, so a second run agrees in quality, not in its bytes.
 """
 
@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from featcache.console import print_error, time_text
 from featcache.encoders import tiny
 from featcache.errors import UserError
-from pipelines.embedded import classifiers, measure, vae
+from pipelines.embedded import captions, classifiers, measure, vae
 from pipelines.embedded.data import (
     LARGE_SHAPES,
     SHAPES,
@@ -43,6 +44,7 @@ from pipelines.embedded.data import (
     to_pixels,
 )
 from pipelines.embedded.loop import say
+from trainer.evaluate.obeyed import CaptionJudge
 from trainer.runs.locks import hold
 
 
@@ -50,6 +52,7 @@ class Part(StrEnum):
     vae = "vae"
     vit = "vit"
     judge = "judge"
+    caption_judge = "caption-judge"
 
 
 class Precision(StrEnum):
@@ -70,14 +73,16 @@ PLANS = {
     Part.vae: Plan(steps=12_000, size=8),
     Part.vit: Plan(steps=24_000, size=64),
     Part.judge: Plan(steps=8_000, size=64),
+    Part.caption_judge: Plan(steps=3_000, size=64),
 }
 QUICK = {
     Part.vae: Plan(steps=12, size=4),
     Part.vit: Plan(steps=40, size=16),
     Part.judge: Plan(steps=30, size=16),
+    Part.caption_judge: Plan(steps=30, size=16),
 }
 # Two processes, each on one core.
-TEAMS = ((Part.vae,), (Part.vit, Part.judge))
+TEAMS = ((Part.vae, Part.caption_judge), (Part.vit, Part.judge))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +99,29 @@ class Job:
     def plan(self, part: Part) -> Plan:
         return (QUICK if self.quick else PLANS)[part]
 
+    @cached_property
     def material(self) -> Material:
-        share = 64 if self.quick else 1
+        share, began = 64 if self.quick else 1, time.monotonic()
         photographs = None
         if self.data is not None:
             photographs = read_photographs(split_of(self.data, "train"), limit=400 if self.quick else None)
         image_set = TRAIN_SET + 2 * self.seed
-        return Material(
+        material = Material(
             shapes=draw_shapes(SHAPES // share, image_set=image_set),
             large_shapes=draw_shapes(LARGE_SHAPES // share, image_set=image_set, resolution=128, first=SHAPES),
             photographs=photographs,
         )
+        say("all", f"training images are in memory after {time_text(time.monotonic() - began)}")
+        return material
+
+    @cached_property
+    def held_out(self) -> measure.HeldOut:
+        return measure.HeldOut(data=self.data, large=self.large, quick=self.quick)
 
 
-def train_vae(job: Job, material: Material, held_out: measure.HeldOut) -> dict[str, Any]:
-    plan, glance = job.plan(Part.vae), held_out.glance()
+def train_vae(job: Job) -> dict[str, Any]:
+    plan, material, held_out = job.plan(Part.vae), job.material, job.held_out
+    glance = held_out.glance()
 
     def look(network: nn.Module) -> str:
         found = {k: vae.psnr(cast(AutoencoderKL, network), iter([x])).mean().item() for k, x in glance.items()}
@@ -120,10 +133,11 @@ def train_vae(job: Job, material: Material, held_out: measure.HeldOut) -> dict[s
     scaling_factor = round(1 / vae.latent_std(network, to_pixels(material.shapes.images[:512])), 5)
     _save(network, vae.CONFIG | {"scaling_factor": scaling_factor}, Part.vae, job.out)
     stored = tiny.load_tiny_vae(folder=job.out)
-    return measure.vae_figures(stored, held_out) | _circumstances(job, Part.vae, material, seconds)
+    return measure.vae_figures(stored, held_out) | _circumstances(job, Part.vae, seconds, material)
 
 
-def train_vit(job: Job, material: Material, held_out: measure.HeldOut) -> dict[str, Any]:
+def train_vit(job: Job) -> dict[str, Any]:
+    material = job.material
     torch.manual_seed(job.seed)
     network = classifiers.build_vit()
     heads = classifiers.Heads(network.embed_dim, material.classes, dense=True)
@@ -133,10 +147,11 @@ def train_vit(job: Job, material: Material, held_out: measure.HeldOut) -> dict[s
     def features(pixels: Tensor) -> Tensor:
         return vit.forward_features(pixels)[:, vit.num_prefix_tokens :].mean(1)
 
-    return measure.classifier_figures(vit, features, held_out) | _circumstances(job, Part.vit, material, seconds)
+    return measure.classifier_figures(vit, features, job.held_out) | _circumstances(job, Part.vit, seconds, material)
 
 
-def train_judge(job: Job, material: Material, held_out: measure.HeldOut) -> dict[str, Any]:
+def train_judge(job: Job) -> dict[str, Any]:
+    material = job.material
     torch.manual_seed(job.seed + 1)
     network = classifiers.build_judge()
     heads = classifiers.Heads(network.num_features, material.classes, dense=False)
@@ -144,10 +159,29 @@ def train_judge(job: Job, material: Material, held_out: measure.HeldOut) -> dict
         job, Part.judge, material, network, heads, peak_lr=2e-3, config=classifiers.JUDGE_CONFIG
     )
     judge = tiny.load_judge(folder=job.out)
-    return measure.classifier_figures(judge, judge, held_out) | _circumstances(job, Part.judge, material, seconds)
+    return measure.classifier_figures(judge, judge, job.held_out) | _circumstances(job, Part.judge, seconds, material)
 
 
-TRAIN = {Part.vae: train_vae, Part.vit: train_vit, Part.judge: train_judge}
+def train_caption_judge(job: Job) -> dict[str, Any]:
+    """With the VAE of the same folder, where there is one, else with the installed one."""
+    plan, count = job.plan(Part.caption_judge), 20 if job.quick else 2000
+    own = (job.out / "vae.safetensors").is_file()
+    used = tiny.load_tiny_vae(folder=job.out) if own else tiny.load_tiny_vae()
+    decoded = captions.DECODED // (64 if job.quick else 1)
+    network, seconds = captions.train(
+        used, steps=plan.steps, size=plan.size, seed=job.seed, decoded=decoded, out=job.out
+    )
+    _save(network, captions.CONFIG, Part.caption_judge, job.out)
+    found = captions.figures(CaptionJudge(folder=job.out), used, count=count)
+    return found | _circumstances(job, Part.caption_judge, seconds)
+
+
+TRAIN = {
+    Part.vae: train_vae,
+    Part.vit: train_vit,
+    Part.judge: train_judge,
+    Part.caption_judge: train_caption_judge,
+}
 PURPOSES = {Part.vit: 3, Part.judge: 4}
 
 
@@ -171,13 +205,13 @@ def _train_classifier(
     return seconds
 
 
-def _circumstances(job: Job, part: Part, material: Material, seconds: float) -> dict[str, Any]:
-    plan = job.plan(part)
+def _circumstances(job: Job, part: Part, seconds: float, material: Material | None = None) -> dict[str, Any]:
+    plan, photographs = job.plan(part), None if material is None else material.photographs
     return measure.circumstances(
         seed=job.seed,
         steps=plan.steps,
         size=plan.size,
-        training_photographs=0 if material.photographs is None else len(material.photographs.labels),
+        training_photographs=0 if photographs is None else len(photographs.labels),
         seconds=seconds,
         precision="bf16" if job.bfloat16 and part is Part.vae else "fp32",
     )
@@ -199,12 +233,8 @@ def run_parts(job: Job, parts: list[Part]) -> None:
     open_parts = [part for part in parts if not (job.out / f"{part.value}-figures.json").is_file()]
     if not open_parts:
         return
-    began = time.monotonic()
-    material = job.material()
-    held_out = measure.HeldOut(data=job.data, large=job.large, quick=job.quick)
-    say(parts[0].value, f"images are in memory after {time_text(time.monotonic() - began)}")
     for part in open_parts:
-        figures = TRAIN[part](job, material, held_out)
+        figures = TRAIN[part](job)
         partial = job.out / f"{part.value}-figures.partial"
         partial.write_text(json.dumps(figures, indent=2) + "\n")
         partial.replace(job.out / f"{part.value}-figures.json")
@@ -214,6 +244,8 @@ def run_parts(job: Job, parts: list[Part]) -> None:
 def _in_short(figures: dict[str, Any]) -> str:
     if "psnr_db" in figures:
         return ", ".join(f"{name} {value['mean']} dB" for name, value in figures["psnr_db"].items())
+    if "obeyed" in figures:
+        return ", ".join(f"{kind} {100 * value['prompts_obeyed']:.1f} %" for kind, value in figures["obeyed"].items())
     return ", ".join(f"{name} {figures[name]['linear']}" for name in ("shapes", "photographs") if name in figures)
 
 
@@ -256,7 +288,7 @@ def main(
     ] = Precision.auto,
     quick: Annotated[bool, typer.Option(help="A few steps on few images, to see that all of it runs.")] = False,
 ) -> None:
-    """Train the embedded encoders and the judge; write weights and figures.json to --out."""
+    """Train the embedded encoders and the judges; write weights and figures.json to --out."""
     if out is None:
         if not quick:
             raise UserError("the weights need a place", remedy="Pass --out DIR; with --quick it may be left out.")
@@ -277,7 +309,8 @@ def main(
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     say(
         "all",
-        f"{out / 'figures.json'}; copy *.safetensors, vae.json, vit.json, judge.json and figures.json of that folder",
+        f"{out / 'figures.json'}; copy *.safetensors, {', '.join(f'{part.value}.json' for part in Part)} and figures.json "
+        "of that folder",
     )
 
 

@@ -1,7 +1,6 @@
-"""The embedded default: a VAE and a vision transformer small enough to ship with the code.
+"""The embedded default: a VAE and a vision transformer small enough to ship with the code, and two judges.
 
-Both are trained on `featcache.sources.shapes` by `train.py` in this folder, whose figures stand in `figures.json`.
-They are real instances of the classes that the full-size encoders use (`diffusers.AutoencoderKL` with
+All are trained by `python -m pipelines.embedded`, whose figures stand in `figures.json`. VAE and ViT are real instances of the classes that the full-size encoders use (`diffusers.AutoencoderKL` with
 SD-VAE's four-stage layout, `timm`'s `VisionTransformer`), so whatever reads a level or a token layer from
 those reads it from these.
 """
@@ -26,13 +25,13 @@ if TYPE_CHECKING:
 # Late below: diffusers and timm take seconds to load.
 Module = TypeVar("Module", bound=nn.Module)
 
-NAMES: tuple[str, ...] = ("vae", "vit", "judge")
+NAMES: tuple[str, ...] = ("vae", "vit", "judge", "caption-judge")
 
 FOLDER = Path(__file__).resolve().parent
 
 
 def weights_path(name: str, *, folder: Path = FOLDER) -> Path:
-    """Path of the weights of "vae", "vit" or "judge". Raises `UserError` for another name or a missing file."""
+    """Path of the weights of one of `NAMES`. Raises `UserError` for another name or a missing file."""
     if name not in NAMES:
         raise UserError(f"there is no tiny encoder named {name!r}", remedy=f"use one of: {', '.join(NAMES)}")
     path = folder / f"{name}.safetensors"
@@ -44,9 +43,9 @@ def weights_path(name: str, *, folder: Path = FOLDER) -> Path:
     return path
 
 
-def weights_sha256(name: str) -> str:
-    """SHA-256 of the stored weights of "vae", "vit" or "judge", in hexadecimal. Raises as `weights_path` does."""
-    return hashlib.sha256(weights_path(name).read_bytes()).hexdigest()
+def weights_sha256(name: str, *, folder: Path = FOLDER) -> str:
+    """SHA-256 of the stored weights of one of `NAMES`, in hexadecimal. Raises as `weights_path` does."""
+    return hashlib.sha256(weights_path(name, folder=folder).read_bytes()).hexdigest()
 
 
 def load_tiny_vae(*, folder: Path = FOLDER) -> AutoencoderKL:
@@ -74,17 +73,30 @@ def load_tiny_vit(*, folder: Path = FOLDER) -> VisionTransformer:
     return _fill(VisionTransformer(**_config("vit", folder)), weights_path("vit", folder=folder))
 
 
+def load_caption_judge(*, folder: Path = FOLDER) -> ResNet:
+    """The caption judge in eval mode, float32, frozen: RGB `[B, 3, 64, 64]` in [-1, 1] => logits `[B, 23]`.
+
+    The logits are of the values of `featcache.sources.shapes_text.ATTRIBUTES`, one attribute after another;
+    `trainer.evaluate.obeyed` reads them. Raises `UserError` if the weights are missing.
+    """
+    return _resnet("caption-judge", folder)
+
+
 def load_judge(*, folder: Path = FOLDER) -> ResNet:
     """The judge in eval mode, float32, frozen, without a head: RGB `[B, 3, H, W]` in [-1, 1] => features `[B, 128]`.
 
     A small residual network trained with labels, apart from the encoders: no method aligns with it, so that distances in
     its features may judge them all. Raises `UserError` if the weights are missing.
     """
+    return _resnet("judge", folder)
+
+
+def _resnet(name: str, folder: Path) -> ResNet:
     from timm.models.resnet import BasicBlock, ResNet
 
     # timm annotates the class of a block as if it were an instance
-    network = ResNet(block=BasicBlock, **_config("judge", folder))  # type: ignore[arg-type]
-    return _fill(network, weights_path("judge", folder=folder))
+    network = ResNet(block=BasicBlock, **_config(name, folder))  # type: ignore[arg-type]
+    return _fill(network, weights_path(name, folder=folder))
 
 
 def _config(name: str, folder: Path) -> dict[str, Any]:
