@@ -186,7 +186,7 @@ def test_dit_guidance_of_three_channels(dit: Golden) -> None:
     guidance = Guidance(scale=scale, channels=3)
     B = len(dit["t"])
     for i in range(B):  # each sample of the vectors has its own step
-        model_fn = guided(model, dit["y"][i : i + 1], null_label=10, guidance=guidance, time_range=999)
+        model_fn = guided(model, dit["y"][i : i + 1], null=10, guidance=guidance, time_range=999)
         ours = model_fn(dit["x"][i : i + 1], float(dit["t"][i]))[0]
         # Guidance by 4 amplifies rounding by 7.
         torch.testing.assert_close(ours, dit["output_with_cfg"][i], rtol=1e-5, atol=1e-5)

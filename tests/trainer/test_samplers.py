@@ -382,7 +382,7 @@ def latent(B: int = 2) -> Tensor:
 @pytest.mark.parametrize(("channels", "guided_channels"), [(None, 4), (3, 3)])
 def test_guidance_by_hand(channels: int | None, guided_channels: int) -> None:
     model, labels = Recorder(extra_channels=4), torch.tensor([2, 5])
-    model_fn = guided(model, labels, null_label=Recorder.NULL, guidance=Guidance(scale=3, channels=channels))
+    model_fn = guided(model, labels, null=Recorder.NULL, guidance=Guidance(scale=3, channels=channels))
     out = model_fn(latent(), 0.5)
     assert out.shape == (2, 8, 2, 2)
     assert model.batches == [([0.5] * 4, [2, 5, 10, 10])]
@@ -398,7 +398,7 @@ def test_interval_is_closed_at_both_ends() -> None:
     doubled = {}
     for t in (0.0, 0.24, 0.25, 0.3, 0.5, 0.51, 1.0):
         model = Recorder()
-        guided(model, torch.tensor([1]), null_label=10, guidance=guidance)(latent(1), t)
+        guided(model, torch.tensor([1]), null=10, guidance=guidance)(latent(1), t)
         doubled[t] = len(model.batches[0][1]) == 2
     assert doubled == {0.0: False, 0.24: False, 0.25: True, 0.3: True, 0.5: True, 0.51: False, 1.0: False}
 
@@ -408,14 +408,14 @@ def test_interval_of_a_ddpm_model_is_in_parts_of_the_last_step() -> None:
     sizes = []
     for step in (499.0, 500.0, 999.0):
         model = Recorder()
-        guided(model, torch.tensor([1]), null_label=10, guidance=guidance, time_range=999)(latent(1), step)
+        guided(model, torch.tensor([1]), null=10, guidance=guidance, time_range=999)(latent(1), step)
         sizes.append(len(model.batches[0][1]))
     assert sizes == [1, 2, 2]
 
 
 def test_scale_one_costs_no_second_evaluation() -> None:
     model = Recorder()
-    out = guided(model, torch.tensor([1, 2]), null_label=10)(latent(), 0.5)
+    out = guided(model, torch.tensor([1, 2]), null=10)(latent(), 0.5)
     assert model.batches == [([0.5, 0.5], [1, 2])]
     expected = model(latent(), torch.tensor([0.5, 0.5]), torch.tensor([1, 2])).prediction
     assert expected is not None and torch.equal(out, expected)
@@ -423,7 +423,7 @@ def test_scale_one_costs_no_second_evaluation() -> None:
 
 def test_time_keeps_its_precision_beside_a_bfloat16_latent() -> None:
     model = Recorder()
-    guided(model, torch.tensor([1]), null_label=10)(latent(1).bfloat16(), 501.0)
+    guided(model, torch.tensor([1]), null=10)(latent(1).bfloat16(), 501.0)
     assert model.batches[0][0] == [501.0]
 
 
@@ -437,7 +437,7 @@ def test_guided_velocity_is_guided_drift() -> None:
     same."""
     scale, grid = 2.5, sde_grid(12)
     labels = torch.tensor([2, 5])
-    model_fn = guided(Recorder(), labels, null_label=10, guidance=Guidance(scale=scale, interval=Interval(0.2, 0.8)))
+    model_fn = guided(Recorder(), labels, null=10, guidance=Guidance(scale=scale, interval=Interval(0.2, 0.8)))
     ours = euler_maruyama(model_fn, latent(), grid, noise=lambda step: latent() * step)
 
     model, x = Recorder(), latent()
@@ -458,7 +458,7 @@ def test_guided_velocity_is_guided_drift() -> None:
 @pytest.mark.parametrize(("interval_at", "sizes"), [("current", [2, 2, 1, 1, 1]), ("next", [2, 1, 1, 1, 1])])
 def test_heun_tests_the_interval_where_it_is_told_to(interval_at: Literal["current", "next"], sizes: list[int]) -> None:
     model = Recorder()
-    model_fn = guided(model, torch.tensor([1]), null_label=10, guidance=Guidance(scale=2, interval=Interval(0.9, 1)))
+    model_fn = guided(model, torch.tensor([1]), null=10, guidance=Guidance(scale=2, interval=Interval(0.9, 1)))
     heun(model_fn, latent(1), ode_grid(3), interval_at=interval_at)
     assert [len(y) for _, y in model.batches] == sizes
 

@@ -32,7 +32,7 @@ def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tup
     parameters = list(subject.model.parameters())
     aligned = subject.alignment.reads if subject.alignment is not None else ()
     streams = [stream.name for stream in subject.cfg.streams]
-    reads = list(dict.fromkeys(["vae/moments", "label", *streams, *aligned]))
+    reads = list(dict.fromkeys(["vae/moments", *objective.condition.reads, *streams, *aligned]))
     sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in range(2)]
     seen = 0
     for rows in subject.chunks(count):

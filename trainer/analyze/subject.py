@@ -29,6 +29,7 @@ from trainer.align.heads import to_grid
 from trainer.align.repa import DEPTHS
 from trainer.align.sra2 import patchify
 from trainer.analyze.config import AnalyzeConfig
+from trainer.analyze.result import NotApplicable
 from trainer.diffusion.noise import sample_noise
 from trainer.diffusion.streams import Layout
 from trainer.diffusion.transport import FlowOptions, build_transport
@@ -39,6 +40,7 @@ from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import Normalization, of_run, scalar, streams_of_run
 from trainer.sampling import draw as sample
+from trainer.training.conditions import build_condition
 from trainer.training.objective import Objective, ema_decay_at, sample_posterior
 from trainer.training.state import backbone_info, build_alignment, build_streams
 from trainer.training.streams import Stream
@@ -103,6 +105,7 @@ class Subject:
         self.transport = build_transport(self.cfg.family, device=device, **self.config.flow)
         self._layout = Layout(cfg=self.cfg)
         self._streams = [s.to(device) for s in self._build_streams()]
+        self._condition = build_condition(self.cfg, self.cache).to(device)
         self._pooled: dict[float, Tensor] = {}
 
     def _load_alignment(self) -> Alignment | None:
@@ -190,9 +193,11 @@ class Subject:
         return of_run(self.run, self.config, vae) or scalar(vae)
 
     def conditioning(self, rows: slice) -> Tensor:
-        """Labels the model is given: int64 [b], the null label unless `labelled`."""
-        labels = self.labels[rows]
-        return labels if self.labelled else torch.full_like(labels, self.cfg.num_classes)
+        """What the model is given, the null condition unless `labelled`: labels int64 [b], or text rows [b, T, W], of each
+        image's first caption."""
+        dropped = torch.full((rows.stop - rows.start,), not self.labelled, device=self.device)
+        condition: Tensor = self._condition(self.stored(self._condition.reads, rows), dropped)
+        return condition
 
     def latent(self, rows: slice) -> Tensor:
         """Clean, scaled latents drawn from the posterior, [b, C, h, w]."""
@@ -235,7 +240,7 @@ class Subject:
         model: Transformer,
         data: tuple[list[Tensor], list[Tensor]],
         t: Tensor,
-        labels: Tensor,
+        condition: Tensor,
         *,
         taps: Sequence[int],
         stop_after: int,
@@ -245,7 +250,7 @@ class Subject:
         noisy = [self.transport.noisy(clean, noise, t) for clean, noise in zip(*data)]
         x, own = self._layout.inputs(noisy)
         times = self.transport.model_time(t)
-        output: ModelOutput = model(x, times, labels, **own, taps=taps, stop_after=stop_after)
+        output: ModelOutput = model(x, times, condition, **own, taps=taps, stop_after=stop_after)
         return output
 
     @torch.no_grad()
@@ -258,12 +263,12 @@ class Subject:
         self, rows: slice, t: Tensor | float, depths: Sequence[int] | None = None, *, targets: bool = False
     ) -> AlignInputs:
         """Everything an alignment loss may look at (`targets`: the features it reads, too)."""
-        labels = self.conditioning(rows)
+        condition = self.conditioning(rows)
         if not isinstance(t, Tensor):
-            t = torch.full((len(labels),), t, device=self.device)
+            t = torch.full((len(condition),), t, device=self.device)
         data = self._data(rows)
         taps = self.alignment.taps if depths is None and self.alignment is not None else tuple(depths or ())
-        output = self._call(self.model, data, t, labels, taps=taps, stop_after=max(taps, default=1))
+        output = self._call(self.model, data, t, condition, taps=taps, stop_after=max(taps, default=1))
         reads = self.alignment.reads if targets and self.alignment is not None else ()
         return AlignInputs(
             hidden=output.hidden,
@@ -272,7 +277,7 @@ class Subject:
             time_embedding=output.time_embedding,
             latent=data[0][0],
             uniform=self.uniform(rows),
-            teacher=self._teach(data, labels),
+            teacher=self._teach(data, condition),
             stream_hidden=self._layout.hidden(output),
         )
 
@@ -292,14 +297,16 @@ class Subject:
                 of_streams[stream.name][depth] = part
         return hidden, of_streams
 
-    def _teach(self, data: tuple[list[Tensor], list[Tensor]], labels: Tensor) -> Callable[[Tensor, int], Tensor] | None:
+    def _teach(
+        self, data: tuple[list[Tensor], list[Tensor]], condition: Tensor
+    ) -> Callable[[Tensor, int], Tensor] | None:
         if self.alignment is None or not self.alignment.needs_teacher:
             return None
         teacher = self._ema()
 
         def hidden(t: Tensor, depth: int) -> Tensor:
             with torch.no_grad():
-                return self._call(teacher, data, t, labels, taps=(depth,), stop_after=depth).hidden[depth]
+                return self._call(teacher, data, t, condition, taps=(depth,), stop_after=depth).hidden[depth]
 
         return hidden
 
@@ -313,10 +320,19 @@ class Subject:
 
     @torch.no_grad()
     def block_input(self, rows: slice, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What block `self.block` is called with: tokens [b, T + N, D] and conditioning [b, D]."""
-        labels = self.conditioning(rows)
+        """What block `self.block` is called with: tokens [b, T + N, D] and conditioning [b, D].
+
+        Raises:
+            NotApplicable: it is called with text tokens, too.
+        """
+        if self.cfg.text is not None:
+            raise NotApplicable(
+                f"{self.config.model}'s blocks take text beside the image's tokens, and this looks at blocks of one sequence",
+                remedy="Leave --set wrt=block out: gradients with respect to hidden states are measured for any model.",
+            )
+        condition = self.conditioning(rows)
         with _input_of(self.model.blocks[self.block - 1]) as seen:
-            self._call(self.model, self._data(rows), t, labels, taps=(), stop_after=self.block)
+            self._call(self.model, self._data(rows), t, condition, taps=(), stop_after=self.block)
         return seen[0], seen[1]
 
     def objective(self) -> Objective:
@@ -333,11 +349,12 @@ class Subject:
             label_dropout=0.0,
             autocast=None,
             teacher=self._ema() if self.alignment is not None and self.alignment.needs_teacher else None,
+            condition=self._condition,
         ).to(self.device)
 
     def stored(self, names: Sequence[str], rows: slice) -> dict[str, Tensor]:
         """A batch of stored bytes as the objective takes it."""
-        with self.cache.reader(list(names), single_view=True) as reader:
+        with self.cache.reader(list(names), single_view=True, single_caption=self.cfg.text is not None) as reader:
             out = reader.allocate(rows.stop - rows.start)
             reader.read(self.indices[rows], out)
         return {name: torch.from_numpy(array).to(self.device) for name, array in out.items()}

@@ -95,32 +95,41 @@ class Guidance:
 
 def guided(
     model: Callable[[Tensor, Tensor, Tensor], ModelOutput],
-    labels: Tensor,
+    condition: Tensor,
     *,
-    null_label: int,
+    null: int | Tensor | None,
     guidance: Guidance = Guidance(),
     time_range: float = 1.0,
     layout: Layout | None = None,
 ) -> ModelFn:
-    """Bind a model to labels [B] and a guidance: the `model_fn(x, t)` that samplers take.
+    """Bind a model to a condition of each sample and a guidance: the `model_fn(x, t)` that samplers take.
 
     Inside the interval the batch is doubled, conditional half first. Only the guided entries are combined; all others, also
     a learned variance, are the conditional half's, as in the public code.
 
     Args:
         model: (x [B, C, h, w] or [B, S], t [B], y [B]) -> `ModelOutput` with a prediction of that shape (or 2C channels).
-        labels: [B] int64.
-        null_label: label of the unconditional half: the number of classes.
+        condition: labels, [B] int64, or text rows, [B, T, W].
+        null: condition of the unconditional half: the number of classes, or the rows of the text '', [T, W]. None where
+            guidance needs none.
         time_range: what t = 1 in the guidance interval is for the model: see
             `trainer.diffusion.transport.Transport`.
         layout: where the streams lie in x; None: x is the latents.
+
+    Raises:
+        UserError: classifier-free guidance without a null condition.
     """
-    by_label = guidance.representation == 1
-    other = torch.full_like(labels, null_label) if by_label else labels
-    both = torch.cat([labels, other])
+    by_condition = guidance.representation == 1
+    if by_condition and guidance.scale != 1 and null is None:
+        raise UserError(
+            "classifier-free guidance of a model that takes text needs the text of '', and none was given",
+            remedy="Give null=, as trainer.runs.empty_text.of_run has it, or take no guidance.",
+        )
+    other = condition if null is None or not by_condition else null_like(condition, null)
+    both = torch.cat([condition, other])
 
     def reference(x: Tensor) -> Tensor:
-        if by_label or layout is None:
+        if by_condition or layout is None:
             return x
         latents = layout.sizes[0]
         return torch.cat([x[:, :latents], torch.zeros_like(x[:, latents:])], dim=1)
@@ -129,7 +138,7 @@ def guided(
         B, C = x.shape[:2]
         time_dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no steps such as 0.501 or 501
         if not guidance.active((t if interval_t is None else interval_t) / time_range):
-            prediction = model(x, x.new_full((B,), t, dtype=time_dtype), labels).prediction
+            prediction = model(x, x.new_full((B,), t, dtype=time_dtype), condition).prediction
             assert prediction is not None
             return prediction
         prediction = model(torch.cat([x, reference(x)]), x.new_full((2 * B,), t, dtype=time_dtype), both).prediction
@@ -143,6 +152,13 @@ def guided(
         return _combined(conditional, unconditional, spans)
 
     return model_fn
+
+
+def null_like(condition: Tensor, null: int | Tensor) -> Tensor:
+    """The null condition for each sample of `condition`: labels [B], or text rows [B, T, W] of one `null` [T, W]."""
+    if isinstance(null, Tensor):
+        return null.to(condition).expand_as(condition)
+    return torch.full_like(condition, null)
 
 
 def _combined(out: Tensor, reference: Tensor, spans: Spans) -> Tensor:

@@ -25,8 +25,10 @@ from trainer.evaluate.references import Statistics, compute_statistics, referenc
 from trainer.evaluate.run import choose_extractor
 from trainer.runs.config import RunConfig
 from trainer.sampling.draw import GRID_SAMPLERS, GRID_STEPS, SampleConfig, draw_units
+from trainer.training.conditions import build_condition, cached_conditions
 from trainer.training.grids import decoder_of
 from trainer.training.judging import Judge
+from trainer.training.state import backbone_config
 
 if TYPE_CHECKING:
     from featcache.read.reader import Cache
@@ -48,7 +50,8 @@ class _Remarks(Quiet):
 
 
 def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str], None]) -> Judge:
-    """Judges `config.eval_num` samples of balanced classes, drawn as the grids are, by `config.eval_extractor`.
+    """Judges `config.eval_num` samples of balanced classes, drawn as the grids are, by `config.eval_extractor`; of a model
+    that takes text, of the first images' captions.
 
     Raises:
         UserError: nothing to compare with, or an unknown extractor.
@@ -58,7 +61,7 @@ def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str]
     extractor = choose_extractor(config.eval_extractor, config.weights_dir, device, _Remarks(note))
     reference = _reference(config, cache, run, extractor)
     decoder = decoder_of(run, config, cache)
-    labels = np.arange(config.eval_num) % len(cache.manifest.dataset.class_names)
+    condition = _conditions(config, cache)
     metrics = [name for name in METRICS if name in extractor.metric_names]
 
     def judge(model: Transformer) -> Mapping[str, float]:
@@ -70,7 +73,7 @@ def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str]
             units = draw_units(
                 model,
                 decoder.to(where),
-                labels,
+                condition,
                 range(config.eval_num),
                 drawn,
                 transport=transport,
@@ -84,6 +87,14 @@ def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str]
         return dict(found["metrics"])
 
     return judge
+
+
+def _conditions(config: RunConfig, cache: Cache) -> np.ndarray:
+    """Of each sample: labels in turn, int64 [n], or the captions of the images in turn, float32 [n, T, W]."""
+    cfg = backbone_config(config, cache)
+    if cfg.text is None:
+        return np.arange(config.eval_num) % len(cache.manifest.dataset.class_names)
+    return cached_conditions(build_condition(cfg, cache), cache, np.arange(config.eval_num) % len(cache)).numpy()
 
 
 def _reference(config: RunConfig, cache: Cache, run: Path, extractor: Extractor) -> Statistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections import deque
@@ -27,6 +28,7 @@ from trainer.diffusion.noise import noise_stream, sample_noise
 from trainer.diffusion.streams import Layout
 from trainer.diffusion.transport import Flow, Transport, build_transport
 from trainer.models import ModelOutput, Transformer, build_model, load_weights
+from trainer.runs import empty_text
 from trainer.runs import folder as runs
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import Normalization, of_run
@@ -157,6 +159,16 @@ class LoadedRun:
         normalization = of_run(self.path, self.config, vae)
         return load_decoder(vae, self.summary["features"]["vae/moments"], weights_dir, normalization)
 
+    @functools.cached_property
+    def null(self) -> Tensor | None:
+        """Of a run that was trained on text, the rows of '', float32 [T, W] on the model's device; None for labels.
+
+        Raises:
+            UserError: the run's copy is missing or damaged.
+        """
+        text = self.model.cfg.text
+        return None if text is None else empty_text.of_run(self.path, text).to(next(self.model.parameters()).device)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.summary["dataset"]["class_names"])
@@ -197,34 +209,40 @@ def load_run(
 @torch.inference_mode()
 def draw_latents(
     model: Transformer | Network,
-    labels: Tensor,
+    condition: Tensor,
     indices: Sequence[int],
     config: SampleConfig,
     *,
     transport: Transport | None = None,
     trunk: Trunk | None = None,
+    null: Tensor | None = None,
 ) -> Tensor:
-    """Scaled latents float32 [B, C, h, w] of the samples `indices` with `labels` [B].
+    """Scaled latents float32 [B, C, h, w] of the samples `indices` with a condition each: labels [B], or text rows [B, T, W].
 
     Each sample's noise is a function of (config.seed, its index) alone, and the latents' is the same whatever is drawn
     beside them. `transport`: what the model was trained with, None its family's with default settings. `trunk`: where
-    states are kept that samples under other guidance pass, too; no bit depends on it.
+    states are kept that samples under other guidance pass, too; no bit depends on it. `null`: of text, the rows of '',
+    [T, W]: what guidance is against.
+
+    Raises:
+        UserError: guidance of a model that takes text without `null`.
     """
-    return draw_streams(model, labels, indices, config, transport=transport, trunk=trunk)[0]
+    return draw_streams(model, condition, indices, config, transport=transport, trunk=trunk, null=null)[0]
 
 
 @torch.inference_mode()
 def draw_streams(
     model: Transformer | Network,
-    labels: Tensor,
+    condition: Tensor,
     indices: Sequence[int],
     config: SampleConfig,
     *,
     transport: Transport | None = None,
     trunk: Trunk | None = None,
+    null: Tensor | None = None,
 ) -> list[Tensor]:
     """As `draw_latents`: the latents, then each stream in the shapes of `trainer.diffusion.streams.Layout`."""
-    cfg, device = model.cfg, labels.device
+    cfg, device = model.cfg, condition.device
     layout = Layout(cfg=cfg)
     transport = transport or build_transport(cfg.family, device=device)
     seeds = [config.seed, *(derive_seed(config.seed, f"samples/{stream.name}") for stream in cfg.streams)]
@@ -238,8 +256,8 @@ def draw_streams(
     times = sampling_times(config.sampler, config.steps, config.shift)
     model_fn = guided(
         _on_state(model, layout, None if isinstance(times, ddpm.Schedule) else transport),
-        labels,
-        null_label=cfg.num_classes,
+        condition,
+        null=cfg.num_classes if cfg.text is None else null,
         guidance=config.guidance,
         time_range=transport.time_range,
         layout=layout,
@@ -333,9 +351,9 @@ def draw_units(
     indices: Sequence[int],
     config: SampleConfig,
     *,
-    null: Tensor | None = None,
     transport: Transport | None = None,
     trunk: Trunk | None = None,
+    null: Tensor | None = None,
     unit: int,
 ) -> Iterator[np.ndarray]:
     """The samples `indices` [n] in order: uint8 [unit, R, R, 3] again and again, the last one shorter.
@@ -355,7 +373,7 @@ def draw_units(
         numbers = [int(indices[i]) for i in chosen]
         given = condition(numbers) if callable(condition) else torch.from_numpy(np.asarray(condition)[chosen])
         wanted = given.to(device)
-        latents = draw_latents(model, wanted, numbers, config, null=null, transport=transport, trunk=trunk)
+        latents = draw_latents(model, wanted, numbers, config, transport=transport, trunk=trunk, null=null)
         return decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
 
     starts = range(0, len(indices), unit)
@@ -406,15 +424,29 @@ def class_grid(
     columns: int = 8,
 ) -> np.ndarray:
     """One row per class, the same noise down every column: uint8 [rows * R, columns * R, 3]."""
+    classes = np.asarray(spread(model.cfg.num_classes, GRID_ROWS))
+    return condition_grid(model, vae, classes, transport=transport, seed=seed, columns=columns)
+
+
+def condition_grid(
+    model: Transformer | Network,
+    vae: LatentDecoder,
+    conditions: np.ndarray,
+    *,
+    transport: Transport | None = None,
+    seed: int = 0,
+    columns: int = 8,
+) -> np.ndarray:
+    """One row for each of `conditions`, labels [rows] or text rows [rows, T, W], as `class_grid`."""
     config = SampleConfig(sampler=GRID_SAMPLERS[model.cfg.family], steps=GRID_STEPS, seed=seed)
-    classes = spread(model.cfg.num_classes, GRID_ROWS)
-    indices = list(range(columns)) * len(classes)
-    labels = np.repeat(classes, columns)
-    units = draw_units(model, vae, labels, indices, config, transport=transport, unit=columns)
+    rows = len(conditions)
+    indices = list(range(columns)) * rows
+    repeated = np.repeat(conditions, columns, axis=0)
+    units = draw_units(model, vae, repeated, indices, config, transport=transport, unit=columns)
     tiles = np.concatenate(list(units))
     _, R, _, _ = tiles.shape
-    grid = tiles.reshape(len(classes), columns, R, R, 3).transpose(0, 2, 1, 3, 4)  # [rows, R, columns, R, 3]
-    return grid.reshape(len(classes) * R, columns * R, 3)
+    grid = tiles.reshape(rows, columns, R, R, 3).transpose(0, 2, 1, 3, 4)  # [rows, R, columns, R, 3]
+    return grid.reshape(rows * R, columns * R, 3)
 
 
 def save_png(pixels: np.ndarray, path: Path) -> None:

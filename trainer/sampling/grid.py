@@ -85,6 +85,18 @@ def class_picture(images: Mapping[int, np.ndarray], names: Sequence[str]) -> np.
     return np.asarray(sheet)
 
 
+def named_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """One picture of rows, each under its name: uint8 [n, H, W, 3] -> [n * (LINE + H), W, 3]."""
+    n, height, width, _ = rows.shape
+    sheet = Image.new("RGB", (width, n * (LINE + height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+        top = i * (LINE + height)
+        draw.text((0, top), fitted(name, width), fill="black", font=font())
+        sheet.paste(Image.fromarray(row), (0, top + LINE))
+    return np.asarray(sheet)
+
+
 def fitted(text: str, width: int) -> str:
     """`text`, cut off with an ellipsis where it is wider than `width` pixels."""
     text = " ".join(text.split())

@@ -37,7 +37,7 @@ from trainer.classes import Classes
 from trainer.diffusion.guidance import Guidance
 from trainer.interval import Interval, plain
 from trainer.requests import SampleRequest
-from trainer.runs import empty_text, locks
+from trainer.runs import locks
 from trainer.runs import folder as runs
 from trainer.runs.streams import stream_config
 from trainer.sampling.draw import (
@@ -245,7 +245,7 @@ def _asked_for(request: SampleRequest, prompts: Prompts | None) -> Record:
 
 
 def _subjects(request: SampleRequest, loaded: LoadedRun, prompts: Prompts | None, device: torch.device) -> Subjects:
-    """Raises as `Classes.labels`, `PromptEncoder` and `trainer.runs.empty_text.of_run`."""
+    """Raises as `Classes.labels`, `PromptEncoder` and `LoadedRun.null`."""
     if prompts is None:
         whole_blocks = -(-request.num // BLOCK) * BLOCK
         labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
@@ -255,7 +255,8 @@ def _subjects(request: SampleRequest, loaded: LoadedRun, prompts: Prompts | None
     encoder = PromptEncoder(
         text.name, loaded.summary["features"].get(text.name, {}), weights_dir=request.weights_dir, device=device
     )
-    return OfPrompts(prompts=prompts, encoder=encoder, null=empty_text.of_run(loaded.path, text).to(device))
+    assert loaded.null is not None, "it is of models that take text"
+    return OfPrompts(prompts=prompts, encoder=encoder, null=loaded.null)
 
 
 def _grid_path(folder: Path, num: int, images: Path) -> Path:

@@ -7,17 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from featcache.encoders.vae import LatentDecoder
 from featcache.errors import UserError, first_line
 from featcache.store import files
-from trainer.diffusion.transport import build_transport
+from trainer.diffusion.transport import Transport, build_transport
+from trainer.runs.cache import sample_keys
 from trainer.runs.config import RunConfig
 from trainer.runs.log import RunLog
 from trainer.runs.normalization import of_run
-from trainer.sampling.draw import class_grid, load_decoder, save_png
+from trainer.sampling.draw import GRID_ROWS, class_grid, condition_grid, load_decoder, save_png
+from trainer.sampling.grid import named_rows
 from trainer.stopping import Stop
+from trainer.training.conditions import build_condition, cached_conditions
 
 if TYPE_CHECKING:
     from featcache.read.reader import Cache
@@ -36,8 +40,9 @@ class GridMaker:
         self._decoder: LatentDecoder | None = None
 
     def draw(self, ema: Transformer, step: int, log: RunLog, told: Stop) -> None:
-        """One row per class to `samples/step_N.png` and TensorBoard. The decoder leaves the GPU again afterwards. Given up
-        when the run is `told` to stop."""
+        """One row per class to `samples/step_N.png` and TensorBoard; of a model that takes text, one row for each of the
+        first images' captions, under the image's key. The decoder leaves the GPU again afterwards. Given up when the run is
+        `told` to stop."""
         if self._broken:
             return
         try:
@@ -50,7 +55,7 @@ class GridMaker:
         transport = build_transport(ema.cfg.family, device=device, **self._config.flow)
         try:
             with given_up_when(told):
-                pixels = class_grid(ema, self._decoder.to(device), transport=transport, seed=self._config.seed)
+                pixels = self._pixels(ema, self._decoder.to(device), transport)
             save_png(pixels, files.inside(self._run, "samples") / f"step_{step:07d}.png")
         except Exception as error:  # memory, say; a disk that is full the log will find, too
             self._warn(f"no sample grid at step {step}: {what_happened(error)}")
@@ -58,6 +63,15 @@ class GridMaker:
         finally:
             self._decoder.to("cpu")
         log.image("samples", pixels, step)
+
+    def _pixels(self, ema: Transformer, decoder: LatentDecoder, transport: Transport) -> np.ndarray:
+        if ema.cfg.text is None:
+            return class_grid(ema, decoder, transport=transport, seed=self._config.seed)
+        first = np.arange(min(GRID_ROWS, len(self._cache)))
+        rows = cached_conditions(build_condition(ema.cfg, self._cache), self._cache, first).numpy()
+        pixels = condition_grid(ema, decoder, rows, transport=transport, seed=self._config.seed)
+        tiles = pixels.reshape(len(first), -1, *pixels.shape[1:])  # [rows, R, columns * R, 3]
+        return named_rows(tiles, sample_keys(self._cache, first))
 
     def _load(self) -> LatentDecoder:
         return decoder_of(self._run, self._config, self._cache)
