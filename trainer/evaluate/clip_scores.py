@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from featcache.encoders.base import WeightsSource, load_file, seeded, weights_sha256
 from featcache.encoders.table import TEXTS, TextEntry

@@ -37,8 +37,8 @@ from trainer.classes import Classes
 from trainer.diffusion.guidance import Guidance
 from trainer.interval import Interval, plain
 from trainer.requests import SampleRequest
-from trainer.runs import locks
 from trainer.runs import folder as runs
+from trainer.runs import locks
 from trainer.runs.streams import stream_config
 from trainer.sampling.draw import (
     LoadedRun,
