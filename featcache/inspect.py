@@ -19,6 +19,7 @@ from featcache.progress import QUIET, Progress
 from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
+from featcache.sources.decoders import exact_loader
 from featcache.sources.embedded import recorded_embedded
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage
@@ -95,7 +96,8 @@ def pixels_of(
         order = sample_order(len(source), seed=dataset.order_seed)
         slots = cache.slots(np.asarray(indices))
         try:
-            return np.stack([source.load(int(order[s]), dataset.resolution)[0] for s in slots])
+            how = exact_loader(dataset.preprocessing.get("crop"))
+            return np.stack([source.load(int(order[s]), dataset.resolution, how)[0] for s in slots])
         except BadImage as error:
             raise UserError(f"{error.what}") from error
     return _decoded(cache, indices, weights_dir)

@@ -30,11 +30,11 @@ from featcache.keys import from_printable, key_bytes
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
 from featcache.sources.captions import Captions, open_captions
-from featcache.sources.decoders import check_decoder
+from featcache.sources.decoders import check_decoder, exact_loader
 from featcache.sources.embedded import is_embedded, recorded_embedded
-from featcache.sources.folder import refuse_splits
+from featcache.sources.folder import refuse_splits, refuse_unlabelled
 from featcache.sources.open import open_source
-from featcache.sources.pixels import CROP_NAME
+from featcache.sources.pixels import CROP_NAME, CROPS, SQUARE_NAME
 from featcache.store.basis import Basis
 from featcache.store.layout import recommended_shard_size
 from featcache.store.manifest import SAMPLE_FEATURES, DatasetSpec, FeatureSpec
@@ -82,10 +82,13 @@ def prepare(request: BuildRequest, *, device: str, again: Collection[str] = ()) 
 def _prepare(request: BuildRequest, *, device: str, again: Collection[str]) -> Plan:
     existing = featcache.open(request.into) if request.into is not None else None
     resolution = _resolution(request, existing)
-    decoder = _decoder(request, existing)
+    crop = _crop(request, existing)
+    decoder = _decoder(request, existing, crop)
     source = open_source(request.data, resolution=resolution, limit=_source_limit(request, existing))
     if existing is None:
         refuse_splits(source)
+        if not request.texts:
+            refuse_unlabelled(source)
     order = sample_order(
         len(source), seed=existing.manifest.dataset.order_seed if existing is not None else request.seed
     )
@@ -105,7 +108,7 @@ def _prepare(request: BuildRequest, *, device: str, again: Collection[str]) -> P
             add_vae=bool(request.vae),
         )
     texts = _prepare_texts(request, source, order, existing, compute, counted="text/count" in again)
-    dataset = _dataset(request, source, order, resolution, decoder, encoders, existing)
+    dataset = _dataset(request, source, order, resolution, crop, decoder, encoders, existing)
     if existing is not None:
         _check_same_images(existing, dataset, encoders)
     there: list[FeatureSpec] = []
@@ -133,7 +136,7 @@ def _prepare(request: BuildRequest, *, device: str, again: Collection[str]) -> P
         encoders=[e for e in encoders if any(name in wanted for name in e.shapes)],
         device=device,
         pad_batches=compute.compile,
-        decoder=decoder,
+        decoder=decoder if exact_loader(crop) == "pil" else exact_loader(crop),
         flip=dataset.flip,
         skip_bad=request.on_bad_image == "skip" and existing is None,
         holes=frozenset(from_printable(s.key) for s in existing.manifest.skipped)
@@ -310,7 +313,22 @@ def _source_limit(request: BuildRequest, existing: Cache | None) -> int | None:
     return request.limit
 
 
-def _decoder(request: BuildRequest, existing: Cache | None) -> str:
+def _crop(request: BuildRequest, existing: Cache | None) -> str:
+    """The crop asked for as the manifest names it, which must be that of the cache to add to."""
+    asked = CROPS[request.crop] if request.crop is not None else None
+    if existing is None:
+        return asked or CROP_NAME
+    cached = str(existing.manifest.dataset.preprocessing.get("crop", CROP_NAME))
+    if asked not in (None, cached):
+        known = next((option for option, name in CROPS.items() if name == cached), None)
+        raise CacheError(
+            f"the images in {request.into} were cropped by {cached!r}, so features of images cropped by {asked!r} cannot join it",
+            remedy="Leave --crop out" + (f" (or type {known})" if known else "") + ", or build a new cache with --out.",
+        )
+    return cached
+
+
+def _decoder(request: BuildRequest, existing: Cache | None, crop: str) -> str:
     """The decoder asked for, which must be that of the cache to add to."""
     cached = str(existing.manifest.dataset.preprocessing.get("decode", "pil")) if existing is not None else None
     decoder = request.decode or cached or "pil"
@@ -320,6 +338,11 @@ def _decoder(request: BuildRequest, existing: Cache | None) -> str:
             remedy=f"Leave --decode out (or type {cached}), or build a new cache with --out.",
         )
     check_decoder(decoder)
+    if decoder != "pil" and crop == SQUARE_NAME:
+        raise UserError(
+            f"--decode {decoder} halves images as ADM's crop does, and --crop {SQUARE_NAME} takes them whole",
+            remedy="Leave --decode out.",
+        )
     return decoder
 
 
@@ -410,6 +433,7 @@ def _dataset(
     source: Source,
     order: np.ndarray,
     resolution: int,
+    crop: str,
     decoder: str,
     encoders: Sequence[Encoder],
     existing: Cache | None,
@@ -424,7 +448,7 @@ def _dataset(
         fingerprint=fingerprint(source, order),
         preprocessing={
             "resolution": resolution,
-            "crop": CROP_NAME,
+            "crop": crop,
             "decode": decoder,
             "available": len(source),
         },

@@ -15,8 +15,9 @@ ClassTokenCodec = Literal["fp32", "fp16", "bf16"]
 CLASS_TOKEN_CODECS = get_args(ClassTokenCodec)
 _CODECS = "fp32, fp16, bf16, int8, fp8 or int4."
 _DATA = (
-    "Images: a folder (one folder per class), a .tar or .zip, webdataset shards, parquet files, s3:// or hf:// shards, "
-    "or an embedded set: 'shapes', or 'shapes-text' with captions. [default: $FEATCACHE_DATA, else ./data/imagenet]"
+    "Images: a folder (one folder per class; with --text and --captions a flat one), a .tar or .zip, webdataset shards, "
+    "parquet files, s3:// or hf:// shards, or an embedded set: 'shapes', or 'shapes-text' with captions. [default: "
+    "$FEATCACHE_DATA, else ./data/imagenet]"
 )
 
 
@@ -41,7 +42,8 @@ class BuildRequest:
     """Everything that a build is asked for, parsed.
 
     data: folder, archive, shards or embedded set. out: where the cache goes (None: `./caches/<derived name>`); into:
-    an existing cache to add features to. captions: a table of captions, None takes the source's own.
+    an existing cache to add features to. captions: a table of captions, None takes the source's own. crop: a key of
+    `featcache.sources.pixels.CROPS`.
     """
 
     data: Annotated[str, Option(_DATA)]
@@ -82,7 +84,10 @@ class BuildRequest:
     ] = ()
     captions: Annotated[
         FilePath | None,
-        Option("CSV with columns key and captions. [default: webdataset's .txt or .json, shapes' own]"),
+        Option(
+            "CSV with columns key and captions, or COCO's annotations in JSON. "
+            "[default: webdataset's .txt or .json, shapes' own]"
+        ),
     ] = None
     caption_key: Annotated[
         str | None, Option("Key of the captions in webdataset's .json. [default: .txt, caption, ...]")
@@ -93,6 +98,13 @@ class BuildRequest:
     resolution: Annotated[
         int | None,
         Option("Side of the square crop in pixels. [default: 256; 64 for shapes]", typed=str, parse=parse_resolution),
+    ] = None
+    crop: Annotated[
+        Literal["adm", "lanczos-square"] | None,
+        Option(
+            "adm, or lanczos-square (the centred square first: U-ViT's crop of COCO; docs/sources.md). "
+            "[default: adm; with --into, the cache's]"
+        ),
     ] = None
     limit: Annotated[
         Count | None, Option("Encode only so many images, a seeded random choice. [default: all; of shapes 2,000]")

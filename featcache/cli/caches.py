@@ -44,7 +44,10 @@ Data = Annotated[str | None, typer.Option(help="Image folder, to encode again. \
 WeightsDir = Annotated[Path | None, typer.Option(help="Pretrained weights, to encode again. \\[default: the hub]")]
 Device = Annotated[str, typer.Option(help="For encoding again.")]
 Captions = Annotated[
-    Path | None, typer.Option(help="Table of captions, to encode text features again. \\[default: the source's own]")
+    Path | None,
+    typer.Option(
+        help="Table of captions or COCO's annotations, to encode text features again. \\[default: the source's own]"
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from featcache.keys import key_bytes
-from featcache.sources.decoders import DECODERS
+from featcache.sources.decoders import LOADERS
 from featcache.sources.pixels import FILES_IN_FLIGHT, MAX_FILE_BYTES, BadImage, content_hash
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
@@ -45,7 +45,7 @@ class Source(Protocol):
         """Pixels after the crop, uint8 [R, R, 3], and the first 8 bytes of the SHA-256 of the sample as stored.
 
         Args:
-            decoder: a key of `featcache.sources.decoders.DECODERS`.
+            decoder: a key of `featcache.sources.decoders.LOADERS`, which also says by which crop.
 
         Raises `BadImage` if the file cannot be decoded.
         """
@@ -79,7 +79,7 @@ class EncodedSource:
             )
         with FILES_IN_FLIGHT.claim(size):
             data = self.read(index)
-            return DECODERS[decoder](data, self.key(index), resolution), content_hash(data)
+            return LOADERS[decoder](data, self.key(index), resolution), content_hash(data)
 
 
 def fingerprint(source: Source, indices: Sequence[int] | np.ndarray) -> str:

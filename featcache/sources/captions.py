@@ -1,4 +1,4 @@
-"""Captions of images: from a table, from the members beside webdataset's images, or of an embedded set.
+"""Captions of images: from a table or COCO's annotations, from the members beside webdataset's images, or of an embedded set.
 
 Captions belong to a source: `of(i)` gives those of its sample `i`. What a cache's manifest records of them is
 `description` (where they are from, no paths) and `identity` (a digest by which other captions are noticed);
@@ -7,6 +7,7 @@ Captions belong to a source: `of(i)` gives those of its sample `i`. What a cache
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ from featcache.errors import UserError, first_line
 from featcache.keys import printable
 from featcache.sources.archives import ArchiveSource
 from featcache.sources.base import Source
+from featcache.sources.coco import read_annotations
 from featcache.sources.shapes import ShapesSource
 from featcache.sources.shapes_text import CAPTIONS_PER_IMAGE, WORDINGS, ShapesTextSource
 
@@ -89,10 +91,11 @@ class ShapesTextCaptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TableCaptions:
-    """Captions of a table as one run of bytes, so that millions of them cost little more than their letters.
+    """Captions of a file as one run of bytes, so that millions of them cost little more than their letters.
 
     text: uint8, UTF-8. starts: int64 [captions + 1] into `text`. firsts: int64 [samples + 1] into `starts`.
-    remark: what to tell the user of rows that name no image of the source; None where all do.
+    remark: what to tell the user of captions that name no image of the source, and of images without captions, where the
+    file should have some; None where there are neither.
     """
 
     description: str
@@ -152,13 +155,13 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
     """The captions of `source`: from `table` where one is given, else its own.
 
     Args:
-        table: a CSV file with a header (see `read_table`).
+        table: a CSV file with a header (see `read_table`), or COCO's annotations (see `read_coco`).
         key: of webdataset's `.json` members; None takes `.txt`, else the first of `JSON_KEYS` there is.
 
     Raises `UserError` if the source has no captions of its own, or the table cannot be used.
     """
     if table is not None:
-        return read_table(table, source)
+        return (read_coco if _is_json(table) else read_table)(table, source)
     if isinstance(source, ShapesSource):
         return ShapesCaptions(source=source)
     if isinstance(source, ShapesTextSource):
@@ -172,7 +175,118 @@ def open_captions(source: Source, *, table: Path | None, key: str | None) -> Cap
             )
         return captions
     raise UserError(
-        f"{source.description} has no captions of its own", remedy="Pass a table of captions: --captions FILE.csv"
+        f"{source.description} has no captions of its own",
+        remedy="Pass a table of captions: --captions FILE.csv, or COCO's annotations: --captions captions_train2014.json",
+    )
+
+
+def _is_json(path: Path) -> bool:
+    """By the name, else by the first letter: no table's header begins with a bracket. What cannot be read is no JSON."""
+    if path.suffix.lower() == ".json":
+        return True
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.suffix.lower() != ".csv":
+            with path.open("rb") as file:
+                return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+    return False
+
+
+class _Names:
+    """Samples of a source by their keys (as `featcache.keys.printable` writes them), with or without extensions."""
+
+    def __init__(self, source: Source) -> None:
+        self._numbers = {printable(source.key(i)): i for i in range(len(source))}
+        self._stems: dict[str, list[int]] = {}
+        for name, i in self._numbers.items():
+            stem, extension = os.path.splitext(name)  # noqa: PTH122 (keys are no paths of this machine)
+            if extension:
+                self._stems.setdefault(stem, []).append(i)
+
+    def find(self, name: str) -> list[int]:
+        """The samples that a name may mean: several only where it is that of several without the extension."""
+        return [self._numbers[name]] if name in self._numbers else self._stems.get(name, [])
+
+
+class _Files:
+    """Samples of a source by the names of their files: folders and extensions are passed over where they differ."""
+
+    def __init__(self, source: Source) -> None:
+        self._names, self._files = _Names(source), dict[str, list[int]]()
+        for i in range(len(source)):
+            self._files.setdefault(_stem(printable(source.key(i))), []).append(i)
+
+    def find(self, name: str) -> list[int]:
+        return self._names.find(name) or self._files.get(_stem(name), [])
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name.rpartition("/")[2])[0]  # noqa: PTH122
+
+
+def read_coco(path: Path, source: Source) -> TableCaptions:
+    """COCO's annotations: captions of each image by rising id of the annotation; blank ones are none.
+
+    Images are named by `file_name`: the sample's key, or else the last part of the key, its extension aside (so that keys
+    of shards and of folders above fit, too). Captions of images that the source lacks and images without captions are
+    counted in the remark.
+
+    Raises `UserError` if there is no such file, or one of another form (see `featcache.sources.coco`); if none of its images
+    is of the source, or one may be several of them, or two are the same.
+    """
+    annotations, names = read_annotations(path), _Files(source)
+    places = np.full(len(annotations.files), -1, np.int64)
+    taken: dict[int, str] = {}
+    for i, file in enumerate(annotations.files):
+        found = names.find(file)
+        if len(found) > 1:
+            raise _ambiguous(path, file, source, found)
+        if not found:
+            continue
+        if found[0] in taken:
+            raise UserError(
+                f"--captions {path}: {taken[found[0]]!r} and {file!r} are both {printable(source.key(found[0]))!r}",
+                remedy="Name each image once.",
+            )
+        places[i], taken[found[0]] = found[0], file
+    if not taken:
+        example = f", such as {annotations.files[0]!r:.200}" if annotations.files else ""
+        raise UserError(
+            f"--captions {path} names none of the images of {source.description}, such as {printable(source.key(0))!r}, but "
+            f"{len(annotations.files):,} others{example}",
+            remedy="Take the annotations of the same part: captions_train2014.json with train2014, and so on.",
+        )
+    text, lengths, owners = bytearray(), [0], list[int]()
+    strays, stray = 0, ""
+    for _, image, caption in annotations.captions:
+        owner = -1 if image < 0 else int(places[image])
+        if owner < 0:
+            stray = stray or (annotations.files[image] if image >= 0 else f"id {annotations.unknown}")
+            strays += 1
+            continue
+        text += caption.encode()
+        lengths.append(len(text))
+        owners.append(owner)
+    description = f"COCO annotations {path.name}"
+    packed = _packed(description, source, text, np.array(lengths, np.int64), np.array(owners, np.int64))
+    bare = np.flatnonzero(np.diff(packed.firsts) == 0)
+    remarks = []
+    if strays:
+        count = len(annotations.captions)
+        remarks.append(
+            f"{strays:,} of {count:,} captions in {path} are of no image of {source.description}, such as {stray!r}"
+        )
+    if len(bare):
+        example = printable(source.key(int(bare[0])))
+        remarks.append(
+            f"{len(bare):,} of {len(source):,} images of {source.description} have no caption, such as {example!r}"
+        )
+    return replace(packed, remark="; ".join(remarks) or None)
+
+
+def _ambiguous(path: Path, name: str, source: Source, found: Sequence[int]) -> UserError:
+    return UserError(
+        f"--captions {path}: {name!r} may be {source.key(found[0])!r} or {source.key(found[1])!r}",
+        remedy="Name such images with their extensions.",
     )
 
 
@@ -187,12 +301,7 @@ def read_table(path: Path, source: Source) -> TableCaptions:
     has more cells than the header; if no row names an image of the source, or a name without extension is that
     of several images.
     """
-    numbers = {printable(source.key(i)): i for i in range(len(source))}
-    stems: dict[str, list[int]] = {}
-    for name, i in numbers.items():
-        stem, extension = os.path.splitext(name)  # noqa: PTH122 (keys are no paths of this machine)
-        if extension:
-            stems.setdefault(stem, []).append(i)
+    names = _Names(source)
     text, lengths, owners = bytearray(), [0], list[int]()
     rows_seen, strays, stray = 0, 0, ""
     lines = _rows(path)
@@ -206,16 +315,13 @@ def read_table(path: Path, source: Source) -> TableCaptions:
                 remedy='Put captions that hold commas between quotes: key,"one, two"',
             )
         name = row[column].strip() if len(row) > column else ""
-        found = [numbers[name]] if name in numbers else stems.get(name, [])
+        found = names.find(name)
         if not found:
             stray = name if not strays else stray
             strays += 1
             continue
         if len(found) > 1:
-            raise UserError(
-                f"--captions {path}: {name!r} may be {source.key(found[0])!r} or {source.key(found[1])!r}",
-                remedy="Name such images with their extensions.",
-            )
+            raise _ambiguous(path, name, source, found)
         for i, cell in enumerate(row):
             if i != column and (caption := cell.strip()):
                 text += caption.encode()
@@ -226,7 +332,7 @@ def read_table(path: Path, source: Source) -> TableCaptions:
             f"--captions {path} names none of the images of {source.description}, such as {printable(source.key(0))!r}",
             remedy=f"Its column {header[column].strip()!r} must hold such keys, with or without the extension.",
         )
-    packed = _packed(path, source, text, np.array(lengths, np.int64), np.array(owners, np.int64))
+    packed = _packed(f"table {path.name}", source, text, np.array(lengths, np.int64), np.array(owners, np.int64))
     if not strays:
         return packed
     remark = f"{strays} of {rows_seen} rows of {path} name no image of {source.description}, such as {stray!r}"
@@ -279,7 +385,7 @@ def _key_column(path: Path, header: Sequence[str]) -> int:
     return cells.index(named)
 
 
-def _packed(path: Path, source: Source, text: bytearray, ends: np.ndarray, owners: np.ndarray) -> TableCaptions:
+def _packed(description: str, source: Source, text: bytearray, ends: np.ndarray, owners: np.ndarray) -> TableCaptions:
     """Captions in order of samples, each sample's in the order of the file."""
     order = np.argsort(owners, kind="stable")
     raw, lengths = np.frombuffer(bytes(text), np.uint8), np.diff(ends)[order]
@@ -289,6 +395,4 @@ def _packed(path: Path, source: Source, text: bytearray, ends: np.ndarray, owner
         sorted_text[starts[at] : starts[at + 1]] = raw[ends[i] : ends[i + 1]]
     firsts = np.searchsorted(owners[order], np.arange(len(source) + 1))
     digest = hashlib.sha256(sorted_text.tobytes() + starts.tobytes() + firsts.tobytes()).hexdigest()
-    return TableCaptions(
-        description=f"table {path.name}", identity=digest, text=sorted_text, starts=starts, firsts=firsts
-    )
+    return TableCaptions(description=description, identity=digest, text=sorted_text, starts=starts, firsts=firsts)

@@ -1,4 +1,4 @@
-"""Encoded image => cropped pixels: the exact way and faster ones.
+"""Encoded image => cropped pixels: by one of the crops, the exact way or faster ones.
 
 `pil` is the reference, byte for byte what the public preprocessing gives. `turbo` lets libjpeg-turbo halve a large
 JPEG while it decodes (scaled inverse DCT), where the exact crop decodes it whole and halves it with a box filter; the
@@ -18,7 +18,7 @@ except ImportError:  # an extra: check_decoder says so
     simplejpeg = None
 
 from featcache.errors import UserError, first_line
-from featcache.sources.pixels import BadImage, center_crop, decoded, room_for
+from featcache.sources.pixels import SQUARE_NAME, BadImage, center_crop, decoded, room_for, square_crop
 
 Decoder = Callable[[bytes, str, int], np.ndarray]
 
@@ -60,7 +60,19 @@ def decode_turbo(data: bytes, key: str, resolution: int) -> np.ndarray:
         return center_crop(Image.fromarray(pixels), resolution)
 
 
-DECODERS: Mapping[str, Decoder] = {"pil": decode_pil, "turbo": decode_turbo}
+def decode_square(data: bytes, key: str, resolution: int) -> np.ndarray:
+    """Of the other crop, `square_crop`: uint8 [R, R, 3]. Raises `BadImage`."""
+    with decoded(data, key) as image:
+        return square_crop(image, resolution)
+
+
+DECODERS: Mapping[str, Decoder] = {"pil": decode_pil, "turbo": decode_turbo}  # --decode, all by ADM's crop
+LOADERS: Mapping[str, Decoder] = {**DECODERS, SQUARE_NAME: decode_square}
+
+
+def exact_loader(crop: object) -> str:
+    """The key of `LOADERS` that gives a crop exactly. crop: as a manifest records it; one that is not known is ADM's."""
+    return SQUARE_NAME if crop == SQUARE_NAME else "pil"
 
 
 def check_decoder(name: str) -> None:

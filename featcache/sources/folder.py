@@ -16,14 +16,15 @@ from featcache.sources.base import EXTENSIONS, EncodedSource
 from featcache.sources.opening import Unreadable, file_size, raise_unreadable, read_file
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage
 
+ONE_CLASS = "all"  # of a flat folder; not its name, which may change without the images being others
 MAX_LINKS = 64  # to one folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource(EncodedSource):
-    """One folder per class, sorted; keys are paths below the root with forward slashes.
+    """One folder per class, sorted; keys are paths below the root with forward slashes. A flat folder is one class, `all`.
 
-    bare: images that lie in no class folder and are no samples.
+    bare: images that lie in no class folder and are no samples. flat: there are no class folders, and all images are taken.
     """
 
     root: Path
@@ -32,6 +33,7 @@ class FolderSource(EncodedSource):
     files: Sequence[str]
     labels: Sequence[int]
     bare: int = 0
+    flat: bool = False
 
     @property
     def remark(self) -> str | None:
@@ -95,9 +97,13 @@ def open_folder(root: Path) -> FolderSource:
             remedy="Pass --data DIR with one folder per class, images inside; or --data shapes",
         )
     if not classes:
-        raise UserError(
-            f"{str(root)!r} holds images but no class folders, so they have no labels",
-            remedy="Put the images of each class in a folder of its own (one folder is enough).",
+        return FolderSource(
+            root=root,
+            name=printable(root.resolve().name),
+            class_names=(ONE_CLASS,),
+            files=sorted(found),
+            labels=[0] * len(found),
+            flat=True,
         )
     index = {name: label for label, name in enumerate(classes)}
     files = sorted(f for f in found if "/" in f)
@@ -109,6 +115,16 @@ def open_folder(root: Path) -> FolderSource:
         labels=[index[f.split("/")[0]] for f in files],
         bare=len(found) - len(files),
     )
+
+
+def refuse_unlabelled(source: object) -> None:
+    """Raises `UserError` for a flat folder, whose images have no labels: for caches without text, which need some."""
+    if isinstance(source, FolderSource) and source.flat:
+        raise UserError(
+            f"{str(source.root)!r} holds images but no class folders, so they have no labels",
+            remedy="Put the images of each class in a folder of its own (one folder is enough); or, for images with "
+            "captions, type --text clip-l --captions FILE.",
+        )
 
 
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")

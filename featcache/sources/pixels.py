@@ -29,6 +29,8 @@ _core: Any = Image.core
 _core.set_block_size(1 << 30)
 
 CROP_NAME = "adm-center-crop"
+SQUARE_NAME = "lanczos-square"
+CROPS = {"adm": CROP_NAME, SQUARE_NAME: SQUARE_NAME}  # --crop -> what the manifest says
 MAX_PIXELS = 178_000_000  # a little more than the largest sensors of cameras have; also of a crop before it is cut
 MAX_FILE_BYTES = 256 << 20
 
@@ -89,6 +91,26 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     H, W, _ = pixels.shape
     top, left = (H - size) // 2, (W - size) // 2
     return pixels[top : top + size, left : left + size]
+
+
+def square_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The largest centred square, cut first, then brought to `size` by PIL's Lanczos filter.
+
+    Byte-identical to U-ViT's crop of MS-COCO (`center_crop` of its datasets, which REPA's text-to-image code takes over):
+    rows and columns from floor((side - short) / 2).
+
+    Args:
+        image: any size, mode RGB.
+        size: side of the square result in pixels.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    # Cut and then resized: with `box=` PIL would let the filter reach beyond the square.
+    square = image.crop((left, top, left + short, top + short))
+    return np.asarray(square.resize((size, size), resample=Image.Resampling.LANCZOS))
 
 
 def _scaled(size: tuple[int, int], short: int) -> tuple[int, int]:

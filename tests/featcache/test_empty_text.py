@@ -185,6 +185,7 @@ def test_an_unfinished_build_goes_on_with_what_it_began_with(tmp_path: Path) -> 
     build(request(tmp_path / "d"), Quiet())  # a finished one is taken for the same
 
 
+@pytest.mark.slow
 def test_ranks_build_the_same_cache(built: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
@@ -274,7 +275,7 @@ def test_manifests_that_say_something_else_are_refused(item: dict[str, Any]) -> 
     "values", [np.ones((4, 2)), np.ones(8), np.full((2, 4), np.nan)], ids=["turned", "flat", "nan"]
 )
 def test_what_is_no_text_of_the_feature_is_not_taken(values: np.ndarray) -> None:
-    with pytest.raises(CacheError, match="empty|text of ''"):
+    with pytest.raises(CacheError, match=r"empty|text of ''"):
         FeatureSpec(name="text/x", shape=(3, 2, 4), codec="fp16").with_empty(values)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from featcache.errors import UserError
 from featcache.sources.base import fingerprint
+from featcache.sources.folder import refuse_unlabelled
 from featcache.sources.open import find_data, open_source
 from featcache.sources.pixels import BadImage, center_crop, content_hash, decode
 
@@ -139,7 +140,7 @@ def test_unusable_folders_are_explained(tmp_path: Path, case: str) -> None:
         if case == "flat":
             noise_image(20, 20).save(place / "a.png")
     with pytest.raises(UserError) as caught:
-        open_source(str(place), resolution=16)
+        refuse_unlabelled(open_source(str(place), resolution=16))
     assert caught.value.remedy
 
 

@@ -58,7 +58,10 @@ def build_texts(path: Path, count: int = 50, **options: Any) -> Path:
             slots = writer.slots(shard)
             writer.skip(shard, [(slot, f"img/{slot:06d}.png", "truncated") for slot in SKIPPED if slot in slots])
             for spec in specs:
-                arrays = {a[len(spec.name) :]: values(a, *of, slots, SKIPPED) for a, of in spec.arrays.items()}
+                arrays = {
+                    a[len(spec.name) :]: values(a, dtype, shape, slots, SKIPPED)
+                    for a, (dtype, shape) in spec.arrays.items()
+                }
                 writer.write_shard(spec.name, shard, {"": counts_of(slots)} if spec.name == "text/count" else arrays)
         writer.finish()
     return path
@@ -102,9 +105,11 @@ def test_other_features_keep_their_axes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("captions", [[0, 3], [0, -1], [0], [[0, 1]]], ids=str)
 def test_captions_that_there_are_not_are_refused(tmp_path: Path, captions: Any) -> None:
     cache = featcache.open(build_texts(tmp_path / "c", 8))
-    with cache.reader(["text/clip-l"], single_caption=True) as reader:
-        with pytest.raises(CacheError, match="captions must be 2 numbers, each 0 to 2"):
-            reader.read([0, 1], reader.allocate(2), captions=captions)
+    with (
+        cache.reader(["text/clip-l"], single_caption=True) as reader,
+        pytest.raises(CacheError, match="captions must be 2 numbers, each 0 to 2"),
+    ):
+        reader.read([0, 1], reader.allocate(2), captions=captions)
 
 
 @pytest.mark.parametrize("options", [{}, {"format": "wds"}], ids=["zarr", "wds"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -83,6 +83,10 @@ def stats(
     resolution: Annotated[
         int | None, typer.Option(help="Crop a folder's images to this side. \\[default: as they are]", min=1)
     ] = None,
+    crop: Annotated[
+        Literal["adm", "lanczos-square"],
+        typer.Option(help="How to crop them: adm, or lanczos-square (docs/sources.md)."),
+    ] = "adm",
     features: Annotated[int, typer.Option(help="Activations kept for precision, recall and KID.", min=0)] = 10_000,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images. \\[default: all]", min=2)] = None,
     data: Annotated[
@@ -98,6 +102,7 @@ def stats(
     ] = None,
 ) -> None:
     """Make reference statistics once, to judge many runs by (trainer eval --reference FILE)."""
+    from featcache.sources.pixels import CROPS
     from trainer.evaluate.extractors import build_extractor
     from trainer.evaluate.references import write_statistics
 
@@ -108,6 +113,7 @@ def stats(
             out,
             network,
             resolution=resolution,
+            crop=CROPS[crop],
             features=features,
             limit=limit,
             batch_size=batch_size,

@@ -120,7 +120,10 @@ def _reference(config: RunConfig, cache: Cache, run: Path, extractor: Extractor)
     """What is compared with. The statistics of the cache's images are computed once and stay in the run's folder."""
     resolution = cache.manifest.dataset.resolution
     if config.eval_reference is not None:
-        return reference_statistics(config.eval_reference, extractor, resolution=resolution, need_features=True)
+        crop = cache.manifest.dataset.preprocessing.get("crop")
+        return reference_statistics(
+            config.eval_reference, extractor, resolution=resolution, crop=crop, need_features=True
+        )
     path = files.inside(run, f"eval/reference-{extractor.name}.npz")
     if not path.is_file():
         found = find_images(cache, None)

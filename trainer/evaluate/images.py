@@ -23,7 +23,7 @@ import featcache
 from featcache.errors import UserError
 from featcache.inspect import find_source
 from featcache.sources.base import EXTENSIONS, sample_order
-from featcache.sources.decoders import decode_pil
+from featcache.sources.decoders import LOADERS, exact_loader
 from featcache.sources.opening import Unreadable, explained, read_file
 from featcache.sources.pixels import MAX_FILE_BYTES, BadImage, decode
 from featcache.store.root import find_root
@@ -239,12 +239,14 @@ class FolderImages:
     there is one.
 
     Attributes:
-        resolution: side to which ADM's centre crop brings every image, for folders of real images. None takes
+        resolution: side to which a centre crop brings every image, for folders of real images. None takes
             images as they are and insists that all have one size, for samples.
+        crop: which, as a cache's manifest names it; None is ADM's.
     """
 
     path: Path
     resolution: int | None = None
+    crop: str | None = None
     files: tuple[Path, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -255,8 +257,9 @@ class FolderImages:
 
     @property
     def description(self) -> str:
-        """Folder name."""
-        return f"folder {self.path.resolve().name}"
+        """Folder name, and the crop where it is not ADM's."""
+        square = self.resolution is not None and exact_loader(self.crop) != "pil"
+        return f"folder {self.path.resolve().name}" + (f", {self.crop}" if square else "")
 
     @property
     def count(self) -> int:
@@ -268,7 +271,9 @@ class FolderImages:
             data = read_file(file, MAX_FILE_BYTES)
         except Unreadable as error:
             raise BadImage(str(file), str(error)) from error
-        return decode_pil(data, str(file), self.resolution) if self.resolution else np.asarray(decode(data, str(file)))
+        if self.resolution is None:
+            return np.asarray(decode(data, str(file)))
+        return LOADERS[exact_loader(self.crop)](data, str(file), self.resolution)
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """See `ImageSet.batches`."""
@@ -375,24 +380,27 @@ class CacheImages:
                 f"the images of the cache {self.cache.path} are needed, and it was built from a folder",
                 remedy="Pass the folder: --data DIR (or saved statistics: --reference FILE.npz).",
             )
-        resolution = dataset.resolution
+        resolution, how = dataset.resolution, exact_loader(dataset.preprocessing.get("crop"))
         order = sample_order(len(source), seed=dataset.order_seed)
         slots = self.cache.slots(np.arange(self.count))
         with ThreadPoolExecutor(DECODE_THREADS) as pool:
             for start in range(0, len(slots), batch_size):
                 rows = [int(i) for i in order[slots[start : start + batch_size]]]
-                yield np.stack(list(pool.map(lambda i: source.load(i, resolution)[0], rows)))
+                yield np.stack(list(pool.map(lambda i: source.load(i, resolution, how)[0], rows)))
 
     def labels(self) -> np.ndarray | None:
         """See `ImageSet.labels`."""
         return self.cache.labels()[: self.count]
 
 
-def open_images(where: str | Path, *, resolution: int | None = None, data: str | None = None) -> ImageSet:
+def open_images(
+    where: str | Path, *, resolution: int | None = None, crop: str | None = None, data: str | None = None
+) -> ImageSet:
     """The image set behind a path: an npz file, a tar shard or pattern, a feature cache, or a folder.
 
     Args:
-        resolution: for folders, bring every image to this side by ADM's centre crop; None takes them as they are.
+        resolution: for folders, bring every image to this side by a centre crop; None takes them as they are.
+        crop: which, as a cache's manifest names it; None is ADM's.
         data: for caches, the folder they were built from.
 
     Raises:
@@ -412,7 +420,7 @@ def open_images(where: str | Path, *, resolution: int | None = None, data: str |
     if find_root(path) is not None:
         return CacheImages(cache=featcache.open(path), data=data)
     if path.is_dir():
-        return FolderImages(path=path, resolution=resolution)
+        return FolderImages(path=path, resolution=resolution, crop=crop)
     raise UserError(f"{text} is not a set of images", remedy="Pass an npz file, a tar shard, a folder or a cache.")
 
 

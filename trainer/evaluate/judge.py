@@ -47,6 +47,7 @@ def evaluate(
     require_labels: bool = False,
     data: str | None = None,
     shelf: Shelf | None = None,
+    crop: str | None = None,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Judge samples by a reference.
@@ -64,6 +65,7 @@ def evaluate(
         require_labels: insist that the samples carry labels.
         data: for a cache as reference, the folder it was built from.
         shelf: where the statistics of such a cache's images are kept; None computes them.
+        crop: by which images of a folder as reference are cropped, as a cache's manifest names it; None is ADM's.
         progress: of images that pass through the network, then of each metric's bootstrap.
 
     Returns:
@@ -104,6 +106,7 @@ def evaluate(
                 batch_size=batch_size,
                 data=data,
                 shelf=shelf,
+                crop=crop,
                 progress=progress,
             )
     draws = {"bootstrap": bootstrap, "seed": seed}

@@ -316,6 +316,7 @@ def write_statistics(
     extractor: Extractor,
     *,
     resolution: int | None = None,
+    crop: str | None = None,
     features: int = DEFAULT_KEPT_FEATURES,
     limit: int | None = None,
     batch_size: int = 64,
@@ -328,6 +329,7 @@ def write_statistics(
         where: anything `open_images` opens.
         out: npz file to write.
         resolution: side to which a folder's images are cropped; needed unless they are all of one size.
+        crop: how, as a cache's manifest names it; None is ADM's.
         features: activations kept for precision, recall and KID.
         limit: stop after so many images.
         batch_size, data, progress: as for `reference_statistics`.
@@ -336,7 +338,7 @@ def write_statistics(
         UserError: as `open_images` and `compute_statistics`; `out` not ending in .npz.
     """
     check_output(out, (".npz",), example="reference.npz")
-    images = open_images(where, resolution=resolution, data=data)
+    images = open_images(where, resolution=resolution, crop=crop, data=data)
     statistics = compute_statistics(
         images,
         extractor,
@@ -351,7 +353,13 @@ def write_statistics(
 
 
 def open_reference(
-    where: str | Path, extractor: Extractor, *, resolution: int, need_features: bool, data: str | None = None
+    where: str | Path,
+    extractor: Extractor,
+    *,
+    resolution: int,
+    need_features: bool,
+    crop: str | None = None,
+    data: str | None = None,
 ) -> tuple[Statistics | None, ImageSet | None]:
     """What `reference_statistics` works with: stored statistics, images, or both (ADM's reference npz).
 
@@ -376,7 +384,7 @@ def open_reference(
                     remedy="Make the statistics with --features 10000, or leave these metrics out.",
                 )
             return stored, None
-    images = open_images(where, resolution=resolution, data=data)
+    images = open_images(where, resolution=resolution, crop=crop, data=data)
     if isinstance(images, NpzImages):
         _check_resolution(images.resolution, resolution, str(where))
     if isinstance(images, CacheImages):
@@ -391,6 +399,7 @@ def reference_statistics(
     resolution: int,
     need_features: bool,
     batch_size: int = 64,
+    crop: str | None = None,
     data: str | None = None,
     shelf: Shelf | None = None,
     progress: Progress = QUIET,
@@ -400,18 +409,21 @@ def reference_statistics(
     - saved statistics: as they are, if they were made with this extractor;
     - ADM's reference npz: its stored moments for the standard Inception (features from its images); for any
       other extractor everything from its images;
-    - images (npz, tar, folder, cache): computed. Folders are brought to `resolution` by ADM's centre crop.
+    - images (npz, tar, folder, cache): computed. Folders are brought to `resolution` by a centre crop.
 
     Args:
         resolution: side of the samples in pixels.
         need_features: precision, recall or KID was asked for.
+        crop: of a folder's images, as a cache's manifest names it; None is ADM's.
         data: for a cache, the folder it was built from.
         shelf: where statistics of a cache's images are kept; None computes them.
 
     Raises:
         UserError: nothing there; made with another extractor; for another resolution; features needed and not kept.
     """
-    stored, images = open_reference(where, extractor, resolution=resolution, need_features=need_features, data=data)
+    stored, images = open_reference(
+        where, extractor, resolution=resolution, need_features=need_features, crop=crop, data=data
+    )
     if images is None:
         assert stored is not None
         return stored

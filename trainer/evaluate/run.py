@@ -60,7 +60,8 @@ class Standard:
 
     extractor, metrics: those that compare with a reference; None and none where only prompts are judged by.
     reference: where it is, or `known`, its statistics. data: of a cache, the folder of its images. stamp: what tells that a
-    file under the same name is another one. shelf: where statistics of the reference are kept.
+    file under the same name is another one. shelf: where statistics of the reference are kept. crop: of the run's images,
+    as its cache names it, by which a folder's images are cropped, too.
     prompts: of samples drawn by prompt. judges: by metrics of prompts.
     """
 
@@ -71,6 +72,7 @@ class Standard:
     known: Statistics | None = None
     stamp: object = None
     shelf: Shelf | None = None
+    crop: str | None = None
     prompts: Prompts | None = None
     judges: Mapping[str, PromptJudge] = field(default_factory=dict)
 
@@ -143,7 +145,7 @@ def standard_of(
     extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
     chosen = chosen_metrics(compared, extractor)
     reference, data = choose_reference(run, request, config, progress)
-    resolution = int(cache_summary(run)["dataset"]["preprocessing"]["resolution"])
+    resolution = int(_preprocessing(run)["resolution"])
     open_reference(reference, extractor, resolution=resolution, need_features=_need_features(chosen), data=data)
     stamp: object = cache_summary(run)["fingerprint"] if request.reference is None else None
     path = Path(reference)
@@ -151,7 +153,14 @@ def standard_of(
         stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     shelf = Shelf.of_user(progress) if request.reference is None else None
     return replace(
-        standard, extractor=extractor, metrics=chosen, reference=reference, data=data, stamp=stamp, shelf=shelf
+        standard,
+        extractor=extractor,
+        metrics=chosen,
+        reference=reference,
+        data=data,
+        stamp=stamp,
+        shelf=shelf,
+        crop=_preprocessing(run).get("crop"),
     )
 
 
@@ -180,6 +189,12 @@ def _need_features(metrics: Sequence[str]) -> bool:
     return bool(NEED_FEATURES & set(metrics))
 
 
+def _preprocessing(run: Path) -> Mapping[str, Any]:
+    """How the run's images were made, as its cache says."""
+    found: Mapping[str, Any] = cache_summary(run)["dataset"]["preprocessing"]
+    return found
+
+
 def with_statistics(standard: Standard, request: EvalRequest, run: Path, progress: Progress) -> Standard:
     """With the reference's statistics, for several judgements by them."""
     if standard.extractor is None or standard.reference is None:
@@ -188,7 +203,8 @@ def with_statistics(standard: Standard, request: EvalRequest, run: Path, progres
         known = reference_statistics(
             standard.reference,
             standard.extractor,
-            resolution=int(cache_summary(run)["dataset"]["preprocessing"]["resolution"]),
+            resolution=int(_preprocessing(run)["resolution"]),
+            crop=standard.crop,
             need_features=_need_features(standard.metrics),
             batch_size=request.settings.batch_size,
             data=standard.data,
@@ -223,6 +239,7 @@ def judge(
                 require_labels=require_labels,
                 data=standard.data,
                 shelf=standard.shelf,
+                crop=standard.crop,
                 progress=progress,
             )
             parts.append(found)

@@ -195,6 +195,13 @@ def _from_text(path: Path) -> Prompts:
     return _checked([line for line in lines if line], source=f"text {path.name}", where=f"--prompts {path}")
 
 
+def _from_annotations(path: Path, seed: int) -> Prompts:
+    from featcache.sources.coco import read_annotations
+
+    captions = read_annotations(path, option="--prompts").of_images()
+    return _picked(captions, seed=seed, source=f"COCO's captions {path.name}", where=f"--prompts {path}")
+
+
 def _from_data(data: str, seed: int) -> Prompts:
     from featcache.sources.captions import open_captions
     from featcache.sources.open import open_source
