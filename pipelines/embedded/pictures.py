@@ -1,4 +1,4 @@
-"""Draws the pictures of `docs/embedded.md`: a contact sheet of shapes, and reconstructions by the tiny VAE.
+"""Draws the pictures of `docs/embedded.md`: contact sheets of the two sets, and reconstructions by the tiny VAE.
 
     python -m pipelines.embedded.pictures --out docs/images
 
@@ -8,20 +8,25 @@ which no training has seen.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from featcache.encoders import tiny
-from featcache.sources import shapes
+from featcache.fonts import font_of
+from featcache.sources import shapes, shapes_text
 from featcache.sources.pixels import center_crop
+from featcache.sources.shapes_text import Part
 from pipelines.embedded.data import to_pixels
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+CAPTIONED, COLUMNS = {Part.seen: 10, Part.held_out: 5}, 5
+CELL, LETTERS = (136, 176), 10  # width and height of a picture with its caption, size of its letters
 UNSEEN_SET = 5  # not the set that the encoders were trained on
 
 
@@ -45,6 +50,28 @@ def contact_sheet(*, per_class: int = 4, resolution: int = 64) -> Image.Image:
     return _sheet(_by_class(per_class, resolution).swapaxes(0, 1))
 
 
+def captioned_sheet(*, resolution: int = 128) -> Image.Image:
+    """Pictures of `shapes-text` with one of their captions below each; the last row is of held-out combinations."""
+    shown = [(part, i) for part, count in CAPTIONED.items() for i in range(count)]
+    width, height = CELL
+    sheet = Image.new("RGB", (COLUMNS * width, -(-len(shown) // COLUMNS) * height), "white")
+    pen, font = ImageDraw.Draw(sheet), font_of("", LETTERS)
+    for at, (part, i) in enumerate(shown):
+        x, y = at % COLUMNS * width, at // COLUMNS * height
+        image, _ = shapes_text.render(i, part=part, seed=UNSEEN_SET, resolution=resolution)
+        text = shapes_text.captions_of(i, part=part, seed=UNSEEN_SET)[0]
+        sheet.paste(Image.fromarray(image), (x + (width - resolution) // 2, y))
+        pen.multiline_text(
+            (x + width // 2, y + resolution + 4),
+            "\n".join(textwrap.wrap(text, 24)),
+            "black",
+            font,
+            "ma",
+            align="center",
+        )
+    return sheet
+
+
 def photographs(resolution: int = 128) -> np.ndarray:
     """The photographs in `PHOTOGRAPHS`, cropped as a build crops them, `[N, H, W, 3]` uint8."""
     import skimage.data
@@ -63,9 +90,10 @@ def reconstructions(originals: np.ndarray) -> Image.Image:
 
 
 def main(out: Annotated[Path, typer.Option(help="Folder for the PNG files.")]) -> None:
-    """Write `shapes.png`, `reconstructions.png` and `photographs.png`."""
+    """Write `shapes.png`, `shapes-text.png`, `reconstructions.png` and `photographs.png`."""
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet().save(out / "shapes.png", optimize=True)
+    captioned_sheet().save(out / "shapes-text.png", optimize=True)
     reconstructions(_by_class(1, 64)[:, 0]).save(out / "reconstructions.png", optimize=True)
     reconstructions(photographs()).save(out / "photographs.png", optimize=True)
 

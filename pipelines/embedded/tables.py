@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.encoders import tiny
+from featcache.sources.shapes_text import ATTRIBUTES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "embedded.md"
 BEGIN, END = "<!-- begin: figures -->", "<!-- end: figures -->"
@@ -25,7 +26,14 @@ def _percent(value: float) -> str:
 def page_tables(figures: Mapping[str, Any]) -> str:
     """All tables and lists of the page that state figures, as Markdown."""
     return "\n\n".join(
-        [_psnr(figures["vae"]), _levels(figures["vae"]), _probes(figures["vae"]), _classes(figures), _runs(figures)]
+        [
+            _psnr(figures["vae"]),
+            _levels(figures["vae"]),
+            _probes(figures["vae"]),
+            _classes(figures),
+            _captions(figures["caption-judge"]),
+            _runs(figures),
+        ]
     )
 
 
@@ -91,18 +99,33 @@ def _classes(figures: Mapping[str, Any]) -> str:
     return _table(head, rows)
 
 
+def _captions(judge: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            kind,
+            *(_percent(share) for share in shares.values()),
+        )  # all four first, as `trainer.evaluate.obeyed.shares` does
+        for kind, shares in judge["obeyed"].items()
+    ]
+    return _table([f"caption judge, {judge['pictures']:,} unseen pictures each", "all four", *ATTRIBUTES], rows)
+
+
 def _runs(figures: Mapping[str, Any]) -> str:
     lines = []
     for part in tiny.NAMES:
         run = figures[part]
         machine = run["machine"]
         lines.append(
-            f"- `{part}`: {run['parameters']:,} parameters; {run['steps']:,} steps of {run['batch_size']} images "
-            f"({run['training_photographs']:,} photographs to choose from), {run['precision']}; `{run['command']}`; "
+            f"- `{part}`: {run['parameters']:,} parameters; {run['steps']:,} steps of {run['batch_size']} images"
+            f"{_photographs(run['training_photographs'])}, {run['precision']}; `{run['command']}`; "
             f"{run['train_seconds'] / 60:.0f} minutes on {machine['threads']} thread of {machine['cpu']}, {run['date']}, "
             f"torch {machine['packages']['torch']}."
         )
     return "\n".join(lines)
+
+
+def _photographs(count: int) -> str:
+    return f" ({count:,} photographs to choose from)" if count else ""
 
 
 def rewrite(page: Path, figures: Mapping[str, Any]) -> None:

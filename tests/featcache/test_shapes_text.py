@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import featcache
 from featcache.builder.request import BuildRequest
 from featcache.builder.run import build
+from featcache.cli import app
 from featcache.encoders import EncoderChoice
 from featcache.errors import UserError
 from featcache.inspect import images_of
@@ -24,6 +26,7 @@ from featcache.sources.captions import open_captions
 from featcache.sources.embedded import is_embedded, open_embedded, recorded_embedded
 from featcache.sources.open import find_data, open_source
 from featcache.sources.shapes_text import ATTRIBUTES, WORDINGS, Attributes, Part, caption, combinations, parse_caption
+from trainer.evaluate.images import CacheImages
 
 EVERYTHING = [Attributes(*values) for values in itertools.product(*ATTRIBUTES.values())]
 
@@ -246,3 +249,14 @@ def test_a_cache_of_it_draws_its_images_again_and_is_added_to(data: str, tmp_pat
     shown = images_of(cache, None, range(10))
     drawn = {source.load(i, 32)[0].tobytes() for i in range(10)}
     assert {image.tobytes() for image in shown} == drawn
+    reference = next(CacheImages(cache=cache).batches(10))
+    assert np.array_equal(reference, shown)
+    victim = sorted((tmp_path / "c/vae/moments").glob("c.*"))[0]
+    before = victim.read_bytes()
+    victim.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "c")]).exit_code == 1
+    mended = CliRunner().invoke(app, ["verify", str(tmp_path / "c"), "--repair"])
+    assert mended.exit_code == 0, mended.output
+    assert victim.read_bytes() == before
+    sheet = CliRunner().invoke(app, ["inspect", str(tmp_path / "c"), "--count", "2", "--out", str(tmp_path / "c.png")])
+    assert sheet.exit_code == 0 and (tmp_path / "c.png").is_file(), sheet.output

@@ -15,11 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 from featcache.encoders import tiny
 from featcache.encoders.vae import encoder_layers
 from featcache.errors import UserError
-from featcache.sources import shapes
-from pipelines.embedded import levels, measure, pictures, tables
+from featcache.sources import shapes, shapes_text
+from pipelines.embedded import captions, levels, measure, pictures, tables
 from pipelines.embedded.classifiers import VIT_CONFIG
 from pipelines.embedded.data import HELD_OUT_SET, draw_shapes, to_pixels
 from pipelines.embedded.vae import psnr as psnr_of
+from trainer.evaluate.obeyed import CaptionJudge
 
 UNSEEN_SET = 5  # neither the training set of the script nor the one it measures on
 
@@ -61,7 +62,7 @@ def _psnr_of_round_trip(vae, images):
 
 
 def test_all_are_frozen_float32_and_in_eval_mode(vae, vit, judge):
-    for module in (vae, vit, judge):
+    for module in (vae, vit, judge, tiny.load_caption_judge()):
         assert not module.training
         assert {p.dtype for p in module.parameters()} == {torch.float32}
         assert not any(p.requires_grad for p in module.parameters())
@@ -84,7 +85,7 @@ def test_weights_hash_is_that_of_the_file(name):
 
 
 def test_unknown_names_and_missing_weights_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match="vae, vit, judge"):
+    with pytest.raises(UserError, match="vae, vit, judge, caption-judge"):
         tiny.weights_sha256("clip")
     with pytest.raises(UserError, match="missing"):
         tiny.weights_path("vae", folder=tmp_path)
@@ -277,6 +278,24 @@ def test_recorded_figures_belong_to_the_committed_weights(vae, figures):
     assert psnr.mean().item() == pytest.approx(recorded["mean"], abs=4 * standard_error)
     assert psnr.min().item() >= recorded["lowest"] - 0.02
     assert figures["vae"]["scaling_factor"] == vae.config["scaling_factor"]
+
+
+def test_the_caption_judge_answers_for_every_value():
+    logits = tiny.load_caption_judge()(torch.zeros(2, 3, 64, 64))
+    assert logits.shape == (2, sum(map(len, shapes_text.ATTRIBUTES.values())))
+
+
+def test_the_caption_judge_was_nearly_always_right(figures):
+    """tests/trainer/test_obeyed.py relies on it; that captions of others are told is what makes the judge one."""
+    for kind, found in figures["caption-judge"]["obeyed"].items():
+        assert (found["prompts_obeyed"] < 0.01) if "others" in kind else (found["prompts_obeyed"] >= 0.99), kind
+
+
+@pytest.mark.slow
+def test_recorded_shares_of_the_caption_judge_are_measured_again(vae, figures):
+    again = captions.figures(CaptionJudge(), vae, count=figures["caption-judge"]["pictures"])["obeyed"]
+    for kind, recorded in figures["caption-judge"]["obeyed"].items():
+        assert again[kind] == pytest.approx(recorded, abs=0.002), kind
 
 
 def test_the_page_gives_the_recorded_figures(figures):

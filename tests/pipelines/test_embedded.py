@@ -19,7 +19,7 @@ from featcache.encoders import tiny
 from featcache.errors import UserError
 from featcache.sources import shapes
 from pipelines.embedded import __main__ as script
-from pipelines.embedded import classifiers, data, levels, loop, start, vae
+from pipelines.embedded import captions, classifiers, data, levels, loop, start, tables, vae
 
 
 def _zip(path: Path, classes: int, each: int) -> Path:
@@ -235,18 +235,57 @@ def test_progress_says_how_far_how_fast_and_how_long(
     assert len(lines) == 4 and " line | 2/4, " in lines[1] and "steps/s, " in lines[1] and " left; loss " in lines[1]
 
 
+def test_pictures_of_the_caption_judge_are_functions_of_their_step_and_show_all_combinations() -> None:
+    decoded = captions.draw(12, np.random.default_rng(1))
+    first, again, other = (captions.batch(decoded, step, 10, seed=0) for step in (3, 3, 4))
+    assert first[0].shape == (10, 3, 64, 64) and first[1].shape == (10, 4)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
+    values = {tuple(row) for row in captions.draw(6000, np.random.default_rng(2)).values.tolist()}
+    assert values == set(captions.EVERYTHING)  # each is missed with a probability of 2e-4
+
+
+def test_values_of_drawn_pictures_are_those_of_their_attributes() -> None:
+    """A plain square has the colour in its middle, and the ground at its rim, that its numbers say."""
+    drawn = captions.draw(600, np.random.default_rng(3))
+    dark, light = (drawn.images[drawn.values[:, 3] == at][:, 0].mean() for at in (0, 2))
+    red, blue = (drawn.images[drawn.values[:, 2] == at].mean((0, 1, 2)) for at in (0, 4))
+    assert dark < 80 < 200 < light and red[0] - red[2] > 20 and blue[2] - blue[0] > 20
+
+
+def test_the_loss_of_captions_is_the_negative_logarithm_of_each_attribute() -> None:
+    logits, values = (
+        torch.randn(5, 23, generator=torch.Generator().manual_seed(0)).double(),
+        torch.tensor([[9, 3, 5, 2]] * 5),
+    )
+    told = captions.loss_of(logits, values)
+    for name, (start_at, stop, value) in zip(told, [(0, 10, 9), (10, 14, 3), (14, 20, 5), (20, 23, 2)], strict=True):
+        head = logits[:, start_at:stop]
+        expected = -(head[:, value].exp() / head.exp().sum(1)).log().mean()
+        assert told[name].item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_noise_on_latents_changes_what_comes_through_the_vae() -> None:
+    images, small = captions.draw(4, np.random.default_rng(4)).images, tiny.load_tiny_vae()
+    clean, again, noisy = (captions.through(small, images, noise=noise) for noise in (0.0, 0.0, 0.3))
+    assert np.array_equal(clean, again) and clean.dtype == np.uint8
+    error, with_noise = (np.abs(x.astype(float) - images).mean() for x in (clean, noisy))
+    assert error < 6 and with_noise > error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("with_photographs", [True, False])
-def test_the_command_trains_and_measures_all_three(
+def test_the_command_trains_and_measures_all_four(
     tmp_path: Path, photographs: Path, with_photographs: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script.main(out=tmp_path, data=photographs if with_photographs else None, large=None, quick=True)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert set(figures) == {"vae", "vit", "judge"}
+    assert set(figures) == {"vae", "vit", "judge", "caption-judge"}
     assert figures["vae"]["psnr_db"]["shapes, 64 px"]["mean"] > 10
     assert ("photographs, 64 px" in figures["vae"]["psnr_db"]) is with_photographs
     assert figures["vit"]["training_photographs"] == (36 if with_photographs else 0)
     assert tiny.load_tiny_vae(folder=tmp_path).config["scaling_factor"] == figures["vae"]["scaling_factor"]
+    assert tiny.load_caption_judge(folder=tmp_path)(torch.zeros(1, 3, 64, 64)).shape == (1, 23)
+    assert tables.page_tables(figures).count("caption judge") == 1
     assert tiny.load_judge(folder=tmp_path)(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
     said = capfd.readouterr().out
     assert ("no photographs" in said) is not with_photographs
