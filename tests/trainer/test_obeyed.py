@@ -121,7 +121,7 @@ def test_prompts_that_cannot_be_judged_are_named(judge: CaptionJudge) -> None:
     with pytest.raises(UserError, match="no images"):
         judge.obeyed(images[:0], [])
     with pytest.raises(UserError, match="float64"):
-        judge.obeyed(images / 255, prompts)
+        judge.obeyed(images / 255, prompts)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"\[3, 3, 64, 64\]"):
         judge.obeyed(images.transpose(0, 3, 1, 2), prompts)
 
