@@ -83,13 +83,8 @@ class Standard:
             "extractor": None if self.extractor is None else dict(self.extractor.provenance),
             "metrics": list(self.metrics),
             **(by_prompt if self.judges else {}),
-            **({} if self.prompts is None else {"prompts": digest_of(self.prompts)}),
+            **({} if self.prompts is None else {"prompts": self.prompts.sha256}),
         }
-
-
-def digest_of(prompts: Prompts) -> dict[str, object]:
-    """Which prompts they are, wherever they are from."""
-    return {key: value for key, value in prompts.record().items() if key != "source"}
 
 
 def evaluate_run(

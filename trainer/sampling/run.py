@@ -238,10 +238,9 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
 
 
 def _asked_for(request: SampleRequest, prompts: Prompts | None) -> Record:
-    """What of the record says what the samples are of. Where prompts are from decides no sample, so it is left out."""
-    if prompts is None:
-        return {"classes": str(request.classes)}
-    return {"prompts": {key: value for key, value in prompts.record().items() if key != "source"}}
+    """What of the record says what the samples are of: of prompts their digest, which decides alone; where they are from is
+    in `prompts.json`."""
+    return {"classes": str(request.classes)} if prompts is None else {"prompts": prompts.sha256}
 
 
 def _subjects(request: SampleRequest, loaded: LoadedRun, prompts: Prompts | None, device: torch.device) -> Subjects:
