@@ -189,7 +189,12 @@ class EvalRequest:
     ] = None
     metrics: Annotated[
         Names,
-        Option("fid,sfid,is,precision,recall,kid. [default: all of the extractor]", typed=str, parse=_names),
+        Option(
+            "fid,sfid,is,precision,recall,kid; of samples by prompt also clip_score,pick_score,prompts_obeyed. [default: all "
+            "of the extractor, and prompts_obeyed of prompts of the embedded set]",
+            typed=str,
+            parse=_names,
+        ),
     ] = ()
     bootstrap: Annotated[Index, Option("Replicates behind 95 % intervals; 0 is none.")] = 0
     data: Annotated[

@@ -15,9 +15,9 @@ ClassTokenCodec = Literal["fp32", "fp16", "bf16"]
 CLASS_TOKEN_CODECS = get_args(ClassTokenCodec)
 _CODECS = "fp32, fp16, bf16, int8, fp8 or int4."
 _DATA = (
-    "Images: a folder (one folder per class; a flat one with --text and --captions), a .tar or .zip, webdataset shards, parquet "
-    "files, s3:// or hf:// shards, or an embedded set: 'shapes', or 'shapes-text' with captions. "
-    "[default: $FEATCACHE_DATA, else ./data/imagenet]"
+    "Images: a folder (one folder per class; with --text and --captions a flat one), a .tar or .zip, webdataset shards, "
+    "parquet files, s3:// or hf:// shards, or an embedded set: 'shapes', or 'shapes-text' with captions. [default: "
+    "$FEATCACHE_DATA, else ./data/imagenet]"
 )
 
 

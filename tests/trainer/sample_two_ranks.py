@@ -1,6 +1,6 @@
 """Run by a test: draws samples of a run in forked processes, in blocks of eight, and prints how each ended.
 
-    python sample_two_ranks.py RUN FOLDER
+    python sample_two_ranks.py RUN FOLDER [PROMPTS]
 
 ``one``: a process alone. ``two``: two ranks, told of each other as torchrun does. ``killed``: alone, killed while it
 writes its second block, and started again. ``left`` are the blocks that the killed one left. Imports happen once.
@@ -42,7 +42,8 @@ def start(out: Path, environment: Mapping[str, str] = MappingProxyType({}), *, d
             sampling._save_block = dies_in_the_second_block
         status = 1
         try:
-            ask = SampleRequest(num=21, sampler="sde", steps=3, device="cpu", batch_size=8, out=out)
+            prompts = sys.argv[3] if len(sys.argv) > 3 else None
+            ask = SampleRequest(num=21, sampler="sde", steps=3, device="cpu", batch_size=8, out=out, prompts=prompts)
             sampling.sample_run(Path(sys.argv[1]), ask, Quiet())
             status = 0
         finally:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,8 +203,12 @@ def sample(
         ),
     ] = None,
 ) -> None:
-    """Draw images of a run: an npz in ADM's layout, and a picture of them by class."""
+    """Draw images of a run: an npz in ADM's layout, and a picture of them by class or prompt.
+
+    [dim]Example, of a model that takes text: trainer sample runs/text --prompt "a red striped triangle on a dark background"[/dim]
+    """
     from trainer import distributed
+    from trainer.sampling.prompts import of_settings
     from trainer.sampling.run import sample_run
 
     with RichProgress() as progress:
@@ -216,6 +221,8 @@ def sample(
 
             given = drawn_as_published(run, given, progress.note)
         request = from_typed(SampleRequest, given)
+        if "num" not in given and (prompts := of_settings(request)) is not None:
+            request = replace(request, num=len(prompts.texts))
         result = sample_run(run, request, progress)
     if distributed.is_main():
         console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from featcache.encoders.base import WeightsSource, load_file, seeded, weights_sha256
 from featcache.encoders.clip_text import text_config
@@ -28,7 +28,7 @@ from featcache.errors import UserError, WeightsUnavailable, first_line
 from featcache.precision import tensor_float32
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionConfig
+    from transformers import CLIPModel, CLIPVisionConfig
 
 RESOLUTION = 224
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -105,7 +105,7 @@ def prepare_image(pixels: np.ndarray, side: int = RESOLUTION) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def build_clip(entry: ClipEntry) -> nn.Module:
+def build_clip(entry: ClipEntry) -> CLIPModel:
     """The architecture of `entry`, both halves, weights as transformers initialises them."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -131,7 +131,7 @@ def _vision_config(entry: ClipEntry) -> CLIPVisionConfig:
     )
 
 
-def _load(metric: str, entry: ClipEntry, source: WeightsSource) -> tuple[nn.Module, dict[str, Any]]:
+def _load(metric: str, entry: ClipEntry, source: WeightsSource) -> tuple[Any, dict[str, Any]]:
     """The frozen network, and where it came from."""
     if source.random_seed is not None:
         module = seeded(source.random_seed, lambda: build_clip(entry))

@@ -21,10 +21,12 @@ from trainer.diffusion.transport import build_transport
 from trainer.evaluate.extractors import Extractor
 from trainer.evaluate.images import ArrayImages, CacheImages
 from trainer.evaluate.judge import evaluate
+from trainer.evaluate.prompted import build_prompt_judges, judge_prompts, split_metrics
 from trainer.evaluate.references import Statistics, compute_statistics, reference_statistics, save_statistics
 from trainer.evaluate.run import choose_extractor
 from trainer.runs.config import RunConfig
 from trainer.sampling.draw import GRID_SAMPLERS, GRID_STEPS, SampleConfig, draw_units
+from trainer.sampling.prompts import PromptEncoder, Prompts, open_prompts
 from trainer.training.conditions import build_condition, cached_conditions
 from trainer.training.grids import decoder_of
 from trainer.training.judging import Judge
@@ -51,7 +53,7 @@ class _Remarks(Quiet):
 
 def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str], None]) -> Judge:
     """Judges `config.eval_num` samples of balanced classes, drawn as the grids are, by `config.eval_extractor`; of a model
-    that takes text, of the first images' captions.
+    that takes text, of `config.eval_prompts` or of the first images' captions.
 
     Raises:
         UserError: nothing to compare with, or an unknown extractor.
@@ -61,7 +63,10 @@ def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str]
     extractor = choose_extractor(config.eval_extractor, config.weights_dir, device, _Remarks(note))
     reference = _reference(config, cache, run, extractor)
     decoder = decoder_of(run, config, cache)
-    condition = _conditions(config, cache)
+    prompts = None if config.eval_prompts is None else open_prompts(config.eval_prompts, seed=config.seed)
+    condition = _conditions(config, cache) if prompts is None else _encoded(prompts, config, cache, device)
+    _, of_prompts = split_metrics((), prompts, subject=str(run))
+    judges = build_prompt_judges(of_prompts, weights_dir=config.weights_dir, device=device)
     metrics = [name for name in METRICS if name in extractor.metric_names]
 
     def judge(model: Transformer) -> Mapping[str, float]:
@@ -82,9 +87,12 @@ def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str]
             pixels = np.concatenate(list(units))
         finally:
             decoder.to("cpu")
+        images = ArrayImages(images=pixels)
         with torch.inference_mode():
-            found = evaluate(ArrayImages(images=pixels), reference, extractor, metrics=metrics, seed=config.seed)
-        return dict(found["metrics"])
+            found = dict(evaluate(images, reference, extractor, metrics=metrics, seed=config.seed)["metrics"])
+            if prompts is not None and judges:
+                found |= judge_prompts(images, prompts, judges, seed=config.seed)["metrics"]
+        return found
 
     return judge
 
@@ -95,6 +103,17 @@ def _conditions(config: RunConfig, cache: Cache) -> np.ndarray:
     if cfg.text is None:
         return np.arange(config.eval_num) % len(cache.manifest.dataset.class_names)
     return cached_conditions(build_condition(cfg, cache), cache, np.arange(config.eval_num) % len(cache)).numpy()
+
+
+def _encoded(prompts: Prompts, config: RunConfig, cache: Cache, device: str) -> np.ndarray:
+    """Text rows of each sample, float32 [n, T, W]. The encoder is gone again when they are there."""
+    text = backbone_config(config, cache).text
+    assert text is not None, "eval_prompts are of models that take text"
+    record = cache.manifest.features[text.name].provenance
+    encode = PromptEncoder(text.name, record, weights_dir=config.weights_dir, device=device)
+    starts = range(0, config.eval_num, GPU_UNIT)
+    texts = (prompts.of(range(start, min(start + GPU_UNIT, config.eval_num))) for start in starts)
+    return np.concatenate([encode(part).cpu().numpy() for part in texts])
 
 
 def _reference(config: RunConfig, cache: Cache, run: Path, extractor: Extractor) -> Statistics:

@@ -12,6 +12,8 @@ import torch
 
 from featcache.errors import UserError
 from featcache.progress import QUIET, Progress
+from featcache.sources.shapes_text import ATTRIBUTES
+from trainer.evaluate import obeyed
 from trainer.evaluate.images import ImageSet, check_batch, prefetch
 from trainer.evaluate.metrics import bootstrap_interval
 from trainer.evaluate.table import PROMPT_METRICS
@@ -51,15 +53,29 @@ def build_prompt_judges(
 
 
 def _build(name: str, weights_dir: str | None, device: torch.device | str) -> PromptJudge:
-    if name == "prompts_obeyed":
-        from trainer.evaluate.obeyed import ObeyedPrompts
-
-        return ObeyedPrompts(device=device)
+    if name == obeyed.NAME:
+        return _Obeyed(device)
     from featcache.encoders.base import WeightsSource
     from trainer.evaluate.clip_scores import ClipScorer
 
     source = WeightsSource(weights_dir=None if weights_dir is None else Path(weights_dir))
     return ClipScorer(name, source=source, device=device)
+
+
+class _Obeyed:
+    """`trainer.evaluate.obeyed.CaptionJudge` as a `PromptJudge`: 1 where an image shows what its prompt names, else 0."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._judge = obeyed.CaptionJudge(device=device)
+        self.provenance: dict[str, Any] = dict(self._judge.provenance)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        obeyed.parsed(prompts)
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        right = self._judge.right(images, prompts).astype(np.float64)
+        each = {f"{obeyed.NAME}/{name}": column for name, column in zip(ATTRIBUTES, right.T, strict=True)}
+        return {obeyed.NAME: right.min(1), **each}
 
 
 def judge_prompts(
@@ -156,7 +172,7 @@ def split_metrics(
         UserError: a metric of prompts where there are none.
     """
     if not asked:
-        return None, ("prompts_obeyed",) if prompts is not None and are_embedded(prompts) else ()
+        return None, (obeyed.NAME,) if prompts is not None and obeyed.can_judge(prompts.texts) else ()
     lowered = [name.lower() for name in asked]
     of_prompts = tuple(name for name in PROMPT_METRICS if name in lowered)
     if of_prompts and prompts is None:
@@ -165,10 +181,3 @@ def split_metrics(
             remedy=f"Leave {of_prompts[0]} out of --metrics; or, for samples drawn by prompt, say which: --prompts FILE",
         )
     return tuple(name for name in asked if name.lower() not in PROMPT_METRICS), of_prompts
-
-
-def are_embedded(prompts: Prompts) -> bool:
-    """Whether all prompts say what the captions of `shapes-text` say."""
-    from featcache.sources.shapes_text import parse_caption
-
-    return all(parse_caption(text) is not None for text in dict.fromkeys(prompts.texts))

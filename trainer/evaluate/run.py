@@ -83,13 +83,8 @@ class Standard:
             "extractor": None if self.extractor is None else dict(self.extractor.provenance),
             "metrics": list(self.metrics),
             **(by_prompt if self.judges else {}),
-            **({} if self.prompts is None else {"prompts": digest_of(self.prompts)}),
+            **({} if self.prompts is None else {"prompts": self.prompts.sha256}),
         }
-
-
-def digest_of(prompts: Prompts) -> dict[str, object]:
-    """Which prompts they are, wherever they are from."""
-    return {key: value for key, value in prompts.record().items() if key != "source"}
 
 
 def evaluate_run(
@@ -138,7 +133,7 @@ def standard_of(
 ) -> Standard:
     """What a request judges by; what would fail after drawing fails now."""
     prompts = prompts_for(run, config, settings)
-    compared, of_prompts = split_metrics(request.metrics, prompts, subject=config.name)
+    compared, of_prompts = split_metrics(request.metrics, prompts, subject=str(run))
     standard = _by_prompts(prompts, of_prompts, settings, device, progress)
     if compared == ():
         return standard
@@ -180,8 +175,12 @@ def _by_prompts(
     used = prompts.texts[: settings.num]
     for judge in judges.values():
         judge.check(used)
-    number = f"the first {len(used):,} of {len(prompts.texts):,}" if len(used) < len(prompts.texts) else f"{len(used):,}"
-    progress.note(f"{settings.num or 'all'} samples of {number} prompts: {prompts.source}, digest {prompts.sha256[:12]}")
+    number = (
+        f"the first {len(used):,} of {len(prompts.texts):,}" if len(used) < len(prompts.texts) else f"{len(used):,}"
+    )
+    progress.note(
+        f"{settings.num or 'all'} samples of {number} prompts: {prompts.source}, digest {prompts.sha256[:12]}"
+    )
     if prompts.remark is not None:
         progress.note(prompts.remark)
     return Standard(prompts=prompts, judges=judges)
@@ -251,7 +250,7 @@ def judge(
                 progress=progress,
             )
             parts.append(found)
-    result = {key: {k: v for part in parts for k, v in part[key].items()} for key in _BY_NAME}
+    result: dict[str, Any] = {key: {k: v for part in parts for k, v in part[key].items()} for key in _BY_NAME}
     result["warnings"] = [warning for part in parts for warning in part["warnings"]]
     if standard.prompts is not None:
         result["settings"]["prompts"] = standard.prompts.record()

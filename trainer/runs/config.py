@@ -130,6 +130,8 @@ class RunConfig:
         eval_num, eval_extractor: samples it draws, always from the same noise, and who judges them (as `trainer eval
             --extractor`).
         eval_reference: what it compares with, as `trainer eval --reference`; None: up to 10,000 of the cache's own images.
+        eval_prompts: of a model that takes text, what it draws, as `trainer eval --prompts`; None: the captions of the cache's
+            first images.
         published: figures of the paper's row, for the report.
     """
 
@@ -227,6 +229,7 @@ class RunConfig:
     eval_num: Annotated[int, Field(ge=2, le=2**31 - 1)] = 256
     eval_extractor: Literal["auto", "inception", "dinov2", "embedded", "embedded-vit"] = "auto"
     eval_reference: str | None = None
+    eval_prompts: str | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -261,6 +264,11 @@ class RunConfig:
             raise UserError(
                 f"{', '.join(self.streams)}: to be diffused beside the latents, and {self.model} draws latents alone",
                 remedy="Leave --streams out, or train a SiT or LightningDiT on labels.",
+            )
+        if self.eval_prompts is not None and not takes_text(self.model):
+            raise UserError(
+                f"eval_prompts are for models that take text, and {self.model} takes labels",
+                remedy="Leave eval_prompts out, or take a model that takes text: --model MMDiT-L/2",
             )
         for key in self.flow:
             if self.model.startswith("DiT") and self._is_changed(key):

@@ -128,7 +128,7 @@ _FREE_KEYS = frozenset({
     *("recompute", "cuda_graphs"),
     *("statistics", "stream_dir", "stream_gib", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
     "skip_nonfinite",
-    *("snapshot_every", "snapshot_dtype", "eval_every", "eval_num", "eval_extractor", "eval_reference"),
+    *("snapshot_every", "snapshot_dtype", "eval_every", "eval_num", "eval_extractor", "eval_reference", "eval_prompts"),
 })  # fmt: skip
 
 

@@ -351,9 +351,9 @@ def draw_units(
     indices: Sequence[int],
     config: SampleConfig,
     *,
-    null: Tensor | None = None,
     transport: Transport | None = None,
     trunk: Trunk | None = None,
+    null: Tensor | None = None,
     unit: int,
 ) -> Iterator[np.ndarray]:
     """The samples `indices` [n] in order: uint8 [unit, R, R, 3] again and again, the last one shorter.

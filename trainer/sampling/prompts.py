@@ -18,8 +18,8 @@ from featcache.redact import redact
 from featcache.sources.opening import Unreadable, read_file
 from featcache.store import files
 from featcache.store.remote import is_remote
-from trainer.runs import folder as runs
 from trainer.classes import Classes
+from trainer.runs import folder as runs
 from trainer.runs import schemas
 from trainer.runs.records import run_model_config
 
@@ -195,6 +195,13 @@ def _from_text(path: Path) -> Prompts:
     return _checked([line for line in lines if line], source=f"text {path.name}", where=f"--prompts {path}")
 
 
+def _from_annotations(path: Path, seed: int) -> Prompts:
+    from featcache.sources.coco import read_annotations
+
+    captions = read_annotations(path, option="--prompts").of_images()
+    return _picked(captions, seed=seed, source=f"COCO's captions {path.name}", where=f"--prompts {path}")
+
+
 def _from_data(data: str, seed: int) -> Prompts:
     from featcache.sources.captions import open_captions
     from featcache.sources.open import open_source
@@ -298,7 +305,7 @@ def _encoder_of(feature: str, record: Mapping[str, Any], weights_dir: str | None
         if record.get(key) != found[key]:
             raise UserError(
                 f"the run was trained on texts encoded with other {what} of {name} ({key} {record.get(key)!s:.12}) than "
-                f"those found ({str(found[key]):.12})",
+                f"those found ({found[key]!s:.12})",
                 remedy=remedy_for_other_weights(record.get("weights")),
             )
     return encoder

@@ -50,7 +50,7 @@ from trainer.sampling.draw import (
     save_png,
 )
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
-from trainer.sampling.prompts import PromptEncoder, Prompts, empty_text, prompts_for
+from trainer.sampling.prompts import PromptEncoder, Prompts, prompts_for
 from trainer.sampling.subjects import OfClasses, OfPrompts, Subjects
 from trainer.sampling.trunk import Trunk, trunk_record
 
@@ -238,14 +238,13 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
 
 
 def _asked_for(request: SampleRequest, prompts: Prompts | None) -> Record:
-    """What of the record says what the samples are of. Where prompts are from decides no sample, so it is left out."""
-    if prompts is None:
-        return {"classes": str(request.classes)}
-    return {"prompts": {key: value for key, value in prompts.record().items() if key != "source"}}
+    """What of the record says what the samples are of: of prompts their digest, which decides alone; where they are from is
+    in `prompts.json`."""
+    return {"classes": str(request.classes)} if prompts is None else {"prompts": prompts.sha256}
 
 
 def _subjects(request: SampleRequest, loaded: LoadedRun, prompts: Prompts | None, device: torch.device) -> Subjects:
-    """Raises as `Classes.labels`, `PromptEncoder` and `empty_text`."""
+    """Raises as `Classes.labels`, `PromptEncoder` and `LoadedRun.null`."""
     if prompts is None:
         whole_blocks = -(-request.num // BLOCK) * BLOCK
         labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
@@ -255,7 +254,8 @@ def _subjects(request: SampleRequest, loaded: LoadedRun, prompts: Prompts | None
     encoder = PromptEncoder(
         text.name, loaded.summary["features"].get(text.name, {}), weights_dir=request.weights_dir, device=device
     )
-    return OfPrompts(prompts=prompts, encoder=encoder, null=empty_text(loaded.path, text).to(device))
+    assert loaded.null is not None, "it is of models that take text"
+    return OfPrompts(prompts=prompts, encoder=encoder, null=loaded.null)
 
 
 def _grid_path(folder: Path, num: int, images: Path) -> Path:
