@@ -45,6 +45,7 @@ from trainer.runs.published import METRICS, parse_published
 from trainer.runs.recipe_pages import describe, listing, page
 from trainer.runs.recipes import Recipe, figures_of, list_recipes, load_recipe, load_recipe_file, papers, recipe_root
 from trainer.runs.streams import check_shape, stream_config
+from trainer.runs.text import text_shape
 from trainer.training.loop import train
 
 RECIPES = list_recipes()
@@ -150,7 +151,8 @@ def fits_its_model_method_and_cache(recipe: Recipe) -> None:
             check_shape(feature, line.features[feature].shape)
 
     latent = line.resolution // 8
-    model = model_config(config.model, latent_channels=4, latent_size=latent, num_classes=1000)
+    text = text_shape(config.condition, {name: feature.shape for name, feature in line.features.items()})
+    model = model_config(config.model, latent_channels=4, latent_size=latent, num_classes=1000, text=text)
     if not chosen:
         return
     info = BackboneInfo(

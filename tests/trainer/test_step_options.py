@@ -103,7 +103,7 @@ def test_recomputation_in_generated_code_changes_rounding_alone(name: str, low: 
 def test_blocks_are_run_again_and_only_for_gradients() -> None:
     model, calls = model_of("SiT-Nano/2"), list[str]()
     for block in model.blocks:
-        block.get_submodule("attn").register_forward_hook(lambda *_: calls.append("attention"))
+        block.get_submodule("attn.qkv").register_forward_hook(lambda *_: calls.append("attention"))
     counts = []
     for recompute in (False, True):
         model.set_recompute(recompute)

@@ -172,7 +172,7 @@ def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, N, D] -> [B, N, D].
+    """Multi-head self-attention, [B, N, D] -> [B, N, D], in parts: `heads_of`, `attend`, `joined`.
 
     `qk_norm` is a norm over the head's channels: a LayerNorm with its own scale and offset (what REPA's
     `--qk-norm` gives with the timm release it names), or an RMSNorm with its own scale. `rope` rotates what comes
@@ -227,9 +227,6 @@ class Attention(nn.Module):
         """What heads found, [B, heads, N, d], as tokens again: [B, N, D]."""
         projected: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return projected
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.joined(self.attend(*self.heads_of(x)))
 
 
 class Mlp(nn.Module):

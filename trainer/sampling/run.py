@@ -216,6 +216,7 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
         folder = request.out or _find_folder(named, record, file_name(request))
         images = files.inside(folder, file_name(request))
         _check_folder(folder, record, images)
+        of_classes = _of_classes(request, loaded)
         grid = _grid_path(folder, request.num, images)
         drawn = {**settings, "num": request.num}
         result = SampleResult(images=images, grid=grid, loaded=loaded, settings=drawn, prompts=prompts)
@@ -227,7 +228,7 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
                 vae=vae,
                 config=config,
                 transport=loaded.transport,
-                subjects=_subjects(request, loaded, prompts, device),
+                subjects=of_classes if prompts is None else _of_prompts(request, loaded, prompts, device),
                 num=request.num,
                 unit=_unit(device, request.batch_size),
                 trunk=None if trunk is None else Trunk(trunk, trunk_record(record, device)),
@@ -243,12 +244,15 @@ def _asked_for(request: SampleRequest, prompts: Prompts | None) -> Record:
     return {"classes": str(request.classes)} if prompts is None else {"prompts": prompts.sha256}
 
 
-def _subjects(request: SampleRequest, loaded: LoadedRun, prompts: Prompts | None, device: torch.device) -> Subjects:
-    """Raises as `Classes.labels`, `PromptEncoder` and `LoadedRun.null`."""
-    if prompts is None:
-        whole_blocks = -(-request.num // BLOCK) * BLOCK
-        labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
-        return OfClasses(labels=labels, names=loaded.class_names)
+def _of_classes(request: SampleRequest, loaded: LoadedRun) -> OfClasses:
+    """Raises as `Classes.labels`."""
+    whole_blocks = -(-request.num // BLOCK) * BLOCK
+    labels = request.classes.labels(whole_blocks, len(loaded.class_names), seed=request.seed)
+    return OfClasses(labels=labels, names=loaded.class_names)
+
+
+def _of_prompts(request: SampleRequest, loaded: LoadedRun, prompts: Prompts, device: torch.device) -> OfPrompts:
+    """Raises as `PromptEncoder`."""
     text = loaded.model.cfg.text
     assert text is not None, "prompts are of models that take text"
     encoder = PromptEncoder(
