@@ -12,6 +12,7 @@ from golden import position_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UserError
@@ -236,6 +237,26 @@ def test_every_text_token_is_seen_and_image_tokens_have_positions() -> None:
         assert (model(x, t, other).prediction - out).abs().max() > 1e-4
     turned = model(x.roll(2, -1), t, y).prediction.roll(-2, -1)
     assert (turned - out).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("low", [False, True])
+@torch.no_grad()
+def test_attention_is_one_fused_call_a_block_over_text_and_image_without_a_mask(low: bool) -> None:
+    """A mask would keep CUDA's flash kernels from being taken; here torch may take no other than the fused one."""
+    model = build_model(TINY, seed=3)
+    calls: list[tuple[tuple[int, ...], ...]] = []
+
+    def fused(*args: Tensor) -> Tensor:
+        calls.append(tuple(tuple(tensor.shape) for tensor in args))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(*args)
+
+    for block in model.blocks:
+        block.x_block.attn.attend = block.context_block.attn.attend = fused
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        model(*batch(TINY, dtype=torch.float32))
+    joint, image = (3, 2, 5 + 16, 16), (3, 2, 16, 16)
+    assert calls == [(joint,) * 3, (joint,) * 3, (image, joint, joint)]
 
 
 def test_samples_of_a_batch_do_not_see_each_other() -> None:
