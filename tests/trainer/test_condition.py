@@ -107,7 +107,12 @@ def test_each_visit_draws_one_of_the_captions(
     """As a function of (seed, position): what the model is given, against the cache read whole."""
     seen: list[Tensor] = []
     real = TextRows.forward
-    monkeypatch.setattr(TextRows, "forward", lambda self, b, d: seen.append(real(self, b, d)) or seen[-1])
+
+    def watched(self: TextRows, given: Any, dropped: Tensor) -> Tensor:
+        seen.append(real(self, given, dropped))
+        return seen[-1]
+
+    monkeypatch.setattr(TextRows, "forward", watched)
     config = text_settings(text_cache, steps=3, label_dropout=0.0, seed=5)
     train(config, resume=False, watcher=Listener(), root=tmp_path)
     cache = featcache.open(text_cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from trainer.models import (
     load_weights,
     model_config,
 )
+from trainer.models.blocks import JointBlock
 
 CLIP = TextShape(name="text/clip-l", tokens=77, width=768)
 TINY = ModelConfig(
@@ -147,7 +149,7 @@ def test_every_size_follows_the_rule_and_is_named() -> None:
 
 
 def test_a_label_model_and_text_are_kept_apart() -> None:
-    sizes = {"latent_channels": 4, "latent_size": 32, "num_classes": 10}
+    sizes: dict[str, Any] = {"latent_channels": 4, "latent_size": 32, "num_classes": 10}
     with pytest.raises(UserError, match="takes labels") as caught:
         model_config("SiT-B/2", **sizes, text=CLIP)
     assert "--model MMDiT-L/2" in str(caught.value)
@@ -172,7 +174,7 @@ def test_layers_that_go_with_no_text_are_refused(change: dict, said: str) -> Non
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 2.0, True, "77"])
-def test_a_text_shape_is_of_positive_integers(tokens: object) -> None:
+def test_a_text_shape_is_of_positive_integers(tokens: Any) -> None:
     with pytest.raises(UserError, match=r"tokens is .* positive integer"):
         TextShape(name="text/x", tokens=tokens, width=768)
 
@@ -246,12 +248,13 @@ def test_attention_is_one_fused_call_a_block_over_text_and_image_without_a_mask(
     model = build_model(TINY, seed=3)
     calls: list[tuple[tuple[int, ...], ...]] = []
 
-    def fused(*args: Tensor) -> Tensor:
-        calls.append(tuple(tuple(tensor.shape) for tensor in args))
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append((tuple(q.shape), tuple(k.shape), tuple(v.shape)))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(*args)
+            return F.scaled_dot_product_attention(q, k, v)
 
     for block in model.blocks:
+        assert isinstance(block, JointBlock)
         block.x_block.attn.attend = block.context_block.attn.attend = fused
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         model(*batch(TINY, dtype=torch.float32))
@@ -302,7 +305,7 @@ def test_recomputation_changes_no_bit_of_a_gradient() -> None:
         model = build_model(TINY, seed=3)
         model.set_recompute(recompute)
         model(*batch(TINY, dtype=torch.float32)).prediction.square().sum().backward()
-        return [p.grad for p in model.parameters()]
+        return [p.grad for p in model.parameters() if p.grad is not None]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(recompute=False), gradients(recompute=True), strict=True))
 

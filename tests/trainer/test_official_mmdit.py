@@ -49,7 +49,7 @@ def half(width: int, *, last: bool = False) -> nn.Module:
         "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if last else 6) * width)),
     }
     if not last:
-        layers["attn"]["proj"] = nn.Linear(width, width)  # type: ignore[index, operator]
+        layers["attn"]["proj"] = nn.Linear(width, width)  # type: ignore[operator]
         layers["mlp"] = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
     return nn.ModuleDict(layers)
 
@@ -262,7 +262,7 @@ def test_weights_that_code_has_no_place_for_are_not_written(tmp_path: Path, chan
 def test_other_codes_have_no_place_for_text(tmp_path: Path) -> None:
     for convention in ("sra", "sit", "dit", "lightningdit", "reg", "redi"):
         with pytest.raises(UserError, match="MMDiT weights cannot be written as") as caught:
-            export_official(tmp_path / "w.pt", SMALL, ema={}, convention=convention)  # type: ignore[arg-type]
+            export_official(tmp_path / "w.pt", SMALL, ema={}, convention=convention)
         assert "Use one of: repa" in str(caught.value)
 
 

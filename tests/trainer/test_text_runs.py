@@ -29,6 +29,7 @@ from trainer.runs.config import RunConfig
 from trainer.runs.folder import load_config
 from trainer.runs.log import OF_THE_MACHINE
 from trainer.sampling.draw import load_run
+from trainer.sampling.grid import named_rows
 from trainer.training import grids
 from trainer.training.flops import training_flops
 from trainer.training.loop import train
@@ -68,7 +69,7 @@ def test_a_run_learns_what_text_says(tmp_path: Path, text_cache: Path) -> None:
 
 @pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize(
-    ("method", "graphs"), [("repa", 2), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in METHODS[2:])]
+    ("method", "graphs"), [("none", 1), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in METHODS[1:])]
 )
 def test_a_step_is_one_compiled_region(
     text_cache: Path, tmp_path: Path, method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +166,7 @@ def test_depths_of_the_methods() -> None:
         info = BackboneInfo(
             name=f"MMDiT-{size}/2", depth=depth, width=32 * depth, patch_size=2, latent_channels=4, latent_size=32
         )
-        options = {"head_width": 8} if method in ("repa", "sra2", "sara", "dya") else {}
+        options: dict[str, Any] = {"head_width": 8} if method in ("repa", "sra2", "sara", "dya") else {}
         options |= {"discriminator_weights": "random"} if method == "sara" else {}
         with torch.device("meta"):
             built: Any = align.build([(method, config_class(method)(**options))], info, features)
@@ -240,8 +241,12 @@ def test_grids_are_of_the_first_captions_under_their_keys(
 ) -> None:
     monkeypatch.setattr(grids, "GRID_ROWS", 2)
     keys: list[Any] = []
-    real = grids.named_rows
-    monkeypatch.setattr(grids, "named_rows", lambda rows, names: keys.append(names) or real(rows, names))
+
+    def watched(rows: Any, names: Any) -> Any:
+        keys.append(names)
+        return named_rows(rows, names)
+
+    monkeypatch.setattr(grids, "named_rows", watched)
     path = run(text_settings(text_cache, steps=2, sample_every=2), tmp_path)
     with Image.open(path / "samples" / "step_0000002.png") as image:
         assert image.size[0] == 8 * 64
