@@ -43,9 +43,8 @@ def obeyed(run: Path, prompts: str) -> Mapping[str, float]:
     """What the newest judgement of a run says of the prompts of that source."""
     from trainer.runs.folder import read_metrics
 
-    entries = [entry for entry in read_metrics(run) if entry["prompts"]["source"] == prompts]
-    found: Mapping[str, float] = entries[-1]["metrics"]
-    return found
+    judged = [entry for entry in read_metrics(run) if (entry["settings"] or {})["prompts"]["source"] == prompts]
+    return judged[-1]["metrics"]
 
 
 def scores() -> str:

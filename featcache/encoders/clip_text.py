@@ -81,7 +81,8 @@ class ClipText:
 
         # Before version 5 the plain name was a tokenizer in Python.
         kind = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
-        return kind.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+        tokenizer: Tokenizer = kind.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+        return tokenizer
 
     def byte_tokenizer(self, entry: TextEntry) -> Tokenizer:
         with tempfile.TemporaryDirectory() as text:

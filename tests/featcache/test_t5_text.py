@@ -131,7 +131,8 @@ def whole(small: None, tmp_path: Path) -> Path:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
+    config.decoder_start_token_id = 0
     folder = tmp_path / "weights/t5-base"
     T5ForConditionalGeneration(config).save_pretrained(folder)
     vocabulary(folder / "tokenizer.json")
@@ -167,7 +168,7 @@ def test_damaged_or_foreign_files_are_explained(whole: Path) -> None:
     weights = WeightsSource(weights_dir=whole.parent)
     file = whole / "tokenizer.json"
     for change in ({"highest": 305}, {"end": ""}):
-        vocabulary(file, **change)  # type: ignore[arg-type]
+        vocabulary(file, **change)
         with pytest.raises(UserError, match="but t5-base reads fewer than 300") as caught:
             TextEncoder("t5-base", weights, captions=1)
         assert caught.value.remedy == "Bring tokenizer.json of google-t5/t5-base."

@@ -156,13 +156,8 @@ def small_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(TEXTS, "clip-l", entry)
     torch.manual_seed(0)
     text = build_text(entry).config.to_dict()  # type: ignore[union-attr, operator]
-    vision: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    vision |= {"image_size": 32, "patch_size": 16, "projection_dim": entry.projected}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16, "projection_dim": entry.projected or 0}
     theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=entry.projected)).eval()
     folder = tmp_path / "weights/clip-vit-large-patch14"
     theirs.save_pretrained(folder)

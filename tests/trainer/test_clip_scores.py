@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for metric, entry in CLIPS.items():
         text = replace(entry.text, vocabulary=520, tokens=16, width=32, depth=2, heads=2, hidden=48, projected=24)
         vision = VisionEntry(width=40, depth=2, heads=2, hidden=56, patch=8, side=32)
-        monkeypatch.setitem(CLIPS, metric, replace(entry, text=text, vision=vision))  # type: ignore[arg-type]
+        monkeypatch.setitem(CLIPS, metric, replace(entry, text=text, vision=vision))
     yield
 
 
@@ -187,7 +187,7 @@ def test_missing_weights_say_what_to_bring(small: None, tmp_path: Path, metric: 
     assert "--weights-dir" in str(caught.value)
     bring(tmp_path, metric)
     (tmp_path / CLIPS[metric].vocabulary.split("/")[1] / "merges.txt").unlink()
-    with pytest.raises(WeightsUnavailable, match="merges.txt"):
+    with pytest.raises(WeightsUnavailable, match=r"merges\.txt"):
         ClipScorer(metric, source=WeightsSource(weights_dir=tmp_path))
 
 

@@ -108,11 +108,11 @@ def test_each_visit_draws_one_of_the_captions(
     seen: list[Tensor] = []
     real = TextRows.forward
 
-    def watched(self: TextRows, given: Any, dropped: Tensor) -> Tensor:
-        seen.append(real(self, given, dropped))
+    def kept(self: TextRows, *given: Any) -> Tensor:
+        seen.append(real(self, *given))
         return seen[-1]
 
-    monkeypatch.setattr(TextRows, "forward", watched)
+    monkeypatch.setattr(TextRows, "forward", kept)
     config = text_settings(text_cache, steps=3, label_dropout=0.0, seed=5)
     train(config, resume=False, watcher=Listener(), root=tmp_path)
     cache = featcache.open(text_cache)

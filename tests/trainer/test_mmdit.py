@@ -149,7 +149,7 @@ def test_every_size_follows_the_rule_and_is_named() -> None:
 
 
 def test_a_label_model_and_text_are_kept_apart() -> None:
-    sizes: dict[str, Any] = {"latent_channels": 4, "latent_size": 32, "num_classes": 10}
+    sizes: Any = {"latent_channels": 4, "latent_size": 32, "num_classes": 10}
     with pytest.raises(UserError, match="takes labels") as caught:
         model_config("SiT-B/2", **sizes, text=CLIP)
     assert "--model MMDiT-L/2" in str(caught.value)

@@ -76,7 +76,7 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "many.txt").write_text("a\nb\nc\nd\n")
     with pytest.raises(UserError, match="more than 3 prompts"):
         open_prompts(str(tmp_path / "many.txt"), seed=0)
-    with pytest.raises(UserError, match="a folder|no file"):
+    with pytest.raises(UserError, match=r"a folder|no file"):
         open_prompts(str(_made(tmp_path / "folder.txt")), seed=0)
 
 

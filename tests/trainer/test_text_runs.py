@@ -4,6 +4,7 @@ they are typed."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,11 +243,11 @@ def test_grids_are_of_the_first_captions_under_their_keys(
     monkeypatch.setattr(grids, "GRID_ROWS", 2)
     keys: list[Any] = []
 
-    def watched(rows: Any, names: Any) -> Any:
-        keys.append(names)
+    def kept(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        keys.append(list(names))
         return named_rows(rows, names)
 
-    monkeypatch.setattr(grids, "named_rows", watched)
+    monkeypatch.setattr(grids, "named_rows", kept)
     path = run(text_settings(text_cache, steps=2, sample_every=2), tmp_path)
     with Image.open(path / "samples" / "step_0000002.png") as image:
         assert image.size[0] == 8 * 64

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcache.encoders.base import WeightsSource, load_file, seeded, weights_sha256
 from featcache.encoders.clip_text import text_config
@@ -119,6 +119,7 @@ def _vision_config(entry: ClipEntry) -> CLIPVisionConfig:
     from transformers import CLIPVisionConfig
 
     vision = entry.vision
+    assert entry.text.projected is not None, "CLIP projects"
     return CLIPVisionConfig(
         hidden_size=vision.width,
         intermediate_size=vision.hidden,
@@ -140,15 +141,15 @@ def _load(metric: str, entry: ClipEntry, source: WeightsSource) -> tuple[Any, di
     assert hub_id is not None, "no network of ours scores prompts"
     state = load_file(find_file(entry.name, hub_id, source, WEIGHTS_FILES, "weights"))
     kept = {key: value.float() for key, value in state.items() if not key.endswith("position_ids")}
-    module = build_clip(entry)
+    network: nn.Module = build_clip(entry)
     try:
-        module.load_state_dict(kept, assign=True)
+        network.load_state_dict(kept, assign=True)
     except RuntimeError as error:
         raise UserError(
             f"the weights found for the metric {metric} do not fit: {first_line(error)}",
             remedy=f"Bring the weights of {hub_id}, both halves, image and text.",
         ) from error
-    return module.eval().requires_grad_(False), {"weights": hub_id}
+    return network.eval().requires_grad_(False), {"weights": hub_id}
 
 
 class ClipScorer:
