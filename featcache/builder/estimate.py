@@ -24,6 +24,7 @@ from featcache.errors import UserError
 from featcache.feature_names import is_class_token
 from featcache.machine import pick_device
 from featcache.precision import PRECISIONS
+from featcache.read.captions import has_captions, one_caption
 from featcache.store.layout import CODECS
 from featcache.store.manifest import SAMPLE_FEATURES, FeatureSpec
 
@@ -201,11 +202,14 @@ def print_estimate(plan: Estimate, *, steps_per_s: float, batch: int, random: bo
     total = plan.bytes_per_image * plan.count
     sizes.add_row("[bold]all[/bold]", "", "", size_text(plan.bytes_per_image), f"[bold]{size_text(total)}[/bold]")
     console.print_table(sizes)
-    views = max(spec.views for spec in plan.specs)
-    read = sum(spec.bytes_per_sample // spec.views for spec in plan.specs if spec.name not in SAMPLE_FEATURES)
+    trained = [spec for spec in plan.specs if spec.name not in SAMPLE_FEATURES]
+    read = sum(one_caption(spec).bytes_per_sample // spec.views for spec in trained)
+    parts = ["one of the two views"] if any(spec.views > 1 for spec in trained) else []
+    captions = max((spec.shape[0] for spec in trained if has_captions(spec)), default=1)
+    parts += [f"one of {captions} captions"] if captions > 1 else []
     console.print(
         f"training on all of it at {steps_per_s:g} steps/s and batch {batch} reads {size_text(read * steps_per_s * batch)}/s"
-        + (" (one of the two views)" if views > 1 else "")
+        + (f" ({', '.join(parts)})" if parts else "")
     )
     fits = "fits" if room_for(total) <= plan.free_bytes else "[red]does not fit[/red]"
     console.print(f"{safe(plan.path)}: {size_text(plan.free_bytes)} free on its disk, {fits}")

@@ -397,7 +397,8 @@ def load_recorded_vae(
         record: the manifest's `dataset.vae`. moments: provenance of `vae/moments`.
 
     Raises:
-        UserError: nobody recorded a name, or the weights found are not those that the cache was made with.
+        UserError: nobody recorded a name, random weights are recorded without their seed, or the weights found are not those
+            that the cache was made with.
         WeightsUnavailable: they are not on this machine and there is no hub.
     """
     if record["name"] == UNKNOWN:
@@ -405,7 +406,7 @@ def load_recorded_vae(
             "the cache does not say which VAE its latents are of, so nothing can be decoded",
             remedy="Import the latents again with --vae NAME, or --vae FOLDER as diffusers saves one, and train on that cache.",
         )
-    random_seed = moments["seed"] if moments.get("weights") == "random" else None
+    random_seed = _random_seed(moments)
     module, origin = load_vae(record["name"], WeightsSource(weights_dir=weights_dir, random_seed=random_seed))
     if record.get("sha256") not in (None, UNKNOWN, origin["sha256"]):
         raise UserError(
@@ -414,6 +415,19 @@ def load_recorded_vae(
             remedy=remedy_for_other_weights(origin["weights"]),
         )
     return module
+
+
+def _random_seed(moments: Mapping[str, Any]) -> int | None:
+    """The seed of random weights, None of any others. A run's record of its cache may come from anybody."""
+    if moments.get("weights") != "random":
+        return None
+    seed = moments.get("seed")
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
+        raise UserError(
+            f"vae/moments are recorded to be of a VAE with random weights, and of no seed that could be theirs ({seed!r:.80})",
+            remedy="Restore the record: cache.json of a run, or the cache's manifest.",
+        )
+    return seed
 
 
 class LatentDecoder(nn.Module):

@@ -384,3 +384,38 @@ def test_five_captions_of_seven_are_kept(coco: tuple[Path, Path], tmp_path: Path
     cache = featcache.open(tmp_path / "c")
     assert cache.features["text/tiny"].shape == (5, 32, 64)
     assert sorted(cache.read(range(10), ["text/count"])["text/count"].tolist()) == sorted(min(n, 5) for n in COUNTS)
+
+
+def planned(folder: Path, count: int, *words: str) -> str:
+    """What `featcache plan` says, as typed, of so many images of five captions each. The images are empty files, so that
+    whoever looks into one fails."""
+    (folder / "train2014").mkdir()
+    names = [f"COCO_train2014_{i:012d}.jpg" for i in range(count)]
+    for name in names:
+        (folder / "train2014" / name).touch()
+    (folder / "captions_train2014.json").write_text(json.dumps(coco_document(names, (5,) * count)))
+    line = ["plan", "--data", str(folder / "train2014"), "--captions", str(folder / "captions_train2014.json")]
+    done = CliRunner().invoke(app, [*line, "--crop", "lanczos-square", "--device", "cpu", *words])
+    assert done.exit_code == 0, done.output
+    return " ".join(done.output.split())
+
+
+def test_a_plan_of_captions_says_the_bytes_and_opens_no_image(tmp_path: Path) -> None:
+    said = planned(tmp_path, 40, "--text", "tiny", "--vae", "tiny", "--resolution", "32", "--steps-per-s", "1")
+    row = 32 * 64 * 2  # one caption's, in fp16
+    assert f"text/tiny 5x32x64 fp16 {5 * row / 1e3:.3g} KB {40 * 5 * row / 1e3:.3g} KB" in said
+    # A step reads one caption's rows, its pooled vector and its length, how many there are, and the moments.
+    read = row + 32 * 2 + 4 + 4 + 2 * 16 * 4 * 4 * 2
+    assert f"at 1 steps/s and batch 256 reads {256 * read / 1e6:.3g} MB/s (one of 5 captions)" in said
+
+
+@pytest.mark.slow
+def test_a_plan_of_all_of_coco(tmp_path: Path) -> None:
+    """82,783 images by CLIP ViT-L/14 and SD's VAE, as the text-to-image papers have them."""
+    n, row = 82_783, 77 * 768 * 2
+    said = planned(tmp_path, n, "--text", "clip-l")
+    assert f"text/clip-l 5x77x768 fp16 {5 * row / 1e3:.3g} KB {n * 5 * row / 1e9:.3g} GB" in said
+    assert f"vae/moments 8x32x32 fp16 16.4 KB {n * 8 * 32 * 32 * 2 / 1e9:.3g} GB" in said
+    assert "49 GB" in said and "82,783 images in about" in said
+    read = row + 768 * 2 + 4 + 4 + 8 * 32 * 32 * 2
+    assert f"reads {2 * 256 * read / 1e6:.3g} MB/s (one of 5 captions)" in said

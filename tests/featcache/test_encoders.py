@@ -17,7 +17,15 @@ from featcache.encoders.custom import UserEncoder
 from featcache.encoders.keys import from_ijepa, from_mocov3
 from featcache.encoders.table import CLIP_MEAN, CLIP_STD, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, TEXTS, VAES, token_grid
 from featcache.encoders.tiny import load_tiny_vae
-from featcache.encoders.vae import LEVELS, VaeEncoder, build_vae, downsampling_of, encoder_layers, load_vae
+from featcache.encoders.vae import (
+    LEVELS,
+    VaeEncoder,
+    build_vae,
+    downsampling_of,
+    encoder_layers,
+    load_recorded_vae,
+    load_vae,
+)
 from featcache.encoders.vision import Preparation, VisionEncoder, build_vision, on_grid
 from featcache.errors import UserError
 
@@ -560,3 +568,11 @@ def test_compiled_encoders_give_the_same_features_every_time() -> None:
         for name, value in expected.items():
             assert float((value - got[name]).abs().max()) < 1e-5 * float(value.abs().max())
             assert torch.equal(got[name], again[name])
+
+
+@pytest.mark.parametrize("record", [{}, {"seed": None}, {"seed": "3"}, {"seed": True}, {"seed": -1}, {"seed": 1 << 64}])
+def test_random_weights_of_a_damaged_record_are_refused(record: dict[str, Any]) -> None:
+    """A run's cache.json may come from anybody."""
+    with pytest.raises(UserError, match="random weights, and of no seed that could be theirs") as caught:
+        load_recorded_vae({"name": "sd-ft-ema"}, {"weights": "random", **record})
+    assert "cache.json" in str(caught.value)

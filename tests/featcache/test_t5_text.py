@@ -92,6 +92,14 @@ def test_features_equal_t5s_formula(small: None) -> None:
     assert np.allclose(encoder.empty()["text/t5-base"], made["text/t5-base"][2, 0].numpy(), atol=1e-6)
 
 
+def test_no_captions_at_all(small: None) -> None:
+    encoder = TextEncoder("t5-base", WeightsSource(random_seed=1), captions=2)
+    for n in (0, 3):
+        made = encoder(encoder.tokenise([()] * n))
+        assert list(made) == ["text/t5-base"]
+        assert made["text/t5-base"].shape == (n, 2, 12, 32) and not made["text/t5-base"].any()
+
+
 def test_tokens_without_a_vocabulary_are_bytes(small: None) -> None:
     encoder = TextEncoder("t5-base", WeightsSource(random_seed=0), captions=1)
     found = encoder.tokenise([("ab a",), ("x" * 50,), ("",), ("</s>",)])

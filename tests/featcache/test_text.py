@@ -115,6 +115,22 @@ def clip_by_hand(state: dict[str, np.ndarray], ids: np.ndarray, heads: int) -> t
     return x, x[list(ids).index(513)] @ state["text_projection.weight"].T
 
 
+def test_no_captions_at_all(tiny: TextEncoder) -> None:
+    """Of no image, and of images that have none: of the shapes they would have, and zero."""
+    compiled = TextEncoder("tiny", WeightsSource(), captions=3, batch_size=2)
+    compiled.compute = replace(compiled.compute, compile=True)  # the same function, filled up as for a compiled one
+    for encoder in (tiny, compiled):
+        for n in (0, 2):
+            tokens = encoder.tokenise([()] * n)
+            assert tokens.ids.shape == (0, TINY.tokens) and tokens.lengths.shape == (n, 3)
+            made = encoder(tokens)
+            assert {name: tuple(value.shape) for name, value in made.items()} == {
+                "text/tiny": (n, 3, TINY.tokens, TINY.width),
+                "text/tiny.pooled": (n, 3, TINY.projected),
+            }
+            assert not any(value.any() for value in (*made.values(), tokens.lengths))
+
+
 def test_features_equal_clips_formula(tiny: TextEncoder) -> None:
     state = {key: value.double().numpy() for key, value in tiny.module.state_dict().items()}
     features = read(tiny, ("a dog on a hill", "RED"), (), ("one, two", "three", "four"))
@@ -561,7 +577,7 @@ def test_as_typed(
         text = capsys.readouterr().out
         for part in expected:
             assert part in text
-    for extra, message in ((["--text", "clip-z"], "clip-l, tiny"), (["--captions", "x.csv"], "--text clip-l")):
+    for extra, message in ((["--text", "clip-z"], "clip-l, t5-base, tiny"), (["--captions", "x.csv"], "--text clip-l")):
         monkeypatch.setattr("sys.argv", ["featcache", "build", "--data", "shapes", "--vae", "tiny", *extra])
         assert run_app(app) == 2
         assert message in capsys.readouterr().err

@@ -53,15 +53,28 @@ print(json.dumps(found))
     ],
 )
 def test_it_is_what_a_process_takes(shapes_cache: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    found = measured({"model": "SiT-S/1", "cache": str(shapes_cache), **changes}, tmp_path)
+    assert found["estimate"] == pytest.approx(found["peak"] - found["before"], rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"batch_size": 16}, {"batch_size": 16, "precision": "bf16"}, {"batch_size": 2}])
+def test_so_it_is_of_text_and_image_together(text_cache: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """288 tokens a block: of the image 256, of the text 32."""
+    found = measured({"model": "MMDiT-S/1", "method": "none", "cache": str(text_cache), **changes}, tmp_path)
+    assert found["estimate"] == pytest.approx(found["peak"] - found["before"], rel=TOLERANCE)
+
+
+def measured(changes: dict[str, Any], folder: Path) -> dict[str, float]:
     values = {
-        **{"model": "SiT-S/1", "cache": str(shapes_cache), "name": "run", "device": "cpu", "steps": 3},
-        **{"sample_every": 0, "log_every": 3, "checkpoint_every": 3, **changes},
+        **{"name": "run", "device": "cpu", "steps": 3, "sample_every": 0, "log_every": 3, "checkpoint_every": 3},
+        **changes,
     }
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(values), str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, json.dumps(values), str(folder)], capture_output=True, text=True, check=True
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["estimate"] == pytest.approx(found["peak"] - found["before"], rel=TOLERANCE)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def test_what_autograd_keeps_of_the_papers_model() -> None:

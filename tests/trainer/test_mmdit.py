@@ -13,6 +13,7 @@ from golden import position_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UserError
@@ -26,6 +27,7 @@ from trainer.models import (
     load_weights,
     model_config,
 )
+from trainer.models.blocks import JointBlock
 
 CLIP = TextShape(name="text/clip-l", tokens=77, width=768)
 TINY = ModelConfig(
@@ -237,6 +239,27 @@ def test_every_text_token_is_seen_and_image_tokens_have_positions() -> None:
         assert (model(x, t, other).prediction - out).abs().max() > 1e-4
     turned = model(x.roll(2, -1), t, y).prediction.roll(-2, -1)
     assert (turned - out).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("low", [False, True])
+@torch.no_grad()
+def test_attention_is_one_fused_call_a_block_over_text_and_image_without_a_mask(low: bool) -> None:
+    """A mask would keep CUDA's flash kernels from being taken; here torch may take no other than the fused one."""
+    model = build_model(TINY, seed=3)
+    calls: list[tuple[tuple[int, ...], ...]] = []
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append((tuple(q.shape), tuple(k.shape), tuple(v.shape)))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    for block in model.blocks:
+        assert isinstance(block, JointBlock)
+        block.x_block.attn.attend = block.context_block.attn.attend = fused
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        model(*batch(TINY, dtype=torch.float32))
+    joint, image = (3, 2, 5 + 16, 16), (3, 2, 16, 16)
+    assert calls == [(joint,) * 3, (joint,) * 3, (image, joint, joint)]
 
 
 def test_samples_of_a_batch_do_not_see_each_other() -> None:

@@ -70,7 +70,7 @@ def test_a_run_learns_what_text_says(tmp_path: Path, text_cache: Path) -> None:
 
 @pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize(
-    ("method", "graphs"), [("repa", 2), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in METHODS[2:])]
+    ("method", "graphs"), [("none", 1), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in METHODS[1:])]
 )
 def test_a_step_is_one_compiled_region(
     text_cache: Path, tmp_path: Path, method: str, graphs: int, monkeypatch: pytest.MonkeyPatch
@@ -267,7 +267,7 @@ def test_small_evaluations_draw_from_captions(text_cache: Path, tmp_path: Path) 
     config = text_settings(text_cache, steps=2, eval_every=2, eval_num=8, eval_extractor="embedded")
     path = train(config, resume=False, watcher=Listener(), root=tmp_path, make_judge=small_judge)
     record = log_of(path)[-1]
-    assert any("kid" in key or "fid" in key for key in record), record
+    assert {"eval/embedded-FID", "eval/embedded-KID"} <= record.keys()
 
 
 def typed(*words: str) -> Any:

@@ -1,14 +1,17 @@
 """What the ranks of test_distributed.py do: several runs, one after another, in one process group.
 
 Arguments: a JSON file with a list of {"name", "settings", ...}, a folder for the runs, a folder for what each rank saw.
-With "watch" a job also reports its steps' collectives; each reports its compiled graphs and what broke them.
+With "watch" a job also reports its steps' collectives; each reports its compiled graphs, what broke them, and how many there
+are of each function that was compiled more than once.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Collection, Mapping
@@ -28,6 +31,21 @@ from trainer.distributed import StopSignal, average_gradients, from_main, join, 
 from trainer.evaluate.during import small_judge
 from trainer.runs.config import RunConfig
 from trainer.training import objective
+
+
+class Recompiled(logging.Handler):
+    """Counts the graphs of each function that torch compiled anew, `file.py:line` of where it begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs: dict[str, int] = {}
+        torch._logging.set_logs(recompiles=True)
+        logging.getLogger("torch._dynamo.guards.__recompiles").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.search(r"Recompiling function \S+ in (\S+)", record.getMessage()):
+            where = Path(found[1]).name
+            self.graphs[where] = self.graphs.get(where, 1) + 1
 
 
 def signalling(step: int) -> Any:
@@ -55,7 +73,7 @@ def spoiling(steps: Collection[int]) -> Any:
     return draw
 
 
-def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
+def run(job: Mapping[str, Any], root: Path, rank: int, recompiled: Recompiled) -> dict[str, Any]:
     real = trainer.training.loop.train_step
     collectives = Collectives()
     vars(trainer.training.loop)["draw"] = spoiling(job.get("bad_steps", ()))
@@ -66,6 +84,7 @@ def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
     listener = Listener()
     torch.compiler.reset()
     counters.clear()
+    recompiled.graphs = {}
     try:
         config = from_mapping(RunConfig, job["settings"])
         resume = job.get("resume", False)
@@ -75,6 +94,7 @@ def run(job: Mapping[str, Any], root: Path, rank: int) -> dict[str, Any]:
             )
         graphs, breaks = counters["stats"]["unique_graphs"], list(counters["graph_break"])
         seen = {"steps": collectives.steps[1:], "graphs": graphs, "breaks": breaks}
+        seen["recompiled"] = recompiled.graphs
         return {"folder": str(folder), "told": listener.done, **seen}
     except SystemExit as leaving:
         return {"exit": leaving.code, "told": listener.done}
@@ -111,7 +131,10 @@ if __name__ == "__main__":
     add_nano()
     jobs, root, seen = (Path(word) for word in sys.argv[1:])
     world = join("cpu")
-    report: dict[str, Any] = {job["name"]: run(job, root, world.rank) for job in json.loads(jobs.read_text())}
+    recompiled = Recompiled()
+    report: dict[str, Any] = {
+        job["name"]: run(job, root, world.rank, recompiled) for job in json.loads(jobs.read_text())
+    }
     report["flags"], report["averaged"] = flags(world.rank), averaged(world.rank)
     report["from_main"] = from_main({"rank": world.rank})
     (seen / f"rank{world.rank}.json").write_text(json.dumps(report))

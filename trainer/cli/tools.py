@@ -24,7 +24,7 @@ def import_(
     cache: Annotated[
         str | None,
         typer.Option(
-            help="Cache whose VAE and classes it was trained with. \\[default: ImageNet, and sd-ft-ema or va-vae]"
+            help="Cache whose VAE and classes (MMDiT: text) it was trained with. \\[default: ImageNet, and sd-ft-ema or va-vae]"
         ),
     ] = None,
     statistics: Annotated[
@@ -34,7 +34,7 @@ def import_(
         ),
     ] = None,
 ) -> None:
-    """Make a run folder from an official SiT, DiT, REPA, SRA, LightningDiT, REG or ReDi checkpoint."""
+    """Make a run folder from an official SiT, DiT, MMDiT, REPA, SRA, LightningDiT, REG or ReDi checkpoint."""
     from trainer.runs.exchange import import_checkpoint
 
     run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache, statistics=statistics)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import featcache
-from featcache.errors import UserError
+from featcache.errors import CacheError, UserError
 from featcache.feature_names import layer_feature
 from featcache.paths import CHECKPOINTS, check_output
 from featcache.progress import QUIET, Progress
@@ -19,13 +21,15 @@ from featcache.store.manifest import UNKNOWN
 from trainer.align.redi import RediConfig
 from trainer.align.reg import RegConfig
 from trainer.averages import Average
-from trainer.models.config import StreamShape
-from trainer.runs import checkpoint, locks, normalization
+from trainer.models.config import StreamShape, TextShape
+from trainer.runs import checkpoint, empty_text, locks, normalization
 from trainer.runs import folder as runs
+from trainer.runs.cache import build_command
 from trainer.runs.config import RunConfig
 from trainer.runs.records import run_model_config
 from trainer.runs.snapshots import find_weights
 from trainer.runs.streams import StreamConfig, stream_config
+from trainer.runs.text import NEEDED, is_text, text_shape
 from trainer.runs.weights_io import CONVENTIONS, Imported, export_official, import_official
 
 # What the public checkpoints were trained on; the VAE's weights are checked only where a hash is known. LightningDiT's have
@@ -47,21 +51,48 @@ _VA_VAE: dict[str, Any] = {
 _VA_VAE_CHANNELS = 32
 
 
-def _summary_of(path: str, shape: object) -> dict[str, Any]:
-    """What a run records of the cache at `path`.
+def _summary_of(cache: featcache.Cache, shape: object, text: TextShape | None) -> dict[str, Any]:
+    """What a run records of its cache.
 
     Raises:
         UserError: its latents are not of this shape.
     """
-    cache = featcache.open(path)
     cache.require(["vae/moments"])
     found = list(cache.manifest.features["vae/moments"].shape)
     if found != shape:
         raise UserError(
-            f"{path} holds moments {found}, but the checkpoint is of a backbone for {shape}",
+            f"{cache.path} holds moments {found}, but the checkpoint is of a backbone for {shape}",
             remedy="Pass the cache of the VAE and resolution that it was trained with.",
         )
-    return runs.summary_of(cache, [name for name in ("vae/moments", "label") if name in cache.manifest.features])
+    reads = ("vae/moments", "label") if text is None else ("vae/moments", text.name, NEEDED)
+    return runs.summary_of(cache, [name for name in reads if name in cache.manifest.features])
+
+
+def _texts_of(cache: featcache.Cache | None) -> list[TextShape]:
+    """What a model may have been conditioned on, of a cache."""
+    features = {} if cache is None else cache.manifest.features
+    shapes = {name: tuple(features[name].shape) for name in features if is_text(name)}
+    return [text for name in shapes if (text := text_shape(name, shapes)) is not None]
+
+
+def _empty_text(text: TextShape, cache: featcache.Cache | None, path: Path) -> torch.Tensor:
+    """The text of '', float32 [T, W]: no checkpoint holds it.
+
+    Raises:
+        CacheError: the cache does not hold it either, or not these texts. UserError: there is no cache.
+    """
+    if cache is None:
+        raise UserError(
+            f"{path} holds an MMDiT, and neither the text encoder's record nor its rows of '' for guidance, which a run needs",
+            remedy=f"Type --cache with a cache of its VAE, resolution and text ({text.name}); one image is enough.",
+        )
+    spec = cache.manifest.features.get(text.name)
+    if spec is None:
+        raise CacheError(
+            f"{cache.path} does not hold {text.name}, which the checkpoint takes",
+            remedy=build_command(cache, [text.name]),
+        )
+    return torch.from_numpy(spec.empty_text())
 
 
 def _stream_shape(stream: StreamShape) -> list[int]:
@@ -111,18 +142,20 @@ def import_checkpoint(
 
     Args:
         weights: `ema` or `model`. convention: one of `CONVENTIONS`, None tells it from the file.
-        cache: one whose VAE and classes the checkpoint was trained with; without it those of the public checkpoints.
+        cache: one whose VAE and classes the checkpoint was trained with; without it those of the public checkpoints. Of an
+            MMDiT one whose text it takes, which has to be there.
         statistics: file that its latents were normalised by (see `featcache.read.normalization`).
 
     Raises:
-        UserError: an unreadable or refused file, a size without a name, statistics that are missing or do not fit, or a
-            run folder that exists.
+        UserError: an unreadable or refused file, a size without a name, statistics that are missing or do not fit, an
+            MMDiT without a cache, or a run folder that exists.
     """
     if convention is not None and convention not in CONVENTIONS:
         raise UserError(f"--convention {convention!r} is not known", remedy=f"Type one of: {', '.join(CONVENTIONS)}")
     if weights not in ("ema", "model"):
         raise UserError(f"--weights {weights!r} is neither ema nor model", remedy="Type one of the two.")
-    imported = import_official(path, weights=weights, convention=convention)  # type: ignore[arg-type]
+    opened = None if cache is None else featcache.open(cache)
+    imported = import_official(path, weights=weights, convention=convention, texts=_texts_of(opened))  # type: ignore[arg-type]
     if imported.name is None:
         cfg = imported.config
         raise UserError(
@@ -130,6 +163,7 @@ def import_checkpoint(
             remedy="Load it from Python: trainer.runs.weights_io.import_official",
         )
     cfg = imported.config
+    empty = None if cfg.text is None else _empty_text(cfg.text, opened, path)
     vae = _VA_VAE if cfg.latent_channels == _VA_VAE_CHANNELS else _VAE
     dataset = {
         "name": UNKNOWN,
@@ -142,8 +176,8 @@ def import_checkpoint(
         "vae/moments": {"shape": [2 * cfg.latent_channels, cfg.latent_size, cfg.latent_size], "weights": UNKNOWN}
     }
     summary: dict[str, Any] = {"path": "", "fingerprint": "", "dataset": dataset, "features": features}
-    if cache is not None:
-        summary = _summary_of(cache, features["vae/moments"]["shape"])
+    if opened is not None:
+        summary = _summary_of(opened, features["vae/moments"]["shape"], cfg.text)
     numbers = _statistics_of(imported, summary, statistics, path)
     streams = _streams_of(imported, summary)
     config = RunConfig(
@@ -153,6 +187,7 @@ def import_checkpoint(
         path=imported.path,  # type: ignore[arg-type]
         qk_norm=cfg.qk_norm,
         streams=streams,
+        condition=None if cfg.text is None else cfg.text.name,
         steps=max(1, imported.step or 1),
     )
     run = runs.run_dir(config, root)
@@ -169,6 +204,8 @@ def import_checkpoint(
             checkpoint.save_checkpoint(folder, imported.step or 0, {"ema": imported.state}, state, keep=1)
             runs.write_text(folder / "cache.json", json.dumps(summary, indent=1))
             normalization.keep(numbers, folder)
+            if empty is not None:
+                empty_text.keep(empty, folder)
             runs.save_config(folder, config)
     return run
 

@@ -2,7 +2,8 @@
 
 What differs from ours, by convention:
 
-- `repa`: nothing in the backbone (t = 1 is noise, velocity e - z, C channels out); carries `projectors.*`.
+- `repa`: nothing in the backbone (t = 1 is noise, velocity e - z, C channels out); carries `projectors.*`. Of MMDiT the
+  names of the blocks (`trainer.runs.joint_weights`).
 - `sra`: as `repa` for SiT, as `dit` for DiT; carries `ap_head.*`.
 - `sit`: time runs the other way (t = 1 is data, velocity z - e); 2C channels out, of which the upper C are unused.
 - `lightningdit`: time as in `sit`, C channels out; carries the tables of the rotary positions, which are ours too.
@@ -23,7 +24,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,15 +40,24 @@ from featcache.store import files
 from featcache.store.manifest import UNKNOWN
 from trainer.models import empty_model
 from trainer.models.blocks import rotary_positions, time_frequencies, token_positions
-from trainer.models.config import BACKBONES, FeedForward, ModelConfig, Norm, StreamShape, sizes_of
+from trainer.models.config import (
+    BACKBONES,
+    TEXT_BACKBONE,
+    FeedForward,
+    ModelConfig,
+    Norm,
+    StreamShape,
+    TextShape,
+    sizes_of,
+)
 from trainer.models.transformer import check_fit
-from trainer.runs import locks
+from trainer.runs import joint_weights, locks
 from trainer.runs.checkpoint import REAL_DTYPES
 
 Convention = Literal["repa", "sra", "sit", "dit", "lightningdit", "reg", "redi"]
 # Whose code loads which backbones (`ModelConfig.backbone`); LightningDiT's has a switch for each of its layers.
 FITS: Mapping[Convention, tuple[str | None, ...]] = {
-    "repa": ("SiT",),
+    "repa": ("SiT", "MMDiT"),
     "sra": ("SiT", "DiT"),
     "sit": ("SiT",),
     "dit": ("DiT",),
@@ -124,9 +134,10 @@ def import_official(
     weights: Literal["ema", "model"] = "ema",
     convention: Convention | None = None,
     heads: int | None = None,
+    texts: Sequence[TextShape] = (),
 ) -> Imported:
-    """Read an official SiT, DiT, REPA, SRA, LightningDiT, REG or ReDi checkpoint (`.pt`) or state dict (`.pt`,
-    `.safetensors`).
+    """Read an official SiT, DiT, REPA (SiT or MMDiT), SRA, LightningDiT, REG or ReDi checkpoint (`.pt`) or state dict
+    (`.pt`, `.safetensors`).
 
     Nothing in the file is executed: it is unpickled with `weights_only=True`, the one class allowed
     beside tensors being `argparse.Namespace`.
@@ -135,10 +146,11 @@ def import_official(
         weights: which of the two state dicts of a training checkpoint; a bare state dict has no choice.
         convention: whose checkpoint it is; by default told from its keys, its arguments or its file name.
         heads: number of attention heads, for a width that no named model has.
+        texts: that an MMDiT may take; without any, the one that the file names, else CLIP ViT-L/14's.
 
     Raises:
         UserError: an unreadable or refused file, the wanted weights missing, keys missing or unexpected, a
-            convention or a shape that cannot be told.
+            convention, a shape or a text that cannot be told.
     """
     path = Path(path)
     content = _read(path)
@@ -148,10 +160,15 @@ def import_official(
     extra = {key: value for key, value in raw.items() if key.startswith(_HEAD_PREFIXES)}
     state = _rename({key: value for key, value in raw.items() if key not in extra}, _CLASS_TOKEN_LAYERS)
 
-    rotary = {key: state.pop(key) for key in _ROTARY_TABLES if key in state}
-    config, doubled = _infer_config(state, rotary, path, heads)
-    _check_rotary(rotary, config, path)
     typed = convention is not None
+    if joint_weights.is_joint(state):
+        config, doubled = joint_weights.joint_config(state, options, path, texts=texts, heads=heads), False
+        state = joint_weights.our_names(state)
+        convention = convention or "repa"
+    else:
+        rotary = {key: state.pop(key) for key in _ROTARY_TABLES if key in state}
+        config, doubled = _infer_config(state, rotary, path, heads)
+        _check_rotary(rotary, config, path)
     if convention is None:
         plain = config.backbone == "SiT" and "use_rmsnorm" not in options  # which only LightningDiT's code says
         if config.own_streams:
@@ -214,7 +231,7 @@ def export_official(
     Args:
         ema, model: state dicts under our keys; `pos_embed` is added where it is missing, and `model` is
             `ema` where only that is kept.
-        convention: whose code is to load it; by default `repa` for SiT, `dit` for DiT, else `lightningdit`; `reg` or
+        convention: whose code is to load it; by default `repa` for SiT and MMDiT, `dit` for DiT, else `lightningdit`; `reg` or
             `redi` where the one stream is what those diffuse.
         heads: `projectors.*` (repa, reg) or `ap_head.*` (sra). Those repositories load strictly, so zeros of
             the default shapes (768 channels, as for DINOv2-B, or the class token's) are written where none are
@@ -226,12 +243,16 @@ def export_official(
         UserError: a convention that does not fit the model, or weights that do not fit `config`.
     """
     path = Path(path)
+    if config.text is not None and (why := joint_weights.why_not_there(config)):
+        raise UserError(
+            f"These MMDiT weights cannot be written for REPA's text-to-image code, which {why}.", remedy=_DRAW_HERE
+        )
     fitting = _fitting(config)
     if not fitting:
         raise UserError(
             f"{_kind(config)} weights cannot be written for any public code: REG's has a place for one class token beside a "
             f"SiT's latents, ReDi's for one feature's components merged into {_REDI_LATENT} channels of latents.",
-            remedy="Draw from the run here: trainer sample, trainer eval.",
+            remedy=_DRAW_HERE,
         )
     convention = convention or ("dit" if config.family == "dit" else fitting[0])
     if convention not in fitting:
@@ -252,6 +273,8 @@ def export_official(
             full = reverse_time(full)
         if convention == "sit":
             full = _double_channels(full, config)
+        if config.text is not None:
+            full = joint_weights.their_names(full)
         return _rename(full, {ours: theirs for theirs, ours in _CLASS_TOKEN_LAYERS.items()}) | rotary | extra
 
     content: dict[str, Any] = {"ema": convert(ema)}
@@ -263,6 +286,8 @@ def export_official(
         content["args"] = {"model": config.name, "num_classes": config.num_classes, "qk_norm": config.qk_norm}
         if config.family == "sit":
             content["args"]["path_type"] = theirs if convention in _REVERSED else interpolant
+        if config.text is not None:
+            content["args"] |= joint_weights.said_of(config)
         for stream in config.streams:
             content["args"]["feature"] = stream.name
         if convention == "redi":
@@ -300,6 +325,9 @@ def reverse_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 _OTHER_FILE = (
     "Name the .pt or .safetensors file that the public code wrote; of a run of ours: trainer export RUN weights.pt"
 )
+
+
+_DRAW_HERE = "Draw from the run here: trainer sample, trainer eval."
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -441,6 +469,7 @@ def _infer_config(
     named = {
         (size_depth, width): size_heads
         for backbone in BACKBONES
+        if backbone != TEXT_BACKBONE
         for size_depth, width, size_heads in sizes_of(backbone).values()
     }
     head_norm = state.get("blocks.0.attn.q_norm.weight")
