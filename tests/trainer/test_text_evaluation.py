@@ -69,9 +69,8 @@ def random_clips(small_clips: None, monkeypatch: pytest.MonkeyPatch) -> None:
 class Brightness:
     """Judges by the image's mean and the prompt's length, so that the expected mean can be written down."""
 
-    provenance: dict[str, Any] = {"judge": "brightness"}
-
     def __init__(self) -> None:
+        self.provenance: dict[str, Any] = {"judge": "brightness"}
         self.batches: list[int] = []
 
     def check(self, prompts: Sequence[str]) -> None:
@@ -132,7 +131,7 @@ def test_names_in_words() -> None:
 
 
 def test_obeyed_prompts_are_the_caption_judges() -> None:
-    images = np.stack([shapes_text.render(i, resolution=64) for i in range(40)])
+    images = np.stack([shapes_text.render(i, resolution=64)[0] for i in range(40)])
     texts = tuple(shapes_text.captions_of(i)[0] for i in range(40))
     wrong = (*texts[1:], texts[0])
     for prompts in (texts, wrong):
@@ -141,7 +140,7 @@ def test_obeyed_prompts_are_the_caption_judges() -> None:
             "metrics"
         ]
         assert found == pytest.approx(obeyed.CaptionJudge().obeyed(images, prompts))
-    assert found["prompts_obeyed"] < 0.5 < found["prompts_obeyed"] + 1
+    assert found["prompts_obeyed"] < 0.5
     with pytest.raises(UserError, match="a cat"):
         judge_prompts(ArrayImages(images=images), Prompts(texts=("a cat",), source="x"), judges)
 
@@ -227,7 +226,7 @@ def test_as_many_samples_as_prompts_unless_told_otherwise(runs_root: Path, tmp_p
 
 
 def test_samples_that_are_there_are_judged_by_prompts(tmp_path: Path, random_clips: None) -> None:
-    images = np.stack([shapes_text.render(i, resolution=64) for i in range(6)])
+    images = np.stack([shapes_text.render(i, resolution=64)[0] for i in range(6)])
     np.savez(tmp_path / "x.npz", arr_0=images)
     (tmp_path / "p.txt").write_text("\n".join(shapes_text.captions_of(i)[0] for i in range(6)))
     asked = request("prompts_obeyed", "clip_score", prompts=str(tmp_path / "p.txt"), num=None)

@@ -43,10 +43,8 @@ class PromptSet:
         return known_prompts(self.source) if self.used >= min(PUBLISHED_SAMPLES) else None
 
     def __str__(self) -> str:
-        some = (
-            number(self.count) if self.used == self.count else f"the first {number(self.used)} of {number(self.count)}"
-        )
-        return f"{some} from {self.source}, digest {self.sha256[:12]}"
+        some = "all " if self.used == self.count else f"the first {number(self.used)} of "
+        return f"{self.source}, {some}{number(self.count)}, digest {self.sha256[:12]}"
 
 
 def known_prompts(source: str) -> str | None:

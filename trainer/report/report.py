@@ -40,7 +40,7 @@ from trainer.report.table import (
     settings,
 )
 from trainer.runs.log import is_detail
-from trainer.sampling.grid import row_names
+from trainer.sampling.grid import row_names, row_scale
 from trainer.training.spikes import COLUMN as SPIKE
 from trainer.typeset import number
 
@@ -539,6 +539,7 @@ def _tiles(path: Path, side: int | None) -> list[tuple[str, np.ndarray]]:
     _, picture = read_picture(path)
     pixels, names = np.asarray(picture), row_names(picture)
     H, W, _ = pixels.shape
+    side = side * row_scale(side) if names and side is not None else side
     step = H // len(names) if names else side
     if side is None or step is None or H % step or W % side or step < side:
         return [("", pixels)]

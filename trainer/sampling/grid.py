@@ -90,10 +90,13 @@ def class_picture(images: Mapping[int, np.ndarray], names: Sequence[str]) -> np.
 
 
 def named_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """One picture of rows, each with its name under it: uint8 [n, H, W, 3] -> [n * (H + h), W, 3].
+    """One picture of rows, each with its name under it: uint8 [n, R, C R, 3] -> [n * (S R + h), C S R, 3].
 
-    Long names take up to `NAME_LINES` lines, and all rows as many as the longest: h is the same for all.
+    Small tiles are enlarged S = `row_scale(R)` times. Long names take up to `NAME_LINES` lines, and all rows as many as the
+    longest: h is the same for all.
     """
+    scale = row_scale(rows.shape[1])
+    rows = rows.repeat(scale, axis=1).repeat(scale, axis=2)
     n, height, width, _ = rows.shape
     wrapped = [wrap(name, width, lines=NAME_LINES) for name in names]
     step = height + PROMPT_LINE * max(1, *map(len, wrapped)) + GAP
@@ -105,6 +108,11 @@ def named_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
             at = 0, i * step + height + number * PROMPT_LINE
             draw.text(at, line, fill="black", font=font_of(line, PROMPT_SIZE))
     return np.asarray(sheet)
+
+
+def row_scale(side: int) -> int:
+    """How many times `named_rows` enlarges tiles of so many pixels, so that words below have room."""
+    return -(-LEAST_SIDE // side)
 
 
 def row_record(names: Sequence[str]) -> PngInfo:
