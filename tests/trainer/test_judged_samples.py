@@ -162,7 +162,7 @@ def test_samples_by_prompt_stand_above_their_prompts(tmp_path: Path) -> None:
     assert found.of_prompts and [name for name, _ in found.rows][2:] == ["a cat", "a cat", ""]
     # Image i is of prompt i modulo 5.
     assert [greys(strips["r"]) for _, strips in found.rows] == [[0, 5, 10], [1, 6, 11], [2, 7], [3, 8], [4, 9]]
-    assert "text p.txt, all 5, digest" in found.note and len(found.rows[1][0]) <= 300 and found.rows[1][0].endswith("…")
+    assert "text p.txt, all 5, digest" in found.note and len(found.rows[1][0]) <= 200 and found.rows[1][0].endswith("…")
     page = write_report(tmp_path / "p.html", [data], title="t", judged_samples=[found]).read_text()
     assert "<script" not in page and "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; a" in page
     assert "\u202e" not in page, "marks that reorder text are shown, not obeyed"

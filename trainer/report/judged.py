@@ -22,7 +22,7 @@ TILES = 16  # of a class, shared out among the columns
 ROWS = 10  # of as many tiles
 READ = 64  # images at once
 PROMPTS, PROMPT_TILES = 48, 8  # samples by prompt that are shown of all runs together, and of one prompt
-LETTERS = 300  # of a prompt
+LETTERS = 200  # of a prompt
 
 # Classes, how many of each => class -> real images, uint8 [n, R, R, 3]; classes without one are left out.
 RealImages = Callable[[Sequence[int], int], Mapping[int, np.ndarray]]
