@@ -196,6 +196,7 @@ def test_the_precision_of_the_cache_is_taken() -> None:
     assert torch.equal(there, full)
 
 
+@pytest.mark.slow
 def test_random_weights_are_those_of_the_recorded_seed() -> None:
     seven = TextEncoder("clip-l", WeightsSource(random_seed=7), captions=1)
     record = seven.provenance["text/clip-l"]

@@ -24,7 +24,7 @@ from featcache.sources import coco, shapes_text
 from tests.trainer.text_runs import make_runs
 from tests.trainer.tiny_runs import Listener, log_of
 from trainer.cli import app
-from trainer.evaluate import obeyed
+from trainer.evaluate import during, obeyed
 from trainer.evaluate import run as evaluation
 from trainer.evaluate.clip_scores import CLIPS, ClipScorer, VisionEntry
 from trainer.evaluate.images import ArrayImages
@@ -38,20 +38,14 @@ from trainer.runs import folder as runs
 from trainer.runs.recipes import load_figure
 from trainer.sampling.prompts import Prompts, open_prompts
 from trainer.sampling.run import sample_run
+from trainer.training.loop import train
 
 HELD_OUT = "shapes-text:held-out"
 
 
 @pytest.fixture(scope="module")
 def runs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_runs(
-        tmp_path_factory.mktemp("text-evaluation"),
-        eval_every=1,
-        eval_num=4,
-        eval_extractor="embedded",
-        eval_prompts=HELD_OUT,
-        snapshot_every=1,
-    )
+    return make_runs(tmp_path_factory.mktemp("text-evaluation"), snapshot_every=1)
 
 
 @pytest.fixture
@@ -139,8 +133,8 @@ def test_names_in_words() -> None:
 
 
 def test_obeyed_prompts_are_the_caption_judges() -> None:
-    images = np.stack([shapes_text.render(i, resolution=64)[0] for i in range(40)])
-    texts = tuple(shapes_text.captions_of(i)[0] for i in range(40))
+    images = np.stack([shapes_text.render(i, resolution=64)[0] for i in range(16)])
+    texts = tuple(shapes_text.captions_of(i)[0] for i in range(16))
     wrong = (*texts[1:], texts[0])
     for prompts in (texts, wrong):
         judges = build_prompt_judges(["prompts_obeyed"], weights_dir=None, device="cpu")
@@ -277,6 +271,7 @@ def test_recipes_say_of_which_prompts_their_figures_are(runs_root: Path) -> None
     assert not [note for note in told.warnings if "figures are of" in note]
 
 
+@pytest.mark.slow
 def test_pages_of_runs_on_text_and_labels(runs_root: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("<script>alert(1)</script> a red dog\n" + "long words " * 200 + "\n")
@@ -342,10 +337,17 @@ def test_samples_that_are_there_are_judged_by_prompts(tmp_path: Path, random_cli
         )
 
 
-def test_during_training_the_evaluations_are_of_the_prompts(runs_root: Path) -> None:
-    lines = [line for line in log_of(runs_root / "text") if any(key.startswith("eval/") for key in line)]
-    assert [line["step"] for line in lines] == [1, 2]
-    assert {"eval/embedded-FID", "eval/prompts_obeyed", "eval/prompts_obeyed/shape"} <= lines[0].keys()
+def test_during_training_the_evaluations_are_of_the_prompts(
+    runs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(during, "GRID_STEPS", 2)
+    given = {"steps": 1, "eval_every": 1, "eval_num": 4, "eval_extractor": "embedded", "eval_prompts": HELD_OUT}
+    config = replace(runs.load_config(runs_root / "text"), **given)  # type: ignore[arg-type]
+    folder = train(config, resume=False, watcher=Quiet(), root=tmp_path, make_judge=during.small_judge)
+    (line,) = [line for line in log_of(folder) if any(key.startswith("eval/") for key in line)]
+    assert {"eval/embedded-FID", "eval/prompts_obeyed", "eval/prompts_obeyed/shape"} <= line.keys()
+    page = write_run_report([folder], tmp_path / "p.html").read_text()
+    assert f"Prompts of text: {HELD_OUT}." in page
 
 
 def test_prompts_of_a_run_on_labels_are_refused_at_once() -> None:
@@ -376,9 +378,10 @@ def test_all_steps_and_sweeps_as_typed(runs_root: Path, random_clips: None) -> N
     assert len(runs.read_metrics(runs_root / "text")) == before
     invoke("eval", run, "--all", *fast, "--metrics", "fid,prompts_obeyed", "--seed", "1")
     assert len(runs.read_metrics(runs_root / "text")) == before + 2
+    others = set((runs_root / "text/sweeps").glob("*.json"))
     said = invoke("eval", run, "--sweep", "guidance=1,2", *fast, "--metrics", "clip_score")
     assert "best random-clip_score" in said
-    (file,) = (runs_root / "text/sweeps").glob("*.json")
+    (file,) = set((runs_root / "text/sweeps").glob("*.json")) - others
     held = json.loads(file.read_text())
     assert held["common"]["prompts"] == open_prompts(HELD_OUT, seed=0).sha256
     values = {point["value"]: point["metrics"]["random-clip_score"] for point in held["points"]}

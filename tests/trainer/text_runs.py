@@ -9,7 +9,6 @@ from featcache.builder.request import BuildRequest
 from featcache.builder.run import build
 from featcache.progress import Quiet
 from featcache.settings import from_mapping
-from trainer.evaluate.during import small_judge
 from trainer.runs.config import RunConfig
 from trainer.training.loop import train
 
@@ -22,5 +21,5 @@ def make_runs(root: Path, **settings: Any) -> Path:
     for name, model in (("text", "MMDiT-Ti/2"), ("labels", "SiT-Ti/2")):
         own = settings if name == "text" else {}
         config = from_mapping(RunConfig, {**values, "model": model, "name": name, **own})
-        train(config, resume=False, watcher=Quiet(), root=root / "runs", make_judge=small_judge)
+        train(config, resume=False, watcher=Quiet(), root=root / "runs")
     return root / "runs"
