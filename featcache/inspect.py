@@ -19,6 +19,7 @@ from featcache.progress import QUIET, Progress
 from featcache.read.decoded import read_decoded
 from featcache.read.reader import Cache
 from featcache.sources.base import Source, fingerprint, sample_order
+from featcache.sources.captions import MemberCaptions, ShapesTextCaptions, open_captions
 from featcache.sources.decoders import exact_loader
 from featcache.sources.embedded import recorded_embedded
 from featcache.sources.open import find_data, open_source
@@ -101,6 +102,28 @@ def pixels_of(
         except BadImage as error:
             raise UserError(f"{error.what}") from error
     return _decoded(cache, indices, weights_dir)
+
+
+def find_captions(cache: Cache, indices: Sequence[int]) -> list[tuple[str, ...]] | None:
+    """The captions of some samples, in the order in which their texts were encoded; a sample may have none.
+
+    A cache keeps what an encoder says of captions, not their letters. So these are those of the cache's images, found as
+    `find_source` does, if it was built from them: None where it holds no texts, where they came from a table, or where
+    they are not there, or not the same, any more.
+    """
+    spec = cache.manifest.features.get("text/count")
+    recorded = {} if spec is None else spec.provenance["captions"]
+    if not str(recorded.get("from", "")).startswith((ShapesTextCaptions.description, MemberCaptions.kind)):
+        return None  # before images are listed that have none
+    try:
+        source = find_source(cache, None)
+        captions = None if source is None else open_captions(source, table=None, key=recorded["key"])
+        if source is None or captions is None or captions.identity != recorded["identity"]:
+            return None
+        order = sample_order(len(source), seed=cache.manifest.dataset.order_seed)
+        return [captions.of(int(order[slot]))[: recorded["per_image"]] for slot in cache.slots(np.asarray(indices))]
+    except UserError:
+        return None
 
 
 def _decoded(cache: Cache, indices: Sequence[int], weights_dir: Path | None) -> np.ndarray:

@@ -390,7 +390,8 @@ def _parameter(cls: type[DataclassInstance], name: str, option: Option) -> inspe
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     # Square brackets would be markup, and vanish.
     help_ = (option.help + _shown_default(field, option.help)).replace("[", r"\[")
-    annotation = Annotated[typed | None, typer.Option(flag, help=help_, show_default=False)]  # type: ignore[valid-type]  # a type made here
+    shown = "<str>" if typed == list[str] else None  # `<list[str]>` says no more, and takes the room of the text beside
+    annotation = Annotated[typed | None, typer.Option(flag, help=help_, show_default=False, metavar=shown)]  # type: ignore[valid-type]  # a type made here
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -38,7 +38,9 @@ class SampleSettings:
     their number.
     """
 
-    num: Annotated[Count | None, Option("Samples to judge. [default: 50,000; fewer on the CPU]")] = None
+    num: Annotated[
+        Count | None, Option("Samples to judge. [default: 50,000, by prompt one each; fewer on the CPU]")
+    ] = None
     sampler: Annotated[
         str | None, Option("As for sample. [default: the recipe's, else sde or ddpm; on the CPU ode or ddim]")
     ] = None
@@ -152,7 +154,7 @@ class SampleRequest(SampleSettings):
     format: Annotated[Literal["npz", "wds", "png"], Option("npz (ADM's layout), wds (a WebDataset shard) or png.")] = (
         "npz"
     )
-    out: Annotated[FilePath | None, Option("Folder to write to. [default: RUN/samples/<settings>]")] = None
+    out: Annotated[FilePath | None, Option("Folder to write to. [default: one below RUN/samples]")] = None
 
 
 @settings
@@ -175,7 +177,7 @@ class EvalRequest:
     sweep: Annotated[
         Sweep | None,
         Option(
-            "Judge at many values of one setting: guidance=1.0:2.5:0.1, guidance=1.0,1.5,2.0, interval_high=0.5:1:0.1. [default: at one]",
+            "Judge at many values of one setting: guidance=1.0:2.5:0.1, guidance=1.0,1.5,2.0, interval_high=0:1:0.1. [default: at one]",
             typed=str,
             parse=Sweep.parse,
         ),
@@ -190,8 +192,8 @@ class EvalRequest:
     metrics: Annotated[
         Names,
         Option(
-            "fid,sfid,is,precision,recall,kid; of samples by prompt also clip_score,pick_score,prompts_obeyed. [default: all "
-            "of the extractor, and prompts_obeyed of prompts of the embedded set]",
+            "fid, sfid, is, precision, recall, kid; of samples by prompt also clip_score, pick_score, prompts_obeyed. Join with "
+            "commas. [default: all of the extractor, and prompts_obeyed of prompts of the embedded set]",
             typed=str,
             parse=_names,
         ),

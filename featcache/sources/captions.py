@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import ClassVar, Protocol, TextIO
 
 import numpy as np
 
@@ -118,13 +118,14 @@ class TableCaptions:
 class MemberCaptions:
     """Captions in webdataset's shards: the lines of `.txt`, or a string or list of strings in `.json`."""
 
+    kind: ClassVar[str] = "webdataset"
     source: ArchiveSource
     key: str | None
     remark: str | None = None
 
     @property
     def description(self) -> str:
-        return f"webdataset, {f'.json under {self.key!r}' if self.key else '.txt or .json'}"
+        return f"{self.kind}, {f'.json under {self.key!r}' if self.key else '.txt or .json'}"
 
     @property
     def identity(self) -> str:

@@ -123,6 +123,25 @@ def test_captions_of_webdataset_and_images_without_any(tmp_path: Path) -> None:
     assert full.remark is None
 
 
+def test_cocos_annotations_with_images_that_have_none_and_seven_captions(tmp_path: Path) -> None:
+    counts = [5, 0, 7, 5, 0, 6, 1]  # as in the file, whose annotations lie in any order
+    images = [{"id": 100 - i, "file_name": f"COCO_val2014_{i:012d}.jpg"} for i in range(len(counts))]
+    owners = [i for i, n in enumerate(counts) for _ in range(n)]
+    captions = [{"id": n, "image_id": 100 - i, "caption": f" {i} {n}.\n"} for n, i in enumerate(owners)]
+    path = tmp_path / "captions_val2014.json"
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": captions[::-1]}))
+    seen: dict[str, set[str]] = {}
+    for seed in range(60):
+        found = open_prompts(str(path), seed=seed)
+        assert [text.split()[0] for text in found.texts] == ["0", "2", "3", "5", "6"], "in the order of the images"
+        assert found.texts == open_prompts(str(path), seed=seed).texts
+        for text in found.texts:
+            seen.setdefault(text.split()[0], set()).add(text)
+    assert {image: len(texts) for image, texts in seen.items()} == {"0": 5, "2": 7, "3": 5, "5": 6, "6": 1}
+    assert found.source == "COCO's captions captions_val2014.json"
+    assert found.remark is not None and "2 images without captions are passed over" in found.remark
+
+
 @given(st.integers(0, 2**63 - 1), st.lists(st.integers(0, 7), min_size=1, max_size=30))
 def test_each_image_gets_one_of_its_own_captions(seed: int, counts: list[int]) -> None:
     captions = [tuple(f"{i}.{j}" for j in range(n)) for i, n in enumerate(counts)]
@@ -177,6 +196,7 @@ def test_the_precision_of_the_cache_is_taken() -> None:
     assert torch.equal(there, full)
 
 
+@pytest.mark.slow
 def test_random_weights_are_those_of_the_recorded_seed() -> None:
     seven = TextEncoder("clip-l", WeightsSource(random_seed=7), captions=1)
     record = seven.provenance["text/clip-l"]

@@ -246,7 +246,7 @@ def test_curves_join_only_evaluations_done_alike(tmp_path: Path, runs: list[RunD
         assert ("FID (lower is better)" in text) is drawn
         assert "FID ↓ 20.00" in text
         if drawn:
-            assert list(_evaluated(run, "FID").steps) == [100, 200]
+            assert list(_evaluated(run, "FID", None).steps) == [100, 200]
 
 
 def test_better_values_are_marked(tmp_path: Path, runs: list[RunData]) -> None:

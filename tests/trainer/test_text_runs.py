@@ -4,7 +4,6 @@ they are typed."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from typer.testing import CliRunner
 
 import featcache
 from featcache.errors import CacheError, UserError
+from featcache.inspect import find_captions
 from trainer import align
 from trainer.align import config_class
 from trainer.align.base import BackboneInfo, FeatureInfo
@@ -30,7 +30,7 @@ from trainer.runs.config import RunConfig
 from trainer.runs.folder import load_config
 from trainer.runs.log import OF_THE_MACHINE
 from trainer.sampling.draw import load_run
-from trainer.sampling.grid import named_rows
+from trainer.sampling.grid import row_names
 from trainer.training import grids
 from trainer.training.flops import training_flops
 from trainer.training.loop import train
@@ -237,26 +237,24 @@ def test_what_a_run_is_about_is_told(text_cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nano")
-def test_grids_are_of_the_first_captions_under_their_keys(
+def test_grids_are_of_the_first_captions_which_stand_below(
     text_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grids, "GRID_ROWS", 2)
-    keys: list[Any] = []
-
-    def kept(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        keys.append(list(names))
-        return named_rows(rows, names)
-
-    monkeypatch.setattr(grids, "named_rows", kept)
     path = run(text_settings(text_cache, steps=2, sample_every=2), tmp_path)
     with Image.open(path / "samples" / "step_0000002.png") as image:
-        assert image.size[0] == 8 * 64
-        picture = np.asarray(image)
-    line = picture.shape[0] // 2 - 64
-    assert 0 < line < 64
+        assert image.size[0] == 8 * 128, "tiles of 64 pixels are enlarged"
+        picture, names = np.asarray(image), row_names(image)
+    step = picture.shape[0] // 2
+    assert 128 < step < 256
     cache = featcache.open(text_cache)
-    assert keys == [[key.decode() if isinstance(key, bytes) else key for key in list(cache.keys())[:2]]]
-    assert not np.array_equal(picture[line : line + 64], picture[-64:])
+    assert names == [captions[0] for captions in find_captions(cache, [0, 1]) or ()] and len(names) == 2
+    assert not np.array_equal(picture[:128], picture[step : step + 128])
+    assert (picture[128:step] < 128).any() and (picture[128:step] == 255).any(), "words on white"
+    # Where captions are not the images' own, the images' keys stand there.
+    keys = [key.decode() if isinstance(key, bytes) else key for key in list(cache.keys())[:2]]
+    monkeypatch.setattr(grids, "find_captions", lambda cache, indices: None)
+    assert grids._captions(cache, np.arange(2)) == keys
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ def test_batch_size_and_number_change_no_byte(runs_root: Path, tmp_path: Path) -
     assert np.array_equal(few["arr_0"], np.load(whole)["arr_0"][:5])
 
 
+@pytest.mark.slow
 def test_two_ranks_and_a_killed_job_give_the_same_bytes(runs_root: Path, tmp_path: Path) -> None:
     """One rank, two ranks over gloo, and a job killed with -9 while it writes its second block and started again."""
     prompts = tmp_path / "prompts.txt"

@@ -208,7 +208,8 @@ def sample(
     [dim]Example, of a model that takes text: trainer sample runs/text --prompt "a red striped triangle on a dark background"[/dim]
     """
     from trainer import distributed
-    from trainer.sampling.prompts import of_settings
+    from trainer.runs.folder import load_config
+    from trainer.sampling.prompts import prompts_for
     from trainer.sampling.run import sample_run
 
     with RichProgress() as progress:
@@ -221,9 +222,13 @@ def sample(
 
             given = drawn_as_published(run, given, progress.note)
         request = from_typed(SampleRequest, given)
-        if "num" not in given and (prompts := of_settings(request)) is not None:
-            request = replace(request, num=len(prompts.texts))
-        result = sample_run(run, request, progress)
+        prompts = prompts_for(run, load_config(run), request)
+        if prompts is not None:
+            if prompts.remark is not None and distributed.is_main():
+                progress.note(prompts.remark)
+            if "num" not in given:
+                request = replace(request, num=len(prompts.texts))
+        result = sample_run(run, request, progress, prompts=prompts)
     if distributed.is_main():
         console.print(f"images: [bold]{safe(result.images)}[/bold]   grid: {safe(result.grid)}")
 
@@ -335,7 +340,7 @@ def evaluate(
 
 def _sweep(run: Path, request: EvalRequest, progress: RichProgress) -> None:
     """Judges at each value, then prints the curve and where it is best."""
-    from trainer.evaluate.sweep import REMARK, sweep_run
+    from trainer.evaluate.sweep import sweep_run
     from trainer.report.run import write_run_report
 
     result = sweep_run(run, request, progress)
@@ -349,7 +354,7 @@ def _sweep(run: Path, request: EvalRequest, progress: RichProgress) -> None:
         console.print(f"{point.value:>14g}  {numbers}", soft_wrap=True)
     best = curve.best
     console.print(
-        f"best {safe(curve.deciding)}: {best.metrics[curve.deciding]:.4g} at {safe(curve.setting)} {best.value:g} ({REMARK})"
+        f"best {safe(curve.deciding)}: {best.metrics[curve.deciding]:.4g} at {safe(curve.setting)} {best.value:g} ({curve.remark})"
     )
     console.print(f"curve: [bold]{safe(result.file)}[/bold]   report: [bold]{safe(write_run_report([run]))}[/bold]")
 

@@ -20,6 +20,7 @@ from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.snapshots import list_snapshots
+from trainer.sampling.prompts import prompts_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +57,15 @@ def evaluate_all(run: Path, request: EvalRequest, progress: Progress) -> Curve |
     if not distributed.is_main():
         progress = QUIET
     steps = steps_of(run, Average.parse(request.settings.weights or "ema"))
-    full = with_defaults(request.settings, run, config, device, progress)
+    prompts = prompts_for(run, config, request.settings)
+    full = with_defaults(request.settings, run, config, device, progress, prompts=prompts)
     request = replace(request, settings=_settled(full))
     with distributed.joined(device, patience=distributed.JUDGING) as world:
         standard: Standard | None = None
         wanted: dict[str, Any] = {}
         missing: list[int] = []
         if world.is_main:
-            standard = standard_of(run, request, full, config, device, progress)
+            standard = standard_of(run, request, full, config, device, progress, prompts=prompts)
             wanted = asked(full, request, standard, device)
             judged = {entry.get("step") for entry in runs.read_metrics(run) if entry.get("asked") == wanted}
             missing = [step for step in steps if step not in judged]

@@ -25,6 +25,7 @@ from trainer.evaluate.references import (
 )
 from trainer.evaluate.table import METRICS
 from trainer.evaluate.trial import Measured, Trial
+from trainer.runs.published import PUBLISHED_SAMPLES
 
 if TYPE_CHECKING:
     from trainer.evaluate.shelf import Shelf
@@ -48,6 +49,7 @@ def evaluate(
     data: str | None = None,
     shelf: Shelf | None = None,
     crop: str | None = None,
+    by_prompt: bool = False,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Judge samples by a reference.
@@ -66,6 +68,7 @@ def evaluate(
         data: for a cache as reference, the folder it was built from.
         shelf: where the statistics of such a cache's images are kept; None computes them.
         crop: by which images of a folder as reference are cropped, as a cache's manifest names it; None is ADM's.
+        by_prompt: whether the samples were drawn by prompt, whose published figures are of other numbers of samples.
         progress: of images that pass through the network, then of each metric's bootstrap.
 
     Returns:
@@ -117,7 +120,7 @@ def evaluate(
     return {
         **_numbers(measured),
         "settings": {"extractor": dict(extractor.provenance), **sides, **draws, "batch_size": batch_size},
-        "warnings": _warnings(chosen, judged, extractor),
+        "warnings": _warnings(chosen, judged, extractor, by_prompt=by_prompt),
         "time_s": {stage: round(seconds, 3) for stage, seconds in times.items()},
     }
 
@@ -204,13 +207,19 @@ def _function(metric: str) -> Callable[[Trial], Measured]:
     return cast("Callable[[Trial], Measured]", getattr(import_module(f"trainer.evaluate.{file}"), name))
 
 
-def _warnings(chosen: Sequence[str], judged: Statistics, extractor: Extractor) -> list[str]:
+def _warnings(chosen: Sequence[str], judged: Statistics, extractor: Extractor, *, by_prompt: bool) -> list[str]:
     warnings = []
     assert judged.count is not None
-    if {"fid", "sfid"} & set(chosen) and judged.count < UNBIASED_ENOUGH:
+    enough = min(PUBLISHED_SAMPLES) if by_prompt else UNBIASED_ENOUGH
+    if {"fid", "sfid"} & set(chosen) and judged.count < enough:
+        use = (
+            f"are of {' or '.join(f'{n:,}' for n in PUBLISHED_SAMPLES)} prompts of COCO's validation set"
+            if by_prompt
+            else f"use {UNBIASED_ENOUGH:,}"
+        )
         warnings.append(
             f"{extractor.metric_names['fid']} of {judged.count:,} samples is biased upwards; published"
-            f" figures use {UNBIASED_ENOUGH:,}. Compare only numbers of equal sample count."
+            f" figures {use}. Compare only numbers of equal sample count."
         )
     if not extractor.is_standard:
         warnings.append(

@@ -22,6 +22,7 @@ from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
 from trainer.evaluate.images import open_images
 from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
+from trainer.evaluate.prompt_sets import known_prompts
 from trainer.evaluate.prompted import PromptJudge, build_prompt_judges, judge_prompts, split_metrics
 from trainer.evaluate.references import Statistics, full_precision, open_reference, reference_statistics
 from trainer.evaluate.shelf import Shelf
@@ -31,7 +32,7 @@ from trainer.runs import folder as runs
 from trainer.runs import locks
 from trainer.runs.cache import cache_of_run
 from trainer.runs.config import RunConfig
-from trainer.runs.published import REFERENCES, Published, Sampling, parse_published
+from trainer.runs.published import OTHER_FOLDERS, PROMPTS, REFERENCES, Published, Sampling, parse_published
 from trainer.runs.recipes import load_figure
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.sampling.prompts import Prompts, of_settings, prompts_for
@@ -108,12 +109,13 @@ def evaluate_run(
         progress = QUIET
     if request.figure is not None:
         request, config = beside_figure(request.figure, request, config, progress)
-    settings = with_defaults(request.settings, run, config, device, progress, figure=request.figure)
+    prompts = standard.prompts if standard is not None else prompts_for(run, config, request.settings)
+    settings = with_defaults(request.settings, run, config, device, progress, figure=request.figure, prompts=prompts)
     if not distributed.is_main():
-        sample_run(run, settings, progress)
+        sample_run(run, settings, progress, prompts=prompts)
         return None
-    standard = standard or standard_of(run, request, settings, config, device, progress)
-    drawn = sample_run(run, settings, progress)
+    standard = standard or standard_of(run, request, settings, config, device, progress, prompts=prompts)
+    drawn = sample_run(run, settings, progress, prompts=prompts)
     result = judge(drawn.images, standard, replace(request, settings=settings), progress)
     sampler = {k: v for k, v in drawn.settings.items() if k != "num"}
     entry = {
@@ -129,12 +131,19 @@ def evaluate_run(
 
 
 def standard_of(
-    run: Path, request: EvalRequest, settings: SampleRequest, config: RunConfig, device: str, progress: Progress
+    run: Path,
+    request: EvalRequest,
+    settings: SampleRequest,
+    config: RunConfig,
+    device: str,
+    progress: Progress,
+    *,
+    prompts: Prompts | None,
 ) -> Standard:
-    """What a request judges by; what would fail after drawing fails now."""
-    prompts = prompts_for(run, config, settings)
+    """What a request judges by; what would fail after drawing fails now. prompts: what `prompts_for` gave for it."""
     compared, of_prompts = split_metrics(request.metrics, prompts, subject=str(run))
     standard = _by_prompts(prompts, of_prompts, settings, device, progress)
+    _check_prompts(prompts, recipe_sampling(config), progress)
     if compared == ():
         return standard
     extractor = choose_extractor(request.extractor, settings.weights_dir, device, progress)
@@ -157,6 +166,14 @@ def standard_of(
         shelf=shelf,
         crop=_preprocessing(run).get("crop"),
     )
+
+
+def _check_prompts(prompts: Prompts | None, published: Sampling | None, progress: Progress) -> None:
+    """Says so where a recipe's figures are of other prompts."""
+    wanted = None if published is None else published.prompts
+    if wanted is not None and prompts is not None and known_prompts(prompts.source) != wanted:
+        flags, described = PROMPTS[wanted]
+        progress.note(f"the recipe's figures are of {described}: for numbers that may stand beside them type {flags}")
 
 
 def _preprocessing(run: Path) -> Mapping[str, Any]:
@@ -235,6 +252,7 @@ def judge(
                 data=standard.data,
                 shelf=standard.shelf,
                 crop=standard.crop,
+                by_prompt=standard.prompts is not None,
                 progress=progress,
             )
             parts.append(found)
@@ -300,10 +318,11 @@ def choose_reference(run: Path, request: EvalRequest, config: RunConfig, progres
     if request.reference is None:
         beside = f", which are in {data}" if data is not None else ""
         progress.note(redact(f"compared with the images of {reference}{beside}"))
-        if file is not None:
+        pass_on = file if file is not None else OTHER_FOLDERS.get(published.reference or "")
+        if pass_on is not None:
             progress.note(
                 f"the recipe's figures were compared with {described}: for numbers that may stand beside them type "
-                f"--reference {file}"
+                f"--reference {pass_on}"
             )
     return reference, data
 
@@ -375,9 +394,18 @@ def beside_figure(
 
 
 def with_defaults(
-    asked: SampleSettings, run: Path, config: RunConfig, device: str, progress: Progress, *, figure: str | None = None
+    asked: SampleSettings,
+    run: Path,
+    config: RunConfig,
+    device: str,
+    progress: Progress,
+    *,
+    figure: str | None = None,
+    prompts: Prompts | None = None,
 ) -> SampleRequest:
     """What was not asked for: the recipe's, else the device's; on the CPU as many samples as a few minutes allow.
+
+    prompts: what `prompts_for` gave for `asked`; of them there is one sample each.
 
     Raises:
         UserError: the recipe's figures were drawn with guidance of a scale that its paper does not give, and none is
@@ -398,7 +426,7 @@ def with_defaults(
                 progress.note(f"the recipe's figures may have been drawn otherwise, {other.why}: {other.flags}")
     else:
         chosen = paper.settings(given)
-    num, prompts = asked.num, prompts_for(run, config, asked)
+    num = asked.num
     if num is None and on_gpu:
         num = paper.num or (GPU_SAMPLES if prompts is None else max(2, len(prompts.texts)))
     elif num is None:

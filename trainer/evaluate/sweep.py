@@ -27,7 +27,8 @@ from featcache.store import files
 from trainer import distributed
 from trainer.averages import Average
 from trainer.evaluate import run as evaluation
-from trainer.evaluate.table import higher_is_better
+from trainer.evaluate.prompt_sets import PromptSet
+from trainer.evaluate.table import higher_is_better, in_words
 from trainer.interval import Interval, plain
 from trainer.requests import EvalRequest, SampleRequest, SampleSettings
 from trainer.runs import folder as runs
@@ -37,6 +38,7 @@ from trainer.runs.records import run_model_config
 from trainer.runs.snapshots import find_weights
 from trainer.sampling.draw import check_sampler, sampling_times
 from trainer.sampling.inference import choose_arithmetic
+from trainer.sampling.prompts import Prompts, prompts_for
 from trainer.sampling.run import sample_run
 from trainer.sweep import Sweep
 
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
     from trainer.runs.config import RunConfig
 
 FOLDER = "sweeps"
-REMARK = "chosen by the reference that it is measured against, as the papers choose theirs"
+_BY_REFERENCE = "chosen by the reference that it is measured against, as the papers choose theirs"
+_BY_PROMPTS = "chosen by the prompts and the judge that it is measured by"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +60,14 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What a sweep found. common: what all points share. points: ascending, at least one."""
+    """What a sweep found. common: what all points share. points: ascending, at least one. prompts: what its samples were
+    drawn for, in words; empty for classes."""
 
     setting: str
     step: int
     common: Mapping[str, Any]
     points: Sequence[Point]
+    prompts: str = ""
 
     @property
     def deciding(self) -> str:
@@ -77,6 +82,11 @@ class Curve:
         name = self.deciding
         known = [point for point in self.points if name in point.metrics]
         return (max if higher_is_better(name) else min)(known, key=lambda point: point.metrics[name])
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of choosing a point so."""
+        return _BY_REFERENCE if in_words(self.deciding) is None else _BY_PROMPTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +118,14 @@ def _read(path: Path) -> schemas.Sweep | None:
 def _curve(content: schemas.Sweep) -> Curve:
     points = [Point(value=point["value"], metrics=point["metrics"]) for point in content["points"]]
     points.sort(key=lambda point: point.value)
-    return Curve(setting=content["setting"], step=content["step"], common=content["common"], points=points)
+    judged = PromptSet.of(content["points"][0])
+    return Curve(
+        setting=content["setting"],
+        step=content["step"],
+        common=content["common"],
+        points=points,
+        prompts="" if judged is None else str(judged),
+    )
 
 
 def sweep_run(run: Path, request: EvalRequest, progress: Progress) -> SweepResult | None:
@@ -127,7 +144,8 @@ def sweep_run(run: Path, request: EvalRequest, progress: Progress) -> SweepResul
         progress = QUIET
     if request.figure is not None:
         request, config = evaluation.beside_figure(request.figure, request, config, progress)
-    base = _base(request.settings, sweep, run, config, device, progress)
+    prompts = prompts_for(run, config, request.settings)
+    base = _base(request.settings, sweep, run, config, device, progress, prompts)
     step = find_weights(run, config, base.checkpoint, Average.parse(base.weights)).step
     base = replace(base, checkpoint=step)
     points = {value: _at(base, sweep, value) for value in sweep.values}
@@ -135,9 +153,9 @@ def sweep_run(run: Path, request: EvalRequest, progress: Progress) -> SweepResul
     # One group for all points: the ranks that do not judge wait for the one that does.
     with distributed.joined(device, patience=distributed.JUDGING):
         if not distributed.is_main():
-            _draw_all(run, files.inside(run, f"{FOLDER}/{distributed.from_main('')}.json"), points)
+            _draw_all(run, files.inside(run, f"{FOLDER}/{distributed.from_main('')}.json"), points, prompts)
             return None
-        standard = evaluation.standard_of(run, request, base, config, device, progress)
+        standard = evaluation.standard_of(run, request, base, config, device, progress, prompts=prompts)
         request = replace(request, settings=base)
         common |= _judging(request, standard)
         digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:10]
@@ -146,13 +164,19 @@ def sweep_run(run: Path, request: EvalRequest, progress: Progress) -> SweepResul
         busy = "Wait until it has ended, and type the same command again: what it has judged is kept."
         with locks.hold(folder, "a sweep", remedy=busy):
             judge = _Judge(run, request, standard, progress)
-            curve = _judge_all(file, points, sweep, common, judge, run, progress)
+            curve = _judge_all(file, points, sweep, common, judge, run, progress, prompts)
         files.remove_tree(folder)
     return SweepResult(curve=curve, file=file)
 
 
 def _base(
-    asked: SampleSettings, sweep: Sweep, run: Path, config: RunConfig, device: str, progress: Progress
+    asked: SampleSettings,
+    sweep: Sweep,
+    run: Path,
+    config: RunConfig,
+    device: str,
+    progress: Progress,
+    prompts: Prompts | None,
 ) -> SampleRequest:
     """What all points have in common, with the interval and channels of the recipe also where its scale is what is swept."""
     given = "guidance" if sweep.setting == "guidance" else "interval"
@@ -169,7 +193,7 @@ def _base(
     if sweep.setting == "guidance":
         scale = paper.guidance if paper.guidance not in (None, 1) else max(sweep.values)
         asked = replace(asked, guidance=scale, representation_guidance=1.0)
-    base = evaluation.with_defaults(asked, run, config, device, progress)
+    base = evaluation.with_defaults(asked, run, config, device, progress, prompts=prompts)
     if sweep.setting != "guidance" and base.guidance == 1:
         raise UserError(
             f"--sweep {sweep.setting} is of the times in which to guide, and these samples are not guided",
@@ -252,11 +276,11 @@ def _shared(points: Mapping[float, SampleRequest]) -> bool:
     return len(points) > 1 and any(point.interval.high < 1 for point in points.values())
 
 
-def _draw_all(run: Path, file: Path, points: Mapping[float, SampleRequest]) -> None:
+def _draw_all(run: Path, file: Path, points: Mapping[float, SampleRequest], prompts: Prompts | None) -> None:
     """The share of a rank that does not judge, of the points that are left."""
     left = _left(file, points)
     for value in _order(left):
-        _draw(run, file.with_suffix(""), points, value, QUIET)
+        _draw(run, file.with_suffix(""), points, value, QUIET, prompts)
 
 
 def _left(file: Path, points: Mapping[float, SampleRequest]) -> dict[float, SampleRequest]:
@@ -267,11 +291,17 @@ def _left(file: Path, points: Mapping[float, SampleRequest]) -> dict[float, Samp
 
 
 def _draw(
-    run: Path, folder: Path, points: Mapping[float, SampleRequest], value: float, progress: Progress
+    run: Path,
+    folder: Path,
+    points: Mapping[float, SampleRequest],
+    value: float,
+    progress: Progress,
+    prompts: Prompts | None,
 ) -> tuple[Path, dict[str, Any]]:
     """The samples of a point, and how they were drawn."""
     trunk = folder / "trunk" if _shared(points) else None
-    drawn = sample_run(run, replace(points[value], out=folder / plain(value)), progress, trunk=trunk)
+    request = replace(points[value], out=folder / plain(value))
+    drawn = sample_run(run, request, progress, trunk=trunk, prompts=prompts)
     return drawn.images, {k: v for k, v in drawn.settings.items() if k != "num"}
 
 
@@ -299,6 +329,7 @@ def _judge_all(
     judge: Callable[[Path], dict[str, Any]],
     run: Path,
     progress: Progress,
+    prompts: Prompts | None,
 ) -> Curve:
     folder, left = file.with_suffix(""), _left(file, points)
     done = len(points) - len(left)
@@ -308,7 +339,8 @@ def _judge_all(
     began = time.monotonic()
     for number, value in enumerate(order, start=1):
         at = f"{sweep.setting} {plain(value)}"
-        images, sampler = _draw(run, folder, points, value, _Named(progress, f"{at} ({done + number}/{len(points)})"))
+        named = _Named(progress, f"{at} ({done + number}/{len(points)})")
+        images, sampler = _draw(run, folder, points, value, named, prompts)
         result = judge(images)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         _add(file, sweep, common, {"value": value, "sampler": sampler, "date": now, **result})
@@ -336,5 +368,5 @@ def _add(file: Path, sweep: Sweep, common: Mapping[str, Any], point: Mapping[str
         points = sorted([*others, runs.as_json(point)], key=lambda p: p["value"])
         content = {"setting": sweep.setting, "step": common["checkpoint"], "common": dict(common), "points": points}
         curve = _curve(schemas.check(content, schemas.Sweep, file, remedy=runs.RESTORE))
-        best = {"value": curve.best.value, "metric": curve.deciding, "remark": REMARK}
+        best = {"value": curve.best.value, "metric": curve.deciding, "remark": curve.remark}
         runs.write_text(file, json.dumps({**content, "best": best}, indent=1))

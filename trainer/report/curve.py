@@ -6,6 +6,7 @@ from pathlib import Path
 
 from featcache.store import files
 from trainer.evaluate.curve import Curve
+from trainer.evaluate.prompt_sets import PromptSet
 from trainer.evaluate.table import higher_is_better
 from trainer.plots import Chart, Series
 from trainer.report.charts import save
@@ -21,6 +22,9 @@ def write_curve(run: Path, curve: Curve) -> Path:
     first = next(iter(curve.points[-1].metrics))
     points = [(point.step, point.metrics[first]) for point in curve.points if first in point.metrics]
     name = f"{runs.display_name(run)}, {curve.weights}"
+    judged = runs.read_metrics(run)
+    of = next((PromptSet.of(entry) for entry in reversed(judged) if entry.get("asked") == curve.asked), None)
+    name += "" if of is None else f", prompts from {of.source}, {of.sha256[:8]}"
     chart = Chart(
         title=f"{first} ({'higher' if higher_is_better(first) else 'lower'} is better)",
         x_label="training step",

@@ -1,4 +1,5 @@
-"""The samples that a run was judged by, class by class, beside real images: the first thing that a report shows."""
+"""The samples that a run was judged by, class by class beside real images, or above their prompts: the first thing that a
+report shows."""
 
 from __future__ import annotations
 
@@ -10,14 +11,18 @@ import numpy as np
 
 from featcache.store import files
 from trainer.evaluate.images import NpzImages
+from trainer.evaluate.prompt_sets import PromptSet
 from trainer.report.data import RunData
 from trainer.report.table import latest
 from trainer.runs import folder as runs
 from trainer.sampling.grid import class_name, first_of_classes
+from trainer.sampling.prompts import Prompts, load_prompts
 
 TILES = 16  # of a class, shared out among the columns
 ROWS = 10  # of as many tiles
 READ = 64  # images at once
+PROMPTS, PROMPT_TILES = 48, 8  # samples by prompt that are shown of all runs together, and of one prompt
+LETTERS = 200  # of a prompt
 
 # Classes, how many of each => class -> real images, uint8 [n, R, R, 3]; classes without one are left out.
 RealImages = Callable[[Sequence[int], int], Mapping[int, np.ndarray]]
@@ -25,43 +30,85 @@ RealImages = Callable[[Sequence[int], int], Mapping[int, np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedSamples:
-    """Pictures by class.
+    """Pictures by class, or by prompt.
 
-    rows: class name -> column -> a strip of images, uint8 [R, n R, 3]; a column without images of the class is left out.
-    note: which samples they are, and how those of several runs are related. same_noise: of all runs, and the same place
-    in each starts from the same noise.
+    rows: (class name or prompt, column -> a strip of images, uint8 [R, n R, 3]); a column without images of the class is
+    left out. note: which samples they are, and how those of several runs are related. same_noise: of all runs, and the same
+    place in each starts from the same noise. columns: how many there are. of_prompts: whether rows are prompts.
     """
 
-    rows: Mapping[str, Mapping[str, np.ndarray]]
+    rows: Sequence[tuple[str, Mapping[str, np.ndarray]]]
     note: str
     same_noise: bool = False
+    columns: int = 1
+    of_prompts: bool = False
 
 
-def judged_samples(data: Sequence[RunData], class_names: Sequence[str], real: RealImages) -> JudgedSamples | None:
-    """The samples of each run's latest judgement; None where no run has been judged by samples that are still there.
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """The samples that a run was judged by. prompts: of a model that takes text."""
+
+    run: RunData
+    images: NpzImages
+    prompts: Prompts | None
+
+    def subjects(self) -> np.ndarray:
+        """Of each image its class, or its prompt's number: int64 [n]; empty where the file tells no classes."""
+        if self.prompts is not None:
+            return np.arange(self.images.count or 0) % len(self.prompts.texts)
+        known = self.images.labels()
+        return np.zeros(0, np.int64) if known is None else known
+
+
+def judged_samples(data: Sequence[RunData], class_names: Sequence[str], real: RealImages) -> list[JudgedSamples]:
+    """The samples of each run's latest judgement: those of classes, then those of each set of prompts. Empty where no run
+    has been judged by samples that are still there.
 
     Raises:
         UserError: a damaged file, or a link in a run's folder.
     """
-    images = {run.name: found for run in data if (found := _images(run)) is not None}
-    labels = {name: known for name, set_ in images.items() if (known := set_.labels()) is not None and len(known)}
-    if not labels:
-        return None
-    tiles = max(3, TILES // (len(labels) + 1))
-    classes = list(first_of_classes(next(iter(labels.values())), columns=tiles, rows=ROWS))
-    columns = {"real images": real(classes, tiles)} | {
-        name: _first(images[name], known, classes, tiles) for name, known in labels.items()
-    }
-    shown = [class_name(class_names, label) for label in classes]
-    rows = {
-        (name if shown.count(name) == 1 else f"{name} ({label})"): {
-            column: np.concatenate(list(of[label][:tiles]), axis=1) for column, of in columns.items() if label in of
-        }
-        for label, name in zip(classes, shown)
-    }
-    judged = [run for run in data if run.name in labels]
-    alike = all(_drawing(run) == _drawing(judged[0]) for run in judged)
-    return JudgedSamples(rows=rows, note=_note(len(judged), alike), same_noise=alike and len(judged) == len(data))
+    drawn = [found for run in data if (found := _drawn(run)) is not None and len(found.subjects())]
+    together: dict[str | None, list[_Drawn]] = {}
+    for found in sorted(drawn, key=lambda one: one.prompts is not None):
+        together.setdefault(None if found.prompts is None else found.prompts.sha256, []).append(found)
+    return [_side_by_side(each, class_names, real, of=len(data)) for each in together.values()]
+
+
+def _side_by_side(drawn: Sequence[_Drawn], class_names: Sequence[str], real: RealImages, *, of: int) -> JudgedSamples:
+    """The samples of runs that were judged by the same prompts, or all by class. of: how many runs there are."""
+    subjects, prompts = {one.run.name: one.subjects() for one in drawn}, drawn[0].prompts
+    first = next(iter(subjects.values()))
+    if prompts is None:
+        tiles = max(3, TILES // (len(drawn) + 1))
+        chosen = list(first_of_classes(first, columns=tiles, rows=ROWS))
+        columns = {"real images": real(chosen, tiles)}
+        names = [class_name(class_names, i) for i in chosen]
+        names = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in zip(chosen, names)]
+        note = "The first samples of each class, in the order they were drawn."
+    else:
+        # From the beginning: of as many prompts as samples, those spread over all would mean reading all samples.
+        chosen = list(range(min(len(prompts.texts), len(first), PROMPTS // len(drawn))))
+        tiles = max(1, min(PROMPT_TILES, PROMPTS // (len(chosen) * len(drawn))))
+        columns, names = {}, [_shortened(prompts.texts[i]) for i in chosen]
+        which = "each prompt" if len(chosen) == len(prompts.texts) else f"the first {len(chosen)} prompts"
+        note = f"The first samples of {which}: {PromptSet.of(latest(drawn[0].run))}."
+    columns |= {one.run.name: _first(one.images, subjects[one.run.name], chosen, tiles) for one in drawn}
+    rows = [
+        (name, {column: np.concatenate(list(held[i][:tiles]), axis=1) for column, held in columns.items() if i in held})
+        for i, name in zip(chosen, names)
+    ]
+    alike = all(_drawing(one.run) == _drawing(drawn[0].run) for one in drawn)
+    return JudgedSamples(
+        rows=rows,
+        note=_note(note, len(drawn), alike),
+        same_noise=alike and len(drawn) == of,
+        columns=len(columns),
+        of_prompts=prompts is not None,
+    )
+
+
+def _shortened(prompt: str) -> str:
+    return prompt if len(prompt) <= LETTERS else f"{prompt[: LETTERS - 1].rstrip()}…"
 
 
 def _first(images: NpzImages, labels: np.ndarray, classes: Sequence[int], count: int) -> dict[int, np.ndarray]:
@@ -74,8 +121,7 @@ def _first(images: NpzImages, labels: np.ndarray, classes: Sequence[int], count:
     return {label: np.stack([kept[int(i)] for i in found]) for label, found in wanted.items()}
 
 
-def _note(runs: int, alike: bool) -> str:
-    note = "The first samples of each class, in the order they were drawn."
+def _note(note: str, runs: int, alike: bool) -> str:
     if runs < 2:
         return note
     if alike:
@@ -86,10 +132,10 @@ def _note(runs: int, alike: bool) -> str:
 def _drawing(run: RunData) -> tuple[object, ...]:
     """What decides from which noise which sample of which class is drawn."""
     sampler = latest(run)["sampler"]
-    return tuple(sampler.get(key) for key in ("sampler", "seed", "classes"))
+    return tuple(sampler.get(key) for key in ("sampler", "seed", "classes", "prompts"))
 
 
-def _images(run: RunData) -> NpzImages | None:
+def _drawn(run: RunData) -> _Drawn | None:
     """The samples of a run's latest judgement. Raises `CacheError` for a link in the run's folder."""
     entry = latest(run)
     judged = entry.get("settings")
@@ -101,7 +147,10 @@ def _images(run: RunData) -> NpzImages | None:
         images = files.inside(run.path, f"{place}/samples_{judged.get('sample_count')}.npz")
         there = images.is_file() and settings.is_file()
         if there and _same(runs.read_json(settings, {}, remedy=runs.RESTORE), entry):
-            return NpzImages(path=images)
+            by_prompt = entry["sampler"].get("prompts") is not None
+            prompts = load_prompts(images.parent) if by_prompt else None
+            if not by_prompt or prompts is not None:
+                return _Drawn(run=run, images=NpzImages(path=images), prompts=prompts)
     return None
 
 

@@ -14,7 +14,8 @@ from urllib.parse import quote
 import numpy as np
 
 from featcache.store import files
-from trainer.evaluate.table import higher_is_better
+from trainer.evaluate.prompt_sets import PromptSet
+from trainer.evaluate.table import higher_is_better, in_words
 from trainer.plots import Chart, Mark, Series, Strips
 from trainer.report.analysis import in_brief
 from trainer.report.charts import smoothed_series
@@ -23,18 +24,23 @@ from trainer.report.judged import JudgedSamples
 from trainer.report.page import Figure, read_picture, write_page
 from trainer.report.table import (
     FEWEST_TO_RANK,
+    Of,
     PublishedFigure,
+    evaluations_of,
     flatten,
+    is_text,
     latest,
     loss_titles,
     measure_words,
     metric_names,
     metrics_of,
     numbers,
+    prompt_sets,
     sample_count,
     settings,
 )
 from trainer.runs.log import is_detail
+from trainer.sampling.grid import row_names, row_scale
 from trainer.training.spikes import COLUMN as SPIKE
 from trainer.typeset import number
 
@@ -52,7 +58,7 @@ def write_report(
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
     published: Sequence[PublishedFigure] = (),
-    judged_samples: JudgedSamples | None = None,
+    judged_samples: Sequence[JudgedSamples] = (),
 ) -> Path:
     """Write one self-contained page about one or several runs: samples, curves, numbers, settings.
 
@@ -86,7 +92,7 @@ def write_comparison(
     images: Sequence[Figure] = (),
     charts: Sequence[Chart] = (),
     published: Sequence[PublishedFigure] = (),
-    judged_samples: JudgedSamples | None = None,
+    judged_samples: Sequence[JudgedSamples] = (),
     drawn: Strips | None = None,
 ) -> Path:
     """Write one self-contained page that puts runs side by side.
@@ -126,7 +132,7 @@ def _values(
         "samples": [*(f for f in images if f.section == "samples"), *_run_samples(runs)],
         "features": [f for f in images if f.section != "samples"],
         "numbers": numbers(runs, published),
-        "judged": [*_substitutes(runs), *_judged_sentences(runs)],
+        "judged": [*_substitutes(runs), *_prompt_judges(runs), *_judged_sentences(runs)],
         "settings": {"Sampler": settings(runs, "sampler"), "Evaluation": settings(runs, "settings")},
         "runs": runs,
         "diagnostics": in_brief(runs[0]) if len(runs) == 1 else [],
@@ -161,7 +167,7 @@ def _run_samples(runs: Sequence[RunData]) -> list[Figure]:
 
 def _substitutes(runs: Sequence[RunData]) -> list[str]:
     """What may be made of figures by a network other than the one in the literature."""
-    names = [name for name in metric_names(runs) if name.startswith(("embedded-", "random-"))]
+    names = [n for n in metric_names(runs) if n.startswith(("embedded-", "random-")) and in_words(n) is None]
     if not names:
         return []
     said = (
@@ -171,6 +177,8 @@ def _substitutes(runs: Sequence[RunData]) -> list[str]:
     counts = [sample_count(latest(run)) for run in runs if metrics_of(latest(run))]
     if len(counts) < 2:
         return [said]
+    if len({PromptSet.of(latest(run)) for run in runs if metrics_of(latest(run))}) > 1:
+        return [f"{said} The runs were judged by different prompts or by classes, so the figures do not rank them."]
     known = [count for count in counts if count is not None]
     if len(known) < len(counts) or len(set(known)) > 1:
         return [f"{said} The runs were judged by different numbers of samples, so the figures do not rank them."]
@@ -179,12 +187,43 @@ def _substitutes(runs: Sequence[RunData]) -> list[str]:
     return [f"{said} They rank the runs on this page against each other."]
 
 
+def _prompt_judges(runs: Sequence[RunData]) -> list[str]:
+    """What each metric of prompts is, and by which network it was measured."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for evaluation in run.evaluations:
+            for metric, judge in _judges_of(evaluation).items():
+                names = found.setdefault(metric, [])
+                names += [judge] if judge not in names else []
+    words = {metric: in_words(metric) for metric in found}
+    return [f"{metric}: {words[metric]}; by {', '.join(by)}." for metric, by in found.items() if words[metric]]
+
+
+def _judges_of(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """By metric of prompts, the network that measured it, and the digest of its weights."""
+    settings = evaluation.get("settings")
+    judges = settings.get("judges") if isinstance(settings, Mapping) else None
+    found = {}
+    for metric, judge in judges.items() if isinstance(judges, Mapping) else ():
+        if isinstance(judge, Mapping):
+            name = str(judge.get("model") or judge.get("judge"))[:200]
+            random = " of random weights" if judge.get("weights") == "random" else ""
+            weights = str(judge.get("sha256") or judge.get("weights_sha256"))[:12]
+            found[str(metric)] = f"{name}{random}, weights {weights}"
+    return found
+
+
 def _judged_sentences(runs: Sequence[RunData]) -> list[str]:
     """How the judged samples were drawn, once for all runs that did it alike. The grids have settings of their own."""
     names: dict[str, list[str]] = {}
     for run in runs:
-        settings = flatten(latest(run).get("sampler"))
-        parts = [v if k in ("name", "sampler") else f"{k.replace('_', ' ')} {v}" for k, v in settings]
+        settings, of = flatten(latest(run).get("sampler")), PromptSet.of(latest(run))
+        parts = [
+            v if k in ("name", "sampler") else f"{k.replace('_', ' ')} {v}"
+            for k, v in settings
+            if of is None or k != "prompts"
+        ]
+        parts += [] if of is None else [f"prompts: {of}"]
         if parts:
             names.setdefault(", ".join(parts), []).append(run.name)
     return [f"Judged samples of {' and '.join(who)}: {how}." for how, who in names.items()]
@@ -220,6 +259,14 @@ def incomparable(runs: Sequence[RunData]) -> list[str]:
             f"The runs normalise their latents differently ({named}), so neither losses nor scores compare the methods."
         )
     by_weights = _grouped([run for run in runs if _judges(run)], lambda run: _judges(run) or ("", ""))
+    by_prompts = _grouped([run for run in runs if metrics_of(latest(run))], lambda run: PromptSet.of(latest(run)))
+    if len(by_prompts) > 1:
+        said = "; ".join(f"{of or 'classes, no prompts'}: {', '.join(who)}" for of, who in by_prompts.items())
+        found.append(
+            f"The runs' latest samples were drawn for different prompts, or for classes ({said}): numbers of one of these "
+            "are not compared with those of another."
+        )
+    found += _other_judges(runs)
     names = [name for name, _ in by_weights]
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
@@ -227,6 +274,23 @@ def incomparable(runs: Sequence[RunData]) -> list[str]:
             found.append(
                 f"The runs were judged by different weights of the extractor {name} ({said}), so their scores cannot be "
                 "compared: judge them again with trainer eval."
+            )
+    return found
+
+
+def _other_judges(runs: Sequence[RunData]) -> list[str]:
+    """Metrics of prompts that were measured by different networks."""
+    by_judge: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for metric, judge in _judges_of(latest(run)).items():
+            by_judge.setdefault(metric, {}).setdefault(judge, []).append(run.name)
+    found = []
+    for metric, judges in by_judge.items():
+        if len(judges) > 1:
+            said = "; ".join(f"{judge}: {', '.join(who)}" for judge, who in judges.items())
+            found.append(
+                f"The runs' {metric} was measured by different networks ({said}), so it cannot be compared: judge them "
+                "again with trainer eval."
             )
     return found
 
@@ -250,16 +314,24 @@ def _judges(run: RunData) -> tuple[str, str] | None:
     return str(extractor.get("extractor")), str(extractor.get("weights_sha256"))
 
 
+def _prompts_while_training(runs: Sequence[RunData]) -> str:
+    """What the small evaluations of runs on text are of."""
+    said = {
+        run.name: str(run.config.get("eval_prompts") or "captions of the first images") for run in runs if is_text(run)
+    }
+    return "" if not said else f"Prompts of {'; '.join(f'{name}: {of}' for name, of in said.items())}."
+
+
 def _differs(a: Column | None, b: Column | None) -> bool:
     return b is not None and (a is None or len(a.values) != len(b.values) or not np.allclose(a.values, b.values))
 
 
-def _evaluated(run: RunData, metric: str) -> Column:
+def _evaluated(run: RunData, metric: str, of: Of) -> Column:
     """A metric of metrics.json over the checkpoints it was measured at, all as in the last evaluation that holds it.
 
     Other samplers, references or numbers of samples give other numbers: joined by a line they would look like progress.
     """
-    entries = [e for e in run.evaluations if metric in metrics_of(e) and e.get("step") is not None]
+    entries = [e for e in evaluations_of(run, of) if metric in metrics_of(e) and e.get("step") is not None]
     values = {
         int(e["step"]): float(metrics_of(e)[metric]) for e in entries if _conditions(e) == _conditions(entries[-1])
     }
@@ -270,7 +342,7 @@ def _evaluated(run: RunData, metric: str) -> Column:
 def _conditions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What moves the numbers of an evaluation, but for the checkpoint."""
     settings = evaluation.get("settings") or {}
-    named = ("extractor", "sample_count", "resolution", "reference", "reference_count", "reference_features")
+    named = ("extractor", "sample_count", "resolution", "reference", "reference_count", "reference_features", "judges")
     sampler = evaluation.get("sampler")
     if isinstance(sampler, Mapping):  # the latest checkpoint ends the curve of the snapshots, which may be rounded
         sampler = {key: value for key, value in sampler.items() if key != "stored"}
@@ -311,27 +383,35 @@ def _charts(runs: Sequence[RunData], x_label: str, x_of: X, keys: Sequence[tuple
         if series:
             chart = _marked(Chart(title=title, x_label=x_label, y_label=label, series=series), ends)
             chart = _with_marks(chart, begins, "line", "begins as a branch")
+            if key.startswith("eval/"):
+                chart = replace(chart, note=f"{chart.note} {_prompts_while_training(runs)}".strip())
             if key in ("loss", "denoise"):
                 chart = _with_marks(chart, spikes, "triangle", "has spikes of its denoising loss")
             charts.append(chart)
     return charts
 
 
-def _metric_charts(runs: Sequence[RunData], x_label: str, x_of: X, metrics: Sequence[str]) -> list[Chart]:
+def _metric_charts(
+    runs: Sequence[RunData], x_label: str, x_of: X, wanted: Callable[[str], bool] = lambda _: True
+) -> list[Chart]:
+    """A chart of each metric, and of each set of prompts that it was measured with."""
     charts = []
-    for metric in metrics:
+    pairs = [(each, name) for each in prompt_sets(runs) for name in metric_names(runs, each) if wanted(name)]
+    for of, metric in pairs:
         series = []
         for i, run in enumerate(runs):
-            column = _evaluated(run, metric)
+            column = _evaluated(run, metric, of)
             x = x_of(column)
             keep = np.isfinite(x) & np.isfinite(column.values)
             if keep.any():
                 series.append(Series(label=run.name, x=x[keep], y=column.values[keep], colour=i, markers=True))
-                series += _of_papers(run, metric, i) if x_label == STEPS else []
+                of_paper = x_label == STEPS and (of is None or of.known is not None)
+                series += _of_papers(run, metric, i) if of_paper else []
         # A single checkpoint is a number, not a curve: the table has it.
         if any(len(s.x) > 1 and not s.dashed for s in series):
             arrow = "higher is better" if higher_is_better(metric) else "lower is better"
-            charts.append(Chart(title=f"{metric} ({arrow})", x_label=x_label, y_label=metric, series=series))
+            title, note = f"{metric} ({arrow})", "" if of is None else f"Prompts: {of}."
+            charts.append(Chart(title=title, x_label=x_label, y_label=metric, series=series, note=note))
     return charts
 
 
@@ -422,7 +502,7 @@ def _came_from(runs: Sequence[RunData]) -> list[str]:
 
 def _step_charts(runs: Sequence[RunData]) -> list[Chart]:
     label, steps = STEPS, attrgetter("steps")
-    return _charts(runs, label, steps, _log_keys(runs)) + _metric_charts(runs, label, steps, metric_names(runs))
+    return _charts(runs, label, steps, _log_keys(runs)) + _metric_charts(runs, label, steps)
 
 
 def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
@@ -435,8 +515,9 @@ def _time_charts(runs: Sequence[RunData]) -> list[Chart]:
 
     label = f"training time ({unit})"
     denoising = [("denoise", loss_titles(runs)["denoise"], "loss")]
-    distances = [metric for metric in metric_names(runs) if metric.endswith("FID")]
-    return _charts(runs, label, times, denoising) + _metric_charts(runs, label, times, distances)
+    return _charts(runs, label, times, denoising) + _metric_charts(
+        runs, label, times, lambda metric: metric.endswith("FID")
+    )
 
 
 def _diagnostics_pages(out_html: Path, runs: Sequence[RunData]) -> list[tuple[str, str]]:
@@ -452,14 +533,18 @@ def _resolution(run: RunData) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _tiles(path: Path, side: int | None) -> list[np.ndarray]:
-    """Tiles down the first column of a grid PNG, or the whole picture if the size of a tile is not known."""
+def _tiles(path: Path, side: int | None) -> list[tuple[str, np.ndarray]]:
+    """Tiles down the first column of a grid PNG, each with what it is of where the picture says so; or the whole picture if
+    the size of a tile is not known."""
     _, picture = read_picture(path)
-    pixels = np.asarray(picture)
+    pixels, names = np.asarray(picture), row_names(picture)
     H, W, _ = pixels.shape
-    if side is None or H % side or W % side:
-        return [pixels]
-    return [pixels[top : top + side, :side] for top in range(0, H, side)]
+    side = side * row_scale(side) if names and side is not None else side
+    step = H // len(names) if names else side
+    if side is None or step is None or H % step or W % side or step < side:
+        return [("", pixels)]
+    tiles = [pixels[top : top + side, :side] for top in range(0, H, step)]
+    return list(zip(names or [""] * len(tiles), tiles, strict=True))
 
 
 def common_steps(runs: Sequence[RunData]) -> list[int]:
@@ -477,8 +562,17 @@ def _strips(runs: Sequence[RunData]) -> dict[str, Any] | None:
     grids = [[_tiles(dict(run.samples)[step], _resolution(run)) for step in common] for run in runs]
     tiles = min(len(grid) for row in grids for grid in row)
     shown = np.unique(np.linspace(0, tiles - 1, MAX_STRIP_TILES).round().astype(int))
+    blocks = []
+    for tile in shown:
+        rows = [(run.name, [grid[tile] for grid in row]) for run, row in zip(runs, grids)]
+        # Of runs on text what was drawn; of one whose rows are of another caption it stands beside its name.
+        captions = [row[-1][0] for _, row in rows]
+        of = captions[0] if len(set(captions)) == 1 else ""
+        named = [name if of or not caption else f"{name}: {caption}" for (name, _), caption in zip(rows, captions)]
+        blocks.append({"of": of, "rows": [(name, [t for _, t in row]) for name, (_, row) in zip(named, rows)]})
     return {
         "steps": common,
-        "blocks": [[(run.name, [grid[tile] for grid in row]) for run, row in zip(runs, grids)] for tile in shown],
+        "blocks": blocks,
+        "what": "prompt" if all(map(is_text, runs)) else "class or prompt" if any(map(is_text, runs)) else "class",
         "same_noise": len({str(run.config.get("seed")) for run in runs}) == 1,
     }

@@ -13,7 +13,7 @@ import torch
 
 import featcache
 from featcache.errors import CacheError, UserError
-from featcache.inspect import draw_sheet, find_source, pixels_of
+from featcache.inspect import draw_sheet, find_captions, find_source, pixels_of
 from featcache.paths import PAGES, check_output
 from featcache.sources.base import Source
 from trainer import align
@@ -27,20 +27,21 @@ from trainer.report.page import Figure
 from trainer.report.report import common_steps, router_chart, write_comparison, write_report
 from trainer.report.same_noise import SameNoise
 from trainer.report.sweeps import sweep_charts
-from trainer.report.table import PublishedFigure
+from trainer.report.table import PublishedFigure, is_text
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
 from trainer.runs.published import parse_published
 from trainer.runs.recipes import figures_of, list_recipes
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
-from trainer.sampling.grid import class_picture, first_of_classes
+from trainer.sampling.grid import class_picture, first_of_classes, prompt_picture, prompts_shown
 from trainer.training.state import backbone_info
 
 if TYPE_CHECKING:
     from featcache.read.reader import Cache
 
 REFERENCE_ROWS = 10  # of real images
+CAPTIONED = 24
 
 
 def write_run_report(
@@ -79,8 +80,9 @@ def write_run_report(
     if len(folders) == 1:
         given["charts"] += sweep_charts(folders[0])
         return write_report(out or folders[0] / "report.html", data, **given)
-    judged, drawn = given["judged_samples"], None
-    if same_noise is not None and not common_steps(data) and not (judged is not None and judged.same_noise):
+    drawn = None
+    alike = common_steps(data) or any(judged.same_noise for judged in given["judged_samples"])
+    if same_noise is not None and not alike:
         drawn = same_noise.draw(folders, [run.name for run in data])
     return write_comparison(out or folders[0] / "comparison.html", data, **given, drawn=drawn)
 
@@ -106,7 +108,9 @@ def _pictures(folder: Path, data: Sequence[RunData]) -> dict[str, Any]:
     figures = []
     if cache is not None:
         with contextlib.suppress(CacheError, UserError):
-            if judged is None:
+            if not judged and is_text(data[0]):
+                figures.append(_captioned_figure(cache, source))
+            elif not judged:
                 shown = first_of_classes(cache.labels(), rows=REFERENCE_ROWS)
                 figures.append(_real_figure(_real_images(cache, source, shown), names))
             figures.append(_sheet(cache, source))
@@ -147,6 +151,22 @@ def _real_figure(images: Mapping[int, np.ndarray], names: Sequence[str]) -> Figu
         title="Real images",
         caption="From the training set, by class.",
         alt="Training images under the names of their classes",
+        section="samples",
+    )
+
+
+def _captioned_figure(cache: Cache, source: Source | None) -> Figure:
+    """The first images of a run on text, with their captions as far as these are to be had."""
+    indices = prompts_shown(min(len(cache), CAPTIONED))
+    found = find_captions(cache, indices)
+    captions = [""] * len(indices) if found is None else [of[0] if of else "" for of in found]
+    return Figure(
+        image=prompt_picture(list(pixels_of(cache, source, indices)), captions),
+        title="Real images",
+        caption="From the training set, each with its first caption."
+        if found is not None
+        else "From the training set.",
+        alt="Training images above their captions",
         section="samples",
     )
 
@@ -237,6 +257,9 @@ def _published(folder: Path, name: str) -> list[PublishedFigure]:
     figures = {}
     for entry in (parse_published(given) for given in entries if given):
         source = entry.source + (f": {entry.sampling}" if entry.sampling is not None else "")
+        prompts = None if entry.sampling is None else entry.sampling.prompts
         for metric, value in entry.metrics.items():
-            figures[metric, source, value] = PublishedFigure(metric=metric, value=float(value), source=source, run=name)
+            figures[metric, source, value] = PublishedFigure(
+                metric=metric, value=float(value), source=source, run=name, prompts=prompts
+            )
     return list(figures.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.evaluate.sweep import REMARK, Curve, read_curves
+from trainer.evaluate.sweep import Curve, read_curves
 from trainer.evaluate.table import higher_is_better
 from trainer.interval import plain
 from trainer.plots import Chart, Mark, Series
@@ -13,6 +13,7 @@ from trainer.typeset import measure, number
 
 AXES = {"guidance": "guidance scale", "interval_low": "guided from t =", "interval_high": "guided up to t ="}
 TOGETHER = ("Precision", "Recall")  # both are shares
+OBEYED = "prompts_obeyed"  # and its shares for each of what prompts name
 
 
 def sweep_charts(folder: Path) -> list[Chart]:
@@ -27,7 +28,10 @@ def sweep_charts(folder: Path) -> list[Chart]:
 def _charts(curve: Curve) -> list[Chart]:
     names = list(dict.fromkeys(name for point in curve.points for name in point.metrics))
     shares = [name for name in names if name.endswith(TOGETHER)]
-    groups = [[name] for name in names if name not in shares] + ([shares] if shares else [])
+    obeyed = [name for name in names if name.split("/")[0] == OBEYED]
+    groups = [[name] for name in names if name not in (*shares, *obeyed)] + [
+        group for group in (shares, obeyed) if group
+    ]
     return [_chart(curve, group) for group in groups]
 
 
@@ -40,11 +44,12 @@ def _chart(curve: Curve, names: Sequence[str]) -> Chart:
     best, deciding = curve.best, curve.deciding
     better = "higher" if higher_is_better(names[0]) else "lower"
     axis = AXES.get(curve.setting, curve.setting)
+    of = f" Prompts: {curve.prompts}." if curve.prompts else ""
     return Chart(
-        title=f"{' and '.join(names)} over {axis.removesuffix(' =')} ({better} is better), step {number(curve.step)}",
+        title=f"{names[0] if names[0] == OBEYED else ' and '.join(names)} over {axis.removesuffix(' =')} ({better} is better), step {number(curve.step)}",
         x_label=axis,
         y_label=names[0] if len(names) == 1 else "share",
         series=series,
         marks=(Mark(x=best.value),),
-        note=f"Dotted: the best {deciding}, {measure(best.metrics[deciding])} at {plain(best.value)}, {REMARK}.",
+        note=f"Dotted: the best {deciding}, {measure(best.metrics[deciding])} at {plain(best.value)}, {curve.remark}.{of}",
     )

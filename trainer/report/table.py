@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from trainer.evaluate.prompt_sets import PromptSet
 from trainer.evaluate.table import higher_is_better
 from trainer.report.charts import smooth, smoothing_span
 from trainer.report.data import Column, RunData
+from trainer.runs.published import PROMPTS
 from trainer.typeset import measure, number, setting
 
 T = TypeVar("T")
@@ -28,12 +30,14 @@ class PublishedFigure:
         metric: name as in metrics.json, e.g. `FID`.
         source: where it stands, e.g. `AHPA, Table 3`.
         run: name of the run it belongs to; None if it belongs to all.
+        prompts: what its samples were drawn for, a key of `trainer.runs.published.PROMPTS`; None for classes.
     """
 
     metric: str
     value: float
     source: str
     run: str | None = None
+    prompts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,27 @@ class Table:
     has_published: bool = False
 
 
-def metric_names(runs: Sequence[RunData]) -> list[str]:
+EVERY: Literal["every"] = "every"  # evaluation, whatever its samples were drawn for
+NOTHING: Literal["nothing"] = "nothing"
+Of = PromptSet | Literal["every", "nothing"] | None  # which evaluations; None: of samples by class
+
+
+def evaluations_of(run: RunData, of: Of) -> list[Mapping[str, Any]]:
+    """The evaluations with these prompts, or of classes (None), oldest first."""
+    return [e for e in run.evaluations if of == EVERY or PromptSet.of(e) == of]
+
+
+def prompt_sets(runs: Sequence[RunData]) -> list[PromptSet | None]:
+    """What the runs were judged by, None for classes: that of their latest evaluations first. Numbers of one are never
+    put beside those of another."""
+    depth = max((len(run.evaluations) for run in runs), default=0)
+    latest_first = [list(reversed(run.evaluations)) for run in runs]
+    return list(dict.fromkeys(PromptSet.of(of[i]) for i in range(depth) for of in latest_first if i < len(of)))
+
+
+def metric_names(runs: Sequence[RunData], of: Of = EVERY) -> list[str]:
     """Names of all metrics in the runs' metrics.json, in order of appearance."""
-    return list(dict.fromkeys(name for run in runs for e in run.evaluations for name in metrics_of(e)))
+    return list(dict.fromkeys(name for run in runs for e in evaluations_of(run, of) for name in metrics_of(e)))
 
 
 def metrics_of(evaluation: Mapping[str, Any]) -> Mapping[str, float]:
@@ -89,26 +111,18 @@ def sample_count(evaluation: Mapping[str, Any]) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def latest(run: RunData) -> Mapping[str, Any]:
+def latest(run: RunData, of: Of = EVERY) -> Mapping[str, Any]:
     """The run's last evaluation, empty if there is none."""
-    return run.evaluations[-1] if run.evaluations else {}
+    found = evaluations_of(run, of)
+    return found[-1] if found else {}
 
 
 def numbers(runs: Sequence[RunData], published: Sequence[PublishedFigure]) -> Table:
     """The table of numbers; groups and rows in which nothing is known are left out."""
-    names = list(dict.fromkeys([*metric_names(runs), *(p.metric for p in published)]))
     sources = {p.source for p in published}
-    evaluated = [_metric_row(runs, name, published, with_source=len(sources) > 1) for name in names]
-    if names:
-        at = _cells(number, [latest(run).get("step") for run in runs])
-        evaluated.append(
-            Row(label="Evaluated at step", cells=[cell or Cell("not judged") for cell in at] if any(at) else at)
-        )
-    groups = {
-        "Run": _run_rows(runs),
-        "Training, averaged over the last steps": _training_rows(runs),
-        "Evaluation, latest of each metric": evaluated,
-    }
+    groups = {"Run": _run_rows(runs), "Training, averaged over the last steps": _training_rows(runs)}
+    for heading, of, figures in _judgements(runs, published):
+        groups[heading] = _evaluated_rows(runs, of, figures, with_source=len(sources) > 1)
     known = {heading: [row for row in rows if any(row.cells)] for heading, rows in groups.items()}
     extra = [Cell("Published", sources.pop() if len(sources) == 1 else "")] if published else []
     return Table(
@@ -116,6 +130,36 @@ def numbers(runs: Sequence[RunData], published: Sequence[PublishedFigure]) -> Ta
         groups={heading: rows for heading, rows in known.items() if rows},
         has_published=bool(published),
     )
+
+
+def _judgements(
+    runs: Sequence[RunData], published: Sequence[PublishedFigure]
+) -> list[tuple[str, Of, list[PublishedFigure]]]:
+    """Heading, prompts and papers' figures of each group of evaluations; figures of prompts that nothing was judged by
+    come last, by themselves."""
+    groups: list[Of] = list(prompt_sets(runs))
+    of_papers: dict[Of, str | None] = {of: of.known for of in groups if isinstance(of, PromptSet) and of.known}
+    of_papers |= {None: None}  # classes
+    found = []
+    for of in groups if None in groups else [*groups, None]:
+        figures = [p for p in published if of in of_papers and p.prompts == of_papers[of]]
+        heading = "Evaluation" if of is None else f"Evaluation by prompts: {of}"
+        found.append((f"{heading}, latest of each metric", of, figures))
+    for prompts in dict.fromkeys(p.prompts for p in published if p.prompts not in of_papers.values()):
+        what = PROMPTS[prompts][1] if prompts is not None and prompts in PROMPTS else str(prompts)
+        found.append((f"Published, by prompts: {what}", NOTHING, [p for p in published if p.prompts == prompts]))
+    return found
+
+
+def _evaluated_rows(
+    runs: Sequence[RunData], of: Of, published: Sequence[PublishedFigure], *, with_source: bool
+) -> list[Row]:
+    names = list(dict.fromkeys([*metric_names(runs, of), *(p.metric for p in published)]))
+    rows = [_metric_row(runs, name, of, published, with_source=with_source) for name in names]
+    if names:
+        at = _cells(number, [latest(run, of).get("step") for run in runs])
+        rows.append(Row(label="Evaluated at step", cells=[c or Cell("not judged") for c in at] if any(at) else at))
+    return rows
 
 
 def settings(runs: Sequence[RunData], key: str) -> Table:
@@ -143,6 +187,11 @@ def _run_rows(runs: Sequence[RunData]) -> list[Row]:
         Row(label="Steps", cells=_cells(number, [run.steps for run in runs])),
         Row(label="Images/s (median)", cells=_cells(measure, medians)),
     ]
+
+
+def is_text(run: RunData) -> bool:
+    """Whether a run is conditioned on text, not on classes."""
+    return run.config.get("condition") is not None
 
 
 def streams_of(run: RunData) -> list[str]:
@@ -199,12 +248,17 @@ def _training_rows(runs: Sequence[RunData]) -> list[Row]:
 
 
 def _metric_row(
-    runs: Sequence[RunData], metric: str, published: Sequence[PublishedFigure], *, with_source: bool
+    runs: Sequence[RunData],
+    metric: str,
+    of: Of,
+    published: Sequence[PublishedFigure],
+    *,
+    with_source: bool,
 ) -> Row:
-    found = [_latest_metric(run, metric) for run in runs]
+    found = [_latest_metric(run, metric, of) for run in runs]
     known = [(f[0], i) for i, f in enumerate(found) if f is not None]
     best = None
-    few = any((sample_count(latest(run)) or FEWEST_TO_RANK) < FEWEST_TO_RANK for run in runs)
+    few = any((sample_count(latest(run, of)) or FEWEST_TO_RANK) < FEWEST_TO_RANK for run in runs)
     if not few and len({measure(value) for value, _ in known}) > 1:  # a lead that does not show is none
         best = (max if higher_is_better(metric) else min)(known)[1]
     figures = []
@@ -244,13 +298,13 @@ def _level(column: Column | None) -> float | None:
     return float(smooth(values, span=smoothing_span(len(values)))[-1]) if len(values) else None
 
 
-def _latest_metric(run: RunData, metric: str) -> tuple[float, Sequence[float] | None] | None:
+def _latest_metric(run: RunData, metric: str, of: Of) -> tuple[float, Sequence[float] | None] | None:
     """Value and interval of the last evaluation that holds the metric, else its last logged value."""
-    for evaluation in reversed(run.evaluations):
+    for evaluation in reversed(evaluations_of(run, of)):
         metrics = metrics_of(evaluation)
         if metric in metrics:
             return float(metrics[metric]), (evaluation.get("intervals") or {}).get(metric)
-    logged = run.last(f"metric/{metric}")
+    logged = run.last(f"metric/{metric}") if of is None else None
     return (logged, None) if logged is not None else None
 
 

@@ -25,11 +25,15 @@ REFERENCES: Mapping[str, tuple[str | None, str]] = {
     "train": (None, "the training images by ADM's crop"),
     "coco-val": (None, "the validation images of COCO 2014 by the cache's crop"),
 }
+# References that are neither a file nor the images that a run was trained on => the folder to pass.
+OTHER_FOLDERS: Mapping[str, str] = {"coco-val": "coco/val2014"}
 # Prompts that published text-to-image samples were drawn for => the arguments of `trainer eval` for them and for the images
 # that they are compared with, below a folder `coco`; and what they are.
+PUBLISHED_SAMPLES = 30_000, 40_192  # U-ViT's and REPA's numbers of samples by prompt
+COCO_VAL, COCO_VAL_FILE = "coco-val", "captions_val2014.json"
 PROMPTS: Mapping[str, tuple[str, str]] = {
-    "coco-val": (
-        "--prompts coco/annotations/captions_val2014.json --reference coco/val2014",
+    COCO_VAL: (
+        f"--prompts coco/annotations/{COCO_VAL_FILE} --reference coco/val2014",
         "a caption of each of the first validation images of COCO 2014",
     ),
 }

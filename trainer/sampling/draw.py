@@ -36,7 +36,7 @@ from trainer.runs.published import SHIFTED
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.runs.schemas import Summary
 from trainer.runs.snapshots import find_weights
-from trainer.sampling.grid import spread
+from trainer.sampling.grid import row_record, spread
 from trainer.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -449,13 +449,15 @@ def condition_grid(
     return grid.reshape(rows * R, columns * R, 3)
 
 
-def save_png(pixels: np.ndarray, path: Path) -> None:
+def save_png(pixels: np.ndarray, path: Path, *, rows: Sequence[str] = ()) -> None:
     """uint8 [H, W, 3] to a PNG, replaced whole.
+
+    rows: of a picture made by `trainer.sampling.grid.named_rows`, the names; `row_names` reads them.
 
     Raises:
         UserError: the disk refuses.
     """
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=row_record(rows) if rows else None)
     files.make_directory(path.parent)
     files.atomic_write(path, [buffer.getbuffer()])

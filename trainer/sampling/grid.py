@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from featcache.fonts import font_of
 
@@ -18,6 +20,8 @@ TEXT_SIZE, LINE = 15, 22
 PROMPT_COLUMNS, PROMPT_ROWS = 6, 8
 PROMPT_SIDE = 176  # in pixels, at least: tiles under which words have room
 PROMPT_SIZE, PROMPT_LINE, PROMPT_LINES = 13, 17, 5
+NAME_LINES = 3
+ROW_NAMES, MAX_NAME = "featcache:rows", 1000
 
 
 def class_name(names: Sequence[str], label: int) -> str:
@@ -86,15 +90,46 @@ def class_picture(images: Mapping[int, np.ndarray], names: Sequence[str]) -> np.
 
 
 def named_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """One picture of rows, each under its name: uint8 [n, H, W, 3] -> [n * (LINE + H), W, 3]."""
+    """One picture of rows, each with its name under it: uint8 [n, R, C R, 3] -> [n * (S R + h), C S R, 3].
+
+    Small tiles are enlarged S = `row_scale(R)` times. Long names take up to `NAME_LINES` lines, and all rows as many as the
+    longest: h is the same for all.
+    """
+    scale = row_scale(rows.shape[1])
+    rows = rows.repeat(scale, axis=1).repeat(scale, axis=2)
     n, height, width, _ = rows.shape
-    sheet = Image.new("RGB", (width, n * (LINE + height)), "white")
+    wrapped = [wrap(name, width, lines=NAME_LINES) for name in names]
+    step = height + PROMPT_LINE * max(1, *map(len, wrapped)) + GAP
+    sheet = Image.new("RGB", (width, n * step), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
-        top = i * (LINE + height)
-        draw.text((0, top), fitted(name, width), fill="black", font=font())
-        sheet.paste(Image.fromarray(row), (0, top + LINE))
+    for i, (row, lines) in enumerate(zip(rows, wrapped, strict=True)):
+        sheet.paste(Image.fromarray(row), (0, i * step))
+        for number, line in enumerate(lines):
+            at = 0, i * step + height + number * PROMPT_LINE
+            draw.text(at, line, fill="black", font=font_of(line, PROMPT_SIZE))
     return np.asarray(sheet)
+
+
+def row_scale(side: int) -> int:
+    """How many times `named_rows` enlarges tiles of so many pixels, so that words below have room."""
+    return -(-LEAST_SIDE // side)
+
+
+def row_record(names: Sequence[str]) -> PngInfo:
+    """What a PNG made by `named_rows` is to say of itself: the names as text, cut off after `MAX_NAME` characters."""
+    record = PngInfo()
+    record.add_itxt(ROW_NAMES, json.dumps([name[:MAX_NAME] for name in names]))
+    return record
+
+
+def row_names(picture: Image.Image) -> list[str]:
+    """The names that `row_record` put into a PNG; none where it says nothing, or what cannot be."""
+    try:
+        found = json.loads(picture.info.get(ROW_NAMES, "[]"))
+    except (TypeError, ValueError, RecursionError):
+        return []
+    fits = isinstance(found, list) and found and picture.height % len(found) == 0
+    return [str(name)[:MAX_NAME] for name in found] if fits else []
 
 
 def fitted(text: str, width: int) -> str:

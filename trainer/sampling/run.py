@@ -183,7 +183,14 @@ class SampleResult:
     prompts: Prompts | None = None
 
 
-def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: Path | None = None) -> SampleResult:
+def sample_run(
+    run: Path,
+    request: SampleRequest,
+    progress: Progress,
+    *,
+    trunk: Path | None = None,
+    prompts: Prompts | None = None,
+) -> SampleResult:
     """Draws `request.num` images of a run and writes them with a grid; finished work of an interrupted call is kept.
 
     Under torchrun all ranks call it together and draw a share each.
@@ -191,6 +198,7 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
     Args:
         trunk: folder in which calls that differ in their guidance alone share what comes before it acts
             (`trainer.sampling.trunk`); the images do not depend on it.
+        prompts: what `prompts_for` gave for this request, where it was asked before; else it is asked now.
 
     Raises:
         UserError: no such run or checkpoint, raw weights that it does not hold, unknown settings, or a folder that holds
@@ -206,7 +214,8 @@ def sample_run(run: Path, request: SampleRequest, progress: Progress, *, trunk: 
             progress.note(note)
         config = sample_config(request, loaded)
         vae = loaded.decoder(request.weights_dir).to(device)
-        prompts = prompts_for(run, loaded.config, request)
+        if prompts is None:
+            prompts = prompts_for(run, loaded.config, request)
         settings: Record = {**config.record(), **_asked_for(request, prompts), **asdict(arithmetic)}
         settings |= {} if request.weights == "ema" else {"weights": request.weights}
         settings |= {} if loaded.stored is None else {"stored": loaded.stored}

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from featcache.encoders.vae import LatentDecoder
 from featcache.errors import UserError, first_line
+from featcache.inspect import find_captions
 from featcache.store import files
 from trainer.diffusion.transport import Transport, build_transport
 from trainer.runs.cache import sample_keys
@@ -38,10 +39,11 @@ class GridMaker:
         self._config, self._cache, self._run, self._warn = config, cache, run, warn
         self._broken = False
         self._decoder: LatentDecoder | None = None
+        self._names: list[str] = []  # of the rows of a model that takes text
 
     def draw(self, ema: Transformer, step: int, log: RunLog, told: Stop) -> None:
         """One row per class to `samples/step_N.png` and TensorBoard; of a model that takes text, one row for each of the
-        first images' captions, under the image's key. The decoder leaves the GPU again afterwards. Given up when the run is
+        first images' captions, with the caption under it, or the image's key where the cache cannot tell it. The decoder leaves the GPU again afterwards. Given up when the run is
         `told` to stop."""
         if self._broken:
             return
@@ -56,7 +58,7 @@ class GridMaker:
         try:
             with given_up_when(told):
                 pixels = self._pixels(ema, self._decoder.to(device), transport)
-            save_png(pixels, files.inside(self._run, "samples") / f"step_{step:07d}.png")
+            save_png(pixels, files.inside(self._run, "samples") / f"step_{step:07d}.png", rows=self._names)
         except Exception as error:  # memory, say; a disk that is full the log will find, too
             self._warn(f"no sample grid at step {step}: {what_happened(error)}")
             return
@@ -71,10 +73,18 @@ class GridMaker:
         rows = cached_conditions(build_condition(ema.cfg, self._cache), self._cache, first).numpy()
         pixels = condition_grid(ema, decoder, rows, transport=transport, seed=self._config.seed)
         tiles = pixels.reshape(len(first), -1, *pixels.shape[1:])  # [rows, R, columns * R, 3]
-        return named_rows(tiles, sample_keys(self._cache, first))
+        self._names = self._names or _captions(self._cache, first)
+        return named_rows(tiles, self._names)
 
     def _load(self) -> LatentDecoder:
         return decoder_of(self._run, self._config, self._cache)
+
+
+def _captions(cache: Cache, indices: np.ndarray) -> list[str]:
+    """What stands under the rows of the samples `indices` [n]: their first captions, `''` for none; where the captions
+    are of a file that is not there any more, the images' keys."""
+    found = find_captions(cache, [int(i) for i in indices])
+    return sample_keys(cache, indices) if found is None else [captions[0] if captions else "''" for captions in found]
 
 
 class GivenUp(UserError):
