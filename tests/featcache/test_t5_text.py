@@ -19,6 +19,7 @@ from featcache.encoders.base import WeightsSource
 from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text
 from featcache.errors import UserError, WeightsUnavailable
+from featcache.inspect import find_captions
 from featcache.progress import Quiet
 
 SMALL = replace(TEXTS["t5-base"], vocabulary=300, tokens=12, width=32, depth=2, heads=2, hidden=48)
@@ -191,7 +192,7 @@ def test_weights_of_another_network_do_not_fit(whole: Path, monkeypatch: pytest.
 
 def test_a_cache_of_two_text_encoders(small: None, tmp_path: Path) -> None:
     ask = BuildRequest(
-        data="shapes",
+        data="shapes-text",
         vae="tiny",
         texts=("tiny", "t5-base"),
         random_weights=0,
@@ -200,9 +201,13 @@ def test_a_cache_of_two_text_encoders(small: None, tmp_path: Path) -> None:
         device="cpu",
     )
     build(ask, Quiet())
-    features = featcache.open(tmp_path / "c").features
+    cache = featcache.open(tmp_path / "c")
+    features = cache.features
     texts = {name: spec.shape for name, spec in features.items() if name.startswith("text/t5")}
-    assert texts == {"text/t5-base": (2, 12, 32), "text/t5-base.length": (2,)}
+    (captions,) = find_captions(cache, [0]) or ()
+    count = len(captions)
+    assert texts == {"text/t5-base": (count, 12, 32), "text/t5-base.length": (count,)} and count > 1
     assert features["text/t5-base"].empty_text().shape == (12, 32)
-    sample = featcache.open(tmp_path / "c")[0]
-    assert sample["text/t5-base"].any() and sample["text/t5-base.length"].tolist() == [12, 12]
+    sample = cache[0]
+    assert all(row.any() for row in sample["text/t5-base"])
+    assert sample["text/t5-base.length"].tolist() == [min(12, len(text) + 1) for text in captions], "a token a byte"
