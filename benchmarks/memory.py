@@ -21,15 +21,17 @@ from typing import Annotated, Any
 import typer
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MODELS = "SiT-B/2,SiT-L/2,SiT-XL/2,LightningDiT-XL/1"
+MODELS = "SiT-B/2,SiT-L/2,SiT-XL/2,LightningDiT-XL/1,MMDiT-L/2"
 
 
 def config_of(name: str) -> Any:
-    """Shape of a backbone at 256 px: on SD-VAE's latents, LightningDiT's /1 on VA-VAE's."""
-    from trainer.models import model_config
+    """Shape of a backbone at 256 px: on SD-VAE's latents, LightningDiT's /1 on VA-VAE's, MMDiT with CLIP ViT-L/14's text."""
+    from trainer.models import TextShape, model_config
+    from trainer.models.config import takes_text
 
     channels, size = (32, 16) if name.endswith("/1") else (4, 32)
-    return model_config(name, latent_channels=channels, latent_size=size, num_classes=1000)
+    text = TextShape(name="text/clip-l", tokens=77, width=768) if takes_text(name) else None
+    return model_config(name, latent_channels=channels, latent_size=size, num_classes=1000, text=text)
 
 
 def saved_bytes(name: str, batch: int, *, recompute: bool) -> int:
@@ -37,12 +39,13 @@ def saved_bytes(name: str, batch: int, *, recompute: bool) -> int:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from trainer.models import Transformer
+    from trainer.models import empty_model
 
     cfg = config_of(name)
+    backbone = type(empty_model(cfg))
     held: dict[int, Any] = {}
     with FakeTensorMode():
-        model = Transformer(cfg)
+        model = backbone(cfg)
         model.set_recompute(recompute)
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
 
@@ -52,7 +55,9 @@ def saved_bytes(name: str, batch: int, *, recompute: bool) -> int:
                 held[storage._cdata] = storage
             return tensor
 
-        arguments = torch.randn(batch, *cfg.latent_shape), torch.rand(batch), torch.zeros(batch, dtype=torch.int64)
+        text = None if cfg.text is None else torch.randn(batch, cfg.text.tokens, cfg.text.width)
+        condition = torch.zeros(batch, dtype=torch.int64) if text is None else text
+        arguments = torch.randn(batch, *cfg.latent_shape), torch.rand(batch), condition
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
             output = model(*arguments)  # kept until all is counted, so that no storage is another one's successor
@@ -62,13 +67,10 @@ def saved_bytes(name: str, batch: int, *, recompute: bool) -> int:
 
 def measure(name: str, batch: int) -> dict[str, Any]:
     """Bytes of one model: parameters, and for each mode what is fixed, what an image adds and what a batch makes."""
-    import torch
-
-    from trainer.models import Transformer
+    from trainer.models import empty_model
 
     cfg = config_of(name)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Transformer(cfg).parameters())
+    parameters = sum(p.numel() for p in empty_model(cfg).parameters())
     found: dict[str, Any] = {"parameters": parameters, "blocks": cfg.depth}
     for mode in ("none", "blocks"):
         one, two = (saved_bytes(name, n, recompute=mode == "blocks") for n in (1, 2))

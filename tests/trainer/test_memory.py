@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from trainer.models import model_config
+from trainer.models import TextShape, model_config
+from trainer.models.config import takes_text
 from trainer.training.memory import Size, activation_bytes, estimate_bytes
 
 TOLERANCE = 0.2
@@ -94,9 +95,11 @@ def test_splitting_divides_what_can_be_divided() -> None:
     assert estimate_bytes(replace(size, averages=3)) - one == pytest.approx(8 * 675_000_000)
 
 
-def test_recomputed_blocks_keep_their_inputs_and_one_block() -> None:
+@pytest.mark.parametrize("name", ["SiT-XL/2", "MMDiT-L/2"])
+def test_recomputed_blocks_keep_their_inputs_and_one_block(name: str) -> None:
     """Against `benchmarks/memory.py`, which counts what autograd saves under autocast."""
-    counted = json.loads((RESULTS / "memory.json").read_text())["results"]["SiT-XL/2"]
-    cfg = model_config("SiT-XL/2", latent_channels=4, latent_size=32, num_classes=1000)
+    counted = json.loads((RESULTS / "memory.json").read_text())["results"][name]
+    text = TextShape(name="text/clip-l", tokens=77, width=768) if takes_text(name) else None
+    cfg = model_config(name, latent_channels=4, latent_size=32, num_classes=1000, text=text)
     kept = counted["blocks"]["per_image"] + counted["recomputed_block_per_image"]
     assert activation_bytes(cfg, low=True, compiled=False, recompute=True) == pytest.approx(kept, rel=0.05)

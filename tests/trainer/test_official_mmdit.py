@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,43 @@ def test_what_that_code_could_build_and_never_trains_says_why(
 ) -> None:
     with pytest.raises(UserError, match=said):
         import_official(save(tmp_path / "c.pt", {**official(), key: torch.ones(shape)}))
+
+
+@functools.cache
+def _bare() -> dict[str, Tensor]:
+    return {key: value for key, value in official(1, 1).items() if not key.startswith("projectors.")}
+
+
+def bare_state() -> dict[str, Any]:
+    """The backbone alone, of one block."""
+    return dict(_bare())
+
+
+@given(data=st.data())
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_whatever_a_file_holds_it_is_read_or_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    state = bare_state()
+    names = sorted(state)
+    shapes = st.lists(st.integers(0, 5), max_size=5).map(tuple)
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(names))
+        other = data.draw(
+            st.none()
+            | shapes.map(torch.zeros)
+            | st.sampled_from([torch.zeros(3, dtype=torch.int64), torch.zeros(()), 3])
+        )
+        if other is None:
+            state.pop(key, None)
+        else:
+            state[data.draw(st.sampled_from([key, f"{key}.more", key.replace("0", "10000"), f"module.{key}"]))] = other
+    path = tmp_path_factory.mktemp("file") / "c.pt"
+    torch.save({"ema": state}, path)
+    try:
+        assert import_official(path).config.depth >= 1
+    except UserError as error:
+        assert "c.pt" in error.what
 
 
 def test_another_position_table_width_and_convention_are_refused(tmp_path: Path) -> None:
