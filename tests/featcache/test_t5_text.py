@@ -204,8 +204,9 @@ def test_a_cache_of_two_text_encoders(small: None, tmp_path: Path) -> None:
     cache = featcache.open(tmp_path / "c")
     features = cache.features
     texts = {name: spec.shape for name, spec in features.items() if name.startswith("text/t5")}
-    (captions,) = find_captions(cache, [0]) or ()
-    count = len(captions)
+    found = find_captions(cache, [0])
+    assert found is not None
+    (captions,), count = found, len(found[0])
     assert texts == {"text/t5-base": (count, 12, 32), "text/t5-base.length": (count,)} and count > 1
     assert features["text/t5-base"].empty_text().shape == (12, 32)
     sample = cache[0]

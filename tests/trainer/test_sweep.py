@@ -168,7 +168,8 @@ def test_the_file_names_the_best_and_metrics_json_stays_as_it_is(run: Path) -> N
     content = json.loads(result.file.read_text())
     assert [point["value"] for point in content["points"]] == [1.0, 1.5, 2.0]
     best = min(content["points"], key=lambda point: point["metrics"]["embedded-FID"])
-    assert content["best"] == {"value": best["value"], "metric": "embedded-FID", "remark": sweeps.REMARK}
+    assert content["best"] == {"value": best["value"], "metric": "embedded-FID", "remark": result.curve.remark}
+    assert "as the papers choose theirs" in result.curve.remark
     assert content["points"][1]["sampler"]["guidance"]["scale"] == 1.5
     assert content["points"][0]["sampler"]["guidance"]["high"] == 1.0, "no guidance has no interval"
     assert runs.read_metrics(run) == []

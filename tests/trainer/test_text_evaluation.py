@@ -244,7 +244,12 @@ def test_annotations_are_read_once(
     path.write_text(json.dumps({"images": images, "annotations": captions}))
     times: list[Path] = []
     read = coco.read_annotations
-    monkeypatch.setattr(coco, "read_annotations", lambda path, **kw: times.append(path) or read(path, **kw))
+
+    def counted(path: Path, **options: Any) -> Any:
+        times.append(path)
+        return read(path, **options)
+
+    monkeypatch.setattr(coco, "read_annotations", counted)
     drawing = ["--prompts", str(path), "--steps", "2", "--device", "cpu"]
     judging = ["--metrics", "prompts_obeyed"] if words[0] == "eval" else ["--out", str(tmp_path / "out")]
     said = invoke(words[0], str(runs_root / "text"), *words[1:], *drawing, *judging)
