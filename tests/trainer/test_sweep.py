@@ -168,7 +168,7 @@ def test_the_file_names_the_best_and_metrics_json_stays_as_it_is(run: Path) -> N
     content = json.loads(result.file.read_text())
     assert [point["value"] for point in content["points"]] == [1.0, 1.5, 2.0]
     best = min(content["points"], key=lambda point: point["metrics"]["embedded-FID"])
-    assert content["best"] == {"value": best["value"], "metric": "embedded-FID", "remark": sweeps.REMARK}
+    assert content["best"] == {"value": best["value"], "metric": "embedded-FID", "remark": result.curve.remark}
     assert content["points"][1]["sampler"]["guidance"]["scale"] == 1.5
     assert content["points"][0]["sampler"]["guidance"]["high"] == 1.0, "no guidance has no interval"
     assert runs.read_metrics(run) == []
@@ -197,7 +197,7 @@ def test_a_sweep_that_was_cut_off_goes_on_and_a_wider_one_adds_points(
     assert expected is not None
     total = sum(passes)
     passes.clear()
-    judge, judged = evaluation._judge, []
+    judge, judged = evaluation.judge, []
 
     def ends(*args: Any, **kw: Any) -> Any:
         judged.append(args[0])
@@ -205,12 +205,12 @@ def test_a_sweep_that_was_cut_off_goes_on_and_a_wider_one_adds_points(
             raise KeyboardInterrupt
         return judge(*args, **kw)
 
-    monkeypatch.setattr(evaluation, "_judge", ends)
+    monkeypatch.setattr(evaluation, "judge", ends)
     with pytest.raises(KeyboardInterrupt):
         sweep_run(run, swept("guidance=1,2,3"), Quiet())
     (curve,) = read_curves(run)
     assert [point.value for point in curve.points] == [2.0], "what is not guided at all comes last"
-    monkeypatch.setattr(evaluation, "_judge", judge)
+    monkeypatch.setattr(evaluation, "judge", judge)
     told = Told()
     result = sweep_run(run, swept("guidance=1,2,3"), told)
     assert result is not None and result.curve.points == expected.curve.points
@@ -231,14 +231,14 @@ def test_a_state_that_is_damaged_is_computed_again(run: Path, monkeypatch: pytes
     expected = sweep_run(run, swept("guidance=2,3"), Quiet())
     assert expected is not None
     shutil.rmtree(run / "sweeps")
-    judge = evaluation._judge
+    judge = evaluation.judge
 
     def damages(images: Path, *args: Any, **kw: Any) -> Any:
         for number, state in enumerate(sorted(images.parent.parent.glob("trunk/*.npy"))):
             state.write_bytes(b"damaged" if number else state.read_bytes()[:200])
         return judge(images, *args, **kw)
 
-    monkeypatch.setattr(evaluation, "_judge", damages)
+    monkeypatch.setattr(evaluation, "judge", damages)
     found = sweep_run(run, swept("guidance=2,3"), Quiet())
     assert found is not None and found.curve.points == expected.curve.points
 
