@@ -31,7 +31,6 @@ from trainer.cli import app
 from trainer.diffusion import samplers
 from trainer.diffusion.guidance import Guidance
 from trainer.evaluate import run as evaluation
-from trainer.evaluate import sweep as sweeps
 from trainer.evaluate.run import evaluate_run
 from trainer.evaluate.sweep import Curve, Point, read_curves, sweep_run
 from trainer.interval import Interval
@@ -169,7 +168,6 @@ def test_the_file_names_the_best_and_metrics_json_stays_as_it_is(run: Path) -> N
     assert [point["value"] for point in content["points"]] == [1.0, 1.5, 2.0]
     best = min(content["points"], key=lambda point: point["metrics"]["embedded-FID"])
     assert content["best"] == {"value": best["value"], "metric": "embedded-FID", "remark": result.curve.remark}
-    assert "as the papers choose theirs" in result.curve.remark
     assert content["points"][1]["sampler"]["guidance"]["scale"] == 1.5
     assert content["points"][0]["sampler"]["guidance"]["high"] == 1.0, "no guidance has no interval"
     assert runs.read_metrics(run) == []

@@ -276,7 +276,6 @@ def test_recipes_say_of_which_prompts_their_figures_are(runs_root: Path) -> None
     assert not [note for note in told.warnings if "figures are of" in note]
 
 
-@pytest.mark.slow
 def test_pages_of_runs_on_text_and_labels(runs_root: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("<script>alert(1)</script> a red dog\n" + "long words " * 200 + "\n")
