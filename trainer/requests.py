@@ -38,7 +38,9 @@ class SampleSettings:
     their number.
     """
 
-    num: Annotated[Count | None, Option("Samples to judge. [default: 50,000, by prompt one each; fewer on the CPU]")] = None
+    num: Annotated[
+        Count | None, Option("Samples to judge. [default: 50,000, by prompt one each; fewer on the CPU]")
+    ] = None
     sampler: Annotated[
         str | None, Option("As for sample. [default: the recipe's, else sde or ddpm; on the CPU ode or ddim]")
     ] = None

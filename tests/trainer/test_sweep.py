@@ -31,7 +31,6 @@ from trainer.cli import app
 from trainer.diffusion import samplers
 from trainer.diffusion.guidance import Guidance
 from trainer.evaluate import run as evaluation
-from trainer.evaluate import sweep as sweeps
 from trainer.evaluate.run import evaluate_run
 from trainer.evaluate.sweep import Curve, Point, read_curves, sweep_run
 from trainer.interval import Interval

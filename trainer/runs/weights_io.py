@@ -39,7 +39,7 @@ from featcache.store import files
 from featcache.store.manifest import UNKNOWN
 from trainer.models import empty_model
 from trainer.models.blocks import rotary_positions, time_frequencies, token_positions
-from trainer.models.config import BACKBONES, FeedForward, ModelConfig, Norm, StreamShape, sizes_of
+from trainer.models.config import BACKBONES, TEXT_BACKBONE, FeedForward, ModelConfig, Norm, StreamShape, sizes_of
 from trainer.models.transformer import check_fit
 from trainer.runs import locks
 from trainer.runs.checkpoint import REAL_DTYPES
@@ -441,6 +441,7 @@ def _infer_config(
     named = {
         (size_depth, width): size_heads
         for backbone in BACKBONES
+        if backbone != TEXT_BACKBONE  # whose heads differ at the same width
         for size_depth, width, size_heads in sizes_of(backbone).values()
     }
     head_norm = state.get("blocks.0.attn.q_norm.weight")
