@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -222,7 +222,7 @@ def _measure(
 ) -> None:
     if photographs is not None and not photographs.is_dir():
         raise UserError(f"there is no folder {photographs}", remedy="Name a folder of JPEGs, one folder a class.")
-    stages = chosen(STAGES, only)
+    stages = chosen([replace(s, seconds=30) for s in STAGES] if small else STAGES, only)
     if start is not None:
         if record.path.exists():
             raise UserError(f"{record.path} is there already", remedy="Leave out --start to go on with it.")
@@ -241,7 +241,7 @@ def _measure(
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
         # Ahead of what is there, for the commands that stages type.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        os.environ["PYTHONUNBUFFERED"] = "1"
+        os.environ |= {"PYTHONUNBUFFERED": "1", "FEATCACHE_DEBUG": "1"}  # whole tracebacks in the log
         todo = order(stages, record, again=only is not None)
         left = run_stages(todo, record, command, until=until, log=record.folder / "gpu.log")
         for folder in Path(work).iterdir():

@@ -6,6 +6,7 @@ path at sizes for a CPU: what it reports says nothing of speed.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -195,7 +196,7 @@ def end_to_end(context: Context) -> None:
     typed(context, "build", *build, "--out", "caches/photographs")
     typed(context, "verify", "featcache.cli", "verify", "caches/photographs")
     model, batch, steps = context.size(("SiT-B/2", 32, 60), ("SiT-Ti/2", 4, 4))
-    sizes = ("--model", model, "--batch-size", str(batch), "--steps", str(steps), "--device", context.device)
+    sizes = ("--model", model, "--batch-size", str(batch), "--device", context.device)
     every = f"{steps // 2}"
     kept = (
         "--set",
@@ -203,33 +204,28 @@ def end_to_end(context: Context) -> None:
         "--set",
         f"checkpoint_every={every}",
         "--set",
-        f"sample_every={steps + 1}",
+        f"sample_every={4 * steps}",
     )
     for method in context.size(("ahpa", "sara"), ("ahpa",)):
-        run = (
-            "trainer.cli",
-            "run",
-            "--method",
-            method,
-            "--cache",
-            "caches/photographs",
-            "--name",
-            method,
-            *sizes,
-            *kept,
-        )
+        run = ("trainer.cli", "run", "--method", method, "--cache", "caches/photographs", "--name", method)
         random = ("--set", "sara.discriminator_weights=random") if method == "sara" else ()
-        typed(context, f"train_{method}", *run, *random)
+        typed(context, f"train_{method}", *run, *sizes, "--steps", str(steps), *kept, *random)
+        typed(context, f"resume_{method}", *run, *sizes, "--steps", str(2 * steps), *kept, *random, "--resume")
         context.report(f"log_{method}", _log_of(context.work / "runs" / method))
-    sampling = ("--num", str(context.size(64, 2)), "--steps", str(context.size(50, 2)), "--device", context.device)
-    typed(context, "evaluate", "trainer.cli", "eval", "runs/ahpa", *sampling, "--extractor", "embedded")
-    if not context.small:
-        typed(context, "resume", *run[: -len(sizes + kept)], *_longer(sizes, steps), *kept, *random, "--resume")
-
-
-def _longer(sizes: tuple[str, ...], steps: int) -> tuple[str, ...]:
-    """The same with a third more steps."""
-    return tuple(str(steps + steps // 3) if word == str(steps) else word for word in sizes)
+    sampling = ("--num", str(context.size(64, 4)), "--device", context.device)
+    steps = context.size(50, 2)
+    typed(
+        context,
+        "evaluate",
+        "trainer.cli",
+        "eval",
+        "runs/ahpa",
+        *sampling,
+        "--steps",
+        str(steps),
+        "--extractor",
+        "embedded",
+    )
 
 
 def _log_of(run: Path) -> list[dict[str, Any]]:
@@ -421,13 +417,13 @@ def profile(context: Context) -> None:
     options = step_options(context, 128)
     cache = context.work / "cache"
     step.write_cache(cache, options["samples"])
-    for methods in (("none", "ahpa"),):
-        bench = step.Bench(options, cache, methods)
-        for method in methods:
-            bench.warm_up(method, "memory", options["warmup"])
-            context.report(method, profiled(lambda m=method: bench.one(m, "memory"), context.device, steps=steps))  # type: ignore[misc]
-        bench.close()
-        del bench
+    bench = step.Bench(options, cache, ("none", "ahpa"))
+    for method in bench.jobs:
+        bench.warm_up(method, "memory", options["warmup"])
+        one = functools.partial(bench.one, method, "memory")
+        context.report(method, profiled(one, context.device, steps=steps))
+    bench.close()
+    del bench, one
     _free(context)
     loop = _plain(context, options["batch_size"], online=False)
     seconds_of(loop.step, context.device, repeats=1)
@@ -566,7 +562,7 @@ def encode(context: Context) -> None:
 
 
 def encode_compiled(context: Context) -> None:
-    _encode(context, context.size(("tf32", "bf16", "fp32"), ("fp32",)), compiled=True)
+    _encode(context, context.size(("tf32", "bf16", "fp32"), ("bf16",)), compiled=not context.small)
 
 
 def build(context: Context) -> None:
