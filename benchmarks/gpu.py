@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -113,17 +113,17 @@ def run_stages(
     *,
     until: float,
     log: Path,
-    clock: Callable[[], float] = time.monotonic,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Stage]:
-    """Runs what fits before `until` (of `clock`); those that did not fit."""
+    """Runs what fits before `until` (of `time.monotonic`); those that did not fit. environment: set beside this one's."""
     left = []
     for stage in stages:
-        remaining = until - clock() - RESERVE_S
+        remaining = until - time.monotonic() - RESERVE_S
         if min(_expected(stage, record), stage.limit_s) > remaining:
             left.append(stage)
             continue
         console.print(f"[bold]{stage.name}[/bold]  {safe(stage.about)}")
-        _run(stage, record, command(stage), min(stage.limit_s, remaining), log)
+        _run(stage, record, command(stage), min(stage.limit_s, remaining), log, environment or {})
         found = record.read()["stages"][stage.name]
         console.print(f"  {found['status']} after {found['seconds']:.0f} s")
     return left
@@ -135,7 +135,9 @@ def _expected(stage: Stage, record: Record) -> float:
     return float(before["seconds"]) if before.get("status") == DONE else stage.seconds
 
 
-def _run(stage: Stage, record: Record, words: Sequence[str], limit_s: float, log: Path) -> None:
+def _run(
+    stage: Stage, record: Record, words: Sequence[str], limit_s: float, log: Path, environment: Mapping[str, str]
+) -> None:
     """One stage in a session of its own, which is ended whole where its time is over."""
     record.update(stage.name, status=RUNNING, seconds=0.0, figures={}, error="")
     start = time.monotonic()
@@ -144,7 +146,14 @@ def _run(stage: Stage, record: Record, words: Sequence[str], limit_s: float, log
         file.write(f"\n===== {stage.name}\n".encode())
         file.flush()
         begins = file.tell()
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            words,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+            env={**os.environ, **environment},
+        )
         try:
             code: int | None = process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -237,13 +246,13 @@ def _measure(
             words += ["--photographs", str(photographs.resolve())] if photographs is not None else []
             return [*words, *(["--small"] if small else [])]
 
-        if small:
-            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+        environment = {"PYTHONUNBUFFERED": "1", "FEATCACHE_DEBUG": "1"}  # whole tracebacks in the log
         # Ahead of what is there, for the commands that stages type.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        os.environ |= {"PYTHONUNBUFFERED": "1", "FEATCACHE_DEBUG": "1"}  # whole tracebacks in the log
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment |= {"CUDA_VISIBLE_DEVICES": ""} if small else {}
         todo = order(stages, record, again=only is not None)
-        left = run_stages(todo, record, command, until=until, log=record.folder / "gpu.log")
+        log = record.folder / "gpu.log"
+        left = run_stages(todo, record, command, until=until, log=log, environment=environment)
         for folder in Path(work).iterdir():
             shutil.rmtree(folder, ignore_errors=True)
     from gpu_tables import summary
