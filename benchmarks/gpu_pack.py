@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +57,27 @@ def wheels(folder: Path, *, python: str = "3.12") -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
+def own_wheel(root: Path, folder: Path) -> Path:
+    """A wheel of the project's name, version and commands without its code, which is imported from where it lies: caches
+    record the version that pip knows."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    stem = f"{project['name'].replace('-', '_')}-{project['version']}"
+    scripts = [f"{name} = {place}" for name, place in project["scripts"].items()]
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: gpu_pack\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "entry_points.txt": "\n".join(["[console_scripts]", *scripts, ""]),
+    }
+    place = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(place, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(f"{stem}.dist-info/{name}", text)
+        archive.writestr(
+            f"{stem}.dist-info/RECORD", "".join(f"{stem}.dist-info/{name},,\n" for name in [*files, "RECORD"])
+        )
+    return place
+
+
 def code_bytes(root: Path) -> int:
     """Of all files that git keeps."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
@@ -98,6 +121,6 @@ def pack(folder: Path, root: Path, photographs: Path | None) -> str:
     Raises:
         UserError: see `wheels` and `report`.
     """
-    found = wheels(folder / "wheels")
+    found = [*wheels(folder / "wheels"), own_wheel(root, folder / "wheels")]
     images = copied(photographs, folder / "photographs") if photographs is not None else 0
     return report(code_bytes(root), found, images)

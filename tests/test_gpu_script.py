@@ -6,9 +6,11 @@ import importlib
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -286,8 +288,16 @@ def test_what_is_packed_is_told_and_bounded(
     wheel.write_bytes(b"y" * 5000)
     monkeypatch.setattr(pack, "wheels", lambda folder: [wheel])
     monkeypatch.setattr(pack, "code_bytes", lambda root: 100_000)
-    text = pack.pack(tmp_path / "to", tmp_path, tmp_path / "from")
-    assert "made_up-1" in text and sorted(p.name for p in (tmp_path / "to").rglob("*.*")) == ["a.JPEG"]
+    (tmp_path / "to" / "wheels").mkdir(parents=True)
+    text = pack.pack(tmp_path / "to", BENCHMARKS.parent, tmp_path / "from")
+    assert "made_up-1" in text and [p.name for p in (tmp_path / "to/photographs").rglob("*.*")] == ["a.JPEG"]
+    (own,) = (tmp_path / "to/wheels").iterdir()
+    site = tmp_path / "site"
+    words = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site), str(own)]
+    subprocess.run(words, check=True)
+    (installed,) = metadata.distributions(path=[str(site)])
+    assert installed.version == metadata.version("featcache-trainer")
+    assert {entry.name for entry in installed.entry_points} == {"featcache", "trainer"}
     with pytest.raises(UserError, match="of photographs"):
         pack.report(pack.LIMIT_BYTES, [wheel], 0)
 
