@@ -200,6 +200,7 @@ def main(
     pack: Annotated[Path | None, typer.Option(help="Download wheels and copy photographs into this folder.")] = None,
     stage: Annotated[str, typer.Option(hidden=True)] = "",
     work: Annotated[str, typer.Option(hidden=True)] = "",
+    parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Measure on a GPU what can be measured in the time that there is."""
     if table is not None:
@@ -218,8 +219,10 @@ def main(
         console.print(safe(packed(pack, ROOT, photographs)))
         return
     if stage:
-        from gpu_stages import run_stage
+        from gpu_stages import end_with, run_stage
 
+        if parent:
+            end_with(parent, Path(work))
         run_stage(stage, Record(out), small=small, photographs=photographs, work=Path(work))
         return
     until = time.monotonic() + 60 * minutes
@@ -243,6 +246,7 @@ def _measure(
 
         def command(one: Stage) -> list[str]:
             words = [sys.executable, __file__, "--stage", one.name, "--out", str(record.folder), "--work", work]
+            words += ["--parent", str(os.getpid())]
             words += ["--photographs", str(photographs.resolve())] if photographs is not None else []
             return [*words, *(["--small"] if small else [])]
 

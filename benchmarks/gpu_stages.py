@@ -10,9 +10,11 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,6 +55,19 @@ def run_stage(name: str, record: Record, *, small: bool, photographs: Path | Non
             report=lambda key, value: record.report(name, key, value),
         )
         STAGES[name](context)
+
+
+def end_with(parent: int, work: Path) -> None:
+    """Has this process, its group, and its folder `work` end where `parent` is killed, which cannot end them itself: what
+    went on would take the device from the next call. The process leads a group of its own."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        shutil.rmtree(work, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def synchronise(device: str) -> None:

@@ -83,12 +83,10 @@ def profiled(step: Callable[[], Any], device: str, *, steps: int) -> dict[str, A
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     spans = []
     for event in profiler.events() or ():
-        # On the CPU only operators that call no others; a GPU's timeline also shows ranges that annotate it.
-        if (
-            event.device_type != wanted
-            or (not cuda and event.cpu_children)
-            or getattr(event, "is_user_annotation", False)
-        ):
+        # A GPU's timeline also shows ranges that annotate it.
+        if event.device_type != wanted or getattr(event, "is_user_annotation", False):
             continue
-        spans.append(Span(event.name, event.time_range.start, event.time_range.end))
+        start, end = event.time_range.start, event.time_range.end
+        # An operator of the CPU without those that it calls, which have entries of their own.
+        spans.append(Span(event.name, start, end if cuda else start + event.self_cpu_time_total))
     return summed(spans, steps)

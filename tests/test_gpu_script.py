@@ -352,3 +352,35 @@ def test_the_plain_loop_trains(modules: dict[str, ModuleType], online: bool, mon
     assert 0 < first < 100 and loop.loss_sum != 2 * first
     changed = [not torch.equal(a, b) for a, b in zip(before, loop.model.parameters())]
     assert sum(changed) > len(changed) // 2
+
+
+def test_a_stage_ends_where_the_script_is_killed(tmp_path: Path) -> None:
+    """With what it has started, and its folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    child = (
+        "import os, pathlib, subprocess, sys, time; from gpu_stages import end_with; "
+        f"end_with(os.getppid(), pathlib.Path({str(work)!r})); "
+        "beside = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print(os.getpid(), beside.pid, flush=True); time.sleep(60)"
+    )
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).wait()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    script = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, env=environment)
+    assert script.stdout is not None
+    pids = [int(word) for word in script.stdout.readline().split()]
+    assert len(pids) == 2 and all(alive(pid) for pid in pids) and work.is_dir()
+    script.kill()
+    script.wait()
+    until = time.monotonic() + 20
+    while any(alive(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in pids) and not work.exists()
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

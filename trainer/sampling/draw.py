@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from featcache.encoders.base import upload
 from featcache.encoders.vae import LatentDecoder, load_recorded_vae
 from featcache.errors import UserError
 from featcache.store import files
@@ -348,7 +349,7 @@ def draw_units(
 
     def draw(start: int) -> Tensor:
         chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
-        wanted = torch.from_numpy(np.asarray(labels)[chosen]).to(device)
+        wanted = upload(torch.from_numpy(np.asarray(labels)[chosen]), device)
         numbers = [int(indices[i]) for i in chosen]
         latents = draw_latents(model, wanted, numbers, config, transport=transport, trunk=trunk)
         return decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
