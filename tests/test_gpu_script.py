@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -364,7 +365,9 @@ def test_a_stage_ends_where_the_script_is_killed(tmp_path: Path) -> None:
         "beside = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
         "print(os.getpid(), beside.pid, flush=True); time.sleep(60)"
     )
-    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).wait()"
+    parent = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).wait()"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
     script = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, env=environment)
     assert script.stdout is not None
@@ -384,3 +387,27 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_the_page_takes_its_figures_from_the_record(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overhead comes of the first stage that has both methods, never of small sizes; without a record it is said so."""
+    overhead = modules["gpu_tables"].overhead
+    entry = {"step_ms": 100.0, "images_per_s": 1280.0, "mfu": 0.5, "round_step_ms": [100.0]}
+    step = {"options": {"batch_size": 128}, "none": {**entry, "time_against_vanilla": 1.0}}
+    record = {
+        "stages": {
+            "step-256": {"status": "done", "figures": {**step, "ahpa": {**entry, "time_against_vanilla": 1.5}}},
+            "step-ahpa": {"status": "done", "figures": {**step, "ahpa": {**entry, "time_against_vanilla": 1.04}}},
+        }
+    }
+    assert overhead(record, "ahpa") == 1.04 and overhead(record, "repa") is None
+    assert overhead({**record, "small": True}, "ahpa") is None
+    page = runpy.run_path(str(BENCHMARKS.parent / "docs/make_tables.py"))
+    of_others, names = page["_result"], page["gpu_table"].__globals__
+    monkeypatch.setitem(names, "_result", lambda n: None if n == "gpu" else of_others(n))
+    assert page["overhead_table"]().count("not yet") == 6 and page["gpu_table"]() == page["NOT_YET"]
+    monkeypatch.setitem(names, "_result", lambda n: record if n == "gpu" else of_others(n))
+    assert "| `ahpa` | +5 % | +2.3 % | +9.5 % | +4.0 % |" in page["overhead_table"]()
+    assert "| `ahpa` | 128 | 100 | 1,280 | 50.0 % | +4.0 % | +5 % | - |" in page["gpu_table"]()

@@ -27,12 +27,12 @@ import trainer.sampling.draw
 import trainer.training.loop
 from featcache.progress import QUIET
 from trainer import stopping
+from trainer.diffusion.guidance import Guidance
 from trainer.distributed import World
+from trainer.interval import Interval
 from trainer.models import build_model, model_config
 from trainer.sampling.draw import SampleConfig, draw_units
 from trainer.sampling.inference import Arithmetic, Network
-from trainer.diffusion.guidance import Guidance
-from trainer.interval import Interval
 from trainer.training.loop import Job, train
 from trainer.training.meters import Pace
 from trainer.training.outlook import Outlook
@@ -128,7 +128,9 @@ def loop_on_the_device(cache_path: Path, method: str, changes: Mapping[str, Any]
     parts = assemble(config, cache, DEVICE, World())
     share = trainer.training.loop.Share(global_batch=config.batch_size, micro_batches=config.accumulate)
     run = cache_path.parent / "nowhere"
-    job = Job(config=config, cache=cache, run=run, parts=parts, world=World(), device=DEVICE, share=share, watcher=QUIET)
+    job = Job(
+        config=config, cache=cache, run=run, parts=parts, world=World(), device=DEVICE, share=share, watcher=QUIET
+    )
     outlook = Outlook(config, cache, run, world=World(), device=DEVICE, start=1, note=QUIET.note)
     batches = Batches(job, 1)
     monkeypatch.setattr(trainer.training.loop, "loader", lambda job, start: batches)
@@ -203,7 +205,9 @@ def test_sampling_neither_waits_nor_copies(sampler: str, monkeypatch: pytest.Mon
     """Two units and a half, guided in part of the steps. Noise and labels come of the host, by way of pinned memory."""
     add_nano()
     model = "DiT-Nano/2" if sampler.startswith("dd") else "SiT-Nano/2"
-    network = Network(build_model(model_config(model, latent_channels=4, latent_size=8, num_classes=3), device=DEVICE), Arithmetic())
+    network = Network(
+        build_model(model_config(model, latent_channels=4, latent_size=8, num_classes=3), device=DEVICE), Arithmetic()
+    )
     decoder = torch.nn.Conv2d(4, 3, 1, device=DEVICE)
     uploads, guard = [], Guard(host=True)
 
@@ -266,7 +270,11 @@ COMPILED: list[Any] = [
     *((method, {}, 1) for method in METHOD_OPTIONS if method != "dya"),
     ("ahpa+sra", {"align_until": 5}, 2),
     ("sara", {"accumulate": 2, "skip_nonfinite": 3}, 1),
-    ("none", {"lr_schedule": "inverse-sqrt", "warmup_steps": 3, "ema_decays": [0.99], "posthoc": True, "ema_warmup": True}, 1),
+    (
+        "none",
+        {"lr_schedule": "inverse-sqrt", "warmup_steps": 3, "ema_decays": [0.99], "posthoc": True, "ema_warmup": True},
+        1,
+    ),
 ]
 COMPILED = [COMPILED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED[1:])]
 

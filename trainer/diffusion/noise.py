@@ -76,4 +76,3 @@ def _fill(out: NDArray[np.float32], seed: int, indices: Sequence[int], step: int
         # Philox counts up from the first word, so the last two name the stream.
         bits = np.random.Philox(key=[seed, _PURPOSE], counter=[0, 0, step, index])
         np.random.Generator(bits).standard_normal(out=row, dtype=np.float32)
-
