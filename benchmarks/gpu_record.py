@@ -36,7 +36,7 @@ class Record:
             UserError: the file is none of ours.
         """
         try:
-            found = json.loads(self.path.read_text())
+            found: dict[str, Any] = json.loads(self.path.read_text())
         except FileNotFoundError:
             return {"stages": {}}
         except (ValueError, OSError) as error:

@@ -148,6 +148,7 @@ GPU_TESTS = (
     "tests/trainer/test_step_cost.py::test_the_host_never_waits_for_a_gpu_but_at_logging_steps",
     "tests/trainer/test_step_options.py::test_recomputation_holds_less_on_a_gpu",
     "tests/trainer/test_on_a_gpu.py",
+    "tests/trainer/test_no_waits.py::test_sampling_never_waits_for_a_gpu",
     "tests/trainer/test_step_options.py::test_a_captured_run_follows_a_compiled_one",
 )
 
@@ -182,31 +183,9 @@ def end_to_end(context: Context) -> None:
     data = str(context.photographs or "shapes")
     context.report("data", data if data == "shapes" else "photographs")
     limit = context.size(120, 8)
-    if context.small:
-        encoders = (
-            "--encoder",
-            "tiny",
-            "--vae",
-            "tiny",
-            "--vae-levels",
-            "G3,G4",
-            "--resolution",
-            "64",
-            "--batch-size",
-            "4",
-        )
-    else:
-        encoders = (
-            "--encoder",
-            "dinov2-b@9,11,11.cls",
-            "--vae-levels",
-            "G3,G4",
-            "--resolution",
-            "256",
-            "--random-weights",
-            "0",
-        )
-        encoders += ("--batch-size", "32")
+    tiny = "--encoder tiny --vae tiny --vae-levels G3,G4 --resolution 64 --batch-size 4"
+    full = "--encoder dinov2-b@9,11,11.cls --vae-levels G3,G4 --resolution 256 --random-weights 0 --batch-size 32"
+    encoders = context.size(full, tiny).split()
     build = ("featcache.cli", "build", "--data", data, "--limit", str(limit), *encoders, "--device", context.device)
     typed(context, "build", *build, "--out", "caches/photographs")
     typed(context, "verify", "featcache.cli", "verify", "caches/photographs")

@@ -23,6 +23,13 @@ ONLINE_DEPTH = 8  # REPA's block for XL
 ENCODER = "vit_base_patch14_dinov2"
 
 
+class TanhGelu(nn.GELU):
+    """By its approximation, as a class that timm makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
 class PlainBlock(nn.Module):
     """adaLN-Zero block of timm's parts, [B, N, D]."""
 
@@ -34,7 +41,7 @@ class PlainBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, num_heads=heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, mlp_width, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(width, mlp_width, act_layer=TanhGelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

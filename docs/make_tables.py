@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -211,7 +212,7 @@ def gpu_table() -> str:
     return NOT_YET if record is None else str(_gpu_tables().markdown(record))
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "vision": vision_table, "vae": vae_table, "text": text_table, "reading": reading_table, "gpu": gpu_table,
     "published": published_rates, "overheads": overhead_table, "goals": goal_table, "step-cpu": cpu_table,
     "machine-cpu": lambda: machine_of("step-cpu"),
