@@ -284,7 +284,7 @@ def _from_trunk(
     steps, begun, state = len(times) - 1, 0, x
     found = trunk.load(indices, shape=tuple(x.shape), most=guided_from)
     if found is not None:
-        begun, state = found[0], found[1].to(x.device)
+        begun, state = found[0], upload(found[1], x.device)
     if begun < guided_from < steps:
         part = samplers.Part(start=begun, stop=guided_from, dtype=x.dtype)
         state = sampler(model_fn, state, times, part=part)
