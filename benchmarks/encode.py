@@ -78,7 +78,7 @@ class _Begun(Quiet):
         self.began_s, self.began_cpu_s = time.perf_counter(), _cpu_s()
 
 
-def _draw(folder: Path, count: int, size: int) -> None:
+def draw_images(folder: Path, count: int, size: int) -> None:
     from PIL import Image
 
     from featcache.sources.shapes import CLASS_NAMES, render
@@ -133,6 +133,34 @@ def whole_build(request: Any, folder: Path) -> dict[str, Any]:
     rates = {name: round(stage.images_per_s, 2) for name, stage in meter.stages.items()}
     rate = Rate(result.encoded / seconds, (_cpu_s() - progress.began_cpu_s) / result.encoded)
     return {"rate": rate, "bytes_per_image": stored / result.encoded, "within": rates}
+
+
+def encoders_and_pixels(request: Any, precision: str, *, compiled: bool) -> tuple[list[Any], Any]:
+    """The encoders of a request, and its first batch on their device, uint8 [B, 3, R, R]."""
+    import torch
+
+    from featcache.builder.prepare import prepare
+    from featcache.machine import pick_device
+
+    device = pick_device(request.device)
+    asked = replace(request, precision=precision, compile=compiled, out=Path("unused"))
+    work = prepare(asked, device=device).work
+    batch = [int(i) for i in work.order[: min(work.batch_size, len(work.order))]]
+    with ThreadPoolExecutor(work.threads) as pool:
+        rows = list(pool.map(lambda i: work.source.load(i, work.resolution)[0].copy(), batch))
+    pixels = torch.stack([torch.from_numpy(row) for row in rows]).permute(0, 3, 1, 2).to(device)
+    return list(work.encoders), pixels
+
+
+def encoding_rate(encoders: list[Any], pixels: Any, device: str, *, at_least_s: float) -> float:
+    """Images/s of the encoders one after another on one batch again and again."""
+
+    def run() -> int:
+        for encoder in encoders:
+            encoder(pixels)
+        return len(pixels)
+
+    return _rate(run, device, at_least_s=at_least_s).images_per_s
 
 
 def stages_alone(request: Any, folder: Path, *, at_least_s: float) -> tuple[dict[str, Rate], dict[str, float]]:
@@ -326,7 +354,7 @@ def main(
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        _draw(folder / "images", count, size)
+        draw_images(folder / "images", count, size)
         request = BuildRequest(
             data=str(folder / "images"),
             encoders=parse_encoders([encoder]),

@@ -129,7 +129,7 @@ def _judged(metric: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "images": images, "stages_s": result["time_s"], "value": result["metrics"]}
 
 
-def _measure(metric: str, options: dict[str, Any]) -> dict[str, Any]:
+def measure(metric: str, options: dict[str, Any]) -> dict[str, Any]:
     """One metric, in this process."""
     import torch
 
@@ -188,7 +188,7 @@ def main(
         "device": device,
     }
     if one:
-        print(json.dumps(_measure(one, options)))
+        print(json.dumps(measure(one, options)))
         return
     from featcache.machine import describe_machine
 

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import date
 from itertools import count, repeat
 from pathlib import Path
@@ -52,8 +52,8 @@ FEATURES = {
 }
 
 
-def write_cache(path: Path, samples: int) -> None:
-    """Records as large as ImageNet's at 256 px, random bytes."""
+def write_cache(path: Path, samples: int, features: Collection[str] = tuple(FEATURES)) -> None:
+    """Records as large as ImageNet's at 256 px, random bytes; labels, keys and so many of `FEATURES`."""
     import numpy as np
 
     from featcache.store.manifest import DatasetSpec, FeatureSpec
@@ -69,7 +69,7 @@ def write_cache(path: Path, samples: int) -> None:
         vae=vae,
         grid=16,
     )
-    specs = [FeatureSpec(name=name, shape=shape, codec=codec) for name, (shape, codec) in FEATURES.items()]
+    specs = [FeatureSpec(name=n, shape=shape, codec=codec) for n, (shape, codec) in FEATURES.items() if n in features]
     specs += [
         FeatureSpec(name="label", shape=(), codec="raw", dtype="int64"),
         FeatureSpec(name="key", shape=(8,), codec="raw", dtype="uint8"),
@@ -123,15 +123,14 @@ class Bench:
         from featcache.progress import Quiet
         from featcache.torch.feed import Share
         from trainer.distributed import World
-        from trainer.training.loop import Job
+        from trainer.training.loop import Job, prepare_device
         from trainer.training.meters import FirstBadStep, RunningMeans
         from trainer.training.state import assemble, backbone_config
 
         # Every method has its own variants of the one compiled function.
         torch._dynamo.config.recompile_limit = 8 * len(METHODS)
         self.device = torch.device("cuda", 0) if options["device"] == "cuda" else torch.device(options["device"])
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
+        prepare_device(self.device)
         cache = featcache.open(cache_path)
         share = Share(global_batch=options["batch_size"])
         self.means, self.bad = RunningMeans(), FirstBadStep(self.device)
@@ -178,23 +177,55 @@ class Bench:
 
     def run(self, method: str, source: str, steps: int) -> float:
         """Seconds per step over a block of steps, the device idle before and after."""
-        from trainer.training.loop import train_step
-
-        job, stream, numbers = self.jobs[method], self.stream(method, source), self.steps[method, source]
+        self.stream(method, source)
         self.wait()
         start = time.perf_counter()
         for _ in range(steps):
-            train_step(job, stream, next(numbers), self.means, self.bad, measures=False)
+            self.one(method, source)
         self.wait()
         seconds = (time.perf_counter() - start) / steps
         self.means.take()
         return seconds
+
+    def one(self, method: str, source: str) -> None:
+        """One step, which nobody waits for."""
+        from trainer.training.loop import train_step
+
+        job, stream, numbers = self.jobs[method], self.stream(method, source), self.steps[method, source]
+        train_step(job, stream, next(numbers), self.means, self.bad, measures=False)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that steps have waited for batches so far."""
+        return float(sum(feed.waited_s for feed in self.feeds))
+
+    def warm_up(self, method: str, source: str, steps: int) -> float:
+        """Runs steps until every kind that the method has (DyA's coin) was compiled; seconds that it took."""
+        from trainer.training.loop import is_aligned
+
+        start, job = time.perf_counter(), self.jobs[method]
+        kinds = [is_aligned(job.config, job.parts.alignment, step) for step in range(64)]
+        first_of_each = [kinds.index(kind) for kind in set(kinds)]
+        self.run(method, source, max(steps, 1 + max(first_of_each)))
+        return time.perf_counter() - start
 
     def wait(self) -> None:
         import torch
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def reset_peak(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        """Bytes allocated on the device at most since the last `reset_peak`; 0 on the CPU."""
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else 0
 
     def close(self) -> None:
         for feed in self.feeds:
@@ -312,44 +343,63 @@ def peak_memories(options: dict[str, Any], cache: Path, name: str, methods: tupl
     return peaks
 
 
-def measure(options: dict[str, Any], cache: Path, methods: tuple[str, ...]) -> dict[str, Any]:
-    """All methods in turn."""
-    from trainer.models import forward_flops
+# Called with what is known so far of a method.
+Told = Callable[[str, dict[str, Any]], None]
 
+
+def measure(
+    options: dict[str, Any], cache: Path, methods: tuple[str, ...], *, told: Told = lambda method, entry: None
+) -> dict[str, Any]:
+    """All methods in turn. told: after each round, and at the end."""
     bench = Bench(options, cache, methods)
     pairs = [(m, "disk") for m in methods] + [(m, "memory") for m in methods if m in options["memory_methods"]]
+    warm_up_s = {}
     for method, source in pairs:  # compiles and warms up
-        bench.run(method, source, options["warmup"])
+        warm_up_s[method, source] = bench.warm_up(method, source, options["warmup"])
         print(f"warmed up {method} ({source})", flush=True)
     spent: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
+    peaks = dict.fromkeys(methods, 0)
+    results: dict[str, Any] = {}
     for number in range(options["rounds"]):
         turn = number % len(pairs)
         for pair in pairs[turn:] + pairs[:turn]:
+            bench.reset_peak()
             spent[pair].append(bench.run(*pair, options["steps"]))
+            peaks[pair[0]] = max(peaks[pair[0]], bench.peak())
         print(f"round {number + 1} of {options['rounds']}", flush=True)
-    cfg = bench.jobs[methods[0]].parts.model.cfg
-    peak = options["peak_tflops"]
-    results: dict[str, Any] = {}
-    for method in methods:
-        step_s = statistics.median(spent[method, "disk"])
-        rate = options["batch_size"] / step_s
-        entry: dict[str, Any] = {
-            "step_ms": 1e3 * step_s,
-            "images_per_s": rate,
-            "round_step_ms": [1e3 * s for s in spent[method, "disk"]],
-            "mfu": 3 * forward_flops(cfg) * rate / (peak * 1e12) if peak else None,
-        }
-        if "none" in methods:
-            ratios = [a / b for a, b in zip(spent[method, "disk"], spent["none", "disk"])]
-            entry["time_against_vanilla"] = statistics.median(ratios)
-        if (method, "memory") in spent:
-            ratios = [a / b for a, b in zip(spent[method, "disk"], spent[method, "memory"])]
-            entry["disk_against_memory"] = statistics.median(ratios)
-            entry["memory_step_ms"] = 1e3 * statistics.median(spent[method, "memory"])
-        entry["breakdown_ms"] = bench.breakdown(method, options["breakdown"])
-        results[method] = entry
+        for method in methods:
+            entry = _entry(bench, options, spent, method) | {"warm_up_s": warm_up_s[method, "disk"]}
+            # With the heads and optimiser states of all methods beside it, which `peak_bytes` is without.
+            results[method] = entry | ({"peak_bytes_together": peaks[method]} if peaks[method] else {})
+            told(method, results[method])
+    for method in methods if options["breakdown"] else ():
+        results[method]["breakdown_ms"] = bench.breakdown(method, options["breakdown"])
+        told(method, results[method])
     bench.close()
     return results
+
+
+def _entry(bench: Bench, options: dict[str, Any], spent: dict[tuple[str, str], list[float]], method: str) -> Any:
+    """Figures of a method after some rounds."""
+    from trainer.models import forward_flops
+
+    peak = options["peak_tflops"]
+    step_s = statistics.median(spent[method, "disk"])
+    rate = options["batch_size"] / step_s
+    entry: dict[str, Any] = {
+        "step_ms": 1e3 * step_s,
+        "images_per_s": rate,
+        "round_step_ms": [1e3 * s for s in spent[method, "disk"]],
+        "mfu": 3 * forward_flops(bench.jobs[method].parts.model.cfg) * rate / (peak * 1e12) if peak else None,
+    }
+    if ("none", "disk") in spent:
+        ratios = [a / b for a, b in zip(spent[method, "disk"], spent["none", "disk"])]
+        entry["time_against_vanilla"] = statistics.median(ratios)
+    if (method, "memory") in spent:
+        ratios = [a / b for a, b in zip(spent[method, "disk"], spent[method, "memory"])]
+        entry["disk_against_memory"] = statistics.median(ratios)
+        entry["memory_step_ms"] = 1e3 * statistics.median(spent[method, "memory"])
+    return entry
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -367,7 +417,7 @@ def table(results: dict[str, Any]) -> str:
             f"{method:>6}  {r['gflop_per_image']:8.1f} GFLOP/image  {100 * (r.get('flops_against_vanilla', 1) - 1):+6.2f} %"
             for method, r in results.items()
         )
-    phases = list(next(iter(results.values()))["breakdown_ms"])
+    phases = list(next(iter(results.values())).get("breakdown_ms", ()))
     heads = ["method", "ms/step", "images/s", "MFU", "time", "FLOPs", "memory", "disk", "peak GiB"]
     rows = [[*heads, *(f"{phase} ms" for phase in phases)]]
 

@@ -1,14 +1,20 @@
-"""Tables of docs/encoders.md and docs/training.md from the code: `python docs/make_tables.py` rewrites them in the pages."""
+"""Tables of the pages from the code and from `benchmarks/results`: `python docs/make_tables.py` rewrites them in place."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from featcache.encoders.table import CLIP_MEAN, ENCODERS, HALF, IMAGENET_MEAN, TEXTS, VAES, VisionEntry
 from featcache.store.manifest import FeatureSpec
 from trainer.align import config_class, data_streams, method_names, resolve
 from trainer.align.base import FeatureInfo
+from trainer.training.flops import peak_tflops
 
 _CONSTANTS = {IMAGENET_MEAN: "ImageNet", CLIP_MEAN: "CLIP", HALF: "0.5"}
 
@@ -101,7 +107,116 @@ def _readers() -> dict[str, tuple[str, ...]]:
     return {", ".join(methods): names for names, methods in found.items()}
 
 
-TABLES = {"vision": vision_table, "vae": vae_table, "text": text_table, "reading": reading_table}
+_BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+NOT_YET = "Nothing has run on a GPU yet: there is no `gpu.json` among the results."
+
+
+def _result(name: str) -> Any:
+    """A committed result; None where there is none."""
+    path = _BENCHMARKS / "results" / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _gpu_tables() -> ModuleType:
+    """`benchmarks/gpu_tables.py`, whose folder has modules named as others are."""
+    spec = importlib.util.spec_from_file_location("gpu_tables", _BENCHMARKS / "gpu_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def published_rates() -> str:
+    """Images a second and GPU as others give them, and how they follow from what is written there."""
+    rows = []
+    for entry in _result("published")["rates"]:
+        if "steps_per_s" in entry:
+            rate = entry["steps_per_s"] * entry["batch_size"] / entry["gpus"]
+            how = f"{entry['steps_per_s']} steps/s x {entry['batch_size']} / {entry['gpus']}"
+        else:
+            rate = entry["epochs"] * entry["images_per_epoch"] / (entry["hours"] * 3600) / entry["gpus"]
+            how = f"{entry['epochs']} epochs of {entry['images_per_epoch']:,} in {entry['hours']} h / {entry['gpus']}"
+        rows.append([entry["what"], entry["gpu"], f"{rate:.0f}", how, entry["source"]])
+    return _rows(["what", "GPU", "images/s a GPU", "that is", "source"], rows)
+
+
+def overhead_table() -> str:
+    """A method's goal, what its matrix products add, what the AHPA paper gives, and what was measured on a GPU."""
+    tables, record = _gpu_tables(), _result("gpu")
+    counted, theirs = _result("step-flops-xl2")["results"], _result("published")["against_vanilla"]["iterations_per_s"]
+    rows = []
+    for method, goal in tables.GOALS.items():
+        published = f"+{100 * (theirs['none'] / theirs[method] - 1):.1f} %" if method in theirs else "-"
+        measured = None if record is None else tables.overhead(record, method)
+        row = [
+            f"`{method}`",
+            f"+{goal:g} %",
+            f"+{100 * (counted[method]['flops_against_vanilla'] - 1):.1f} %",
+            published,
+        ]
+        rows.append([*row, "not yet" if measured is None else f"{100 * (measured - 1):+.1f} %"])
+    return _rows(["method", "goal", "matrix products alone", "AHPA, Table I.21", "measured on a GPU"], rows)
+
+
+def goal_table() -> str:
+    """Goals in images a second, and what share of an H100's data sheet the step's backbone takes at them."""
+    tables, peak = _gpu_tables(), peak_tflops("NVIDIA H100 80GB HBM3")
+    assert peak is not None, "the table of data sheets has it"
+    gflop = _result("step-flops-xl2")["results"]["none"]["gflop_per_image"]
+    rows = [
+        [name, f"{rate:g}", f"{rate * gflop / 1e3:.0f}", f"{100 * rate * gflop / 1e3 / peak:.0f} %"]
+        for name, rate in tables.RATES.items()
+    ]
+    return _rows(["", "images/s", "TFLOP/s", "MFU"], rows)
+
+
+def cpu_table() -> str:
+    """Steps on a CPU, from `step-cpu.json`."""
+    results = _result("step-cpu")["results"]
+    rows = []
+    for method, entry in results.items():
+        over, parts = entry["time_against_vanilla"] - 1, entry["breakdown_ms"]
+        row = [f"`{method}`", f"{entry['step_ms']:.0f}", "-" if method == "none" else f"{100 * over:+.0f} %"]
+        flops = entry["gflop_per_image"] / results["none"]["gflop_per_image"] - 1
+        row.append("-" if method == "none" else f"{100 * flops:+.0f} %")
+        rows.append([*row, *(f"{parts[name]:.1f}" for name in ("load", "forward", "backward", "optimizer", "ema"))])
+    return _rows(
+        [
+            "method",
+            "ms a step",
+            "over `none`",
+            "matrix products",
+            "load",
+            "forward",
+            "backward",
+            "optimiser",
+            "average",
+        ],
+        rows,
+    )
+
+
+def machine_of(name: str) -> str:
+    """Where and how a committed result was taken."""
+    found = _result(name)
+    machine, options = found["machine"], found["options"]
+    return (
+        f"`{found['command']}`: {options['model']} at batch {options['batch_size']}, {machine['cores']} cores of "
+        f"{machine['device']}, PyTorch {machine['torch']}, {found['date']}."
+    )
+
+
+def gpu_table() -> str:
+    """All that `benchmarks/gpu.py` has measured, once there is something."""
+    record = _result("gpu")
+    return NOT_YET if record is None else str(_gpu_tables().markdown(record))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "vision": vision_table, "vae": vae_table, "text": text_table, "reading": reading_table, "gpu": gpu_table,
+    "published": published_rates, "overheads": overhead_table, "goals": goal_table, "step-cpu": cpu_table,
+    "machine-cpu": lambda: machine_of("step-cpu"),
+}  # fmt: skip
 
 
 def with_tables(page: str) -> str:

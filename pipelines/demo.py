@@ -41,6 +41,12 @@ def train_command(method: str) -> str:
     return TRAIN.format(method=method) + resume
 
 
+def installed(program: str) -> list[str]:
+    """The words that run `featcache` or `trainer`: the script beside the interpreter, else the package from where it lies."""
+    script = Path(sys.executable).parent / program
+    return [str(script)] if script.is_file() else [sys.executable, "-m", f"{program}.cli"]
+
+
 def run_all(commands: Sequence[str], names: Sequence[str] = tuple(TITLES)) -> None:
     """Runs commands side by side, the cores shared out among them; where there are several, `names` prefix their output.
 
@@ -53,13 +59,12 @@ def run_all(commands: Sequence[str], names: Sequence[str] = tuple(TITLES)) -> No
     # Alone, a command leaves one core to its decoding threads: OpenMP's barriers spin, and suffer when cores are short.
     threads = max(1, cores // len(commands) if len(commands) > 1 else cores - 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    bin_folder = Path(sys.executable).parent
     processes = []
     for command in commands:
         program, *words = command.split()
         processes.append(
             subprocess.Popen(
-                [str(bin_folder / program), *words],
+                [*installed(program), *words],
                 env=environment,
                 stdout=subprocess.PIPE if len(commands) > 1 else None,
                 stderr=subprocess.STDOUT if len(commands) > 1 else None,

@@ -106,9 +106,9 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def upload(tensor: Tensor, device: str) -> Tensor:
+def upload(tensor: Tensor, device: str | torch.device) -> Tensor:
     """A CPU tensor on `device`; to a GPU through pinned memory, so that this thread does not wait for the copy."""
-    if not device.startswith("cuda"):
+    if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from featcache.encoders.base import upload
+
 _PURPOSE = 0x5A3B1E  # keeps these streams apart from every other use of the same seed
 
 
@@ -29,7 +31,7 @@ def sample_noise(
     """
     out = np.empty((len(indices), *shape), dtype=np.float32)
     _fill(out, seed, indices, step)
-    return _to(torch.from_numpy(out), device)
+    return upload(torch.from_numpy(out), device)
 
 
 def noise_stream(
@@ -64,7 +66,7 @@ def noise_stream(
         submit(step + 1)
         for part in parts:
             part.result()
-        return _to(torch.from_numpy(out), device)
+        return upload(torch.from_numpy(out), device)
 
     return noise
 
@@ -74,9 +76,3 @@ def _fill(out: NDArray[np.float32], seed: int, indices: Sequence[int], step: int
         # Philox counts up from the first word, so the last two name the stream.
         bits = np.random.Philox(key=[seed, _PURPOSE], counter=[0, 0, step, index])
         np.random.Generator(bits).standard_normal(out=row, dtype=np.float32)
-
-
-def _to(noise: Tensor, device: torch.device | str) -> Tensor:
-    if torch.device(device).type == "cuda":
-        return noise.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
-    return noise.to(device)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from featcache.encoders.base import upload
 from featcache.encoders.vae import LatentDecoder, load_recorded_vae
 from featcache.errors import UserError
 from featcache.store import files
@@ -301,7 +302,7 @@ def _from_trunk(
     steps, begun, state = len(times) - 1, 0, x
     found = trunk.load(indices, shape=tuple(x.shape), most=guided_from)
     if found is not None:
-        begun, state = found[0], found[1].to(x.device)
+        begun, state = found[0], upload(found[1], x.device)
     if begun < guided_from < steps:
         part = samplers.Part(start=begun, stop=guided_from, dtype=x.dtype)
         state = sampler(model_fn, state, times, part=part)
@@ -372,7 +373,7 @@ def draw_units(
         chosen = np.minimum(np.arange(start, start + unit), len(indices) - 1)
         numbers = [int(indices[i]) for i in chosen]
         given = condition(numbers) if callable(condition) else torch.from_numpy(np.asarray(condition)[chosen])
-        wanted = given.to(device)
+        wanted = upload(given, device)
         latents = draw_latents(model, wanted, numbers, config, null=null, transport=transport, trunk=trunk)
         return decode_pixels(vae, latents, config.pixels)[: len(indices) - start]
 

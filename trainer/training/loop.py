@@ -134,7 +134,7 @@ def train(
 
 def _train(asked: _Asked, world: World, device: torch.device) -> Path:
     config, resume, watcher, root, origin = asked.config, asked.resume, asked.watcher, asked.root, asked.origin
-    _prepare_device(device)
+    prepare_device(device)
     if origin is not None:
         branch.check(origin, config, root)
     share = Share(
@@ -605,7 +605,8 @@ def _way_round(job: Job, step: int) -> str:
     )
 
 
-def _prepare_device(device: torch.device) -> None:
+def prepare_device(device: torch.device) -> None:
+    """PyTorch's settings of the process for training on `device`."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
