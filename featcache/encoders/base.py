@@ -107,8 +107,8 @@ def synchronise(device: str) -> None:
 
 
 def upload(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """A CPU tensor on `device`; to a GPU through pinned memory, so that this thread does not wait for the copy."""
-    if torch.device(device).type != "cuda":
+    """A tensor on `device`; from the host to a GPU through pinned memory, so that this thread does not wait for the copy."""
+    if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
