@@ -41,9 +41,14 @@ def train_command(method: str) -> str:
 
 def obeyed(run: Path, prompts: str) -> Mapping[str, float]:
     """What the newest judgement of a run says of the prompts of that source."""
+    from trainer.evaluate.prompt_sets import PromptSet
     from trainer.runs.folder import read_metrics
+    from trainer.sampling.prompts import open_prompts
 
-    judged = [entry for entry in read_metrics(run) if (entry["settings"] or {})["prompts"]["source"] == prompts]
+    wanted = open_prompts(prompts, seed=0).sha256
+    judged = [
+        entry for entry in read_metrics(run) if (found := PromptSet.of(entry)) is not None and found.sha256 == wanted
+    ]
     return judged[-1]["metrics"]
 
 

@@ -43,22 +43,33 @@ def text_config(entry: TextEntry) -> CLIPTextConfig:
     )
 
 
+def merges(words: str) -> list[tuple[str, str]]:
+    """Those that make whole tokens of the words of a text, letter by letter from the left, the earlier words before the later."""
+    found: dict[tuple[str, str], None] = {}
+    for word in words.split():
+        left = ""
+        for part in (*word[:-1], f"{word[-1]}</w>"):
+            if left:
+                found[left, part] = None
+            left += part
+    return list(found)
+
+
 def byte_vocabulary(entry: TextEntry) -> dict[str, int]:
-    """CLIP's vocabulary without its merges: 256 bytes, 256 bytes that end a word, and the two marks.
+    """CLIP's vocabulary without its merges: 256 bytes, 256 bytes that end a word, what `entry.words` are made of, and the two
+    marks.
 
     The numbers are those of CLIP's own vocabulary, which begins with the bytes in this order.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(letters)}
-    vocabulary |= {letter + "</w>": 256 + i for i, letter in enumerate(letters)}
-    return vocabulary | {_START: entry.vocabulary - 2, _END: entry.vocabulary - 1}
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges(entry.words))]
+    return {token: i for i, token in enumerate(tokens)} | {_START: entry.vocabulary - 2, _END: entry.vocabulary - 1}
 
 
 class ClipText:
     """See `featcache.encoders.text.TextNetwork`."""
 
     vocabulary_files = VOCABULARY_FILES
-    bytes_only = "bytes, without merges"
     marks = "both marks included"
     what: Mapping[str, str] = {
         "": "last hidden state after the final norm",
@@ -84,11 +95,15 @@ class ClipText:
         tokenizer: Tokenizer = kind.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
         return tokenizer
 
+    def without_files(self, entry: TextEntry) -> str:
+        return f"bytes, and {len(entry.words.split())} words" if entry.words else "bytes, without merges"
+
     def byte_tokenizer(self, entry: TextEntry) -> Tokenizer:
         with tempfile.TemporaryDirectory() as text:
             folder = Path(text)
             (folder / "vocab.json").write_text(json.dumps(byte_vocabulary(entry)), "utf-8")
-            (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+            lines = ["#version: 0.2", *map(" ".join, merges(entry.words))]
+            (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
             return self.tokenizer(folder)
 
     def problem(self, tokenizer: Tokenizer, entry: TextEntry) -> tuple[str, str] | None:

@@ -25,7 +25,6 @@ class T5Text:
     """See `featcache.encoders.text.TextNetwork`."""
 
     vocabulary_files = ("tokenizer.json",)
-    bytes_only = "bytes"
     marks = "end mark included"
     what: Mapping[str, str] = {"": "last hidden state after the final norm"}
 
@@ -52,6 +51,9 @@ class T5Text:
 
     def tokenizer(self, folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def without_files(self, entry: TextEntry) -> str:
+        return "bytes"
 
     def byte_tokenizer(self, entry: TextEntry) -> Tokenizer:
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -364,7 +364,8 @@ class TextEntry:
     hub_id: repository with weights and vocabulary; None for the embedded one. vocabulary: number of tokens (CLIP's last
     two are the start and the end of a text). tokens: length that every text is cut or padded to. width: of the hidden
     states. projected: of the pooled vector, None where the network has none. network: a key of
-    `featcache.encoders.text.NETWORKS`.
+    `featcache.encoders.text.NETWORKS`. words: that are tokens of their own where no vocabulary is
+    published, with spaces between.
     """
 
     hub_id: str | None
@@ -379,8 +380,16 @@ class TextEntry:
     projected: int | None
     activation: str = "quick_gelu"
     network: Literal["clip", "t5"] = "clip"
+    words: str = ""
     note: str = ""
 
+
+# Of the captions of `shapes-text` and the class names of `shapes`; in an order in which no pair of letters within one word
+# is taken by another before.
+_WORDS = (
+    "checked hexagon striped heart dark background coloured crescent triangle against picture spotted circle ground orange "
+    "purple square yellow arrow cross green light plain blue grey ring star with and red the an in is of on a"
+)
 
 TEXTS: Mapping[str, TextEntry] = {
     "clip-l": TextEntry(
@@ -415,13 +424,14 @@ TEXTS: Mapping[str, TextEntry] = {
         hub_id=None,
         licence="Apache-2.0",
         paper="-",
-        vocabulary=514,
+        vocabulary=657,
         tokens=32,
         width=64,
         depth=2,
         heads=2,
         hidden=128,
         projected=32,
-        note="untrained (seed 0), reads bytes: to try things out",
+        words=_WORDS,
+        note="untrained (seed 0), reads the words of embedded captions and the bytes of all others: to try things out",
     ),
 }

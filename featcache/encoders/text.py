@@ -27,12 +27,11 @@ WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 class TextNetwork(Protocol):
     """A kind of network that reads texts: what differs between them.
 
-    vocabulary_files: that its tokenizer is made of. bytes_only: what a manifest says of the one without any. marks: what is
+    vocabulary_files: that its tokenizer is made of. marks: what is
     counted with the tokens of a text. what: suffix of a feature's name -> what it is, in the order of `read`.
     """
 
     vocabulary_files: tuple[str, ...]
-    bytes_only: str
     marks: str
     what: Mapping[str, str]
 
@@ -50,6 +49,10 @@ class TextNetwork(Protocol):
 
     def tokenizer(self, folder: Path) -> Tokenizer:
         """That of the vocabulary files in a folder. Raises anything over damaged ones."""
+        ...
+
+    def without_files(self, entry: TextEntry) -> str:
+        """What a manifest says of the tokenizer without any."""
         ...
 
     def byte_tokenizer(self, entry: TextEntry) -> Tokenizer:
@@ -166,7 +169,7 @@ def load_text(name: str, weights: WeightsSource) -> tuple[nn.Module, Tokenizer, 
 
 
 def load_tokenizer(name: str, entry: TextEntry, weights: WeightsSource, *, needed: bool) -> tuple[Tokenizer, str]:
-    """The tokenizer, and what the manifest says of it: the SHA-256 of its files, or that it knows bytes only.
+    """The tokenizer, and what the manifest says of it: the SHA-256 of its files, or what it knows without.
 
     needed: whether the vocabulary must be there; else, where none was brought, the one of bytes is taken. Raises as
     `load_text`.
@@ -174,7 +177,7 @@ def load_tokenizer(name: str, entry: TextEntry, weights: WeightsSource, *, neede
     network = NETWORKS[entry.network]
     wanted = network.vocabulary_files
     if entry.hub_id is None or not (needed or _brought(name, entry.hub_id, weights, wanted[:1])):
-        return network.byte_tokenizer(entry), network.bytes_only
+        return network.byte_tokenizer(entry), network.without_files(entry)
     files = [find_file(name, entry.hub_id, weights, (file,), f"vocabulary ({file})") for file in wanted]
     if len({file.parent for file in files}) > 1:
         raise UserError(

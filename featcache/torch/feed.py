@@ -204,5 +204,5 @@ class Feed:
         self._thread.join(timeout=10)
         self._full.queue.clear()
         self._full.put(None)
-        for reader in self._readers.values():
+        for reader in (*self._readers.values(), *filter(None, [self._counts])):
             reader.close()

@@ -170,10 +170,11 @@ class Loader:
         Raises:
             UserError: it was saved with other samples, seed, batch size or order.
         """
+        saved = {"one_caption": False, **state}  # states of before do not name it
         for name, value in self._identity().items():
-            if state.get(name) != value:
+            if saved.get(name) != value:
                 raise UserError(
-                    f"the loader's state was saved with {name} {state.get(name)!r}, and this one has {value!r}",
+                    f"the loader's state was saved with {name} {saved.get(name)!r}, and this one has {value!r}",
                     remedy="Batches would be others than those that were left; make the loader as it was.",
                 )
         self.step = int(state["step"])
@@ -184,7 +185,7 @@ class Loader:
             "seed": self.seed,
             "batch_size": self.share.global_batch,
             "shuffle": self._shuffle,
-            **({"one_caption": True} if self._one_caption else {}),  # states of before do not name it
+            "one_caption": self._one_caption,
         }
 
     def close(self) -> None:

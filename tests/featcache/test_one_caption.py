@@ -259,10 +259,14 @@ def test_states_say_whether_one_caption_is_read(tmp_path: Path) -> None:
     cache = featcache.open(build_texts(tmp_path / "c"))
     one = Loader(cache, ["text/clip-l"], batch_size=4, one_caption=True)
     all_ = Loader(cache, ["text/clip-l"], batch_size=4)
-    assert "one_caption" not in all_.state_dict(), "as states of before"
-    one.load_state_dict(one.state_dict())
-    with pytest.raises(UserError, match="one_caption"):
-        one.load_state_dict(all_.state_dict())
+    before = {name: value for name, value in all_.state_dict().items() if name != "one_caption"}
+    for loader, states in ((one, [one.state_dict()]), (all_, [all_.state_dict(), before])):
+        for state in states:
+            loader.load_state_dict(state)
+    for loader, states in ((one, [all_.state_dict(), before]), (all_, [one.state_dict()])):
+        for state in states:
+            with pytest.raises(UserError, match="one_caption"):
+                loader.load_state_dict(state)
 
 
 def test_a_cache_without_counts_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +21,16 @@ import featcache
 from featcache.builder.request import BuildRequest
 from featcache.builder.run import build
 from featcache.encoders.base import Compute, WeightsSource, upload
-from featcache.encoders.clip_text import byte_vocabulary
+from featcache.encoders.clip_text import ClipText, byte_vocabulary
 from featcache.encoders.table import TEXTS
 from featcache.encoders.text import TextEncoder, build_text
 from featcache.errors import CacheError, UserError
 from featcache.inspect import read_feature
 from featcache.progress import Quiet
+from featcache.sources import shapes
 from featcache.sources.captions import open_captions, read_table
 from featcache.sources.open import open_source
+from featcache.sources.shapes_text import WORDINGS, Part, caption, combinations
 from tests.told import Told
 
 TINY = TEXTS["tiny"]
@@ -71,15 +74,29 @@ def test_bytes_are_numbered_as_in_clips_vocabulary() -> None:
     assert [vocabulary[c] for c in "!a~"] == [0, 64, 93]
     assert vocabulary["a</w>"] == 320
     assert (vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]) == (49406, 49407)
-    assert len(byte_vocabulary(TINY)) == 514 == len(set(byte_vocabulary(TINY).values()))
+    assert len(byte_vocabulary(TINY)) == TINY.vocabulary == len(set(byte_vocabulary(TINY).values()))
+
+
+def test_embedded_captions_are_read_whole_a_token_a_word() -> None:
+    """By the embedded encoder: what it cuts off, no model can obey."""
+    tokenizer = ClipText().byte_tokenizer(TINY)
+    texts = {*shapes.CLASS_NAMES}
+    texts |= {
+        caption(attributes, wording) for part in Part for attributes in combinations(part) for wording in WORDINGS
+    }
+    assert len(texts) > 5000
+    for text in texts:
+        found = [token.removesuffix("</w>") for token in tokenizer.encode(text, add_special_tokens=False).tokens]
+        assert found == re.findall(r"[a-z]+|,", text) and len(found) + 2 <= TINY.tokens
 
 
 def test_tokens_are_lower_case_bytes_between_marks(tiny: TextEncoder) -> None:
+    start, end = TINY.vocabulary - 2, TINY.vocabulary - 1
     got = tiny.tokenise([("A Cat", "x" * 100), (), ("",)])
-    a_cat = [512, 64 + 256, 66, 64, 83 + 256, 513]
-    assert got.ids[0].tolist() == a_cat + [513] * 26
-    assert got.ids[1].tolist() == [512] + [87] * 30 + [513]
-    assert got.ids[2].tolist() == [512] + [513] * 31
+    a_cat = [start, 64 + 256, 66, 64, 83 + 256, end]
+    assert got.ids[0].tolist() == a_cat + [end] * 26
+    assert got.ids[1].tolist() == [start] + [87] * 30 + [end]
+    assert got.ids[2].tolist() == [start] + [end] * 31
     assert got.places.tolist() == [0, 1, 6]
     assert got.lengths.tolist() == [[6, 32, 0], [0, 0, 0], [2, 0, 0]]
 
@@ -112,7 +129,7 @@ def clip_by_hand(state: dict[str, np.ndarray], ids: np.ndarray, heads: int) -> t
         y = linear(norm(x, f"{at}.layer_norm2"), f"{at}.mlp.fc1")
         x = x + linear(y / (1 + np.exp(-1.702 * y)), f"{at}.mlp.fc2")
     x = norm(x, "text_model.final_layer_norm")
-    return x, x[list(ids).index(513)] @ state["text_projection.weight"].T
+    return x, x[list(ids).index(TINY.vocabulary - 1)] @ state["text_projection.weight"].T
 
 
 def test_no_captions_at_all(tiny: TextEncoder) -> None:
@@ -152,7 +169,7 @@ def small_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A CLIP of both halves as the hub keeps it, in miniature, brought under ``--weights-dir``."""
     from transformers import CLIPConfig, CLIPModel
 
-    entry = replace(TINY, hub_id="openai/clip-vit-large-patch14", vocabulary=520, tokens=16)
+    entry = replace(TINY, words="", hub_id="openai/clip-vit-large-patch14", vocabulary=520, tokens=16)
     monkeypatch.setitem(TEXTS, "clip-l", entry)
     torch.manual_seed(0)
     text = build_text(entry).config.to_dict()  # type: ignore[union-attr, operator]
@@ -473,8 +490,7 @@ def test_a_build_with_text_is_what_the_encoder_gives(tmp_path: Path, tiny: TextE
         out = reader.allocate(10)
         reader.read(range(10), out)
     assert out["text/count"].tolist() == [2] * 10
-    lengths = [[len(f"a{names[n]}") + 2, min(32, len(f"apictureofa{names[n]}") + 2)] for n in cache.labels()]
-    assert out["text/tiny.length"].tolist() == lengths
+    assert out["text/tiny.length"].tolist() == [[4, 7]] * 10, "marks and words: a circle, a picture of a circle"
 
 
 def test_text_joins_a_cache_without_reading_an_image(

@@ -33,7 +33,7 @@ from trainer.runs import empty_text
 from trainer.runs.cache import find_cache, fitted
 from trainer.runs.config import RunConfig
 from trainer.runs.normalization import Normalization
-from trainer.runs.text import is_text, text_shape
+from trainer.runs.text import NEEDED, is_text, text_shape
 from trainer.sampling.draw import SampleConfig, draw_latents
 from trainer.training.conditions import Labels, TextRows, build_condition, cached_conditions
 from trainer.training.loop import train
@@ -270,8 +270,20 @@ def test_which_text_a_model_takes(text_cache: Path, shapes_cache: Path) -> None:
         fitted(replace(config, condition="text/clip-l"), cache)
     assert "--text clip-l" in str(other.value.remedy)
     old: Any = Held(cache, text_tiny=replace(spec, empty=None))
-    with pytest.raises(CacheError, match="without the text of ''"):
+    with pytest.raises(CacheError, match="without the text of ''") as without:
         fitted(config, old)
+    assert f"featcache rm {text_cache} --features text/tiny,text/tiny.length,text/tiny.pooled" in str(without.value)
+    assert f"featcache build --into {text_cache} --text tiny" in str(without.value)
+    for origin, file in (
+        ("table my captions.csv", "'/path/to/my captions.csv'"),
+        ("COCO annotations c.json", "/path/to/c.json"),
+    ):
+        count = cache.features[NEEDED]
+        captions = {**count.provenance["captions"], "from": origin}
+        listed: Any = Held(cache, text_count=replace(count, provenance={**count.provenance, "captions": captions}))
+        with pytest.raises(CacheError) as other:
+            fitted(replace(config, condition="text/clip-l"), listed)
+        assert str(other.value.remedy).endswith(f"--text clip-l --captions {file}")
 
 
 def test_without_a_cache_the_command_that_builds_one_has_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +293,9 @@ def test_without_a_cache_the_command_that_builds_one_has_text(tmp_path: Path, mo
     remedy = str(caught.value.remedy)
     assert "--text clip-l" in remedy
     assert "--encoder tiny --vae-levels G3,G4 --text tiny" in remedy
+    with pytest.raises(CacheError) as chosen:
+        find_cache(RunConfig(model="MMDiT-B/2", condition="text/clip-l"))
+    assert "--text clip-l" in str(chosen.value.remedy) and "tiny" not in str(chosen.value.remedy)
     with pytest.raises(CacheError) as labelled:
         find_cache(RunConfig(model="SiT-B/2"))
     assert "--text" not in str(labelled.value.remedy)

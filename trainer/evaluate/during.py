@@ -5,12 +5,13 @@ Its numbers show where a run is going. They are of too few samples to be compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from featcache.errors import UserError
 from featcache.inspect import find_images
@@ -97,12 +98,13 @@ def small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str]
     return judge
 
 
-def _conditions(config: RunConfig, cache: Cache) -> np.ndarray:
-    """Of each sample: labels in turn, int64 [n], or the captions of the images in turn, float32 [n, T, W]."""
+def _conditions(config: RunConfig, cache: Cache) -> np.ndarray | Callable[[Sequence[int]], Tensor]:
+    """Of each sample: labels in turn, int64 [n], or the captions of the images in turn, read as they are drawn."""
     cfg = backbone_config(config, cache)
     if cfg.text is None:
         return np.arange(config.eval_num) % len(cache.manifest.dataset.class_names)
-    return cached_conditions(build_condition(cfg, cache), cache, np.arange(config.eval_num) % len(cache)).numpy()
+    condition = build_condition(cfg, cache)
+    return lambda chosen: cached_conditions(condition, cache, np.asarray(chosen) % len(cache))
 
 
 def _encoded(prompts: Prompts, config: RunConfig, cache: Cache, device: str) -> np.ndarray:

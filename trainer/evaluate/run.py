@@ -420,6 +420,7 @@ def with_defaults(
     given = {**vars(asked), "sampler": sampler, "steps": steps, "device": device}
     if published is not None:
         command = f"trainer eval {typed(run)}" + (f" --figure {typed(figure)}" if figure is not None else "")
+        command += f" --prompts {typed(asked.prompts)}" if asked.prompts is not None else ""
         chosen = published.settings(given, command)
         if asked.guidance is None and paper.guidance is not None:
             for other in paper.variants:

@@ -87,7 +87,7 @@ def _side_by_side(drawn: Sequence[_Drawn], class_names: Sequence[str], real: Rea
         note = "The first samples of each class, in the order they were drawn."
     else:
         # From the beginning: of as many prompts as samples, those spread over all would mean reading all samples.
-        chosen = list(range(min(len(prompts.texts), len(first), PROMPTS // len(drawn))))
+        chosen = list(range(min(len(prompts.texts), len(first), max(1, PROMPTS // len(drawn)))))
         tiles = max(1, min(PROMPT_TILES, PROMPTS // (len(chosen) * len(drawn))))
         columns, names = {}, [_shortened(prompts.texts[i]) for i in chosen]
         which = "each prompt" if len(chosen) == len(prompts.texts) else f"the first {len(chosen)} prompts"

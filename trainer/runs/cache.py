@@ -87,6 +87,7 @@ def find_cache(config: RunConfig) -> featcache.Cache:
     if not unfit:
         derived = any("." in name.partition("@")[2] for name in wanted_features(config))
         fits = not (derived or config.vae or config.resolution)
+        fits = fits and config.condition in (None, "text/tiny")
         text = " --text tiny" if takes_text(config.model) else ""
         embedded = f"\nor, of images and encoders that come with it:\n  {EMBEDDED}{text}" if fits else ""
         raise CacheError(f"there is no cache below ./{ROOT}", remedy=f"Build one:{_build_all(config)}{embedded}")
@@ -202,7 +203,14 @@ def with_condition(config: RunConfig, cache: featcache.Cache) -> RunConfig:
             remedy=build_command(cache, wanted_features(config)),
         )
     text_shape(name, {name: tuple(held[name].shape)})
-    held[name].empty_text()
+    if held[name].empty is None:
+        old = sorted(other for other in held if other.partition(".")[0] == name)
+        raise CacheError(
+            f"{name} in {cache.path} comes without the text of '', which takes a dropped caption's place: it was made by a "
+            "featcache that did not keep it",
+            remedy=f"Remove it, featcache rm {typed(cache.path)} --features {','.join(old)}, and then: "
+            + build_command(cache, [name]),
+        )
     return dataclasses.replace(config, condition=name)
 
 
@@ -300,6 +308,11 @@ def _build_into(cache: featcache.Cache, wanted: Sequence[str]) -> str:
             words.append(f"--vae {shlex.quote(dataset.vae['name'])}")
         if moments is not None and moments.provenance.get("weights") == "random":
             words.append(f"--random-weights {moments.provenance['seed']}")
+    if NEEDED in cache.manifest.features and any(map(is_text, wanted)):
+        captions = str((cache.manifest.features[NEEDED].provenance.get("captions") or {}).get("from", ""))
+        for kind in ("table ", "COCO annotations "):
+            if captions.startswith(kind):
+                words.append(f"--captions {shlex.quote(f'/path/to/{captions.removeprefix(kind)}')}")
     encoders = {parts.encoder for name in wanted if (parts := layer_feature(name))}
     for name, feature in cache.manifest.features.items():
         parts = layer_feature(name)

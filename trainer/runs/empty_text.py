@@ -20,7 +20,7 @@ from trainer.runs import folder as runs
 FILE = runs.EMPTY_TEXT
 KEY = "text"
 MAX_BYTES = 64 << 20
-_RESTORE = "Restore the file as the run wrote it: without it the run can be neither continued nor guided."
+_RESTORE = "Restore the file as the run wrote it."
 
 
 def keep(text: Tensor, run: Path) -> None:

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from trainer.runs.config import RunConfig
 
 FILE = "prompts.json"  # beside samples
-MAX_TEXT_BYTES = 256 << 20
+MAX_TEXT_BYTES = 64 << 20  # as JSON, escaped, they are still read back
 MAX_PROMPTS = 10_000_000
 MAX_CHARACTERS = 1 << 16  # of one prompt: a text encoder reads a few hundred
+_TABLES = (".csv", ".tsv", ".jsonl")
 FORMS = "a text file with one prompt a line, COCO's captions_*.json, or data with captions of its own (shapes-text)"
 _PICKS = 0xCA9710  # the stream of random numbers that picks captions
 
@@ -149,6 +150,8 @@ def open_prompts(source: str, *, seed: int) -> Prompts:
     path = Path(source)
     if path.suffix.lower() == ".json":
         return _from_annotations(path, seed)
+    if path.suffix.lower() in _TABLES and path.is_file():
+        raise UserError(f"--prompts {path} is a table, whose lines are no prompts", remedy=f"Pass {FORMS}.")
     if path.suffix.lower() == ".txt" or (path.is_file() and not _is_data(path)):
         return _from_text(path)
     return _from_data(source, seed)
@@ -285,7 +288,9 @@ def _encoder_of(feature: str, record: Mapping[str, Any], weights_dir: str | None
             f"{precision!r:.80})",
             remedy=f"Restore the file. Known are: {', '.join(TEXTS)}.",
         )
-    if record.get("weights") == "random" and (not isinstance(seed, int) or isinstance(seed, bool)):
+    if record.get("weights") == "random" and not (
+        isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 1 << 63
+    ):
         raise UserError(
             f"the run's cache.json says that {feature} is of random weights, and not of which",
             remedy="Restore the file.",

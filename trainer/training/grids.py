@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from featcache.encoders.vae import LatentDecoder
 from featcache.errors import UserError, first_line
 from featcache.inspect import find_captions
+from featcache.sources.embedded import recorded_embedded
 from featcache.store import files
 from trainer.diffusion.transport import Transport, build_transport
 from trainer.runs.cache import sample_keys
@@ -81,9 +82,10 @@ class GridMaker:
 
 
 def _captions(cache: Cache, indices: np.ndarray) -> list[str]:
-    """What stands under the rows of the samples `indices` [n]: their first captions, `''` for none; where the captions
-    are of a file that is not there any more, the images' keys."""
-    found = find_captions(cache, [int(i) for i in indices])
+    """What stands under the rows of the samples `indices` [n]: of an embedded set their first captions, `''` for none; of
+    others, whose images would have to be found first, the images' keys."""
+    embedded = recorded_embedded(cache.manifest.dataset.source) is not None
+    found = find_captions(cache, [int(i) for i in indices]) if embedded else None
     return sample_keys(cache, indices) if found is None else [captions[0] if captions else "''" for captions in found]
 
 
