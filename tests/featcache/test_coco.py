@@ -305,7 +305,7 @@ def test_a_cache_of_coco(coco: tuple[Path, Path], tmp_path: Path) -> None:
     cache = featcache.open(out)
     dataset = cache.manifest.dataset
     assert dataset.preprocessing["crop"] == "lanczos-square" and dataset.class_names == ("all",)
-    assert cache.features["text/tiny"].shape == (7, 32, 64)
+    assert cache.features["text/tiny"].shape == (7, 16, 64)
     assert not cache.labels().any()
     counts = cache.read(range(10), ["text/count", "key"])
     assert {int(key[15:27]): int(n) for key, n in zip(counts["key"], counts["text/count"])} == {
@@ -382,7 +382,7 @@ def test_flat_folders_need_captions(coco: tuple[Path, Path], tmp_path: Path) -> 
 def test_five_captions_of_seven_are_kept(coco: tuple[Path, Path], tmp_path: Path) -> None:
     build(request(coco, tmp_path / "c", captions_per_image=5), Quiet())
     cache = featcache.open(tmp_path / "c")
-    assert cache.features["text/tiny"].shape == (5, 32, 64)
+    assert cache.features["text/tiny"].shape == (5, 16, 64)
     assert sorted(cache.read(range(10), ["text/count"])["text/count"].tolist()) == sorted(min(n, 5) for n in COUNTS)
 
 
@@ -402,8 +402,8 @@ def planned(folder: Path, count: int, *words: str) -> str:
 
 def test_a_plan_of_captions_says_the_bytes_and_opens_no_image(tmp_path: Path) -> None:
     said = planned(tmp_path, 40, "--text", "tiny", "--vae", "tiny", "--resolution", "32", "--steps-per-s", "1")
-    row = 32 * 64 * 2  # one caption's, in fp16
-    assert f"text/tiny 5x32x64 fp16 {5 * row / 1e3:.3g} KB {40 * 5 * row / 1e3:.3g} KB" in said
+    row = 16 * 64 * 2  # one caption's, in fp16
+    assert f"text/tiny 5x16x64 fp16 {5 * row / 1e3:.3g} KB {40 * 5 * row / 1e3:.3g} KB" in said
     # A step reads one caption's rows, its pooled vector and its length, how many there are, and the moments.
     read = row + 32 * 2 + 4 + 4 + 2 * 16 * 4 * 4 * 2
     assert f"at 1 steps/s and batch 256 reads {256 * read / 1e6:.3g} MB/s (one of 5 captions)" in said

@@ -40,7 +40,7 @@ from featcache.store.manifest import feature_from_json, manifest_from_json
 from featcache.store.root import cache_digest
 from tests.featcache.store_helpers import tree_digest
 
-T, W, P = 32, 64, 32  # of the embedded text encoder
+T, W, P = 16, 64, 32  # of the embedded text encoder
 NAMES = ("text/tiny", "text/tiny.pooled")
 
 

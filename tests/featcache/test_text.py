@@ -94,11 +94,11 @@ def test_tokens_are_lower_case_bytes_between_marks(tiny: TextEncoder) -> None:
     start, end = TINY.vocabulary - 2, TINY.vocabulary - 1
     got = tiny.tokenise([("A Cat", "x" * 100), (), ("",)])
     a_cat = [start, 64 + 256, 66, 64, 83 + 256, end]
-    assert got.ids[0].tolist() == a_cat + [end] * 26
-    assert got.ids[1].tolist() == [start] + [87] * 30 + [end]
-    assert got.ids[2].tolist() == [start] + [end] * 31
+    assert got.ids[0].tolist() == a_cat + [end] * 10
+    assert got.ids[1].tolist() == [start] + [87] * 14 + [end]
+    assert got.ids[2].tolist() == [start] + [end] * 15
     assert got.places.tolist() == [0, 1, 6]
-    assert got.lengths.tolist() == [[6, 32, 0], [0, 0, 0], [2, 0, 0]]
+    assert got.lengths.tolist() == [[6, 16, 0], [0, 0, 0], [2, 0, 0]]
 
 
 def clip_by_hand(state: dict[str, np.ndarray], ids: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +152,7 @@ def test_features_equal_clips_formula(tiny: TextEncoder) -> None:
     state = {key: value.double().numpy() for key, value in tiny.module.state_dict().items()}
     features = read(tiny, ("a dog on a hill", "RED"), (), ("one, two", "three", "four"))
     ids = tiny.tokenise([("a dog on a hill", "RED"), (), ("one, two", "three", "four")])
-    assert features["text/tiny"].shape == (3, 3, 32, 64)
+    assert features["text/tiny"].shape == (3, 3, 16, 64)
     assert features["text/tiny.pooled"].shape == (3, 3, 32)
     for row, place in enumerate(ids.places.tolist()):
         hidden, pooled = clip_by_hand(state, ids.ids[row].numpy(), TINY.heads)
@@ -513,7 +513,7 @@ def test_text_joins_a_cache_without_reading_an_image(
         reader.read(range(6), out)
     counts = dict(zip(cache.keys(), out["text/count"].tolist()))
     assert counts == {"a/0.png": 2, "b/1.png": 3, "a/2.png": 0, "b/3.png": 0, "a/4.png": 0, "b/5.png": 0}
-    assert cache.manifest.features["text/tiny"].shape == (3, 32, 64)
+    assert cache.manifest.features["text/tiny"].shape == (3, 16, 64)
     assert cache.manifest.features["text/tiny"].codec == "int8"
     assert not read_feature(cache, "text/tiny", [cache.keys().index("a/2.png")]).any()
     # Other captions, or another number of them, are of no use beside these.
@@ -526,7 +526,7 @@ def test_text_joins_a_cache_without_reading_an_image(
     with pytest.raises(CacheError, match="another captions"):
         build(replace(second, captions=changed), Quiet())
     build(second, Quiet())
-    assert featcache.open(tmp_path / "c").manifest.features["text/second"].shape == (3, 32, 32)
+    assert featcache.open(tmp_path / "c").manifest.features["text/second"].shape == (3, 16, 32)
 
 
 def test_bad_images_have_no_captions_and_only_so_many_are_kept(tmp_path: Path) -> None:
@@ -584,7 +584,7 @@ def test_as_typed(
         (words, ("encode text tiny", "tokenise", "4 of 6 images have no caption")),
         (
             ["info", str(tmp_path / "c")],
-            ("captions: table captions.csv; up to 1 per image", "1x32x64", "RANDOM, seed 0"),
+            ("captions: table captions.csv; up to 1 per image", "1x16x64", "RANDOM, seed 0"),
         ),
         (["verify", str(tmp_path / "c")], ("sound",)),
     ):

@@ -83,7 +83,7 @@ def test_text_dropout_has_its_share_and_replaces_the_whole_text(text_cache: Path
 
 def test_images_without_captions_always_have_the_text_of_nothing(text_cache: Path) -> None:
     cache = featcache.open(text_cache)
-    cfg = replace(TINY, text=TextShape(name="text/tiny", tokens=32, width=64))
+    cfg = replace(TINY, text=TextShape(name="text/tiny", tokens=16, width=64))
     condition = build_condition(cfg, cache)
     assert isinstance(condition, TextRows)
     given = stored(cache, list(condition.reads), range(4))
@@ -136,7 +136,7 @@ def test_the_teacher_has_the_same_text(text_cache: Path) -> None:
     parts.objective.model, parts.objective._teacher = student, [teacher]
     parts.objective(stored(cache, list(parts.reads), range(8)), numbers(8))
     (seen,), (taught,) = student.calls, teacher.calls
-    assert seen["y"].shape == (8, 32, 64)
+    assert seen["y"].shape == (8, 16, 64)
     assert torch.equal(seen["y"], taught["y"])
 
 
@@ -359,20 +359,20 @@ def test_whatever_the_copy_holds_is_an_error_of_ours(tmp_path_factory: pytest.Te
 
 def test_cached_conditions_are_the_first_captions(text_cache: Path) -> None:
     cache = featcache.open(text_cache)
-    cfg = replace(TINY, text=TextShape(name="text/tiny", tokens=32, width=64))
+    cfg = replace(TINY, text=TextShape(name="text/tiny", tokens=16, width=64))
     found = cached_conditions(build_condition(cfg, cache), cache, np.array([3, 1]))
     assert torch.equal(found, torch.from_numpy(read_feature(cache, "text/tiny", [3, 1]))[:, 0])
-    assert one_caption(cache.features["text/tiny"]).shape == (32, 64)
+    assert one_caption(cache.features["text/tiny"]).shape == (16, 64)
 
 
 @pytest.mark.usefixtures("nano")
 def test_a_run_keeps_the_text_of_nothing_and_goes_on_with_no_other(text_cache: Path, tmp_path: Path) -> None:
     config = text_settings(text_cache, steps=2)
     run = train(config, resume=False, watcher=Listener(), root=tmp_path)
-    shape = TextShape(name="text/tiny", tokens=32, width=64)
+    shape = TextShape(name="text/tiny", tokens=16, width=64)
     kept = empty_text.of_run(run, shape)
     assert torch.equal(kept, torch.from_numpy(featcache.open(text_cache).features["text/tiny"].empty_text()))
-    assert json.loads((run / "cache.json").read_text())["features"]["text/tiny"]["shape"] == [2, 32, 64]
+    assert json.loads((run / "cache.json").read_text())["features"]["text/tiny"]["shape"] == [2, 16, 64]
     more = replace(config, steps=3)
     save_file({"text": kept + 1}, run / empty_text.FILE)
     with pytest.raises(UserError, match="is not that of text/tiny"):

@@ -281,7 +281,7 @@ def test_the_text_is_clips_what_the_file_says_or_the_caches(tmp_path: Path) -> N
     ("change", "said"),
     [
         (
-            {"text": TextShape(name="text/tiny", tokens=32, width=64)},
+            {"text": TextShape(name="text/tiny", tokens=16, width=64)},
             "takes text 768 wide alone, and text/tiny is 64 wide",
         ),
         ({"latent_size": 64}, "positions for 16 x 16 tokens alone, and these latents have 32 x 32"),
@@ -342,7 +342,7 @@ def test_as_typed_import_sample_and_export(text_cache: Path, tmp_path: Path, mon
     code, said = typed(["export", "runs/repa", "w.pt"], tmp_path, monkeypatch)
     assert code != 0 and "takes text 768 wide alone" in said
     side = featcache.open(text_cache).manifest.features["vae/moments"].shape[1]
-    monkeypatch.setattr(joint_weights, "_CLIP", TextShape(name="text/tiny", tokens=32, width=64))
+    monkeypatch.setattr(joint_weights, "_CLIP", TextShape(name="text/tiny", tokens=16, width=64))
     monkeypatch.setattr(joint_weights, "_GRID", side // PATCH)
     code, said = typed(["export", "runs/repa", "w.pt"], tmp_path, monkeypatch)
     assert code == 0, said

@@ -182,7 +182,7 @@ def test_rows_are_those_of_the_cache() -> None:
     expected = built(built.tokenise([texts]))["text/tiny"][0]
     encode = PromptEncoder("text/tiny", tiny_record(), weights_dir=None, device="cpu")
     rows = encode(texts)
-    assert rows.shape == (3, 32, 64) and rows.dtype == torch.float32
+    assert rows.shape == (3, 16, 64) and rows.dtype == torch.float32
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(rows, encode(texts)), "the same bits each time"
 

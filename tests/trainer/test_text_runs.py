@@ -53,8 +53,8 @@ def test_every_method_trains_on_text(text_cache: Path, tmp_path: Path, method: s
         assert total == pytest.approx(record["loss"], rel=1e-5)
     assert load_config(path).condition == "text/tiny"
     loaded = load_run(path)
-    assert loaded.model.cfg.text == TextShape(name="text/tiny", tokens=32, width=64)
-    assert loaded.null is not None and loaded.null.shape == (32, 64)
+    assert loaded.model.cfg.text == TextShape(name="text/tiny", tokens=16, width=64)
+    assert loaded.null is not None and loaded.null.shape == (16, 64)
 
 
 @pytest.mark.usefixtures("nano")
