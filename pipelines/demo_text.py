@@ -14,13 +14,13 @@ from pipelines.demo import TITLES, run_demo
 
 CACHE = Path("caches/demo-text")
 RUNS = Path("runs/demo-text")
-STEPS = 1000
+STEPS = 1200
 
 BUILD = f"featcache build --data shapes-text --limit 2000 --encoder tiny --text tiny --batch-size 64 --out {CACHE}"
-# The published initialisation is PyTorch's; with zero-initialised modulations a small model learns in a thousand steps.
+# The published initialisation is PyTorch's; with zero-initialised modulations a small model learns in about a thousand steps.
 TRAIN = (
     f"trainer run --method {{method}} --name demo-text/{{method}} --cache {CACHE} --model MMDiT-Ti/2 --condition text/tiny "
-    f"--steps {STEPS} --batch-size 32 --lr 2e-3 --set zero_init=true --set warmup_steps=50 --set betas=[0.9,0.95] "
+    f"--steps {STEPS} --batch-size 32 --lr 3e-3 --set zero_init=true --set warmup_steps=50 --set betas=[0.9,0.95] "
     f"--set time_sampling=lognormal --set ema_decay=0.995 --set ema_warmup=true --set sample_every={STEPS} "
     f"--set checkpoint_every={STEPS // 4} --set keep_checkpoints=1 --set clip=1.0 --set log_every=25"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,18 @@ def run(root: Path, name: str, **judged: Any) -> RunData:
     return RunData(name=name, path=root / name, evaluations=[{"step": 4}, entry], cache={"dataset": dataset})
 
 
-def text_run(root: Path, name: str, texts: Sequence[str], *, count: int = COUNT, source: str = "text p.txt") -> RunData:
+def text_run(
+    root: Path, name: str, texts: Sequence[str], *, count: int = COUNT, source: str = "text p.txt", place: str = "a"
+) -> RunData:
     """A run judged by `count` samples of prompts; sample i is grey i."""
     prompts = Prompts(texts=tuple(texts), source=source)
-    place = root / name / "samples" / "a"
-    place.mkdir(parents=True)
+    folder = root / name / "samples" / place
+    folder.mkdir(parents=True)
     sampler = {**SAMPLER, "prompts": prompts.sha256}
-    (place / "settings.json").write_text(json.dumps({"run": name, "step": 8, **sampler}))
-    prompts.save(place)
+    (folder / "settings.json").write_text(json.dumps({"run": name, "step": 8, **sampler}))
+    prompts.save(folder)
     grey = np.arange(count, dtype=np.uint8)[:, None, None, None]
-    np.savez(place / f"samples_{count}.npz", arr_0=np.broadcast_to(grey, (count, SIDE, SIDE, 3)))
+    np.savez(folder / f"samples_{count}.npz", arr_0=np.broadcast_to(grey, (count, SIDE, SIDE, 3)))
     settings = {"sample_count": count, "prompts": prompts.record()}
     entry = {"step": 8, "sampler": sampler, "settings": settings, "metrics": {"clip_score": 0.25}}
     dataset = {"preprocessing": {"resolution": SIDE}, "class_names": ["(none)"]}
@@ -189,6 +192,14 @@ def test_runs_on_other_prompts_and_on_classes_are_shown_apart(tmp_path: Path) ->
     assert not any(shown.same_noise for shown in found)
     page = write_comparison(tmp_path / "p.html", [a, b, c, classes], judged_samples=found).read_text()
     assert page.count('class="judged prompts"') == 2 and page.count('class="judged"') == 1
+
+
+def test_each_set_of_prompts_is_shown_by_its_latest_judgement(tmp_path: Path) -> None:
+    one, two = text_run(tmp_path, "r", ["x", "y"], place="a"), text_run(tmp_path, "r", ["z"], place="b")
+    both = replace(one, evaluations=[*two.evaluations, *one.evaluations])
+    found = judged_samples([both], (), no_images)
+    assert [[name for name, _ in shown.rows] for shown in found] == [["x", "y"], ["z"]]
+    assert ["all 2" in shown.note for shown in found] == [True, False]
 
 
 def test_prompts_that_are_not_those_of_the_samples_are_refused(tmp_path: Path) -> None:

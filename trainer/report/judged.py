@@ -13,7 +13,7 @@ from featcache.store import files
 from trainer.evaluate.images import NpzImages
 from trainer.evaluate.prompt_sets import PromptSet
 from trainer.report.data import RunData
-from trainer.report.table import latest
+from trainer.report.table import latest, prompt_sets
 from trainer.runs import folder as runs
 from trainer.sampling.grid import class_name, first_of_classes
 from trainer.sampling.prompts import Prompts, load_prompts
@@ -23,6 +23,7 @@ ROWS = 10  # of as many tiles
 READ = 64  # images at once
 PROMPTS, PROMPT_TILES = 48, 8  # samples by prompt that are shown of all runs together, and of one prompt
 LETTERS = 200  # of a prompt
+SETS = 3  # of prompts
 
 # Classes, how many of each => class -> real images, uint8 [n, R, R, 3]; classes without one are left out.
 RealImages = Callable[[Sequence[int], int], Mapping[int, np.ndarray]]
@@ -46,9 +47,10 @@ class JudgedSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class _Drawn:
-    """The samples that a run was judged by. prompts: of a model that takes text."""
+    """The samples that a run was judged by. entry: of its `metrics.json`. prompts: of a model that takes text."""
 
     run: RunData
+    entry: Mapping[str, Any]
     images: NpzImages
     prompts: Prompts | None
 
@@ -61,17 +63,21 @@ class _Drawn:
 
 
 def judged_samples(data: Sequence[RunData], class_names: Sequence[str], real: RealImages) -> list[JudgedSamples]:
-    """The samples of each run's latest judgement: those of classes, then those of each set of prompts. Empty where no run
-    has been judged by samples that are still there.
+    """The samples of each run's latest judgement by class, then of those by each set of prompts, `SETS` at most. Empty
+    where no run has been judged by samples that are still there.
 
     Raises:
         UserError: a damaged file, or a link in a run's folder.
     """
-    drawn = [found for run in data if (found := _drawn(run)) is not None and len(found.subjects())]
-    together: dict[str | None, list[_Drawn]] = {}
-    for found in sorted(drawn, key=lambda one: one.prompts is not None):
-        together.setdefault(None if found.prompts is None else found.prompts.sha256, []).append(found)
-    return [_side_by_side(each, class_names, real, of=len(data)) for each in together.values()]
+    together: dict[str | None, dict[str, _Drawn]] = {}
+    for of in sorted(prompt_sets(data), key=lambda of: of is not None):
+        for run in data:
+            found = _drawn(run, latest(run, of))
+            if found is not None and len(found.subjects()):
+                of_these = together.setdefault(None if found.prompts is None else found.prompts.sha256, {})
+                of_these.setdefault(run.name, found)
+    shown = list(together.values())[:SETS]
+    return [_side_by_side(list(each.values()), class_names, real, of=len(data)) for each in shown]
 
 
 def _side_by_side(drawn: Sequence[_Drawn], class_names: Sequence[str], real: RealImages, *, of: int) -> JudgedSamples:
@@ -91,13 +97,13 @@ def _side_by_side(drawn: Sequence[_Drawn], class_names: Sequence[str], real: Rea
         tiles = max(1, min(PROMPT_TILES, PROMPTS // (len(chosen) * len(drawn))))
         columns, names = {}, [_shortened(prompts.texts[i]) for i in chosen]
         which = "each prompt" if len(chosen) == len(prompts.texts) else f"the first {len(chosen)} prompts"
-        note = f"The first samples of {which}: {PromptSet.of(latest(drawn[0].run))}."
+        note = f"The first samples of {which}: {PromptSet.of(drawn[0].entry)}."
     columns |= {one.run.name: _first(one.images, subjects[one.run.name], chosen, tiles) for one in drawn}
     rows = [
         (name, {column: np.concatenate(list(held[i][:tiles]), axis=1) for column, held in columns.items() if i in held})
         for i, name in zip(chosen, names)
     ]
-    alike = all(_drawing(one.run) == _drawing(drawn[0].run) for one in drawn)
+    alike = all(_drawing(one) == _drawing(drawn[0]) for one in drawn)
     return JudgedSamples(
         rows=rows,
         note=_note(note, len(drawn), alike),
@@ -129,15 +135,14 @@ def _note(note: str, runs: int, alike: bool) -> str:
     return f"{note} The runs' samples were drawn with different settings: they do not start from the same noise."
 
 
-def _drawing(run: RunData) -> tuple[object, ...]:
+def _drawing(drawn: _Drawn) -> tuple[object, ...]:
     """What decides from which noise which sample of which class is drawn."""
-    sampler = latest(run)["sampler"]
+    sampler = drawn.entry["sampler"]
     return tuple(sampler.get(key) for key in ("sampler", "seed", "classes", "prompts"))
 
 
-def _drawn(run: RunData) -> _Drawn | None:
-    """The samples of a run's latest judgement. Raises `CacheError` for a link in the run's folder."""
-    entry = latest(run)
+def _drawn(run: RunData, entry: Mapping[str, Any]) -> _Drawn | None:
+    """The samples of one of a run's judgements. Raises `CacheError` for a link in the run's folder."""
     judged = entry.get("settings")
     if run.path is None or not isinstance(entry.get("sampler"), Mapping) or not isinstance(judged, Mapping):
         return None
@@ -150,7 +155,7 @@ def _drawn(run: RunData) -> _Drawn | None:
             by_prompt = entry["sampler"].get("prompts") is not None
             prompts = load_prompts(images.parent) if by_prompt else None
             if not by_prompt or prompts is not None:
-                return _Drawn(run=run, images=NpzImages(path=images), prompts=prompts)
+                return _Drawn(run=run, entry=entry, images=NpzImages(path=images), prompts=prompts)
     return None
 
 
