@@ -238,10 +238,10 @@ def _check_same_captions(specs: Sequence[FeatureSpec], origin: Mapping[str, Any]
         recorded = spec.provenance.get("captions")
         if not origin or recorded is None:
             continue
-        for key, what in (("identity", "captions"), ("per_image", "number of captions per image")):
+        for key, what in (("identity", "other captions"), ("per_image", "another number of captions per image")):
             if recorded[key] != origin[key]:
                 raise CacheError(
-                    f"{spec.name} was made with another {what}: {recorded['from']}, {recorded['per_image']} per image, "
+                    f"{spec.name} was made with {what}: {recorded['from']}, {recorded['per_image']} per image, "
                     f"against {origin['from']}, {origin['per_image']} per image",
                     remedy="Pass the same captions, or remove the cache's text features first (featcache rm).",
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def open_folder(root: Path) -> FolderSource:
         raise UserError(
             f"there is no image folder at {str(root)!r}",
             remedy="Pass --data DIR (one folder per class, JPEG, PNG or WebP inside), set $FEATCACHE_DATA, "
-            "or use the embedded set: --data shapes",
+            "or use an embedded set: --data shapes, or shapes-text with captions",
         )
     if not root.is_dir():
         raise UserError(
@@ -127,26 +128,28 @@ def refuse_unlabelled(source: object) -> None:
         )
 
 
-_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)(?P<year>20\d\d)?", re.IGNORECASE)
 
 
 def refuse_splits(source: object) -> None:
-    """Raises `UserError` for a folder of splits, each with class folders of its own, that would make classes called `train`
-    and `val`: a cache is made of one of them."""
+    """Raises `UserError` for a folder of splits, each with class folders of its own or flat as COCO's `train2014` and
+    `val2014`, that would make classes of them: a cache is made of one of them."""
     if not isinstance(source, FolderSource) or len(source.class_names) < 2:
         return
-    if any(name.lower() not in _SPLITS for name in source.class_names):
+    splits = [_SPLIT.fullmatch(name) for name in source.class_names]
+    if not all(splits):
         return
     classes: dict[str, set[str]] = {}
     for file in source.files:
         split, *between, _ = file.split("/")
         if between:
             classes.setdefault(split, set()).add(between[0])
-    if not classes:
+    if not classes and not all(split is not None and split["year"] for split in splits):
         return
     lines = "".join(
-        f"\n  featcache build --data {typed(source.root / split)} ...   ({len(names)} classes)"
-        for split, names in classes.items()
+        f"\n  featcache build --data {typed(source.root / split)} ...   "
+        + (f"({len(classes[split])} classes)" if split in classes else "--text clip-l --captions FILE")
+        for split in source.class_names
     )
     raise UserError(
         f"{str(source.root)!r} holds {' and '.join(source.class_names)}, which look like parts of a data set and not like classes",

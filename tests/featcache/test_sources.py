@@ -482,12 +482,20 @@ def test_folders_of_splits_are_no_classes(tmp_path: Path, splits: tuple[str, ...
         assert f"featcache build --data '{tmp_path}/my photos/{split}' ...   (2 classes)" in (caught.value.remedy or "")
 
 
+def test_cocos_folders_are_no_classes(tmp_path: Path) -> None:
+    source = open_folder(_split_folder(tmp_path / "coco", {"train2014": ("",), "val2014": ("",)}))
+    with pytest.raises(UserError, match="parts of a data set") as caught:
+        refuse_splits(source)
+    assert f"featcache build --data {tmp_path}/coco/train2014 ...   --text clip-l --captions FILE" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "splits",
     [
         {"train": ("",), "val": ("",)},  # images without class folders below: these are the only labels there are
         {"train": ("cat", "dog")},
         {"train": ("steam", "cargo"), "bicycle": ("",)},
+        {"train2014": ("",), "val": ("",)},
     ],
 )
 def test_classes_that_are_called_like_splits_stay(tmp_path: Path, splits: dict[str, tuple[str, ...]]) -> None:

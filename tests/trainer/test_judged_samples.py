@@ -208,5 +208,9 @@ def test_prompts_that_are_not_those_of_the_samples_are_refused(tmp_path: Path) -
     path.write_text(path.read_text().replace("a cat", "a dog"))
     with pytest.raises(UserError, match="checksum differs"):
         judged_samples([data], (), no_images)
+    other = Prompts(texts=("a dog",), source="text p.txt")
+    other.save(path.parent)
+    with pytest.raises(UserError, match="other prompts than the samples beside it are of"):
+        judged_samples([data], (), no_images)
     path.unlink()
     assert judged_samples([data], (), no_images) == []

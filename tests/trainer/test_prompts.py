@@ -72,6 +72,9 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folder.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "a.png")
         open_prompts(str(folder.parent), seed=0)
+    with pytest.raises(UserError, match="there is nothing at --prompts a red circle") as sentence:
+        open_prompts("a red circle on " * 30, seed=0)
+    assert "--prompt TEXT" in str(sentence.value.remedy)
     (tmp_path / "captions.csv").write_text("key,caption\na.jpg,a dog\n")
     with pytest.raises(UserError, match=r"captions\.csv is a table"):
         open_prompts(str(tmp_path / "captions.csv"), seed=0)

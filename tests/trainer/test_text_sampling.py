@@ -31,6 +31,7 @@ from trainer.requests import SampleRequest
 from trainer.sampling import run as sampling
 from trainer.sampling.draw import SampleConfig, decode_pixels, draw_latents, load_run
 from trainer.sampling.grid import PROMPT_SIDE
+from trainer.sampling.prompts import Prompts
 from trainer.sampling.run import sample_run
 
 PROMPTS = ("a red striped triangle on a dark background", "a cat", "")
@@ -72,6 +73,22 @@ def test_samples_are_of_the_prompts_text_guided_against_that_of_nothing(runs_roo
     plain = np.load(sample_run(runs_root / "text", request(num=3, guidance=1.0, out=tmp_path / "p"), Quiet()).images)
     assert not np.array_equal(plain["arr_0"][0], made["arr_0"][0])
     assert np.abs(plain["arr_0"][2].astype(int) - made["arr_0"][2].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged", "others"])
+def test_prompts_beside_finished_samples_are_written_anew(runs_root: Path, tmp_path: Path, damage: str) -> None:
+    asked = request(num=2, steps=1, out=tmp_path / "o")
+    made = sample_run(runs_root / "text", asked, Quiet())
+    path, pixels = tmp_path / "o/prompts.json", made.images.read_bytes()
+    kept = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "damaged":
+        path.write_bytes(kept[:20])
+    else:
+        Prompts(texts=("others",), source="x").save(path.parent)
+    sample_run(runs_root / "text", asked, Quiet())
+    assert path.read_bytes() == kept and made.images.read_bytes() == pixels
 
 
 @pytest.mark.usefixtures("small_blocks")

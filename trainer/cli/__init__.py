@@ -90,7 +90,14 @@ def run(
                 config, resume=resume, watcher=progress, expect=expect, origin=origin, make_judge=_small_judge
             )
         if main:
-            console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer eval {safe(typed(folder))}")
+            from trainer.models.config import takes_text
+
+            follows = (
+                f'sample {typed(folder)} --prompt "what to draw"'
+                if takes_text(config.model)
+                else f"eval {typed(folder)}"
+            )
+            console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer {safe(follows)}")
 
 
 def _small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str], None]) -> Judge:

@@ -153,7 +153,7 @@ def _drawn(run: RunData, entry: Mapping[str, Any]) -> _Drawn | None:
         there = images.is_file() and settings.is_file()
         if there and _same(runs.read_json(settings, {}, remedy=runs.RESTORE), entry):
             by_prompt = entry["sampler"].get("prompts") is not None
-            prompts = load_prompts(images.parent) if by_prompt else None
+            prompts = load_prompts(images.parent, sha256=entry["sampler"]["prompts"]) if by_prompt else None
             if not by_prompt or prompts is not None:
                 return _Drawn(run=run, entry=entry, images=NpzImages(path=images), prompts=prompts)
     return None

@@ -301,6 +301,8 @@ def build_command(cache: featcache.Cache, wanted: Iterable[str]) -> str:
 
 def _build_into(cache: featcache.Cache, wanted: Sequence[str]) -> str:
     """The `featcache build` line that adds features to a cache, with the images and weights that it was made with."""
+    from featcache.sources.embedded import recorded_embedded  # brings what draws
+
     dataset, moments = cache.manifest.dataset, cache.manifest.features.get("vae/moments")
     words = [_build(cache.path, wanted)]
     if dataset.vae is not None and any(name.startswith("vae/") for name in wanted):
@@ -319,7 +321,7 @@ def _build_into(cache: featcache.Cache, wanted: Sequence[str]) -> str:
         if parts and parts.encoder in encoders and feature.provenance.get("weights") == "random":
             words.append(f"--random-weights {feature.provenance['seed']}")
             break
-    if not dataset.source.startswith("shapes "):  # which are drawn anew, so many as there were
+    if recorded_embedded(dataset.source) is None:  # which are drawn anew, so many as there were
         kind, _, name = dataset.source.partition(" ")
         words.append(f"--data {shlex.quote(f'/path/to/{name}' if kind == 'folder' else '/path/to/the/same/images')}")
     return " ".join(words)

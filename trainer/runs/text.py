@@ -31,7 +31,8 @@ def check_condition(name: str, model: str) -> None:
     if not is_text(name):
         raise UserError(
             f"{name} cannot be the condition: it is no encoder's text, whose features are called text/ENCODER",
-            remedy=f"Type for example: --condition {EXAMPLE}, or leave it out to train on labels",
+            remedy=f"Type for example: --condition {EXAMPLE}; or leave it out, to train on "
+            + ("the text that the cache holds" if takes_text(model) else "labels"),
         )
     if not takes_text(model):
         raise UserError(

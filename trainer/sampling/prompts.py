@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +37,9 @@ FILE = "prompts.json"  # beside samples
 MAX_TEXT_BYTES = 64 << 20  # as JSON, escaped, they are still read back
 MAX_PROMPTS = 10_000_000
 MAX_CHARACTERS = 1 << 16  # of one prompt: a text encoder reads a few hundred
+_LONGEST_NAME = 255  # bytes, of file systems
 _TABLES = (".csv", ".tsv", ".jsonl")
-FORMS = "a text file with one prompt a line, COCO's captions_*.json, or data with captions of its own (shapes-text)"
+FORMS = "a text file with one prompt a line, COCO's captions_*.json, or data with captions of its own (shapes-text); a prompt itself is --prompt TEXT"
 _PICKS = 0xCA9710  # the stream of random numbers that picks captions
 
 
@@ -70,14 +73,18 @@ class Prompts:
         runs.write_text(folder / FILE, content)
 
 
-def load_prompts(folder: Path) -> Prompts | None:
+def load_prompts(folder: Path, *, sha256: object = None) -> Prompts | None:
     """What `Prompts.save` wrote beside samples; None where there is nothing.
 
+    sha256: what the prompts of the samples have, where it is known.
+
     Raises:
-        UserError: it is damaged, or holds other texts than it says.
+        UserError: it is damaged, or holds other texts than it says or is to hold.
     """
     path = files.inside(folder, FILE)
-    remedy = "Remove it; trainer sample writes it again."
+    remedy = (
+        "Draw the same samples again (trainer sample, or trainer eval): what is there is kept, and this file made anew."
+    )
     content = runs.read_json(path, {}, remedy=remedy)
     if not content:
         return None
@@ -85,7 +92,17 @@ def load_prompts(folder: Path) -> Prompts | None:
     prompts = _checked(held["prompts"], source=held["source"], where=str(path))
     if prompts.sha256 != held["sha256"]:
         raise UserError(f"{path} holds other prompts than it says (their checksum differs)", remedy=remedy)
+    if sha256 is not None and prompts.sha256 != sha256:
+        raise UserError(f"{path} holds other prompts than the samples beside it are of", remedy=remedy)
     return prompts
+
+
+def restore_prompts(prompts: Prompts, folder: Path) -> None:
+    """Writes `prompts.json` beside finished samples, where it is missing, damaged or of others."""
+    with contextlib.suppress(UserError):
+        if load_prompts(folder, sha256=prompts.sha256) is not None:
+            return
+    prompts.save(folder)
 
 
 def of_settings(asked: SampleSettings) -> Prompts | None:
@@ -148,6 +165,8 @@ def open_prompts(source: str, *, seed: int) -> Prompts:
         UserError: there is no such thing, it cannot be read, or it holds no prompts.
     """
     path = Path(source)
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        raise UserError(f"there is nothing at --prompts {source:.80}...", remedy=f"Pass {FORMS}.")
     if path.suffix.lower() == ".json":
         return _from_annotations(path, seed)
     if path.suffix.lower() in _TABLES and path.is_file():

@@ -50,7 +50,7 @@ from trainer.sampling.draw import (
     save_png,
 )
 from trainer.sampling.inference import Arithmetic, Network, applied, choose_arithmetic
-from trainer.sampling.prompts import PromptEncoder, Prompts, prompts_for
+from trainer.sampling.prompts import PromptEncoder, Prompts, prompts_for, restore_prompts
 from trainer.sampling.subjects import OfClasses, OfPrompts, Subjects
 from trainer.sampling.trunk import Trunk, trunk_record
 
@@ -231,6 +231,8 @@ def sample_run(
         result = SampleResult(images=images, grid=grid, loaded=loaded, settings=drawn, prompts=prompts)
         with _held(grid, images, world) as wanted:
             if not wanted:
+                if world.is_main and prompts is not None:
+                    restore_prompts(prompts, images.parent)
                 return result
             draw = _Draw(
                 network=Network(loaded.model, arithmetic),
