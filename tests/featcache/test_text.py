@@ -523,7 +523,7 @@ def test_text_joins_a_cache_without_reading_an_image(
         build(replace(second, captions_per_image=2), Quiet())
     changed = tmp_path / "changed.csv"
     changed.write_text(table.read_text().replace("x", "changed"))
-    with pytest.raises(CacheError, match="another captions"):
+    with pytest.raises(CacheError, match="other captions"):
         build(replace(second, captions=changed), Quiet())
     build(second, Quiet())
     assert featcache.open(tmp_path / "c").manifest.features["text/second"].shape == (3, 16, 32)
