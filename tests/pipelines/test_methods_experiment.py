@@ -220,6 +220,7 @@ def test_photographs_come_from_archives(tmp_path: Path) -> None:
     assert len(json.loads(text)["evaluations"]) == 1
 
 
+@pytest.mark.slow
 def test_two_jobs_give_what_one_gives(tmp_path: Path) -> None:
     settings = replace(TINY, steps=2, points=1)
     found = []

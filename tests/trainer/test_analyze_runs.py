@@ -148,6 +148,7 @@ def test_what_does_not_apply_is_left_out_or_refused(runs_root: Path) -> None:
         analyze_runs([runs_root / "none"], ["router"], options(), Quiet())
 
 
+@pytest.mark.slow
 def test_of_several_runs_those_without_a_router_are_skipped(runs_root: Path) -> None:
     told = Told()
     none, sra, ahpa, dya = (runs_root / name for name in ("none", "sra", "ahpa", "dya"))
@@ -260,6 +261,7 @@ def test_diagnostics_follow_no_link_and_trust_no_file(runs_root: Path, tmp_path:
     assert [p.read_text() for p in outside.iterdir()] == ["a secret"]
 
 
+@pytest.mark.slow
 def test_comparison_has_one_line_a_run(runs_root: Path) -> None:
     runs = [runs_root / "ahpa", runs_root / "none"]
     asked = options(times=(0.5,), against=("tiny@5", "vae/G4"), images=1)

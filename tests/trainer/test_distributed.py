@@ -347,6 +347,7 @@ def test_devices_of_ranks() -> None:
     assert not world.is_main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("patience", "lost"), [("None", False), ("timedelta(seconds=1)", True)])
 def test_a_rank_waits_as_long_as_it_is_told_to(patience: str, lost: bool) -> None:
     """While the main rank computes what the others need."""

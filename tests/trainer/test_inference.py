@@ -55,6 +55,7 @@ def test_plain_arithmetic_is_the_backbone_itself() -> None:
         assert torch.equal(Network(backbone(), Arithmetic())(x, t, y).prediction, backbone()(x, t, y).prediction)
 
 
+@pytest.mark.slow
 def test_compiled_samples_are_the_eager_ones_to_rounding() -> None:
     """And twice the same bytes."""
     config = SampleConfig(sampler="heun", steps=4, guidance=Guidance(scale=2.0))
