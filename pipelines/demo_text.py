@@ -14,7 +14,7 @@ from pipelines.demo import TITLES, run_demo
 
 CACHE = Path("caches/demo-text")
 RUNS = Path("runs/demo-text")
-STEPS = 1200
+STEPS = 1000
 
 BUILD = f"featcache build --data shapes-text --limit 2000 --encoder tiny --text tiny --batch-size 64 --out {CACHE}"
 # The published initialisation is PyTorch's; with zero-initialised modulations a small model learns in about a thousand steps.
