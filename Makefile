@@ -26,8 +26,8 @@ demo: install  ## data, cache, two trained models, samples, report: 5 minutes on
 demo-text: install  ## the same with captions: a small text-to-image model, and prompts that it obeys
 	@$(BIN)/python -m pipelines.demo_text
 
-test: install  ## run the tests (fast set), two files at a time
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: install  ## run the tests (fast set), two files at a time, each on a thread of its own
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: install  ## run the slow tests
 	@$(BIN)/python -m pytest -m slow

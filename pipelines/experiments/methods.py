@@ -100,7 +100,8 @@ class Settings:
 
     model, steps, batch_size, lr: of training (warm-up over the first 50th of the steps). points: evaluations, evenly
     over the steps. images: size of the set. samples, sampling_steps: of an evaluation, drawn by the ODE sampler without
-    guidance. held_out: images of the denoising loss, in `bins` intervals of t. device: cpu, cuda or auto.
+    guidance. held_out: images of the denoising loss, in `bins` intervals of t. precision: of training and sampling.
+    device: cpu, cuda or auto.
     """
 
     part: str = "shapes-16"
@@ -401,6 +402,7 @@ class _Judge:
             steps=settings.sampling_steps,
             checkpoint=step,
             device=settings.device,
+            precision=settings.precision,
             out=run / "samples" / f"judged_{step:07d}",
         )
         with RichProgress() as progress:
