@@ -6,12 +6,15 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from featcache.encoders.table import CLIP_MEAN, ENCODERS, HALF, IMAGENET_MEAN, TEXTS, VAES, VisionEntry
 from featcache.store.manifest import FeatureSpec
+from pipelines.experiments import summary
+from pipelines.experiments.methods import METHODS, PARTS
 from trainer.align import config_class, data_streams, method_names, resolve
 from trainer.align.base import FeatureInfo
 from trainer.training.flops import peak_tflops
@@ -212,10 +215,25 @@ def gpu_table() -> str:
     return NOT_YET if record is None else str(_gpu_tables().markdown(record))
 
 
+def methods_table(part: str) -> str:
+    """All methods of a part of `pipelines.experiments.methods` side by side, and where and how that was measured."""
+    record = _result(f"methods/{part}/results")
+    machine, options = record["machine"], record["settings"]
+    titles = {name: method.title for name, method in METHODS.items()}
+    found = summary.table(summary.summarise(record["evaluations"]), titles)
+    return (
+        f"{found}\n{options['model']}, {options['steps']:,} steps at batch {options['batch_size']} and rate {options['lr']:g}, "
+        f"{options['precision']}; {options['samples']:,} samples; {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['jobs']} runs at a time, PyTorch {record['torch']}, from {record['date']}: "
+        f"`python -m pipelines.experiments.methods --photographs DIR --jobs {machine['jobs']} --part {part}`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "vision": vision_table, "vae": vae_table, "text": text_table, "reading": reading_table, "gpu": gpu_table,
     "published": published_rates, "overheads": overhead_table, "goals": goal_table, "step-cpu": cpu_table,
     "machine-cpu": lambda: machine_of("step-cpu"),
+    **{f"methods-{part}": partial(methods_table, part) for part in PARTS},
 }  # fmt: skip
 
 

@@ -325,6 +325,7 @@ def test_as_typed_import_sample_and_export(text_cache: Path, tmp_path: Path, mon
     command = ["import", "0150000.pt", "--name", "repa", "--cache", str(text_cache)]
     code, said = typed(command, tmp_path, monkeypatch)
     assert code == 0, said
+    assert 'next: trainer sample runs/repa --prompt "what to draw"' in said
     run = tmp_path / "runs/repa"
     config = load_config(run)
     assert (config.model, config.condition, config.steps) == ("MMDiT-Ti/2", "text/tiny", 150_000)

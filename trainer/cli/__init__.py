@@ -91,13 +91,10 @@ def run(
             )
         if main:
             from trainer.models.config import takes_text
+            from trainer.sampling.prompts import sample_command
 
-            follows = (
-                f'sample {typed(folder)} --prompt "what to draw"'
-                if takes_text(config.model)
-                else f"eval {typed(folder)}"
-            )
-            console.print(f"run: [bold]{safe(folder)}[/bold]   next: trainer {safe(follows)}")
+            follows = sample_command(folder, text=True) if takes_text(config.model) else f"trainer eval {typed(folder)}"
+            console.print(f"run: [bold]{safe(folder)}[/bold]   next: {safe(follows)}")
 
 
 def _small_judge(config: RunConfig, cache: Cache, run: Path, note: Callable[[str], None]) -> Judge:

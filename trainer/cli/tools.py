@@ -35,10 +35,14 @@ def import_(
     ] = None,
 ) -> None:
     """Make a run folder from an official SiT, DiT, MMDiT, REPA, SRA, LightningDiT, REG or ReDi checkpoint."""
+    from trainer.models.config import takes_text
     from trainer.runs.exchange import import_checkpoint
+    from trainer.runs.folder import load_config
+    from trainer.sampling.prompts import sample_command
 
     run = import_checkpoint(path, name=name, weights=weights, convention=convention, cache=cache, statistics=statistics)
-    console.print(f"run: [bold]{safe(run)}[/bold]   next: trainer sample {safe(typed(run))}")
+    follows = sample_command(run, text=takes_text(load_config(run).model))
+    console.print(f"run: [bold]{safe(run)}[/bold]   next: {safe(follows)}")
 
 
 def export(

@@ -144,10 +144,15 @@ def prompts_for(run: Path, config: RunConfig, asked: SampleSettings) -> Prompts 
     if prompts is None:
         raise UserError(
             f"{config.name} takes text, and it was not said what to draw",
-            remedy=f'Type for example: trainer sample {typed(run)} --prompt "what to draw"; or add --prompts FILE, a text '
-            "file with one prompt a line",
+            remedy=f"Type for example: {sample_command(run, text=True)}; or add --prompts FILE, a text file with one prompt a "
+            "line",
         )
     return prompts
+
+
+def sample_command(run: Path, *, text: bool) -> str:
+    """The line that draws from a run; text: whether its model takes a prompt, which is to be filled in."""
+    return f"trainer sample {typed(run)}" + (' --prompt "what to draw"' if text else "")
 
 
 def open_prompts(source: str, *, seed: int) -> Prompts:
