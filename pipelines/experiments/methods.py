@@ -10,8 +10,8 @@ that were not trained on, at fixed noise and times, by interval of the timestep.
 
 Seeds are the outer loop and methods the inner one, so that a machine that slows down slows all methods down.
 Interrupted, the same command goes on; more seeds or methods may be added later. For each part of `PARTS`, a folder of
-`--out` gets `results.json` (every evaluation, and what was set), `summary.json` (see `summary.summarise`), `table.md`
-and `methods.svg` / `methods.png`.
+`--out` gets `results.json` (every evaluation, and what was set), `summary.json` (see `summary.summarise`), `table.md`,
+`methods.svg` / `methods.png`, and `samples.jpg`, samples of the first seed's runs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import typer
 from featcache.console import console, run_app, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError
+from pipelines.experiments.pictures import draw_samples
 from pipelines.experiments.summary import draw, summarise, table
 from trainer.models.config import SIZES
 
@@ -170,13 +171,15 @@ def run_part(
     jobs: int = 1,
     times: Path | None = None,
 ) -> Path:
-    """Trains and judges what is missing, `jobs` runs at a time, then writes table and figure; returns the latter's path.
+    """Trains and judges what is missing, `jobs` runs at a time, then writes table and pictures; returns the figure's path.
 
     times: the same part of another experiment with the same model and batch, whose seconds per step count (see `main`).
 
     Raises:
         UserError: an unknown method, or `out` or `times` holds an experiment with other settings.
     """
+    from featcache.machine import pick_device
+
     for method in methods:
         if method not in METHODS:
             raise UserError(f"there is no method {method!r} here", remedy=f"Methods: {', '.join(METHODS)}")
@@ -209,6 +212,10 @@ def run_part(
     _write_json(out / "summary.json", found_out)
     titles = {name: method.title for name, method in METHODS.items()}
     (out / "table.md").write_text(table(found_out, titles))
+    first = {METHODS[m].title: out / "runs" / f"{m}-0" for m in methods}
+    draw_samples(
+        first, out, step=settings.steps, sampling_steps=settings.sampling_steps, device=pick_device(settings.device)
+    )
     about = f"{settings.model} on {PARTS[settings.part].title}, batch {settings.batch_size}"
     return draw(found_out, titles, out, about=about, samples=settings.samples)
 

@@ -152,6 +152,7 @@ def test_a_part_runs_continues_and_refuses_other_settings(tmp_path: Path, monkey
     assert 0 < results["evaluations"][0]["time_s"] < results["evaluations"][1]["time_s"]
     assert figure.read_text().lstrip().startswith("<?xml") and (tmp_path / "methods.png").stat().st_size > 10_000
     assert [p.name for p in (tmp_path / "runs/none-0/checkpoints").iterdir()] == ["step_0000004"]
+    alone = np.asarray(Image.open(tmp_path / "samples.jpg"))
 
     train = experiment._train
 
@@ -165,6 +166,9 @@ def test_a_part_runs_continues_and_refuses_other_settings(tmp_path: Path, monkey
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["curves"]) == ["none", "sra2"]
     assert "| SRA 2 |" in (tmp_path / "table.md").read_text()
+    both = np.asarray(Image.open(tmp_path / "samples.jpg"))
+    assert both.shape == (2 * len(alone), *alone.shape[1:])
+    assert np.abs(both[: len(alone) - 8].astype(int) - alone[:-8]).max() < 32  # but for JPEG's blocks at the edge
     with pytest.raises(UserError, match="another lr"):
         run_part(replace(TINY, lr=1e-3), methods=["none"], seeds=1, out=tmp_path)
     with pytest.raises(UserError, match="no method 'rep'"):
