@@ -27,7 +27,7 @@ from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
 from tests.told import Told
 from trainer.align.base import cosine_per_token
-from trainer.analyze import DIAGNOSTICS, diagnostic
+from trainer.analyze import DIAGNOSTICS, angle, diagnostic
 from trainer.analyze.angle import shared_gradients
 from trainer.analyze.cknna import _above_one
 from trainer.analyze.config import AnalyzeConfig
@@ -40,6 +40,7 @@ from trainer.models.config import SIZES
 from trainer.report import analysis as report_pages
 from trainer.report import page
 from trainer.report.analyze import analyze_runs
+from trainer.runs import checkpoint
 from trainer.training.loop import train
 
 METHODS = ("none", "ahpa", "dya", "sra", "sara", "ahpa+repa")
@@ -351,7 +352,7 @@ def test_angle_is_that_of_one_backward_pass_over_all(runs_root: Path) -> None:
     whole.model.requires_grad_(True)
     again = shared_gradients(whole, 1, 2, 6)
     assert cosine(denoise, align) == pytest.approx(cosine(*again[:2]), rel=1e-3)
-    # Both losses by hand, at block 1..tap and the embedders.
+    # Both losses by hand, at block 1..tap.
     rows = slice(0, 6)
     t = whole.times_in_bin(rows, 1, 2)
     latent, noise = whole.latent(rows), whole.noise(rows)
@@ -369,12 +370,24 @@ def test_angle_is_that_of_one_backward_pass_over_all(runs_root: Path) -> None:
         (out.prediction - (noise - latent)).square().mean(),
         -cosine_per_token(method.heads[0](out.hidden[tap]), torch.cat(parts, dim=-1)).mean(),
     ]
-    parameters = list(whole.model.parameters())
+    parameters = [p for block in whole.model.blocks[:tap] for p in block.parameters()]
     found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
     both = [(d, a) for d, a in zip(*found) if d is not None and a is not None]
     expected = cosine([d for d, _ in both], [a for _, a in both])
     assert cosine(*again[:2]) == pytest.approx(expected, rel=1e-3)
     assert shared == sum(d.numel() for d, _ in both)
+
+
+def test_weights_are_what_was_asked_for_and_the_trained_ones_for_gradients(runs_root: Path) -> None:
+    run = runs_root / "ahpa"
+    _, path = checkpoint.find_checkpoint(run, None)
+    held = {kind: checkpoint.load_tensors(path, kind) for kind in ("model", "ema")}
+    name = next(n for n, value in held["model"].items() if not torch.equal(value, held["ema"][n]))
+    for asked, kind in (("auto", "model"), ("model", "model"), ("ema", "ema")):
+        taken = subject(run, weights=asked)
+        assert taken.weights == kind and taken.labelled
+        assert torch.equal(dict(taken.model.named_parameters())[name].data, held[kind][name])
+    assert angle.run(subject(run, weights="ema", checkpoints=1)).settings["weights"] == "ema"
 
 
 def test_representations_see_no_label(runs_root: Path) -> None:

@@ -22,14 +22,14 @@ Y_LABEL = "cosine of the two gradients"
 def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tuple[list[Tensor], list[Tensor], int]:
     """Mean gradients of both losses over `count` samples with t in one bin, with respect to what they share.
 
-    Shared are all parameters of the backbone that the alignment loss reaches: embedders and the blocks up to the last
-    tap. DyA does not say which parameters its figures use; this is ours.
+    Shared are the blocks up to the last tap. DyA does not say which parameters its figures use; this is ours. Embedders are
+    reached, too, but would decide the cosine: of a bin's mean gradient the timestep's embedder holds the larger part.
 
     Returns:
         Gradients of the denoising loss, of the alignment loss, and the number of shared parameters.
     """
     objective = subject.objective()
-    parameters = list(subject.model.parameters())
+    parameters = list(subject.model.blocks.parameters())
     aligned = subject.alignment.reads if subject.alignment is not None else ()
     streams = [stream.name for stream in subject.cfg.streams]
     reads = list(dict.fromkeys(["vae/moments", *objective.condition.reads, *streams, *aligned]))
@@ -91,7 +91,7 @@ def run(subject: Subject) -> Result:
             "samples": count,
             "gradients": f"means over {count} samples; float32, no label dropout, alignment always on",
             "shared parameters": angles.shared,
-            "weights": "model",
+            "weights": subject.weights,
             "timestep bins": options.bins,
             "caution": "means over finitely many samples are noisy, which pulls cosines towards 0",
         },

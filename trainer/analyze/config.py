@@ -17,9 +17,9 @@ class AnalyzeConfig:
 
     What and where:
         step: checkpoint (None: the latest).
-        weights: of diagnostics that look at representations: `ema`, which is what samples are drawn with, `model`,
-        or `auto`: `ema`, unless a tenth of it or more is still the initialisation (a short run with a slow
-        average). Diagnostics of gradients always take `model`: the alignment heads were trained with it.
+        weights: `model`, `ema`, which is what samples are drawn with, or `auto`: of diagnostics of gradients `model`,
+        with which the alignment heads were trained; of those of representations `ema`, unless a tenth of it or more is
+        still the initialisation (a short run with a slow average). Heads are the trained ones always.
         labels: given to the model by diagnostics of representations: `null` or `given`; a given label would tell
         the probe the class (ours, the papers do not say).
         block: depth (1-based) to look at (None: the first that the method taps; without a method REPA's share, a third

@@ -54,8 +54,8 @@ _KEEP_BYTES = 1 << 30  # pooled states below this size are kept between diagnost
 class Subject:
     """See the module.
 
-    gradients: for diagnostics of gradients: the trained weights (of an imported run its average) and the true labels, as in
-        a training step without label dropout. Otherwise `options.weights` and `options.labels`.
+    gradients: for diagnostics of gradients: the true labels, as in a training step without label dropout, and where
+        `options.weights` is `auto` the trained weights (of an imported run its average). Otherwise `options.labels`.
     progress: is told of each sample that is looked at.
     """
 
@@ -72,11 +72,11 @@ class Subject:
         config = runs.load_config(run)
         self.cache, self.progress = cache_of_run(run), progress
         at, folder = checkpoint.find_checkpoint(run, step if step is not None else options.step)
-        weights = "model" if gradients else options.weights
+        weights = options.weights
         if checkpoint.is_imported(folder):
             weights = "ema"  # there are no others
         elif weights == "auto":
-            weights = "ema" if initial_share(config, at) < 0.1 else "model"
+            weights = "model" if gradients or initial_share(config, at) >= 0.1 else "ema"
         loaded = sample.load_run(run, step=at, device=device, weights=weights, snapshots=False)
         self.run, self.step, self.config, self.options = run, loaded.step, loaded.config, options
         self.device, self.weights = device, weights
