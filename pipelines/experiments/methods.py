@@ -22,7 +22,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,23 +69,16 @@ METHODS: Mapping[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A data set at a size, which methods are compared on it with how many seeds, and `Settings` that differ there."""
+    """A data set at a size, and which methods are compared on it with how many seeds."""
 
     title: str
     photographs: bool
     resolution: int
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: int = 3
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-_LARGE: Mapping[str, Any] = {
-    "resolution": 128,
-    "methods": ("none", "repa", "ahpa", "ahpa-whiten"),
-    "seeds": 5,
-    # A step of four times the tokens, and as long on two cores.
-    "settings": {"batch_size": 16, "points": 2, "sampling_steps": 16},
-}
+_LARGE: Mapping[str, Any] = {"resolution": 128, "methods": ("none", "repa", "ahpa", "ahpa-whiten"), "seeds": 5}
 PARTS: Mapping[str, Part] = {
     "shapes-16": Part(title="shapes, 16 tokens", photographs=False, resolution=64),
     "photographs-16": Part(title="photographs, 16 tokens", photographs=True, resolution=64),
@@ -108,12 +101,12 @@ class Settings:
     part: str = "shapes-16"
     model: str = "SiT-Ti/2"
     steps: int = 3000
-    batch_size: int = 32
+    batch_size: int = 16
     lr: float = 2e-3
-    points: int = 3
+    points: int = 2
     images: int = 4000
     samples: int = 2000
-    sampling_steps: int = 20
+    sampling_steps: int = 16
     held_out: int = 500
     bins: int = 10
     precision: str = "bf16"
@@ -489,16 +482,6 @@ def _write_json(path: Path, values: object) -> None:
     write_text(path, json.dumps(values, indent=1))
 
 
-def settings_of(part: str, given: Mapping[str, Any]) -> Settings:
-    """What was given, else what the part has of its own, else the defaults.
-
-    Raises:
-        UserError: an unknown part, or values that do not go.
-    """
-    own = PARTS[part].settings if part in PARTS else {}
-    return Settings(part=part, **{**own, **{key: value for key, value in given.items() if value is not None}})
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -517,16 +500,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write to and to continue from.")] = Path("experiments/methods"),
     model: Annotated[str | None, typer.Option(help="Backbone. [default: SiT-Ti/2]")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of every run. [default: 3000]")] = None,
-    points: Annotated[
-        int | None, typer.Option(help="Evaluations, evenly over the steps. [default: 3, on 64 tokens 2]")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Batch size. [default: 32, on 64 tokens 16]")] = None,
+    points: Annotated[int | None, typer.Option(help="Evaluations, evenly over the steps. [default: 2]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Batch size. [default: 16]")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of AdamW. [default: 0.002]")] = None,
     images: Annotated[int | None, typer.Option(help="Images trained on. [default: 4000]")] = None,
     samples: Annotated[int | None, typer.Option(help="Samples of an evaluation. [default: 2000]", min=2)] = None,
-    sampling_steps: Annotated[
-        int | None, typer.Option(help="Steps of the ODE sampler. [default: 20, on 64 tokens 16]")
-    ] = None,
+    sampling_steps: Annotated[int | None, typer.Option(help="Steps of the ODE sampler. [default: 16]")] = None,
     held_out: Annotated[int | None, typer.Option(help="Images of the denoising loss. [default: 500]")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16. [default: bf16]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto. [default: auto]")] = None,
@@ -551,7 +530,7 @@ def main(
     }
     chosen = part or [name for name, p in PARTS.items() if photographs is not None or not p.photographs]
     for name in chosen:
-        of_part = settings_of(name, given)
+        of_part = Settings(part=name, **{key: value for key, value in given.items() if value is not None})
         figure = run_part(
             of_part,
             methods=[m.strip() for m in methods.split(",")] if methods is not None else PARTS[name].methods,
