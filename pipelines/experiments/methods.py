@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any
 
 import typer
@@ -240,7 +241,7 @@ def _many_runs(
     from multiprocessing import get_context
 
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _limit_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker, (threads,)) as pool:
         pending = {pool.submit(_one_run, settings, m, s, data, out): (m, s) for m, s in todo}
         try:
             for done in as_completed(pending):
@@ -251,9 +252,19 @@ def _many_runs(
             raise
 
 
-def _limit_threads(threads: int) -> None:
+def _begin_worker(threads: int) -> None:
+    """Takes its share of the threads, and ends where the experiment is killed: the next call goes on in the same folders."""
+    from multiprocessing import parent_process
+
     import torch
 
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None, "a worker was spawned"
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, name="parent", daemon=True).start()
     torch.set_num_threads(threads)
 
 
@@ -515,7 +526,7 @@ def main(
     Where long runs share the machine with other work, their times say little: repeat the experiment with few steps and
     samples on the quiet machine, into another folder, and name it with --times.
     """
-    given = {
+    given: dict[str, Any] = {
         "model": model,
         "steps": steps,
         "points": points,

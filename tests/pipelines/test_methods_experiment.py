@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +228,38 @@ def test_photographs_come_from_archives(tmp_path: Path) -> None:
     text = (tmp_path / "out/results.json").read_text()
     assert str(tmp_path) not in text
     assert len(json.loads(text)["evaluations"]) == 1
+
+
+@pytest.mark.slow
+def test_workers_end_with_an_experiment_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.experiments.methods", "--part", "shapes-16", "--methods", "none,repa"]
+    command += ["--jobs", "2", "--images", "16", "--held-out", "8", "--batch-size", "4", "--out", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as running:
+        logs = [tmp_path / f"shapes-16/runs/{method}-0/log.jsonl" for method in ("none", "repa")]
+        wait_for(lambda: all(log.is_file() and log.stat().st_size for log in logs), seconds=300)
+        running.kill()
+
+    def all_ended() -> bool:
+        try:
+            os.killpg(running.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    try:
+        wait_for(all_ended, seconds=60)
+    finally:
+        if not all_ended():
+            os.killpg(running.pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
