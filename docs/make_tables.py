@@ -220,7 +220,8 @@ def methods_table(part: str) -> str:
     record = _result(f"methods/{part}/results")
     machine, options = record["machine"], record["settings"]
     titles = {name: method.title for name, method in METHODS.items()}
-    found = summary.table(summary.summarise(record["evaluations"]), titles)
+    times = _result(f"methods/{part}/times")  # of the same runs, shorter, while nothing else ran
+    found = summary.table(summary.summarise(record["evaluations"], times), titles)
     return (
         f"{found}\n{options['model']}, {options['steps']:,} steps at batch {options['batch_size']} and rate {options['lr']:g}, "
         f"{options['precision']}; {options['samples']:,} samples; {machine['cores']} cores of {machine['cpu']}, "

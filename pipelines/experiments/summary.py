@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 VANILLA = "none"
-SHOWN = ("embedded-FID", "embedded-vit-FID", "denoise")
+JUDGE = "embedded-FID"
+SHOWN = {  # by what the tables call them
+    JUDGE: "FID by the judge",
+    "embedded-Precision": "precision",
+    "embedded-Recall": "recall",
+    "embedded-vit-FID": "FID by the ViT",
+    "denoise": "denoising loss",
+}
+COMPARED = (JUDGE, "embedded-vit-FID", "denoise")  # with vanilla's
 _CONFIDENCE = 0.95
 
 
@@ -111,21 +119,30 @@ def _at_step(entries: Sequence[Mapping[str, Any]], metric: str, step: float) -> 
 
 
 def table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """A Markdown table: methods, and by metric the value at equal steps and the differences to vanilla."""
-    head = ["", "seeds", "ms per step"]
-    for metric in SHOWN:
-        head += [f"{metric}, {summary['last_step']} steps", "minus vanilla", "at equal time"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for method, title in titles.items():
-        if method not in summary["equal_steps"]:
-            continue
-        by_step, by_time = summary["equal_steps"][method], summary["equal_time"][method]
-        cells = [title, str(by_step["seeds"]), f"{1000 * summary['step_s'][method]:.0f}"]
-        for metric in SHOWN:
-            cells += [_shown(by_step, metric), _shown(by_step, f"{metric} minus vanilla", sign=True)]
-            cells += [_shown(by_time, f"{metric} minus vanilla", sign=True)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    """Two Markdown tables, a line a method: at equal steps, and at the time at which the fastest method has taken them."""
+    by_step, by_time, step_s = summary["equal_steps"], summary["equal_time"], summary["step_s"]
+    shown = [method for method in titles if method in by_step]
+    at_steps = [[f"after {summary['last_step']:,} steps", "seeds"]]
+    at_steps += [[titles[m], str(by_step[m]["seeds"])] for m in shown]
+    at_time = [[f"after {summary['budget_s']:,.0f} s of training", "ms per step", "steps"]]
+    at_time += [[titles[m], f"{1000 * step_s[m]:.0f}", f"{by_time[m]['step']:,.0f}"] for m in shown]
+    both = ((at_steps, by_step), (at_time, by_time))
+    return "\n".join(_table(rows, [found[m] for m in shown]) for rows, found in both)
+
+
+def _table(rows: Sequence[Sequence[str]], found: Sequence[Mapping[str, Any]]) -> str:
+    """`rows`, the first of which is the head, with a column for each metric, and for some the difference to vanilla."""
+    head, *lines = [list(row) for row in rows]
+    for metric, title in SHOWN.items():
+        head.append(title)
+        for line, values in zip(lines, found, strict=True):
+            line.append(_shown(values, metric))
+        if metric in COMPARED:
+            head.append("minus vanilla's")
+            for line, values in zip(lines, found, strict=True):
+                line.append(_shown(values, f"{metric} minus vanilla", sign=True))
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *lines))
 
 
 def _shown(values: Mapping[str, Any], key: str, *, sign: bool = False) -> str:
@@ -146,13 +163,14 @@ def draw(
     *,
     about: str,
     samples: int,
-    metric: str = SHOWN[0],
+    metric: str = JUDGE,
 ) -> Path:
     """The figure: the metric against steps and against training time, and the loss minus vanilla's by interval of t."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     seeds = {point["seeds"] for curve in summary["curves"].values() for point in curve}
     count = str(*seeds) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
@@ -175,10 +193,13 @@ def draw(
             by_t.errorbar(centres, [end[key] for key in bins], yerr=widths, label=title, **style)
     by_t.axhline(0, color="0.5", linewidth=0.8)
     by_time.axvline(summary["budget_s"], color="0.6", linewidth=0.8, linestyle=":")
-    by_step.set(xlabel="training steps", ylabel=f"{metric} of {samples:,} samples", yscale="log")
+    by_step.set(xlabel="training steps", ylabel=f"{SHOWN.get(metric, metric)}, {samples:,} samples", yscale="log")
     by_time.set(xlabel="training time (s), without saving and sampling", yscale="log")
     by_t.set(xlabel="timestep t (0 = data, 1 = noise)", ylabel="held-out denoising loss minus vanilla's")
     by_step.legend(ncols=2, frameon=False, fontsize=8)
+    for axes in (by_step, by_time):
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted(ScalarFormatter())  # 40, not 4 x 10^1
     for axes in (by_step, by_time, by_t):
         axes.grid(alpha=0.25, which="both")
     bars = f"mean and 95 % interval over {count} seeds" if max(seeds, default=0) > 1 else "one seed"
