@@ -230,11 +230,24 @@ def methods_table(part: str) -> str:
     )
 
 
+def angle_table(part: str) -> str:
+    """Cosine of both losses' gradients by interval of t, mean and 95 % interval over the seeds of a part."""
+    record = _result(f"methods/{part}/gradient-angle")
+    rows = []
+    for method, seeds in record["cosine"].items():
+        found = [summary.mean_and_interval(values) for values in zip(*seeds.values(), strict=True)]
+        rows.append([METHODS[method].title, *(f"{mean:.2f} ± {width:.2f}" for mean, width in found)])
+    bins = len(rows[0]) - 1
+    title = [f"t = {i / bins:.1f} to {(i + 1) / bins:.1f}" for i in range(bins)]
+    return f"{_rows(['cosine', *title], rows)}\n\n`{record['command']}`, {record['date']}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "vision": vision_table, "vae": vae_table, "text": text_table, "reading": reading_table, "gpu": gpu_table,
     "published": published_rates, "overheads": overhead_table, "goals": goal_table, "step-cpu": cpu_table,
     "machine-cpu": lambda: machine_of("step-cpu"),
     **{f"methods-{part}": partial(methods_table, part) for part in PARTS},
+    "angle-photographs-64": partial(angle_table, "photographs-64"),
 }  # fmt: skip
 
 
