@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from featcache.errors import UserError
 from trainer.analyze.gradients import (
     GradientMoments,
+    GradientPair,
     RidgeHeads,
     block_gradients,
-    cosine,
     degrees,
     gsnr,
     hidden_gradients,
@@ -122,13 +123,57 @@ def test_block_gradients_are_those_of_single_samples() -> None:
         torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-5)
 
 
+def pair_of(*groups: tuple[list[Tensor], list[Tensor], int]) -> GradientPair:
+    pair = GradientPair()
+    for group in groups:
+        pair.add(*group)
+    return pair
+
+
 def test_cosine_and_angle() -> None:
     a, b = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([0.0, 2.0]), torch.tensor([[2.0]])]
-    assert cosine(a, b) == pytest.approx(8 / (5 * math.sqrt(8)))
-    assert cosine(a, [-2 * x for x in a]) == pytest.approx(-1)
-    assert math.isnan(cosine(a, [0 * x for x in a]))
+    assert pair_of((a, b, 3)).plugin == pytest.approx(8 / (5 * math.sqrt(8)))
+    assert pair_of((a, [-2 * x for x in a], 1)).plugin == pytest.approx(-1)
+    assert math.isnan(pair_of((a, [0 * x for x in a], 1)).plugin)
+    assert math.isnan(pair_of((a, b, 3)).unbiased), "of one group nothing is known of the noise"
     assert degrees(0.5) == pytest.approx(60)
     assert degrees(-1 - 1e-12) == 180
+
+
+def test_products_of_different_groups_are_those_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(4)
+    drawn = torch.randn(4, 2, 7, generator=generator, dtype=torch.float64) + 1
+    sizes = [3, 5, 4, 2]
+    pair = pair_of(*(([a[:3], a[3:]], [b[:3], b[3:]], size) for (a, b), size in zip(drawn, sizes)))
+    weighted = drawn * torch.tensor(sizes, dtype=torch.float64)[:, None, None]
+    different = [(weighted[i], weighted[j]) for i in range(4) for j in range(4) if i != j]
+    dot, square_a, square_b = (sum(float(g[x] @ h[y]) for g, h in different) for x, y in ((0, 1), (0, 0), (1, 1)))
+    assert pair.unbiased == pytest.approx(dot / math.sqrt(square_a * square_b))
+    mean = weighted.sum(dim=0) / sum(sizes)
+    assert pair.plugin == pytest.approx(torch.cosine_similarity(mean[0], mean[1], dim=0).item())
+    for found, expected in zip(pair.means, mean):
+        torch.testing.assert_close(torch.cat(found), expected)
+    assert pair.count == sum(sizes) and pair.parameters == 7
+
+
+def test_noise_that_both_losses_share_moves_the_plain_cosine_alone() -> None:
+    """True means at right angles, noise in common: few samples make the plain cosine positive, the other one not."""
+    generator = torch.Generator().manual_seed(5)
+    plain, apart = [], []
+    for _ in range(200):
+        pair = GradientPair()
+        for _ in range(8):
+            noise = 2 * torch.randn(50, generator=generator, dtype=torch.float64)
+            a, b = noise.clone(), noise.clone()
+            a[0] += 6
+            b[1] += 6
+            pair.add([a], [b], 1)
+        plain.append(pair.plugin)
+        apart.append(pair.unbiased)
+    # <E a, E b> = 0; the plain scalar product has tr Cov / n = 50 * 4 / 8 = 25 too much, as have the squared norms of 36.
+    assert np.mean(plain) == pytest.approx(25 / (36 + 25), abs=0.05)
+    error = np.std(apart, ddof=1) / math.sqrt(len(apart))
+    assert abs(np.mean(apart)) < 4 * error < 0.1
 
 
 def test_ridge_head_is_the_closed_form() -> None:

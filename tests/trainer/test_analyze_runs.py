@@ -31,7 +31,7 @@ from trainer.analyze import DIAGNOSTICS, angle, diagnostic
 from trainer.analyze.angle import shared_gradients
 from trainer.analyze.cknna import _above_one
 from trainer.analyze.config import AnalyzeConfig
-from trainer.analyze.gradients import cosine, gsnr
+from trainer.analyze.gradients import gsnr
 from trainer.analyze.gsnr import measure
 from trainer.analyze.probes import OWN, own_loss, own_sample
 from trainer.analyze.result import NotApplicable
@@ -347,11 +347,11 @@ def test_gsnr_works_for_every_kind_of_method(runs_root: Path, method: str) -> No
 def test_angle_is_that_of_one_backward_pass_over_all(runs_root: Path) -> None:
     at = subject(runs_root / "ahpa", batch_size=4)
     at.model.requires_grad_(True)
-    denoise, align, shared = shared_gradients(at, 1, 2, 6)
+    pair = shared_gradients(at, 1, 2, 6)
     whole = subject(runs_root / "ahpa", batch_size=6)
     whole.model.requires_grad_(True)
     again = shared_gradients(whole, 1, 2, 6)
-    assert cosine(denoise, align) == pytest.approx(cosine(*again[:2]), rel=1e-3)
+    assert pair.plugin == pytest.approx(again.plugin, rel=1e-3)
     # Both losses by hand, at block 1..tap.
     rows = slice(0, 6)
     t = whole.times_in_bin(rows, 1, 2)
@@ -373,9 +373,11 @@ def test_angle_is_that_of_one_backward_pass_over_all(runs_root: Path) -> None:
     parameters = [p for block in whole.model.blocks[:tap] for p in block.parameters()]
     found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
     both = [(d, a) for d, a in zip(*found) if d is not None and a is not None]
-    expected = cosine([d for d, _ in both], [a for _, a in both])
-    assert cosine(*again[:2]) == pytest.approx(expected, rel=1e-3)
-    assert shared == sum(d.numel() for d, _ in both)
+    denoise, align = (torch.cat([pair[k].flatten() for pair in both]) for k in (0, 1))
+    assert again.plugin == pytest.approx(torch.cosine_similarity(denoise, align, dim=0).item(), rel=1e-3)
+    for mean, expected in zip(again.means, (denoise, align)):
+        torch.testing.assert_close(torch.cat([g.flatten() for g in mean]), expected, rtol=1e-3, atol=1e-5)
+    assert again.parameters == len(denoise)
 
 
 def test_weights_are_what_was_asked_for_and_the_trained_ones_for_gradients(runs_root: Path) -> None:

@@ -177,6 +177,6 @@ def test_streams_have_noise_of_their_own(runs_root: Path, method: str) -> None:
 def test_the_angle_is_of_the_denoising_loss_of_latents_and_streams(runs_root: Path, method: str) -> None:
     at = subject(runs_root / method, batch_size=6)
     at.model.requires_grad_(True)
-    denoise, align, shared = shared_gradients(at, 1, 2, 6)
-    assert all(torch.isfinite(g).all() for g in (*denoise, *align)) and shared > 0
-    assert shared == sum(p.numel() for block in at.model.blocks[: at.block] for p in block.parameters())
+    pair = shared_gradients(at, 1, 2, 6)
+    assert all(torch.isfinite(g).all() for mean in pair.means for g in mean) and pair.parameters > 0
+    assert pair.parameters == sum(p.numel() for block in at.model.blocks[: at.block] for p in block.parameters())

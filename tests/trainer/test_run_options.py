@@ -272,7 +272,7 @@ def test_diagnostics_take_the_run_s_loss_at_times_of_their_own(trained: Path) ->
     norms = []
     for weight in (OPTIONS["cosine_weight"], 0.0):
         subject.config = dataclasses.replace(subject.config, cosine_weight=weight)
-        denoise, _, _ = shared_gradients(subject, 1, 2, 4)
+        denoise, _ = shared_gradients(subject, 1, 2, 4).means
         norms.append(torch.stack([g.square().sum() for g in denoise]).sum().sqrt().item())
     assert norms[0] > 1.01 * norms[1] > 0, "the direction's term belongs to the denoising loss"
 

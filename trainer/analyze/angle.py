@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.analyze.gradients import cosine, degrees
+from trainer.analyze.gradients import GradientPair, degrees
 from trainer.analyze.result import NotApplicable, Result, Row
 from trainer.analyze.subject import Subject
 from trainer.plots import Chart, Plot, Series
@@ -17,25 +17,22 @@ from trainer.training.objective import Draws
 from trainer.typeset import measure
 
 Y_LABEL = "cosine of the two gradients"
+GROUPS = 8  # at least, of the samples of a bin: the estimate leaves out the products within a group
 
 
-def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tuple[list[Tensor], list[Tensor], int]:
-    """Mean gradients of both losses over `count` samples with t in one bin, with respect to what they share.
+def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> GradientPair:
+    """Gradients of the denoising and of the alignment loss over `count` samples with t in one bin, with respect to what they share.
 
     Shared are the blocks up to the last tap. DyA does not say which parameters its figures use; this is ours. Embedders are
     reached, too, but would decide the cosine: of a bin's mean gradient the timestep's embedder holds the larger part.
-
-    Returns:
-        Gradients of the denoising loss, of the alignment loss, and the number of shared parameters.
     """
     objective = subject.objective()
     parameters = list(subject.model.blocks.parameters())
     aligned = subject.alignment.reads if subject.alignment is not None else ()
     streams = [stream.name for stream in subject.cfg.streams]
     reads = list(dict.fromkeys(["vae/moments", *objective.condition.reads, *streams, *aligned]))
-    sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in range(2)]
-    seen = 0
-    for rows in subject.chunks(count):
+    pair = GradientPair()
+    for rows in subject.chunks(count, size=min(subject.options.batch_size, max(1, count // GROUPS))):
         t = subject.times_in_bin(rows, index, bins)
         draws = Draws(
             time=t,
@@ -49,20 +46,15 @@ def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> tup
         terms = objective(subject.stored(reads, rows), draws)[0]
         of_kind = [[v for k, v in terms.items() if k.startswith("align/") == kind] for kind in (False, True)]
         losses = [torch.stack(values).sum() for values in of_kind]
-        b = rows.stop - rows.start
-        for total, loss in zip(sums, losses):
-            found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            for i, g in enumerate(found):
-                if g is not None:
-                    total[i] = g * b if total[i] is None else total[i] + g * b
-        seen += b
-    both = [(d / seen, a / seen) for d, a in zip(*sums) if d is not None and a is not None]
-    return [d for d, _ in both], [a for _, a in both], sum(d.numel() for d, _ in both)
+        found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+        both = [(d, a) for d, a in zip(*found) if d is not None and a is not None]
+        pair.add([d for d, _ in both], [a for _, a in both], rows.stop - rows.start)
+    return pair
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Angles:
-    """cosines: [steps, bins], NaN where a gradient is zero. shared: parameters that both losses reach."""
+    """cosines: [steps, bins], NaN where it is not known. shared: parameters that both losses reach."""
 
     steps: list[int]
     cosines: np.ndarray
@@ -90,10 +82,11 @@ def run(subject: Subject) -> Result:
         settings={
             "samples": count,
             "gradients": f"means over {count} samples; float32, no label dropout, alignment always on",
-            "shared parameters": angles.shared,
+            "estimator": "unbiased: from products of different samples' gradients alone",
+            "gradients with respect to": f"the blocks that both losses reach, {angles.shared:,} parameters",
             "weights": subject.weights,
             "timestep bins": options.bins,
-            "caution": "means over finitely many samples are noisy, which pulls cosines towards 0",
+            "caution": "neighbouring bins share images and noise; where gradients vary much, more samples are needed",
         },
     )
 
@@ -119,14 +112,16 @@ def measure_angles(subject: Subject, count: int) -> _Angles:
             )
         at.model.requires_grad_(True)
         for index in range(options.bins):
-            denoise, align, shared = shared_gradients(at, index, options.bins, count)
-            cosines[s, index] = value = cosine(denoise, align)
+            pair = shared_gradients(at, index, options.bins, count)
+            cosines[s, index] = value = pair.unbiased
+            shared, (denoise, align) = pair.parameters, pair.means
             rows.append(
                 {
                     "step": step,
                     "t_low": index / options.bins,
                     "t_high": (index + 1) / options.bins,
                     "cosine": value,
+                    "cosine_plugin": pair.plugin,
                     "angle_degrees": degrees(value),
                     "norm_denoising": _norm(denoise),
                     "norm_alignment": _norm(align),
@@ -150,12 +145,19 @@ def _centres(angles: _Angles) -> np.ndarray:
 
 def _finding(angles: _Angles) -> str:
     last = angles.cosines[-1]
-    negative, worst = int((last < 0).sum()), int(np.nanargmin(last))
-    side = f"negative in {negative} of {len(last)} timestep bins" if negative else "positive at all t"
+    if np.isnan(last).all():
+        return (
+            f"At step {angles.steps[-1]} the gradients vary so much that their mean's direction is not known; look at more "
+            "samples (--set gradient_samples=...)."
+        )
+    negative, unknown, worst = int((last < 0).sum()), int(np.isnan(last).sum()), int(np.nanargmin(last))
+    known = len(last) - unknown
+    side = f"negative in {negative} of {known} timestep bins" if negative else f"positive in all {known} timestep bins"
+    few = f" In {unknown} more the samples are too few to tell." if unknown else ""
     once = " Only one checkpoint is kept; checkpoint_every and keep_checkpoints of trainer run say how many there are to follow."
     return (
         f"At step {angles.steps[-1]} the cosine is {side}; it is lowest, {measure(last[worst])}, at t = "
-        f"{_centres(angles)[worst]:.2f}, and {measure(float(np.nanmean(last)))} on average."
+        f"{_centres(angles)[worst]:.2f}, and {measure(_mean(last))} on average.{few}"
         f"{once if len(angles.steps) == 1 else ''}"
     )
 
@@ -188,14 +190,21 @@ def _plots(angles: _Angles) -> list[Plot]:
     return [over_t, _over_steps(steps, angles.cosines)] if len(steps) > 1 else [over_t]
 
 
+def _mean(values: np.ndarray) -> float:
+    """Of the bins in which the cosine is known."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else np.nan
+
+
 def _over_steps(steps: list[int], values: np.ndarray) -> Plot:
     _, bins = values.shape
     third = max(1, bins // 3)
-    parts = {
-        "mean over t": values.mean(axis=1),
-        "low noise (lowest third of t)": values[:, :third].mean(axis=1),
-        "high noise (highest third of t)": values[:, -third:].mean(axis=1),
+    thirds = {
+        "mean over t": values,
+        "low noise (lowest third of t)": values[:, :third],
+        "high noise (highest third of t)": values[:, -third:],
     }
+    parts = {name: [_mean(row) for row in part] for name, part in thirds.items()}
     series = [Series(label=k, x=steps, y=v, colour=i, markers=True) for i, (k, v) in enumerate(parts.items())]
     zero = Series(label="orthogonal", x=steps, y=np.zeros(len(steps)), colour=7, dashed=True)
     return Plot(

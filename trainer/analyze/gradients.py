@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
@@ -141,13 +142,68 @@ def _plain_attention() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Cosine between two gradients given as lists of tensors, in float64; NaN if either is zero."""
-    dot = sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-    norms = math.sqrt(
-        sum(float(x.double().square().sum()) for x in a) * sum(float(y.double().square().sum()) for y in b)
-    )
-    return dot / norms if norms else math.nan
+class GradientPair:
+    """Two losses' gradients with respect to the same parameters, from groups of samples, which need not be in memory together.
+
+    Keeps both sums over samples, and of each group's sums the three scalar products.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: tuple[list[Tensor], list[Tensor]] | None = None
+        self._within = np.zeros(3)
+
+    def add(self, a: Sequence[Tensor], b: Sequence[Tensor], samples: int) -> None:
+        """One group's mean gradients, lists of tensors of the same shapes, over `samples` samples that no other group has."""
+        groups = [g * samples for g in a], [g * samples for g in b]
+        self._within += _products(*groups)
+        if self._sums is None:
+            self._sums = groups
+        else:
+            for total, group in zip(self._sums, groups):
+                for x, y in zip(total, group, strict=True):
+                    x.add_(y)
+        self.count += samples
+
+    @property
+    def means(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Both losses' mean gradients over all samples."""
+        assert self._sums is not None, "no gradients were added"
+        a, b = ([g / self.count for g in total] for total in self._sums)
+        return a, b
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in one gradient."""
+        return sum(g.numel() for g in self.means[0])
+
+    @property
+    def plugin(self) -> float:
+        """Cosine between the two means, in float64; NaN if either is zero.
+
+        Of `n` samples its scalar product is `<E a, E b> + tr Cov(a, b) / n` on average, and its norms are too long likewise:
+        few samples pull it towards the correlation of both losses' gradients of one sample, which have image and noise in common.
+        """
+        assert self._sums is not None, "no gradients were added"
+        return _cosine(*_products(*self._sums))
+
+    @property
+    def unbiased(self) -> float:
+        """The same from products of different groups alone, so that no sample meets itself: scalar product and squared norms
+        are without bias (their quotient need not be, and may leave [-1, 1]); NaN where the noise leaves no squared norm
+        above zero, and of a single group."""
+        assert self._sums is not None, "no gradients were added"
+        return _cosine(*(_products(*self._sums) - self._within))
+
+
+def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> np.ndarray:
+    """`<a, b>`, `<a, a>` and `<b, b>` in float64, [3]."""
+    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True)]
+    return np.array([[float((x * y).sum()), float((x * x).sum()), float((y * y).sum())] for x, y in pairs]).sum(axis=0)
+
+
+def _cosine(dot: float, square_a: float, square_b: float) -> float:
+    return float(dot / math.sqrt(square_a * square_b)) if square_a > 0 and square_b > 0 else math.nan
 
 
 def degrees(cos: float) -> float:
