@@ -19,6 +19,7 @@ from trainer.align import config_class, data_streams, method_names, resolve
 from trainer.align.base import FeatureInfo
 from trainer.training.flops import peak_tflops
 
+WEIGHTS = {"ema": "averaged weights", "model": "trained weights"}
 _CONSTANTS = {IMAGENET_MEAN: "ImageNet", CLIP_MEAN: "CLIP", HALF: "0.5"}
 
 
@@ -220,26 +221,50 @@ def methods_table(part: str) -> str:
     record = _result(f"methods/{part}/results")
     machine, options = record["machine"], record["settings"]
     titles = {name: method.title for name, method in METHODS.items()}
-    times = _result(f"methods/{part}/times")  # of the same runs, shorter, while nothing else ran
-    found = summary.table(summary.summarise(record["evaluations"], times), titles)
+    found = summary.table(summary.summarise(record["evaluations"], record.get("step_s")), titles)
+    timed = " --times TIMES" if record.get("step_s") else ""
+    photographs = "--photographs DIR " if PARTS[part].photographs else ""
     return (
         f"{found}\n{options['model']}, {options['steps']:,} steps at batch {options['batch_size']} and rate {options['lr']:g}, "
         f"{options['precision']}; {options['samples']:,} samples; {machine['cores']} cores of {machine['cpu']}, "
         f"{machine['jobs']} runs at a time, PyTorch {record['torch']}, from {record['date']}: "
-        f"`python -m pipelines.experiments.methods --photographs DIR --jobs {machine['jobs']} --part {part}`."
+        f"`python -m pipelines.experiments.methods {photographs}--jobs {machine['jobs']} --part {part}{timed}`."
     )
 
 
 def angle_table(part: str) -> str:
     """Cosine of both losses' gradients by interval of t, mean and 95 % interval over the seeds of a part."""
-    record = _result(f"methods/{part}/gradient-angle")
+    record = _result(f"methods/{part}/checks")
+    rows: list[list[str]] = []
+    for method in METHODS:
+        runs = [run["angle"] for name, run in record["runs"].items() if name.rpartition("-")[0] == method]
+        for weights in runs[0] if runs and runs[0] else ():
+            by_bin = zip(*(run[weights] for run in runs), strict=True)
+            found = [summary.mean_and_interval(v for v in values if v is not None) for values in by_bin]
+            rows.append([f"{METHODS[method].title}, {WEIGHTS[weights]}", *(summary.shown(*values) for values in found)])
+    title = [f"t = {i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)]
+    return f"{_rows(['cosine', *title], rows)}\n\n{_checks_of(part, record)}"
+
+
+def judged_table(part: str) -> str:
+    """What more sampling steps change: FID by judge and ViT of the runs that were judged again."""
+    record, first = _result(f"methods/{part}/checks"), _result(f"methods/{part}/results")
+    last = {f"{e['method']}-{e['seed']}": e["metrics"] for e in first["evaluations"]}  # in order of the steps
     rows = []
-    for method, seeds in record["cosine"].items():
-        found = [summary.mean_and_interval(values) for values in zip(*seeds.values(), strict=True)]
-        rows.append([METHODS[method].title, *(f"{mean:.2f} ± {width:.2f}" for mean, width in found)])
-    bins = len(rows[0]) - 1
-    title = [f"t = {i / bins:.1f} to {(i + 1) / bins:.1f}" for i in range(bins)]
-    return f"{_rows(['cosine', *title], rows)}\n\n`{record['command']}`, {record['date']}."
+    for name, run in record["runs"].items():
+        for steps, metrics in run.get("judged", {}).items():
+            method, _, seed = name.rpartition("-")
+            pairs = [f"{last[name][m]:.1f} | {metrics[m]:.1f}" for m in (summary.JUDGE, "embedded-vit-FID")]
+            rows.append([f"{METHODS[method].title}, seed {seed}", *pairs])
+            asked = steps
+    few = first["settings"]["sampling_steps"]
+    head = [f"FID by the {judge}, {n} sampling steps" for judge in ("judge", "ViT") for n in (few, asked)]
+    return f"{_rows(['', *head], rows)}\n\n{_checks_of(part, record)}"
+
+
+def _checks_of(part: str, record: dict[str, Any]) -> str:
+    photographs = " --photographs DIR" if PARTS[part].photographs else ""
+    return f"`python -m pipelines.experiments.checks --part {part}{photographs}`, {record['date']}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -248,6 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "machine-cpu": lambda: machine_of("step-cpu"),
     **{f"methods-{part}": partial(methods_table, part) for part in PARTS},
     "angle-photographs-64": partial(angle_table, "photographs-64"),
+    "judged-photographs-64": partial(judged_table, "photographs-64"),
 }  # fmt: skip
 
 

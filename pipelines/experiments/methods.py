@@ -5,8 +5,8 @@
 One model size, the papers' options but small sets, few steps, a high learning rate and projectors as much narrower than
 theirs as the backbone is. Every run of a seed sees the same images, noise, timesteps and dropped labels, and its samples
 start from the same noise, so differences to the vanilla run are taken seed by seed. A checkpoint is judged by the
-embedded judge, with which no method aligns, by the tiny ViT, with which four do, and by the denoising loss on images
-that were not trained on, at fixed noise and times, by interval of the timestep.
+embedded judge, with which no method aligns, by the tiny ViT, with which REPA, HASTE, iREPA, SARA and DyA do, and by the
+denoising loss on images that were not trained on, at fixed noise and times, by interval of the timestep.
 
 Seeds are the outer loop and methods the inner one, so that a machine that slows down slows all methods down.
 Interrupted, the same command goes on; more seeds or methods may be added later. For each part of `PARTS`, a folder of
@@ -172,13 +172,12 @@ def run_part(
     Raises:
         UserError: an unknown method, or `out` or `times` holds an experiment with other settings.
     """
-    from featcache.machine import pick_device
-
     for method in methods:
         if method not in METHODS:
             raise UserError(f"there is no method {method!r} here", remedy=f"Methods: {', '.join(METHODS)}")
-    step_times = _step_times(times, settings, methods) if times is not None else None
-    results = _open_results(out / "results.json", settings, jobs)
+    results = _open_results(out / "results.json", settings, methods, jobs)
+    shown = [m for m in METHODS if m in {*methods, *(entry["method"] for entry in results["evaluations"])}]
+    results["step_s"] = _step_times(times, settings, shown) if times is not None else None
     data = _build_caches(settings, out, photographs)
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in results["evaluations"]:
@@ -187,7 +186,7 @@ def run_part(
     def keep(method: str, seed: int, entries: list[dict[str, Any]]) -> None:
         found[method, seed] = entries
         results["evaluations"] = [entry for listed in found.values() for entry in listed]
-        _write_json(out / "results.json", results)
+        write_json(out / "results.json", results)
 
     todo = [
         (method, seed)
@@ -196,22 +195,33 @@ def run_part(
         if len(found.get((method, seed), ())) < settings.points
     ]
     if jobs == 1:
-        judge = _Judge(data, settings) if todo else None
+        judge = Judge(data, settings) if todo else None
         for method, seed in todo:
             assert judge is not None
             keep(method, seed, _one_run(settings, method, seed, data, out, judge=judge))
     else:
         _many_runs(settings, todo, data, out, jobs, keep)
-    found_out = summarise(results["evaluations"], step_times)
-    _write_json(out / "summary.json", found_out)
-    titles = {name: method.title for name, method in METHODS.items()}
+    write_json(out / "results.json", results)
+    found_out = summarise(results["evaluations"], results["step_s"])
+    write_json(out / "summary.json", found_out)
+    titles = {name: METHODS[name].title for name in shown}
     (out / "table.md").write_text(table(found_out, titles))
-    first = {METHODS[m].title: out / "runs" / f"{m}-0" for m in methods}
-    draw_samples(
-        first, out, step=settings.steps, sampling_steps=settings.sampling_steps, device=pick_device(settings.device)
-    )
     about = f"{settings.model} on {PARTS[settings.part].title}, batch {settings.batch_size}"
-    return draw(found_out, titles, out, about=about, samples=settings.samples)
+    figure = draw(found_out, titles, out, about=about, samples=settings.samples)
+    _draw_samples(out, settings, titles)
+    return figure
+
+
+def _draw_samples(out: Path, settings: Settings, titles: Mapping[str, str]) -> None:
+    """Of each method's first run, where it has its last checkpoint."""
+    from featcache.machine import pick_device
+    from trainer.runs.checkpoint import list_checkpoints
+
+    runs = {title: out / "runs" / f"{method}-0" for method, title in titles.items()}
+    kept = {t: run for t, run in runs.items() if settings.steps in (step for step, _ in list_checkpoints(run))}
+    if kept:
+        device = pick_device(settings.device)
+        draw_samples(kept, out, step=settings.steps, sampling_steps=settings.sampling_steps, device=device)
 
 
 def _step_times(folder: Path, settings: Settings, methods: Sequence[str]) -> dict[str, float]:
@@ -269,7 +279,7 @@ def _begin_worker(threads: int) -> None:
 
 
 def _one_run(
-    settings: Settings, method: str, seed: int, data: Data, out: Path, *, judge: _Judge | None = None
+    settings: Settings, method: str, seed: int, data: Data, out: Path, *, judge: Judge | None = None
 ) -> list[dict[str, Any]]:
     """Trains a run and judges its checkpoints, both as far as that is not done; its evaluations in order."""
     run = out / "runs" / f"{method}-{seed}"
@@ -281,16 +291,26 @@ def _one_run(
         console.print(f"[bold]{METHODS[method].title}, seed {seed}[/bold]")
         _train(settings, method=method, seed=seed, cache=data.train, run=run)
         times = _training_times(run)
-        judge = judge or _Judge(data, settings)
+        judge = judge or Judge(data, settings)
         for step in todo:
             point = {"method": method, "seed": seed, "step": step, "time_s": times[step], "metrics": judge(run, step)}
             entries.append(point)
-            _write_json(record, entries)
+            write_json(record, entries)
     _drop_checkpoints(run, before=settings.steps)
     return entries
 
 
-def _open_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
+def _open_results(path: Path, settings: Settings, methods: Sequence[str], jobs: int) -> dict[str, Any]:
+    """What `path` holds of these settings, or the start of it. With the options of each of `methods`."""
+    results = _read_results(path, settings, jobs)
+    for name in methods:
+        options = json.loads(json.dumps(asdict(METHODS[name])))
+        if results.setdefault("methods", {}).setdefault(name, options) != options:
+            raise UserError(f"{path.parent} holds runs of {name} with other options", remedy="Choose another --out.")
+    return results
+
+
+def _read_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
     from featcache.machine import describe_machine
 
     if path.is_file():
@@ -314,16 +334,25 @@ def _open_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
     }
 
 
+def data_of(name: str, out: Path, photographs: Path | None) -> Data:
+    """Where a part's caches lie or will.
+
+    Raises:
+        UserError: it needs photographs, and there are none.
+    """
+    part = PARTS[name]
+    if part.photographs and photographs is None:
+        raise UserError(f"{name} needs photographs", remedy="Pass --photographs DIR (train*.zip and val.zip).")
+    return Data(train=out / "cache", held_out=out / "held-out", photographs=photographs if part.photographs else None)
+
+
 def _build_caches(settings: Settings, out: Path, photographs: Path | None) -> Data:
     from featcache.builder.request import BuildRequest
     from featcache.builder.run import build
     from featcache.encoders import parse_encoders
 
-    part = PARTS[settings.part]
-    if part.photographs and photographs is None:
-        raise UserError(f"{settings.part} needs photographs", remedy="Pass --photographs DIR (train*.zip and val.zip).")
-    data = Data(train=out / "cache", held_out=out / "held-out", photographs=photographs if part.photographs else None)
-    common = {"resolution": part.resolution, "batch_size": 64, "device": settings.device}
+    data = data_of(settings.part, out, photographs)
+    common = {"resolution": PARTS[settings.part].resolution, "batch_size": 64, "device": settings.device}
     train = BuildRequest(
         data=data.images or "shapes",
         encoders=parse_encoders(["tiny"]),
@@ -382,7 +411,7 @@ def run_values(settings: Settings, method: str) -> dict[str, Any]:
     }
 
 
-class _Judge:
+class Judge:
     """Judges a checkpoint by samples and by its loss on images held out; what they are compared with is measured once."""
 
     def __init__(self, data: Data, settings: Settings) -> None:
@@ -486,7 +515,8 @@ def _drop_checkpoints(run: Path, *, before: int) -> None:
             shutil.rmtree(path)
 
 
-def _write_json(path: Path, values: object) -> None:
+def write_json(path: Path, values: object) -> None:
+    """In one piece, with the folders above it."""
     from trainer.runs.folder import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,6 @@ SHOWN = {  # by what the tables call them
     "embedded-vit-FID": "FID by the ViT",
     "denoise": "denoising loss",
 }
-COMPARED = (JUDGE, "embedded-vit-FID", "denoise")  # with vanilla's
 _CONFIDENCE = 0.95
 
 
@@ -40,8 +39,8 @@ def summarise(
     `step_s`: a method's seconds per step, the median over its seeds and the stretches between evaluations (so that a
     pause of the machine counts little), or `step_times` where given. `curves`: per method and step the number of seeds,
     the time `step * step_s`, and mean and interval of each metric. `equal_steps`, `equal_time`: each metric at the last
-    step, and at the time at which the fastest method ends (between two evaluations by linear interpolation); with
-    `minus vanilla`, the difference to the vanilla run of the same seed.
+    step, and at the time at which the fastest method ends (between two evaluations linearly in the logarithm of the steps,
+    for curves flatten); with `minus vanilla`, the difference to the vanilla run of the same seed.
     """
     runs = _finished(evaluations)
     last = max((e["step"] for e in evaluations), default=0)
@@ -115,11 +114,15 @@ def _seconds_per_step(runs: Iterable[Sequence[Mapping[str, Any]]]) -> list[float
 def _at_step(entries: Sequence[Mapping[str, Any]], metric: str, step: float) -> float:
     import numpy as np
 
-    return float(np.interp(step, [e["step"] for e in entries], [e["metrics"][metric] for e in entries]))
+    steps = np.log([e["step"] for e in entries])
+    return float(np.interp(np.log(step), steps, [e["metrics"][metric] for e in entries]))
 
 
 def table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """Two Markdown tables, a line a method: at equal steps, and at the time at which the fastest method has taken them."""
+    """Two Markdown tables, a line a method: at equal steps, and at the time at which the fastest method has taken them.
+
+    In brackets what a method differs from vanilla by, seed by seed.
+    """
     by_step, by_time, step_s = summary["equal_steps"], summary["equal_time"], summary["step_s"]
     shown = [method for method in titles if method in by_step]
     at_steps = [[f"after {summary['last_step']:,} steps", "seeds"]]
@@ -131,29 +134,25 @@ def table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], found: Sequence[Mapping[str, Any]]) -> str:
-    """`rows`, the first of which is the head, with a column for each metric, and for some the difference to vanilla."""
+    """`rows`, the first of which is the head, with a column for each metric: its value, in brackets the difference to vanilla's."""
     head, *lines = [list(row) for row in rows]
-    for metric, title in SHOWN.items():
-        head.append(title)
-        for line, values in zip(lines, found, strict=True):
-            line.append(_shown(values, metric))
-        if metric in COMPARED:
-            head.append("minus vanilla's")
-            for line, values in zip(lines, found, strict=True):
-                line.append(_shown(values, f"{metric} minus vanilla", sign=True))
+    head += SHOWN.values()
+    for line, values in zip(lines, found, strict=True):
+        for metric in SHOWN:
+            cell = shown(values[metric], values[f"{metric} interval"])
+            if (apart := f"{metric} minus vanilla") in values:
+                cell += f" ({shown(values[apart], values[f'{apart} interval'], sign=True)})"
+            line.append(cell)
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *lines))
 
 
-def _shown(values: Mapping[str, Any], key: str, *, sign: bool = False) -> str:
-    """`5.17 ± 0.13`, as many decimals as the interval's second digit; a dash where there is none."""
-    if key not in values:
-        return "–"
-    value, interval = values[key], values[f"{key} interval"]
+def shown(value: float, interval: float | None, *, sign: bool = False) -> str:
+    """`5.17 ± 0.13`, as many decimals as the interval's second digit; without one, three digits."""
     scale = interval if interval else abs(value) / 100
     decimals = max(0, 1 - math.floor(math.log10(scale))) if scale else 3
-    shown = f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
-    return shown if interval is None else f"{shown} ± {interval:.{decimals}f}"
+    text = f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
+    return text if interval is None else f"{text} ± {interval:.{decimals}f}"
 
 
 def draw(

@@ -20,8 +20,10 @@ import pytest
 from PIL import Image
 
 from featcache.errors import UserError
+from pipelines.experiments import checks
 from pipelines.experiments import methods as experiment
 from pipelines.experiments.methods import METHODS, PARTS, Settings, run_part, run_values
+from pipelines.experiments.pictures import COLUMNS, draw_samples
 from pipelines.experiments.summary import SHOWN, mean_and_interval, summarise, table
 from trainer.runs.config import RunConfig
 
@@ -97,6 +99,14 @@ def test_summary_averages_over_seeds_and_interpolates_to_equal_time() -> None:
     assert f"{FID} minus vanilla" not in summary["equal_steps"]["none"]
 
 
+def test_between_two_evaluations_curves_flatten() -> None:
+    """Of a metric that falls with the logarithm of the steps, the figure at equal time is exact."""
+    both = [entry("none", 0, step, step / 10, 50 - math.log(step)) for step in (100, 300)]
+    both += [entry("repa", 0, step, step / 8, 40 - math.log(step)) for step in (100, 300)]
+    end = summarise(both)["equal_time"]["repa"]
+    assert end["step"] == pytest.approx(240) and end[FID] == pytest.approx(40 - math.log(240))
+
+
 def test_differences_are_taken_seed_by_seed() -> None:
     """What seeds share (a good or a bad start) is no part of the difference's interval."""
     both = [entry("none", s, 10, 1.0, base) for s, base in enumerate((10.0, 30.0, 20.0))]
@@ -116,9 +126,9 @@ def test_the_table_shows_as_many_digits_as_the_interval_allows() -> None:
     by_step, by_time = table(summarise(evaluations), {"none": "vanilla", "repa": "REPA"}).split("\n\n")
     for lines in (by_step.splitlines(), by_time.splitlines()):
         assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
-        assert "| 4.1 ± 1.4 | −0.99 ± 0.13 |" in lines[3]
-    assert "| after 10 steps | seeds | FID by the judge | minus vanilla's | precision |" in by_step
-    assert "| vanilla | 2 | 5.1 ± 1.3 | – | 5.1 ± 1.3 |" in by_step
+        assert lines[3].count(" 4.1 ± 1.4 (−0.99 ± 0.13) |") == len(SHOWN)
+    assert "| after 10 steps | seeds | FID by the judge | precision | recall |" in by_step
+    assert "| vanilla | 2 | 5.1 ± 1.3 | 5.1 ± 1.3 |" in by_step
     assert (
         "| after 1 s of training | ms per step | steps |" in by_time and "| vanilla | 100 | 10 | 5.1 ± 1.3 |" in by_time
     )
@@ -139,8 +149,15 @@ def test_times_of_another_experiment(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished experiment"):
         run_part(TINY, methods=["none"], seeds=1, out=tmp_path / "a", times=tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    for change, message in (({"batch_size": 8}, "timed batch_size 8"), ({}, "did not time sra")):
+    ours = {"settings": asdict(TINY), "evaluations": []}
+    for change, shown, message in (
+        ({"batch_size": 8}, [], "timed batch_size 8"),
+        ({}, [], "did not time sra"),
+        ({}, [entry("dya", 0, 2, 1.0, 5.0)], "did not time dya, sra"),
+    ):
         (tmp_path / "results.json").write_text(json.dumps({"settings": {**asdict(TINY), **change}}))
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a/results.json").write_text(json.dumps({**ours, "evaluations": shown}))
         with pytest.raises(UserError, match=message):
             run_part(TINY, methods=["sra"], seeds=1, out=tmp_path / "a", times=tmp_path)
 
@@ -173,17 +190,64 @@ def test_a_part_runs_continues_and_refuses_other_settings(tmp_path: Path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(experiment, "_train", only_new)
-        run_part(TINY, methods=["none", "sra2"], seeds=1, out=tmp_path)
+        run_part(TINY, methods=["sra2"], seeds=1, out=tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["curves"]) == ["none", "sra2"]
     assert "| SRA 2 |" in (tmp_path / "table.md").read_text()
     both = np.asarray(Image.open(tmp_path / "samples.jpg"))
     assert both.shape == (2 * len(alone), *alone.shape[1:])
     assert np.abs(both[: len(alone) - 8].astype(int) - alone[:-8]).max() < 32  # but for JPEG's blocks at the edge
-    with pytest.raises(UserError, match="another lr"):
-        run_part(replace(TINY, lr=1e-3), methods=["none"], seeds=1, out=tmp_path)
+
+    for change, message in (({"lr": 1e-3}, "another lr"), ({"points": 4}, "another points")):
+        with pytest.raises(UserError, match=message):
+            run_part(replace(TINY, **change), methods=["none"], seeds=1, out=tmp_path)
     with pytest.raises(UserError, match="no method 'rep'"):
         run_part(TINY, methods=["rep"], seeds=1, out=tmp_path)
+    monkeypatch.setitem(METHODS, "sra2", replace(METHODS["sra2"], narrowed=False))
+    with pytest.raises(UserError, match="runs of sra2 with other options"):
+        run_part(TINY, methods=["sra2"], seeds=1, out=tmp_path)
+
+
+def test_rows_of_samples_share_classes_and_noise(tmp_path: Path) -> None:
+    run_part(replace(TINY, steps=2, points=1), methods=["none"], seeds=1, out=tmp_path)
+    run = tmp_path / "runs/none-0"
+    path = draw_samples({"a": run, "b": run}, tmp_path, step=2, sampling_steps=2, device="cpu")
+    pixels = np.asarray(Image.open(path)).astype(int)
+    side = pixels.shape[1] // COLUMNS
+    above, below = pixels[:side], pixels[len(pixels) // 2 :][:side]
+    assert np.abs(above - below).mean() < 4, "but for JPEG's blocks alike"
+    assert np.abs(above[:, :side] - above[:, side : 2 * side]).mean() > 20, "columns differ"
+
+
+def test_checks_look_at_every_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = tmp_path / "shapes-16"
+    with pytest.raises(UserError, match="holds no experiment"):
+        checks.main(part="shapes-16", out=tmp_path)
+    run_part(replace(TINY, images=32), methods=["none", "ahpa"], seeds=1, out=part)
+    checks.main(part="shapes-16", out=tmp_path, samples=16)
+    found = json.loads((part / "checks.json").read_text())["runs"]
+    assert list(found) == ["ahpa-0", "none-0"] and found["none-0"]["angle"] == found["none-0"]["router"] == {}
+    aligned = found["ahpa-0"]
+    assert all(len(values) == 10 and any(v is not None for v in values) for values in aligned["angle"].values())
+    assert set(aligned["angle"]) == {"ema", "model"} and aligned["angle"]["ema"] != aligned["angle"]["model"]
+    shares = aligned["router"]
+    assert {name.rpartition("/")[0] for name in shares} == {"vae/G3", "vae/G4"}
+    assert sum(share["mean"] for share in shares.values()) == pytest.approx(1)
+    assert all(0 < share["lowest"] <= share["mean"] for share in shares.values())
+    log = [json.loads(line) for line in (part / "runs/ahpa-0/log.jsonl").read_text().splitlines()]
+    assert aligned["denoise"] == np.mean([r["denoise"] for r in log if r.get("step", 0) > TINY.steps * 2 / 3])
+    assert aligned["judged"] == {}
+
+    # What is there is not measured again; judged again with the experiment's own steps, a run gets the same figures.
+    aligned["denoise"] = 7.0
+    (part / "checks.json").write_text(json.dumps({"runs": found, "samples": 16}))
+    checks.main(part="shapes-16", out=tmp_path, samples=16, sampling_steps=TINY.sampling_steps, judged_seeds=1)
+    again = json.loads((part / "checks.json").read_text())["runs"]["ahpa-0"]
+    last = json.loads((part / "runs/ahpa-0/evaluations.json").read_text())[-1]["metrics"]
+    assert again["denoise"] == 7.0 and again["judged"][str(TINY.sampling_steps)][FID] == pytest.approx(last[FID], 1e-3)
+    assert "ahpa-0: training loss 7.0000, cosine" in capsys.readouterr().out
+    with pytest.raises(UserError, match="with --samples 16"):
+        checks.main(part="shapes-16", out=tmp_path, samples=17)
 
 
 def test_the_held_out_loss_is_alike_for_all_and_that_of_predicting_nothing_at_first(tmp_path: Path) -> None:
@@ -239,12 +303,7 @@ def test_photographs_come_from_archives(tmp_path: Path) -> None:
 def test_workers_end_with_an_experiment_that_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines.experiments.methods", "--part", "shapes-16", "--methods", "none,repa"]
     command += ["--jobs", "2", "--images", "16", "--held-out", "8", "--batch-size", "4", "--out", str(tmp_path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as running:
-        logs = [tmp_path / f"shapes-16/runs/{method}-0/log.jsonl" for method in ("none", "repa")]
-        wait_for(lambda: all(log.is_file() and log.stat().st_size for log in logs), seconds=300)
-        running.kill()
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def all_ended() -> bool:
         try:
@@ -254,10 +313,15 @@ def test_workers_end_with_an_experiment_that_is_killed(tmp_path: Path) -> None:
         return False
 
     try:
+        logs = [tmp_path / f"shapes-16/runs/{method}-0/log.jsonl" for method in ("none", "repa")]
+        wait_for(lambda: all(log.is_file() and log.stat().st_size for log in logs), seconds=300)
+        running.kill()
+        running.wait()
         wait_for(all_ended, seconds=60)
     finally:
         if not all_ended():
             os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
