@@ -443,7 +443,7 @@ class Judge:
             checkpoint=step,
             device=settings.device,
             precision=settings.precision,
-            out=run / "samples" / f"judged_{step:07d}",
+            out=run / "samples" / f"judged_{step:07d}_{settings.sampling_steps}",
         )
         with RichProgress() as progress:
             drawn = sample_run(run, request, progress)

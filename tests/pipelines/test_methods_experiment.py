@@ -241,10 +241,13 @@ def test_checks_look_at_every_finished_run(tmp_path: Path, capsys: pytest.Captur
     # What is there is not measured again; judged again with the experiment's own steps, a run gets the same figures.
     aligned["denoise"] = 7.0
     (part / "checks.json").write_text(json.dumps({"runs": found, "samples": 16}))
-    checks.main(part="shapes-16", out=tmp_path, samples=16, sampling_steps=TINY.sampling_steps, judged_seeds=1)
+    few = TINY.sampling_steps
+    for steps in (few, few + 1):
+        checks.main(part="shapes-16", out=tmp_path, samples=16, sampling_steps=steps, judged_seeds=1)
     again = json.loads((part / "checks.json").read_text())["runs"]["ahpa-0"]
+    judged = {steps: metrics[FID] for steps, metrics in again["judged"].items()}
     last = json.loads((part / "runs/ahpa-0/evaluations.json").read_text())[-1]["metrics"]
-    assert again["denoise"] == 7.0 and again["judged"][str(TINY.sampling_steps)][FID] == pytest.approx(last[FID], 1e-3)
+    assert again["denoise"] == 7.0 and judged[str(few)] == pytest.approx(last[FID], 1e-3) != judged[str(few + 1)]
     assert "ahpa-0: training loss 7.0000, cosine" in capsys.readouterr().out
     with pytest.raises(UserError, match="with --samples 16"):
         checks.main(part="shapes-16", out=tmp_path, samples=17)
