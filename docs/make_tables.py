@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -239,11 +240,12 @@ def angle_table(part: str) -> str:
     for method in METHODS:
         runs = [run["angle"] for name, run in record["runs"].items() if name.rpartition("-")[0] == method]
         for weights in runs[0] if runs and runs[0] else ():
-            by_bin = zip(*(run[weights] for run in runs), strict=True)
+            means = [statistics.fmean(v for v in run[weights] if v is not None) for run in runs]
+            by_bin = [means, *zip(*(run[weights] for run in runs), strict=True)]
             found = [summary.mean_and_interval(v for v in values if v is not None) for values in by_bin]
             rows.append([f"{METHODS[method].title}, {WEIGHTS[weights]}", *(summary.shown(*values) for values in found)])
     title = [f"t = {i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)]
-    return f"{_rows(['cosine', *title], rows)}\n\n{_checks_of(part, record)}"
+    return f"{_rows(['cosine', 'all t', *title], rows)}\n\n{_checks_of(part, record)}"
 
 
 def judged_table(part: str) -> str:
@@ -259,12 +261,12 @@ def judged_table(part: str) -> str:
             asked = steps
     few = first["settings"]["sampling_steps"]
     head = [f"FID by the {judge}, {n} sampling steps" for judge in ("judge", "ViT") for n in (few, asked)]
-    return f"{_rows(['', *head], rows)}\n\n{_checks_of(part, record)}"
+    return f"{_rows(['', *head], rows)}\n\n{_checks_of(part, record, f' --sampling-steps {asked}')}"
 
 
-def _checks_of(part: str, record: dict[str, Any]) -> str:
+def _checks_of(part: str, record: dict[str, Any], options: str = "") -> str:
     photographs = " --photographs DIR" if PARTS[part].photographs else ""
-    return f"`python -m pipelines.experiments.checks --part {part}{photographs}`, {record['date']}."
+    return f"`python -m pipelines.experiments.checks --part {part}{photographs}{options}`, {record['date']}."
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -204,20 +204,20 @@ def run_part(
     write_json(out / "results.json", results)
     found_out = summarise(results["evaluations"], results["step_s"])
     write_json(out / "summary.json", found_out)
-    titles = {name: METHODS[name].title for name in shown}
+    titles = {name: method.title for name, method in METHODS.items()}
     (out / "table.md").write_text(table(found_out, titles))
     about = f"{settings.model} on {PARTS[settings.part].title}, batch {settings.batch_size}"
     figure = draw(found_out, titles, out, about=about, samples=settings.samples)
-    _draw_samples(out, settings, titles)
+    _draw_samples(out, settings, shown)
     return figure
 
 
-def _draw_samples(out: Path, settings: Settings, titles: Mapping[str, str]) -> None:
+def _draw_samples(out: Path, settings: Settings, methods: Sequence[str]) -> None:
     """Of each method's first run, where it has its last checkpoint."""
     from featcache.machine import pick_device
     from trainer.runs.checkpoint import list_checkpoints
 
-    runs = {title: out / "runs" / f"{method}-0" for method, title in titles.items()}
+    runs = {METHODS[method].title: out / "runs" / f"{method}-0" for method in methods}
     kept = {t: run for t, run in runs.items() if settings.steps in (step for step, _ in list_checkpoints(run))}
     if kept:
         device = pick_device(settings.device)

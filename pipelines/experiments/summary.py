@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,15 @@ def summarise(
 ) -> dict[str, Any]:
     """Curves and end points by method, over the seeds that have all of a method's points.
 
-    `step_s`: a method's seconds per step, the median over its seeds and the stretches between evaluations (so that a
-    pause of the machine counts little), or `step_times` where given. `curves`: per method and step the number of seeds,
+    `step_s`: a method's seconds per step, from each stretch between evaluations the fastest of its seeds (a pause of the
+    machine or other work only adds to a time), or `step_times` where given. `curves`: per method and step the number of seeds,
     the time `step * step_s`, and mean and interval of each metric. `equal_steps`, `equal_time`: each metric at the last
     step, and at the time at which the fastest method ends (between two evaluations linearly in the logarithm of the steps,
     for curves flatten); with `minus vanilla`, the difference to the vanilla run of the same seed.
     """
     runs = _finished(evaluations)
     last = max((e["step"] for e in evaluations), default=0)
-    step_s = {method: statistics.median(_seconds_per_step(by_seed.values())) for method, by_seed in runs.items()}
+    step_s = {method: _seconds_per_step(list(by_seed.values())) for method, by_seed in runs.items()}
     step_s = {method: (step_times or step_s)[method] for method in step_s}
     budget = last * min(step_s.values(), default=0.0)
     ends = {method: budget / step_s[method] for method in runs}
@@ -100,15 +101,12 @@ def _at(runs: _Runs, method: str, step: float, steps: Mapping[str, float]) -> di
     return found
 
 
-def _seconds_per_step(runs: Iterable[Sequence[Mapping[str, Any]]]) -> list[float]:
-    """Seconds per step between each evaluation and the one before it (or the start) in the same run."""
-    found = []
-    for entries in runs:
-        step, time_s = 0, 0.0
-        for entry in entries:
-            found.append((entry["time_s"] - time_s) / (entry["step"] - step))
-            step, time_s = entry["step"], entry["time_s"]
-    return found
+def _seconds_per_step(runs: Sequence[Sequence[Mapping[str, Any]]]) -> float:
+    """The fastest run's seconds of each stretch between an evaluation and the one before it (or the start), over all steps."""
+    ends = [[0.0, *(entry["time_s"] for entry in entries)] for entries in runs]
+    stretches = [[end - start for start, end in pairwise(run)] for run in ends]
+    seconds: float = sum(min(of_stretch) for of_stretch in zip(*stretches, strict=True))
+    return seconds / float(runs[0][-1]["step"])
 
 
 def _at_step(entries: Sequence[Mapping[str, Any]], metric: str, step: float) -> float:
@@ -174,20 +172,22 @@ def draw(
     seeds = {point["seeds"] for curve in summary["curves"].values() for point in curve}
     count = str(*seeds) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     figure, (by_step, by_time, by_t) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    drawn = [method for method in titles if method in summary["curves"]]
     for number, (method, title) in enumerate(titles.items()):  # a method keeps its colour whichever others are there
-        curve = summary["curves"].get(method)
-        if curve is None:
+        if method not in drawn:
             continue
+        curve = summary["curves"][method]
+        aside = (drawn.index(method) - (len(drawn) - 1) / 2) / 100  # else bars would hide each other
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^vPX*<>"[number % 10], "markersize": 5}
         style |= {"capsize": 3, "linewidth": 1.3}
         errors = [point[f"{metric} interval"] or 0.0 for point in curve]
         values = [point[metric] for point in curve]
-        by_step.errorbar([p["step"] for p in curve], values, yerr=errors, label=title, **style)
+        by_step.errorbar([p["step"] * (1 + aside) for p in curve], values, yerr=errors, label=title, **style)
         by_time.errorbar([p["time_s"] for p in curve], values, yerr=errors, label=title, **style)
         end = summary["equal_steps"][method]
         bins = [key for key in end if key.startswith("denoise t=") and key.endswith("minus vanilla")]
         if bins:
-            centres = [(i + 0.5) / len(bins) for i in range(len(bins))]
+            centres = [(i + 0.5 + 8 * aside) / len(bins) for i in range(len(bins))]
             widths = [end[f"{key} interval"] or 0.0 for key in bins]
             by_t.errorbar(centres, [end[key] for key in bins], yerr=widths, label=title, **style)
     by_t.axhline(0, color="0.5", linewidth=0.8)
