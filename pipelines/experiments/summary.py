@@ -192,6 +192,7 @@ def draw(
             by_t.errorbar(centres, [end[key] for key in bins], yerr=widths, label=title, **style)
     by_t.axhline(0, color="0.5", linewidth=0.8)
     by_time.axvline(summary["budget_s"], color="0.6", linewidth=0.8, linestyle=":")
+    by_step.set_xticks(sorted({p["step"] for curve in summary["curves"].values() for p in curve}))
     by_step.set(xlabel="training steps", ylabel=f"{SHOWN.get(metric, metric)}, {samples:,} samples", yscale="log")
     by_time.set(xlabel="training time (s), without saving and sampling", yscale="log")
     by_t.set(xlabel="timestep t (0 = data, 1 = noise)", ylabel="held-out denoising loss minus vanilla's")

@@ -199,7 +199,9 @@ class GradientPair:
 def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> np.ndarray:
     """`<a, b>`, `<a, a>` and `<b, b>` in float64, [3]."""
     pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True)]
-    return np.array([[float((x * y).sum()), float((x * x).sum()), float((y * y).sum())] for x, y in pairs]).sum(axis=0)
+    by_tensor = [[float((x * y).sum()), float((x * x).sum()), float((y * y).sum())] for x, y in pairs]
+    found: np.ndarray = np.sum(by_tensor, axis=0)
+    return found
 
 
 def _cosine(dot: float, square_a: float, square_b: float) -> float:
