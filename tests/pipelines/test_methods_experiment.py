@@ -137,7 +137,9 @@ def test_the_table_shows_as_many_digits_as_the_interval_allows() -> None:
 def test_other_work_on_the_machine_does_not_make_a_method_slow() -> None:
     """Each seed is disturbed elsewhere. A method that is faster in its second half (HASTE) is timed in both."""
     times = {0: [60.0, 68.0], 1: [10.0, 90.0], 2: [30.0, 39.0]}
-    summary = summarise([entry("haste", s, 100 * (i + 1), t, 10.0) for s, ts in times.items() for i, t in enumerate(ts)])
+    summary = summarise(
+        [entry("haste", s, 100 * (i + 1), t, 10.0) for s, ts in times.items() for i, t in enumerate(ts)]
+    )
     assert summary["step_s"]["haste"] == pytest.approx((10 + 8) / 200)
     assert [p["time_s"] for p in summary["curves"]["haste"]] == pytest.approx([9, 18])
 
