@@ -21,6 +21,7 @@ from featcache.settings import from_mapping
 from trainer.analyze.angle import shared_gradients
 from trainer.analyze.config import AnalyzeConfig
 from trainer.analyze.subject import Subject
+from trainer.diffusion.interpolants import interpolate
 from trainer.diffusion.transport import Flow
 from trainer.report.data import load_run as read_run
 from trainer.report.report import _log_keys
@@ -248,8 +249,6 @@ def test_a_schedule_that_ends_with_the_run_keeps_its_end(trained: Path, shapes_c
 def test_what_a_run_was_trained_with_is_used_wherever_it_is_sampled(trained: Path) -> None:
     loaded = load_run(trained)
     assert loaded.transport == Flow(**OPTIONS)
-    subject = Subject(trained, AnalyzeConfig(samples=16), device="cpu", gradients=False)
-    assert subject.transport == Flow(**OPTIONS)
     with torch.no_grad():
         for parameter in loaded.model.parameters():  # which predicts zero for a while
             parameter.add_(0.02)
@@ -267,7 +266,16 @@ def test_what_a_run_was_trained_with_is_used_wherever_it_is_sampled(trained: Pat
 def test_diagnostics_take_the_run_s_loss_at_times_of_their_own(trained: Path) -> None:
     subject = Subject(trained, AnalyzeConfig(samples=16), device="cpu", gradients=True)
     t = torch.tensor([0.1, 0.7])
+    assert OPTIONS["time_sampling"] == "lognormal" and OPTIONS["time_shift"] != 1
     assert torch.equal(subject.objective()._transport.times(t), t), "not drawn again, nor shifted"
+    rows = slice(0, 2)
+    x = interpolate(subject.config.path, subject.latent(rows), subject.noise(rows), t)[0]
+    with torch.no_grad():
+        expected = subject.model(x, t, subject.conditioning(rows), taps=(1, 2)).hidden
+    found = subject.state(rows, t, (1, 2))
+    assert torch.equal(found.t, t)
+    for depth in (1, 2):
+        torch.testing.assert_close(found.hidden[depth], expected[depth])
     subject.model.requires_grad_(True)
     norms = []
     for weight in (OPTIONS["cosine_weight"], 0.0):

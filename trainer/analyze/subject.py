@@ -32,7 +32,7 @@ from trainer.analyze.config import AnalyzeConfig
 from trainer.analyze.result import NotApplicable
 from trainer.diffusion.noise import sample_noise
 from trainer.diffusion.streams import Layout
-from trainer.diffusion.transport import FlowOptions, build_transport
+from trainer.diffusion.transport import FlowOptions, Transport, build_transport
 from trainer.models import ModelOutput, Transformer, build_model, load_weights
 from trainer.runs import checkpoint
 from trainer.runs import folder as runs
@@ -102,11 +102,16 @@ class Subject:
         self.labelled = gradients or options.labels == "given"
         self.labels = torch.from_numpy(self.cache.labels()[self.indices].astype(np.int64)).to(device)
         self.class_names = tuple(self.cache.manifest.dataset.class_names)
-        self.transport = build_transport(self.cfg.family, device=device, **self.config.flow)
+        self.transport = self._build_transport()
         self._layout = Layout(cfg=self.cfg)
         self._streams = [s.to(device) for s in self._build_streams()]
         self._condition = build_condition(self.cfg, self.cache).to(device)
         self._pooled: dict[float, Tensor] = {}
+
+    def _build_transport(self) -> Transport:
+        """The run's, but at the times that are asked for: neither drawn as in training nor shifted."""
+        as_given: FlowOptions = {"time_sampling": "uniform", "time_mean": 0.0, "time_std": 1.0, "time_shift": 1.0}
+        return build_transport(self.cfg.family, device=self.device, **(self.config.flow | as_given))
 
     def _load_alignment(self) -> Alignment | None:
         with warnings.catch_warnings():  # heads that warn of random weights get the trained ones below
@@ -245,7 +250,7 @@ class Subject:
         taps: Sequence[int],
         stop_after: int,
     ) -> ModelOutput:
-        """`model` on data made noisy at t in [0, 1] (drawn uniformly, as far as the transport goes)."""
+        """`model` on data made noisy at t in [0, 1], or DDPM's step there."""
         t = self.transport.times(t)
         noisy = [self.transport.noisy(clean, noise, t) for clean, noise in zip(*data)]
         x, own = self._layout.inputs(noisy)
@@ -266,6 +271,7 @@ class Subject:
         condition = self.conditioning(rows)
         if not isinstance(t, Tensor):
             t = torch.full((len(condition),), t, device=self.device)
+        t = self.transport.times(t)  # of DDPM the time of a step, as in training
         data = self._data(rows)
         taps = self.alignment.taps if depths is None and self.alignment is not None else tuple(depths or ())
         output = self._call(self.model, data, t, condition, taps=taps, stop_after=max(taps, default=1))
@@ -338,14 +344,13 @@ class Subject:
     def objective(self) -> Objective:
         """The run's training objective in float32 without label dropout; its `draws.time` is t itself."""
         reads = ("vae/moments", *(self.alignment.reads if self.alignment is not None else ()))
-        as_given: FlowOptions = {"time_sampling": "uniform", "time_mean": 0.0, "time_std": 1.0, "time_shift": 1.0}
         return Objective(
             self.model,
             self.alignment,
             {name: FeatureCodec(self.cache.manifest.features[name]) for name in reads},
             streams=self._build_streams(),
             normalization=self._normalization,
-            transport=build_transport(self.cfg.family, device=self.device, **(self.config.flow | as_given)),
+            transport=self._build_transport(),
             label_dropout=0.0,
             autocast=None,
             teacher=self._ema() if self.alignment is not None and self.alignment.needs_teacher else None,
