@@ -27,7 +27,7 @@ from featcache.errors import CacheError, UserError
 from featcache.progress import Quiet
 from tests.told import Told
 from trainer.align.base import cosine_per_token
-from trainer.analyze import DIAGNOSTICS, angle, diagnostic
+from trainer.analyze import DIAGNOSTICS, angle, cknna, codec, diagnostic
 from trainer.analyze.angle import shared_gradients
 from trainer.analyze.cknna import _above_one
 from trainer.analyze.config import AnalyzeConfig
@@ -544,3 +544,24 @@ def test_each_diagnostic_says_how_far_it_is(run_of_photographs: Path) -> None:
     assert sum(told.counts) >= 6 * 2 + 16 * 2  # gsnr: six samples in two bins; probe: all samples at both times
     assert "probing the blocks at t = 0.3" in told.texts and "probing tiny@5" in told.texts
     assert any(note.startswith("router is left out: ") for note in told.notes)
+
+
+def test_the_block_named_is_the_one_where_the_target_was_aligned(runs_root: Path) -> None:
+    """Not the block looked at, nor another method's; of a run that aligned with something else, none."""
+    both = subject(runs_root / "ahpa+repa", gradients=False)
+    taps = {name: method.taps for name, method in both.methods.items()}
+    asked = {"gradients": False, "samples": 12, "block": 1}
+    said = cknna.run(subject(runs_root / "ahpa+repa", **asked)).finding
+    assert f"(tiny@5 was aligned with after block {taps['repa'][0]})" in said
+    assert "aligned" not in cknna.run(subject(runs_root / "none", **asked)).finding
+    assert "aligned" not in cknna.run(subject(runs_root / "sra", **asked)).finding
+
+
+def test_nothing_is_said_of_the_storage_where_exact_features_are_not_here(
+    runs_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded once, the same rounding changes nothing: 0 degrees of nothing."""
+    assert "The cache stores" in codec.run(subject(runs_root / "ahpa")).finding
+    monkeypatch.setattr(codec, "recompute", lambda *_: None)
+    said = codec.run(subject(runs_root / "ahpa")).finding
+    assert "The cache stores" not in said and "The coarsest codec" in said and "as the cache holds them" in said

@@ -106,7 +106,8 @@ def run(subject: Subject) -> Result:
     main = _main_target(subject, names)
     j = names.index(main)
     plots = [*_plots(subject, names, main, found, measure.k), _matrix(names, among)]
-    aligned = f" (block {subject.block} was aligned)" if subject.alignment is not None else ""
+    taps = sorted({tap for method in subject.methods.values() if main in method.reads for tap in method.taps})
+    aligned = f" ({main} was aligned with after block {' and '.join(map(str, taps))})" if taps else ""
     best = np.unravel_index(np.nanargmax(found["cknna"][:, :, j]), shape[:2])
     return Result(
         what="cknna",

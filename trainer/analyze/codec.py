@@ -238,7 +238,7 @@ def run(subject: Subject) -> Result:
         what="codec",
         title="Fidelity of storage codecs",
         question="Does rounding the cached features change the direction in which alignment pulls?",
-        finding=f"{_finding(subject, found, means[names.index(shown)], shown)} Compared with {basis}.",
+        finding=f"{_finding(subject, found, means[names.index(shown)], shown, exact=exact)} Compared with {basis}.",
         plots=[
             _matrix(names, means),
             _over_t(found, shown, subject.options.bins),
@@ -293,15 +293,19 @@ def _whose(shown: str) -> str:
     return "the run's own loss" if shown == OWN else shown
 
 
-def _finding(subject: Subject, found: Cosines, means: np.ndarray, shown: str) -> str:
-    """What the storage in use and the coarsest codec do to the loss `shown`. means: its mean cosine by codec [codecs]."""
+def _finding(subject: Subject, found: Cosines, means: np.ndarray, shown: str, *, exact: bool) -> str:
+    """What the storage in use and the coarsest codec do to the loss `shown`.
+
+    means: its mean cosine by codec [codecs]. exact: whether they were compared with exact features; else they were rounded once
+    already, and of the storage in use nothing is known: rounding again changes nothing.
+    """
     features = subject.cache.manifest.features
     used = features[(_own_reads(subject) or [*subject.token_features, *subject.levels])[0]]
     cosine = _mean(found, shown, AS_CACHED)
     if np.isnan(cosine) and used.basis is None and used.codec in NAMES:
         cosine = float(means[NAMES.index(used.codec)])
     sentence = ""
-    if not np.isnan(cosine):
+    if exact and not np.isnan(cosine):
         by = f"{shown_number(degrees(cosine))} degrees"
         sentence = f"The cache stores {used.stored_as}: that turns the gradient of {_whose(shown)} by {by}. "
     lowest = int(np.nanargmin(means))

@@ -58,7 +58,7 @@ class AnalyzeConfig:
     gsnr: Literal["plugin", "unbiased"] = "plugin"
     wrt: Literal["hidden", "block"] = "hidden"
     cknna: Literal["unbiased", "biased", "paper"] = "unbiased"
-    cka: Literal["biased", "unbiased"] = "biased"
+    cka: Literal["biased", "unbiased"] = "unbiased"
     k: Count = 10
     normalize: Literal["none", "l2"] = "none"
     against: Names = ()
