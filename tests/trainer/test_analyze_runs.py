@@ -550,7 +550,7 @@ def test_the_block_named_is_the_one_where_the_target_was_aligned(runs_root: Path
     """Not the block looked at, nor another method's; of a run that aligned with something else, none."""
     both = subject(runs_root / "ahpa+repa", gradients=False)
     taps = {name: method.taps for name, method in both.methods.items()}
-    asked = {"gradients": False, "samples": 12, "block": 1}
+    asked: dict[str, Any] = {"gradients": False, "samples": 12, "block": 1}
     said = cknna.run(subject(runs_root / "ahpa+repa", **asked)).finding
     assert f"(tiny@5 was aligned with after block {taps['repa'][0]})" in said
     assert "aligned" not in cknna.run(subject(runs_root / "none", **asked)).finding

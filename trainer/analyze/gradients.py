@@ -175,7 +175,8 @@ class GradientPair:
     @property
     def parameters(self) -> int:
         """Numbers in one gradient."""
-        return sum(g.numel() for g in self.means[0])
+        assert self._sums is not None, "no gradients were added"
+        return sum(g.numel() for g in self._sums[0])
 
     @property
     def plugin(self) -> float:

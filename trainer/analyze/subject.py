@@ -250,8 +250,7 @@ class Subject:
         taps: Sequence[int],
         stop_after: int,
     ) -> ModelOutput:
-        """`model` on data made noisy at t in [0, 1], or DDPM's step there."""
-        t = self.transport.times(t)
+        """`model` on data made noisy at t in [0, 1]."""
         noisy = [self.transport.noisy(clean, noise, t) for clean, noise in zip(*data)]
         x, own = self._layout.inputs(noisy)
         times = self.transport.model_time(t)
@@ -338,7 +337,7 @@ class Subject:
             )
         condition = self.conditioning(rows)
         with _input_of(self.model.blocks[self.block - 1]) as seen:
-            self._call(self.model, self._data(rows), t, condition, taps=(), stop_after=self.block)
+            self._call(self.model, self._data(rows), self.transport.times(t), condition, taps=(), stop_after=self.block)
         return seen[0], seen[1]
 
     def objective(self) -> Objective:
