@@ -314,9 +314,10 @@ def test_a_cache_of_coco(coco: tuple[Path, Path], tmp_path: Path) -> None:
     images = np.stack([square_by_hand(Image.open(folder / key).convert("RGB"), 32) for key in counts["key"]])
     assert np.array_equal(images_of(cache, str(folder), range(10)), images)
     assert np.array_equal(np.concatenate(list(CacheImages(cache=cache, data=str(folder)).batches(4))), images)
-    by_name = np.concatenate(list(FolderImages(path=folder, resolution=32, crop="lanczos-square").batches(3)))
+    folder_images = FolderImages(path=folder, resolution=32, crop="lanczos-square", by_name=True)
+    by_name = np.concatenate(list(folder_images.batches(3)))
     assert np.array_equal(by_name, images[np.argsort(counts["key"])])
-    adm = np.concatenate(list(open_images(folder, resolution=32).batches(3)))
+    adm = np.concatenate(list(open_images(folder, resolution=32, by_name=True).batches(3)))
     assert not np.array_equal(by_name, adm)
 
 

@@ -1,5 +1,6 @@
 """From images to numbers: image sets, references, `evaluate`, and what bad input gets."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from featcache.errors import UserError
 from featcache.progress import Quiet
+from featcache.sources.base import sample_order
 from featcache.sources.open import open_source
 from tests.told import Told
+from trainer.evaluate import references
 from trainer.evaluate.extractors import Extractor, build_extractor
 from trainer.evaluate.images import (
     ArrayImages,
@@ -90,17 +95,19 @@ def test_every_kind_of_image_set_yields_the_same_pixels_and_labels(tmp_path: Pat
     images, labels = shapes[:23], np.arange(23) % 5
     np.savez_compressed(tmp_path / "packed.npz", images, labels)
     classes = tmp_path / "classes"
-    for index in range(23):  # one folder a class; files sort by class
+    for index in range(23):  # one folder a class
         folder = classes / f"{labels[index]}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[index]).save(folder / f"{index:06d}.png")
     by_class = np.argsort(labels, kind="stable")
+    shuffled = by_class[sample_order(23, seed=0)]
     sets: dict[str, tuple[ImageSet, np.ndarray]] = {
         "array": (ArrayImages(images=images, classes=labels), np.arange(23)),
         "npz": (open_images(write_npz(tmp_path / "plain.npz", images, labels)), np.arange(23)),
         "packed": (open_images(tmp_path / "packed.npz"), np.arange(23)),
         "tar": (open_images(write_tar(tmp_path / "shard.tar", images, labels)), np.arange(23)),
-        "folder": (open_images(classes), by_class),
+        "folder": (open_images(classes), shuffled),
+        "folder by name": (open_images(classes, by_name=True), by_class),
     }
     for name, (found, order) in sets.items():
         batches = list(found.batches(5))
@@ -109,6 +116,53 @@ def test_every_kind_of_image_set_yields_the_same_pixels_and_labels(tmp_path: Pat
         classes_found = found.labels()
         assert classes_found is not None and np.array_equal(classes_found, labels[order]), name
         assert found.count in (23, None) and (found.count == 23 or name == "tar")
+
+
+def test_the_first_images_of_a_folder_sorted_by_class_are_of_all_its_classes(
+    tmp_path: Path, extractor: Extractor, shapes: np.ndarray
+) -> None:
+    for index, image in enumerate(shapes[:100]):
+        folder = tmp_path / f"{index // 10:04d}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    images = open_images(tmp_path)
+    labels = images.labels()
+    assert labels is not None
+    assert len(set(labels[:40])) >= 8, "a fair draw of 40 misses more than two of ten classes once in 10,000 times"
+    first = np.concatenate(list(images.batches(40)))[:40]
+    some = compute_statistics(images, extractor, limit=40)
+    expected = compute_statistics(ArrayImages(images=first), extractor)
+    assert some.count == 40 and np.allclose(some.mean, expected.mean)
+
+
+@given(
+    rows=st.integers(0, 300),
+    limit=st.integers(0, 60),
+    at_once=st.integers(1, 50),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=9),
+)
+def test_activations_that_are_kept_are_a_fair_draw(rows: int, limit: int, at_once: int, sizes: list[int]) -> None:
+    """Whatever the batches: those with the smallest of equally distributed numbers, in their order."""
+    x = torch.arange(rows, dtype=torch.float32)[:, None].expand(-1, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(references, "KEPT_AT_ONCE", at_once)
+        kept, start = references._Kept(limit), 0
+        for size in itertools.cycle(sizes):
+            if start >= rows:
+                break
+            kept.add(x[start : start + size])
+            start += size
+        found = kept.result()
+    wanted = np.sort(np.argsort(np.random.default_rng(0).random(rows))[:limit])
+    assert (found is None and not len(wanted)) or (found is not None and found[:, 0].tolist() == wanted.tolist())
+
+
+def test_images_of_prompts_are_read_by_the_numbers_in_their_names(tmp_path: Path, shapes: np.ndarray) -> None:
+    names = ["0", "1", "2", "9", "10", "11", "100"]
+    for name, image in zip(names, shapes):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    (batch,) = open_images(tmp_path, by_name=True).batches(10)
+    assert np.array_equal(batch, shapes[: len(names)])
 
 
 def test_folders_of_real_images_are_cropped_as_adm_does(tmp_path: Path) -> None:
@@ -120,7 +174,7 @@ def test_folders_of_real_images_are_cropped_as_adm_does(tmp_path: Path) -> None:
     originals = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
     for index, image in enumerate(originals):
         image.save(tmp_path / "a" / f"{index}.png")
-    (batch,) = FolderImages(path=tmp_path, resolution=SIDE).batches(4)
+    (batch,) = FolderImages(path=tmp_path, resolution=SIDE, by_name=True).batches(4)
     assert np.array_equal(batch, np.stack([center_crop(image, SIDE) for image in originals]))
     with pytest.raises(UserError, match="square RGB"):
         list(FolderImages(path=tmp_path).batches(4))

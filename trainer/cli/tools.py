@@ -91,8 +91,13 @@ def stats(
         Literal["adm", "lanczos-square"],
         typer.Option(help="How to crop them: adm, or lanczos-square (docs/sources.md)."),
     ] = "adm",
-    features: Annotated[int, typer.Option(help="Activations kept for precision, recall and KID.", min=0)] = 10_000,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many images. \\[default: all]", min=2)] = None,
+    features: Annotated[
+        int, typer.Option(help="Activations kept for precision, recall and KID, drawn of all.", min=0)
+    ] = 10_000,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only so many images: of a folder drawn of all, else the first. \\[default: all]", min=2),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(

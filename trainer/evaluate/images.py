@@ -36,6 +36,7 @@ T = TypeVar("T")
 DECODE_THREADS = 8
 PREFETCHED_BATCHES = 4
 MAX_ARRAY_BYTES = 2 << 30
+FOLDER_SEED = 0  # of the order in which a folder's images are read
 
 
 class ImageSet(Protocol):
@@ -233,27 +234,40 @@ def _array_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dt
     return shape, dtype
 
 
+def _natural(name: str) -> tuple[tuple[str | int, ...], str]:
+    """What sorts names by the numbers in them; of equal ones (1 and 01) by themselves."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
+
+
 @dataclass(frozen=True, kw_only=True)
 class FolderImages:
-    """All images below a folder, in sorted order of their paths; the first folder level names classes, if
-    there is one.
+    """All images below a folder; the first folder level names classes, if there is one.
+
+    They are read in a shuffled order, always the same of equal paths: most folders are sorted by class, and the first
+    images of them, or any chunk, would be of a few classes only.
 
     Attributes:
         resolution: side to which a centre crop brings every image, for folders of real images. None takes
             images as they are and insists that all have one size, for samples.
         crop: which, as a cache's manifest names it; None is ADM's.
+        by_name: read them by the numbers in their names instead (2.png before 10.png): images that were drawn for a
+            list of prompts.
     """
 
     path: Path
     resolution: int | None = None
     crop: str | None = None
+    by_name: bool = False
     files: tuple[Path, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        found = (p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        files = sorted(found, key=lambda p: _natural(p.relative_to(self.path).as_posix()))
         if not files:
             raise UserError(f"no images ({', '.join(EXTENSIONS)}) below {self.path}", remedy="Pass another folder.")
-        object.__setattr__(self, "files", tuple(files))
+        order = range(len(files)) if self.by_name else sample_order(len(files), seed=FOLDER_SEED).tolist()
+        object.__setattr__(self, "files", tuple(files[i] for i in order))
 
     @property
     def description(self) -> str:
@@ -394,7 +408,12 @@ class CacheImages:
 
 
 def open_images(
-    where: str | Path, *, resolution: int | None = None, crop: str | None = None, data: str | None = None
+    where: str | Path,
+    *,
+    resolution: int | None = None,
+    crop: str | None = None,
+    data: str | None = None,
+    by_name: bool = False,
 ) -> ImageSet:
     """The image set behind a path: an npz file, a tar shard or pattern, a feature cache, or a folder.
 
@@ -402,6 +421,7 @@ def open_images(
         resolution: for folders, bring every image to this side by a centre crop; None takes them as they are.
         crop: which, as a cache's manifest names it; None is ADM's.
         data: for caches, the folder they were built from.
+        by_name: for folders, read the images by the numbers in their names, not shuffled.
 
     Raises:
         UserError: nothing there, or not a set of images.
@@ -420,7 +440,7 @@ def open_images(
     if find_root(path) is not None:
         return CacheImages(cache=featcache.open(path), data=data)
     if path.is_dir():
-        return FolderImages(path=path, resolution=resolution, crop=crop)
+        return FolderImages(path=path, resolution=resolution, crop=crop, by_name=by_name)
     raise UserError(f"{text} is not a set of images", remedy="Pass an npz file, a tar shard, a folder or a cache.")
 
 

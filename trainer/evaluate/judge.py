@@ -59,7 +59,7 @@ def evaluate(
         reference: statistics, or what `reference_statistics` opens.
         extractor: the network; runs on its own device, as do the metrics.
         metrics: keys of `extractor.metric_names`, in any case, or `is`; None takes all of them.
-        count: how many samples to judge, the first ones; None takes all.
+        count: how many samples to judge, the first ones (of a folder a fair draw); None takes all.
         batch_size: images per forward pass. Results do not depend on it beyond float32 rounding.
         bootstrap: replicates behind 95 % intervals, 0 for none; KID has none. Each repeats FID's covariance and
             decomposition: at 50,000 x 2048 that takes seconds on a GPU, half a minute on two cores.
@@ -80,7 +80,7 @@ def evaluate(
     """
     chosen = chosen_metrics(metrics, extractor)
     need_features = bool(NEED_FEATURES & set(chosen))
-    images = open_images(samples) if isinstance(samples, str | Path) else samples
+    images = open_images(samples, by_name=by_prompt) if isinstance(samples, str | Path) else samples
     _check_count(images, images.count, count)
     labels = _label_record(images, require_labels=require_labels)
     if isinstance(images, NpzImages) and not isinstance(reference, Statistics):  # before the work, where a header tells

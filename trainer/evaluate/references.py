@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # As many reference images as ADM's own batches hold: precision and recall compare all pairs.
 DEFAULT_KEPT_FEATURES = 10_000
 KEPT_AT_ONCE = 2_048  # rows that wait on the device
+KEPT_SEED = 0  # of the draw of those that are kept
 
 _REMAKE = "Make the statistics again: trainer stats"
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "pool", "provenance")
@@ -53,7 +54,8 @@ class Statistics:
     Attributes:
         mean, covariance: of `pool`, [D] and [D, D], float64, ddof = 1.
         spatial_mean, spatial_covariance: of `spatial`, or None where the extractor has none.
-        features: `pool` of the first images, float32 [M, D], for precision, recall and KID; None if not kept.
+        features: `pool` of all images, or of a fair draw of them, float32 [M, D], for precision, recall and KID; None if
+            not kept.
         logits: class logits of all images, float32 [N, K], only where they were asked for.
         inception: accumulated Inception score, or None.
         count: images behind the moments; None if the file does not say (ADM's).
@@ -80,19 +82,29 @@ def full_precision() -> AbstractContextManager[None]:
 
 
 class _Kept:
-    """Rows of activations up to a limit, in CPU memory. Many batches are copied at a time: a copy makes a GPU wait."""
+    """Rows of activations in CPU memory: all, or a fair draw of `limit` of them, in the order in which they came.
+
+    Each row gets a number of a fixed seed, and those with the smallest are kept: a set that is sorted by class gives rows
+    of all its classes. Many batches are copied at a time: a copy makes a GPU wait.
+    """
 
     def __init__(self, limit: int | None) -> None:
-        self._limit, self._rows = limit, 0
+        self._limit, self._random = limit, np.random.default_rng(KEPT_SEED)
+        self._highest = 1.0  # rows from this number on are not among the smallest
         self._pending: list[Tensor] = []  # on the network's device
         self._blocks: list[Tensor] = []
+        self._numbers: list[np.ndarray] = []  # of the rows in `_blocks` and `_pending`, where there is a limit
 
     def add(self, x: Tensor) -> None:
+        if self._limit == 0:
+            return
         if self._limit is not None:
-            x = x[: max(0, self._limit - self._rows)]
-        if len(x):
-            self._pending.append(x)
-            self._rows += len(x)
+            numbers = self._random.random(len(x))
+            small = numbers < self._highest
+            if not small.all():
+                x, numbers = x[torch.from_numpy(small.nonzero()[0]).to(x.device)], numbers[small]
+            self._numbers.append(numbers)
+        self._pending.append(x)
         if sum(map(len, self._pending)) >= KEPT_AT_ONCE:
             self._fetch()
 
@@ -100,12 +112,18 @@ class _Kept:
         if self._pending:
             self._blocks.append(torch.cat(self._pending).to("cpu", torch.float32))
             self._pending = []
+        if self._limit is not None and sum(map(len, self._numbers)) > self._limit:
+            numbers, rows = np.concatenate(self._numbers), torch.cat(self._blocks)
+            kept = np.sort(np.argpartition(numbers, self._limit - 1)[: self._limit])
+            self._blocks, self._numbers = [rows[torch.from_numpy(kept)]], [numbers[kept]]
+            self._highest = float(numbers[kept].max())
 
     def result(self) -> Tensor | None:
         self._fetch()
-        if not self._rows:
+        count = sum(map(len, self._blocks))
+        if not count:
             return None
-        out = torch.empty(self._rows, self._blocks[0].shape[1])
+        out = torch.empty(count, self._blocks[0].shape[1])
         start = 0
         while self._blocks:  # frees each block once copied: the peak is one copy, not two
             block = self._blocks.pop(0)
@@ -186,8 +204,9 @@ def compute_statistics(
     Args:
         images: read in order.
         batch_size: images per forward pass.
-        limit: stop after so many images.
-        keep_features: `pool` rows kept for precision, recall and KID, 0 for none; 8 KB each with Inception.
+        limit: stop after so many images, which of a folder are a fair draw.
+        keep_features: `pool` rows kept for precision, recall and KID, a fair draw of all; 0 for none, None for all; 8 KB each
+            with Inception.
         keep_all: keep `pool`, `spatial` and `logits` of all images, for bootstrap intervals (20 KB per image).
         resolution: expected side of the images; None takes the first image's.
         name: of the task that `progress` is told of, batch by batch.
@@ -330,8 +349,8 @@ def write_statistics(
         out: npz file to write.
         resolution: side to which a folder's images are cropped; needed unless they are all of one size.
         crop: how, as a cache's manifest names it; None is ADM's.
-        features: activations kept for precision, recall and KID.
-        limit: stop after so many images.
+        features: activations kept for precision, recall and KID, a fair draw of all.
+        limit: stop after so many images, which of a folder are a fair draw.
         batch_size, data, progress: as for `reference_statistics`.
 
     Raises:
@@ -485,7 +504,7 @@ def images_key(images: CacheImages, extractor: Extractor, batch_size: int) -> di
         "content": hashlib.sha256(np.ascontiguousarray(content).tobytes()).hexdigest(),
         "slots": hashlib.sha256(np.ascontiguousarray(slots, "<i8").tobytes()).hexdigest(),
         "extractor": dict(extractor.provenance),
-        "kept": DEFAULT_KEPT_FEATURES,
+        "kept": [DEFAULT_KEPT_FEATURES, KEPT_SEED],
         "batch_size": batch_size,
         "device": f"{device.type} {name}",
         "versions": _versions(),

@@ -258,7 +258,7 @@ def judge(
             parts.append(found)
         if standard.prompts is not None and standard.judges:
             found = judge_prompts(
-                open_images(images),
+                open_images(images, by_name=True),
                 standard.prompts,
                 standard.judges,
                 count=settings.num,
