@@ -37,6 +37,7 @@ class Series:
 
     Attributes:
         raw: drawn thin behind the smoothed line; NaN-free like `y`, or None.
+        error: half the length of the bar at each point, NaN for none; or None.
         colour: index of the page's series colours, 0 to 7.
         dashed: a second line style, for a second quantity of the same colour.
         markers: mark the points (few points, such as checkpoints).
@@ -46,12 +47,13 @@ class Series:
     x: Numbers
     y: Numbers
     raw: Numbers | None = None
+    error: Numbers | None = None
     colour: Annotated[int, Field(ge=0)] = 0
     dashed: bool = False
     markers: bool = False
 
     def __post_init__(self) -> None:
-        if any(len(y) != len(self.x) for y in (self.y, self.raw) if y is not None):
+        if any(len(y) != len(self.x) for y in (self.y, self.raw, self.error) if y is not None):
             raise ValueError("x and y have different lengths")
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
+from trainer.analyze import gradients
 from trainer.analyze.gradients import (
     GradientMoments,
     GradientPair,
     RidgeHeads,
+    _sketch,
     block_gradients,
     degrees,
     gsnr,
@@ -159,7 +161,7 @@ def test_products_of_different_groups_are_those_of_the_definition() -> None:
 def test_noise_that_both_losses_share_moves_the_plain_cosine_alone() -> None:
     """True means at right angles, noise in common: few samples make the plain cosine positive, the other one not."""
     generator = torch.Generator().manual_seed(5)
-    plain, apart = [], []
+    plain, apart, said = [], [], []
     for _ in range(200):
         pair = GradientPair()
         for _ in range(8):
@@ -170,10 +172,36 @@ def test_noise_that_both_losses_share_moves_the_plain_cosine_alone() -> None:
             pair.add([a], [b], 1)
         plain.append(pair.plugin)
         apart.append(pair.unbiased)
+        said.append(pair.standard_error)
     # <E a, E b> = 0; the plain scalar product has tr Cov / n = 50 * 4 / 8 = 25 too much, as have the squared norms of 36.
     assert np.mean(plain) == pytest.approx(25 / (36 + 25), abs=0.05)
     error = np.std(apart, ddof=1) / math.sqrt(len(apart))
     assert abs(np.mean(apart)) < 4 * error < 0.1
+    # The standard error is the spread of repetitions: of a median of 200, and the jackknife errs on the large side.
+    assert 0.8 * np.std(apart, ddof=1) < np.median(said) < 1.4 * np.std(apart, ddof=1)
+
+
+def test_standard_error_and_norms_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(6)
+    drawn = torch.randn(5, 2, 300, generator=generator) + 1
+    sizes = [4, 4, 4, 4, 2]
+    groups = [([a[:100], a[100:]], [b[:100], b[100:]], size) for (a, b), size in zip(drawn, sizes)]
+    pair = pair_of(*groups)
+    left_out = [pair_of(*(g for j, g in enumerate(groups) if j != i)).unbiased for i in range(5)]
+    expected = math.sqrt(4 / 5 * sum((x - np.mean(left_out)) ** 2 for x in left_out))
+    assert pair.standard_error == pytest.approx(expected, rel=1e-6)
+    weighted = (drawn * torch.tensor(sizes)[:, None, None]).double()
+    for norm, each in zip(pair.norms, weighted.unbind(dim=1)):
+        products = each @ each.T
+        mean_square = (products.sum() - products.trace()) / (sum(sizes) ** 2 - sum(size**2 for size in sizes))
+        assert norm == pytest.approx(math.sqrt(mean_square))
+    assert math.isnan(pair_of(*groups[:2]).standard_error)
+    monkeypatch.setattr(gradients, "SKETCH", 64)
+    folded = [_sketch([a[:100], a[100:]]) for a, _ in drawn]
+    exact = (drawn[:, 0] @ drawn[:, 0].T).numpy()
+    # 1 / sqrt(64) of both norms is one standard deviation of a product's error
+    norms = np.sqrt(np.outer(exact.diagonal(), exact.diagonal()))
+    assert (np.abs(np.array(folded) @ np.array(folded).T - exact) < 4 / 8 * norms).all()
 
 
 def test_ridge_head_is_the_closed_form() -> None:

@@ -7,6 +7,7 @@ import sys
 import tarfile
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -426,6 +427,36 @@ def test_progress_and_times_are_reported(extractor: Extractor, shapes: np.ndarra
     assert {(total, unit) for _, total, _, unit in bootstraps} == {(3, "replicates")}
     assert told.counts[3:] == [1] * 3 * len(bootstraps)
     assert set(result["time_s"]) == {"samples", "reference", "metrics"}
+
+
+def test_statistics_that_do_not_say_what_they_are_of_are_told_apart(extractor: Extractor, shapes: np.ndarray) -> None:
+    first, second = (
+        replace(compute_statistics(ArrayImages(images=part), extractor), provenance={}, count=None)
+        for part in (shapes[:100], shapes[100:200])
+    )
+    judged = [evaluate(ArrayImages(images=shapes[:50]), each, extractor) for each in (first, second, first)]
+    names = [each["settings"]["reference"] for each in judged]
+    assert names[0] == names[2] != names[1]
+    assert all(any("does not say which network" in warning for warning in each["warnings"]) for each in judged)
+    said = evaluate(
+        ArrayImages(images=shapes[:50]), compute_statistics(ArrayImages(images=shapes), extractor), extractor
+    )
+    assert not any("does not say which network" in warning for warning in said["warnings"])
+
+
+@pytest.mark.parametrize("kind", ["lopsided", "negative"])
+def test_a_covariance_that_is_none_is_refused(
+    tmp_path: Path, extractor: Extractor, shapes: np.ndarray, kind: str
+) -> None:
+    made = compute_statistics(ArrayImages(images=shapes[:50]), extractor)
+    covariance = made.covariance.copy()
+    if kind == "lopsided":
+        covariance[0, 1] += np.abs(covariance).max()
+    else:
+        covariance[3, 3] = -1e-3
+    save_statistics(tmp_path / "reference.npz", replace(made, covariance=covariance))
+    with pytest.raises(UserError, match="sigma is no covariance"):
+        load_statistics(tmp_path / "reference.npz")
 
 
 @pytest.mark.slow

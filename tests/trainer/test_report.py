@@ -394,7 +394,7 @@ def test_measures_of_methods_are_said_in_words(key: str, words: str) -> None:
     [
         ((500, 500), "They rank the runs on this page"),
         ((64, 64), "64 samples are too few to rank the runs by"),
-        ((500, 1000), "different numbers of samples"),
+        ((500, 1000), "The runs were not judged alike"),
         ((500,), ""),
     ],
 )
@@ -409,7 +409,40 @@ def test_runs_are_ranked_by_enough_samples_only(
     _, text = read(page)
     assert "they are not FID" in text and said in text
     assert ("rank" in text) == bool(said)
-    assert ('class="best"' in page.read_text()) == (len(counts) == 2 and min(counts) >= 256)
+    assert ('class="best"' in page.read_text()) == (counts == (500, 500))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, ""),
+        ({"sampler": {"steps": 250}}, "steps: 50 of demo-ahpa, 250 of demo-none"),
+        ({"settings": {"reference": "folder val"}}, "reference: folder train of demo-ahpa, folder val of demo-none"),
+        ({"settings": {"sample_count": 1000}}, f"sample count: 500 of demo-ahpa, {number(1000)} of demo-none"),
+        ({"sampler": {"guidance": {"scale": 2.0}}}, "guidance scale: 1 of demo-ahpa, 2 of demo-none"),
+    ],
+)
+def test_no_run_leads_where_they_were_judged_otherwise(
+    tmp_path: Path, runs: list[RunData], changed: dict[str, dict[str, object]], said: str
+) -> None:
+    """By the evaluations that the figures are from: an FID of another one does not hold its precision back."""
+    sampler, settings = {"steps": 50, "guidance": {"scale": 1.0}}, {"sample_count": 500, "reference": "folder train"}
+    entries = [
+        {
+            "step": 2000,
+            "metrics": {"FID": value},
+            "settings": settings | (changed.get("settings", {}) if i else {}),
+            "sampler": sampler | (changed.get("sampler", {}) if i else {}),
+        }
+        for i, value in enumerate((10.0, 20.0))
+    ]
+    later = [{**entries[0], "metrics": {"Recall": value}} for value in (0.3, 0.4)]
+    judged = [replace(run, evaluations=[a, b]) for run, a, b in zip(runs, entries, later)]
+    page = write_comparison(tmp_path / "c.html", judged)
+    _, text = read(page)
+    assert page.read_text().count('class="best"') == (1 if said else 2)
+    assert ("FID was not measured alike" in text) == bool(said) and said in text
+    assert "Recall was not" not in text
 
 
 def test_a_chart_of_nothing_but_zeros_is_not_drawn(tmp_path: Path, runs: list[RunData]) -> None:

@@ -31,8 +31,10 @@ from trainer.cli import app
 from trainer.diffusion import samplers
 from trainer.diffusion.guidance import Guidance
 from trainer.evaluate import run as evaluation
+from trainer.evaluate.extractors import Extractor, build_extractor
+from trainer.evaluate.references import write_statistics
 from trainer.evaluate.run import evaluate_run
-from trainer.evaluate.sweep import Curve, Point, read_curves, sweep_run
+from trainer.evaluate.sweep import Curve, Point, _judging, read_curves, sweep_run
 from trainer.interval import Interval
 from trainer.report.run import write_run_report
 from trainer.report.sweeps import sweep_charts
@@ -104,6 +106,18 @@ def alone(run: Path, **settings: Any) -> dict[str, float]:
     return dict(result.metrics)
 
 
+def alone_by(run: Path, reference: Path) -> dict[str, float]:
+    ask = replace(ASK, reference=str(reference), settings=replace(DRAWN, guidance=1))
+    result = evaluate_run(run, ask, Quiet())
+    assert result is not None
+    return dict(result.metrics)
+
+
+@pytest.fixture(scope="module")
+def extractor() -> Extractor:
+    return build_extractor("embedded")
+
+
 @pytest.mark.parametrize("sampler", ["sde", "ode", "heun"])
 def test_a_point_is_an_evaluation_and_common_steps_are_taken_once(run: Path, passes: list[int], sampler: str) -> None:
     result = sweep_run(run, swept("guidance=1,2,3", sampler=sampler), Quiet())
@@ -147,6 +161,29 @@ def test_ends_of_the_interval(run: Path, passes: list[int]) -> None:
     assert result.curve.common["low"] == 0.0 and "high" not in result.curve.common
     low = sweep_run(run, swept("interval_low=0,0.4", interval=None, guidance=2.5, sampler="ode"), Quiet())
     assert low is not None and low.curve.points[0].metrics == found[1.0]
+
+
+def test_another_reference_under_the_same_name_begins_another_curve(
+    run: Path, made: Path, tmp_path: Path, extractor: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's settings tell what was compared with; a secret in its address is not written down."""
+    reference = tmp_path / "reference.npz"
+    files = []
+    for limit in (30, 40, 40):
+        write_statistics(made / "caches/shapes", reference, extractor, limit=limit)
+        result = sweep_run(run, replace(swept("guidance=1,2"), reference=str(reference)), Quiet())
+        assert result is not None
+        files.append(result.file)
+        assert json.loads(result.file.read_text())["common"]["reference"] == str(reference)
+        assert dict(result.curve.points[0].metrics) == alone_by(run, reference)
+    assert len(set(files[:2])) == 2
+    monkeypatch.setattr(evaluation, "choose_reference", lambda *_: (str(reference), None))
+    of_recipe = sweep_run(run, swept("guidance=1,2"), Quiet())
+    assert of_recipe is not None
+    assert json.loads(of_recipe.file.read_text())["common"]["reference"] == str(reference), "not the run's cache"
+    monkeypatch.undo()
+    standard = evaluation.Standard(reference="s3://key:secret@bucket/cache", stamp=None)
+    assert "secret" not in json.dumps(_judging(ASK, standard))
 
 
 def test_a_snapshot_is_swept_whose_checkpoint_is_gone(run: Path) -> None:

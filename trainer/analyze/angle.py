@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trainer.analyze.gradients import GradientPair, degrees
 from trainer.analyze.result import NotApplicable, Result, Row
@@ -54,10 +53,11 @@ def shared_gradients(subject: Subject, index: int, bins: int, count: int) -> Gra
 
 @dataclass(frozen=True, kw_only=True)
 class _Angles:
-    """cosines: [steps, bins], NaN where it is not known. shared: parameters that both losses reach."""
+    """cosines, errors: [steps, bins], NaN where it is not known. shared: parameters that both losses reach."""
 
     steps: list[int]
     cosines: np.ndarray
+    errors: np.ndarray
     rows: list[Row]
     shared: int
 
@@ -82,7 +82,7 @@ def run(subject: Subject) -> Result:
         settings={
             "samples": count,
             "gradients": f"means over {count} samples; float32, no label dropout, alignment always on",
-            "estimator": "unbiased: from products of different samples' gradients alone",
+            "estimator": "unbiased: from products of different samples' gradients alone; bars are standard errors",
             "gradients with respect to": f"the blocks that both losses reach, {angles.shared:,} parameters",
             "weights": subject.weights,
             "timestep bins": options.bins,
@@ -101,7 +101,7 @@ def _chosen_steps(subject: Subject) -> list[int]:
 def measure_angles(subject: Subject, count: int) -> _Angles:
     """The angle in every timestep bin at every chosen checkpoint, from `count` samples each."""
     options, chosen = subject.options, _chosen_steps(subject)
-    cosines = np.full((len(chosen), options.bins), np.nan)
+    cosines, errors = (np.full((len(chosen), options.bins), np.nan) for _ in range(2))
     rows: list[Row] = []
     shared = 0
     for s, step in enumerate(chosen):
@@ -113,27 +113,24 @@ def measure_angles(subject: Subject, count: int) -> _Angles:
         at.model.requires_grad_(True)
         for index in range(options.bins):
             pair = shared_gradients(at, index, options.bins, count)
-            cosines[s, index] = value = pair.unbiased
-            shared, (denoise, align) = pair.parameters, pair.means
+            cosines[s, index], errors[s, index] = value, error = pair.unbiased, pair.standard_error
+            shared, (denoise, align) = pair.parameters, pair.norms
             rows.append(
                 {
                     "step": step,
                     "t_low": index / options.bins,
                     "t_high": (index + 1) / options.bins,
                     "cosine": value,
+                    "standard_error": error,
                     "cosine_plugin": pair.plugin,
                     "angle_degrees": degrees(value),
-                    "norm_denoising": _norm(denoise),
-                    "norm_alignment": _norm(align),
+                    "norm_denoising": denoise,
+                    "norm_alignment": align,
                     "samples": count,
                 }
             )
         at.model.requires_grad_(False)
-    return _Angles(steps=chosen, cosines=cosines, rows=rows, shared=shared)
-
-
-def _norm(gradients: list[Tensor]) -> float:
-    return float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt())
+    return _Angles(steps=chosen, cosines=cosines, errors=errors, rows=rows, shared=shared)
 
 
 def _centres(angles: _Angles) -> np.ndarray:
@@ -150,13 +147,15 @@ def _finding(angles: _Angles) -> str:
             f"At step {angles.steps[-1]} the gradients vary so much that their mean's direction is not known; look at more "
             "samples (--set gradient_samples=...)."
         )
-    negative, unknown, worst = int((last < 0).sum()), int(np.isnan(last).sum()), int(np.nanargmin(last))
+    unknown, worst, error = int(np.isnan(last).sum()), int(np.nanargmin(last)), angles.errors[-1]
     known = len(last) - unknown
-    side = f"negative in {negative} of {known} timestep bins" if negative else f"positive in all {known} timestep bins"
+    above, below = (int((sign * last > 2 * error).sum()) for sign in (1, -1))
+    side = f"above 0 by more than two standard errors in {above} of {known} timestep bins, below in {below}"
     few = f" In {unknown} more the samples are too few to tell." if unknown else ""
+    spread = f" (standard error {measure(error[worst])})" if np.isfinite(error[worst]) else ""
     once = " Only one checkpoint is kept; checkpoint_every and keep_checkpoints of trainer run say how many there are to follow."
     return (
-        f"At step {angles.steps[-1]} the cosine is {side}; it is lowest, {measure(last[worst])}, at t = "
+        f"At step {angles.steps[-1]} the cosine is {side}; it is lowest, {measure(last[worst])}{spread}, at t = "
         f"{_centres(angles)[worst]:.2f}, and {measure(_mean(last))} on average.{few}"
         f"{once if len(angles.steps) == 1 else ''}"
     )
@@ -170,6 +169,7 @@ def _plots(angles: _Angles) -> list[Plot]:
             label=f"step {step:,}".replace(",", " "),
             x=centres,
             y=angles.cosines[s],
+            error=angles.errors[s],
             colour=(len(steps) - 1 - s) % 7,
             markers=True,
         )
@@ -183,8 +183,8 @@ def _plots(angles: _Angles) -> list[Plot]:
             x_label="timestep t (0 = data, 1 = noise)",
             y_label=Y_LABEL,
             series=[*lines, zero],
-            note="Look for dips below 0, where alignment pulls against denoising: DyA Fig. 9 finds them near t = 0 "
-            "(0.02 to 0.05) and takes them for over-alignment.",
+            note="Look for dips below 0 by more than the bars, standard errors: there alignment pulls against denoising. DyA "
+            "Fig. 9 finds them near t = 0 (0.02 to 0.05: more bins show them, --set bins=40) and takes them for over-alignment.",
         ),
     )
     return [over_t, _over_steps(steps, angles.cosines)] if len(steps) > 1 else [over_t]

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -145,18 +146,22 @@ def _plain_attention() -> AbstractContextManager[None]:
 class GradientPair:
     """Two losses' gradients with respect to the same parameters, from groups of samples, which need not be in memory together.
 
-    Keeps both sums over samples, and of each group's sums the three scalar products.
+    Keeps both sums over samples, and of each group's sums the three scalar products and a sketch.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self._sums: tuple[list[Tensor], list[Tensor]] | None = None
         self._within = np.zeros(3)
+        self._squares = 0  # of the groups' sizes
+        self._sketches: list[np.ndarray] = []  # [2, SKETCH], of both sums of a group
 
     def add(self, a: Sequence[Tensor], b: Sequence[Tensor], samples: int) -> None:
         """One group's mean gradients, lists of tensors of the same shapes, over `samples` samples that no other group has."""
         groups = [g * samples for g in a], [g * samples for g in b]
         self._within += _products(*groups)
+        self._squares += samples**2
+        self._sketches.append(np.stack([_sketch(each) for each in groups]))
         if self._sums is None:
             self._sums = groups
         else:
@@ -193,8 +198,52 @@ class GradientPair:
         """The same from products of different groups alone, so that no sample meets itself: scalar product and squared norms
         are without bias (their quotient need not be, and may leave [-1, 1]); NaN where the noise leaves no squared norm
         above zero, and of a single group."""
+        return _cosine(*self._apart())
+
+    @property
+    def standard_error(self) -> float:
+        """Of `unbiased`, by the jackknife over groups; NaN of fewer than three, or where one left out leaves it unknown.
+
+        From sketches of the gradients, whose scalar products are right but for a share of 1 / sqrt(SKETCH) of both norms.
+        """
+        a, b = np.stack(self._sketches, axis=1)
+        n, grams = len(a), np.stack([a @ b.T, a @ a.T, b @ b.T])
+        if n < 3:
+            return math.nan
+        grams[:, np.arange(n), np.arange(n)] = 0
+        left = grams.sum(axis=(1, 2))[:, None] - grams.sum(axis=1) - grams.sum(axis=2)  # [3, n], one group left out
+        cosines = np.array([_cosine(*each) for each in left.T])
+        return float(math.sqrt((n - 1) / n * np.square(cosines - cosines.mean()).sum()))
+
+    @property
+    def norms(self) -> tuple[float, float]:
+        """Of both mean gradients; their squares are without bias. NaN where one comes out below zero."""
+        pairs = self.count**2 - self._squares
+        _, *squares = self._apart()
+        a, b = (math.sqrt(square / pairs) if pairs and square >= 0 else math.nan for square in squares)
+        return a, b
+
+    def _apart(self) -> np.ndarray:
+        """The products of different groups' sums, added up."""
         assert self._sums is not None, "no gradients were added"
-        return _cosine(*(_products(*self._sums) - self._within))
+        found: np.ndarray = _products(*self._sums) - self._within
+        return found
+
+
+SKETCH = 1 << 16
+
+
+def _sketch(tensors: Sequence[Tensor]) -> np.ndarray:
+    """All numbers with random signs, always the same, added up in turn in `SKETCH` places: a count sketch (Charikar et al.
+    2002). Scalar products of two of them are without bias those of what they are of, exact of no more than `SKETCH` numbers."""
+    total, place = np.zeros(SKETCH), 0
+    for index, tensor in enumerate(tensors):
+        random = torch.Generator(tensor.device).manual_seed(index)
+        signs = torch.randint(0, 2, (tensor.numel(),), generator=random, device=tensor.device, dtype=torch.int8) * 2 - 1
+        padded = F.pad(tensor.flatten().double() * signs, (place, -(place + tensor.numel()) % SKETCH))
+        total += padded.view(-1, SKETCH).sum(dim=0).cpu().numpy()
+        place = (place + tensor.numel()) % SKETCH
+    return total
 
 
 def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> np.ndarray:

@@ -372,9 +372,11 @@ class CacheImages:
 
     @property
     def description(self) -> str:
-        """Source and fingerprint."""
+        """Source, crop where it is not ADM's, and fingerprint of the images: the same for all caches of them."""
         dataset = self.cache.manifest.dataset
-        return f"images of cache {dataset.name} ({dataset.source}, fingerprint {self.cache.fingerprint[:16]})"
+        crop = dataset.preprocessing.get("crop")
+        how = f", {crop}" if exact_loader(crop) != "pil" else ""
+        return f"images of cache {dataset.name} ({dataset.source}{how}, fingerprint {dataset.fingerprint[:16]})"
 
     @property
     def count(self) -> int:

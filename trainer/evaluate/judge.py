@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from trainer.evaluate.shelf import Shelf
 
 UNBIASED_ENOUGH = 50_000
+FEWEST_OF_REFERENCES = 10_000  # as ADM's batches hold
 SHORT_NAMES = {"is": "inception_score"}
 NEED_FEATURES = frozenset(name for name, metric in METRICS.items() if metric.activations)
 
@@ -120,7 +122,7 @@ def evaluate(
     return {
         **_numbers(measured),
         "settings": {"extractor": dict(extractor.provenance), **sides, **draws, "batch_size": batch_size},
-        "warnings": _warnings(chosen, judged, extractor, by_prompt=by_prompt),
+        "warnings": _warnings(chosen, judged, reference, extractor, by_prompt=by_prompt),
         "time_s": {stage: round(seconds, 3) for stage, seconds in times.items()},
     }
 
@@ -153,13 +155,19 @@ def _samples_record(images: ImageSet, judged: Statistics, labels: dict[str, int]
 def _reference_record(reference: Statistics, *, need_features: bool) -> dict[str, object]:
     kept = reference.features if need_features else None
     return {
-        "reference": reference.provenance.get("source", "stored statistics"),
+        "reference": reference.provenance.get("source") or _unnamed(reference),
         "reference_count": reference.count,
         "reference_features": len(kept) if kept is not None else None,
         "neighbours": NEIGHBOURS,
         "inception_chunk": INCEPTION_CHUNK,
         "distance_dtype": "float32",
     }
+
+
+def _unnamed(reference: Statistics) -> str:
+    """What tells statistics that do not say what they are of from others of the kind."""
+    digest = hashlib.sha256(reference.mean.tobytes() + reference.covariance.tobytes()).hexdigest()
+    return f"stored statistics, digest {digest[:16]}"
 
 
 def chosen_metrics(metrics: Sequence[str] | None, extractor: Extractor) -> list[str]:
@@ -207,7 +215,9 @@ def _function(metric: str) -> Callable[[Trial], Measured]:
     return cast("Callable[[Trial], Measured]", getattr(import_module(f"trainer.evaluate.{file}"), name))
 
 
-def _warnings(chosen: Sequence[str], judged: Statistics, extractor: Extractor, *, by_prompt: bool) -> list[str]:
+def _warnings(
+    chosen: Sequence[str], judged: Statistics, reference: Statistics, extractor: Extractor, *, by_prompt: bool
+) -> list[str]:
     warnings = []
     assert judged.count is not None
     enough = min(PUBLISHED_SAMPLES) if by_prompt else UNBIASED_ENOUGH
@@ -220,6 +230,16 @@ def _warnings(chosen: Sequence[str], judged: Statistics, extractor: Extractor, *
         warnings.append(
             f"{extractor.metric_names['fid']} of {judged.count:,} samples is biased upwards; published"
             f" figures {use}. Compare only numbers of equal sample count."
+        )
+    if extractor.is_standard and reference.count is not None and reference.count < FEWEST_OF_REFERENCES:
+        warnings.append(
+            f"The reference holds {reference.count:,} images: published figures compare with {FEWEST_OF_REFERENCES:,} or"
+            " more, and fewer move every number."
+        )
+    if "extractor" not in reference.provenance and reference.spatial_mean is None:
+        warnings.append(
+            "The reference does not say which network made it: it was taken for the Inception of ADM's evaluator. Those of"
+            " pytorch-fid and clean-fid were fed otherwise resized images, and their statistics give other numbers."
         )
     if not extractor.is_standard:
         warnings.append(

@@ -290,6 +290,12 @@ def load_statistics(path: Path) -> Statistics:
         if covariance not in arrays or arrays[covariance].shape != (length, length):
             shape = arrays[covariance].shape if covariance in arrays else "missing"
             raise UserError(f"{path}: {covariance} is {shape}, {mean} {arrays[mean].shape}", remedy=_REMAKE)
+        spread = arrays[covariance]
+        if (
+            not np.allclose(spread, spread.T, rtol=1e-3, atol=1e-6 * np.abs(spread).max(initial=0))
+            or (np.diag(spread) < 0).any()
+        ):
+            raise UserError(f"{path}: {covariance} is no covariance: it is not symmetric, or negative", remedy=_REMAKE)
     if "pool" in arrays and (arrays["pool"].ndim != 2 or arrays["pool"].shape[1:] != arrays["mu"].shape):
         raise UserError(f"{path}: pool is {arrays['pool'].shape}, mu {arrays['mu'].shape}", remedy=_REMAKE)
     record = _provenance(arrays.get("provenance"), path)

@@ -60,8 +60,8 @@ class Standard:
     """What samples of a run are judged by, made once for any number of judgements.
 
     extractor, metrics: those that compare with a reference; None and none where only prompts are judged by.
-    reference: where it is, or `known`, its statistics. data: of a cache, the folder of its images. stamp: what tells that a
-    file under the same name is another one. shelf: where statistics of the reference are kept. crop: of the run's images,
+    reference: where it is, or `known`, its statistics. own: it is the run's cache. data: of a cache, the folder of its
+    images. stamp: what tells that a file under the same name is another one. shelf: where statistics of the reference are kept. crop: of the run's images,
     as its cache names it, by which a folder's images are cropped, too.
     prompts: of samples drawn by prompt. judges: by metrics of prompts.
     """
@@ -69,6 +69,7 @@ class Standard:
     extractor: Extractor | None = None
     metrics: Sequence[str] = ()
     reference: str | None = None
+    own: bool = False
     data: str | None = None
     known: Statistics | None = None
     stamp: object = None
@@ -151,8 +152,9 @@ def standard_of(
     reference, data = choose_reference(run, request, config, progress)
     resolution = int(_preprocessing(run)["resolution"])
     open_reference(reference, extractor, resolution=resolution, need_features=_need_features(chosen), data=data)
-    stamp: object = cache_summary(run)["fingerprint"] if request.reference is None else None
     path = Path(reference)
+    own = request.reference is None and not path.is_file()
+    stamp: object = cache_summary(run)["fingerprint"] if own else None
     if path.is_file():
         stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     shelf = Shelf.of_user(progress) if request.reference is None else None
@@ -161,6 +163,7 @@ def standard_of(
         extractor=extractor,
         metrics=chosen,
         reference=reference,
+        own=own,
         data=data,
         stamp=stamp,
         shelf=shelf,

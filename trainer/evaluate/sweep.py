@@ -23,6 +23,7 @@ from featcache.console import time_text
 from featcache.errors import UserError
 from featcache.machine import pick_device
 from featcache.progress import QUIET, Progress
+from featcache.redact import redact
 from featcache.store import files
 from trainer import distributed
 from trainer.averages import Average
@@ -241,11 +242,10 @@ def _common(run: Path, base: SampleRequest, sweep: Sweep, device: str, step: int
 
 def _judging(request: EvalRequest, standard: evaluation.Standard) -> dict[str, Any]:
     """What all points share of how they are judged. JSON-able."""
-    return {
-        **standard.record(),
-        "reference": standard.reference if request.reference is not None else "the run's cache",
-        "bootstrap": request.bootstrap,
-    }
+    compared: dict[str, Any] = {"reference": "the run's cache"}
+    if not standard.own and standard.reference is not None:
+        compared = {"reference": redact(standard.reference), "stamp": standard.stamp}
+    return {**standard.record(), **compared, "bootstrap": request.bootstrap}
 
 
 class _Judge:

@@ -155,6 +155,9 @@ def _draw_chart(axes: Axes, chart: Chart, colours: Sequence[str], ink: str, grid
             markersize=3.5,
             solid_capstyle="round",
         )
+        if series.error is not None:
+            e = drawable(series.error)
+            axes.vlines(x, y - e, y + e, color=colour, linewidth=1.0, alpha=0.6)
     for mark in chart.marks:
         colour = colours[mark.colour % len(colours)]
         if mark.kind == "line":
@@ -182,7 +185,8 @@ def _limit(axes: Axes, chart: Chart) -> None:
     tops, bottoms = [], []
     for series in chart.series:
         y = drawable(series.y)
-        tail = y[len(y) // 50 :]
+        e = 0 if series.error is None else np.nan_to_num(drawable(series.error))
+        tail = np.stack([y - e, y + e])[:, len(y) // 50 :]
         tail = tail[np.isfinite(tail)]
         if len(tail):
             tops.append(tail.max())

@@ -26,9 +26,11 @@ from trainer.report.table import (
     FEWEST_TO_RANK,
     Of,
     PublishedFigure,
+    conditions,
     evaluations_of,
     flatten,
     is_text,
+    judged_otherwise,
     latest,
     loss_titles,
     measure_words,
@@ -174,16 +176,17 @@ def _substitutes(runs: Sequence[RunData]) -> list[str]:
         f"{', '.join(names)}: measured with a network other than the one in the literature: they are not FID and cannot be "
         "compared with published numbers."
     )
-    counts = [sample_count(latest(run)) for run in runs if metrics_of(latest(run))]
-    if len(counts) < 2:
+    if len([run for run in runs if metrics_of(latest(run))]) < 2:
         return [said]
     if len({PromptSet.of(latest(run)) for run in runs if metrics_of(latest(run))}) > 1:
         return [f"{said} The runs were judged by different prompts or by classes, so the figures do not rank them."]
-    known = [count for count in counts if count is not None]
-    if len(known) < len(counts) or len(set(known)) > 1:
-        return [f"{said} The runs were judged by different numbers of samples, so the figures do not rank them."]
-    if known[0] < FEWEST_TO_RANK:
-        return [f"{said} {number(known[0])} samples are too few to rank the runs by: judge {FEWEST_TO_RANK} or more."]
+    if any(judged_otherwise(runs, name, of) for of in prompt_sets(runs) for name in names):
+        return [f"{said} The runs were not judged alike, so the figures do not rank them."]
+    counts = [count for run in runs if (count := sample_count(latest(run))) is not None]
+    if counts and min(counts) < FEWEST_TO_RANK:
+        return [
+            f"{said} {number(min(counts))} samples are too few to rank the runs by: judge {FEWEST_TO_RANK} or more."
+        ]
     return [f"{said} They rank the runs on this page against each other."]
 
 
@@ -266,7 +269,7 @@ def incomparable(runs: Sequence[RunData]) -> list[str]:
             f"The runs' latest samples were drawn for different prompts, or for classes ({said}): numbers of one of these "
             "are not compared with those of another."
         )
-    found += _other_judges(runs)
+    found += [*_other_settings(runs), *_other_judges(runs)]
     names = [name for name, _ in by_weights]
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
@@ -276,6 +279,22 @@ def incomparable(runs: Sequence[RunData]) -> list[str]:
                 "compared: judge them again with trainer eval."
             )
     return found
+
+
+def _other_settings(runs: Sequence[RunData]) -> list[str]:
+    """Metrics that were measured at other settings, but for other networks, of which there are sentences of their own."""
+    by_settings: dict[tuple[str, ...], list[str]] = {}
+    for of in prompt_sets(runs):
+        for metric in metric_names(runs, of):
+            differing = judged_otherwise(runs, metric, of)
+            said = tuple(each for each in differing if not each.startswith(("extractor", "judges")))
+            if said:
+                by_settings.setdefault(said, []).append(metric)
+    return [
+        f"The runs' {', '.join(dict.fromkeys(metrics))} {'were' if len(metrics) > 1 else 'was'} not measured alike "
+        f"({'; '.join(said)}), so no run is said to lead: judge them again with equal settings of trainer eval."
+        for said, metrics in by_settings.items()
+    ]
 
 
 def _other_judges(runs: Sequence[RunData]) -> list[str]:
@@ -332,21 +351,9 @@ def _evaluated(run: RunData, metric: str, of: Of) -> Column:
     Other samplers, references or numbers of samples give other numbers: joined by a line they would look like progress.
     """
     entries = [e for e in evaluations_of(run, of) if metric in metrics_of(e) and e.get("step") is not None]
-    values = {
-        int(e["step"]): float(metrics_of(e)[metric]) for e in entries if _conditions(e) == _conditions(entries[-1])
-    }
+    values = {int(e["step"]): float(metrics_of(e)[metric]) for e in entries if conditions(e) == conditions(entries[-1])}
     steps = np.array(sorted(values), dtype=np.float64)
     return Column(steps=steps, time_s=_time_at(run, steps), values=np.array([values[int(s)] for s in steps]))
-
-
-def _conditions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What moves the numbers of an evaluation, but for the checkpoint."""
-    settings = evaluation.get("settings") or {}
-    named = ("extractor", "sample_count", "resolution", "reference", "reference_count", "reference_features", "judges")
-    sampler = evaluation.get("sampler")
-    if isinstance(sampler, Mapping):  # the latest checkpoint ends the curve of the snapshots, which may be rounded
-        sampler = {key: value for key, value in sampler.items() if key != "stored"}
-    return {"sampler": sampler, **{name: settings.get(name) for name in named}}
 
 
 def _time_at(run: RunData, steps: np.ndarray) -> np.ndarray:

@@ -111,6 +111,40 @@ def sample_count(evaluation: Mapping[str, Any]) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def conditions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What moves the numbers of an evaluation, but for the checkpoint."""
+    settings = evaluation.get("settings") or {}
+    named = ("extractor", "sample_count", "resolution", "reference", "reference_count", "reference_features", "judges")
+    sampler = evaluation.get("sampler")
+    if isinstance(sampler, Mapping):  # the latest checkpoint ends the curve of the snapshots, which may be rounded
+        sampler = {key: value for key, value in sampler.items() if key != "stored"}
+    return {"sampler": sampler, **{name: settings.get(name) for name in named}}
+
+
+def judged_otherwise(runs: Sequence[RunData], metric: str, of: Of) -> list[str]:
+    """In what the judgements differ that the runs' figures of a metric are from, as `name: value (runs)`; empty where
+    they compare."""
+    held = [(run.name, _judgement(run, metric, of)) for run in runs]
+    flat = [(run, dict(flatten(conditions(each)))) for run, each in held if each is not None]
+    found = []
+    for name in dict.fromkeys(name for _, each in flat for name in each):
+        values: dict[str, list[str]] = {}
+        for run, each in flat:
+            values.setdefault(each.get(name, "none"), []).append(run)
+        if len(values) > 1:
+            said = ", ".join(f"{value} of {' and '.join(who)}" for value, who in values.items())
+            found.append(f"{name.replace('_', ' ')}: {said}")
+    return found
+
+
+def _judgement(run: RunData, metric: str, of: Of) -> Mapping[str, Any] | None:
+    """The last evaluation that holds a metric, empty where it was logged in training; None where it is not known."""
+    held = next((e for e in reversed(evaluations_of(run, of)) if metric in metrics_of(e)), None)
+    if held is None and of is None and run.last(f"metric/{metric}") is not None:
+        return {}
+    return held
+
+
 def latest(run: RunData, of: Of = EVERY) -> Mapping[str, Any]:
     """The run's last evaluation, empty if there is none."""
     found = evaluations_of(run, of)
@@ -258,8 +292,10 @@ def _metric_row(
     found = [_latest_metric(run, metric, of) for run in runs]
     known = [(f[0], i) for i, f in enumerate(found) if f is not None]
     best = None
-    few = any((sample_count(latest(run, of)) or FEWEST_TO_RANK) < FEWEST_TO_RANK for run in runs)
-    if not few and len({measure(value) for value, _ in known}) > 1:  # a lead that does not show is none
+    judgements = [_judgement(run, metric, of) or {} for run in runs]
+    few = any((sample_count(each) or FEWEST_TO_RANK) < FEWEST_TO_RANK for each in judgements)
+    alike = not judged_otherwise(runs, metric, of)
+    if alike and not few and len({measure(value) for value, _ in known}) > 1:  # a lead that does not show is none
         best = (max if higher_is_better(metric) else min)(known)[1]
     figures = []
     for p in published:
@@ -300,12 +336,14 @@ def _level(column: Column | None) -> float | None:
 
 def _latest_metric(run: RunData, metric: str, of: Of) -> tuple[float, Sequence[float] | None] | None:
     """Value and interval of the last evaluation that holds the metric, else its last logged value."""
-    for evaluation in reversed(evaluations_of(run, of)):
-        metrics = metrics_of(evaluation)
-        if metric in metrics:
-            return float(metrics[metric]), (evaluation.get("intervals") or {}).get(metric)
-    logged = run.last(f"metric/{metric}") if of is None else None
-    return (logged, None) if logged is not None else None
+    held = _judgement(run, metric, of)
+    if held is None:
+        return None
+    if held:
+        return float(metrics_of(held)[metric]), (held.get("intervals") or {}).get(metric)
+    logged = run.last(f"metric/{metric}")
+    assert logged is not None
+    return logged, None
 
 
 def _metric_cell(value: float, interval: Sequence[float] | None) -> Cell:
