@@ -140,7 +140,7 @@ def _fitting_threads(subject: Subject) -> Iterator[None]:
 def _lead(subject: Subject) -> str:
     method = f"trained with {subject.config.method}" if subject.alignment is not None else "trained without alignment"
     dataset = subject.cache.manifest.dataset
-    return f"{subject.config.model}, {method}, on {dataset.name}."
+    return f"{subject.config.model}, {method}, on {dataset.name}: its own training images are what is looked at."
 
 
 def _measured(subject: Subject, result: Result, elapsed_s: float) -> str:

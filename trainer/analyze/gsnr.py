@@ -67,23 +67,25 @@ def _flat(by_depth: Mapping[int, Tensor]) -> Tensor:
 
 
 def run(subject: Subject) -> Result:
-    """Measure, draw, and say which target guides most consistently."""
+    """Measure, draw, and say how the run's own loss and the VAE's levels guide at low and at high noise."""
     options = subject.options
     moments = measure(subject)
     values = {name: np.array([gsnr(m, options.gsnr) for m in bins]) for name, bins in moments.items()}
     n = moments["latent"][0].count
-    where = "the parameters of" if options.wrt == "block" else "the hidden state after"
+    by_block, tapped = options.wrt == "block", subject.alignment.taps if subject.alignment is not None else ()
+    where = "the parameters of" if by_block else "the hidden state after"
+    own = "the same" if by_block else f"those after block {' and '.join(map(str, tapped))}" if tapped else "none"
     return Result(
         what="gsnr",
         title="Gradient signal-to-noise ratio",
         question="Do the alignment gradients of different images agree with each other, and at which noise levels?",
-        finding=_finding(values),
+        finding=_finding(values, subject.levels, n if options.gsnr == "plugin" else None),
         plots=_plots(subject, values, n),
         rows=_rows(moments),
         settings={
             "estimator": options.gsnr,
             "formula": "||mean g||^2 / tr(sample covariance, ddof 1); unbiased = plugin - 1/n",
-            "gradients with respect to": f"{where} block {subject.block}",
+            "gradients with respect to": f"{where} block {subject.block}; of the run's own loss {own}",
             "samples measured": n,
             "samples to fit heads": split(subject).fitted,
             "timestep bins": options.bins,
@@ -110,13 +112,18 @@ def _rows(moments: dict[str, list[Moments]]) -> list[Row]:
     ]
 
 
-def _finding(values: dict[str, np.ndarray]) -> str:
-    means = {name: float(np.nanmean(v)) for name, v in values.items()}
-    best = max((k for k in means if k != OWN), key=lambda k: means[k])
-    own = f"The run's own loss has a mean G-SNR of {means[OWN]:.3f} over t. " if OWN in means else ""
-    return (
-        f"{own}Of the targets probed with a fitted linear head, {best} is the most consistent (mean {means[best]:.3f})."
-    )
+def _finding(values: dict[str, np.ndarray], levels: list[str], samples: int | None) -> str:
+    """samples: behind a plugin estimate. Heads of other targets are fitted, so their heights do not compare with that of
+    the run's own loss, nor those of tokens of an encoder with those of a VAE's level."""
+    name, shown = ("the run's own loss", values[OWN]) if OWN in values else ("the latent", values["latent"])
+    floor = "" if samples is None else f"; gradients with nothing in common would give {1 / samples:.3f}"
+    found = [f"The G-SNR of {name} is {shown[0]:.3f} at the lowest t and {shown[-1]:.3f} at the highest{floor}."]
+    if len(levels) > 1:
+        low, high = (max(levels, key=lambda level: values[level][place]) for place in (0, -1))
+        found.append(
+            f"Of the VAE's levels, each through a fitted head, {low} has the highest at the lowest t, {high} at the highest."
+        )
+    return " ".join(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def run(subject: Subject) -> Result:
         settings={
             "samples": found.fitted,
             "components": f"first three, fitted over {found.fitted} images and all times of a block, stretched between "
-            "the 1st and 99th percentile",
+            "the 1st and 99th percentile; shares of variance are by components of each time alone",
             "token grid": f"{subject.info.grid} x {subject.info.grid}",
             "weights": subject.weights,
         },

@@ -89,10 +89,11 @@ def _state(block: int, t: float) -> str:
 def _finding(subject: Subject, found: _Spectra, top: int) -> str:
     middle = subject.options.times[len(subject.options.times) // 2]
     tapped = _state(subject.block, middle)
-    compared = "; ".join(f"{f} {100 * found.top(f, top):.1f} %" for f in found.features)
+    compared = "; ".join(f"{f} {100 * found.top(f, top):.1f} % of {len(found.shares[f])}" for f in found.features)
     return (
         f"The top {top} singular values of block {subject.block} at t = {middle:g} hold "
-        f"{100 * found.top(tapped, top):.1f} % of the energy{' (' + compared + ')' if compared else ''}; its effective "
+        f"{100 * found.top(tapped, top):.1f} % of the energy of {subject.cfg.width} dimensions"
+        f"{' (' + compared + ')' if compared else ''}; its effective "
         f"rank is {found.ranks[tapped]:.0f} of {subject.cfg.width}."
     )
 
