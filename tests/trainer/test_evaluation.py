@@ -302,6 +302,17 @@ def test_the_recipe_says_how_to_sample(root: Path, tmp_path: Path) -> None:
         assert figure in page
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"), [({"num": 4}, True), ({"num": 10}, False), ({"num": 4, "classes": Classes("random")}, False)]
+)
+def test_fewer_samples_than_classes_are_said_to_be_of_the_first(
+    root: Path, asked: dict[str, Any], *, said: bool
+) -> None:
+    told = Told()
+    with_defaults(SampleSettings(**asked), root / "runs/a", runs.load_config(root / "runs/a"), "cpu", told)
+    assert any("4 samples are of the first 4 of 10 classes" in note for note in told.notes) == said
+
+
 def test_the_recipe_says_which_channels_labels_pixels_and_times(root: Path, tmp_path: Path) -> None:
     """LightningDiT's: its grid is shifted, and three channels are guided. What is typed wins; a run of before has neither."""
     drawn = {"sampler": "ode", "steps": 249, "guidance": 6.7, "interval": [0, 0.875]}

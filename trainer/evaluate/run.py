@@ -443,7 +443,13 @@ def with_defaults(
                 f"on the CPU only {num} samples with {steps} steps; set --num and --steps, or use a GPU for {usual:,}"
             )
         num = num if prompts is None else min(num, max(2, usual))
-    return SampleRequest(**{**chosen, "num": num})
+    request = SampleRequest(**{**chosen, "num": num})
+    if prompts is None and model.text is None and str(request.classes) == "balanced" and num < model.num_classes:
+        progress.note(
+            f"{num} samples are of the first {num} of {model.num_classes:,} classes, and the reference is of all: draw "
+            f"--num {model.num_classes} or more, or --classes random"
+        )
+    return request
 
 
 def choose_extractor(name: str, weights_dir: str | None, device: str, progress: Progress) -> Extractor:
