@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,9 +36,10 @@ from trainer.evaluate.images import (
     open_images,
     prefetch,
 )
-from trainer.evaluate.judge import evaluate
+from trainer.evaluate.judge import _warnings, evaluate
 from trainer.evaluate.metrics import frechet_distance, manifold_coverage, moments_of
 from trainer.evaluate.references import (
+    Statistics,
     compute_statistics,
     load_statistics,
     reference_statistics,
@@ -437,11 +440,27 @@ def test_statistics_that_do_not_say_what_they_are_of_are_told_apart(extractor: E
     judged = [evaluate(ArrayImages(images=shapes[:50]), each, extractor) for each in (first, second, first)]
     names = [each["settings"]["reference"] for each in judged]
     assert names[0] == names[2] != names[1]
-    assert all(any("does not say which network" in warning for warning in each["warnings"]) for each in judged)
-    said = evaluate(
-        ArrayImages(images=shapes[:50]), compute_statistics(ArrayImages(images=shapes), extractor), extractor
-    )
-    assert not any("does not say which network" in warning for warning in said["warnings"])
+    assert not any("does not say which network" in warning for each in judged for warning in each["warnings"])
+
+
+def test_what_is_doubtful_of_a_reference_is_said(extractor: Extractor, shapes: np.ndarray) -> None:
+    made = compute_statistics(ArrayImages(images=shapes), extractor, keep_features=50)
+    judged = compute_statistics(ArrayImages(images=shapes[:50]), extractor)
+    earlier = replace(made, provenance={k: v for k, v in made.provenance.items() if k != "drawn"})
+
+    def said(reference: Statistics, *metrics: str, network: Extractor = extractor) -> str:
+        return " ".join(_warnings(metrics, judged, reference, network, by_prompt=False))
+
+    first = "activations are of its first images"
+    assert first in said(earlier, "precision") and first not in said(earlier, "fid") + said(made, "precision")
+    whole = replace(compute_statistics(ArrayImages(images=shapes), extractor), provenance={})
+    assert first not in said(whole, "precision"), "all are there"
+    inception: Any = SimpleNamespace(name="inception", is_standard=True, metric_names={"fid": "FID"})
+    outside, adm = (replace(whole, spatial_mean=mean) for mean in (None, np.zeros(2023)))
+    network = "does not say which network"
+    assert network in said(outside, "fid", network=inception)
+    assert network not in said(adm, "fid", network=inception) + said(made, "fid", network=inception)
+    assert "holds 240 images" in said(made, "fid", network=inception)
 
 
 @pytest.mark.parametrize("kind", ["lopsided", "negative"])

@@ -436,6 +436,9 @@ def test_no_run_leads_where_they_were_judged_otherwise(
         }
         for i, value in enumerate((10.0, 20.0))
     ]
+    # Of what decides no FID, nothing is said: what else was measured beside it, by whom, and what that needed.
+    entries[1]["settings"] = {**entries[1]["settings"], "judges": {"clip_score": {"model": "clip"}}}  # type: ignore[dict-item]
+    entries[0]["settings"] = {**entries[0]["settings"], "reference_features": 400}  # type: ignore[dict-item]
     later = [{**entries[0], "metrics": {"Recall": value}} for value in (0.3, 0.4)]
     judged = [replace(run, evaluations=[a, b]) for run, a, b in zip(runs, entries, later)]
     page = write_comparison(tmp_path / "c.html", judged)
@@ -443,6 +446,25 @@ def test_no_run_leads_where_they_were_judged_otherwise(
     assert page.read_text().count('class="best"') == (1 if said else 2)
     assert ("FID was not measured alike" in text) == bool(said) and said in text
     assert "Recall was not" not in text
+
+
+def test_caches_of_the_same_images_are_the_same_reference(tmp_path: Path, runs: list[RunData]) -> None:
+    """By their images where both evaluations say which; else by what they call them."""
+
+    def leads(*settings: dict[str, str]) -> bool:
+        judged = [
+            replace(run, evaluations=[{"step": 2000, "metrics": {"FID": value}, "settings": each}])
+            for run, value, each in zip(runs, (10.0, 20.0), settings)
+        ]
+        return 'class="best"' in write_comparison(tmp_path / "c.html", judged).read_text()
+
+    a, b = (
+        {"reference": "cache a", "reference_images": "12 adm"},
+        {"reference": "cache b", "reference_images": "12 adm"},
+    )
+    assert leads(a, a) and leads(a, b)
+    assert not leads(a, {**b, "reference_images": "34 adm"})
+    assert not leads(a, {"reference": "cache b"}) and leads(a, {"reference": "cache a"})
 
 
 def test_a_chart_of_nothing_but_zeros_is_not_drawn(tmp_path: Path, runs: list[RunData]) -> None:

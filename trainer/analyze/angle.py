@@ -148,9 +148,11 @@ def _finding(angles: _Angles) -> str:
             "samples (--set gradient_samples=...)."
         )
     unknown, worst, error = int(np.isnan(last).sum()), int(np.nanargmin(last)), angles.errors[-1]
-    known = len(last) - unknown
+    known = int(np.isfinite(error).sum())
     above, below = (int((sign * last > 2 * error).sum()) for sign in (1, -1))
     side = f"above 0 by more than two standard errors in {above} of {known} timestep bins, below in {below}"
+    if not known:
+        side = f"above 0 in {int((last > 0).sum())} of {len(last) - unknown} timestep bins (no standard errors: too few samples)"
     few = f" In {unknown} more the samples are too few to tell." if unknown else ""
     spread = f" (standard error {measure(error[worst])})" if np.isfinite(error[worst]) else ""
     once = " Only one checkpoint is kept; checkpoint_every and keep_checkpoints of trainer run say how many there are to follow."

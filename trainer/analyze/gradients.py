@@ -204,7 +204,7 @@ class GradientPair:
     def standard_error(self) -> float:
         """Of `unbiased`, by the jackknife over groups; NaN of fewer than three, or where one left out leaves it unknown.
 
-        From sketches of the gradients, whose scalar products are right but for a share of 1 / sqrt(SKETCH) of both norms.
+        From sketches of the gradients, whose scalar products are right but for about 1 / sqrt(SKETCH) of both norms' product.
         """
         a, b = np.stack(self._sketches, axis=1)
         n, grams = len(a), np.stack([a @ b.T, a @ a.T, b @ b.T])
@@ -230,12 +230,12 @@ class GradientPair:
         return found
 
 
-SKETCH = 1 << 16
+SKETCH = 65_521  # a prime: no column of a matrix, whose widths share factors, falls on a few places again and again
 
 
 def _sketch(tensors: Sequence[Tensor]) -> np.ndarray:
-    """All numbers with random signs, always the same, added up in turn in `SKETCH` places: a count sketch (Charikar et al.
-    2002). Scalar products of two of them are without bias those of what they are of, exact of no more than `SKETCH` numbers."""
+    """All numbers with random signs, always the same, added up in `SKETCH` places, in turn, not at random as in the count
+    sketch (Charikar et al. 2002). Scalar products of two of them are without bias those of what they are of, exact of no more than `SKETCH` numbers."""
     total, place = np.zeros(SKETCH), 0
     for index, tensor in enumerate(tensors):
         random = torch.Generator(tensor.device).manual_seed(index)

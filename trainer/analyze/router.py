@@ -128,15 +128,16 @@ def _ahpa(subject: Subject, method: Ahpa, plots: list[Plot], rows: list[Row], fi
     deep, low, high = names[-1], between[names[-1]][0], between[names[-1]][-1]
     moved = max(float(abs(w - uniform).max()) for w in between.values())
     shares = {
-        f"{name}/{layer}": (weights[:, l] * inter[:, g]).cpu().numpy()
+        (g, f"{name}/{layer}"): (weights[:, l] * inter[:, g]).cpu().numpy()
         for g, (name, weights) in enumerate(zip(names, intra))
         for l, layer in enumerate(_layer_names(subject, method, g))
     }
-    largest = max(shares, key=lambda layer: shares[layer].mean())
-    share = shares[largest]
+    even = {g: uniform / len(method.groups[g]) for g in range(len(names))}
+    g, largest = max(shares, key=lambda at: shares[at].mean() / even[at[0]])
+    share = shares[g, largest]
     findings.append(
-        f"Of single layers {largest} has the largest share of the whole mixture, {100 * share.min():.1f} to "
-        f"{100 * share.max():.1f} % (uniform: {100 / len(shares):.1f} %)."
+        f"Of single layers {largest} has gained most: {100 * share.min():.1f} to {100 * share.max():.1f} % of the whole mixture, "
+        f"{100 * even[g]:.1f} % of a uniform one."
     )
     findings.append(
         f"The deep group {deep} gets {100 * low:.1f} % of the weight at t = 0 and {100 * high:.1f} % at t = 1. A uniform router "

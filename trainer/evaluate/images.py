@@ -263,7 +263,8 @@ class FolderImages:
 
     def __post_init__(self) -> None:
         found = (p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-        files = sorted(found, key=lambda p: _natural(p.relative_to(self.path).as_posix()))
+        natural = (lambda p: _natural(p.relative_to(self.path).as_posix())) if self.by_name else None
+        files = sorted(found, key=natural)
         if not files:
             raise UserError(f"no images ({', '.join(EXTENSIONS)}) below {self.path}", remedy="Pass another folder.")
         order = range(len(files)) if self.by_name else sample_order(len(files), seed=FOLDER_SEED).tolist()
@@ -372,11 +373,15 @@ class CacheImages:
 
     @property
     def description(self) -> str:
-        """Source, crop where it is not ADM's, and fingerprint of the images: the same for all caches of them."""
+        """Source and fingerprint."""
         dataset = self.cache.manifest.dataset
-        crop = dataset.preprocessing.get("crop")
-        how = f", {crop}" if exact_loader(crop) != "pil" else ""
-        return f"images of cache {dataset.name} ({dataset.source}{how}, fingerprint {dataset.fingerprint[:16]})"
+        return f"images of cache {dataset.name} ({dataset.source}, fingerprint {self.cache.fingerprint[:16]})"
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of the images, and their crop: the same for all caches of them, whatever their features."""
+        dataset = self.cache.manifest.dataset
+        return f"{dataset.fingerprint[:16]} {dataset.preprocessing.get('crop') or 'adm'}"
 
     @property
     def count(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from featcache.errors import UserError
 from featcache.progress import QUIET, Progress
@@ -156,12 +157,19 @@ def _reference_record(reference: Statistics, *, need_features: bool) -> dict[str
     kept = reference.features if need_features else None
     return {
         "reference": reference.provenance.get("source") or _unnamed(reference),
+        "reference_images": reference.provenance.get("images"),
         "reference_count": reference.count,
         "reference_features": len(kept) if kept is not None else None,
+        "reference_draw": "of all images" if _is_part(kept, reference) and "drawn" in reference.provenance else None,
         "neighbours": NEIGHBOURS,
         "inception_chunk": INCEPTION_CHUNK,
         "distance_dtype": "float32",
     }
+
+
+def _is_part(kept: Tensor | None, reference: Statistics) -> bool:
+    """Whether activations are of some of the reference's images only."""
+    return kept is not None and reference.count is not None and len(kept) < reference.count
 
 
 def _unnamed(reference: Statistics) -> str:
@@ -236,7 +244,12 @@ def _warnings(
             f"The reference holds {reference.count:,} images: published figures compare with {FEWEST_OF_REFERENCES:,} or"
             " more, and fewer move every number."
         )
-    if "extractor" not in reference.provenance and reference.spatial_mean is None:
+    if NEED_FEATURES & set(chosen) and _is_part(reference.features, reference) and "drawn" not in reference.provenance:
+        warnings.append(
+            "The reference's activations are of its first images, as earlier versions kept them: where it is sorted by class,"
+            " precision, recall and KID are by few classes. Make it again: trainer stats."
+        )
+    if extractor.name == "inception" and "extractor" not in reference.provenance and reference.spatial_mean is None:
         warnings.append(
             "The reference does not say which network made it: it was taken for the Inception of ADM's evaluator. Those of"
             " pytorch-fid and clean-fid were fed otherwise resized images, and their statistics give other numbers."

@@ -94,6 +94,7 @@ class _Kept:
         self._pending: list[Tensor] = []  # on the network's device
         self._blocks: list[Tensor] = []
         self._numbers: list[np.ndarray] = []  # of the rows in `_blocks` and `_pending`, where there is a limit
+        self._waiting = 0  # rows in `_pending`
 
     def add(self, x: Tensor) -> None:
         if self._limit == 0:
@@ -101,17 +102,20 @@ class _Kept:
         if self._limit is not None:
             numbers = self._random.random(len(x))
             small = numbers < self._highest
+            if not small.any():
+                return
             if not small.all():
-                x, numbers = x[torch.from_numpy(small.nonzero()[0]).to(x.device)], numbers[small]
+                x, numbers = x[_on_device(small.nonzero()[0], x.device)], numbers[small]
             self._numbers.append(numbers)
         self._pending.append(x)
-        if sum(map(len, self._pending)) >= KEPT_AT_ONCE:
+        self._waiting += len(x)
+        if self._waiting >= KEPT_AT_ONCE:
             self._fetch()
 
     def _fetch(self) -> None:
         if self._pending:
             self._blocks.append(torch.cat(self._pending).to("cpu", torch.float32))
-            self._pending = []
+            self._pending, self._waiting = [], 0
         if self._limit is not None and sum(map(len, self._numbers)) > self._limit:
             numbers, rows = np.concatenate(self._numbers), torch.cat(self._blocks)
             kept = np.sort(np.argpartition(numbers, self._limit - 1)[: self._limit])
@@ -130,6 +134,12 @@ class _Kept:
             out[start : start + len(block)] = block
             start += len(block)
         return out
+
+
+def _on_device(indices: np.ndarray, device: torch.device) -> Tensor:
+    """Without making a GPU wait for it."""
+    rows = torch.from_numpy(indices)
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 def _checked(images: ImageSet, batch_size: int, resolution: int | None, *, pin: bool) -> Iterator[Tensor]:
@@ -234,7 +244,12 @@ def compute_statistics(
             f"{images.description} holds {done} images: statistics need at least 2",
             remedy="Pass more images.",
         )
-    provenance = {"extractor": extractor.provenance, "source": images.description, "versions": _versions()}
+    provenance: dict[str, Any] = {
+        "extractor": extractor.provenance,
+        "source": images.description,
+        "versions": _versions(),
+    }
+    provenance |= {"drawn": KEPT_SEED, **({"images": images.identity} if isinstance(images, CacheImages) else {})}
     return replace(sums.result(), count=done, resolution=resolution, provenance=provenance)
 
 
@@ -454,12 +469,11 @@ def reference_statistics(
         return stored
     if stored is not None and extractor.name == "inception" and extractor.is_standard:
         if not need_features:
-            return stored
+            return replace(stored, provenance={"source": images.description, **stored.provenance})
         computed = compute_statistics(
             images,
             extractor,
             batch_size=batch_size,
-            limit=DEFAULT_KEPT_FEATURES,
             keep_features=DEFAULT_KEPT_FEATURES,
             resolution=resolution,
             name="features of the reference",

@@ -244,7 +244,8 @@ def _judging(request: EvalRequest, standard: evaluation.Standard) -> dict[str, A
     """What all points share of how they are judged. JSON-able."""
     compared: dict[str, Any] = {"reference": "the run's cache"}
     if not standard.own and standard.reference is not None:
-        compared = {"reference": redact(standard.reference), "stamp": standard.stamp}
+        compared = {"reference": redact(standard.reference)}
+        compared |= {} if standard.stamp is None else {"stamp": standard.stamp}
     return {**standard.record(), **compared, "bootstrap": request.bootstrap}
 
 

@@ -51,6 +51,21 @@ def in_words(reported: str) -> str | None:
     return PROMPT_METRICS.get(reported.removeprefix("random-"))
 
 
+_WITH_ACTIVATIONS = {"KD", *(metric.label for metric in METRICS.values() if metric.activations)}
+
+
+def decided_by(reported: str) -> tuple[str, ...]:
+    """Which settings of an evaluation decide the metric reported under this name, beside how its samples were drawn."""
+    counted = ("sample_count", "resolution")
+    parts = reported.split("-")
+    if in_words(reported) is not None:
+        return (*counted, "judges")
+    if METRICS["inception_score"].label in parts:
+        return (*counted, "extractor")
+    kept = () if _WITH_ACTIVATIONS.isdisjoint(parts) else ("reference_features", "reference_draw")
+    return (*counted, "extractor", "reference", "reference_count", *kept)
+
+
 def higher_is_better(reported: str) -> bool:
     """Whether a larger value is better of the metric reported under this name, such as `embedded-Recall`."""
     if in_words(reported) is not None:

@@ -185,9 +185,14 @@ def _limit(axes: Axes, chart: Chart) -> None:
     tops, bottoms = [], []
     for series in chart.series:
         y = drawable(series.y)
-        e = 0 if series.error is None else np.nan_to_num(drawable(series.error))
-        tail = np.stack([y - e, y + e])[:, len(y) // 50 :]
+        tail = y[len(y) // 50 :]
         tail = tail[np.isfinite(tail)]
+        if series.error is not None and len(
+            tail
+        ):  # bars as long as the line is high, at most: one must not press all flat
+            e = np.clip(np.nan_to_num(drawable(series.error)), 0, np.ptp(tail))[len(y) // 50 :]
+            bars = np.stack([y[len(y) // 50 :] - e, y[len(y) // 50 :] + e])
+            tail = bars[np.isfinite(bars)]
         if len(tail):
             tops.append(tail.max())
             bottoms.append(tail.min())

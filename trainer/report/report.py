@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -31,6 +32,7 @@ from trainer.report.table import (
     flatten,
     is_text,
     judged_otherwise,
+    judgement,
     latest,
     loss_titles,
     measure_words,
@@ -182,11 +184,13 @@ def _substitutes(runs: Sequence[RunData]) -> list[str]:
         return [f"{said} The runs were judged by different prompts or by classes, so the figures do not rank them."]
     if any(judged_otherwise(runs, name, of) for of in prompt_sets(runs) for name in names):
         return [f"{said} The runs were not judged alike, so the figures do not rank them."]
-    counts = [count for run in runs if (count := sample_count(latest(run))) is not None]
-    if counts and min(counts) < FEWEST_TO_RANK:
-        return [
-            f"{said} {number(min(counts))} samples are too few to rank the runs by: judge {FEWEST_TO_RANK} or more."
-        ]
+    held = [judgement(run, name, of) for of in prompt_sets(runs) for name in names for run in runs]
+    counts = [sample_count(each) for each in held if each]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return [said]
+    if min(known) < FEWEST_TO_RANK:
+        return [f"{said} {number(min(known))} samples are too few to rank the runs by: judge {FEWEST_TO_RANK} or more."]
     return [f"{said} They rank the runs on this page against each other."]
 
 
@@ -281,13 +285,17 @@ def incomparable(runs: Sequence[RunData]) -> list[str]:
     return found
 
 
+# What sentences of their own say of extractors (`incomparable`) and of judges by prompt (`_other_judges`).
+_SAID_OF_NETWORKS = re.compile(r"extractor weights sha256:|judges .* (model|judge|weights|sha256|weights sha256):")
+
+
 def _other_settings(runs: Sequence[RunData]) -> list[str]:
-    """Metrics that were measured at other settings, but for other networks, of which there are sentences of their own."""
+    """Metrics that were measured at other settings, but for other weights, of which there are sentences of their own."""
     by_settings: dict[tuple[str, ...], list[str]] = {}
     for of in prompt_sets(runs):
         for metric in metric_names(runs, of):
             differing = judged_otherwise(runs, metric, of)
-            said = tuple(each for each in differing if not each.startswith(("extractor", "judges")))
+            said = tuple(each for each in differing if not _SAID_OF_NETWORKS.match(each))
             if said:
                 by_settings.setdefault(said, []).append(metric)
     return [
@@ -351,7 +359,8 @@ def _evaluated(run: RunData, metric: str, of: Of) -> Column:
     Other samplers, references or numbers of samples give other numbers: joined by a line they would look like progress.
     """
     entries = [e for e in evaluations_of(run, of) if metric in metrics_of(e) and e.get("step") is not None]
-    values = {int(e["step"]): float(metrics_of(e)[metric]) for e in entries if conditions(e) == conditions(entries[-1])}
+    wanted = conditions(entries[-1], metric) if entries else {}
+    values = {int(e["step"]): float(metrics_of(e)[metric]) for e in entries if conditions(e, metric) == wanted}
     steps = np.array(sorted(values), dtype=np.float64)
     return Column(steps=steps, time_s=_time_at(run, steps), values=np.array([values[int(s)] for s in steps]))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from trainer.evaluate.prompt_sets import PromptSet
-from trainer.evaluate.table import higher_is_better
+from trainer.evaluate.table import decided_by, higher_is_better
 from trainer.report.charts import smooth, smoothing_span
 from trainer.report.data import Column, RunData
 from trainer.runs.published import PROMPTS
@@ -111,21 +111,37 @@ def sample_count(evaluation: Mapping[str, Any]) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def conditions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What moves the numbers of an evaluation, but for the checkpoint."""
-    settings = evaluation.get("settings") or {}
-    named = ("extractor", "sample_count", "resolution", "reference", "reference_count", "reference_features", "judges")
+def conditions(evaluation: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """What moves a metric of an evaluation, but for the checkpoint."""
+    settings = evaluation.get("settings")
+    settings = settings if isinstance(settings, Mapping) else {}
+    found = {name: settings.get(name) for name in decided_by(metric)}
+    judges = found.get("judges")
+    if isinstance(judges, Mapping):  # of several metrics of prompts each has its own
+        name = metric.removeprefix("random-").partition("/")[0]
+        found["judges"] = {key: value for key, value in judges.items() if key == name}
     sampler = evaluation.get("sampler")
     if isinstance(sampler, Mapping):  # the latest checkpoint ends the curve of the snapshots, which may be rounded
         sampler = {key: value for key, value in sampler.items() if key != "stored"}
-    return {"sampler": sampler, **{name: settings.get(name) for name in named}}
+    return {"sampler": sampler, **found}
+
+
+def _reference_images(evaluation: Mapping[str, Any]) -> str | None:
+    """Which images samples were compared with, where that is known beyond the name of their cache."""
+    settings = evaluation.get("settings")
+    found = settings.get("reference_images") if isinstance(settings, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def judged_otherwise(runs: Sequence[RunData], metric: str, of: Of) -> list[str]:
     """In what the judgements differ that the runs' figures of a metric are from, as `name: value (runs)`; empty where
     they compare."""
-    held = [(run.name, _judgement(run, metric, of)) for run in runs]
-    flat = [(run, dict(flatten(conditions(each)))) for run, each in held if each is not None]
+    held = [(run.name, judgement(run, metric, of)) for run in runs]
+    flat = [(run, dict(flatten(conditions(each, metric)))) for run, each in held if each is not None]
+    # Caches of the same images have names and fingerprints of their own; older evaluations say these alone.
+    images = [_reference_images(each) for _, each in held if each is not None]
+    if all(images) and len(set(images)) == 1:
+        flat = [(run, {name: value for name, value in each.items() if name != "reference"}) for run, each in flat]
     found = []
     for name in dict.fromkeys(name for _, each in flat for name in each):
         values: dict[str, list[str]] = {}
@@ -137,7 +153,7 @@ def judged_otherwise(runs: Sequence[RunData], metric: str, of: Of) -> list[str]:
     return found
 
 
-def _judgement(run: RunData, metric: str, of: Of) -> Mapping[str, Any] | None:
+def judgement(run: RunData, metric: str, of: Of) -> Mapping[str, Any] | None:
     """The last evaluation that holds a metric, empty where it was logged in training; None where it is not known."""
     held = next((e for e in reversed(evaluations_of(run, of)) if metric in metrics_of(e)), None)
     if held is None and of is None and run.last(f"metric/{metric}") is not None:
@@ -292,7 +308,7 @@ def _metric_row(
     found = [_latest_metric(run, metric, of) for run in runs]
     known = [(f[0], i) for i, f in enumerate(found) if f is not None]
     best = None
-    judgements = [_judgement(run, metric, of) or {} for run in runs]
+    judgements = [judgement(run, metric, of) or {} for run in runs]
     few = any((sample_count(each) or FEWEST_TO_RANK) < FEWEST_TO_RANK for each in judgements)
     alike = not judged_otherwise(runs, metric, of)
     if alike and not few and len({measure(value) for value, _ in known}) > 1:  # a lead that does not show is none
@@ -336,7 +352,7 @@ def _level(column: Column | None) -> float | None:
 
 def _latest_metric(run: RunData, metric: str, of: Of) -> tuple[float, Sequence[float] | None] | None:
     """Value and interval of the last evaluation that holds the metric, else its last logged value."""
-    held = _judgement(run, metric, of)
+    held = judgement(run, metric, of)
     if held is None:
         return None
     if held:
