@@ -8,6 +8,8 @@ Of each run that has its last checkpoint, into `checks.json` beside `results.jso
   weights (`ema`), which samples are drawn with, and of the trained ones (`model`), with which the alignment heads were trained;
 - `router`: what AHPA's router gives each layer, by layer, mean over t and lowest;
 - `denoise`: mean denoising loss of the training steps in the last third, on the same images, noise and times in all runs of a seed;
+- `held_out`, beside the runs: what the judges say of the images held out, and of these through the VAE: what samples of a
+  model without fault would get (FID and recall of so many samples, that is);
 - `judged`: with --sampling-steps, what the judges say of samples drawn with more steps than the experiment's.
 
 Interrupted, the same command goes on; what is there is not measured again.
@@ -30,7 +32,7 @@ import typer
 from featcache.console import console, run_app, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError
-from pipelines.experiments.methods import Judge, Settings, data_of, write_json
+from pipelines.experiments.methods import PARTS, Data, Judge, Settings, data_of, write_json
 
 
 def angle(run: Path, *, samples: int, device: str) -> dict[str, list[float | None]]:
@@ -85,6 +87,24 @@ def training_loss(run: Path, *, steps: int) -> float:
     return statistics.fmean(r["denoise"] for r in read_log(run) if r["step"] > steps * 2 / 3)
 
 
+def held_out(data: Data, judge: Judge) -> dict[str, dict[str, float]]:
+    """What the judges say of the images held out: `images` themselves, and `decoded` from the means of their latents."""
+    import numpy as np
+
+    import featcache
+    from featcache.inspect import images_of, pixels_of
+    from trainer.evaluate.images import ArrayImages
+
+    cache = featcache.open(data.held_out)
+    folder = None if data.photographs is None else str(data.photographs / "val.zip")
+    parts = np.array_split(np.arange(len(cache)), -(-len(cache) // 50))
+    sets = {
+        "images": np.concatenate([images_of(cache, folder, part.tolist()) for part in parts]),
+        "decoded": np.concatenate([pixels_of(cache, None, part.tolist()) for part in parts]),
+    }
+    return {name: judge.compare(ArrayImages(images=images)) for name, images in sets.items()}
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -99,7 +119,7 @@ def main(
     ] = None,
     judged_seeds: Annotated[int, typer.Option(help="Runs of each method to judge again.")] = 2,
 ) -> None:
-    """A second look at the runs of a finished part: gradient angles, router, training loss, more sampling steps."""
+    """A second look at the runs of a finished part: gradient angles, router, training loss, images held out, more steps."""
     folder = out / part
     settings, runs = _finished_runs(folder)
     record = folder / "checks.json"
@@ -108,6 +128,10 @@ def main(
         raise UserError(f"{record} was measured with --samples {checks['samples']}", remedy="Type that, or remove it.")
     checks["date"] = date.today().isoformat()
     judge: Judge | None = None
+    if "held_out" not in checks and (photographs is not None or not PARTS[part].photographs):
+        data = data_of(part, folder, photographs)
+        checks["held_out"] = held_out(data, Judge(data, settings))
+        write_json(record, checks)
     for name, run in runs.items():
         found = checks["runs"].setdefault(name, {})
         if "angle" not in found:

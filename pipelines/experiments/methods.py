@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,9 @@ from featcache.errors import UserError
 from pipelines.experiments.pictures import draw_samples
 from pipelines.experiments.summary import draw, summarise, table
 from trainer.models.config import SIZES
+
+if TYPE_CHECKING:
+    from trainer.evaluate.images import ImageSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,9 +432,7 @@ class Judge:
         ]
 
     def __call__(self, run: Path, step: int) -> dict[str, float]:
-        import torch
-
-        from trainer.evaluate.judge import evaluate
+        from trainer.evaluate.images import NpzImages
         from trainer.requests import SampleRequest
         from trainer.sampling.run import sample_run
 
@@ -447,13 +448,22 @@ class Judge:
         )
         with RichProgress() as progress:
             drawn = sample_run(run, request, progress)
+        found = self.compare(NpzImages(path=drawn.images))
+        drawn.images.unlink()  # the grid beside it stays
+        return found | held_out_loss(run, step, self._data.held_out, bins=settings.bins, device=self._device)
+
+    def compare(self, images: ImageSet) -> dict[str, float]:
+        """All metrics of both judges, by the names they are reported under, against the images trained on."""
+        import torch
+
+        from trainer.evaluate.judge import evaluate
+
         found: dict[str, float] = {}
         with torch.inference_mode():
             for extractor, reference in zip(self._extractors, self._references):
-                judged = evaluate(drawn.images, reference, extractor)
+                judged = evaluate(images, reference, extractor)
                 found |= {name: float(value) for name, value in judged["metrics"].items()}
-        drawn.images.unlink()  # the grid beside it stays
-        return found | held_out_loss(run, step, self._data.held_out, bins=settings.bins, device=self._device)
+        return found
 
 
 def held_out_loss(run: Path, step: int, cache: Path, *, bins: int, device: str, seed: int = 0) -> dict[str, float]:

@@ -228,7 +228,9 @@ def test_checks_look_at_every_finished_run(tmp_path: Path, capsys: pytest.Captur
         checks.main(part="shapes-16", out=tmp_path)
     run_part(replace(TINY, images=32), methods=["none", "ahpa"], seeds=1, out=part)
     checks.main(part="shapes-16", out=tmp_path, samples=16)
-    found = json.loads((part / "checks.json").read_text())["runs"]
+    whole = json.loads((part / "checks.json").read_text())
+    found, real = whole["runs"], whole["held_out"]
+    assert real["images"]["embedded-FID"] < real["decoded"]["embedded-FID"], "nothing beats the images themselves"
     assert list(found) == ["ahpa-0", "none-0"] and found["none-0"]["angle"] == found["none-0"]["router"] == {}
     aligned = found["ahpa-0"]
     assert all(len(values) == 10 and any(v is not None for v in values) for values in aligned["angle"].values())
