@@ -15,6 +15,7 @@ from typing import Any
 from featcache.encoders.table import CLIP_MEAN, ENCODERS, HALF, IMAGENET_MEAN, TEXTS, VAES, VisionEntry
 from featcache.store.manifest import FeatureSpec
 from pipelines.experiments import summary
+from pipelines.experiments.checks import BLUR
 from pipelines.experiments.methods import METHODS, PARTS
 from trainer.align import config_class, data_streams, method_names, resolve
 from trainer.align.base import FeatureInfo
@@ -264,6 +265,28 @@ def judged_table(part: str) -> str:
     return f"{_rows(['', *head], rows)}\n\n{_checks_of(part, record, f' --sampling-steps {asked}')}"
 
 
+HELD_OUT = {
+    "images": "held out",
+    "decoded": "through the VAE",
+    "blurred": f"blurred by {BLUR} pixels",
+}
+
+
+def held_out_table() -> str:
+    """What the judges say of real images, by part: of those held out, and of these through the VAE."""
+    rows, dates = [], set()
+    for part, of in PARTS.items():
+        record = _result(f"methods/{part}/checks")
+        for name, metrics in (record or {}).get("held_out", {}).items():
+            values = [f"{metrics[metric]:.3g}" for metric in summary.SHOWN if metric != "denoise"]
+            kind = "photographs" if of.photographs else "shapes"
+            rows.append([f"{kind}, {of.resolution} px: {HELD_OUT[name]}", *values])
+            dates.add(record["date"])
+    head = [title for metric, title in summary.SHOWN.items() if metric != "denoise"]
+    command = "`python -m pipelines.experiments.checks --part PART --photographs DIR`"
+    return f"{_rows(['of 500', *head], rows)}\n\n{command}, {', '.join(sorted(dates))}."
+
+
 def _checks_of(part: str, record: dict[str, Any], options: str = "") -> str:
     photographs = " --photographs DIR" if PARTS[part].photographs else ""
     return f"`python -m pipelines.experiments.checks --part {part}{photographs}{options}`, {record['date']}."
@@ -276,6 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"methods-{part}": partial(methods_table, part) for part in PARTS},
     "angle-photographs-64": partial(angle_table, "photographs-64"),
     "judged-photographs-64": partial(judged_table, "photographs-64"),
+    "held-out": held_out_table,
 }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ Of each run that has its last checkpoint, into `checks.json` beside `results.jso
   weights (`ema`), which samples are drawn with, and of the trained ones (`model`), with which the alignment heads were trained;
 - `router`: what AHPA's router gives each layer, by layer, mean over t and lowest;
 - `denoise`: mean denoising loss of the training steps in the last third, on the same images, noise and times in all runs of a seed;
-- `held_out`, beside the runs: what the judges say of the images held out, and of these through the VAE: what samples of a
-  model without fault would get (FID and recall of so many samples, that is);
+- `held_out`, beside the runs: what the judges say of the images held out, of these through the VAE, which is what samples of a
+  model without fault would get (FID and recall of so many samples, that is), and of these blurred, which tells what a judge sees;
 - `judged`: with --sampling-steps, what the judges say of samples drawn with more steps than the experiment's.
 
 Interrupted, the same command goes on; what is there is not measured again.
@@ -33,6 +33,8 @@ from featcache.console import console, run_app, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError
 from pipelines.experiments.methods import PARTS, Data, Judge, Settings, data_of, write_json
+
+BLUR = 8
 
 
 def angle(run: Path, *, samples: int, device: str) -> dict[str, list[float | None]]:
@@ -88,8 +90,11 @@ def training_loss(run: Path, *, steps: int) -> float:
 
 
 def held_out(data: Data, judge: Judge) -> dict[str, dict[str, float]]:
-    """What the judges say of the images held out: `images` themselves, and `decoded` from the means of their latents."""
+    """What the judges say of the images held out: `images` themselves; `decoded` from the means of their latents; `blurred`:
+    averaged over squares of `BLUR` pixels, and drawn large again."""
     import numpy as np
+    import torch
+    import torch.nn.functional as F
 
     import featcache
     from featcache.inspect import images_of, pixels_of
@@ -98,9 +103,13 @@ def held_out(data: Data, judge: Judge) -> dict[str, dict[str, float]]:
     cache = featcache.open(data.held_out)
     folder = None if data.photographs is None else str(data.photographs / "val.zip")
     parts = np.array_split(np.arange(len(cache)), -(-len(cache) // 50))
+    images = np.concatenate([images_of(cache, folder, part.tolist()) for part in parts])
+    coarse = F.avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float(), BLUR)
+    blurred = F.interpolate(coarse, scale_factor=BLUR, mode="bilinear").round().to(torch.uint8)
     sets = {
-        "images": np.concatenate([images_of(cache, folder, part.tolist()) for part in parts]),
+        "images": images,
         "decoded": np.concatenate([pixels_of(cache, None, part.tolist()) for part in parts]),
+        "blurred": blurred.permute(0, 2, 3, 1).contiguous().numpy(),
     }
     return {name: judge.compare(ArrayImages(images=images)) for name, images in sets.items()}
 
