@@ -15,7 +15,7 @@ from typing import Any
 from featcache.encoders.table import CLIP_MEAN, ENCODERS, HALF, IMAGENET_MEAN, TEXTS, VAES, VisionEntry
 from featcache.store.manifest import FeatureSpec
 from pipelines.experiments import summary
-from pipelines.experiments.checks import BLUR
+from pipelines.experiments.checks import BLUR, TIMES
 from pipelines.experiments.methods import METHODS, PARTS
 from trainer.align import config_class, data_streams, method_names, resolve
 from trainer.align.base import FeatureInfo
@@ -239,7 +239,9 @@ def angle_table(part: str) -> str:
     record = _result(f"methods/{part}/checks")
     rows: list[list[str]] = []
     for method in METHODS:
-        runs = [run["angle"] for name, run in record["runs"].items() if name.rpartition("-")[0] == method]
+        runs = [
+            run["angle"] for name, run in record["runs"].items() if name.rpartition("-")[0] == method and "angle" in run
+        ]
         for weights in runs[0] if runs and runs[0] else ():
             means = [statistics.fmean(v for v in run[weights] if v is not None) for run in runs]
             by_bin = [means, *zip(*(run[weights] for run in runs), strict=True)]
@@ -247,6 +249,27 @@ def angle_table(part: str) -> str:
             rows.append([f"{METHODS[method].title}, {WEIGHTS[weights]}", *(summary.shown(*values) for values in found)])
     title = [f"t = {i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)]
     return f"{_rows(['cosine', 'all t', *title], rows)}\n\n{_checks_of(part, record)}"
+
+
+def router_table() -> str:
+    """What AHPA's router gives each layer by t, mean and 95 % interval over the seeds; layers with less than 1 % are left out."""
+    rows: list[list[str]] = []
+    commands: list[str] = []
+    for part, of in PARTS.items():
+        record = _result(f"methods/{part}/checks")
+        runs = [run["router"] for run in (record or {"runs": {}})["runs"].values() if run["router"]]
+        if not runs:
+            continue
+        of_layer = {
+            layer: list(zip(*(run[layer] for run in runs), strict=True)) for layer in runs[0]
+        }  # by t, over seeds
+        kind = f"{'photographs' if of.photographs else 'shapes'}, {len(runs)} seeds"
+        for layer, by_t in of_layer.items():
+            found = [summary.mean_and_interval(values) for values in by_t]
+            if max(mean for mean, _ in found) >= 0.01:
+                rows.append([f"{kind}: `{layer}`", *(summary.shown(*values) for values in found)])
+        commands.append(_checks_of(part, record, " --no-angles"))
+    return f"{_rows(['weight at t =', *map(str, TIMES)], rows)}\n\n{' '.join(commands)}"
 
 
 def judged_table(part: str) -> str:
@@ -299,7 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"methods-{part}": partial(methods_table, part) for part in PARTS},
     "angle-photographs-64": partial(angle_table, "photographs-64"),
     "judged-photographs-64": partial(judged_table, "photographs-64"),
-    "held-out": held_out_table,
+    "held-out": held_out_table, "router": router_table,
 }  # fmt: skip
 
 

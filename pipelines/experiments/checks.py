@@ -6,7 +6,7 @@ Of each run that has its last checkpoint, into `checks.json` beside `results.jso
 
 - `angle`: cosine of the denoising and the alignment loss's gradients by interval of t (`trainer.analyze.angle`), of the averaged
   weights (`ema`), which samples are drawn with, and of the trained ones (`model`), with which the alignment heads were trained;
-- `router`: what AHPA's router gives each layer, by layer, mean over t and lowest;
+- `router`: what AHPA's router gives each layer of the whole mixture, at the times `TIMES`;
 - `denoise`: mean denoising loss of the training steps in the last third, on the same images, noise and times in all runs of a seed;
 - `held_out`, beside the runs: what the judges say of the images held out, of these through the VAE, which is what samples of a
   model without fault would get (FID and recall of so many samples, that is), and of these blurred, which tells what a judge sees;
@@ -35,6 +35,7 @@ from featcache.errors import UserError
 from pipelines.experiments.methods import PARTS, Data, Judge, Settings, data_of, write_json
 
 BLUR = 8
+TIMES = tuple(i / 10 for i in range(11))
 
 
 def angle(run: Path, *, samples: int, device: str) -> dict[str, list[float | None]]:
@@ -59,8 +60,8 @@ def angle(run: Path, *, samples: int, device: str) -> dict[str, list[float | Non
     return found
 
 
-def router(run: Path, *, device: str) -> dict[str, dict[str, float]]:
-    """Layer -> mean over t and lowest of its weight within the whole mixture; {} without AHPA's router."""
+def router(run: Path, *, device: str) -> dict[str, list[float]]:
+    """Layer -> its weight within the whole mixture at each of `TIMES`; {} without AHPA's router."""
     import torch
 
     from featcache.machine import pick_device
@@ -70,15 +71,16 @@ def router(run: Path, *, device: str) -> dict[str, dict[str, float]]:
     from trainer.analyze.subject import Subject
 
     subject = Subject(run, AnalyzeConfig(samples=64), device=pick_device(device), gradients=True)
-    found = {}
+    found: dict[str, list[float]] = {}
     for method in subject.methods.values():
         if isinstance(method, Ahpa):
-            intra, inter = router_weights(subject, method, torch.linspace(0, 1, 11, device=subject.device))
+            intra, inter = router_weights(subject, method, torch.tensor(TIMES, device=subject.device))
             for g, group in enumerate(method.groups):
                 shares = intra[g] * inter[:, g, None]  # [times, layers]
-                for (level, layer), share in zip(group, shares.T, strict=True):
-                    name = subject.layers(level)[layer]
-                    found[name] = {"mean": share.mean().item(), "lowest": share.min().item()}
+                found |= {
+                    subject.layers(level)[layer]: share.tolist()
+                    for (level, layer), share in zip(group, shares.T, strict=True)
+                }
     return found
 
 
@@ -127,6 +129,7 @@ def main(
         int | None, typer.Option(help="Judge again, with so many steps of the ODE sampler. [default: do not]")
     ] = None,
     judged_seeds: Annotated[int, typer.Option(help="Runs of each method to judge again.")] = 2,
+    angles: Annotated[bool, typer.Option(help="Measure gradient angles, which take minutes a run.")] = True,
 ) -> None:
     """A second look at the runs of a finished part: gradient angles, router, training loss, images held out, more steps."""
     folder = out / part
@@ -143,10 +146,12 @@ def main(
         write_json(record, checks)
     for name, run in runs.items():
         found = checks["runs"].setdefault(name, {})
-        if "angle" not in found:
-            found["angle"] = angle(run, samples=samples, device=settings.device)
+        if "router" not in found:
             found["router"] = router(run, device=settings.device)
             found["denoise"] = training_loss(run, steps=settings.steps)
+            write_json(record, checks)
+        if angles and "angle" not in found:
+            found["angle"] = angle(run, samples=samples, device=settings.device)
             write_json(record, checks)
         again = found.setdefault("judged", {})
         if sampling_steps is not None and str(sampling_steps) not in again and _seed(name) < judged_seeds:
@@ -182,10 +187,10 @@ def _seed(name: str) -> int:
 def _line(found: Mapping[str, Any]) -> str:
     angles = [
         f"cosine {statistics.fmean(known):.3f} ({weights})"
-        for weights, values in found["angle"].items()
+        for weights, values in found.get("angle", {}).items()
         if (known := [value for value in values if value is not None])
     ]
-    layers = [f"{layer} {share['mean']:.3f}" for layer, share in found["router"].items() if share["mean"] > 0.05]
+    layers = [f"{layer} {min(at):.3f} to {max(at):.3f}" for layer, at in found["router"].items() if max(at) > 0.05]
     judged = [f"FID {metrics['embedded-FID']:.1f} at {steps} steps" for steps, metrics in found["judged"].items()]
     return ", ".join([f"training loss {found['denoise']:.4f}", *angles, *layers, *judged])
 
