@@ -317,6 +317,34 @@ def test_log_survives_a_torn_line_and_a_resume(tmp_path: Path) -> None:
         read_columns(tmp_path / "log.jsonl")
 
 
+def test_evaluations_during_training_that_were_measured_otherwise_make_no_curve(tmp_path: Path) -> None:
+    """A resumed run may judge more samples: a line from few to many would look like progress."""
+    key, few, many = "eval/embedded-FID", "64 samples compared with a", "256 samples compared with a"
+    run, other = make_run(tmp_path / "long"), make_run(tmp_path / "other")
+
+    def write(path: Path, measured: list[tuple[int, str, float]]) -> None:
+        lines = [{"step": at, "loss": 1.0, key: fid, **({"eval_of": how} if how else {})} for at, how, fid in measured]
+        (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write(run, [(100, few, 90.0), (200, few, 80.0), (300, many, 40.0), (400, many, 35.0)])
+    column = read_columns(run / "log.jsonl")[key]
+    assert column.steps.tolist() == [300, 400] and (column.conditions, column.others) == (many, 2)
+    _, text = read(write_report(tmp_path / "r.html", [load_run(run)], title="r"))
+    assert f"Measured of {many}. long: 2 earlier evaluations, measured otherwise, are left out." in text
+
+    write(other, [(100, "", 90.0), (200, few, 80.0)])  # the first by a version that did not say how
+    column = read_columns(other / "log.jsonl")[key]
+    assert column.steps.tolist() == [100, 200] and (column.conditions, column.others) == (few, 0)
+    _, text = read(write_comparison(tmp_path / "c.html", [load_run(run), load_run(other)], title="c"))
+    assert f"Measured of {many} (long); of {few} (other). So the curves are not compared." in text
+
+    (run / "log.jsonl").write_text(json.dumps({"step": 1, "eval_of": few, key: 2.0, "eval/prompts_obeyed": 0.5}) + "\n")
+    with (run / "log.jsonl").open("a") as file:  # prompts are no longer asked for: what was obeyed before stays a curve
+        file.write(json.dumps({"step": 2, "eval_of": many, key: 1.0}) + "\n")
+    kept = read_columns(run / "log.jsonl")
+    assert kept["eval/prompts_obeyed"].values.tolist() == [0.5] and kept[key].values.tolist() == [1.0]
+
+
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no run at"):
         load_run(tmp_path / "none")

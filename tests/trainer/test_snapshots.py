@@ -509,6 +509,7 @@ def test_evaluation_during_training_changes_nothing_and_resumes(shapes_cache: Pa
     found = [record for record in numbers(whole) if len(record) > 1]
     assert [record["step"] for record in found] == [2, 4]
     assert all({"eval/embedded-FID", "eval/embedded-KID"} < record.keys() for record in found)
+    assert {r.get("eval_of") for r in log_of(whole)} == {None, "16 samples compared with the cache's images"}
     assert [r["step"] for r in log_of(plain)] == sorted({r["step"] for r in log_of(whole)})
     for step in (1, 2, 3):
         copy = keep_only(whole, step, tmp_path / f"from-{step}" / "run")

@@ -350,8 +350,9 @@ def test_during_training_the_evaluations_are_of_the_prompts(
     folder = train(config, resume=False, watcher=Quiet(), root=tmp_path, make_judge=during.small_judge)
     (line,) = [line for line in log_of(folder) if any(key.startswith("eval/") for key in line)]
     assert {"eval/embedded-FID", "eval/prompts_obeyed", "eval/prompts_obeyed/shape"} <= line.keys()
+    assert "(prompts: " in line["eval_of"]
     page = write_run_report([folder], tmp_path / "p.html").read_text()
-    assert f"Prompts of text: {HELD_OUT}." in page
+    assert f"samples (prompts: {HELD_OUT}) compared with" in page
 
 
 def test_prompts_of_a_run_on_labels_are_refused_at_once() -> None:

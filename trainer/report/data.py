@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +19,24 @@ from trainer.analyze.result import Result, read_results
 from trainer.plots import LARGEST
 from trainer.runs import branch
 from trainer.runs import folder as runs
+from trainer.runs.log import EVALUATION, EVALUATION_OF
 from trainer.runs.schemas import OriginEntry
 from trainer.runs.yaml_text import MAX_BYTES, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One logged quantity: `values` [n] at `steps` [n] and `time_s` [n] (NaN where none was logged)."""
+    """One logged quantity: `values` [n] at `steps` [n] and `time_s` [n] (NaN where none was logged).
+
+    conditions: of an evaluation during training, how all these were measured, in words; empty where the log does not say.
+    others: how many more there are that were measured otherwise before, and are left out.
+    """
 
     steps: np.ndarray
     time_s: np.ndarray
     values: np.ndarray
+    conditions: str = ""
+    others: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,8 @@ def read_columns(*paths: Path) -> dict[str, Column]:
     """`log.jsonl`, or several that follow each other => quantities by key.
 
     A last line without its end (the run is still writing, or was killed) is left out. After a resume the log
-    may hold a step twice: the later entry counts. Values that are not finite numbers are left out, too.
+    may hold a step twice: the later entry counts. Values that are not finite numbers are left out, too, and of evaluations
+    during training those that were measured otherwise than the last: a line through both would look like progress.
 
     Raises:
         UserError: any other line that is not a JSON object with a step.
@@ -99,16 +108,25 @@ def read_columns(*paths: Path) -> dict[str, Column]:
             rows = {earlier: row for earlier, row in rows.items() if earlier <= step}
         rows.setdefault(step, {}).update(entry)
     columns: dict[str, list[tuple[int, float, float]]] = {}
+    told = {k: str(entry[EVALUATION_OF]) for entry in rows.values() if EVALUATION_OF in entry for k in entry}
+    others: Counter[str] = Counter()
     for step, entry in rows.items():
         time_s = _finite(entry.get("time_s"))
         for key, value in entry.items():
             known = _finite(value)
-            if key not in ("step", "time_s") and known is not None:
+            if known is None or key in ("step", "time_s"):
+                continue
+            if key.startswith(EVALUATION) and str(entry.get(EVALUATION_OF, told.get(key))) != str(told.get(key)):
+                others[key] += 1
+            else:
                 columns.setdefault(key, []).append((step, math.nan if time_s is None else time_s, known))
     result = {}
     for key, points in columns.items():
         table = np.array(points, dtype=np.float64)
-        result[key] = Column(steps=table[:, 0], time_s=table[:, 1], values=table[:, 2])
+        how = told.get(key, "") if key.startswith(EVALUATION) else ""
+        result[key] = Column(
+            steps=table[:, 0], time_s=table[:, 1], values=table[:, 2], conditions=how, others=others[key]
+        )
     return result
 
 

@@ -43,7 +43,7 @@ from trainer.report.table import (
     sample_count,
     settings,
 )
-from trainer.runs.log import is_detail
+from trainer.runs.log import EVALUATION, is_detail
 from trainer.sampling.grid import row_names, row_scale
 from trainer.training.spikes import COLUMN as SPIKE
 from trainer.typeset import number
@@ -247,9 +247,9 @@ def _log_keys(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
         chosen += [(k, titles[k], "loss term, weighted") for k in keys if k.startswith(part)]
     chosen += [(k, *measure_words(k)) for k in keys if k.startswith("metric/")]
     chosen += [
-        (k, f"{k.removeprefix('eval/')} of few samples, during training", k.removeprefix("eval/"))
+        (k, f"{k.removeprefix(EVALUATION)} of few samples, during training", k.removeprefix(EVALUATION))
         for k in keys
-        if k.startswith("eval/")
+        if k.startswith(EVALUATION)
     ]
     chosen += [("grad_norm", "Gradient norm before clipping", "L2 norm")]
     chosen += [("images_per_s", "Speed", "images/s"), ("data_wait", "Waiting for data", "share of the time")]
@@ -341,12 +341,22 @@ def _judges(run: RunData) -> tuple[str, str] | None:
     return str(extractor.get("extractor")), str(extractor.get("weights_sha256"))
 
 
-def _prompts_while_training(runs: Sequence[RunData]) -> str:
-    """What the small evaluations of runs on text are of."""
-    said = {
-        run.name: str(run.config.get("eval_prompts") or "captions of the first images") for run in runs if is_text(run)
-    }
-    return "" if not said else f"Prompts of {'; '.join(f'{name}: {of}' for name, of in said.items())}."
+def _measured_while_training(runs: Sequence[RunData], key: str) -> str:
+    """How the small evaluations of runs were measured, and of how many earlier ones the curves are not."""
+    columns = {run.name: run.log[key] for run in runs if key in run.log}
+    ways: dict[str, list[str]] = {}
+    for name, column in columns.items():
+        if column.conditions:
+            ways.setdefault(column.conditions, []).append(name)
+    said = [how if len(ways) == 1 else f"{how} ({', '.join(of)})" for how, of in ways.items()]
+    parts = [f"Measured of {'; of '.join(said)}."] if said else []
+    parts += ["So the curves are not compared."] if len(ways) > 1 else []
+    parts += [
+        f"{name}: {number(c.others)} earlier evaluations, measured otherwise, are left out."
+        for name, c in columns.items()
+        if c.others
+    ]
+    return " ".join(parts)
 
 
 def _differs(a: Column | None, b: Column | None) -> bool:
@@ -399,8 +409,8 @@ def _charts(runs: Sequence[RunData], x_label: str, x_of: X, keys: Sequence[tuple
         if series:
             chart = _marked(Chart(title=title, x_label=x_label, y_label=label, series=series), ends)
             chart = _with_marks(chart, begins, "line", "begins as a branch")
-            if key.startswith("eval/"):
-                chart = replace(chart, note=f"{chart.note} {_prompts_while_training(runs)}".strip())
+            if key.startswith(EVALUATION):
+                chart = replace(chart, note=f"{chart.note} {_measured_while_training(runs, key)}".strip())
             if key in ("loss", "denoise"):
                 chart = _with_marks(chart, spikes, "triangle", "has spikes of its denoising loss")
             charts.append(chart)

@@ -28,6 +28,9 @@ OF_THE_MACHINE = (
     *("tflop_per_s", "mfu"),
 )
 
+EVALUATION = "eval/"  # begins the columns of evaluations during training
+EVALUATION_OF = "eval_of"  # beside them: how they were measured, in words; what has other words is of another curve
+
 
 def is_detail(name: str) -> bool:
     """Whether a reading is one of several by interval of t: for the log and TensorBoard, neither for the line of progress

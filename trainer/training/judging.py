@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from featcache.redact import redact
 from trainer.runs import branch
 from trainer.runs.config import RunConfig
-from trainer.runs.log import RunLog
+from trainer.runs.log import EVALUATION, EVALUATION_OF, RunLog
 from trainer.stopping import Stop
 from trainer.training.grids import GivenUp, given_up_when, what_happened
+from trainer.training.state import backbone_config
 
 if TYPE_CHECKING:
     from featcache.read.reader import Cache
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 Judge = Callable[["Transformer"], Mapping[str, float]]
 # Made of the run's settings, its cache, its folder, and where remarks go.
 MakeJudge = Callable[[RunConfig, "Cache", Path, Callable[[str], None]], Judge]
-
-PREFIX = "eval/"  # of their columns in the log
 
 
 class SmallEvaluations:
@@ -63,10 +63,21 @@ class SmallEvaluations:
             except Exception as error:  # memory, say
                 self._warn(f"no evaluation at step {step}: {what_happened(error)}")
                 return
-        log.record({"step": step, "time_s": round(trained_s, 3), **{f"{PREFIX}{k}": v for k, v in numbers.items()}})
+        named = {f"{EVALUATION}{k}": v for k, v in numbers.items()}
+        log.record(
+            {"step": step, "time_s": round(trained_s, 3), **named, EVALUATION_OF: conditions(self._config, self._cache)}
+        )
+
+
+def conditions(config: RunConfig, cache: Cache) -> str:
+    """What decides the figures of a run's evaluations beside the model and the extractor, whose name they carry."""
+    compared = "the cache's images" if config.eval_reference is None else redact(str(config.eval_reference))
+    prompts = "captions of the first images" if config.eval_prompts is None else redact(str(config.eval_prompts))
+    drawn = "" if backbone_config(config, cache).text is None else f" (prompts: {prompts})"
+    return f"{config.eval_num:,} samples{drawn} compared with {compared}"
 
 
 def is_owed(run: Path, step: int) -> bool:
     """Whether the log has no evaluation at a step where the run goes on: one that stopped there gave it up."""
     here = (line for line in branch.lines_before(run) if line["step"] == step)
-    return not any(key.startswith(PREFIX) for line in here for key in line)
+    return not any(key.startswith(EVALUATION) for line in here for key in line)
