@@ -223,15 +223,48 @@ def methods_table(part: str) -> str:
     record = _result(f"methods/{part}/results")
     machine, options = record["machine"], record["settings"]
     titles = {name: method.title for name, method in METHODS.items()}
-    found = summary.table(summary.summarise(record["evaluations"], record.get("step_s")), titles)
-    timed = " --times TIMES" if record.get("step_s") else ""
+    timed = record.get("timed") or {}
+    found = summary.table(summary.summarise(record["evaluations"], timed.get("step_s")), titles)
     photographs = "--photographs DIR " if PARTS[part].photographs else ""
     return (
         f"{found}\n{options['model']}, {options['steps']:,} steps at batch {options['batch_size']} and rate {options['lr']:g}, "
         f"{options['precision']}; {options['samples']:,} samples; {machine['cores']} cores of {machine['cpu']}, "
         f"{machine['jobs']} runs at a time, PyTorch {record['torch']}, from {record['date']}: "
-        f"`python -m pipelines.experiments.methods {photographs}--jobs {machine['jobs']} --part {part}{timed}`."
+        f"`python -m pipelines.experiments.methods {photographs}--jobs {machine['jobs']} --part {part}`.{_times_of(part, timed)}"
     )
+
+
+def _times_of(part: str, timed: dict[str, Any]) -> str:
+    """How a part's seconds per step were measured; nothing where they are the runs' own."""
+    if not timed:
+        return ""
+    ratios = [
+        f"{METHODS[method].title} {middle:.2f} ({low:.2f} to {high:.2f})"
+        for method, (low, middle, high) in timed["ratios"].items()
+        if method != summary.VANILLA
+    ]
+    return (
+        f" Seconds per step, of vanilla's: {', '.join(ratios)}; medians of {timed['rounds']} rounds with 95 % intervals: "
+        f"`python -m pipelines.experiments.step_times --part {part}`, {timed['date']}."
+    )
+
+
+PAIRS = (("ahpa", "repa"), ("haste", "repa"))
+
+
+def pairs_table() -> str:
+    """Methods against each other, seed by seed, in all parts that have both: mean and 95 % interval, and in how many seeds less."""
+    rows = []
+    for part, of in PARTS.items():
+        record = _result(f"methods/{part}/results")
+        for method, other in PAIRS:
+            if found := summary.apart(record["evaluations"] if record else [], method, other):
+                cells = [f"{METHODS[method].title} minus {METHODS[other].title}, {of.title}"]
+                for metric in summary.SHOWN:
+                    value = summary.shown(*summary.mean_and_interval(found[metric]), sign=True)
+                    cells.append(f"{value} (less in {sum(v < 0 for v in found[metric])} of {len(found[metric])})")
+                rows.append(cells)
+    return _rows(["after the last step", *summary.SHOWN.values()], rows)
 
 
 def angle_table(part: str) -> str:
@@ -301,7 +334,7 @@ def held_out_table() -> str:
     for part, of in PARTS.items():
         record = _result(f"methods/{part}/checks")
         for name, metrics in (record or {}).get("held_out", {}).items():
-            values = [f"{metrics[metric]:.3g}" for metric in summary.SHOWN if metric != "denoise"]
+            values = [f"{metrics[metric]:.3g}".replace("-", "−") for metric in summary.SHOWN if metric != "denoise"]
             kind = "photographs" if of.photographs else "shapes"
             rows.append([f"{kind}, {of.resolution} px: {HELD_OUT[name]}", *values])
             dates.add(record["date"])
@@ -322,7 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"methods-{part}": partial(methods_table, part) for part in PARTS},
     "angle-photographs-64": partial(angle_table, "photographs-64"),
     "judged-photographs-64": partial(judged_table, "photographs-64"),
-    "held-out": held_out_table, "router": router_table,
+    "held-out": held_out_table, "router": router_table, "pairs": pairs_table,
 }  # fmt: skip
 
 

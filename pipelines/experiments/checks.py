@@ -32,7 +32,7 @@ import typer
 from featcache.console import console, run_app, safe
 from featcache.console_progress import RichProgress
 from featcache.errors import UserError
-from pipelines.experiments.methods import PARTS, Data, Judge, Settings, data_of, write_json
+from pipelines.experiments.methods import PARTS, Data, Judge, Settings, data_of, read_settings, write_json
 
 BLUR = 8
 TIMES = tuple(i / 10 for i in range(11))
@@ -170,9 +170,7 @@ def _finished_runs(folder: Path) -> tuple[Settings, Mapping[str, Path]]:
     """
     from trainer.runs.checkpoint import list_checkpoints
 
-    if not (folder / "results.json").is_file():
-        raise UserError(f"{folder} holds no experiment", remedy="Pass its --out, and a --part that has run.")
-    settings = Settings(**json.loads((folder / "results.json").read_text())["settings"])
+    settings, _ = read_settings(folder)
     runs = sorted((folder / "runs").iterdir(), key=lambda run: (_seed(run.name), run.name))
     kept = {run.name: run for run in runs if settings.steps in (step for step, _ in list_checkpoints(run))}
     if not kept:

@@ -90,6 +90,7 @@ PARTS: Mapping[str, Part] = {
     "photographs-64": Part(title="photographs, 64 tokens", photographs=True, **_LARGE),
 }
 EXTRACTORS = ("embedded", "embedded-vit")
+STEP_TIMES = "step_times.json"  # beside results.json, written by `pipelines.experiments.step_times`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,21 +167,20 @@ def run_part(
     out: Path,
     photographs: Path | None = None,
     jobs: int = 1,
-    times: Path | None = None,
 ) -> Path:
     """Trains and judges what is missing, `jobs` runs at a time, then writes table and pictures; returns the figure's path.
 
-    times: the same part of another experiment with the same model and batch, whose seconds per step count (see `main`).
+    Seconds per step are those of `step_times.json`, where `pipelines.experiments.step_times` has written it.
 
     Raises:
-        UserError: an unknown method, or `out` or `times` holds an experiment with other settings.
+        UserError: an unknown method, or one that was not timed, or `out` holds an experiment with other settings.
     """
     for method in methods:
         if method not in METHODS:
             raise UserError(f"there is no method {method!r} here", remedy=f"Methods: {', '.join(METHODS)}")
     results = _open_results(out / "results.json", settings, methods, jobs)
     shown = [m for m in METHODS if m in {*methods, *(entry["method"] for entry in results["evaluations"])}]
-    results["step_s"] = _step_times(times, settings, shown) if times is not None else None
+    results["timed"] = _read_step_times(out, shown)
     data = _build_caches(settings, out, photographs)
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in results["evaluations"]:
@@ -205,7 +205,7 @@ def run_part(
     else:
         _many_runs(settings, todo, data, out, jobs, keep)
     write_json(out / "results.json", results)
-    found_out = summarise(results["evaluations"], results["step_s"])
+    found_out = summarise(results["evaluations"], results["timed"] and results["timed"]["step_s"])
     write_json(out / "summary.json", found_out)
     titles = {name: method.title for name, method in METHODS.items()}
     (out / "table.md").write_text(table(found_out, titles))
@@ -225,21 +225,6 @@ def _draw_samples(out: Path, settings: Settings, methods: Sequence[str]) -> None
     if kept:
         device = pick_device(settings.device)
         draw_samples(kept, out, step=settings.steps, sampling_steps=settings.sampling_steps, device=device)
-
-
-def _step_times(folder: Path, settings: Settings, methods: Sequence[str]) -> dict[str, float]:
-    """Seconds per step by method of the experiment in `folder`."""
-    try:
-        timed: dict[str, Any] = json.loads((folder / "results.json").read_text())["settings"]
-        step_s: dict[str, float] = json.loads((folder / "summary.json").read_text())["step_s"]
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no finished experiment", remedy="Pass the --out of one to --times.") from error
-    for key in ("part", "model", "batch_size", "precision"):
-        if timed[key] != getattr(settings, key):
-            raise UserError(f"{folder} timed {key} {timed[key]}, but this experiment has {getattr(settings, key)}")
-    if missing := set(methods) - set(step_s):
-        raise UserError(f"{folder} did not time {', '.join(sorted(missing))}")
-    return step_s
 
 
 def _many_runs(
@@ -335,6 +320,33 @@ def _read_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
         "torch": found["packages"]["torch"],
         "evaluations": [],
     }
+
+
+def read_settings(out: Path) -> tuple[Settings, list[str]]:
+    """What the runs of a part in `out` have in common, and its methods.
+
+    Raises:
+        UserError: there is no experiment.
+    """
+    if not (out / "results.json").is_file():
+        raise UserError(f"{out} holds no experiment", remedy="Pass its --out, and a --part that has run.")
+    results = json.loads((out / "results.json").read_text())
+    return Settings(**results["settings"]), list(results["methods"])
+
+
+def _read_step_times(out: Path, methods: Sequence[str]) -> dict[str, Any] | None:
+    """What was measured of a part; None where nothing was.
+
+    Raises:
+        UserError: not all of `methods` were timed.
+    """
+    path = out / STEP_TIMES
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    if missing := set(methods) - set(record["step_s"]):
+        raise UserError(f"{path} does not have {', '.join(sorted(missing))}", remedy="Measure again, or remove it.")
+    return record
 
 
 def data_of(name: str, out: Path, photographs: Path | None) -> Data:
@@ -545,9 +557,6 @@ def main(
     methods: Annotated[str | None, typer.Option(help="Joined by commas. [default: those of the part]")] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each method. [default: 3, on 64 tokens 5]", min=1)] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each on its share of the cores.", min=1)] = 1,
-    times: Annotated[
-        Path | None, typer.Option(help="Folder of a short experiment on a quiet machine, whose seconds per step count.")
-    ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to and to continue from.")] = Path("experiments/methods"),
     model: Annotated[str | None, typer.Option(help="Backbone. [default: SiT-Ti/2]")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of every run. [default: 3000]")] = None,
@@ -561,11 +570,7 @@ def main(
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16. [default: bf16]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto. [default: auto]")] = None,
 ) -> None:
-    """Train every method, judge its checkpoints, and compare them at equal steps and at equal time.
-
-    Where long runs share the machine with other work, their times say little: repeat the experiment with few steps and
-    samples on the quiet machine, into another folder, and name it with --times.
-    """
+    """Train every method, judge its checkpoints, and compare them at equal steps and at equal time."""
     given: dict[str, Any] = {
         "model": model,
         "steps": steps,
@@ -589,7 +594,6 @@ def main(
             out=out / name,
             photographs=photographs,
             jobs=jobs,
-            times=None if times is None else times / name,
         )
         console.print(f"[bold]{PARTS[name].title}[/bold]")
         console.print(safe((out / name / "table.md").read_text()))

@@ -13,6 +13,7 @@ VANILLA = "none"
 JUDGE = "embedded-FID"
 SHOWN = {  # by what the tables call them
     JUDGE: "FID by the judge",
+    "embedded-KID": "KID by the judge",
     "embedded-Precision": "precision",
     "embedded-Recall": "recall",
     "embedded-vit-FID": "FID by the ViT",
@@ -39,8 +40,8 @@ def summarise(
 
     `step_s`: a method's seconds per step, from each stretch between evaluations the fastest of its seeds (a pause of the
     machine or other work only adds to a time), or `step_times` where given. `curves`: per method and step the number of seeds,
-    the time `step * step_s`, and mean and interval of each metric. `equal_steps`, `equal_time`: each metric at the last
-    step, and at the time at which the fastest method ends (between two evaluations linearly in the logarithm of the steps,
+    the time `step * step_s`, and mean and interval of each metric. `equal_steps`, `earlier`, `equal_time`: each metric at the
+    last step, at each evaluation before, by its step, and at the time at which the fastest method ends (between two evaluations linearly in the logarithm of the steps,
     for curves flatten); with `minus vanilla`, the difference to the vanilla run of the same seed.
     """
     runs = _finished(evaluations)
@@ -54,7 +55,10 @@ def summarise(
         "budget_s": budget,
         "step_s": step_s,
         "curves": {method: _curve(by_seed, step_s[method]) for method, by_seed in runs.items()},
-        "equal_steps": {method: _at(runs, method, last, dict.fromkeys(runs, float(last))) for method in runs},
+        "equal_steps": _at_equal_steps(runs, last),
+        "earlier": {
+            str(step): _at_equal_steps(runs, step) for step in sorted({e["step"] for e in evaluations} - {last})
+        },
         "equal_time": {method: _at(runs, method, ends[method], ends) for method in runs},
     }
 
@@ -84,6 +88,18 @@ def _curve(by_seed: Mapping[int, Sequence[Mapping[str, Any]]], step_s: float) ->
             point[metric], point[f"{metric} interval"] = mean_and_interval(row["metrics"][metric] for row in rows)
         curve.append(point)
     return curve
+
+
+def apart(evaluations: Sequence[Mapping[str, Any]], method: str, other: str) -> dict[str, list[float]]:
+    """By metric what a method has more than another one at the last step, for each seed that both have."""
+    runs = _finished(evaluations)
+    ours, theirs = runs.get(method, {}), runs.get(other, {})
+    pairs = [(ours[seed][-1]["metrics"], theirs[seed][-1]["metrics"]) for seed in sorted(ours.keys() & theirs.keys())]
+    return {metric: [own[metric] - them[metric] for own, them in pairs] for metric in (pairs[0][0] if pairs else ())}
+
+
+def _at_equal_steps(runs: _Runs, step: int) -> dict[str, dict[str, Any]]:
+    return {method: _at(runs, method, step, dict.fromkeys(runs, float(step))) for method in runs}
 
 
 def _at(runs: _Runs, method: str, step: float, steps: Mapping[str, float]) -> dict[str, Any]:
@@ -117,7 +133,8 @@ def _at_step(entries: Sequence[Mapping[str, Any]], metric: str, step: float) -> 
 
 
 def table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """Two Markdown tables, a line a method: at equal steps, and at the time at which the fastest method has taken them.
+    """Markdown tables, a line a method: at equal steps, at the time at which the fastest method has taken them, and at the
+    evaluations before.
 
     In brackets what a method differs from vanilla by, seed by seed.
     """
@@ -127,8 +144,10 @@ def table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     at_steps += [[titles[m], str(by_step[m]["seeds"])] for m in shown]
     at_time = [[f"after {summary['budget_s']:,.0f} s of training", "ms per step", "steps"]]
     at_time += [[titles[m], f"{1000 * step_s[m]:.0f}", f"{by_time[m]['step']:,.0f}"] for m in shown]
-    both = ((at_steps, by_step), (at_time, by_time))
-    return "\n".join(_table(rows, [found[m] for m in shown]) for rows, found in both)
+    all_rows = [(at_steps, by_step), (at_time, by_time)]
+    for step, found in summary["earlier"].items():
+        all_rows.append(([[f"after {int(step):,} steps"], *([titles[m]] for m in shown)], found))
+    return "\n".join(_table(rows, [found[m] for m in shown]) for rows, found in all_rows)
 
 
 def _table(rows: Sequence[Sequence[str]], found: Sequence[Mapping[str, Any]]) -> str:

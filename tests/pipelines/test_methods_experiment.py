@@ -11,7 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import pytest
 from PIL import Image
 
 from featcache.errors import UserError
-from pipelines.experiments import checks
+from pipelines.experiments import checks, step_times
 from pipelines.experiments import methods as experiment
 from pipelines.experiments.methods import METHODS, PARTS, Settings, run_part, run_values
 from pipelines.experiments.pictures import COLUMNS, draw_samples
-from pipelines.experiments.summary import SHOWN, mean_and_interval, summarise, table
+from pipelines.experiments.summary import SHOWN, apart, mean_and_interval, summarise, table
 from trainer.runs.config import RunConfig
 
 FID = "embedded-FID"
@@ -117,17 +117,27 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert end[f"{FID} interval"] > 20
 
 
+def test_methods_are_set_against_each_other_by_the_seeds_that_both_have() -> None:
+    found = [entry("ahpa", s, step, 1.0, fid - step) for s, fid in ((2, 30.0), (0, 50.0), (1, 1.0)) for step in (5, 10)]
+    found += [entry("repa", s, step, 1.0, fid) for s, fid in ((0, 60.0), (2, 19.0), (3, 7.0)) for step in (5, 10)]
+    assert apart(found, "ahpa", "repa") == {FID: [50 - 10 - 60, 30 - 10 - 19]}
+    assert apart(found, "ahpa", "sra") == {}
+
+
 def test_the_table_shows_as_many_digits_as_the_interval_allows() -> None:
     evaluations = [
         {"method": m, "seed": s, "step": 10, "time_s": 1.0, "metrics": dict.fromkeys(SHOWN, fid)}
         for m, fids in (("none", (5.0, 5.2)), ("repa", (4.0, 4.22)))
         for s, fid in enumerate(fids)
     ]
-    by_step, by_time = table(summarise(evaluations), {"none": "vanilla", "repa": "REPA"}).split("\n\n")
+    half = [{**each, "step": 5, "metrics": dict.fromkeys(SHOWN, 7.0)} for each in evaluations]
+    found = summarise([*half, *evaluations])
+    by_step, by_time, earlier = table(found, {"none": "vanilla", "repa": "REPA"}).split("\n\n")
+    assert "| after 5 steps | FID by the judge |" in earlier and "| vanilla | 7.000 ± 0.000 |" in earlier
     for lines in (by_step.splitlines(), by_time.splitlines()):
         assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
         assert lines[3].count(" 4.1 ± 1.4 (−0.99 ± 0.13) |") == len(SHOWN)
-    assert "| after 10 steps | seeds | FID by the judge | precision | recall |" in by_step
+    assert "| after 10 steps | seeds | FID by the judge | KID by the judge | precision | recall |" in by_step
     assert "| vanilla | 2 | 5.1 ± 1.3 | 5.1 ± 1.3 |" in by_step
     assert (
         "| after 1 s of training | ms per step | steps |" in by_time and "| vanilla | 100 | 10 | 5.1 ± 1.3 |" in by_time
@@ -144,25 +154,60 @@ def test_other_work_on_the_machine_does_not_make_a_method_slow() -> None:
     assert [p["time_s"] for p in summary["curves"]["haste"]] == pytest.approx([9, 18])
 
 
-def test_times_of_another_experiment(tmp_path: Path) -> None:
+def test_step_times_that_were_measured_apart() -> None:
     slow = [entry("none", 0, 100, 50.0, 8.0), entry("repa", 0, 100, 60.0, 4.0)]
     summary = summarise(slow, {"none": 0.1, "repa": 0.2, "sara": 0.3})
     assert summary["step_s"] == {"none": 0.1, "repa": 0.2} and summary["budget_s"] == pytest.approx(10.0)
     assert summary["equal_time"]["repa"]["step"] == pytest.approx(50)
-    with pytest.raises(UserError, match="no finished experiment"):
-        run_part(TINY, methods=["none"], seeds=1, out=tmp_path / "a", times=tmp_path)
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    ours = {"settings": asdict(TINY), "evaluations": []}
-    for change, shown, message in (
-        ({"batch_size": 8}, [], "timed batch_size 8"),
-        ({}, [], "did not time sra"),
-        ({}, [entry("dya", 0, 2, 1.0, 5.0)], "did not time dya, sra"),
-    ):
-        (tmp_path / "results.json").write_text(json.dumps({"settings": {**asdict(TINY), **change}}))
-        (tmp_path / "a").mkdir(exist_ok=True)
-        (tmp_path / "a/results.json").write_text(json.dumps({**ours, "evaluations": shown}))
-        with pytest.raises(UserError, match=message):
-            run_part(TINY, methods=["sra"], seeds=1, out=tmp_path / "a", times=tmp_path)
+
+
+def test_a_round_takes_every_method_in_turn_and_ratios_are_within_rounds() -> None:
+    """A machine that doubles its speed from round to round changes no ratio."""
+    order: list[str] = []
+    cost = {"none": 1.0, "repa": 1.5, "sra": 3.0}
+
+    def block(name: str) -> Callable[[int], float]:
+        def run(steps: int) -> float:
+            assert steps == step_times.BLOCK
+            order.append(name)
+            return cost[name] / 2.0 ** (len(order) // 3 if len(order) % 3 else len(order) // 3 - 1)
+
+        return run
+
+    told: list[int] = []
+    seconds = step_times.take_turns({name: block(name) for name in cost}, rounds=3, told=told.append)
+    assert order == [
+        *("none", "repa", "sra"),
+        *("repa", "sra", "none"),
+        *("sra", "none", "repa"),
+        *("none", "repa", "sra"),
+    ]
+    assert told == [step_times.BLOCK] * 12 and seconds["none"] == [1 / 2, 1 / 4, 1 / 8]
+    found = step_times.of_rounds(seconds, ["none", "repa", "haste", "sra"])
+    assert found["step_s"] == {"none": 1 / 4, "repa": 1.5 / 4, "haste": 1.25 / 4, "sra": 3 / 4}  # HASTE: REPA for half
+    assert found["ratios"]["repa"] == [1.5, 1.5, 1.5]
+    uneven = step_times.of_rounds({"none": [1.0, 2.0, 9.0], "repa": [2.0, 3.0, 36.0]}, ["repa"])
+    assert uneven["step_s"] == {"repa": 4.0} and uneven["ratios"]["repa"] == [1.5, 2.0, 4.0]
+    many = step_times.of_rounds({"none": [1.0] * 40, "repa": [*range(1, 41)]}, ["repa"])
+    assert many["ratios"]["repa"] == [14, 20.5, 27], "ranks of the 95 % interval of a median of 40, as tables have them"
+
+
+def test_step_times_of_a_part_count_in_its_tables(tmp_path: Path) -> None:
+    part = tmp_path / "shapes-16"
+    with pytest.raises(UserError, match="holds no experiment"):
+        step_times.main(part="shapes-16", out=tmp_path)
+    run_part(TINY, methods=["none", "haste"], seeds=1, out=part)
+    assert json.loads((part / "results.json").read_text())["timed"] is None
+    step_times.main(part="shapes-16", out=tmp_path, rounds=2)
+    record = json.loads((part / "step_times.json").read_text())
+    assert set(record["step_s"]) == {"none", "haste"} and set(record["ratios"]) == {"none", "repa"}
+    assert all(0 < seconds < 60 for seconds in record["step_s"].values())
+    assert record["settings"] == {"part": "shapes-16", "model": TINY.model, "batch_size": 4, "precision": "bf16"}
+    run_part(TINY, methods=["none", "haste"], seeds=1, out=part)
+    assert json.loads((part / "results.json").read_text())["timed"] == record
+    assert json.loads((part / "summary.json").read_text())["step_s"] == record["step_s"]
+    with pytest.raises(UserError, match="does not have sra"):
+        run_part(TINY, methods=["sra"], seeds=1, out=part)
 
 
 def test_points_must_divide_steps() -> None:
