@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import Listener, add_nano, settings
 from typer.testing import CliRunner
 
@@ -115,6 +117,30 @@ def test_what_was_judged_is_not_judged_again(run: Path, monkeypatch: pytest.Monk
     other = evaluate_all(run, replace(ASK, settings=replace(ASK.settings, seed=1)), Told())
     assert judged[3:] == [4, 5] and other is not None and first is not None
     assert other.points[0].metrics != first.points[1].metrics
+
+
+def test_a_reference_folder_that_got_other_images_is_another_reference(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "real"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    judged: list[int | None] = []
+
+    def noted(run: Path, request: EvalRequest, *args: Any, **kw: Any) -> Any:
+        judged.append(request.settings.checkpoint)
+        return evaluate_run(run, request, *args, **kw)
+
+    monkeypatch.setattr(curves, "evaluate_run", noted)
+    ask = replace(ASK, reference=str(folder), metrics=("fid",))
+    first = evaluate_all(run, ask, Told())
+    assert evaluate_all(run, ask, Told()) == first and judged == [2, 4, 5]
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "3.png")
+    second = evaluate_all(run, ask, Told())
+    assert judged == [2, 4, 5] * 2 and first is not None and second is not None
+    assert second.points[0].metrics != first.points[0].metrics
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,9 @@ def test_guidance_that_the_run_cannot_give(streams_cache: Path, tmp_path: Path) 
     refused("sometimes", "both asked for", sometimes, guidance=2.0, representation_guidance=1.5)
     refused("sometimes", "no effect without --guidance", sometimes, stream_guidance=2.0)
     refused("of x", "predicts x", {**sometimes, "prediction": "x"}, representation_guidance=1.5)
+    undropped: dict[str, Any] = {"streams": {}, "label_dropout": 0.0}
+    refused("undropped", "never without a class", undropped, guidance=2.0)
+    assert sample_config(SampleRequest(guidance=1.0), load_run(tmp_path / "undropped")).guidance.scale == 1
     asked = SampleRequest(representation_guidance=1.5)
     assert sample_config(asked, load_run(tmp_path / "sometimes")).guidance.representation == 1.5
 

@@ -5,6 +5,7 @@ Nothing here holds more than a few batches in memory.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import queue
 import re
@@ -275,6 +276,13 @@ class FolderImages:
         """Folder name, and the crop where it is not ADM's."""
         square = self.resolution is not None and exact_loader(self.crop) != "pil"
         return f"folder {self.path.resolve().name}" + (f", {self.crop}" if square else "")
+
+    @property
+    def identity(self) -> str:
+        """Digest of the files' names, sizes and times: another one where images were added, removed or written again."""
+        files = sorted((path.relative_to(self.path).as_posix(), path.lstat()) for path in self.files)
+        lines = "".join(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for name, stat in files)
+        return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
     @property
     def count(self) -> int:

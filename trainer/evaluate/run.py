@@ -20,7 +20,7 @@ from featcache.redact import redact
 from featcache.settings import to_mapping
 from trainer import distributed
 from trainer.evaluate.extractors import build_extractor
-from trainer.evaluate.images import open_images
+from trainer.evaluate.images import CacheImages, FolderImages, open_images
 from trainer.evaluate.judge import NEED_FEATURES, chosen_metrics, evaluate
 from trainer.evaluate.prompt_sets import known_prompts
 from trainer.evaluate.prompted import PromptJudge, build_prompt_judges, judge_prompts, split_metrics
@@ -61,7 +61,7 @@ class Standard:
 
     extractor, metrics: those that compare with a reference; None and none where only prompts are judged by.
     reference: where it is, or `known`, its statistics. own: it is the run's cache. data: of a cache, the folder of its
-    images. stamp: what tells that a file under the same name is another one. shelf: where statistics of the reference are kept. crop: of the run's images,
+    images. stamp: what tells that a file, a folder or a cache under the same name is another one. shelf: where statistics of the reference are kept. crop: of the run's images,
     as its cache names it, by which a folder's images are cropped, too.
     prompts: of samples drawn by prompt. judges: by metrics of prompts.
     """
@@ -151,12 +151,15 @@ def standard_of(
     chosen = chosen_metrics(compared, extractor)
     reference, data = choose_reference(run, request, config, progress)
     resolution = int(_preprocessing(run)["resolution"])
-    open_reference(reference, extractor, resolution=resolution, need_features=_need_features(chosen), data=data)
+    need = _need_features(chosen)
+    _, images = open_reference(reference, extractor, resolution=resolution, need_features=need, data=data)
     path = Path(reference)
     own = request.reference is None and not path.is_file()
     stamp: object = cache_summary(run)["fingerprint"] if own else None
     if path.is_file():
         stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    elif not own and isinstance(images, CacheImages | FolderImages):
+        stamp = images.identity
     shelf = Shelf.of_user(progress) if request.reference is None else None
     return replace(
         standard,

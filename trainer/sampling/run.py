@@ -39,6 +39,7 @@ from trainer.interval import Interval, plain
 from trainer.requests import SampleRequest
 from trainer.runs import folder as runs
 from trainer.runs import locks
+from trainer.runs.branch import read_origins
 from trainer.runs.streams import stream_config
 from trainer.sampling.draw import (
     LoadedRun,
@@ -69,7 +70,8 @@ def sample_config(request: SampleRequest, loaded: LoadedRun) -> SampleConfig:
     """What decides the numbers of the samples.
 
     Raises:
-        UserError: a sampler that the family has not, wrong steps, or guidance by streams that the run has not.
+        UserError: a sampler that the family has not, wrong steps, or guidance by streams, or against a prediction without
+            a class, that the run has not.
     """
     sampler = check_sampler(loaded.model.cfg.family, request.sampler)
     sampling_times(sampler, request.steps, request.shift)
@@ -80,6 +82,7 @@ def sample_config(request: SampleRequest, loaded: LoadedRun) -> SampleConfig:
         streams=request.stream_guidance,
         representation=request.representation_guidance,
     )
+    _check_dropout(guidance, loaded)
     _check_streams(guidance, loaded)
     return SampleConfig(
         sampler=sampler,
@@ -90,6 +93,16 @@ def sample_config(request: SampleRequest, loaded: LoadedRun) -> SampleConfig:
         pixels=request.pixels,
         seed=request.seed,
     )
+
+
+def _check_dropout(guidance: Guidance, loaded: LoadedRun) -> None:
+    """What classifier-free guidance is against must have been trained, by this run or by one that it branched off."""
+    if guidance.scale != 1 and loaded.config.label_dropout == 0 and not read_origins(loaded.path):
+        of = "class" if loaded.model.cfg.text is None else "caption"
+        raise UserError(
+            f"{loaded.config.name} was trained with label_dropout 0, so never without a {of}: guidance has nothing to compare with",
+            remedy="Leave --guidance out, or train with dropout (--set label_dropout=0.1).",
+        )
 
 
 def _check_streams(guidance: Guidance, loaded: LoadedRun) -> None:
