@@ -290,7 +290,8 @@ def router_table() -> str:
     commands: list[str] = []
     for part, of in PARTS.items():
         record = _result(f"methods/{part}/checks")
-        runs = [run["router"] for run in (record or {"runs": {}})["runs"].values() if run["router"]]
+        named = (record or {"runs": {}})["runs"].items()
+        runs = [run["router"] for name, run in named if name.rpartition("-")[0] == "ahpa"]
         if not runs:
             continue
         of_layer = {

@@ -11,7 +11,9 @@ denoising loss on images that were not trained on, at fixed noise and times, by 
 Seeds are the outer loop and methods the inner one, so that a machine that slows down slows all methods down.
 Interrupted, the same command goes on; more seeds or methods may be added later. For each part of `PARTS`, a folder of
 `--out` gets `results.json` (every evaluation, and what was set), `summary.json` (see `summary.summarise`), `table.md`,
-`methods.svg` / `methods.png`, and `samples.jpg`, samples of the first seed's runs.
+`methods.svg` / `methods.png`, and `samples.jpg`, samples of the first seed's runs. Seconds per step are the runs' own, of each
+stretch between evaluations the fastest seed's, until `pipelines.experiments.step_times` has measured them and the command is typed
+again.
 """
 
 from __future__ import annotations
@@ -170,17 +172,17 @@ def run_part(
 ) -> Path:
     """Trains and judges what is missing, `jobs` runs at a time, then writes table and pictures; returns the figure's path.
 
-    Seconds per step are those of `step_times.json`, where `pipelines.experiments.step_times` has written it.
+    Seconds per step are those of `step_times.json`, where `pipelines.experiments.step_times` has timed all methods, else the
+    runs' own.
 
     Raises:
-        UserError: an unknown method, or one that was not timed, or `out` holds an experiment with other settings.
+        UserError: an unknown method, or `out` holds an experiment, or step times, with other settings.
     """
     for method in methods:
         if method not in METHODS:
             raise UserError(f"there is no method {method!r} here", remedy=f"Methods: {', '.join(METHODS)}")
     results = _open_results(out / "results.json", settings, methods, jobs)
     shown = [m for m in METHODS if m in {*methods, *(entry["method"] for entry in results["evaluations"])}]
-    results["timed"] = _read_step_times(out, shown)
     data = _build_caches(settings, out, photographs)
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in results["evaluations"]:
@@ -204,6 +206,7 @@ def run_part(
             keep(method, seed, _one_run(settings, method, seed, data, out, judge=judge))
     else:
         _many_runs(settings, todo, data, out, jobs, keep)
+    results["timed"] = _read_step_times(out, settings, shown)
     write_json(out / "results.json", results)
     found_out = summarise(results["evaluations"], results["timed"] and results["timed"]["step_s"])
     write_json(out / "summary.json", found_out)
@@ -322,30 +325,34 @@ def _read_results(path: Path, settings: Settings, jobs: int) -> dict[str, Any]:
     }
 
 
-def read_settings(out: Path) -> tuple[Settings, list[str]]:
-    """What the runs of a part in `out` have in common, and its methods.
+def read_settings(out: Path) -> tuple[Settings, dict[str, Any]]:
+    """What the runs of a part in `out` have in common, and all that its `results.json` holds.
 
     Raises:
         UserError: there is no experiment.
     """
     if not (out / "results.json").is_file():
         raise UserError(f"{out} holds no experiment", remedy="Pass its --out, and a --part that has run.")
-    results = json.loads((out / "results.json").read_text())
-    return Settings(**results["settings"]), list(results["methods"])
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return Settings(**results["settings"]), results
 
 
-def _read_step_times(out: Path, methods: Sequence[str]) -> dict[str, Any] | None:
-    """What was measured of a part; None where nothing was.
+def _read_step_times(out: Path, settings: Settings, methods: Sequence[str]) -> dict[str, Any] | None:
+    """What was measured of a part; None where not all of `methods` were.
 
     Raises:
-        UserError: not all of `methods` were timed.
+        UserError: it was measured with other settings.
     """
     path = out / STEP_TIMES
     if not path.is_file():
         return None
     record: dict[str, Any] = json.loads(path.read_text())
+    again = f"python -m pipelines.experiments.step_times --part {settings.part}"
+    if changed := [key for key, value in record["settings"].items() if value != getattr(settings, key)]:
+        raise UserError(f"{path} was measured with another {', '.join(changed)}", remedy=f"Remove it, or type: {again}")
     if missing := set(methods) - set(record["step_s"]):
-        raise UserError(f"{path} does not have {', '.join(sorted(missing))}", remedy="Measure again, or remove it.")
+        console.print(safe(f"{', '.join(sorted(missing))} not timed: seconds per step are the runs' own until {again}"))
+        return None
     return record
 
 

@@ -30,7 +30,7 @@ from pipelines.experiments.summary import VANILLA
 BLOCK = 5  # steps: a whole period of SARA's discriminator
 
 
-def measure(part: Path, *, rounds: int, threads: int = 1) -> dict[str, Any]:
+def measure(part: Path, *, rounds: int) -> dict[str, Any]:
     """The record of a part's step times: `step_s` (seconds per step by method), `ratios` to vanilla by round, and how.
 
     Raises:
@@ -40,7 +40,8 @@ def measure(part: Path, *, rounds: int, threads: int = 1) -> dict[str, Any]:
 
     from featcache.machine import describe_machine
 
-    settings, methods = read_settings(part)
+    settings, results = read_settings(part)
+    methods, threads = list(results["methods"]), results["machine"]["threads"]
     torch.set_num_threads(threads)
     timed = [m for m in METHODS if m in {*methods, VANILLA} and METHODS[m].stop_at is None]
     timed += [m for m in (_aligned(name) for name in methods) if m not in timed]
@@ -98,7 +99,7 @@ def of_rounds(seconds: Mapping[str, Sequence[float]], methods: Sequence[str]) ->
 
 def _rank(n: int) -> int:
     """How many of `n` sorted values lie outside the 95 % interval of their median at each end, whatever their distribution: of
-    `n` tosses of a coin so few or fewer are heads in 2.5 % of all cases at most; 0 where `n` is too small to say."""
+    `n` tosses of a coin, at least 6, so few or fewer are heads in 2.5 % of all cases at most."""
     from scipy.stats import binom
 
     return max(int(binom.ppf(0.025, n, 0.5)) - 1, 0)
@@ -173,7 +174,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     part: Annotated[str, typer.Option(help="Of the experiment.")],
     out: Annotated[Path, typer.Option(help="The experiment's.")] = Path("experiments/methods"),
-    rounds: Annotated[int, typer.Option(help="In each of which every method takes its turn.", min=1)] = 40,
+    rounds: Annotated[int, typer.Option(help="In each of which every method takes its turn.", min=6)] = 40,
 ) -> None:
     """Time the methods of a part side by side. Nothing else should run meanwhile."""
     record = measure(out / part, rounds=rounds)

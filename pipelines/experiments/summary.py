@@ -41,8 +41,9 @@ def summarise(
     `step_s`: a method's seconds per step, from each stretch between evaluations the fastest of its seeds (a pause of the
     machine or other work only adds to a time), or `step_times` where given. `curves`: per method and step the number of seeds,
     the time `step * step_s`, and mean and interval of each metric. `equal_steps`, `earlier`, `equal_time`: each metric at the
-    last step, at each evaluation before, by its step, and at the time at which the fastest method ends (between two evaluations linearly in the logarithm of the steps,
-    for curves flatten); with `minus vanilla`, the difference to the vanilla run of the same seed.
+    last step, at each evaluation before, by its step, and at the time at which the fastest method ends (between two evaluations
+    linearly in the logarithm of the steps, for curves flatten); with `minus vanilla`, the difference to the vanilla run of the
+    same seed.
     """
     runs = _finished(evaluations)
     last = max((e["step"] for e in evaluations), default=0)
@@ -111,9 +112,9 @@ def _at(runs: _Runs, method: str, step: float, steps: Mapping[str, float]) -> di
         found[metric], found[f"{metric} interval"] = mean_and_interval(values.values())
         shared = [seed for seed in values if seed in vanilla]
         if shared and method != VANILLA:
-            apart = [values[seed] - _at_step(vanilla[seed], metric, steps[VANILLA]) for seed in shared]
+            more = [values[seed] - _at_step(vanilla[seed], metric, steps[VANILLA]) for seed in shared]
             name = f"{metric} minus vanilla"
-            found[name], found[f"{name} interval"] = mean_and_interval(apart)
+            found[name], found[f"{name} interval"] = mean_and_interval(more)
     return found
 
 
@@ -157,8 +158,8 @@ def _table(rows: Sequence[Sequence[str]], found: Sequence[Mapping[str, Any]]) ->
     for line, values in zip(lines, found, strict=True):
         for metric in SHOWN:
             cell = shown(values[metric], values[f"{metric} interval"])
-            if (apart := f"{metric} minus vanilla") in values:
-                cell += f" ({shown(values[apart], values[f'{apart} interval'], sign=True)})"
+            if (more := f"{metric} minus vanilla") in values:
+                cell += f" ({shown(values[more], values[f'{more} interval'], sign=True)})"
             line.append(cell)
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *lines))

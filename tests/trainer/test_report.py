@@ -330,13 +330,16 @@ def test_evaluations_during_training_that_were_measured_otherwise_make_no_curve(
     column = read_columns(run / "log.jsonl")[key]
     assert column.steps.tolist() == [300, 400] and (column.conditions, column.others) == (many, 2)
     _, text = read(write_report(tmp_path / "r.html", [load_run(run)], title="r"))
-    assert f"Measured of {many}. long: 2 earlier evaluations, measured otherwise, are left out." in text
+    assert f"Measured of {many}. long: left out are earlier evaluations (2) that were measured otherwise" in text
 
-    write(other, [(100, "", 90.0), (200, few, 80.0)])  # the first by a version that did not say how
+    write(other, [(100, "", 90.0), (200, "", 80.0)])  # by a version that did not say how
     column = read_columns(other / "log.jsonl")[key]
-    assert column.steps.tolist() == [100, 200] and (column.conditions, column.others) == (few, 0)
+    assert column.steps.tolist() == [100, 200] and (column.conditions, column.others) == ("", 0)
+    write(other, [(100, "", 90.0), (200, few, 80.0)])
+    column = read_columns(other / "log.jsonl")[key]
+    assert column.steps.tolist() == [200] and (column.conditions, column.others) == (few, 1)
     _, text = read(write_comparison(tmp_path / "c.html", [load_run(run), load_run(other)], title="c"))
-    assert f"Measured of {many} (long); of {few} (other). So the curves are not compared." in text
+    assert f"Measured of {many} (long); of {few} (other). So these curves cannot be compared." in text
 
     (run / "log.jsonl").write_text(json.dumps({"step": 1, "eval_of": few, key: 2.0, "eval/prompts_obeyed": 0.5}) + "\n")
     with (run / "log.jsonl").open("a") as file:  # prompts are no longer asked for: what was obeyed before stays a curve

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_resume import ForkServer, wait_for
 from tiny_runs import Listener, assert_identical, checkpoint_files, keep_only, log_of, settings
 
+import featcache
 from featcache.errors import UserError
 from trainer.averages import Average, combine, gamma_of, power_decay, width_of
 from trainer.evaluate.during import small_judge
@@ -509,7 +510,9 @@ def test_evaluation_during_training_changes_nothing_and_resumes(shapes_cache: Pa
     found = [record for record in numbers(whole) if len(record) > 1]
     assert [record["step"] for record in found] == [2, 4]
     assert all({"eval/embedded-FID", "eval/embedded-KID"} < record.keys() for record in found)
-    assert {r.get("eval_of") for r in log_of(whole)} == {None, "16 samples compared with the cache's images"}
+    images = featcache.open(shapes_cache).manifest.dataset
+    how = f"16 samples compared with the images of cache {images.name} ({images.fingerprint[:12]})"
+    assert {r.get("eval_of") for r in log_of(whole)} == {None, how}
     assert [r["step"] for r in log_of(plain)] == sorted({r["step"] for r in log_of(whole)})
     for step in (1, 2, 3):
         copy = keep_only(whole, step, tmp_path / f"from-{step}" / "run")

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from featcache.progress import Quiet
 from featcache.read.normalization import compute, save
 from trainer.cli import app
 from trainer.distributed import World
-from trainer.requests import SampleRequest
+from trainer.evaluate.run import with_defaults
+from trainer.requests import SampleRequest, SampleSettings
 from trainer.runs import folder as runs
 from trainer.runs.cache import with_streams
 from trainer.runs.config import RunConfig, apply_overrides
 from trainer.runs.normalization import streams_of_run
 from trainer.sampling.draw import load_run
-from trainer.sampling.run import sample_config
+from trainer.sampling.run import sample_config, sample_run
 from trainer.training.loop import train
 from trainer.training.state import assemble
 
@@ -219,6 +221,24 @@ def test_a_run_is_not_continued_with_other_options_of_a_stream(
 
 
 @pytest.mark.usefixtures("nano")
+def test_guidance_of_a_run_that_was_never_trained_without_classes(
+    shapes_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run(settings(shapes_cache, steps=1, label_dropout=0.0), tmp_path)
+    guided = SampleSettings(num=8, steps=1, sampler="ode", device="cpu", guidance=2.0)
+    for call in (
+        lambda: sample_run(path, SampleRequest(num=8, steps=1, sampler="ode", device="cpu", guidance=2.0), Quiet()),
+        lambda: with_defaults(guided, path, runs.load_config(path), "cpu", Quiet()),
+    ):
+        with pytest.raises(UserError, match="never without a class or caption: guidance of scale 2") as error:
+            call()
+        assert "--guidance 1" in str(error.value.remedy)
+    with_defaults(replace(guided, guidance=1.0), path, runs.load_config(path), "cpu", Quiet())
+    monkeypatch.setattr("trainer.sampling.run.read_origins", lambda _: [{"step": 1}])
+    with_defaults(guided, path, runs.load_config(path), "cpu", Quiet())  # what it branched off may have been
+
+
+@pytest.mark.usefixtures("nano")
 def test_guidance_that_the_run_cannot_give(streams_cache: Path, tmp_path: Path) -> None:
     def refused(name: str, said: str, training: dict[str, Any], **options: Any) -> None:
         path = tmp_path / name
@@ -237,9 +257,6 @@ def test_guidance_that_the_run_cannot_give(streams_cache: Path, tmp_path: Path) 
     refused("sometimes", "both asked for", sometimes, guidance=2.0, representation_guidance=1.5)
     refused("sometimes", "no effect without --guidance", sometimes, stream_guidance=2.0)
     refused("of x", "predicts x", {**sometimes, "prediction": "x"}, representation_guidance=1.5)
-    undropped: dict[str, Any] = {"streams": {}, "label_dropout": 0.0}
-    refused("undropped", "never without a class", undropped, guidance=2.0)
-    assert sample_config(SampleRequest(guidance=1.0), load_run(tmp_path / "undropped")).guidance.scale == 1
     asked = SampleRequest(representation_guidance=1.5)
     assert sample_config(asked, load_run(tmp_path / "sometimes")).guidance.representation == 1.5
 

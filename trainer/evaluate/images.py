@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import queue
 import re
 import threading
@@ -280,7 +281,7 @@ class FolderImages:
     @property
     def identity(self) -> str:
         """Digest of the files' names, sizes and times: another one where images were added, removed or written again."""
-        files = sorted((path.relative_to(self.path).as_posix(), path.lstat()) for path in self.files)
+        files = sorted((path.relative_to(self.path).as_posix(), _stat(path)) for path in self.files)
         lines = "".join(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for name, stat in files)
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
@@ -363,6 +364,14 @@ class TarImages:
         with explained(f"{self.pattern}: a .cls member", "Write class numbers as text."):
             labels = [int(label) for label in found if label is not None]
         return np.array(labels, dtype=np.int64) if labels and len(labels) == len(found) else None
+
+
+def _stat(path: Path) -> os.stat_result:
+    """Of what a link points to; of the link where it points to nothing, which reading says."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return path.lstat()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from trainer.runs.published import OTHER_FOLDERS, PROMPTS, REFERENCES, Published
 from trainer.runs.recipes import load_figure
 from trainer.runs.records import cache_summary, run_model_config
 from trainer.sampling.prompts import Prompts, of_settings, prompts_for
-from trainer.sampling.run import sample_run
+from trainer.sampling.run import check_dropout, sample_run
 
 if TYPE_CHECKING:
     from trainer.evaluate.extractors import Extractor
@@ -61,8 +61,8 @@ class Standard:
 
     extractor, metrics: those that compare with a reference; None and none where only prompts are judged by.
     reference: where it is, or `known`, its statistics. own: it is the run's cache. data: of a cache, the folder of its
-    images. stamp: what tells that a file, a folder or a cache under the same name is another one. shelf: where statistics of the reference are kept. crop: of the run's images,
-    as its cache names it, by which a folder's images are cropped, too.
+    images. stamp: what tells that a file, a folder or a cache under the same name is another one. shelf: where statistics of
+    the reference are kept. crop: of the run's images, as its cache names it, by which a folder's images are cropped, too.
     prompts: of samples drawn by prompt. judges: by metrics of prompts.
     """
 
@@ -415,7 +415,7 @@ def with_defaults(
 
     Raises:
         UserError: the recipe's figures were drawn with guidance of a scale that its paper does not give, and none is
-            asked for.
+            asked for; or guidance of a run that was never trained without classes.
     """
     on_gpu = device.startswith("cuda")
     model = run_model_config(run, config)
@@ -447,6 +447,7 @@ def with_defaults(
             )
         num = num if prompts is None else min(num, max(2, usual))
     request = SampleRequest(**{**chosen, "num": num})
+    check_dropout(request, run, config)
     if prompts is None and model.text is None and str(request.classes) == "balanced" and num < model.num_classes:
         progress.note(
             f"{num} samples are of the first {num} of {model.num_classes:,} classes, and the reference is of all: draw "

@@ -29,7 +29,7 @@ class Column:
     """One logged quantity: `values` [n] at `steps` [n] and `time_s` [n] (NaN where none was logged).
 
     conditions: of an evaluation during training, how all these were measured, in words; empty where the log does not say.
-    others: how many more there are that were measured otherwise before, and are left out.
+    others: how many more there are that were measured otherwise before, or by a version that did not say how, and are left out.
     """
 
     steps: np.ndarray
@@ -116,7 +116,7 @@ def read_columns(*paths: Path) -> dict[str, Column]:
             known = _finite(value)
             if known is None or key in ("step", "time_s"):
                 continue
-            if key.startswith(EVALUATION) and str(entry.get(EVALUATION_OF, told.get(key))) != str(told.get(key)):
+            if key.startswith(EVALUATION) and str(entry.get(EVALUATION_OF, "")) != told.get(key, ""):
                 others[key] += 1
             else:
                 columns.setdefault(key, []).append((step, math.nan if time_s is None else time_s, known))

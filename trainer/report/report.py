@@ -350,9 +350,9 @@ def _measured_while_training(runs: Sequence[RunData], key: str) -> str:
             ways.setdefault(column.conditions, []).append(name)
     said = [how if len(ways) == 1 else f"{how} ({', '.join(of)})" for how, of in ways.items()]
     parts = [f"Measured of {'; of '.join(said)}."] if said else []
-    parts += ["So the curves are not compared."] if len(ways) > 1 else []
+    parts += ["So these curves cannot be compared."] if len(ways) > 1 else []
     parts += [
-        f"{name}: {number(c.others)} earlier evaluations, measured otherwise, are left out."
+        f"{name}: left out are earlier evaluations ({number(c.others)}) that were measured otherwise, or by a version that did not say how."
         for name, c in columns.items()
         if c.others
     ]

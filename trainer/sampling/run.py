@@ -57,6 +57,7 @@ from trainer.sampling.trunk import Trunk, trunk_record
 
 if TYPE_CHECKING:
     from trainer.diffusion.transport import Transport
+    from trainer.runs.config import RunConfig
 
 GROUP = 8  # samples of one arithmetic unit on the CPU
 BLOCK = 256  # samples of one file on the way; a power of two, at least GROUP
@@ -70,8 +71,7 @@ def sample_config(request: SampleRequest, loaded: LoadedRun) -> SampleConfig:
     """What decides the numbers of the samples.
 
     Raises:
-        UserError: a sampler that the family has not, wrong steps, or guidance by streams, or against a prediction without
-            a class, that the run has not.
+        UserError: a sampler that the family has not, wrong steps, or guidance by streams that the run has not.
     """
     sampler = check_sampler(loaded.model.cfg.family, request.sampler)
     sampling_times(sampler, request.steps, request.shift)
@@ -82,7 +82,6 @@ def sample_config(request: SampleRequest, loaded: LoadedRun) -> SampleConfig:
         streams=request.stream_guidance,
         representation=request.representation_guidance,
     )
-    _check_dropout(guidance, loaded)
     _check_streams(guidance, loaded)
     return SampleConfig(
         sampler=sampler,
@@ -95,13 +94,17 @@ def sample_config(request: SampleRequest, loaded: LoadedRun) -> SampleConfig:
     )
 
 
-def _check_dropout(guidance: Guidance, loaded: LoadedRun) -> None:
-    """What classifier-free guidance is against must have been trained, by this run or by one that it branched off."""
-    if guidance.scale != 1 and loaded.config.label_dropout == 0 and not read_origins(loaded.path):
-        of = "class" if loaded.model.cfg.text is None else "caption"
+def check_dropout(request: SampleRequest, run: Path, config: RunConfig) -> None:
+    """What classifier-free guidance is against must have been trained, by this run or by one that it branched off.
+
+    Raises:
+        UserError: it was not; of a branch that is not known.
+    """
+    if request.guidance != 1 and config.label_dropout == 0 and not read_origins(run):
         raise UserError(
-            f"{loaded.config.name} was trained with label_dropout 0, so never without a {of}: guidance has nothing to compare with",
-            remedy="Leave --guidance out, or train with dropout (--set label_dropout=0.1).",
+            f"{config.name} was trained with label_dropout 0, so never without a class or caption: guidance of scale "
+            f"{request.guidance:g} has nothing to compare with",
+            remedy="Type --guidance 1, or train with dropout (--set label_dropout=0.1).",
         )
 
 
@@ -214,8 +217,8 @@ def sample_run(
         prompts: what `prompts_for` gave for this request, where it was asked before; else it is asked now.
 
     Raises:
-        UserError: no such run or checkpoint, raw weights that it does not hold, unknown settings, or a folder that holds
-            samples of other settings.
+        UserError: no such run or checkpoint, raw weights that it does not hold, unknown settings, guidance that it cannot
+            give, or a folder that holds samples of other settings.
         WeightsUnavailable: the VAE's weights are not to be had.
     """
     device_name = pick_device(request.device)
@@ -225,6 +228,7 @@ def sample_run(
         loaded = load_run(run, step=request.checkpoint, device=str(device), weights=request.weights)
         for note in loaded.notes if world.is_main else ():
             progress.note(note)
+        check_dropout(request, run, loaded.config)
         config = sample_config(request, loaded)
         vae = loaded.decoder(request.weights_dir).to(device)
         if prompts is None:

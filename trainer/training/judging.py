@@ -70,9 +70,12 @@ class SmallEvaluations:
 
 
 def conditions(config: RunConfig, cache: Cache) -> str:
-    """What decides the figures of a run's evaluations beside the model and the extractor, whose name they carry."""
-    compared = "the cache's images" if config.eval_reference is None else redact(str(config.eval_reference))
-    prompts = "captions of the first images" if config.eval_prompts is None else redact(str(config.eval_prompts))
+    """What decides the figures of a run's evaluations beside the model and the extractor, whose name they carry. A reference
+    and prompts that were named go by their names."""
+    images = cache.manifest.dataset
+    own = f"the images of cache {images.name} ({images.fingerprint[:12]})"
+    compared = own if config.eval_reference is None else redact(str(config.eval_reference))
+    prompts = f"captions of cache {images.name}" if config.eval_prompts is None else redact(str(config.eval_prompts))
     drawn = "" if backbone_config(config, cache).text is None else f" (prompts: {prompts})"
     return f"{config.eval_num:,} samples{drawn} compared with {compared}"
 
