@@ -192,6 +192,7 @@ def test_a_round_takes_every_method_in_turn_and_ratios_are_within_rounds() -> No
     assert many["ratios"]["repa"] == [14, 20.5, 27], "ranks of the 95 % interval of a median of 40, as tables have them"
 
 
+@pytest.mark.slow
 def test_step_times_of_a_part_count_in_its_tables(tmp_path: Path) -> None:
     part = tmp_path / "shapes-16"
     with pytest.raises(UserError, match="holds no experiment"):
@@ -271,6 +272,7 @@ def test_rows_of_samples_share_classes_and_noise(tmp_path: Path) -> None:
     assert np.abs(above[:, :side] - above[:, side : 2 * side]).mean() > 20, "columns differ"
 
 
+@pytest.mark.slow
 def test_checks_look_at_every_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = tmp_path / "shapes-16"
     with pytest.raises(UserError, match="holds no experiment"):
