@@ -249,6 +249,32 @@ def _times_of(part: str, timed: dict[str, Any]) -> str:
     )
 
 
+def glance_table() -> str:
+    """FID of the judge minus vanilla's, by method and part, at equal steps and at equal time; bold where the interval leaves out 0."""
+    parts = {part: _result(f"methods/{part}/results") for part in PARTS}
+    found = {
+        part: summary.summarise(record["evaluations"], (record.get("timed") or {}).get("step_s"))
+        for part, record in parts.items()
+        if record is not None
+    }
+
+    def cell(values: dict[str, Any] | None) -> str:
+        if values is None:
+            return ""
+        more = f"{summary.JUDGE} minus vanilla"
+        text = summary.shown(values[more], values[f"{more} interval"], sign=True)
+        return f"**{text}**" if abs(values[more]) > values[f"{more} interval"] else text
+
+    vanilla = [f"{f['equal_steps'][summary.VANILLA][summary.JUDGE]:.1f}" for f in found.values() for _ in range(2)]
+    rows = [["vanilla", *vanilla]]
+    for method in METHODS:
+        if method != summary.VANILLA and any(method in f["equal_steps"] for f in found.values()):
+            cells = [cell(f[at].get(method)) for f in found.values() for at in ("equal_steps", "equal_time")]
+            rows.append([METHODS[method].title, *cells])
+    head = [f"{PARTS[part].title}: equal {at}" for part in found for at in ("steps", "time")]
+    return _rows(["FID by the judge, minus vanilla's", *head], rows)
+
+
 PAIRS = (("ahpa", "repa"), ("haste", "repa"))
 
 
@@ -356,7 +382,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"methods-{part}": partial(methods_table, part) for part in PARTS},
     "angle-photographs-64": partial(angle_table, "photographs-64"),
     "judged-photographs-64": partial(judged_table, "photographs-64"),
-    "held-out": held_out_table, "router": router_table, "pairs": pairs_table,
+    "held-out": held_out_table, "router": router_table, "pairs": pairs_table, "glance": glance_table,
 }  # fmt: skip
 
 
