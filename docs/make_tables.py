@@ -381,6 +381,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "machine-cpu": lambda: machine_of("step-cpu"),
     **{f"methods-{part}": partial(methods_table, part) for part in PARTS},
     "angle-photographs-64": partial(angle_table, "photographs-64"),
+    "angle-shapes-64": partial(angle_table, "shapes-64"),
     "judged-photographs-64": partial(judged_table, "photographs-64"),
     "held-out": held_out_table, "router": router_table, "pairs": pairs_table, "glance": glance_table,
 }  # fmt: skip
